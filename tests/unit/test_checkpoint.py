@@ -1,0 +1,794 @@
+"""Checkpoints: every format round-trips bit for bit, and everything that is wrong with one is one clear line."""
+
+import errno
+import hashlib
+import io
+import itertools
+import json
+import os
+import pickle
+import re
+import urllib.error
+import urllib.request
+import warnings
+import zipfile
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import whisper
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from whisper.model import ModelDimensions, Whisper
+
+from maxwhisper import checkpoint as checkpoint_module
+from maxwhisper.checkpoint import Checkpoint, convert, expected_tensors, load_checkpoint
+from maxwhisper.errors import CheckpointError, OptionError
+
+DIMS = ModelDimensions(
+    n_mels=3, n_audio_ctx=6, n_audio_state=16, n_audio_head=4, n_audio_layer=3,
+    n_vocab=50, n_text_ctx=7, n_text_state=16, n_text_head=2, n_text_layer=2,
+)  # fmt: skip
+HEADS = [[1, 0], [0, 1]]
+NAMES = sorted(Whisper(DIMS).state_dict())
+
+# Hugging Face's names, spelled out, so that a slip in the table under test cannot hide.
+HUGGING_FACE = [
+    ("model.encoder.embed_positions.weight", "encoder.positional_embedding"),
+    ("model.encoder.layer_norm.", "encoder.ln_post."),
+    ("model.decoder.embed_positions.weight", "decoder.positional_embedding"),
+    ("model.decoder.embed_tokens.weight", "decoder.token_embedding.weight"),
+    ("model.decoder.layer_norm.", "decoder.ln."),
+    ("model.encoder.conv1.", "encoder.conv1."),
+    ("model.encoder.conv2.", "encoder.conv2."),
+]
+for _part, _layers in (("encoder", 3), ("decoder", 2)):
+    for _i in range(_layers):
+        _theirs, _ours = f"model.{_part}.layers.{_i}.", f"{_part}.blocks.{_i}."
+        for _their_attn, _our_attn in (("self_attn", "attn"), ("encoder_attn", "cross_attn")):
+            for _their_linear, _our_linear in (("q", "query"), ("k", "key"), ("v", "value"), ("out", "out")):
+                HUGGING_FACE.append(
+                    (f"{_theirs}{_their_attn}.{_their_linear}_proj.", f"{_ours}{_our_attn}.{_our_linear}.")
+                )
+            HUGGING_FACE.append((f"{_theirs}{_their_attn}_layer_norm.", f"{_ours}{_our_attn}_ln."))
+        HUGGING_FACE.append((f"{_theirs}fc1.", f"{_ours}mlp.0."))
+        HUGGING_FACE.append((f"{_theirs}fc2.", f"{_ours}mlp.2."))
+        HUGGING_FACE.append((f"{_theirs}final_layer_norm.", f"{_ours}mlp_ln."))
+
+CONFIG = {
+    "model_type": "whisper", "activation_function": "gelu", "scale_embedding": False,
+    "num_mel_bins": 3, "max_source_positions": 6, "d_model": 16, "encoder_attention_heads": 4, "encoder_layers": 3,
+    "vocab_size": 50, "max_target_positions": 7, "decoder_attention_heads": 2, "decoder_layers": 2,
+}  # fmt: skip
+
+Tensors = dict[str, Any]
+
+
+def random_tensors(dtype: torch.dtype = torch.float16, dims: ModelDimensions = DIMS) -> Tensors:
+    generator = torch.Generator().manual_seed(0)
+    state = Whisper(dims).state_dict()
+    return {name: torch.randn(t.shape, generator=generator).to(dtype) for name, t in state.items()}
+
+
+def hugging_face_names(tensors: Tensors) -> Tensors:
+    renamed = {}
+    for name, tensor in tensors.items():
+        theirs, ours = next((t, o) for t, o in HUGGING_FACE if name.startswith(o))
+        renamed[theirs + name.removeprefix(ours)] = tensor
+    return renamed
+
+
+def write_pt(path: Path, tensors: Tensors, dims: object = None, **options: Any) -> Path:
+    torch.save({"dims": asdict(DIMS) if dims is None else dims, "model_state_dict": tensors}, path, **options)
+    return path
+
+
+def write_safetensors(path: Path, tensors: Tensors, dims: object = None, heads: object = None) -> Path:
+    metadata = {"whisper_dims": json.dumps(asdict(DIMS) if dims is None else dims)}
+    if heads is not None:
+        metadata["whisper_alignment_heads"] = json.dumps(heads)
+    save_file(tensors, path, metadata)
+    return path
+
+
+def write_folder(folder: Path, tensors: Tensors, file: str = "model.safetensors", config: object = None) -> Path:
+    """A Hugging Face folder; an index file stands for two shards and the index. `tensors` has Hugging Face's names."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(CONFIG if config is None else config))
+    save: Callable[[Tensors, Path], Any] = torch.save if ".bin" in file else save_file
+    if not file.endswith(".json"):
+        save(tensors, folder / file)
+        return folder
+    shards = [file.replace(".index.json", "").replace(".", f"-{i}-of-2.") for i in (1, 2)]
+    weight_map = {name: shards[i % 2] for i, name in enumerate(tensors)}
+    for shard in shards:
+        save({name: tensor for name, tensor in tensors.items() if weight_map[name] == shard}, folder / shard)
+    (folder / file).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+def compressed(path: Path) -> Path:
+    """The same zip archive with every entry deflated."""
+    with zipfile.ZipFile(path) as archive:
+        entries = [(entry.filename, archive.read(entry)) for entry in archive.infolist()]
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries:
+            archive.writestr(name, content)
+    return path
+
+
+FORMATS: dict[str, Callable[[Path, Tensors], Path]] = {
+    "pt": lambda folder, t: write_pt(folder / "model.pt", t),
+    "pt before torch 1.6": lambda folder, t: write_pt(folder / "model.pt", t, _use_new_zipfile_serialization=False),
+    "pt compressed": lambda folder, t: compressed(write_pt(folder / "model.pt", t)),
+    "safetensors": lambda folder, t: write_safetensors(folder / "model.safetensors", t),
+    "folder": lambda folder, t: write_folder(folder / "model", hugging_face_names(t)),
+    "folder, sharded": lambda folder, t: write_folder(
+        folder / "model", hugging_face_names(t), "model.safetensors.index.json"
+    ),
+    "folder, bin": lambda folder, t: write_folder(folder / "model", hugging_face_names(t), "pytorch_model.bin"),
+    "folder, bin, sharded": lambda folder, t: write_folder(
+        folder / "model", hugging_face_names(t), "pytorch_model.bin.index.json"
+    ),
+    "folder, without the language model head": lambda folder, t: write_folder(
+        folder / "model", {name.removeprefix("model."): tensor for name, tensor in hugging_face_names(t).items()}
+    ),
+    "file in a folder": lambda folder, t: write_folder(folder / "model", hugging_face_names(t)) / "model.safetensors",
+}
+
+
+def assert_same(loaded: Checkpoint, tensors: Tensors, dims: ModelDimensions = DIMS) -> None:
+    assert loaded.dims == dims
+    assert list(loaded.tensors) == list(Whisper(dims).state_dict())
+    for name, tensor in loaded.tensors.items():
+        assert tensor.dtype == tensors[name].dtype, name
+        assert torch.equal(tensor, tensors[name]), name
+        assert tensor.is_contiguous() and tensor.device.type == "cpu", name
+
+
+def assert_refused(path: str | Path, *parts: str, **options: Any) -> None:
+    """Loading is refused in one line that contains each of `parts`, and nothing else is said."""
+    with pytest.raises(CheckpointError) as refusal, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        load_checkpoint(path, **options)
+    message = str(refusal.value)
+    assert "\n" not in message
+    assert [warning.message for warning in caught if warning.category is UserWarning] == []
+    for part in (str(path), *parts):
+        assert part in message, message
+
+
+# What is read
+
+
+sizes = st.integers(1, 3)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.builds(ModelDimensions, sizes, sizes, st.just(8), sizes, sizes, sizes, sizes, st.just(8), sizes, sizes))
+def test_expected_tensors_are_those_of_openai_whisper(dims: ModelDimensions) -> None:
+    state = Whisper(dims).state_dict()
+    assert list(expected_tensors(dims).items()) == [(name, tuple(tensor.shape)) for name, tensor in state.items()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("layout", FORMATS)
+def test_every_format_round_trips(tmp_path: Path, layout: str, dtype: torch.dtype) -> None:
+    tensors = random_tensors(dtype)
+    loaded = load_checkpoint(FORMATS[layout](tmp_path, tensors))
+    assert_same(loaded, tensors)
+    assert loaded.alignment_heads is None
+
+    written = convert(FORMATS[layout](tmp_path, tensors), tmp_path / "converted.safetensors")
+    assert written == tmp_path / "converted.safetensors"
+    assert_same(load_checkpoint(written), tensors)
+
+
+def test_dtypes_may_be_mixed_and_order_and_strides_do_not_matter(tmp_path: Path) -> None:
+    tensors = random_tensors(torch.float32)
+    for name, dtype in zip(NAMES, [torch.float16, torch.bfloat16, torch.float32] * len(NAMES), strict=False):
+        tensors[name] = tensors[name].to(dtype)
+    stored = {name: tensors[name].mT.contiguous().mT if tensors[name].ndim > 1 else tensors[name] for name in NAMES}
+    stored["encoder.blocks.0.attn.key.weight"] = torch.nn.Parameter(stored["encoder.blocks.0.attn.key.weight"])
+    assert not stored["encoder.conv1.weight"].is_contiguous()
+    loaded = load_checkpoint(write_pt(tmp_path / "mixed.pt", stored))
+    assert_same(loaded, tensors)
+    assert not any(tensor.requires_grad for tensor in loaded.tensors.values())
+
+
+def test_name_and_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = random_tensors()
+    path = write_pt(tmp_path / "mine.pt", tensors)
+    folder = write_folder(tmp_path / "yours", hugging_face_names(tensors))
+    assert (load_checkpoint(path).name, load_checkpoint(str(path)).path) == ("mine", path)
+    assert (load_checkpoint(folder).name, load_checkpoint(folder).path) == ("yours", folder)
+    monkeypatch.chdir(folder)
+    assert load_checkpoint(".").name == "yours"
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the system does not list what is mapped")
+@pytest.mark.parametrize("layout", ["pt", "safetensors", "folder, sharded", "folder, bin"])
+def test_tensors_are_mapped_not_read(tmp_path: Path, layout: str) -> None:
+    loaded = load_checkpoint(FORMATS[layout](tmp_path, random_tensors()))
+    assert f"{loaded.path}" in Path("/proc/self/maps").read_text()
+
+
+def test_tensors_that_share_memory_convert(tmp_path: Path) -> None:
+    tensors = random_tensors()
+    tensors["encoder.ln_post.bias"] = tensors["encoder.ln_post.weight"]
+    written = convert(write_pt(tmp_path / "tied.pt", tensors), tmp_path / "tied.safetensors")
+    assert_same(load_checkpoint(written), tensors)
+
+
+def test_alignment_heads(tmp_path: Path) -> None:
+    tensors = random_tensors()
+    folder = write_folder(tmp_path / "model", hugging_face_names(tensors))
+    (folder / "generation_config.json").write_text(json.dumps({"alignment_heads": HEADS}))
+    assert load_checkpoint(folder).alignment_heads == ((0, 1), (1, 0))
+    written = convert(folder, tmp_path / "converted.safetensors")
+    assert load_checkpoint(written).alignment_heads == ((0, 1), (1, 0))
+    (folder / "generation_config.json").write_text("{}")
+    assert load_checkpoint(folder).alignment_heads is None
+
+
+@pytest.mark.parametrize(
+    "heads", [[], [[2, 0]], [[0, 2]], [[-1, 0]], [[0]], [[0, 0, 0]], [0], [["0", "0"]], {}, "all", 1]
+)
+def test_alignment_heads_that_do_not_exist(tmp_path: Path, heads: object) -> None:
+    folder = write_folder(tmp_path / "model", hugging_face_names(random_tensors()))
+    (folder / "generation_config.json").write_text(json.dumps({"alignment_heads": heads}))
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: the alignment heads must be pairs"):
+        load_checkpoint(folder)
+    path = write_safetensors(tmp_path / "model.safetensors", random_tensors(), heads=heads)
+    assert_refused(path, "the alignment heads must be pairs")
+
+
+def test_tied_output_projection(tmp_path: Path) -> None:
+    tensors = random_tensors()
+    stored = hugging_face_names(tensors)
+    stored["proj_out.weight"] = tensors["decoder.token_embedding.weight"].clone()
+    assert_same(load_checkpoint(write_folder(tmp_path / "model", stored)), tensors)
+    stored["proj_out.weight"][49, 15] += 1
+    assert_refused(write_folder(tmp_path / "model", stored), "model.safetensors", "'proj_out.weight' differs")
+    for wrong in (
+        torch.zeros(49, 16).half(),
+        torch.zeros(50, 16).long(),
+        tensors["decoder.token_embedding.weight"].float(),
+    ):
+        assert_refused(write_folder(tmp_path / "model", stored | {"proj_out.weight": wrong}), "'proj_out.weight'")
+    for wrong in (None, tensors["decoder.token_embedding.weight"].to_sparse()):
+        folder = write_folder(tmp_path / "bin", stored | {"proj_out.weight": wrong}, "pytorch_model.bin")
+        assert_refused(folder, "'proj_out.weight' is not a dense tensor")
+
+
+# Tensors that are wrong
+
+
+OPENAI_FORMATS = ["pt", "pt before torch 1.6", "safetensors"]
+formats_and_names = pytest.mark.parametrize("layout", ["pt", "safetensors", "folder", "folder, bin, sharded"])
+
+
+def stored_name(layout: str, name: str) -> str:
+    return next(iter(hugging_face_names({name: None}))) if layout.startswith("folder") else name
+
+
+@pytest.fixture(scope="module")
+def scratch(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
+    """A new empty folder at each call, for tests that hypothesis repeats."""
+    folders = (tmp_path_factory.mktemp("scratch") / str(i) for i in itertools.count())
+
+    def new_folder() -> Path:
+        folder = next(folders)
+        folder.mkdir()
+        return folder
+
+    return new_folder
+
+
+@pytest.fixture(scope="module")
+def contents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The bytes of a good file in each of OpenAI's formats."""
+    folder = tmp_path_factory.mktemp("contents")
+    return {layout: FORMATS[layout](folder, random_tensors()).read_bytes() for layout in OPENAI_FORMATS}
+
+
+@formats_and_names
+@settings(max_examples=15, deadline=None)
+@given(name=st.sampled_from(NAMES))
+def test_a_missing_tensor_is_named(scratch: Callable[[], Path], layout: str, name: str) -> None:
+    tensors = random_tensors()
+    del tensors[name]
+    assert_refused(FORMATS[layout](scratch(), tensors), "lacks tensor", repr(stored_name(layout, name)))
+
+
+@formats_and_names
+@settings(max_examples=15, deadline=None)
+@given(name=st.sampled_from(NAMES), data=st.data())
+def test_a_misshapen_tensor_is_named(scratch: Callable[[], Path], layout: str, name: str, data: st.DataObject) -> None:
+    tensors = random_tensors()
+    shape = tuple(tensors[name].shape)
+    same_size = st.sampled_from([(tensors[name].numel(),), (1, *shape), shape[::-1]])
+    other_size = st.lists(st.integers(0, 20), max_size=4).map(tuple)
+    wrong = data.draw((same_size | other_size).filter(lambda drawn: drawn != shape))
+    tensors[name] = torch.ones(wrong, dtype=torch.float16)
+    path = FORMATS[layout](scratch(), tensors)
+    assert_refused(path, repr(stored_name(layout, name)), f"is {wrong}, expected {shape}")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@settings(max_examples=15, deadline=None)
+@given(name=st.sampled_from(NAMES), data=st.data())
+def test_a_value_that_is_not_finite_is_named(
+    scratch: Callable[[], Path], dtype: torch.dtype, value: float, name: str, data: st.DataObject
+) -> None:
+    tensors = random_tensors(dtype)
+    tensors[name].view(-1)[data.draw(st.integers(0, tensors[name].numel() - 1))] = value
+    assert_refused(write_pt(scratch() / "model.pt", tensors), repr(name), "not finite")
+
+
+def test_the_largest_finite_values_are_accepted(tmp_path: Path) -> None:
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        tensors = random_tensors(dtype)
+        tensors["encoder.ln_post.weight"].fill_(torch.finfo(dtype).max)
+        tensors["encoder.ln_post.bias"].fill_(torch.finfo(dtype).min)
+        assert_same(load_checkpoint(write_pt(tmp_path / f"{dtype}.pt", tensors)), tensors)
+
+
+@formats_and_names
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn, torch.complex64]
+)
+def test_a_wrong_dtype_is_named(tmp_path: Path, layout: str, dtype: torch.dtype) -> None:
+    tensors = random_tensors()
+    name = "decoder.blocks.1.mlp.2.bias"
+    tensors[name] = tensors[name].to(dtype)
+    path = FORMATS[layout](tmp_path, tensors)
+    assert_refused(path, repr(stored_name(layout, name)), f"is stored as {dtype}", "torch.float16")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, 1.5, [1.0], torch.eye(16).to_sparse(), torch.empty(16, 16, device="meta")],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_is_not_a_dense_tensor_is_named(tmp_path: Path, value: object) -> None:
+    name = "encoder.blocks.0.attn.out.weight"
+    path = write_pt(tmp_path / "model.pt", random_tensors() | {name: value})
+    assert_refused(path, repr(name), "not a dense tensor")
+
+
+@formats_and_names
+@pytest.mark.parametrize("name", ["decoder.mask", "encoder.blocks.0.attn.key.bias", "alignment_heads", "lora\nA"])
+def test_an_unexpected_tensor_is_named(tmp_path: Path, layout: str, name: str) -> None:
+    path = FORMATS[layout](tmp_path, random_tensors())
+    extra = {name: torch.zeros(2)}
+    if layout == "pt":
+        write_pt(path, random_tensors() | extra)
+    elif layout == "safetensors":
+        write_safetensors(path, random_tensors() | extra)
+    else:
+        file = "model.safetensors" if layout == "folder" else "pytorch_model.bin.index.json"
+        write_folder(path, hugging_face_names(random_tensors()) | extra, file)
+    if name.endswith("key.bias") and layout.startswith("folder"):
+        assert_refused(path)  # an OpenAI name in a Hugging Face file: a fourth encoder layer, or an unexpected tensor
+    else:
+        assert_refused(path, "unexpected tensor", repr(name))
+
+
+def test_many_wrong_tensors_are_counted(tmp_path: Path) -> None:
+    stored = {name: tensor for name, tensor in random_tensors().items() if "mlp" not in name}
+    assert_refused(write_pt(tmp_path / "model.pt", stored), "'decoder.blocks.0.mlp.0.bias'", f"and {6 * 5 - 3} more")
+
+
+@pytest.mark.parametrize("state", [None, [], {}, {1: torch.zeros(1)}, {("encoder",): torch.zeros(1)}])
+def test_what_is_not_a_state_dict(tmp_path: Path, state: Any) -> None:
+    assert_refused(write_pt(tmp_path / "model.pt", state))
+
+
+# Dimensions that are wrong
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"n_audio_layer": 2}, ["n_audio_layer is 2", "3 encoder layers"]),
+        ({"n_text_layer": 10**15}, ["n_text_layer is 1000000000000000", "2 decoder layers"]),
+        ({"n_vocab": 51}, ["n_vocab is 51", "decoder.token_embedding.weight", "(50, 16)", "(51, 16)"]),
+        ({"n_mels": 80}, ["n_mels is 80", "encoder.conv1.weight", "(16, 3, 3)", "(16, 80, 3)"]),
+        ({"n_audio_ctx": 7}, ["n_audio_ctx is 7", "encoder.positional_embedding", "(6, 16)", "(7, 16)"]),
+        ({"n_text_ctx": 8}, ["n_text_ctx is 8", "decoder.positional_embedding", "(7, 16)", "(8, 16)"]),
+        ({"n_audio_state": 32, "n_text_state": 32}, ["n_audio_state is 32", "encoder.positional_embedding", "(6, 16)"]),
+        ({"n_text_state": 32}, ["n_audio_state is 16 but n_text_state is 32"]),
+        ({"n_audio_head": 3}, ["n_audio_state is 16, not divisible by n_audio_head, which is 3"]),
+        ({"n_text_head": 5}, ["n_text_state is 16, not divisible by n_text_head, which is 5"]),
+        ({"n_mels": 0}, ["n_mels is 0, expected a positive integer"]),
+        ({"n_mels": -3}, ["n_mels is -3, expected a positive integer"]),
+        ({"n_mels": 3.0}, ["n_mels is 3.0, expected a positive integer"]),
+        ({"n_text_layer": True}, ["n_text_layer is True, expected a positive integer"]),
+        ({"n_vocab": "50"}, ["n_vocab is '50', expected a positive integer"]),
+        ({"n_text_head": None}, ["n_text_head is None, expected a positive integer"]),
+        ({"n_colours": 3}, ["the dimensions must be exactly n_mels, n_audio_ctx"]),
+    ],
+)
+def test_dimensions_that_contradict_the_tensors(tmp_path: Path, changes: dict[str, Any], parts: list[str]) -> None:
+    dims = asdict(DIMS) | changes
+    assert_refused(write_pt(tmp_path / "model.pt", random_tensors(), dims), *parts)
+    assert_refused(write_safetensors(tmp_path / "model.safetensors", random_tensors(), dims), *parts)
+
+
+@pytest.mark.parametrize("dims", [[], "tiny", 3, {}, {"n_mels": 3}])
+def test_dimensions_that_are_not_there(tmp_path: Path, dims: object) -> None:
+    assert_refused(write_pt(tmp_path / "model.pt", random_tensors(), dims), "the dimensions must be exactly")
+    path = write_safetensors(tmp_path / "model.safetensors", random_tensors(), dims)
+    assert_refused(path, "the dimensions must be exactly")
+
+
+# Files that are wrong
+
+
+def test_what_is_not_there(tmp_path: Path) -> None:
+    for name in ("tinny", str(tmp_path / "tiny.pt"), "", "\0", "x" * 5000, os.devnull):
+        if name:
+            assert_refused(name, "no such file or folder, nor one of the model names", "tiny.en", "large-v3-turbo")
+    assert_refused(tmp_path, "config.json", "No such file")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\0", b"PK\x03\x04", b"{}", b"version https://git-lfs.github.com/spec/v1\n", b"\x80\x04."]
+)
+@pytest.mark.parametrize("file", ["a.pt", "a.safetensors", "a.bin"])
+def test_files_that_are_no_checkpoint(tmp_path: Path, file: str, content: bytes) -> None:
+    path = tmp_path / file
+    path.write_bytes(content)
+    assert_refused(path)
+    folder = write_folder(tmp_path / "folder", {})
+    (folder / "model.safetensors").write_bytes(content)
+    assert_refused(folder, "model.safetensors")
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    content=st.binary(max_size=200),
+    suffix=st.sampled_from([".pt", ".safetensors"]),
+    magic=st.sampled_from([b"", b"PK\x03\x04"]),
+)
+def test_random_bytes(scratch: Callable[[], Path], content: bytes, suffix: str, magic: bytes) -> None:
+    path = scratch() / f"model{suffix}"
+    path.write_bytes(magic + content)
+    assert_refused(path)
+
+
+@settings(max_examples=100, deadline=None)
+@given(content=st.binary(max_size=100))
+def test_valid_archive_with_garbage_inside(scratch: Callable[[], Path], content: bytes) -> None:
+    path = scratch() / "model.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", content)
+        archive.writestr("archive/version", "3\n")
+    assert_refused(path)
+
+
+@pytest.mark.parametrize("layout", OPENAI_FORMATS)
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_truncation_anywhere_is_noticed(
+    scratch: Callable[[], Path], contents: dict[str, bytes], layout: str, data: st.DataObject
+) -> None:
+    content = contents[layout]
+    path = scratch() / ("model.safetensors" if layout == "safetensors" else "model.pt")
+    path.write_bytes(content[: data.draw(st.integers(0, len(content) - 1))])
+    assert_refused(path)
+
+
+@pytest.mark.parametrize("layout", OPENAI_FORMATS)
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_a_changed_byte_is_refused_where_the_format_has_checksums(
+    scratch: Callable[[], Path], contents: dict[str, bytes], layout: str, data: st.DataObject
+) -> None:
+    content = bytearray(contents[layout])
+    anywhere = st.integers(0, len(content) - 1)
+    # Most changes go where the file describes its tensors: its first fifth and, in an archive, its last tenth.
+    where = data.draw(anywhere | st.integers(0, len(content) // 5) | st.integers(-(len(content) // 10), -1))
+    content[where] ^= data.draw(st.integers(1, 255))
+    path = scratch() / ("model.safetensors" if layout == "safetensors" else "model.pt")
+    path.write_bytes(content)
+    try:
+        loaded = load_checkpoint(path)
+    except CheckpointError as error:
+        assert "\n" not in str(error)
+    else:
+        assert list(loaded.tensors) == list(expected_tensors(loaded.dims))
+        if layout == "pt":
+            assert_same(loaded, random_tensors())  # the change was where nothing is kept
+
+
+def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    class Intruder:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / "intruded"),)
+
+    content = {"dims": asdict(DIMS), "model_state_dict": random_tensors(), "extra": Intruder()}
+    torch.save(content, tmp_path / "zip.pt")
+    torch.save(content, tmp_path / "legacy.pt", _use_new_zipfile_serialization=False)
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Intruder(), protocol=2))
+    folder = write_folder(
+        tmp_path / "folder", hugging_face_names(random_tensors()) | {"x": Intruder()}, "pytorch_model.bin"
+    )
+    for path in (tmp_path / "zip.pt", tmp_path / "legacy.pt", tmp_path / "plain.pt", folder):
+        assert_refused(path, "refused", ".mkdir")
+        assert not (tmp_path / "intruded").exists()
+    torch.load(tmp_path / "zip.pt", weights_only=False)
+    assert (tmp_path / "intruded").exists()  # so the file was dangerous
+
+
+def test_code_is_refused_even_where_the_environment_allows_it(tmp_path: Path) -> None:
+    class Intruder:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / "intruded"),)
+
+    torch.save(Intruder(), tmp_path / "model.pt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+        assert_refused(tmp_path / "model.pt", "refused")
+    assert not (tmp_path / "intruded").exists()
+
+
+@pytest.mark.parametrize("content", [[], 3, None, {}, {"model_state_dict": {}}, {"dims": {}}, {"dims": {}, 1: {}}])
+def test_a_pickle_of_something_else(tmp_path: Path, content: object) -> None:
+    torch.save(content, tmp_path / "model.pt")
+    assert_refused(tmp_path / "model.pt")
+
+
+def test_hugging_face_weights_without_their_folder(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "model", hugging_face_names(random_tensors()), "pytorch_model.bin")
+    assert_refused(folder / "pytorch_model.bin", "give the folder")
+    save_file(hugging_face_names(random_tensors()), tmp_path / "alone.safetensors")
+    assert_refused(tmp_path / "alone.safetensors", "whisper_dims", "no config.json beside it")
+
+
+def test_one_shard_is_not_the_model(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "model", hugging_face_names(random_tensors()), "model.safetensors.index.json")
+    assert_refused(folder / "model-1-of-2.safetensors", "lacks tensor")
+
+
+@pytest.mark.parametrize("text", ["{", "", "[1]", "nul", "\0", '"whisper"', "[" * 100_000, '{"a": ' + "9" * 5000 + "}"])
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json", "model.safetensors.index.json"])
+def test_broken_json(tmp_path: Path, file: str, text: str) -> None:
+    folder = write_folder(tmp_path / "model", hugging_face_names(random_tensors()), "model.safetensors.index.json")
+    (folder / file).write_text(text)
+    assert_refused(folder, file)
+    (folder / file).write_bytes(b"{\xff\xfe}")
+    assert_refused(folder, file, "broken JSON")
+
+
+def test_metadata_that_is_broken_json(tmp_path: Path) -> None:
+    save_file(random_tensors(), tmp_path / "model.safetensors", {"whisper_dims": "{"})
+    assert_refused(tmp_path / "model.safetensors", "broken JSON")
+
+
+@pytest.mark.parametrize(
+    "key", [key for key in CONFIG if key not in ("model_type", "activation_function", "scale_embedding")]
+)
+def test_config_that_lacks_a_key(tmp_path: Path, key: str) -> None:
+    config = {name: value for name, value in CONFIG.items() if name != key}
+    folder = write_folder(tmp_path / "model", hugging_face_names(random_tensors()), config=config)
+    assert_refused(folder, "config.json", f"lacks {key!r}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "part"),
+    [
+        ({"model_type": "wav2vec2"}, "model_type is 'wav2vec2', expected 'whisper'"),
+        ({"model_type": None}, "model_type is None, expected 'whisper'"),
+        ({"activation_function": "relu"}, "activation_function is 'relu', expected 'gelu'"),
+        ({"scale_embedding": True}, "scale_embedding is True, expected False"),
+        ({"vocab_size": 51}, "n_vocab is 51"),
+        ({"encoder_layers": 4}, "n_audio_layer is 4, but the tensors of 3 encoder layers"),
+        ({"decoder_attention_heads": 0}, "n_text_head is 0"),
+    ],
+)
+def test_config_of_another_model(tmp_path: Path, changes: dict[str, Any], part: str) -> None:
+    assert_refused(
+        write_folder(tmp_path / "model", hugging_face_names(random_tensors()), config=CONFIG | changes), part
+    )
+
+
+def test_config_may_leave_out_what_has_one_usable_value(tmp_path: Path) -> None:
+    config = {key: value for key, value in CONFIG.items() if key not in ("activation_function", "scale_embedding")}
+    tensors = random_tensors()
+    assert_same(load_checkpoint(write_folder(tmp_path / "model", hugging_face_names(tensors), config=config)), tensors)
+
+
+def test_folder_without_weights(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "model", {})
+    (folder / "model.safetensors").unlink()
+    assert_refused(folder, "holds none of model.safetensors, ")
+
+
+@pytest.mark.parametrize("weight_map", [None, [], {"a": 1}, {"a": ["b"]}])
+def test_index_that_names_no_files(tmp_path: Path, weight_map: object) -> None:
+    folder = write_folder(tmp_path / "model", hugging_face_names(random_tensors()), "model.safetensors.index.json")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert_refused(folder, "model.safetensors.index.json", "must give a file name for each tensor")
+
+
+@pytest.mark.parametrize("file", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])
+def test_index_that_contradicts_its_shards(tmp_path: Path, file: str) -> None:
+    folder = write_folder(tmp_path / "model", hugging_face_names(random_tensors()), file)
+    index = json.loads((folder / file).read_text())
+    name, shard = next(iter(index["weight_map"].items()))
+    other = shard.replace("-1-", "-2-")
+    assert other != shard
+    for changed in ({name: other}, {"model.more": shard}):
+        (folder / file).write_text(json.dumps({"weight_map": index["weight_map"] | changed}))
+        assert_refused(folder, "disagree on holding", repr(next(iter(changed))))
+    (folder / file).write_text(json.dumps(index))
+    (folder / other).unlink()
+    assert_refused(folder, other, "No such file")
+
+
+# Names
+
+
+NAMED_DIMS = replace(
+    DIMS, n_text_layer=4, n_text_head=6, n_audio_state=24, n_text_state=24
+)  # as tiny has for its heads
+
+
+class Server:
+    """Stands in for the network: answers `urlopen` with `content`, or raises it if it is an exception."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, content: bytes | Exception, sha256: str) -> None:
+        self.requests = 0
+        self.content = content
+        monkeypatch.setitem(whisper._MODELS, "tiny", f"https://models.invalid/{sha256}/tiny.pt")
+        monkeypatch.setattr(urllib.request, "urlopen", self.answer)
+
+    def answer(self, url: str) -> io.BytesIO:
+        self.requests += 1
+        if isinstance(self.content, Exception):
+            raise self.content
+        answer = io.BytesIO(self.content)
+        answer.info = lambda: {"Content-Length": str(len(self.content))}  # type: ignore[attr-defined, arg-type]
+        return answer
+
+
+@pytest.fixture
+def named(tmp_path: Path) -> tuple[Tensors, bytes, str]:
+    tensors = random_tensors(dims=NAMED_DIMS)
+    content = write_pt(tmp_path / "served.pt", tensors, asdict(NAMED_DIMS)).read_bytes()
+    return tensors, content, hashlib.sha256(content).hexdigest()
+
+
+def test_a_name_is_fetched_once_and_verified(
+    tmp_path: Path, named: tuple[Tensors, bytes, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors, content, sha256 = named
+    server = Server(monkeypatch, content, sha256)
+    for _ in range(2):
+        loaded = load_checkpoint("tiny", download_root=tmp_path / "root")
+        assert_same(loaded, tensors, NAMED_DIMS)
+        assert (loaded.name, loaded.path) == ("tiny", tmp_path / "root" / "tiny.pt")
+    assert server.requests == 1
+
+    judge = Whisper(NAMED_DIMS)
+    judge.set_alignment_heads(whisper._ALIGNMENT_HEADS["tiny"])
+    assert loaded.alignment_heads == tuple(map(tuple, judge.alignment_heads.indices().T.tolist()))
+    assert load_checkpoint(tmp_path / "root" / "tiny.pt").alignment_heads is None
+
+
+def test_the_cache_is_openai_whispers_own(
+    tmp_path: Path, named: tuple[Tensors, bytes, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Server(monkeypatch, named[1], named[2])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert load_checkpoint("tiny").path == tmp_path / "xdg" / "whisper" / "tiny.pt"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert load_checkpoint("tiny").path == tmp_path / "home" / ".cache" / "whisper" / "tiny.pt"
+
+
+def test_a_file_with_another_checksum_is_refused(
+    tmp_path: Path, named: tuple[Tensors, bytes, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Server(monkeypatch, named[1][:-1] + b"\1", named[2])
+    assert_refused("tiny", "cannot be fetched", "SHA256", download_root=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("failure", "part"),
+    [
+        (urllib.error.URLError("Name or service not known"), "Name or service not known"),
+        (urllib.error.HTTPError("https://models.invalid", 503, "Service Unavailable", {}, None), "503"),  # type: ignore[arg-type]
+        (TimeoutError(), "TimeoutError"),
+        (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), "Connection reset by peer"),
+    ],
+)
+def test_a_network_failure_is_one_line(
+    tmp_path: Path, failure: Exception, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Server(monkeypatch, failure, "0" * 64)
+    assert_refused("tiny", "cannot be fetched into", str(tmp_path), part, download_root=tmp_path)
+
+
+def test_a_path_object_is_never_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert_refused(Path("tiny"), "no such file or folder")
+
+
+# Writing
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
+def test_an_interrupted_convert_leaves_nothing(
+    tmp_path: Path, interruption: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_pt(tmp_path / "model.pt", random_tensors())
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    old = folder / "old.safetensors"
+    old.write_bytes(b"old")
+
+    def interrupted(tensors: Tensors, path: Path, metadata: dict[str, str]) -> None:
+        save_file(tensors, path, metadata)
+        os.truncate(path, 1000)
+        raise interruption
+
+    monkeypatch.setattr(checkpoint_module, "save_file", interrupted)
+    for destination in (old, folder / "new.safetensors"):
+        with pytest.raises(KeyboardInterrupt if isinstance(interruption, KeyboardInterrupt) else OptionError):
+            convert(source, destination)
+        assert list(folder.iterdir()) == [old]
+        assert old.read_bytes() == b"old"
+
+
+def test_convert_replaces_even_its_own_source(tmp_path: Path) -> None:
+    tensors = random_tensors()
+    path = write_safetensors(tmp_path / "model.safetensors", tensors, heads=HEADS)
+    mapped = load_checkpoint(path)
+    convert(path, path)
+    assert_same(mapped, tensors)
+    assert_same(load_checkpoint(path), tensors)
+    assert load_checkpoint(path).alignment_heads == mapped.alignment_heads == ((0, 1), (1, 0))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_converted_file_has_ordinary_permissions(tmp_path: Path) -> None:
+    (tmp_path / "ordinary").touch()
+    written = convert(write_pt(tmp_path / "model.pt", random_tensors()), tmp_path / "model.safetensors")
+    assert written.stat().st_mode == (tmp_path / "ordinary").stat().st_mode
+
+
+def test_a_destination_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_pt(tmp_path / "model.pt", random_tensors())
+    (tmp_path / "folder.safetensors").mkdir()
+
+    def refused(destination: Path, reason: str) -> None:
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(OptionError, match=f"^{re.escape(str(destination))}: .*{reason}$"):
+            convert(source, destination)
+        assert sorted(tmp_path.rglob("*")) == before
+
+    refused(tmp_path / "absent" / "model.safetensors", "No such file or directory")
+    refused(source / "model.safetensors", "Not a directory")
+    refused(tmp_path / "folder.safetensors", "Is a directory")
+    refused(tmp_path / "model.ckpt", "must be a file name that ends in .safetensors")
+
+    def read_only(*arguments: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "mkdir", read_only)
+    refused(tmp_path / "model.safetensors", "Permission denied")
+
+
+def test_convert_of_a_bad_checkpoint_names_the_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "model.pt").touch()
+    with pytest.raises(CheckpointError, match="model.pt"):
+        convert(tmp_path / "model.pt", tmp_path / "model.safetensors")
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "model.pt"]
