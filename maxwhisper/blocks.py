@@ -1,0 +1,276 @@
+"""BLOCKS: the one table of what is compiled on its own.
+
+The network that transcribes is made of the entries of unit "network"; the others take that network apart. From its
+entry a block gets its isolated parity test in every size and precision, its benchmark and its row in every report.
+Adding a block is adding an entry, as long as `reference/blocks.py` knows its PyTorch class.
+
+Names of inputs mean the same everywhere:
+
+    mel                 (batch, n_mels, 2 * n_audio_ctx) float32
+    x                   (batch, token or n_audio_ctx, state), the submodule's own input
+    tokens, offset      (batch, token) int64; position of the first one, int64 scalar
+    audio_features      (audio, n_audio_ctx, state)
+    k_cache, v_cache    (batch, head, past, channel): self-attention over the text so far
+    k_cross, v_cross    (audio, head, n_audio_ctx, channel): cross-attention over a window of audio
+
+In a whole decoder the last four carry a layer number: k_cross.0, v_cross.0, k_cross.1, ...
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from max.dtype import DType
+from max.graph import DeviceRef, TensorType, TensorValue
+from max.nn.layer import Module
+from whisper.model import ModelDimensions
+
+from . import model
+from .model import KeyValue
+from .runtime import Policy, Program
+
+Inputs = dict[str, TensorType]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A part of the network that compiles on its own.
+
+    name: dotted, as the tests select it.
+    path: its place in the PyTorch model, "{layer}" standing for the layer's number.
+    module: builds the MAX module that holds its weights.
+    function: from that module and one value per input to the outputs.
+    inputs: the graph's inputs, in order.
+    unit: what compiles into one artifact: "network" what transcribes, "alignment" word timestamps, "parts" the rest.
+    """
+
+    name: str
+    path: str
+    module: Callable[[ModelDimensions, Policy], Module]
+    function: Callable[..., Sequence[TensorValue]]
+    inputs: Callable[[ModelDimensions, Policy], Inputs]
+    unit: str = "parts"
+
+    def program(self, dims: ModelDimensions, policy: Policy) -> Program:
+        """This block as a graph to compile, for a model of `dims` under `policy`."""
+        module, inputs = self.module(dims, policy), self.inputs(dims, policy)
+        return Program(self.name, self.path, module, self.function, inputs)
+
+    def n_layer(self, dims: ModelDimensions) -> int:
+        """How many layers of the model this block stands for."""
+        if "{layer}" not in self.path:
+            return 1
+        return dims.n_audio_layer if self.path.startswith("encoder") else dims.n_text_layer
+
+
+# ---- inputs --------------------------------------------------------------------------------------------------------
+
+
+def mel(dims: ModelDimensions, policy: Policy) -> Inputs:
+    return {"mel": TensorType(DType.float32, ["batch", dims.n_mels, 2 * dims.n_audio_ctx], policy.device)}
+
+
+def audio_x(dims: ModelDimensions, policy: Policy) -> Inputs:
+    return {"x": TensorType(policy.compute, ["batch", dims.n_audio_ctx, dims.n_audio_state], policy.device)}
+
+
+def audio_features(dims: ModelDimensions, policy: Policy) -> Inputs:
+    shape = ["audio", dims.n_audio_ctx, dims.n_audio_state]
+    return {"audio_features": TensorType(policy.compute, shape, policy.device)}
+
+
+def prompt_tokens(dims: ModelDimensions, policy: Policy) -> Inputs:
+    return {"tokens": TensorType(DType.int64, ["batch", "tokens"], policy.device)}
+
+
+def step_tokens(dims: ModelDimensions, policy: Policy) -> Inputs:
+    return {"tokens": TensorType(DType.int64, ["batch", 1], policy.device)}
+
+
+def offset(dims: ModelDimensions, policy: Policy) -> Inputs:
+    return {"offset": TensorType(DType.int64, [], DeviceRef.CPU())}
+
+
+def prompt_x(dims: ModelDimensions, policy: Policy) -> Inputs:
+    return {"x": TensorType(policy.compute, ["batch", "tokens", dims.n_text_state], policy.device)}
+
+
+def step_x(dims: ModelDimensions, policy: Policy) -> Inputs:
+    return {"x": TensorType(policy.compute, ["batch", 1, dims.n_text_state], policy.device)}
+
+
+def key_value(kind: str, batch: str, n_token: int | str, dims: ModelDimensions, policy: Policy) -> Inputs:
+    shape = [batch, dims.n_text_head, n_token, dims.n_text_state // dims.n_text_head]
+    return {f"{name}_{kind}": TensorType(policy.compute, shape, policy.device) for name in "kv"}
+
+
+def self_cache(dims: ModelDimensions, policy: Policy) -> Inputs:
+    return key_value("cache", "batch", "past", dims, policy)
+
+
+def cross(dims: ModelDimensions, policy: Policy) -> Inputs:
+    return key_value("cross", "audio", dims.n_audio_ctx, dims, policy)
+
+
+InputsOf = Callable[[ModelDimensions, Policy], Inputs]
+
+
+def every_layer(inputs: InputsOf) -> InputsOf:
+    """The inputs of each decoder layer in turn, their names followed by the layer's number."""
+
+    def of(dims: ModelDimensions, policy: Policy) -> Inputs:
+        layers = range(dims.n_text_layer)
+        return {f"{name}.{i}": type_ for i in layers for name, type_ in inputs(dims, policy).items()}
+
+    return of
+
+
+def together(*parts: InputsOf) -> InputsOf:
+    """The inputs of several functions, in order."""
+    return lambda dims, policy: {name: type_ for part in parts for name, type_ in part(dims, policy).items()}
+
+
+# ---- modules and functions -----------------------------------------------------------------------------------------
+
+
+def audio_attention(dims: ModelDimensions, policy: Policy) -> Module:
+    return model.MultiHeadAttention(dims.n_audio_state, dims.n_audio_head, policy)
+
+
+def text_attention(dims: ModelDimensions, policy: Policy) -> Module:
+    return model.MultiHeadAttention(dims.n_text_state, dims.n_text_head, policy)
+
+
+def audio_layer_norm(dims: ModelDimensions, policy: Policy) -> Module:
+    return model.LayerNorm(dims.n_audio_state, policy)
+
+
+def audio_block(dims: ModelDimensions, policy: Policy) -> Module:
+    return model.ResidualAttentionBlock(dims.n_audio_state, dims.n_audio_head, policy)
+
+
+def text_block(dims: ModelDimensions, policy: Policy) -> Module:
+    return model.ResidualAttentionBlock(dims.n_text_state, dims.n_text_head, policy, cross_attention=True)
+
+
+def audio_mlp(dims: ModelDimensions, policy: Policy) -> Module:
+    return model.mlp(dims.n_audio_state, policy)
+
+
+def text_mlp(dims: ModelDimensions, policy: Policy) -> Module:
+    return model.mlp(dims.n_text_state, policy)
+
+
+def audio_stem(dims: ModelDimensions, policy: Policy) -> Module:
+    return model.AudioEncoder(replace(dims, n_audio_layer=0), policy)
+
+
+def text_ends(dims: ModelDimensions, policy: Policy) -> Module:
+    return model.TextDecoder(replace(dims, n_text_layer=0), policy)
+
+
+def one(module: Callable[..., TensorValue], *inputs: TensorValue) -> tuple[TensorValue]:
+    return (module(*inputs),)
+
+
+def encoder_attention(attn: model.MultiHeadAttention, x: TensorValue) -> tuple[TensorValue]:
+    return (attn(x, attn.keys_values(x))[0],)
+
+
+def causal_attention(attn: model.MultiHeadAttention, x: TensorValue) -> tuple[TensorValue, ...]:
+    kv = attn.keys_values(x)
+    return attn(x, kv, model.causal_mask(x.shape[1], attn.policy))[0], *kv
+
+
+def cached_attention(
+    attn: model.MultiHeadAttention, x: TensorValue, k: TensorValue, v: TensorValue
+) -> tuple[TensorValue, ...]:
+    kv = attn.keys_values(x, KeyValue(k, v))
+    return attn(x, kv)[0], *kv
+
+
+def cross_attention(
+    attn: model.MultiHeadAttention, x: TensorValue, k: TensorValue, v: TensorValue
+) -> tuple[TensorValue]:
+    return (attn(x, KeyValue(k, v))[0],)
+
+
+# ---- the table -----------------------------------------------------------------------------------------------------
+
+LAYER, TEXT_LAYER = "encoder.blocks.{layer}", "decoder.blocks.{layer}"
+CROSS = f"{TEXT_LAYER}.cross_attn"
+
+BLOCKS: dict[str, Block] = {
+    block.name: block
+    for block in (
+        Block("encoder.stem", "encoder", audio_stem, lambda m, x: (m.stem(x),), mel),
+        Block("encoder.layer_norm", f"{LAYER}.attn_ln", audio_layer_norm, one, audio_x),
+        Block("encoder.attention", f"{LAYER}.attn", audio_attention, encoder_attention, audio_x),
+        Block("encoder.mlp", f"{LAYER}.mlp", audio_mlp, one, audio_x),
+        Block("encoder.block", LAYER, audio_block, model.ResidualAttentionBlock.encode, audio_x),
+        Block("encoder", "encoder", model.AudioEncoder, one, mel, unit="network"),
+        Block("decoder.embedding", "decoder", text_ends, lambda m, *x: (m.embed(*x),), together(prompt_tokens, offset)),
+        Block("decoder.attention.causal", f"{TEXT_LAYER}.attn", text_attention, causal_attention, prompt_x),
+        Block(
+            "decoder.attention.cached",
+            f"{TEXT_LAYER}.attn",
+            text_attention,
+            cached_attention,
+            together(step_x, self_cache),
+        ),
+        Block(
+            "decoder.cross_attention.keys_values", CROSS, text_attention, lambda m, x: m.keys_values(x), audio_features
+        ),
+        Block("decoder.cross_attention.prefill", CROSS, text_attention, cross_attention, together(prompt_x, cross)),
+        Block("decoder.cross_attention.step", CROSS, text_attention, cross_attention, together(step_x, cross)),
+        Block("decoder.mlp.prefill", f"{TEXT_LAYER}.mlp", text_mlp, one, prompt_x),
+        Block("decoder.mlp.step", f"{TEXT_LAYER}.mlp", text_mlp, one, step_x),
+        Block(
+            "decoder.block.prefill",
+            TEXT_LAYER,
+            text_block,
+            model.ResidualAttentionBlock.prefill,
+            together(prompt_x, cross),
+        ),
+        Block(
+            "decoder.block.step",
+            TEXT_LAYER,
+            text_block,
+            model.ResidualAttentionBlock.step,
+            together(step_x, self_cache, cross),
+        ),
+        Block("decoder.logits.prefill", "decoder", text_ends, lambda m, x: (m.logits(x),), prompt_x),
+        Block("decoder.logits.step", "decoder", text_ends, lambda m, x: (m.logits(x),), step_x),
+        Block(
+            "decoder.keys_values",
+            "decoder",
+            model.TextDecoder,
+            model.TextDecoder.keys_values,
+            audio_features,
+            unit="network",
+        ),
+        Block(
+            "decoder.prefill",
+            "decoder",
+            model.TextDecoder,
+            model.TextDecoder.__call__,
+            together(prompt_tokens, every_layer(cross)),
+            unit="network",
+        ),
+        Block(
+            "decoder.step",
+            "decoder",
+            model.TextDecoder,
+            model.TextDecoder.step,
+            together(step_tokens, every_layer(self_cache), every_layer(cross)),
+            unit="network",
+        ),
+        Block(
+            "decoder.alignment",
+            "decoder",
+            model.TextDecoder,
+            model.TextDecoder.align,
+            together(prompt_tokens, every_layer(cross)),
+            unit="alignment",
+        ),
+    )
+}

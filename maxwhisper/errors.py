@@ -1,0 +1,30 @@
+"""Every error that maxwhisper raises on purpose.
+
+    MaxWhisperError
+    ├── AudioError        a file that cannot be read as audio, or samples that are not finite
+    ├── CheckpointError   a checkpoint that is missing, damaged, or does not describe a Whisper
+    ├── DeviceError       a device or a precision that is not there
+    └── OptionError       an option whose value cannot be used
+
+The command line prints the message of any of them as one line and exits with status 1.
+"""
+
+
+class MaxWhisperError(Exception):
+    """Base of all errors that maxwhisper raises on purpose; its message is one line for the user."""
+
+
+class AudioError(MaxWhisperError):
+    """A file that cannot be read as audio; the message names the file."""
+
+
+class CheckpointError(MaxWhisperError):
+    """A checkpoint that cannot be used; the message names the file and, where there is one, the tensor."""
+
+
+class DeviceError(MaxWhisperError):
+    """A device that is absent, or a precision that the device cannot compute."""
+
+
+class OptionError(MaxWhisperError):
+    """An option whose value cannot be used; the message names the option and what it accepts."""

@@ -1,0 +1,408 @@
+"""Whisper as a MAX graph: the network of openai/whisper's ``model.py``, class by class and attribute by attribute.
+
+Attributes carry OpenAI's names, so a checkpoint's tensors load without a rename table and the two files read side by
+side. What differs is the cache. OpenAI threads a dictionary of tensors through forward hooks; a graph is a function, so
+keys and values are explicit here: `MultiHeadAttention.keys_values` computes them, the caller keeps them, and attention
+is handed the ones to attend to. The four uses of attention are then one class:
+
+    encoder self-attention      attn(x, attn.keys_values(x))
+    causal, over a prompt       attn(x, attn.keys_values(x), mask)
+    cached, one token           attn(x, attn.keys_values(x, cache))
+    cross-attention             attn(x, kv)        with kv = attn.keys_values(audio features), once per window
+
+Shapes: batch and text length are symbolic; audio length and widths are static and come from the checkpoint.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+from max.dtype import DType
+from max.graph import DeviceRef, Dim, Graph, TensorValue, Weight, ops
+from max.nn.layer import LayerList, Module
+from whisper.model import ModelDimensions
+
+from .runtime import Policy
+
+
+class KeyValue(NamedTuple):
+    """Keys and values of one attention, each (batch, head, token, channel): the layout MAX's fused kernel reads."""
+
+    k: TensorValue
+    v: TensorValue
+
+
+def linear(x: TensorValue, weight: TensorValue, bias: TensorValue | None = None) -> TensorValue:
+    """x @ weight.T + bias in the dtype of x: (batch, token, n_in) by (n_out, n_in) to (batch, token, n_out)."""
+    if x.shape[1] == 1:
+        # One token is a matrix-vector product, which MAX runs faster on CPU as a fused upcast, multiply and sum.
+        y = ops.transpose(ops.sum(x * weight.cast(x.dtype), axis=-1), 1, 2)
+        return y if bias is None else y + bias.cast(x.dtype)
+    return shared(matrix_product, *((x, weight) if bias is None else (x, weight, bias)))
+
+
+def matrix_product(x: TensorValue, weight: TensorValue, bias: TensorValue | None = None) -> TensorValue:
+    y = x @ ops.transpose(weight.cast(x.dtype), 0, 1)
+    return y if bias is None else y + bias.cast(x.dtype)
+
+
+SUBGRAPHS: WeakKeyDictionary[Graph, dict[str, Graph]] = WeakKeyDictionary()
+
+
+def shared(function: Callable[..., TensorValue], *inputs: TensorValue) -> TensorValue:
+    """function(*inputs), as a subgraph that all calls with inputs of the same types share.
+
+    MAX fuses what follows a matrix product into its kernel and compiles that kernel again for every difference, eight
+    seconds each; behind a subgraph's boundary all products of one shape are one kernel.
+    """
+    subgraphs = SUBGRAPHS.setdefault(Graph.current, {})
+    key = f"{function.__name__}{[value.type for value in inputs]}"
+    if key not in subgraphs:
+        name = f"{Graph.current.name}.{function.__name__}.{len(subgraphs)}"
+        types = [value.type for value in inputs]
+        with Graph.current.add_subgraph(name, input_types=types, devices=[inputs[0].device]) as subgraph:
+            subgraph.output(function(*(value.tensor for value in subgraph.inputs)))
+        subgraphs[key] = subgraph
+    return ops.call(subgraphs[key], *inputs)[0].tensor
+
+
+def length(dim: Dim) -> TensorValue:
+    """The length of a dimension, known when the graph runs, as an int64 scalar on the CPU."""
+    return ops.shape_to_tensor([dim]).reshape(())
+
+
+def indices(dim: Dim, device: DeviceRef) -> TensorValue:
+    """0, 1, 2 ... along a dimension, int64."""
+    return ops.range(0, length(dim), 1, out_dim=dim, dtype=DType.int64, device=device)
+
+
+def causal_mask(n_token: Dim, policy: Policy) -> TensorValue:
+    """(token, token): 0 where a query may see a key, minus infinity where the key is later."""
+    position = indices(n_token, policy.device)
+    later = ops.unsqueeze(position, 0) > ops.unsqueeze(position, 1)
+    zero, minus_infinity = (ops.constant(x, policy.compute, policy.device) for x in (0.0, float("-inf")))
+    return ops.where(later, minus_infinity, zero)
+
+
+def split_rows(x: TensorValue, n_row: Dim) -> TensorValue:
+    """(batch, token, state) to (n_row, batch / n_row * token, state): consecutive sequences side by side in one row."""
+    batch, n_token, n_state = x.shape
+    if batch == n_row:
+        return x
+    width = batch * n_token // n_row
+    return x.reshape((batch * n_token, n_state)).rebind((n_row * width, n_state)).reshape((n_row, width, n_state))
+
+
+def join_rows(x: TensorValue, batch: Dim, n_token: Dim) -> TensorValue:
+    """The inverse of `split_rows`: back to (batch, n_token, state)."""
+    n_row, width, n_state = x.shape
+    if batch == n_row:
+        return x
+    return x.reshape((n_row * width, n_state)).rebind((batch * n_token, n_state)).reshape((batch, n_token, n_state))
+
+
+class LayerNorm(Module):
+    """Layer norm over the last axis, in float32 whatever the dtype of x, with PyTorch's default epsilon."""
+
+    epsilon = 1e-5
+
+    def __init__(self, n_state: int, policy: Policy):
+        super().__init__()
+        self.weight = Weight("weight", DType.float32, [n_state], policy.device)
+        self.bias = Weight("bias", DType.float32, [n_state], policy.device)
+
+    def __call__(self, x: TensorValue) -> TensorValue:
+        return ops.layer_norm(x.cast(DType.float32), self.weight, self.bias, self.epsilon).cast(x.dtype)
+
+
+class Linear(Module):
+    """x @ weight.T + bias; weight is (n_out, n_in) as in PyTorch."""
+
+    def __init__(self, n_in: int, n_out: int, policy: Policy, bias: bool = True):
+        super().__init__()
+        self.weight = Weight("weight", policy.storage, [n_out, n_in], policy.device)
+        self.bias = Weight("bias", DType.float32, [n_out], policy.device) if bias else None
+
+    def __call__(self, x: TensorValue) -> TensorValue:
+        return linear(x, self.weight, self.bias)
+
+
+class Conv1d(Module):
+    """Convolution over time with kernel 3 and padding 1; weight is (n_out, n_in, 3) as in PyTorch."""
+
+    kernel_size = 3
+    padding = 1
+
+    def __init__(self, n_in: int, n_out: int, policy: Policy, stride: int = 1):
+        super().__init__()
+        self.stride = stride
+        self.weight = Weight("weight", policy.storage, [n_out, n_in, self.kernel_size], policy.device)
+        self.bias = Weight("bias", DType.float32, [n_out], policy.device)
+
+    def __call__(self, x: TensorValue) -> TensorValue:
+        """(batch, time, n_in) to (batch, time / stride, n_out)."""
+        taps = ops.permute(self.weight.cast(x.dtype), [2, 1, 0])  # (tap, n_in, n_out)
+        y = ops.conv2d(
+            ops.unsqueeze(x, 1),  # MAX convolves images: time is the width of an image one pixel high
+            ops.unsqueeze(taps, 0),
+            stride=(1, self.stride),
+            padding=(0, 0, self.padding, self.padding),
+        )
+        return ops.squeeze(y, 1) + self.bias.cast(x.dtype)
+
+
+class MultiHeadAttention(Module):
+    """Attention of queries from x over given keys and values, and the projections that make those."""
+
+    def __init__(self, n_state: int, n_head: int, policy: Policy):
+        super().__init__()
+        self.policy = policy
+        self.n_head = n_head
+        self.n_channel = n_state // n_head
+        self.query = Linear(n_state, n_state, policy)
+        self.key = Linear(n_state, n_state, policy, bias=False)
+        self.value = Linear(n_state, n_state, policy)
+        self.out = Linear(n_state, n_state, policy)
+
+    def keys_values(self, x: TensorValue, cache: KeyValue | None = None) -> KeyValue:
+        """Keys and values of x (batch, token, state), behind those of the cache when there is one."""
+        shape = (*x.shape[:2], self.n_head, self.n_channel)
+        k, v = (ops.permute(project(x).reshape(shape), [0, 2, 1, 3]) for project in (self.key, self.value))
+        if cache is None:
+            return KeyValue(k, v)
+        return KeyValue(ops.concat([cache.k, k], axis=2), ops.concat([cache.v, v], axis=2))
+
+    def __call__(
+        self, x: TensorValue, kv: KeyValue, mask: TensorValue | None = None
+    ) -> tuple[TensorValue, TensorValue]:
+        """Attend from x (batch, token, state) to kv.
+
+        kv may have fewer rows than the batch: with several sequences per audio window, consecutive ones share a row,
+        and their queries stand side by side, so that the window's keys and values are read once for all of them.
+
+        Returns the output (batch, token, state) and the scores before softmax (kv batch, head, token, key).
+        """
+        q = split_rows(self.query(x), kv.k.shape[0])
+        q = q.reshape((*q.shape[:2], self.n_head, self.n_channel))
+        wv, qk = self.qkv_attention(ops.permute(q, [0, 2, 1, 3]), kv, mask)
+        wv = ops.permute(wv, [0, 2, 1, 3])
+        wv = join_rows(wv.reshape((*wv.shape[:2], -1)), *x.shape[:2])
+        return self.out(wv), qk
+
+    def qkv_attention(self, q: TensorValue, kv: KeyValue, mask: TensorValue | None) -> tuple[TensorValue, TensorValue]:
+        # MAX replaces exactly this form, with the scale as right operand, by a fused kernel.
+        qk = (q @ ops.transpose(kv.k, 2, 3)) * ops.constant(self.n_channel**-0.5, q.dtype, q.device)
+        if mask is not None:
+            qk = qk + mask
+        w = ops.softmax(qk.cast(DType.float32)).cast(q.dtype)
+        return w @ kv.v, qk
+
+
+class GELU(Module):
+    """x times the standard normal's distribution function at x: the exact form, not the tanh approximation."""
+
+    def __call__(self, x: TensorValue) -> TensorValue:
+        return ops.gelu(x)
+
+
+def mlp(n_state: int, policy: Policy) -> LayerList:
+    """Linear, GELU, Linear through four times the width; a sequence as in PyTorch, for its tensors' names."""
+    return LayerList([Linear(n_state, 4 * n_state, policy), GELU(), Linear(4 * n_state, n_state, policy)])
+
+
+class ResidualAttentionBlock(Module):
+    """Self-attention, cross-attention in the decoder, MLP; each behind a layer norm and around a residual."""
+
+    def __init__(self, n_state: int, n_head: int, policy: Policy, cross_attention: bool = False):
+        super().__init__()
+        self.policy = policy
+        self.attn = MultiHeadAttention(n_state, n_head, policy)
+        self.attn_ln = LayerNorm(n_state, policy)
+        self.cross_attn = MultiHeadAttention(n_state, n_head, policy) if cross_attention else None
+        self.cross_attn_ln = LayerNorm(n_state, policy) if cross_attention else None
+        self.mlp = mlp(n_state, policy)
+        self.mlp_ln = LayerNorm(n_state, policy)
+
+    def __call__(
+        self,
+        x: TensorValue,
+        cross_kv: KeyValue | None = None,
+        mask: TensorValue | None = None,
+        cache: KeyValue | None = None,
+    ) -> tuple[TensorValue, KeyValue, TensorValue | None]:
+        """x (batch, token, state) to the same shape; also the self-attention's keys and values, cache included, and
+        the cross-attention's scores."""
+        normed = self.attn_ln(x)
+        kv = self.attn.keys_values(normed, cache)
+        x = x + self.attn(normed, kv, mask)[0]
+        scores = None
+        if self.cross_attn is not None and self.cross_attn_ln is not None and cross_kv is not None:
+            update, scores = self.cross_attn(self.cross_attn_ln(x), cross_kv)
+            x = x + update
+        return x + self.mlp(self.mlp_ln(x)), kv, scores
+
+    def encode(self, x: TensorValue) -> tuple[TensorValue]:
+        """The block in the encoder: every frame attends to every frame."""
+        return (self(x)[0],)
+
+    def prefill(self, x: TensorValue, k_cross: TensorValue, v_cross: TensorValue) -> tuple[TensorValue, ...]:
+        """The block in the decoder over a whole text; also returns its keys and values, the cache of the next step."""
+        y, kv, _ = self(x, KeyValue(k_cross, v_cross), causal_mask(x.shape[1], self.policy))
+        return y, *kv
+
+    def step(self, x: TensorValue, k: TensorValue, v: TensorValue, *cross_kv: TensorValue) -> tuple[TensorValue, ...]:
+        """The block in the decoder for one token behind a cache; also returns the cache with the token in it."""
+        y, kv, _ = self(x, KeyValue(*cross_kv), cache=KeyValue(k, v))
+        return y, *kv
+
+    def align(self, x: TensorValue, k_cross: TensorValue, v_cross: TensorValue) -> tuple[TensorValue, ...]:
+        """As `prefill`, but returns the cross-attention's scores (audio, head, token, n_audio_ctx) beside x."""
+        y, _, scores = self(x, KeyValue(k_cross, v_cross), causal_mask(x.shape[1], self.policy))
+        assert scores is not None
+        return y, scores
+
+
+class Method(Module):
+    """A method of a module as a module of its own, which is what MAX makes subgraphs from."""
+
+    def __init__(self, module: Module, method: Callable[..., Sequence[TensorValue]]):
+        super().__init__()
+        self.module = module
+        self.method = method
+
+    def __call__(self, *inputs: TensorValue) -> Sequence[TensorValue]:
+        return self.method(self.module, *inputs)
+
+
+def through_layers(
+    layers: LayerList,
+    method: Callable[..., Sequence[TensorValue]],
+    x: TensorValue,
+    inputs: Sequence[Sequence[TensorValue]],
+) -> tuple[TensorValue, list[TensorValue]]:
+    """x through every layer's `method`, each with its own further inputs.
+
+    Returns the last layer's first output, and all layers' other outputs in a row. The layers share one subgraph, so
+    the time to compile does not grow with their number.
+    """
+    prefixes = [
+        next(iter(layer.attn.query.layer_weights.values())).name.removesuffix("attn.query.weight") for layer in layers
+    ]
+    others: list[TensorValue] = []
+    name = f"{Graph.current.name}.layer"
+    subgraph = Method(layers[0], method).build_subgraph(name, [x, *inputs[0]], prefixes[0])
+    for prefix, more in zip(prefixes, inputs, strict=True):
+        x, *new = (value.tensor for value in ops.call(subgraph, x, *more, prefix=prefix))
+        others += new
+    return x, others
+
+
+class AudioEncoder(Module):
+    """Log-mel to audio features."""
+
+    def __init__(self, dims: ModelDimensions, policy: Policy):
+        super().__init__()
+        n_state = dims.n_audio_state
+        self.policy = policy
+        self.conv1 = Conv1d(dims.n_mels, n_state, policy)
+        self.conv2 = Conv1d(n_state, n_state, policy, stride=2)
+        self.positional_embedding = Weight(
+            "positional_embedding", DType.float32, [dims.n_audio_ctx, n_state], policy.device
+        )
+        self.blocks = LayerList(
+            [ResidualAttentionBlock(n_state, dims.n_audio_head, policy) for _ in range(dims.n_audio_layer)]
+        )
+        self.ln_post = LayerNorm(n_state, policy)
+
+    def stem(self, mel: TensorValue) -> TensorValue:
+        """Convolutions and positional table: (batch, n_mels, 2 * n_audio_ctx) to (batch, n_audio_ctx, state)."""
+        x = ops.transpose(mel.cast(self.policy.compute), 1, 2)
+        x = ops.gelu(self.conv1(x))
+        x = ops.gelu(self.conv2(x))
+        return (x.cast(DType.float32) + self.positional_embedding).cast(self.policy.compute)
+
+    def __call__(self, mel: TensorValue) -> TensorValue:
+        """(batch, n_mels, 2 * n_audio_ctx) to audio features (batch, n_audio_ctx, state)."""
+        x, _ = through_layers(self.blocks, ResidualAttentionBlock.encode, self.stem(mel), [()] * len(self.blocks))
+        return self.ln_post(x)
+
+
+class Embedding(Module):
+    """A table of vectors, (n_rows, n_state)."""
+
+    def __init__(self, n_rows: int, n_state: int, policy: Policy):
+        super().__init__()
+        self.weight = Weight("weight", policy.storage, [n_rows, n_state], policy.device)
+
+    def __call__(self, indices: TensorValue) -> TensorValue:
+        """Indices of any shape to float32 vectors, in one more dimension."""
+        return ops.gather(self.weight, indices, axis=0).cast(DType.float32)
+
+
+START = 0  # the position of a text's first token
+
+
+def grouped(values: Sequence[TensorValue], size: int) -> list[Sequence[TensorValue]]:
+    """The values in consecutive groups."""
+    return [values[i : i + size] for i in range(0, len(values), size)]
+
+
+class TextDecoder(Module):
+    """Tokens and audio features to logits over the vocabulary."""
+
+    def __init__(self, dims: ModelDimensions, policy: Policy):
+        super().__init__()
+        n_state = dims.n_text_state
+        self.policy = policy
+        self.token_embedding = Embedding(dims.n_vocab, n_state, policy)
+        self.positional_embedding = Weight(
+            "positional_embedding", DType.float32, [dims.n_text_ctx, n_state], policy.device
+        )
+        self.blocks = LayerList(
+            [
+                ResidualAttentionBlock(n_state, dims.n_text_head, policy, cross_attention=True)
+                for _ in range(dims.n_text_layer)
+            ]
+        )
+        self.ln = LayerNorm(n_state, policy)
+
+    def embed(self, tokens: TensorValue, offset: TensorValue | int) -> TensorValue:
+        """Tokens (batch, token), the first at position `offset`, to vectors (batch, token, state)."""
+        positions = indices(tokens.shape[1], tokens.device) + offset
+        x = self.token_embedding(tokens) + ops.gather(self.positional_embedding, positions, axis=0)
+        return x.cast(self.policy.compute)
+
+    def keys_values(self, audio_features: TensorValue) -> list[TensorValue]:
+        """Every layer's cross-attention keys and values of the audio features (audio, n_audio_ctx, state)."""
+        return [value for block in self.blocks for value in block.cross_attn.keys_values(audio_features)]
+
+    def logits(self, x: TensorValue) -> TensorValue:
+        """(batch, token, state) to float32 logits (batch, token, n_vocab)."""
+        return linear(self.ln(x), self.token_embedding.weight).cast(DType.float32)
+
+    def __call__(self, tokens: TensorValue, *cross_kv: TensorValue) -> list[TensorValue]:
+        """A whole text: tokens (batch, token) to logits (batch, token, n_vocab), and every layer's keys and values."""
+        return self._decode(ResidualAttentionBlock.prefill, tokens, START, grouped(cross_kv, 2))
+
+    def step(self, tokens: TensorValue, *kv: TensorValue) -> list[TensorValue]:
+        """One token (batch, 1) behind the cache: logits (batch, 1, n_vocab), and the cache with the token in it.
+
+        kv: every layer's self-attention keys and values, then every layer's cross-attention keys and values.
+        """
+        cache, cross_kv = grouped(kv[: len(kv) // 2], 2), grouped(kv[len(kv) // 2 :], 2)
+        inputs = [(*own, *cross) for own, cross in zip(cache, cross_kv, strict=True)]
+        return self._decode(ResidualAttentionBlock.step, tokens, length(kv[0].shape[2]), inputs)
+
+    def align(self, tokens: TensorValue, *cross_kv: TensorValue) -> list[TensorValue]:
+        """As `__call__`, but every layer's cross-attention scores stand behind the logits."""
+        return self._decode(ResidualAttentionBlock.align, tokens, START, grouped(cross_kv, 2))
+
+    def _decode(
+        self,
+        method: Callable[..., Sequence[TensorValue]],
+        tokens: TensorValue,
+        offset: TensorValue | int,
+        inputs: Sequence[Sequence[TensorValue]],
+    ) -> list[TensorValue]:
+        x, others = through_layers(self.blocks, method, self.embed(tokens, offset), inputs)
+        return [self.logits(x), *others]

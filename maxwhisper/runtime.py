@@ -1,0 +1,175 @@
+"""Devices, precision, and graphs that compile once and are initialised once per layer.
+
+Compiling is the expensive step of MAX (minutes for a network, the first time), initialising with weights the cheap one
+(a tenth of a second). Most of a compilation does not depend on how many graphs it holds, so graphs that are used
+together compile together, into one artifact. MAX keeps artifacts in its compile cache, under ``~/.cache/modular``
+unless ``MODULAR_CACHE_DIR`` says otherwise.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from max.driver import CPU, Accelerator, Device, accelerator_count
+from max.dtype import DType
+from max.engine import CompiledModel, InferenceSession, Model
+from max.graph import DeviceRef, Graph, TensorType, TensorValue
+from max.graph import Module as GraphModule
+from max.nn.layer import Module
+
+from .errors import CheckpointError, DeviceError, OptionError
+
+log = logging.getLogger("maxwhisper")
+
+TORCH_DTYPE = {
+    DType.float16: torch.float16,
+    DType.bfloat16: torch.bfloat16,
+    DType.float32: torch.float32,
+    DType.int64: torch.int64,
+}
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Where the network runs and in what precision.
+
+    device: the MAX device of weights and arithmetic.
+    storage: dtype in which matrices stay in memory; OpenAI's checkpoints are float16, which float32 holds exactly.
+    compute: dtype of activations and of arithmetic.
+
+    Vectors (biases, layer norms) and positional tables are stored in float32 under every policy, and layer norm and
+    softmax compute in float32, as OpenAI's model does at any precision.
+    """
+
+    device: DeviceRef
+    storage: DType
+    compute: DType
+
+
+def find_device(name: str) -> Device:
+    """The MAX device called "cpu" or "gpu" ("cuda" is accepted, as openai-whisper calls it).
+
+    Raises DeviceError when there is no such device, OptionError for any other name.
+    """
+    if name == "cpu":
+        return CPU()
+    if name not in ("gpu", "cuda"):
+        raise OptionError(f"device '{name}' is not known: expected cpu, gpu or cuda")
+    if accelerator_count() == 0:
+        raise DeviceError(f"device '{name}' was asked for, but MAX finds no GPU on this machine")
+    return Accelerator()
+
+
+@dataclass(frozen=True)
+class Program:
+    """One graph to compile: `function` called on `module` and one value per entry of `inputs`.
+
+    Each weight carries its name in the checkpoint: `path`, a dot, and its name in the module. Where the program stands
+    for any layer, `path` holds "{layer}".
+    """
+
+    name: str
+    path: str
+    module: Module
+    function: Callable[..., Sequence[TensorValue]]
+    inputs: Mapping[str, TensorType]
+
+    def trace(self, into: GraphModule) -> dict[str, DType]:
+        """Adds the graph to `into` and returns its weights, by name."""
+        weights = {f"{self.path}.{name}": weight for name, weight in self.module.raw_state_dict().items()}
+        dtypes = {name: weight.dtype for name, weight in weights.items()}
+        for name, weight in weights.items():
+            weight.name = name
+        with Graph(self.name, input_types=list(self.inputs.values()), module=into) as graph:
+            graph.output(*self.function(self.module, *(value.tensor for value in graph.inputs)))
+        return dtypes
+
+
+@dataclass(frozen=True)
+class Executable:
+    """A graph with its weights, called on torch tensors and returning torch tensors that share MAX's memory."""
+
+    name: str
+    model: Model
+    weights: Mapping[str, torch.Tensor]  # MAX reads them in place, so they must live as long as the model
+
+    def __call__(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
+        outputs = self.model.execute(*(tensor.contiguous() for tensor in inputs))
+        return [torch.from_dlpack(output) for output in outputs]
+
+
+@dataclass(frozen=True)
+class CompileRecord:
+    """What one compilation held and how long it took, cache hits included."""
+
+    name: str
+    graphs: int
+    seconds: float
+
+
+COMPILE_LOG: list[CompileRecord] = []
+"""Every compilation of this process, in order."""
+
+
+@cache
+def session(device: str) -> InferenceSession:
+    """The one session of a device."""
+    return InferenceSession(devices=[find_device(device)])
+
+
+class Artifact:
+    """Graphs compiled together, to be initialised with the weights of any layer."""
+
+    def __init__(self, name: str, programs: Iterable[Program], device: str):
+        self.name = name
+        self.session = session(device)
+        self.weights: dict[str, DType] = {}
+        module = GraphModule()
+        count = 0
+        for program in programs:
+            self.weights.update(program.trace(module))
+            count += 1
+        self.compiled = self._compile(module, count)
+
+    def _compile(self, module: GraphModule, count: int) -> CompiledModel:
+        start = time.perf_counter()
+        with announced(f"compiling {self.name}: {count} graphs, minutes the first time, seconds from the cache after"):
+            compiled = self.session.compile(module)
+        COMPILE_LOG.append(CompileRecord(self.name, count, time.perf_counter() - start))
+        return compiled
+
+    def init(self, tensors: Mapping[str, torch.Tensor], layer: int = 0) -> dict[str, Executable]:
+        """Every graph of the artifact with its weights from `tensors`, those of `layer` where its path has one.
+
+        Raises CheckpointError for a tensor that is missing, or that the weight's dtype could not hold exactly.
+        """
+        values = {name: weight_value(tensors, name.format(layer=layer), dtype) for name, dtype in self.weights.items()}
+        models = self.session.init_all(self.compiled, weights_registry=values)
+        return {name: Executable(name, model, values) for name, model in models.items()}
+
+
+def weight_value(tensors: Mapping[str, torch.Tensor], name: str, dtype: DType) -> torch.Tensor:
+    """The tensor called `name`, widened to `dtype`; MAX alone would cast silently, and narrow as readily as widen."""
+    if name not in tensors:
+        raise CheckpointError(f"tensor {name} is missing")
+    tensor, wanted = tensors[name], TORCH_DTYPE[dtype]
+    if torch.promote_types(tensor.dtype, wanted) != wanted:
+        raise CheckpointError(f"tensor {name} is {tensor.dtype}, which {wanted} does not hold exactly")
+    return tensor.to(wanted).contiguous()
+
+
+@contextmanager
+def announced(message: str, after: float = 2.0) -> Iterator[None]:
+    """Logs `message` if the body is still running `after` seconds from now."""
+    timer = threading.Timer(after, log.info, [message])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

@@ -1,0 +1,218 @@
+"""The PyTorch twin of every block: openai-whisper's own modules, called on a block's inputs.
+
+Each twin takes the PyTorch model, the layer's number and the block's named inputs, and returns what the MAX block
+returns. The modules and their forward methods are openai-whisper's; what stands here hands them the inputs that they
+would otherwise compute, such as a cache, and picks up the values that they keep to themselves, such as keys.
+
+Heads: MAX keeps keys and values as (batch, head, token, channel), OpenAI as (batch, token, state).
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+from whisper.model import (
+    LayerNorm,
+    ModelDimensions,
+    MultiHeadAttention,
+    ResidualAttentionBlock,
+    Whisper,
+)
+
+Named = dict[str, Tensor]
+
+
+def pytorch_whisper(dims: ModelDimensions, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Whisper:
+    """openai-whisper's model with the given weights.
+
+    In float64 it is the oracle. OpenAI's LayerNorm casts to float32 whatever it is given, so there it is replaced by
+    the PyTorch class it derives from. In every other dtype it is the peer: weights stay float32, as OpenAI's
+    `load_model` keeps them, and its modules cast them to the dtype of what they are given.
+    """
+    model = Whisper(dims)
+    model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    if dtype == torch.float64:
+        model = model.double()
+        for module in model.modules():
+            if isinstance(module, LayerNorm):
+                module.__class__ = nn.LayerNorm
+    return model.eval().requires_grad_(False)
+
+
+def split_heads(x: Tensor, n_head: int) -> Tensor:
+    """(batch, token, state) to (batch, head, token, channel)."""
+    return x.unflatten(2, (n_head, -1)).transpose(1, 2)
+
+
+def join_heads(x: Tensor) -> Tensor:
+    """(batch, head, token, channel) to (batch, token, state)."""
+    return x.transpose(1, 2).flatten(2)
+
+
+@contextmanager
+def self_attention_cache(attn: MultiHeadAttention, cache: tuple[Tensor, Tensor] | None) -> Iterator[list[Tensor]]:
+    """Puts a cache before what `attn` computes as keys and values; yields a list that receives the two results."""
+    results: list[Tensor] = []
+
+    def prepend(past: Tensor | None) -> Callable[..., Tensor]:
+        def hook(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+            whole = output if past is None else torch.cat([past, output], dim=1)
+            results.append(split_heads(whole, attn.n_head))
+            return whole
+
+        return hook
+
+    past = (None, None) if cache is None else tuple(join_heads(x) for x in cache)
+    handles = [m.register_forward_hook(prepend(x)) for m, x in zip((attn.key, attn.value), past, strict=True)]
+    try:
+        yield results
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def cross_attention_cache(attn: MultiHeadAttention, k: Tensor, v: Tensor, batch: int) -> dict[nn.Module, Tensor]:
+    """The dictionary from which OpenAI's cross-attention takes keys and values, a row for each of `batch` texts."""
+    return {m: join_heads(x).repeat_interleave(batch // x.shape[0], 0) for m, x in ((attn.key, k), (attn.value, v))}
+
+
+def encoder_stem(model: Whisper, layer: int, mel: Tensor) -> list[Tensor]:
+    encoder = model.encoder
+    x = nn.functional.gelu(encoder.conv1(mel))
+    x = nn.functional.gelu(encoder.conv2(x)).permute(0, 2, 1)
+    return [(x + encoder.positional_embedding).to(x.dtype)]
+
+
+def encoder_layer_norm(model: Whisper, layer: int, x: Tensor) -> list[Tensor]:
+    return [model.encoder.blocks[layer].attn_ln(x)]
+
+
+def encoder_attention(model: Whisper, layer: int, x: Tensor) -> list[Tensor]:
+    return [model.encoder.blocks[layer].attn(x)[0]]
+
+
+def encoder_mlp(model: Whisper, layer: int, x: Tensor) -> list[Tensor]:
+    return [model.encoder.blocks[layer].mlp(x)]
+
+
+def encoder_block(model: Whisper, layer: int, x: Tensor) -> list[Tensor]:
+    return [model.encoder.blocks[layer](x)]
+
+
+def encoder(model: Whisper, layer: int, mel: Tensor) -> list[Tensor]:
+    return [model.encoder(mel)]
+
+
+def decoder_embedding(model: Whisper, layer: int, tokens: Tensor, offset: Tensor) -> list[Tensor]:
+    positions = model.decoder.positional_embedding[int(offset) : int(offset) + tokens.shape[1]]
+    return [model.decoder.token_embedding(tokens) + positions]
+
+
+def causal_attention(model: Whisper, layer: int, x: Tensor) -> list[Tensor]:
+    attn = model.decoder.blocks[layer].attn
+    with self_attention_cache(attn, None) as kv:
+        return [attn(x, mask=model.decoder.mask)[0], *kv]
+
+
+def cached_attention(model: Whisper, layer: int, x: Tensor, k_cache: Tensor, v_cache: Tensor) -> list[Tensor]:
+    attn = model.decoder.blocks[layer].attn
+    with self_attention_cache(attn, (k_cache, v_cache)) as kv:
+        return [attn(x, mask=model.decoder.mask)[0], *kv]
+
+
+def cross_keys_values(model: Whisper, layer: int, audio_features: Tensor) -> list[Tensor]:
+    attn = model.decoder.blocks[layer].cross_attn
+    return [split_heads(project(audio_features), attn.n_head) for project in (attn.key, attn.value)]
+
+
+def cross_attention(model: Whisper, layer: int, x: Tensor, k_cross: Tensor, v_cross: Tensor) -> list[Tensor]:
+    attn = model.decoder.blocks[layer].cross_attn
+    return [attn(x, x, kv_cache=cross_attention_cache(attn, k_cross, v_cross, x.shape[0]))[0]]
+
+
+def decoder_mlp(model: Whisper, layer: int, x: Tensor) -> list[Tensor]:
+    return [model.decoder.blocks[layer].mlp(x)]
+
+
+def decoder_block(model: Whisper, layer: int, x: Tensor, **kv: Tensor) -> list[Tensor]:
+    """At prefill, and at a step when there is a k_cache and a v_cache."""
+    block: ResidualAttentionBlock = model.decoder.blocks[layer]
+    cache = (kv["k_cache"], kv["v_cache"]) if "k_cache" in kv else None
+    cross = cross_attention_cache(block.cross_attn, kv["k_cross"], kv["v_cross"], x.shape[0])
+    with self_attention_cache(block.attn, cache) as new:
+        return [block(x, x, mask=model.decoder.mask, kv_cache=cross), *new]
+
+
+def decoder_logits(model: Whisper, layer: int, x: Tensor) -> list[Tensor]:
+    """OpenAI's last two lines, but float64 stays float64."""
+    decoder = model.decoder
+    logits = decoder.ln(x) @ decoder.token_embedding.weight.to(x.dtype).T
+    return [logits if x.dtype == torch.float64 else logits.float()]
+
+
+def decoder_keys_values(model: Whisper, layer: int, audio_features: Tensor) -> list[Tensor]:
+    return [t for i in range(model.dims.n_text_layer) for t in cross_keys_values(model, i, audio_features)]
+
+
+def decoder(model: Whisper, layer: int, tokens: Tensor, **kv: Tensor) -> list[Tensor]:
+    """The decoder at prefill, and at a step when there are caches."""
+    past = kv["k_cache.0"].shape[2] if "k_cache.0" in kv else 0
+    x = decoder_embedding(model, 0, tokens, torch.tensor(past))[0].to(kv["k_cross.0"].dtype)
+    others: list[Tensor] = []
+    for i in range(model.dims.n_text_layer):
+        own = {name.removesuffix(f".{i}"): t for name, t in kv.items() if name.endswith(f".{i}")}
+        x, *new = decoder_block(model, i, x, **own)
+        others += new
+    return [*decoder_logits(model, 0, x), *others]
+
+
+def cross_scores(attn: MultiHeadAttention, x: Tensor, k_cross: Tensor) -> Tensor:
+    """Scores before softmax (audio, head, token, n_audio_ctx), scaled as OpenAI scales them.
+
+    OpenAI's own method rounds them to float32, which would not do for the oracle.
+    """
+    q = split_heads(attn.query(x), attn.n_head)
+    scale = q.shape[-1] ** -0.25
+    return (q * scale) @ (k_cross * scale).transpose(-1, -2)
+
+
+def decoder_alignment(model: Whisper, layer: int, tokens: Tensor, **kv: Tensor) -> list[Tensor]:
+    """As at prefill, with every layer's cross-attention scores."""
+    scores: list[Tensor] = []
+
+    def hook(k_cross: Tensor) -> Callable[..., None]:
+        return lambda attn, inputs, outputs: scores.append(cross_scores(attn, inputs[0], k_cross))
+
+    with ExitStack() as stack:
+        for i, block in enumerate(model.decoder.blocks):
+            stack.callback(block.cross_attn.register_forward_hook(hook(kv[f"k_cross.{i}"])).remove)
+        logits = decoder(model, 0, tokens, **kv)[0]
+    return [logits, *scores]
+
+
+TWINS: dict[str, Callable[..., list[Tensor]]] = {
+    "encoder.stem": encoder_stem,
+    "encoder.layer_norm": encoder_layer_norm,
+    "encoder.attention": encoder_attention,
+    "encoder.mlp": encoder_mlp,
+    "encoder.block": encoder_block,
+    "encoder": encoder,
+    "decoder.embedding": decoder_embedding,
+    "decoder.attention.causal": causal_attention,
+    "decoder.attention.cached": cached_attention,
+    "decoder.cross_attention.keys_values": cross_keys_values,
+    "decoder.cross_attention.prefill": cross_attention,
+    "decoder.cross_attention.step": cross_attention,
+    "decoder.mlp.prefill": decoder_mlp,
+    "decoder.mlp.step": decoder_mlp,
+    "decoder.block.prefill": decoder_block,
+    "decoder.block.step": decoder_block,
+    "decoder.logits.prefill": decoder_logits,
+    "decoder.logits.step": decoder_logits,
+    "decoder.keys_values": decoder_keys_values,
+    "decoder.prefill": decoder,
+    "decoder.step": decoder,
+    "decoder.alignment": decoder_alignment,
+}
+"""By name of the block in `maxwhisper.blocks.BLOCKS`."""

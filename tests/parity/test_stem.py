@@ -1,0 +1,11 @@
+"""The convolutions and positional table."""
+
+from reference.judge import Judgement
+from reference.suite import Suite
+
+from . import isolated
+
+
+@isolated.blocks("stem")
+def test_isolated(model: Suite, block: str, judgements: list[Judgement]) -> None:
+    isolated.check(model, block, judgements)
