@@ -707,6 +707,7 @@ def test_a_file_with_another_checksum_is_refused(
         (urllib.error.URLError("Name or service not known"), "Name or service not known"),
         (urllib.error.HTTPError("https://models.invalid", 503, "Service Unavailable", {}, None), "503"),  # type: ignore[arg-type]
         (TimeoutError(), "TimeoutError"),
+        (urllib.error.URLError("proxy refused:\nno route"), "proxy refused:"),
         (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), "Connection reset by peer"),
     ],
 )
