@@ -1,0 +1,49 @@
+"""OpenAI's Whisper on Modular's MAX Graph.
+
+    model = maxwhisper.load_model("tiny")
+    model.transcribe("talk.mp3")["text"]
+
+`load_model` returns what openai-whisper's function of that name does: an object with its methods and results.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from .errors import AudioError, CheckpointError, DeviceError, MaxWhisperError, OptionError
+
+if TYPE_CHECKING:
+    from .audio import load_audio, log_mel_spectrogram
+    from .checkpoint import convert, load_checkpoint
+    from .whisper import Whisper, load_model
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AudioError",
+    "CheckpointError",
+    "DeviceError",
+    "MaxWhisperError",
+    "OptionError",
+    "Whisper",
+    "convert",
+    "load_audio",
+    "load_checkpoint",
+    "load_model",
+    "log_mel_spectrogram",
+]
+
+_MODULES = {
+    "Whisper": "whisper",
+    "convert": "checkpoint",
+    "load_audio": "audio",
+    "load_checkpoint": "checkpoint",
+    "load_model": "whisper",
+    "log_mel_spectrogram": "audio",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when first used: MAX takes seconds, and the command line answers most mistakes without it.
+    if name not in _MODULES:
+        raise AttributeError(f"module 'maxwhisper' has no attribute {name!r}")
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)

@@ -1,0 +1,209 @@
+"""The drop-in: openai-whisper's `Whisper` object with its network on MAX.
+
+Transcription, decoding, language identification and word timestamps are openai-whisper's own code. Only what that code
+calls is replaced: the encoder, the decoder, its cache, and the log-mel spectrogram.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from max.dtype import DType
+from max.graph import DeviceRef
+from whisper.model import ModelDimensions
+from whisper.model import Whisper as OpenAIWhisper
+from whisper.transcribe import transcribe
+
+from .audio import log_mel_spectrogram
+from .blocks import BLOCKS
+from .checkpoint import Checkpoint, StrPath, load_checkpoint
+from .decoding import KeyValueCache, decode, rebind
+from .errors import AudioError, DeviceError, OptionError
+from .runtime import Artifact, Executable, Policy, find_device
+
+STORAGE = {torch.float16: DType.float16, torch.bfloat16: DType.bfloat16}
+
+
+def load_model(
+    name_or_path: StrPath, device: str | torch.device = "cpu", download_root: StrPath | None = None
+) -> "Whisper":
+    """Loads a checkpoint as `maxwhisper.checkpoint.load_checkpoint` does, and compiles its network for a device.
+
+    device: "cpu", "gpu" or "cuda".
+
+    Raises CheckpointError, DeviceError if there is no such device, OptionError if it has another name.
+    """
+    find_device(str(device))  # before minutes go into reading and compiling
+    return Whisper(load_checkpoint(name_or_path, download_root), str(device))
+
+
+class Network:
+    """The graphs of a checkpoint on a device, by name; those for word timestamps compile when first asked for."""
+
+    def __init__(self, checkpoint: Checkpoint, device: str):
+        self.checkpoint = checkpoint
+        self.device = device
+        ref = DeviceRef.from_device(find_device(device))
+        self.policy = Policy(ref, storage_dtype(checkpoint.tensors), DType.float32)
+        self.executables = self._load("network")
+
+    def __getitem__(self, name: str) -> Executable:
+        if name not in self.executables:
+            self.executables |= self._load(BLOCKS[name].unit)
+        return self.executables[name]
+
+    def _load(self, unit: str) -> dict[str, Executable]:
+        dims, tensors, name = self.checkpoint.dims, self.checkpoint.tensors, self.checkpoint.name
+        programs = [block.program(dims, self.policy) for block in BLOCKS.values() if block.unit == unit]
+        return Artifact(f"{unit} of {name}", programs, self.device).init(tensors)
+
+
+def storage_dtype(tensors: Mapping[str, torch.Tensor]) -> DType:
+    """The dtype that all matrices are stored in where that is float16 or bfloat16, float32 otherwise."""
+    dtypes = {
+        tensor.dtype for name, tensor in tensors.items() if tensor.ndim > 1 and "positional_embedding" not in name
+    }
+    return STORAGE.get(dtypes.pop(), DType.float32) if len(dtypes) == 1 else DType.float32
+
+
+class AudioEncoder(torch.nn.Module):
+    """Log-mel to audio features."""
+
+    def __init__(self, dims: ModelDimensions, network: Network, device: torch.device):
+        super().__init__()
+        self.dims, self.network, self.device = dims, network, device
+
+    def forward(self, mel: torch.Tensor) -> torch.Tensor:
+        """([batch,] n_mels, 2 * n_audio_ctx) to ([batch,] n_audio_ctx, state), in the dtype of mel.
+
+        Raises AudioError for another shape, or for values that are not finite.
+        """
+        expected = (self.dims.n_mels, 2 * self.dims.n_audio_ctx)
+        if mel.ndim not in (2, 3) or mel.shape[-2:] != expected:
+            raise AudioError(f"mel is {tuple(mel.shape)}, expected {expected} or a batch of these")
+        if not mel.isfinite().all():
+            raise AudioError("mel holds values that are not finite")
+        if mel.ndim == 2:
+            return self(mel[None])[0]
+        return self.network["encoder"](mel.to(self.device, torch.float32))[0].to(mel.dtype)
+
+
+class CrossAttention(torch.nn.Module):
+    """A place for forward hooks, which receive the scores that the graph computed."""
+
+    def forward(self, scores: torch.Tensor) -> tuple[None, torch.Tensor]:
+        """scores before softmax, (batch, head, token, n_audio_ctx)."""
+        return None, scores
+
+
+class TextBlock(torch.nn.Module):
+    """A layer of the decoder, as far as openai-whisper's code looks into it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cross_attn = CrossAttention()
+
+
+class TextDecoder(torch.nn.Module):
+    """Tokens and audio features to logits."""
+
+    def __init__(self, dims: ModelDimensions, network: Network, device: torch.device):
+        super().__init__()
+        self.dims, self.network, self.device = dims, network, device
+        self.blocks = torch.nn.ModuleList([TextBlock() for _ in range(dims.n_text_layer)])
+
+    def forward(self, x: torch.Tensor, xa: torch.Tensor, kv_cache: KeyValueCache | None = None) -> torch.Tensor:
+        """Logits of tokens x (batch, token) given audio features xa (audio, n_audio_ctx, state), as float32
+        (batch, token, n_vocab).
+
+        xa may have fewer rows than x: consecutive texts then share one. With a cache, the first call takes a text from
+        its start and fills the cache; each later one takes one more token and needs xa no longer.
+
+        While a block's `cross_attn` has forward hooks and no cache is given, all hooks receive that layer's scores.
+
+        Raises OptionError for tokens or features that the model has no place for.
+        """
+        cache = KeyValueCache() if kv_cache is None else kv_cache
+        self._check(x, xa, cache)
+        x = x.to(self.device, torch.int64)
+        if cache:
+            logits, *cache.own = self.network["decoder.step"](x, *cache.own, *cache.cross)
+            return logits
+        cross = self.network["decoder.keys_values"](xa.to(self.device, torch.float32))
+        if kv_cache is None and any(block.cross_attn._forward_hooks for block in self.blocks):
+            return self._aligned(x, cross)
+        logits, *cache.own = self.network["decoder.prefill"](x, *cross)
+        cache.cross = cross
+        return logits
+
+    def _aligned(self, x: torch.Tensor, cross: list[torch.Tensor]) -> torch.Tensor:
+        logits, *scores = self.network["decoder.alignment"](x, *cross)
+        for block, qk in zip(self.blocks, scores, strict=True):
+            # Texts that share a row of audio stand side by side along the token axis.
+            block.cross_attn(qk.float().unflatten(2, (-1, x.shape[1])).transpose(1, 2).flatten(0, 1))
+        return logits
+
+    def _check(self, x: torch.Tensor, xa: torch.Tensor, cache: KeyValueCache) -> None:
+        dims = self.dims
+        if x.ndim != 2 or 0 in x.shape:
+            raise OptionError(f"tokens are {tuple(x.shape)}, expected (batch, token)")
+        if not 0 <= x.min() <= x.max() < dims.n_vocab:
+            raise OptionError(f"tokens reach from {x.min()} to {x.max()}, the vocabulary from 0 to {dims.n_vocab - 1}")
+        n_token = cache.n_token + x.shape[1]
+        if n_token > dims.n_text_ctx:
+            raise OptionError(f"the text has {n_token} tokens, the model has places for {dims.n_text_ctx}")
+        if cache:
+            if x.shape != (len(cache.own[0]), 1):
+                raise OptionError(f"tokens are {tuple(x.shape)}, expected {(len(cache.own[0]), 1)} behind this cache")
+            return
+        if xa.ndim != 3 or xa.shape[1:] != (dims.n_audio_ctx, dims.n_audio_state):
+            expected = f"(audio, {dims.n_audio_ctx}, {dims.n_audio_state})"
+            raise OptionError(f"audio features are {tuple(xa.shape)}, expected {expected}")
+        if not len(xa) or len(x) % len(xa):
+            raise OptionError(f"{len(x)} texts cannot share {len(xa)} rows of audio features evenly")
+
+
+class Whisper(OpenAIWhisper):
+    """A checkpoint on a device, used as openai-whisper's object of this name is.
+
+    What is not here is inherited: embed_audio, logits, the call on (mel, tokens), detect_language, set_alignment_heads,
+    is_multilingual, num_languages.
+    """
+
+    _transcribe = staticmethod(rebind(transcribe, log_mel_spectrogram=log_mel_spectrogram))
+    decode = decode
+
+    def __init__(self, checkpoint: Checkpoint, device: str = "cpu"):
+        torch.nn.Module.__init__(self)  # not OpenAI's, which would build the network in PyTorch
+        self.dims = checkpoint.dims
+        self._device = torch.device("cpu" if device == "cpu" else "cuda")
+        if self._device.type == "cuda" and not torch.cuda.is_available():
+            raise DeviceError(f"device '{device}' needs a PyTorch that finds the GPU too; this one does not")
+        network = Network(checkpoint, device)
+        self.encoder = AudioEncoder(self.dims, network, self._device)
+        self.decoder = TextDecoder(self.dims, network, self._device)
+        heads = torch.zeros(self.dims.n_text_layer, self.dims.n_text_head, dtype=torch.bool)
+        heads[self.dims.n_text_layer // 2 :] = checkpoint.alignment_heads is None
+        for layer, head in checkpoint.alignment_heads or ():
+            heads[layer, head] = True
+        self.register_buffer("alignment_heads", heads.to_sparse(), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its inputs and outputs are."""
+        return self._device
+
+    def transcribe(self, audio: StrPath | np.ndarray | torch.Tensor, **options: Any) -> dict[str, Any]:
+        """openai-whisper's `transcribe`, with its options and its result.
+
+        fp16 is False unless given: arithmetic is float32, and float16 would only round the audio features.
+
+        Raises AudioError besides what openai-whisper raises.
+        """
+        return self._transcribe(self, audio, **{"fp16": False, **options})
+
+    def install_kv_cache_hooks(self, cache: KeyValueCache | None = None) -> tuple[KeyValueCache, list[Any]]:
+        """A cache for `decoder`, a copy of `cache` if given, and the hooks to remove afterwards: none are needed."""
+        copy = KeyValueCache() if cache is None else KeyValueCache(list(cache.own), list(cache.cross))
+        return copy, []

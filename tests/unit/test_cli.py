@@ -1,0 +1,468 @@
+"""The command line: OpenAI's options and files, and one line on standard error for whatever goes wrong."""
+
+import argparse
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tomllib
+import warnings
+import wave
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import whisper
+
+from maxwhisper import __version__, runtime
+from maxwhisper.audio import load_audio
+from maxwhisper.cli import FORMATS, build_parser, main
+
+ROOT = Path(__file__).parents[2]
+NANO = ROOT / "fixtures" / "nano.pt"
+CLIP = ROOT / "fixtures" / "clips" / "english-1.wav"
+
+# The options whose values differ from OpenAI's on purpose.
+DIFFERENCES = {
+    "--model": "checked when it is loaded, as it may also be a file or a folder of another kind",
+    "--device": "cpu unless asked for, and gpu as the device's name",
+}
+VALUES = ("0", "1", "2.5", "-1", "None", "True", "False", "false", "en", "English", "english", "Klingon", "text", "")
+
+WORDS = [{"word": " Hello", "start": 0.0, "end": 0.5, "probability": 0.9}]
+RESULT: dict[str, Any] = {
+    "text": " Hello there.",
+    "segments": [{"id": 0, "start": 0.0, "end": 1.5, "text": " Hello there.", "words": WORDS}],
+    "language": "en",
+}
+
+
+class StubModel:
+    """Reads the audio, and then knows what was said."""
+
+    is_multilingual = True
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+
+    def transcribe(self, audio: str, **options: Any) -> dict[str, Any]:
+        load_audio(audio)
+        self.calls.append((audio, options))
+        return RESULT
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> StubModel:
+    stub = StubModel()
+    monkeypatch.setattr("maxwhisper.whisper.load_model", lambda *_: stub)
+    return stub
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+def write_wav(path: Path, samples: int) -> Path:
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16000)
+        file.writeframes(bytes(2 * samples))
+    return path
+
+
+def write_float_wav(path: Path, samples: np.ndarray) -> Path:
+    data = samples.astype("<f4").tobytes()
+    rate = 16000
+    header = (3).to_bytes(2, "little") + (1).to_bytes(2, "little") + rate.to_bytes(4, "little")
+    header += (4 * rate).to_bytes(4, "little") + (4).to_bytes(2, "little") + (32).to_bytes(2, "little")
+    body = b"WAVEfmt " + len(header).to_bytes(4, "little") + header + b"data" + len(data).to_bytes(4, "little") + data
+    path.write_bytes(b"RIFF" + len(body).to_bytes(4, "little") + body)
+    return path
+
+
+def status(arguments: list[Any]) -> int:
+    """The exit status of the command, however it ends."""
+    try:
+        return main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        assert isinstance(stop.code, int)
+        return stop.code
+
+
+# ---- the same options as OpenAI's ----------------------------------------------------------------------------------
+
+
+class ParserFound(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def openai_parser() -> argparse.ArgumentParser:
+    def stop(self: argparse.ArgumentParser, *_: Any) -> None:
+        raise ParserFound(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        with pytest.raises(ParserFound) as found:
+            importlib.import_module("whisper.transcribe").cli()
+    return found.value.args[0]
+
+
+def our_options() -> dict[str, argparse.Action]:
+    commands = next(each for each in build_parser()._actions if isinstance(each, argparse._SubParsersAction))
+    return {name: each for each in commands.choices["transcribe"]._actions for name in each.option_strings}
+
+
+def parsed(parser: argparse.ArgumentParser, *arguments: str) -> dict[str, Any] | None:
+    """The parsed options, None if the parser refuses them."""
+    try:
+        options = vars(parser.parse_args(arguments))
+    except SystemExit:
+        return None
+    options.pop("run", None)
+    return options
+
+
+def test_options_have_openais_names_and_defaults(openai_parser: argparse.ArgumentParser) -> None:
+    theirs = {name: each for each in openai_parser._actions for name in each.option_strings}
+    assert our_options().keys() == theirs.keys()
+    ours = parsed(build_parser(), "transcribe", "a.wav")
+    expected = parsed(openai_parser, "a.wav")
+    assert ours is not None and expected is not None
+    assert ours | {"device": None} == expected | {"device": None}
+    assert (ours["device"], ours["model"]) == ("cpu", "turbo")
+
+
+def test_every_option_takes_and_refuses_what_openais_does(
+    openai_parser: argparse.ArgumentParser, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours, compared = build_parser(), 0
+    for action in openai_parser._actions:
+        names = [name for name in action.option_strings if name not in ("-h", "--help")]
+        if not names or names[0] in DIFFERENCES:
+            continue
+        values = {*VALUES, *(action.choices or ())}
+        for value in values:
+            argument = f"{names[0]}={value}"
+            assert parsed(ours, "transcribe", "a.wav", argument) == _on_cpu(parsed(openai_parser, "a.wav", argument))
+            compared += 1
+    assert compared > len(VALUES) * (len(openai_parser._actions) - 5)
+
+
+def _on_cpu(options: dict[str, Any] | None) -> dict[str, Any] | None:
+    return options and options | {"device": "cpu"}
+
+
+def test_every_option_has_help() -> None:
+    assert all(action.help for action in our_options().values())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--temperature", "0.4", "--temperature_increment_on_fallback", "0.3", "--beam_size", "None"],
+        ["--temperature_increment_on_fallback", "None", "--language", "German", "--verbose", "False"],
+        ["--word_timestamps", "True", "--highlight_words", "True", "--max_line_width", "3", "--max_line_count", "1"],
+    ],
+)
+def test_options_reach_the_model_and_files_are_as_openais_command_has_them(
+    options: list[str], tmp_path: Path, out: Path, model: StubModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passed: list[dict[str, Any]] = []
+
+    def record(_: Any, audio: str, **options: Any) -> dict[str, Any]:
+        passed.append(options)
+        return RESULT
+
+    theirs = importlib.import_module("whisper.transcribe")
+    monkeypatch.setattr(theirs, "transcribe", record)
+    monkeypatch.setattr(whisper, "load_model", lambda *_, **__: None)
+    expected = tmp_path / "expected"
+    monkeypatch.setattr(sys, "argv", ["whisper", str(CLIP), "-o", str(expected), *options])
+    theirs.cli()
+
+    assert status(["transcribe", CLIP, "-o", out, *options]) == 0
+    del passed[0]["fp16"]
+    assert model.calls == [(str(CLIP), passed[0] | {"temperature": tuple(passed[0]["temperature"])})]
+    assert sorted(file.name for file in out.iterdir()) == sorted(f"{CLIP.stem}.{ending}" for ending in FORMATS)
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == {
+        file.name: file.read_bytes() for file in expected.iterdir()
+    }
+
+
+def test_version_is_the_distributions() -> None:
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == __version__
+
+
+# ---- output --------------------------------------------------------------------------------------------------------
+
+
+def test_one_format(out: Path, model: StubModel) -> None:
+    assert status(["transcribe", CLIP, "-o", out, "-f", "json"]) == 0
+    assert [file.name for file in out.iterdir()] == [f"{CLIP.stem}.json"]
+    assert json.loads((out / f"{CLIP.stem}.json").read_text()) == RESULT
+
+
+def test_an_existing_file_is_replaced(out: Path, model: StubModel) -> None:
+    out.mkdir()
+    (out / f"{CLIP.stem}.txt").write_text("old")
+    assert status(["transcribe", CLIP, "-o", out, "-f", "txt"]) == 0
+    assert (out / f"{CLIP.stem}.txt").read_text() == "Hello there.\n"
+
+
+def test_output_files_have_the_usual_permissions(out: Path, model: StubModel, tmp_path: Path) -> None:
+    (tmp_path / "usual").touch()
+    assert status(["transcribe", CLIP, "-o", out, "-f", "txt"]) == 0
+    assert (out / f"{CLIP.stem}.txt").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
+def test_one_bad_file_does_not_stop_the_others(
+    tmp_path: Path, out: Path, model: StubModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = [write_wav(tmp_path / f"{name}.wav", 1600) for name in "ac"]
+    assert status(["transcribe", good[0], tmp_path / "b.wav", good[1], "-o", out, "-f", "txt"]) == 1
+    assert sorted(file.name for file in out.iterdir()) == ["a.txt", "c.txt"]
+    assert_one_line(capsys, "b.wav")
+
+
+def test_a_full_disk_leaves_no_partial_file(
+    out: Path, model: StubModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(self: Any, result: Any, file: Any, **_: Any) -> None:
+        file.write("half of ")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("whisper.utils.WriteTSV.write_result", fail)
+    assert status(["transcribe", CLIP, "-o", out]) == 1
+    assert_one_line(capsys, "No space left on device")
+    assert not list(out.iterdir())
+
+
+def test_a_failure_of_another_kind_names_file_and_kind(
+    out: Path, model: StubModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("two\nlines")
+
+    monkeypatch.setattr(model, "transcribe", fail)
+    assert status(["transcribe", CLIP, "-o", out]) == 1
+    assert_one_line(capsys, f"{CLIP}: RuntimeError: two lines")
+
+
+def test_warnings_are_one_line_each(
+    out: Path, model: StubModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def warn(*_: Any, **__: Any) -> dict[str, Any]:
+        warnings.warn("packets\nleft out", RuntimeWarning, stacklevel=1)
+        return RESULT
+
+    monkeypatch.setattr(model, "transcribe", warn)
+    assert status(["transcribe", CLIP, "-o", out, "-f", "txt"]) == 0
+    assert capsys.readouterr().err == "maxwhisper: warning: packets left out\n"
+
+
+def test_english_only_models_take_english(out: Path, model: StubModel, capsys: pytest.CaptureFixture[str]) -> None:
+    model.is_multilingual = False
+    assert status(["transcribe", CLIP, "-o", out, "-f", "txt", "--language", "German"]) == 0
+    assert model.calls[0][1]["language"] == "en"
+    assert "--language German is not used" in capsys.readouterr().err
+
+
+# ---- what goes wrong -----------------------------------------------------------------------------------------------
+
+
+def assert_one_line(capsys: pytest.CaptureFixture[str], expected: str) -> None:
+    error = capsys.readouterr().err
+    assert error.startswith("maxwhisper: error: ") and expected in error and "Traceback" not in error
+    assert error.endswith("\n") and error.count("\n") == 1
+
+
+def text_file(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+BAD_AUDIO: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "missing": (lambda folder: folder / "missing.wav", "missing.wav"),
+    "folder": (lambda folder: folder, "cannot be read"),
+    "empty": (lambda folder: text_file(folder, "empty.wav", ""), "empty.wav"),
+    "text": (lambda folder: text_file(folder, "text.wav", "This is no audio.\n" * 100), "text.wav"),
+    "no samples": (lambda folder: write_wav(folder / "nothing.wav", 0), "no audio samples"),
+    "nan": (lambda folder: write_float_wav(folder / "nan.wav", np.full(16000, np.nan)), "not finite"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_AUDIO)
+def test_bad_audio(kind: str, tmp_path: Path, out: Path, model: StubModel, capsys: pytest.CaptureFixture[str]) -> None:
+    make, expected = BAD_AUDIO[kind]
+    assert status(["transcribe", make(tmp_path), "-o", out]) == 1
+    assert_one_line(capsys, expected)
+    assert not list(out.iterdir())
+
+
+def truncated(folder: Path) -> Path:
+    path = folder / "truncated.pt"
+    path.write_bytes(NANO.read_bytes()[:100_000])
+    return path
+
+
+# The values of --model and --device, the exit status, and a part of the message.
+BAD_MODELS: dict[str, tuple[Callable[[Path], list[Any]], str]] = {
+    "unknown": (lambda _: ["--model", "enormous"], "enormous"),
+    "truncated": (lambda folder: ["--model", truncated(folder)], "truncated.pt"),
+    "no GPU": (lambda _: ["--model", NANO, "--device", "gpu"], "no GPU"),
+    "no CUDA": (lambda _: ["--model", NANO, "--device", "cuda"], "no GPU"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_MODELS)
+def test_bad_models_and_devices(
+    kind: str, tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(runtime, "accelerator_count", lambda: 0)
+    make, expected = BAD_MODELS[kind]
+    assert status(["transcribe", CLIP, "-o", out, *make(tmp_path)]) == 1
+    assert_one_line(capsys, expected)
+    assert not list(out.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--language", "Klingon"),
+        ("--device", "tpu"),
+        ("--output_format", "pdf"),
+        ("--verbose", "yes"),
+        ("--temperature", "-0.1"),
+        ("--temperature", "nan"),
+        ("--temperature_increment_on_fallback", "0"),
+        ("--beam_size", "0"),
+        ("--best_of", "-1"),
+        ("--patience", "0"),
+        ("--length_penalty", "1.5"),
+        ("--threads", "-1"),
+        ("--clip_timestamps", "0,soon"),
+        ("--suppress_tokens", "a"),
+        ("--max_line_width", "40"),
+        ("--highlight_words", "True"),
+    ],
+)
+def test_unusable_options(
+    option: str, value: str, out: Path, model: StubModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status(["transcribe", CLIP, "-o", out, f"{option}={value}"]) == 2
+    assert_one_line(capsys, option)
+    assert not model.calls and not out.exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["transcribe"], ["transcribe", CLIP, "--loud"], ["convert", "a.pt"], ["fly"]]
+)
+def test_unusable_commands(arguments: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert status(arguments) == 2
+    assert_one_line(capsys, "")
+
+
+def test_two_files_for_one_output(out: Path, model: StubModel, capsys: pytest.CaptureFixture[str]) -> None:
+    assert status(["transcribe", "a/talk.mp3", "b/talk.wav", "-o", out]) == 2
+    assert_one_line(capsys, "'talk'")
+
+
+def test_unwritable_output_folder(tmp_path: Path, model: StubModel, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = text_file(tmp_path, "file", "") / "below"
+    assert status(["transcribe", CLIP, "-o", folder]) == 1
+    assert_one_line(capsys, str(folder))
+    assert not model.calls
+
+
+def test_convert_of_a_bad_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert status(["convert", truncated(tmp_path), tmp_path / "out.safetensors"]) == 1
+    assert_one_line(capsys, "truncated.pt")
+    assert [file.name for file in tmp_path.iterdir()] == ["truncated.pt"]
+
+
+def test_convert_names_what_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "nano.safetensors"
+    assert status(["convert", NANO, target]) == 0
+    assert capsys.readouterr().out == f"{target}\n" and target.is_file()
+
+
+# ---- interruptions -------------------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_keeps_what_is_complete(
+    tmp_path: Path, out: Path, model: StubModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    transcribe = model.transcribe
+
+    def interrupted(audio: str, **options: Any) -> dict[str, Any]:
+        if audio.endswith("b.wav"):
+            raise KeyboardInterrupt
+        return transcribe(audio, **options)
+
+    monkeypatch.setattr(model, "transcribe", interrupted)
+    files = [write_wav(tmp_path / f"{name}.wav", 1600) for name in "abc"]
+    assert status(["transcribe", *files, "-o", out, "-f", "txt"]) == 130
+    assert capsys.readouterr().err == "maxwhisper: interrupted\n"
+    assert [file.name for file in out.iterdir()] == ["a.txt"]
+
+
+def test_ctrl_c_while_writing_leaves_nothing(
+    out: Path, model: StubModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(self: Any, result: Any, file: Any, **_: Any) -> None:
+        file.write("half of ")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("whisper.utils.WriteTSV.write_result", interrupted)
+    assert status(["transcribe", CLIP, "-o", out]) == 130
+    assert capsys.readouterr().err == "maxwhisper: interrupted\n"
+    assert not list(out.iterdir())
+
+
+SCRIPT = """
+import sys, time
+from maxwhisper import cli, whisper
+
+class Model:
+    is_multilingual = True
+    def transcribe(self, audio, **options):
+        print("ready", flush=True)
+        {then}
+
+whisper.load_model = lambda *_: Model()
+sys.exit(cli.main(["transcribe", "talk.wav", "-o", sys.argv[1]]))
+"""
+
+
+def start(then: str, out: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", SCRIPT.format(then=then), str(out)]
+    # MAX sets PYTHONEXECUTABLE without os.environ knowing, and with it a child would miss its virtual environment.
+    env = dict(os.environ)
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_sigint(out: Path) -> None:
+    with start("time.sleep(600)", out) as process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate()
+    assert (process.returncode, error) == (130, "maxwhisper: interrupted\n")
+    assert not os.listdir(out)
+
+
+def test_closed_standard_output(out: Path) -> None:
+    with start("while True: print('text')", out) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        error = process.stderr.read()
+    assert (process.returncode, error) == (1, "maxwhisper: error: standard output was closed\n")
+    assert not os.listdir(out)

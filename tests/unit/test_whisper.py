@@ -1,0 +1,253 @@
+"""The drop-in object: openai-whisper's attributes, shapes, dtypes and errors, its cache, and its decoding over MAX."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import whisper
+from whisper.audio import N_SAMPLES, pad_or_trim
+from whisper.decoding import DecodingTask as OpenAIDecodingTask
+from whisper.model import Whisper as OpenAIWhisper
+
+import maxwhisper
+from maxwhisper.audio import load_audio, log_mel_spectrogram
+from maxwhisper.decoding import KeyValueCache, MaxInference
+from maxwhisper.errors import AudioError, DeviceError, OptionError
+from maxwhisper.whisper import TextDecoder, Whisper, load_model
+
+FIXTURES = Path(__file__).parents[2] / "fixtures"
+NANO = FIXTURES / "nano.pt"
+CLIPS = [clip for clip in json.loads((FIXTURES / "clips.json").read_text())["clips"] if not clip["no_speech"]]
+WINDOW = {"en": "english-1.wav", "de": next(Path(clip["file"]).name for clip in CLIPS if clip["language"] == "de")}
+
+
+@pytest.fixture(scope="module")
+def model() -> Whisper:
+    return load_model(NANO)
+
+
+@pytest.fixture(scope="module")
+def openai() -> OpenAIWhisper:
+    return whisper.load_model(str(NANO), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def mels() -> torch.Tensor:
+    """One English window and one German, (2, n_mels, 3000)."""
+    audios = [pad_or_trim(load_audio(FIXTURES / "clips" / WINDOW[language]), N_SAMPLES) for language in ("en", "de")]
+    return torch.stack([log_mel_spectrogram(audio, 80) for audio in audios])
+
+
+@pytest.fixture(scope="module")
+def features(model: Whisper, mels: torch.Tensor) -> torch.Tensor:
+    return model.encoder(mels)
+
+
+@pytest.fixture(scope="module")
+def tokens(model: Whisper, mels: torch.Tensor) -> torch.Tensor:
+    """What the model says to the English window, as (1, token)."""
+    result = model.decode(mels[0], fp16=False, language="en")
+    assert len(result.tokens) > 5
+    tokenizer = whisper.tokenizer.get_tokenizer(True, language="en", task="transcribe")
+    return torch.tensor([[*tokenizer.sot_sequence, *result.tokens]])
+
+
+def test_attributes_are_openais(model: Whisper, openai: OpenAIWhisper) -> None:
+    assert isinstance(model, OpenAIWhisper)
+    assert model.dims == openai.dims and model.device == openai.device
+    assert (model.is_multilingual, model.num_languages) == (openai.is_multilingual, openai.num_languages)
+    assert torch.equal(model.alignment_heads.to_dense(), openai.alignment_heads.to_dense())
+
+
+def test_the_library_itself_is_unchanged(model: Whisper) -> None:
+    task = OpenAIDecodingTask.__init__
+    assert task.__globals__["PyTorchInference"] is whisper.decoding.PyTorchInference is not MaxInference
+    assert whisper.transcribe.__globals__["log_mel_spectrogram"] is whisper.audio.log_mel_spectrogram
+
+
+def test_the_package_offers_what_it_lists() -> None:
+    assert all(getattr(maxwhisper, name) is not None for name in maxwhisper.__all__)
+    assert maxwhisper.load_model is load_model
+    with pytest.raises(AttributeError, match="transcribe_faster"):
+        _ = maxwhisper.transcribe_faster
+
+
+# ---- encoder -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_encoder_keeps_the_dtype_of_mel(model: Whisper, mels: torch.Tensor, dtype: torch.dtype) -> None:
+    features = model.embed_audio(mels.to(dtype))
+    assert features.dtype == dtype
+    assert features.shape == (2, model.dims.n_audio_ctx, model.dims.n_audio_state)
+    assert torch.equal(features, model.encoder(mels.to(dtype).float()).to(dtype))
+
+
+def test_encoder_takes_a_single_window(model: Whisper, mels: torch.Tensor) -> None:
+    assert torch.equal(model.encoder(mels[0]), model.encoder(mels[:1])[0])
+
+
+@pytest.mark.parametrize("shape", [(80, 2999), (2, 128, 3000), (1, 1, 80, 3000), (3000,)])
+def test_encoder_refuses_other_shapes(model: Whisper, shape: tuple[int, ...]) -> None:
+    with pytest.raises(AudioError, match=r"mel is .*, expected \(80, 3000\)"):
+        model.encoder(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_encoder_refuses_what_is_not_finite(model: Whisper, mels: torch.Tensor, value: float) -> None:
+    mel = mels[0].clone()
+    mel[40, 1234] = value
+    with pytest.raises(AudioError, match="not finite"):
+        model.encoder(mel)
+
+
+# ---- decoder -------------------------------------------------------------------------------------------------------
+
+
+def test_logits(model: Whisper, mels: torch.Tensor, features: torch.Tensor, tokens: torch.Tensor) -> None:
+    logits = model.logits(tokens, features[:1])
+    assert logits.shape == (*tokens.shape, model.dims.n_vocab) and logits.dtype == torch.float32
+    assert torch.equal(model(mels[:1], tokens), model.logits(tokens, model.encoder(mels[:1])))
+
+
+@pytest.mark.parametrize("n_prompt", [1, 4])
+def test_cache_gives_what_the_whole_text_gives(
+    model: Whisper, features: torch.Tensor, tokens: torch.Tensor, n_prompt: int
+) -> None:
+    expected = model.decoder(tokens, features[:1]).argmax(-1)
+    cache, hooks = model.install_kv_cache_hooks()
+    assert hooks == [] and not cache
+    steps = [model.decoder(tokens[:, :n_prompt], features[:1], kv_cache=cache)]
+    for i in range(n_prompt, tokens.shape[1]):
+        assert cache.n_token == i
+        steps.append(model.decoder(tokens[:, i : i + 1], features[:1], kv_cache=cache))
+    assert torch.equal(torch.cat(steps, dim=1).argmax(-1), expected)
+
+
+def test_texts_share_a_row_of_audio(model: Whisper, features: torch.Tensor, tokens: torch.Tensor) -> None:
+    texts = tokens.repeat(4, 1)
+    shared = model.decoder(texts, features).argmax(-1)
+    assert torch.equal(shared, model.decoder(texts, features.repeat_interleave(2, 0)).argmax(-1))
+    assert torch.equal(shared[0], shared[1]) and not torch.equal(shared[1], shared[2])
+
+
+def test_rearranged_cache_continues_the_chosen_texts(
+    model: Whisper, features: torch.Tensor, tokens: torch.Tensor
+) -> None:
+    other = tokens.roll(1, dims=1)
+    texts, chosen = torch.cat([tokens, other, other]), [2, 0, 0]
+    inference = MaxInference(model, texts.shape[1] - 1)
+    inference.logits(texts[:, :-1], features[:1])
+    inference.rearrange_kv_cache(chosen)
+    continued = inference.logits(texts[chosen], features[:1])[:, -1].argmax(-1)
+    assert torch.equal(continued, model.decoder(texts[chosen], features[:1])[:, -1].argmax(-1))
+    assert continued[0] != continued[1]
+    inference.cleanup_caching()
+    assert not inference.cache
+
+
+def test_a_copied_cache_is_independent(model: Whisper, features: torch.Tensor, tokens: torch.Tensor) -> None:
+    cache, _ = model.install_kv_cache_hooks()
+    model.decoder(tokens[:, :4], features[:1], kv_cache=cache)
+    copy, _ = model.install_kv_cache_hooks(cache)
+    model.decoder(tokens[:, 4:5], features[:1], kv_cache=copy)
+    assert (cache.n_token, copy.n_token) == (4, 5)
+
+
+def test_decoder_refuses_what_it_has_no_place_for(model: Whisper, features: torch.Tensor, tokens: torch.Tensor) -> None:
+    dims = model.dims
+    with pytest.raises(OptionError, match=f"{dims.n_text_ctx + 1} tokens, the model has places for {dims.n_text_ctx}"):
+        model.logits(torch.zeros(1, dims.n_text_ctx + 1, dtype=torch.int64), features[:1])
+    with pytest.raises(OptionError, match=f"to {dims.n_vocab}, the vocabulary from 0 to {dims.n_vocab - 1}"):
+        model.logits(torch.tensor([[0, dims.n_vocab]]), features[:1])
+    with pytest.raises(OptionError, match="from -1"):
+        model.logits(torch.tensor([[-1]]), features[:1])
+    with pytest.raises(OptionError, match=r"expected \(batch, token\)"):
+        model.logits(tokens[0], features[:1])
+    with pytest.raises(OptionError, match="3 texts cannot share 2 rows"):
+        model.logits(tokens.repeat(3, 1), features)
+    with pytest.raises(OptionError, match="audio features are"):
+        model.logits(tokens, features[:1, 1:])
+    cache, _ = model.install_kv_cache_hooks()
+    model.decoder(tokens[:, :4], features[:1], kv_cache=cache)
+    with pytest.raises(OptionError, match=r"expected \(1, 1\) behind this cache"):
+        model.decoder(tokens[:, 4:6], features[:1], kv_cache=cache)
+
+
+class Scores:
+    """A network whose scores say where they stand: 1000 audio + 100 head + 10 text + token."""
+
+    n_audio, n_head, n_text, n_token = 2, 3, 2, 4
+
+    def __getitem__(self, name: str):  # type: ignore[no-untyped-def]
+        return {"decoder.keys_values": lambda _: [], "decoder.alignment": self.align}[name]
+
+    def align(self, tokens: torch.Tensor) -> list[torch.Tensor]:
+        audio, head = torch.arange(self.n_audio)[:, None, None, None], torch.arange(self.n_head)[:, None, None]
+        text, token = torch.arange(self.n_text)[:, None], torch.arange(self.n_token)
+        place = (1000 * audio + 100 * head + (10 * text + token).flatten()[:, None].squeeze(-1)).squeeze(-2)
+        return [torch.zeros(1), place[..., None].double()]
+
+
+def test_hooks_receive_the_scores_of_each_text(model: Whisper) -> None:
+    from dataclasses import replace
+
+    dims = replace(model.dims, n_text_layer=1)
+    decoder = TextDecoder(dims, Scores(), torch.device("cpu"))  # type: ignore[arg-type]
+    received: list[torch.Tensor] = []
+    hook = decoder.blocks[0].cross_attn.register_forward_hook(lambda _, __, out: received.append(out[-1]))
+    n_text = Scores.n_audio * Scores.n_text
+    features = torch.zeros(Scores.n_audio, dims.n_audio_ctx, dims.n_audio_state)
+    decoder(torch.zeros(n_text, Scores.n_token, dtype=torch.int64), features)
+    hook.remove()
+    expected = torch.tensor(
+        [
+            [[1000 * (i // 2) + 100 * head + 10 * (i % 2) + token for token in range(4)] for head in range(3)]
+            for i in range(n_text)
+        ]
+    )
+    assert len(received) == 1 and received[0].dtype == torch.float32
+    assert torch.equal(received[0], expected[..., None].float())
+
+
+# ---- decoding ------------------------------------------------------------------------------------------------------
+
+
+def test_languages(model: Whisper, mels: torch.Tensor) -> None:
+    found, probabilities = model.detect_language(mels)
+    assert [max(each, key=each.__getitem__) for each in probabilities] == ["en", "de"]
+    single, _ = model.detect_language(mels[1])
+    assert single == found[1]
+
+
+@pytest.mark.parametrize("beam_size", [None, 3])
+def test_windows_decode_together_as_they_do_alone(model: Whisper, mels: torch.Tensor, beam_size: int | None) -> None:
+    together = model.decode(mels, fp16=False, beam_size=beam_size)
+    assert [result.language for result in together] == ["en", "de"]
+    assert [result.text for result in together] == [model.decode(m, fp16=False, beam_size=beam_size).text for m in mels]
+
+
+def test_converted_checkpoint_says_the_same(model: Whisper, mels: torch.Tensor, tmp_path: Path) -> None:
+    converted = load_model(maxwhisper.convert(NANO, tmp_path / "nano.safetensors"))
+    assert converted.decode(mels[0], fp16=False).tokens == model.decode(mels[0], fp16=False).tokens
+
+
+def test_silence(model: Whisper) -> None:
+    assert model.transcribe(torch.zeros(N_SAMPLES), language="en")["segments"] == []
+
+
+# ---- loading -------------------------------------------------------------------------------------------------------
+
+
+def test_devices_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("maxwhisper.runtime.accelerator_count", lambda: 0)
+    for device in ("gpu", "cuda"):
+        with pytest.raises(DeviceError, match="no GPU"):
+            load_model(NANO, device)
+    with pytest.raises(OptionError, match="'tpu' is not known"):
+        load_model(NANO, "tpu")
+
+
+def test_an_empty_cache_is_false() -> None:
+    assert not KeyValueCache() and KeyValueCache().n_token == 0
