@@ -4,18 +4,21 @@ Transcription, decoding, language identification and word timestamps are openai-
 calls is replaced: the encoder, the decoder, its cache, and the log-mel spectrogram.
 """
 
-from collections.abc import Mapping
+import math
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from max.dtype import DType
 from max.graph import DeviceRef
+from whisper.audio import FRAMES_PER_SECOND
 from whisper.model import ModelDimensions
 from whisper.model import Whisper as OpenAIWhisper
 from whisper.transcribe import transcribe
 
-from .audio import log_mel_spectrogram
+from .audio import HOP_LENGTH, load_audio, log_mel_spectrogram
 from .blocks import BLOCKS
 from .checkpoint import Checkpoint, StrPath, load_checkpoint
 from .decoding import KeyValueCache, decode, rebind
@@ -164,6 +167,20 @@ class TextDecoder(torch.nn.Module):
             raise OptionError(f"{len(x)} texts cannot share {len(xa)} rows of audio features evenly")
 
 
+def within(timestamps: str | Sequence[float], n_samples: int) -> list[float]:
+    """The `clip_timestamps` of `transcribe`, moved to the end of the audio where they lie behind it: openai-whisper's
+    loop would never end there. Raises OptionError for what is no time in seconds."""
+    parts = timestamps.split(",") if isinstance(timestamps, str) and timestamps else timestamps
+    try:
+        clips = [float(each) for each in parts]
+    except ValueError:
+        clips = [math.nan]
+    if not all(each >= 0 for each in clips):
+        raise OptionError(f"clip_timestamps must be seconds from 0 on, with commas between them, not '{timestamps}'")
+    end = n_samples // HOP_LENGTH / FRAMES_PER_SECOND
+    return [min(each, end) for each in clips]
+
+
 class Whisper(OpenAIWhisper):
     """A checkpoint on a device, used as openai-whisper's object of this name is.
 
@@ -199,9 +216,12 @@ class Whisper(OpenAIWhisper):
 
         fp16 is False unless given: arithmetic is float32, and float16 would only round the audio features.
 
-        Raises AudioError besides what openai-whisper raises.
+        Raises AudioError and OptionError besides what openai-whisper raises.
         """
-        return self._transcribe(self, audio, **{"fp16": False, **options})
+        if isinstance(audio, str | os.PathLike):
+            audio = load_audio(audio)
+        clips = within(options.pop("clip_timestamps", "0"), len(audio))
+        return self._transcribe(self, audio, clip_timestamps=clips, **{"fp16": False, **options})
 
     def install_kv_cache_hooks(self, cache: KeyValueCache | None = None) -> tuple[KeyValueCache, list[Any]]:
         """A cache for `decoder`, a copy of `cache` if given, and the hooks to remove afterwards: none are needed."""

@@ -1,6 +1,8 @@
 """The drop-in object: openai-whisper's attributes, shapes, dtypes and errors, its cache, and its decoding over MAX."""
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ import maxwhisper
 from maxwhisper.audio import load_audio, log_mel_spectrogram
 from maxwhisper.decoding import KeyValueCache, MaxInference
 from maxwhisper.errors import AudioError, DeviceError, OptionError
-from maxwhisper.whisper import TextDecoder, Whisper, load_model
+from maxwhisper.whisper import TextDecoder, Whisper, load_model, within
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 NANO = FIXTURES / "nano.pt"
@@ -176,39 +178,26 @@ def test_decoder_refuses_what_it_has_no_place_for(model: Whisper, features: torc
 
 
 class Scores:
-    """A network whose scores say where they stand: 1000 audio + 100 head + 10 text + token."""
+    """A network whose scores are all different: (audio, head, text of this audio, token, frame)."""
 
-    n_audio, n_head, n_text, n_token = 2, 3, 2, 4
+    scores = torch.arange(2 * 3 * 2 * 4 * 5.0).reshape(2, 3, 2, 4, 5)
 
-    def __getitem__(self, name: str):  # type: ignore[no-untyped-def]
-        return {"decoder.keys_values": lambda _: [], "decoder.alignment": self.align}[name]
-
-    def align(self, tokens: torch.Tensor) -> list[torch.Tensor]:
-        audio, head = torch.arange(self.n_audio)[:, None, None, None], torch.arange(self.n_head)[:, None, None]
-        text, token = torch.arange(self.n_text)[:, None], torch.arange(self.n_token)
-        place = (1000 * audio + 100 * head + (10 * text + token).flatten()[:, None].squeeze(-1)).squeeze(-2)
-        return [torch.zeros(1), place[..., None].double()]
+    def __getitem__(self, name: str) -> Callable[..., list[torch.Tensor]]:
+        side_by_side = self.scores.flatten(2, 3)
+        return {"decoder.keys_values": lambda _: [], "decoder.alignment": lambda _: [torch.zeros(1), side_by_side]}[
+            name
+        ]
 
 
 def test_hooks_receive_the_scores_of_each_text(model: Whisper) -> None:
-    from dataclasses import replace
-
     dims = replace(model.dims, n_text_layer=1)
     decoder = TextDecoder(dims, Scores(), torch.device("cpu"))  # type: ignore[arg-type]
     received: list[torch.Tensor] = []
     hook = decoder.blocks[0].cross_attn.register_forward_hook(lambda _, __, out: received.append(out[-1]))
-    n_text = Scores.n_audio * Scores.n_text
-    features = torch.zeros(Scores.n_audio, dims.n_audio_ctx, dims.n_audio_state)
-    decoder(torch.zeros(n_text, Scores.n_token, dtype=torch.int64), features)
+    decoder(torch.zeros(4, 4, dtype=torch.int64), torch.zeros(2, dims.n_audio_ctx, dims.n_audio_state))
     hook.remove()
-    expected = torch.tensor(
-        [
-            [[1000 * (i // 2) + 100 * head + 10 * (i % 2) + token for token in range(4)] for head in range(3)]
-            for i in range(n_text)
-        ]
-    )
-    assert len(received) == 1 and received[0].dtype == torch.float32
-    assert torch.equal(received[0], expected[..., None].float())
+    assert len(received) == 1
+    assert torch.equal(received[0], Scores.scores.transpose(1, 2).flatten(0, 1))
 
 
 # ---- decoding ------------------------------------------------------------------------------------------------------
@@ -234,7 +223,19 @@ def test_converted_checkpoint_says_the_same(model: Whisper, mels: torch.Tensor, 
 
 
 def test_silence(model: Whisper) -> None:
-    assert model.transcribe(torch.zeros(N_SAMPLES), language="en")["segments"] == []
+    assert model.transcribe(torch.zeros(N_SAMPLES), language="en")["text"] == ""
+
+
+def test_clips_end_with_the_audio(model: Whisper) -> None:
+    assert within("0,1000", 16000 * 3 + 1) == [0, 3] and within([5, 7.5], 16000) == [1, 1] and within("", 16000) == []
+    audio = load_audio(FIXTURES / "clips" / WINDOW["en"])
+    assert model.transcribe(audio, clip_timestamps="0,1000") == model.transcribe(audio)
+
+
+@pytest.mark.parametrize("clips", ["soon", "0,", "-1", "nan", [0.0, -0.5]])
+def test_clips_that_are_no_times(model: Whisper, clips: str | list[float]) -> None:
+    with pytest.raises(OptionError, match="clip_timestamps must be seconds"):
+        model.transcribe(torch.zeros(N_SAMPLES), clip_timestamps=clips)
 
 
 # ---- loading -------------------------------------------------------------------------------------------------------
