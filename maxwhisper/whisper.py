@@ -134,7 +134,7 @@ class TextDecoder(torch.nn.Module):
             logits, *cache.own = self.network["decoder.step"](x, *cache.own, *cache.cross)
             return logits
         cross = self.network["decoder.keys_values"](xa.to(self.device, torch.float32))
-        if kv_cache is None and any(block.cross_attn._forward_hooks for block in self.blocks):
+        if kv_cache is None and any(module._forward_hooks for module in self._cross_attentions()):
             return self._aligned(x, cross)
         logits, *cache.own = self.network["decoder.prefill"](x, *cross)
         cache.cross = cross
@@ -142,10 +142,13 @@ class TextDecoder(torch.nn.Module):
 
     def _aligned(self, x: torch.Tensor, cross: list[torch.Tensor]) -> torch.Tensor:
         logits, *scores = self.network["decoder.alignment"](x, *cross)
-        for block, qk in zip(self.blocks, scores, strict=True):
+        for cross_attn, qk in zip(self._cross_attentions(), scores, strict=True):
             # Texts that share a row of audio stand side by side along the token axis.
-            block.cross_attn(qk.float().unflatten(2, (-1, x.shape[1])).transpose(1, 2).flatten(0, 1))
+            cross_attn(qk.float().unflatten(2, (-1, x.shape[1])).transpose(1, 2).flatten(0, 1))
         return logits
+
+    def _cross_attentions(self) -> list[CrossAttention]:
+        return [module for module in self.modules() if isinstance(module, CrossAttention)]
 
     def _check(self, x: torch.Tensor, xa: torch.Tensor, cache: KeyValueCache) -> None:
         dims = self.dims

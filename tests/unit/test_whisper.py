@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -193,7 +194,8 @@ def test_hooks_receive_the_scores_of_each_text(model: Whisper) -> None:
     dims = replace(model.dims, n_text_layer=1)
     decoder = TextDecoder(dims, Scores(), torch.device("cpu"))  # type: ignore[arg-type]
     received: list[torch.Tensor] = []
-    hook = decoder.blocks[0].cross_attn.register_forward_hook(lambda _, __, out: received.append(out[-1]))
+    block: Any = decoder.blocks[0]
+    hook = block.cross_attn.register_forward_hook(lambda _, __, out: received.append(out[-1]))
     decoder(torch.zeros(4, 4, dtype=torch.int64), torch.zeros(2, dims.n_audio_ctx, dims.n_audio_state))
     hook.remove()
     assert len(received) == 1
