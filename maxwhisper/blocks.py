@@ -6,6 +6,7 @@ Adding a block is adding an entry, as long as `reference/blocks.py` knows its Py
 
 Names of inputs mean the same everywhere:
 
+    audio               (samples,) float32, at 16 kHz
     mel                 (batch, n_mels, 2 * n_audio_ctx) float32
     x                   (batch, token or n_audio_ctx, state), the submodule's own input
     tokens, offset      (batch, token) int64; position of the first one, int64 scalar
@@ -25,6 +26,7 @@ from max.nn.layer import Module
 from whisper.model import ModelDimensions
 
 from . import model
+from .audio import LogMelSpectrogram
 from .model import KeyValue
 from .runtime import Policy, Program
 
@@ -40,7 +42,8 @@ class Block:
     module: builds the MAX module that holds its weights.
     function: from that module and one value per input to the outputs.
     inputs: the graph's inputs, in order.
-    unit: what compiles into one artifact: "network" what transcribes, "alignment" word timestamps, "parts" the rest.
+    unit: what compiles into one artifact: "log_mel" alone, as it depends only on the number of mel bands; "network",
+        what transcribes; "alignment", for word timestamps; "parts", the rest.
     """
 
     name: str
@@ -63,6 +66,10 @@ class Block:
 
 
 # ---- inputs --------------------------------------------------------------------------------------------------------
+
+
+def audio(dims: ModelDimensions, policy: Policy) -> Inputs:
+    return {"audio": TensorType(DType.float32, ["samples"], policy.device)}
 
 
 def mel(dims: ModelDimensions, policy: Policy) -> Inputs:
@@ -160,6 +167,10 @@ def text_mlp(dims: ModelDimensions, policy: Policy) -> Module:
     return model.mlp(dims.n_text_state, policy)
 
 
+def log_mel(dims: ModelDimensions, policy: Policy) -> Module:
+    return LogMelSpectrogram(dims.n_mels, policy.device)
+
+
 def audio_stem(dims: ModelDimensions, policy: Policy) -> Module:
     return model.AudioEncoder(replace(dims, n_audio_layer=0), policy)
 
@@ -202,6 +213,7 @@ CROSS = f"{TEXT_LAYER}.cross_attn"
 BLOCKS: dict[str, Block] = {
     block.name: block
     for block in (
+        Block("log_mel", "log_mel", log_mel, one, audio, unit="log_mel"),
         Block("encoder.stem", "encoder", audio_stem, lambda m, x: (m.stem(x),), mel),
         Block("encoder.layer_norm", f"{LAYER}.attn_ln", audio_layer_norm, one, audio_x),
         Block("encoder.attention", f"{LAYER}.attn", audio_attention, encoder_attention, audio_x),

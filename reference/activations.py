@@ -10,7 +10,7 @@ from whisper.model import Whisper
 
 from maxwhisper.blocks import Block
 
-from .blocks import split_heads
+from .blocks import log_mel, split_heads
 
 PROMPT, STEP = "prompt", "step"
 
@@ -19,10 +19,11 @@ PROMPT, STEP = "prompt", "step"
 class Activations:
     """Every submodule's input over one window of audio and one text, and the keys and values of every attention.
 
-    mel: (1, n_mels, 2 * n_audio_ctx); tokens: (1, token).
+    audio: (samples,); mel: (1, n_mels, 2 * n_audio_ctx); tokens: (1, token).
     inputs: by submodule, its input. keys, values: by attention, (1, head, token, channel).
     """
 
+    audio: Tensor
     mel: Tensor
     tokens: Tensor
     inputs: Mapping[str, Tensor]
@@ -39,7 +40,7 @@ class Activations:
 
     def one(self, name: str, path: str, step: bool, position: int) -> Tensor:
         tokens = slice(position, position + 1) if step else slice(0, position)
-        if name in ("mel", "audio_features"):
+        if name in ("audio", "mel", "audio_features"):
             return getattr(self, name)
         if name == "offset":
             return torch.tensor(position if step else 0)
@@ -61,8 +62,8 @@ class Activations:
 
 
 @torch.no_grad()
-def record(oracle: Whisper, mel: Tensor, tokens: Tensor) -> Activations:
-    """Runs the oracle over `mel` and `tokens`, keeping what goes into and comes out of its submodules."""
+def record(oracle: Whisper, audio: Tensor, tokens: Tensor) -> Activations:
+    """Runs the oracle over 30 s of `audio` and `tokens`, keeping what goes into and comes out of its submodules."""
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
 
@@ -77,11 +78,12 @@ def record(oracle: Whisper, mel: Tensor, tokens: Tensor) -> Activations:
     with ExitStack() as stack:
         for name, module in oracle.named_modules():
             stack.callback(module.register_forward_hook(hook(name)).remove)
-        features = oracle.encoder(mel.double())
+        mel = log_mel(oracle, 0, audio.double())[0].unsqueeze(0)
+        features = oracle.encoder(mel)
         oracle.decoder(tokens, features)
 
     def heads(kind: str) -> dict[str, Tensor]:
         found = {name.removesuffix(f".{kind}"): x for name, x in outputs.items() if name.endswith(f"attn.{kind}")}
         return {name: split_heads(x, oracle.get_submodule(name).n_head) for name, x in found.items()}
 
-    return Activations(mel.double(), tokens, inputs, heads("key"), heads("value"), features)
+    return Activations(audio, mel, tokens, inputs, heads("key"), heads("value"), features)

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
+from whisper.audio import HOP_LENGTH, N_FFT, log_mel_spectrogram, mel_filters
 from whisper.model import (
     LayerNorm,
     ModelDimensions,
@@ -75,6 +76,17 @@ def self_attention_cache(attn: MultiHeadAttention, cache: tuple[Tensor, Tensor] 
 def cross_attention_cache(attn: MultiHeadAttention, k: Tensor, v: Tensor, batch: int) -> dict[nn.Module, Tensor]:
     """The dictionary from which OpenAI's cross-attention takes keys and values, a row for each of `batch` texts."""
     return {m: join_heads(x).repeat_interleave(batch // x.shape[0], 0) for m, x in ((attn.key, k), (attn.value, v))}
+
+
+def log_mel(model: Whisper, layer: int, audio: Tensor) -> list[Tensor]:
+    """OpenAI's function, which is float32; in float64 its formula, with a Hann window and a transform of that dtype."""
+    n_mels = model.dims.n_mels
+    if audio.dtype != torch.float64:
+        return [log_mel_spectrogram(audio, n_mels)]
+    window = torch.hann_window(N_FFT, dtype=torch.float64)
+    power = torch.stft(audio, N_FFT, HOP_LENGTH, window=window, return_complex=True)[:, :-1].abs() ** 2
+    log_mel = (mel_filters("cpu", n_mels).double() @ power).clamp(min=1e-10).log10()
+    return [(log_mel.maximum(log_mel.max() - 8) + 4) / 4]
 
 
 def encoder_stem(model: Whisper, layer: int, mel: Tensor) -> list[Tensor]:
@@ -192,6 +204,7 @@ def decoder_alignment(model: Whisper, layer: int, tokens: Tensor, **kv: Tensor) 
 
 
 TWINS: dict[str, Callable[..., list[Tensor]]] = {
+    "log_mel": log_mel,
     "encoder.stem": encoder_stem,
     "encoder.layer_norm": encoder_layer_norm,
     "encoder.attention": encoder_attention,

@@ -10,11 +10,11 @@ import torch
 from max.dtype import DType
 from max.graph import DeviceRef
 from torch import Tensor
-from whisper.audio import N_FRAMES, log_mel_spectrogram, pad_or_trim
+from whisper.audio import N_FFT, pad_or_trim
 from whisper.model import ModelDimensions, Whisper
 from whisper.tokenizer import get_tokenizer
 
-from maxwhisper.audio import load_audio
+from maxwhisper.audio import load_audio, log_mel_weights
 from maxwhisper.blocks import BLOCKS, Block
 from maxwhisper.checkpoint import load_checkpoint
 from maxwhisper.runtime import TORCH_DTYPE, Artifact, Executable, Policy
@@ -54,11 +54,14 @@ class Suite:
     def activations(self) -> Activations:
         """Recorded over the first window of an English clip and its text."""
         clip = next(c for c in json.loads((FIXTURES / "clips.json").read_text())["clips"] if c["language"] == "en")
-        audio = load_audio(FIXTURES / clip["file"])
-        mel = pad_or_trim(log_mel_spectrogram(audio, self.dims.n_mels), N_FRAMES)
+        audio = torch.from_numpy(pad_or_trim(load_audio(FIXTURES / clip["file"])))
         tokenizer = get_tokenizer(multilingual=True, language="en", task="transcribe")
         text = [*tokenizer.sot_sequence_including_notimestamps, *tokenizer.encode(" " + clip["text"]), tokenizer.eot]
-        return record(self.oracle, mel.unsqueeze(0), torch.tensor([text]))
+        return record(self.oracle, audio, torch.tensor([text]))
+
+    @cached_property
+    def log_mel_tensors(self) -> dict[str, Tensor]:
+        return {f"log_mel.{name}": tensor for name, tensor in log_mel_weights(self.dims.n_mels).items()}
 
     @cached_property
     def artifacts(self) -> dict[str, Artifact]:
@@ -75,7 +78,7 @@ class Suite:
             programs = [b.program(self.dims, POLICY) for b in BLOCKS.values() if b.unit == unit]
             self.artifacts[unit] = Artifact(f"{self.size}, {unit}", programs, "cpu")
         if (unit, layer) not in self.executables:
-            self.executables[unit, layer] = self.artifacts[unit].init(self.tensors, layer)
+            self.executables[unit, layer] = self.artifacts[unit].init(self.tensors | self.log_mel_tensors, layer)
         return self.executables[unit, layer][block.name]
 
     def moments(self, block: Block) -> dict[str, int]:
@@ -121,6 +124,8 @@ def longest_reduction(block: Block, dims: ModelDimensions) -> int:
         return n_state
     if "embedding" in block.name:
         return 1
+    if block.name == "log_mel":
+        return N_FFT
     if "stem" in block.name:
         return 3 * n_state
     if "mlp" in block.name:

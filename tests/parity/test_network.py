@@ -9,6 +9,6 @@ from reference.suite import Suite
 from . import isolated
 
 
-@pytest.mark.parametrize("block", [name for name, block in BLOCKS.items() if block.unit != "parts"])
+@pytest.mark.parametrize("block", [name for name, block in BLOCKS.items() if block.unit in ("network", "alignment")])
 def test_isolated(model: Suite, block: str, judgements: list[Judgement]) -> None:
     isolated.check(model, block, judgements)
