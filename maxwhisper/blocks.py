@@ -38,7 +38,7 @@ class Block:
     """A part of the network that compiles on its own.
 
     name: dotted, as the tests select it.
-    path: its place in the PyTorch model, "{layer}" standing for the layer's number.
+    path: its place in the PyTorch model, "{audio_layer}" or "{text_layer}" standing for the layer's number.
     module: builds the MAX module that holds its weights.
     function: from that module and one value per input to the outputs.
     inputs: the graph's inputs, in order.
@@ -60,9 +60,8 @@ class Block:
 
     def n_layer(self, dims: ModelDimensions) -> int:
         """How many layers of the model this block stands for."""
-        if "{layer}" not in self.path:
-            return 1
-        return dims.n_audio_layer if self.path.startswith("encoder") else dims.n_text_layer
+        layers = {"{audio_layer}": dims.n_audio_layer, "{text_layer}": dims.n_text_layer}
+        return next((number for placeholder, number in layers.items() if placeholder in self.path), 1)
 
 
 # ---- inputs --------------------------------------------------------------------------------------------------------
@@ -207,7 +206,7 @@ def cross_attention(
 
 # ---- the table -----------------------------------------------------------------------------------------------------
 
-LAYER, TEXT_LAYER = "encoder.blocks.{layer}", "decoder.blocks.{layer}"
+LAYER, TEXT_LAYER = "encoder.blocks.{audio_layer}", "decoder.blocks.{text_layer}"
 CROSS = f"{TEXT_LAYER}.cross_attn"
 
 BLOCKS: dict[str, Block] = {

@@ -70,7 +70,7 @@ class Program:
     """One graph to compile: `function` called on `module` and one value per entry of `inputs`.
 
     Each weight carries its name in the checkpoint: `path`, a dot, and its name in the module. Where the program stands
-    for any layer, `path` holds "{layer}".
+    for any layer, `path` has a placeholder for its number in braces.
     """
 
     name: str
@@ -129,28 +129,29 @@ class Artifact:
         self.name = name
         self.session = session(device)
         self.weights: dict[str, DType] = {}
+        self.graphs: list[str] = []
         module = GraphModule()
-        count = 0
         for program in programs:
             self.weights.update(program.trace(module))
-            count += 1
-        self.compiled = self._compile(module, count)
+            self.graphs.append(program.name)
+        self.compiled = self._compile(module)
 
-    def _compile(self, module: GraphModule, count: int) -> CompiledModel:
-        start = time.perf_counter()
+    def _compile(self, module: GraphModule) -> CompiledModel:
+        count, start = len(self.graphs), time.perf_counter()
         with announced(f"compiling {self.name}: {count} graphs, minutes the first time, seconds from the cache after"):
             compiled = self.session.compile(module)
         COMPILE_LOG.append(CompileRecord(self.name, count, time.perf_counter() - start))
         return compiled
 
-    def init(self, tensors: Mapping[str, torch.Tensor], layer: int = 0) -> dict[str, Executable]:
-        """Every graph of the artifact with its weights from `tensors`, those of `layer` where its path has one.
+    def init(self, tensors: Mapping[str, torch.Tensor], **layers: int) -> dict[str, Executable]:
+        """Every graph of the artifact with its weights from `tensors`; `layers` are the numbers for the placeholders.
 
         Raises CheckpointError for a tensor that is missing, or that the weight's dtype could not hold exactly.
         """
-        values = {name: weight_value(tensors, name.format(layer=layer), dtype) for name, dtype in self.weights.items()}
-        models = self.session.init_all(self.compiled, weights_registry=values)
-        return {name: Executable(name, model, values) for name, model in models.items()}
+        values = {name: weight_value(tensors, name.format(**layers), dtype) for name, dtype in self.weights.items()}
+        models = self.session.init_all(self.compiled, weights_registry=values).values()
+        # By order, not by name: MAX's cache takes graphs that differ in nothing but their names for the same.
+        return {name: Executable(name, model, values) for name, model in zip(self.graphs, models, strict=True)}
 
 
 def weight_value(tensors: Mapping[str, torch.Tensor], name: str, dtype: DType) -> torch.Tensor:

@@ -34,7 +34,7 @@ class Activations:
     def of(self, block: Block, names: list[str], layer: int, position: int) -> dict[str, Tensor]:
         """The block's inputs. A decoder block sees the first `position` tokens at prefill, or at a step the one token
         at `position` behind a cache of all before it: the decoder is causal, so one recording holds both."""
-        path = block.path.format(layer=layer)
+        path = block.path.format(audio_layer=layer, text_layer=layer)
         step = block.name.endswith((".step", ".cached"))
         return {name: self.one(name, path, step, position) for name in names}
 

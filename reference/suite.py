@@ -78,7 +78,13 @@ class Suite:
             programs = [b.program(self.dims, POLICY) for b in BLOCKS.values() if b.unit == unit]
             self.artifacts[unit] = Artifact(f"{self.size}, {unit}", programs, "cpu")
         if (unit, layer) not in self.executables:
-            self.executables[unit, layer] = self.artifacts[unit].init(self.tensors | self.log_mel_tensors, layer)
+            # The graphs of one artifact are initialised together, those for audio and those for text; of a layer that
+            # only one of the two has, the other is given its last.
+            self.executables[unit, layer] = self.artifacts[unit].init(
+                self.tensors | self.log_mel_tensors,
+                audio_layer=min(layer, self.dims.n_audio_layer - 1),
+                text_layer=min(layer, self.dims.n_text_layer - 1),
+            )
         return self.executables[unit, layer][block.name]
 
     def moments(self, block: Block) -> dict[str, int]:
