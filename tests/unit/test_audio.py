@@ -187,15 +187,18 @@ def test_format_changes_in_mid_stream(tmp_path: Path) -> None:
     assert loudest(audio[len(alone) :]) == TONE
 
 
-def test_format_changes_after_samples_that_need_no_conversion() -> None:
-    def frame(samples: np.ndarray, layout: str, rate: int) -> av.AudioFrame:
-        frame = av.AudioFrame.from_ndarray(as_format(samples, "s16"), format="s16", layout=layout)
+@pytest.mark.parametrize(
+    ("sample_format", "layout", "rate"), [("flt", "mono", 16000), ("s16", "stereo", 16000), ("s16", "mono", 32000)]
+)
+def test_format_changes_after_samples_that_need_no_conversion(sample_format: str, layout: str, rate: int) -> None:
+    def frame(samples: np.ndarray, sample_format: str, layout: str, rate: int) -> av.AudioFrame:
+        channels = np.stack([samples] * av.AudioLayout(layout).nb_channels)
+        frame = av.AudioFrame.from_ndarray(as_format(channels, sample_format), format=sample_format, layout=layout)
         frame.sample_rate = rate
         return frame
 
-    first = frame(noise()[None], "mono", SAMPLE_RATE)
-    second = frame(np.stack([tone(1, 32000)] * 2), "stereo", 32000)
-    blocks = [block.to_ndarray()[0] for block in audio_module._resample([first, second], SAMPLE_RATE)]
+    frames = [frame(noise(), "s16", "mono", SAMPLE_RATE), frame(tone(1, rate), sample_format, layout, rate)]
+    blocks = [block.to_ndarray()[0] for block in audio_module._resample(frames, SAMPLE_RATE)]
     audio = np.concatenate(blocks) / 32768
     assert audio.shape == (2 * SAMPLE_RATE,)
     np.testing.assert_array_equal(audio[:SAMPLE_RATE], noise())
