@@ -198,8 +198,9 @@ def test_format_changes_after_samples_that_need_no_conversion(sample_format: str
         return frame
 
     frames = [frame(noise(), "s16", "mono", SAMPLE_RATE), frame(tone(1, rate), sample_format, layout, rate)]
-    blocks = [block.to_ndarray()[0] for block in audio_module._resample(frames, SAMPLE_RATE)]
-    audio = np.concatenate(blocks) / 32768
+    blocks = list(audio_module._resample(frames, SAMPLE_RATE))
+    assert {block.format.name for block in blocks} == {"s16"}
+    audio = np.concatenate([block.to_ndarray()[0] for block in blocks]) / 32768
     assert audio.shape == (2 * SAMPLE_RATE,)
     np.testing.assert_array_equal(audio[:SAMPLE_RATE], noise())
     assert loudest(audio[SAMPLE_RATE:]) == TONE
@@ -210,6 +211,9 @@ def broken_files(folder: Path) -> dict[str, tuple[Path, str]]:
     text, empty = folder / "text.wav", folder / "empty.wav"
     text.write_text("This is no audio.\n" * 100)
     empty.touch()
+    unknown = write_wave(folder / "unknown.wav", tone())
+    data = unknown.read_bytes()
+    unknown.write_bytes(data[:20] + b"\x77\x77" + data[22:])  # the tag of its encoding
     undecodable = write(folder / "damaged.m4a", noise(), "aac", "fltp")
     overwrite_packets(undecodable, 1.0)
     return {
@@ -219,13 +223,14 @@ def broken_files(folder: Path) -> dict[str, tuple[Path, str]]:
         "text": (text, "Invalid data"),
         "video": (write_video(folder / "silent.mp4"), "no audio stream"),
         "no samples": (write_wave(folder / "header.wav", np.zeros(0)), "no audio samples"),
+        "unknown encoding": (unknown, "no decoder"),
         "undecodable": (undecodable, "packets do not decode"),
         "channels": (write_wave(folder / "channels.wav", tone(), 9), "cannot be read as audio"),
     }
 
 
 @pytest.mark.parametrize(
-    "case", ["missing", "folder", "empty", "text", "video", "no samples", "undecodable", "channels"]
+    "case", ["missing", "folder", "empty", "text", "video", "no samples", "unknown encoding", "undecodable", "channels"]
 )
 def test_files_without_audio(tmp_path: Path, case: str) -> None:
     path, reason = broken_files(tmp_path)[case]
