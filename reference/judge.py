@@ -155,7 +155,10 @@ def output_defects(oracle: Tensor, peer: Tensor, subject: Tensor) -> list[str]:
 
 
 def measure_output(index: int, oracle: Tensor, peer: Tensor, subject: Tensor, floor: float) -> list[Measure]:
-    spread = math.sqrt(2 * math.log(max(oracle.numel(), 2)))  # expected maximum of that many normal errors
+    # A rounding error is relative to its own value, so the largest one to expect is either that of the largest value or
+    # the maximum of as many normal errors as there are values, whichever is more.
+    rms = norm_or_one(oracle.square().mean().sqrt())
+    spread = max(float(oracle.abs().max() / rms), math.sqrt(2 * math.log(max(oracle.numel(), 2))))
     measures = []
     for name, measure in MEASURES.items():
         least = floor * (spread if measure is largest_absolute else 1)
