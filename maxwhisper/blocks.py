@@ -7,7 +7,7 @@ Adding a block is adding an entry, as long as `reference/blocks.py` knows its Py
 Names of inputs mean the same everywhere:
 
     audio               (samples,) float32, at 16 kHz
-    mel                 (batch, n_mels, 2 * n_audio_ctx) float32
+    mel                 (batch, n_mels, 2 * n_audio_ctx)
     x                   (batch, token or n_audio_ctx, state), the submodule's own input
     tokens, offset      (batch, token) int64; position of the first one, int64 scalar
     audio_features      (audio, n_audio_ctx, state)
@@ -72,7 +72,7 @@ def audio(dims: ModelDimensions, policy: Policy) -> Inputs:
 
 
 def mel(dims: ModelDimensions, policy: Policy) -> Inputs:
-    return {"mel": TensorType(DType.float32, ["batch", dims.n_mels, 2 * dims.n_audio_ctx], policy.device)}
+    return {"mel": TensorType(policy.compute, ["batch", dims.n_mels, 2 * dims.n_audio_ctx], policy.device)}
 
 
 def audio_x(dims: ModelDimensions, policy: Policy) -> Inputs:

@@ -36,7 +36,9 @@ def linear(x: TensorValue, weight: TensorValue, bias: TensorValue | None = None)
     """x @ weight.T + bias in the dtype of x: (batch, token, n_in) by (n_out, n_in) to (batch, token, n_out)."""
     if x.shape[1] == 1:
         # One token is a matrix-vector product, which MAX runs faster on CPU as a fused upcast, multiply and sum.
-        y = ops.transpose(ops.sum(x * weight.cast(x.dtype), axis=-1), 1, 2)
+        # MAX adds up in the dtype it is given, which is why it is given float32.
+        product = x.cast(DType.float32) * weight.cast(x.dtype).cast(DType.float32)
+        y = ops.transpose(ops.sum(product, axis=-1), 1, 2).cast(x.dtype)
         return y if bias is None else y + bias.cast(x.dtype)
     return shared(matrix_product, *((x, weight) if bias is None else (x, weight, bias)))
 
@@ -81,7 +83,7 @@ def causal_mask(n_token: Dim, policy: Policy) -> TensorValue:
 
     By band_part: MAX 26.7 drops a mask that is made by comparing positions when it fuses attention on CPU.
     """
-    minus_infinity = ops.constant(float("-inf"), policy.compute, policy.device)
+    minus_infinity = ops.constant(float("-inf"), DType.float32, policy.device)
     return ops.band_part(minus_infinity.broadcast_to((n_token, n_token)), num_lower=-1, num_upper=0, exclude=True)
 
 
@@ -143,13 +145,14 @@ class Conv1d(Module):
     def __call__(self, x: TensorValue) -> TensorValue:
         """(batch, time, n_in) to (batch, time / stride, n_out)."""
         taps = ops.permute(self.weight.cast(x.dtype), [2, 1, 0])  # (tap, n_in, n_out)
+        # MAX convolves images: time is the width of an image one pixel high. It adds up in the dtype it is given.
         y = ops.conv2d(
-            ops.unsqueeze(x, 1),  # MAX convolves images: time is the width of an image one pixel high
-            ops.unsqueeze(taps, 0),
+            ops.unsqueeze(x, 1).cast(DType.float32),
+            ops.unsqueeze(taps, 0).cast(DType.float32),
             stride=(1, self.stride),
             padding=(0, 0, self.padding, self.padding),
         )
-        return ops.squeeze(y, 1) + self.bias.cast(x.dtype)
+        return (ops.squeeze(y, 1) + self.bias).cast(x.dtype)
 
 
 class MultiHeadAttention(Module):
@@ -191,12 +194,13 @@ class MultiHeadAttention(Module):
         return self.out(wv), qk
 
     def qkv_attention(self, q: TensorValue, kv: KeyValue, mask: TensorValue | None) -> tuple[TensorValue, TensorValue]:
-        # MAX replaces exactly this form, with the scale as right operand, by a fused kernel.
-        qk = (q @ ops.transpose(kv.k, 2, 3)) * ops.constant(self.n_channel**-0.5, q.dtype, q.device)
+        # MAX replaces exactly this form, with the scale as right operand, by a fused kernel. It adds up in the dtype it is
+        # given: over 1,500 keys bfloat16 loses half of the result, so attention is float32 at any precision.
+        q, k, v = (x.cast(DType.float32) for x in (q, *kv))
+        qk = (q @ ops.transpose(k, 2, 3)) * ops.constant(self.n_channel**-0.5, DType.float32, q.device)
         if mask is not None:
             qk = qk + mask
-        w = ops.softmax(qk.cast(DType.float32)).cast(q.dtype)
-        return w @ kv.v, qk
+        return (ops.softmax(qk) @ v).cast(self.policy.compute), qk
 
 
 class GELU(Module):
@@ -282,7 +286,7 @@ class AudioEncoder(Module):
 
     def stem(self, mel: TensorValue) -> TensorValue:
         """Convolutions and positional table: (batch, n_mels, 2 * n_audio_ctx) to (batch, n_audio_ctx, state)."""
-        x = ops.transpose(mel.cast(self.policy.compute), 1, 2)
+        x = ops.transpose(mel, 1, 2)
         x = ops.gelu(self.conv1(x))
         x = ops.gelu(self.conv2(x))
         return (x.cast(DType.float32) + self.positional_embedding).cast(self.policy.compute)

@@ -1,26 +1,66 @@
-"""What to feed a block: the true inputs of every block, recorded from the oracle while it transcribes speech."""
+"""What to feed a block: its true inputs, recorded from the oracle while it transcribes speech; random ones; and ones made
+to go wrong."""
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from whisper.model import Whisper
+from whisper.audio import HOP_LENGTH, N_SAMPLES, pad_or_trim
+from whisper.model import ModelDimensions, Whisper
+from whisper.tokenizer import get_tokenizer
 
+from maxwhisper.audio import load_audio
 from maxwhisper.blocks import Block
 
 from .blocks import log_mel, split_heads
 
-PROMPT, STEP = "prompt", "step"
+FIXTURES = Path(__file__).parent.parent / "fixtures"
+CLIPS: list[dict[str, Any]] = json.loads((FIXTURES / "clips.json").read_text())["clips"]
+"""What is said in every clip, and in which language; see fixtures/README.md."""
+N_PROMPT = 4
+"""Tokens before the first one that is decoded: start, language, task, no timestamps."""
+
+LOUD, QUIET = 2.0**6, 2.0**-12
+
+AUDIO: dict[str, Callable[[Tensor], Tensor]] = {
+    "speech": lambda speech: speech,
+    "silence": torch.zeros_like,
+    "clipping": lambda speech: (speech * 1000).clamp(-1, 1),
+    "constant": lambda speech: torch.full_like(speech, 0.5),
+    "click": lambda speech: with_click(speech),
+}
+"""Waveforms that run through the whole oracle, so that every block gets its true inputs for them.
+
+speech: an English clip. silence: digital. clipping: speech far beyond full scale. constant: an offset and nothing else.
+click: speech in which one frame in the middle is full-scale noise.
+"""
+BATCH = "two windows"
+"""Speech and clipping side by side, each with two texts, which share their window's keys and values."""
+RANDOM = "random"
+"""Normal numbers of the recorded inputs' RMS; random tokens. Another set for every seed."""
+SCALED = {"loud": LOUD, "quiet": QUIET}
+"""The inputs for speech, times a power of two."""
+
+KINDS = (*AUDIO, BATCH, RANDOM, *SCALED)
+
+
+def with_click(speech: Tensor) -> Tensor:
+    clicked, middle = speech.clone(), N_SAMPLES // 2
+    clicked[middle : middle + HOP_LENGTH] = torch.rand(HOP_LENGTH, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return clicked
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Every submodule's input over one window of audio and one text, and the keys and values of every attention.
+    """Every submodule's input over windows of audio and their texts, and the keys and values of every attention.
 
-    audio: (samples,); mel: (1, n_mels, 2 * n_audio_ctx); tokens: (1, token).
-    inputs: by submodule, its input. keys, values: by attention, (1, head, token, channel).
+    audio: (samples,), of the first window; mel: (audio, n_mels, 2 * n_audio_ctx); tokens: (batch, token).
+    inputs: by submodule, its input. keys, values: by attention, (batch or audio, head, token, channel).
     """
 
     audio: Tensor
@@ -35,8 +75,7 @@ class Activations:
         """The block's inputs. A decoder block sees the first `position` tokens at prefill, or at a step the one token
         at `position` behind a cache of all before it: the decoder is causal, so one recording holds both."""
         path = block.path.format(audio_layer=layer, text_layer=layer)
-        step = block.name.endswith((".step", ".cached"))
-        return {name: self.one(name, path, step, position) for name in names}
+        return {name: self.one(name, path, is_step(block), position) for name in names}
 
     def one(self, name: str, path: str, step: bool, position: int) -> Tensor:
         tokens = slice(position, position + 1) if step else slice(0, position)
@@ -61,29 +100,107 @@ class Activations:
         return table[f"{block}.attn"][:, :, :position]
 
 
-@torch.no_grad()
-def record(oracle: Whisper, audio: Tensor, tokens: Tensor) -> Activations:
-    """Runs the oracle over 30 s of `audio` and `tokens`, keeping what goes into and comes out of its submodules."""
-    inputs: dict[str, Tensor] = {}
-    outputs: dict[str, Tensor] = {}
+def is_step(block: Block) -> bool:
+    """Whether the block takes one token behind a cache."""
+    return block.name.endswith((".step", ".cached"))
 
-    def hook(name: str):  # noqa: ANN202
+
+def speech(dims: ModelDimensions) -> tuple[Tensor, Tensor]:
+    """The first window of an English clip, (samples,), and its text with the prompt before it, (1, token)."""
+    return window_of(next(clip for clip in CLIPS if "english-2" in clip["file"]), dims)
+
+
+def window_of(clip: dict[str, Any], dims: ModelDimensions) -> tuple[Tensor, Tensor]:
+    """The first 30 s of a clip, (samples,), and prompt and text as the decoder sees them, (1, token)."""
+    audio = torch.from_numpy(pad_or_trim(load_audio(FIXTURES / clip["file"])))
+    multilingual = dims.n_vocab >= 51865
+    tokenizer = get_tokenizer(
+        multilingual,
+        num_languages=dims.n_vocab - 51765 - multilingual,
+        language=clip["language"] if multilingual else None,
+        task="transcribe" if multilingual else None,
+    )
+    text = tokenizer.encode(" " + clip["text"])[: dims.n_text_ctx - N_PROMPT - 1]
+    return audio, torch.tensor([[*tokenizer.sot_sequence_including_notimestamps, *text, tokenizer.eot]])
+
+
+@contextmanager
+def hooked(model: Whisper, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> Iterator[None]:
+    """While this is open, every submodule's input and output go into the two dictionaries, in the order of computing."""
+
+    def hook(name: str) -> Callable[..., None]:
         def keep(module: torch.nn.Module, given: tuple, output: object) -> None:
             inputs[name] = given[0]
-            if isinstance(output, Tensor):
-                outputs[name] = output
+            value = output[0] if isinstance(output, tuple) else output
+            assert isinstance(value, Tensor)
+            outputs[name] = value
 
         return keep
 
     with ExitStack() as stack:
-        for name, module in oracle.named_modules():
+        for name, module in model.named_modules():
             stack.callback(module.register_forward_hook(hook(name)).remove)
-        mel = log_mel(oracle, 0, audio.double())[0].unsqueeze(0)
+        yield
+
+
+@torch.no_grad()
+def record(oracle: Whisper, audio: Tensor, tokens: Tensor) -> Activations:
+    """Runs the oracle over windows of `audio` (audio, samples) and as many or a multiple of texts (batch, token)."""
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+    with hooked(oracle, inputs, outputs):
+        mel = torch.stack([log_mel(oracle, 0, row.double())[0] for row in audio]).to(oracle.device)
         features = oracle.encoder(mel)
-        oracle.decoder(tokens, features)
+        shared = len(tokens) // len(audio)
+        oracle.decoder(tokens.to(oracle.device), features.repeat_interleave(shared, 0))
 
     def heads(kind: str) -> dict[str, Tensor]:
         found = {name.removesuffix(f".{kind}"): x for name, x in outputs.items() if name.endswith(f"attn.{kind}")}
-        return {name: split_heads(x, oracle.get_submodule(name).n_head) for name, x in found.items()}
+        return {
+            name: split_heads(x[::shared] if "cross" in name else x, oracle.get_submodule(name).n_head)
+            for name, x in found.items()
+        }
 
-    return Activations(audio, mel, tokens, inputs, heads("key"), heads("value"), features)
+    return Activations(audio[0], mel, tokens, inputs, heads("key"), heads("value"), features)
+
+
+def recorded(oracle: Whisper, kind: str) -> Activations:
+    """The activations that a kind of inputs is taken from: those of its audio, or for changed ones those of speech."""
+    audio, tokens = speech(oracle.dims)
+    if kind == BATCH:
+        other = tokens.clone()
+        other[:, N_PROMPT:-1] = tokens[:, N_PROMPT:-1].flip(1)
+        windows = torch.stack([audio, AUDIO["clipping"](audio)])
+        return record(oracle, windows, torch.cat([tokens, other, other, tokens]))
+    return record(oracle, AUDIO[kind](audio)[None], tokens)
+
+
+def source(kind: str) -> str:
+    """The kind whose recording the inputs of a kind are made from."""
+    return "speech" if kind == RANDOM or kind in SCALED else kind
+
+
+def changed(inputs: dict[str, Tensor], kind: str, n_vocab: int, seed: int) -> dict[str, Tensor]:
+    """Recorded inputs as the kind has them: scaled, random, or as they are."""
+    if kind in SCALED:
+        return {name: x * SCALED[kind] if x.is_floating_point() else x for name, x in inputs.items()}
+    if kind != RANDOM:
+        return inputs
+    generator = torch.Generator().manual_seed(seed)
+    return {name: x if name == "offset" else random_like(x, n_vocab, generator) for name, x in inputs.items()}
+
+
+def random_like(x: Tensor, n_vocab: int, generator: torch.Generator) -> Tensor:
+    """Normal numbers of the RMS of x; where x holds tokens, tokens."""
+    if x.is_floating_point():
+        return torch.randn(x.shape, dtype=x.dtype, generator=generator).to(x.device) * x.square().mean().sqrt()
+    return torch.randint(0, n_vocab, x.shape, generator=generator).to(x.device)
+
+
+def kinds(block: Block, names: list[str]) -> tuple[str, ...]:
+    """The kinds of inputs that mean something for a block with inputs of these names."""
+    if block.name == "log_mel":
+        return tuple(kind for kind in KINDS if kind != BATCH)
+    if set(names) <= {"tokens", "offset"}:
+        return ("speech", BATCH, RANDOM)
+    return KINDS

@@ -38,6 +38,7 @@ def pytorch_whisper(dims: ModelDimensions, tensors: Mapping[str, Tensor], dtype:
         for module in model.modules():
             if isinstance(module, LayerNorm):
                 module.__class__ = nn.LayerNorm
+    model.compute = dtype  # of activations; a model of float32 weights does not know it
     return model.eval().requires_grad_(False)
 
 
@@ -118,7 +119,7 @@ def encoder(model: Whisper, layer: int, mel: Tensor) -> list[Tensor]:
 
 def decoder_embedding(model: Whisper, layer: int, tokens: Tensor, offset: Tensor) -> list[Tensor]:
     positions = model.decoder.positional_embedding[int(offset) : int(offset) + tokens.shape[1]]
-    return [model.decoder.token_embedding(tokens) + positions]
+    return [(model.decoder.token_embedding(tokens) + positions).to(model.compute)]
 
 
 def causal_attention(model: Whisper, layer: int, x: Tensor) -> list[Tensor]:
@@ -170,7 +171,7 @@ def decoder_keys_values(model: Whisper, layer: int, audio_features: Tensor) -> l
 def decoder(model: Whisper, layer: int, tokens: Tensor, **kv: Tensor) -> list[Tensor]:
     """The decoder at prefill, and at a step when there are caches."""
     past = kv["k_cache.0"].shape[2] if "k_cache.0" in kv else 0
-    x = decoder_embedding(model, 0, tokens, torch.tensor(past))[0].to(kv["k_cross.0"].dtype)
+    (x,) = decoder_embedding(model, 0, tokens, torch.tensor(past))
     others: list[Tensor] = []
     for i in range(model.dims.n_text_layer):
         own = {name.removesuffix(f".{i}"): t for name, t in kv.items() if name.endswith(f".{i}")}
@@ -180,13 +181,16 @@ def decoder(model: Whisper, layer: int, tokens: Tensor, **kv: Tensor) -> list[Te
 
 
 def cross_scores(attn: MultiHeadAttention, x: Tensor, k_cross: Tensor) -> Tensor:
-    """Scores before softmax (audio, head, token, n_audio_ctx), scaled as OpenAI scales them.
+    """Scores before softmax (audio, head, token, n_audio_ctx), scaled as OpenAI scales them; texts that share a row of
+    audio stand side by side.
 
     OpenAI's own method rounds them to float32, which would not do for the oracle.
     """
     q = split_heads(attn.query(x), attn.n_head)
+    q = q.unflatten(0, (len(k_cross), -1)).transpose(1, 2).flatten(2, 3)
     scale = q.shape[-1] ** -0.25
-    return (q * scale) @ (k_cross * scale).transpose(-1, -2)
+    scores = (q * scale) @ (k_cross * scale).transpose(-1, -2)
+    return scores if scores.dtype == torch.float64 else scores.float()
 
 
 def decoder_alignment(model: Whisper, layer: int, tokens: Tensor, **kv: Tensor) -> list[Tensor]:

@@ -9,21 +9,50 @@ K is one number for the whole project. Two right implementations sum in differen
 different polynomials, so their errors differ by a small factor in either direction; a wrong one is off by orders of
 magnitude. The factor allowed is that between the two usual ways to sum n numbers: pairwise, whose error grows with
 log2(n), and blocked into as many running sums as a vector register has lanes, which for the reductions of this network
-(n from 64 to 5120) stays within four times of it.
+(n from 64 to 5120) stays within four times of it. `python -m reference faults` shows what the choice is worth: how far
+right models stay below the budget, and how far wrong ones exceed it.
 
-The floor is for blocks in which the peer happens to be exact or nearly so: the unit roundoff u of the dtype times the
-square root of the length of the block's longest reduction, which is how rounding errors of either sign add up
-(N. Higham, T. Mary, "A new approach to probabilistic rounding error analysis", 2019).
+The floor is for inputs on which the peer happens to be exact or nearly so. Rounding errors of either sign add up with the
+root of their number (N. Higham, T. Mary, "A new approach to probabilistic rounding error analysis", 2019): those of the
+m values in a row that a block rounds to the dtype, u * sqrt(m), and those of a running sum in float32 as long as the
+block's longest reduction, u32 * sqrt(length). Both implementations accumulate in float32 whatever the dtype. A measure that is the maximum over n positions, channels or values has n chances
+of a large error, so its floor is larger by what the maximum of n normal numbers is to be expected.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from .causes import Cause, likely_causes
+
 K = 4.0
-UNIT_ROUNDOFF = {dtype: torch.finfo(dtype).eps / 2 for dtype in (torch.float16, torch.bfloat16, torch.float32)}
+UNIT_ROUNDOFF = {dtype: torch.finfo(dtype).eps / 2 for dtype in (torch.float32, torch.float16, torch.bfloat16)}
+MAP_SHAPE = (48, 96)
+"""Most rows and columns of a map of errors."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared: a block of a model, in one layer and dtype, on one device, on one set of inputs.
+
+    inputs: a kind of `reference.activations.KINDS`; for a decoder's step followed by ".first" or ".late", its place in
+    the text.
+    """
+
+    size: str
+    dtype: torch.dtype
+    block: str
+    layer: int
+    inputs: str
+    device: str = "cpu"
+    seed: int = 0
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.block}, layer {self.layer}, {self.size}, {dtype}, {self.device}, {self.inputs}, seed {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -46,95 +75,154 @@ class Measure:
             return 1.0 if self.subject == 0 else math.inf
         return self.subject / self.peer
 
+    @property
+    def used(self) -> float:
+        """Share of the budget that the subject uses; above 1 it fails."""
+        if self.budget == 0:
+            return 0.0 if self.subject == 0 else math.inf
+        return self.subject / self.budget
+
+
+@dataclass(frozen=True)
+class Output:
+    """The verdict on one output of a block."""
+
+    index: int
+    shape: tuple[int, ...]
+    measures: tuple[Measure, ...]
+
+    def __getitem__(self, name: str) -> Measure:
+        return next(measure for measure in self.measures if measure.name == name)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Where and how an output is wrong.
+
+    worst: index of the largest error, and there the values of oracle, peer and subject.
+    errors: absolute errors of the subject over the oracle's RMS, (position, channel), the largest of each cell where
+    there are more than MAP_SHAPE.
+    causes: the mistakes that explain the errors, the best explanation first.
+    """
+
+    output: int
+    worst: tuple[int, ...]
+    oracle: float
+    peer: float
+    subject: float
+    errors: Tensor = field(repr=False, compare=False)
+    causes: tuple[Cause, ...]
+
+    def __str__(self) -> str:
+        values = f"MAX {self.subject:.9g}, PyTorch {self.peer:.9g}, float64 {self.oracle:.9g}"
+        lines = [f"  output {self.output}, worst at {list(self.worst)}: {values}"]
+        return "\n".join(lines + [f"  looks like: {cause}" for cause in self.causes])
+
 
 @dataclass(frozen=True)
 class Judgement:
-    """The verdict on one block, in one layer, on one set of inputs."""
+    """The verdict on one comparison.
 
-    block: str
-    size: str
-    layer: int
-    dtype: torch.dtype
-    inputs: str
-    measures: tuple[Measure, ...]
+    defects: what made a comparison of values impossible. explanations: of outputs that failed, where somebody asked.
+    """
+
+    comparison: Comparison
+    outputs: tuple[Output, ...]
     defects: tuple[str, ...]
-    pairs: int
+    explanations: tuple[Explanation, ...] = ()
+
+    @property
+    def measures(self) -> list[tuple[Output, Measure]]:
+        return [(output, measure) for output in self.outputs for measure in output.measures]
+
+    @property
+    def pairs(self) -> int:
+        """How many pairs of measures were compared."""
+        return len(self.measures)
 
     @property
     def passed(self) -> bool:
-        return self.pairs > 0 and not self.defects and all(measure.passed for measure in self.measures)
+        return self.pairs > 0 and not self.defects and all(measure.passed for _, measure in self.measures)
 
     @property
     def worst(self) -> Measure:
         """The measure that comes nearest to its budget, or exceeds it most."""
-        return max(self.measures, key=lambda measure: measure.subject / measure.budget)
+        return max((measure for _, measure in self.measures), key=lambda measure: measure.used)
+
+    @property
+    def relative_l2(self) -> Measure:
+        """The relative L2 of the output that comes nearest to its budget in it."""
+        return max((output["relative L2"] for output in self.outputs), key=lambda measure: measure.used)
 
     def __str__(self) -> str:
-        lines = [f"{self.block}, layer {self.layer}, {self.size}, {self.dtype}, inputs: {self.inputs}"]
-        lines += [f"  {defect}" for defect in self.defects]
+        return "\n".join(self.lines())
+
+    def lines(self) -> Iterator[str]:
+        yield str(self.comparison)
+        yield from (f"  {defect}" for defect in self.defects)
         if not self.pairs:
-            lines.append("  nothing was compared")
-        for m in self.measures:
-            verdict = "ok" if m.passed else "FAILED"
-            figures = f"MAX {m.subject:.3e}  PyTorch {m.peer:.3e}  budget {m.budget:.3e}"
-            lines.append(f"  {m.name:32} {figures}  {verdict}")
-        return "\n".join(lines)
+            yield "  nothing was compared"
+        for output in self.outputs:
+            yield f"  output {output.index} {list(output.shape)}"
+            for m in output.measures:
+                verdict = "ok" if m.passed else "FAILED"
+                yield f"    {m.name:22} MAX {m.subject:.3e}  PyTorch {m.peer:.3e}  budget {m.budget:.3e}  {verdict}"
+        yield from map(str, self.explanations)
 
 
-def relative_l2(error: Tensor, oracle: Tensor) -> float:
-    """Norm of the error over norm of the oracle; of the error alone where the oracle is zero."""
-    return float(error.norm() / norm_or_one(oracle.norm()))
+@dataclass(frozen=True)
+class Norms:
+    """Squared norms of a tensor's positions (the rows of its last axis) and channels, and its largest absolute value."""
 
+    positions: Tensor
+    channels: Tensor
+    largest: float
 
-def worst_position(error: Tensor, oracle: Tensor) -> float:
-    """The largest relative L2 over any one position, a position being a row of the last axis."""
-    rows = oracle.reshape(-1, oracle.shape[-1]).norm(dim=1)
-    return float((error.reshape(-1, error.shape[-1]).norm(dim=1) / norm_or_one(rows)).max())
+    @property
+    def norm(self) -> float:
+        return float(self.positions.sum().sqrt())
 
-
-def largest_absolute(error: Tensor, oracle: Tensor) -> float:
-    """The largest absolute error over the root mean square of the oracle."""
-    return float(error.abs().max() / norm_or_one(oracle.square().mean().sqrt()))
-
-
-def norm_or_one(norm: Tensor) -> Tensor:
-    return torch.where(norm == 0, torch.ones_like(norm), norm)
-
-
-MEASURES = {
-    "relative L2": relative_l2,
-    "worst position": worst_position,
-    "largest error / RMS": largest_absolute,
-}
+    @property
+    def rms(self) -> float:
+        return math.sqrt(float(self.positions.mean()) / len(self.channels))
 
 
 def judge(
+    comparison: Comparison,
     oracle: list[Tensor],
     peer: list[Tensor],
     subject: list[Tensor],
     *,
-    block: str,
-    size: str,
-    layer: int,
-    dtype: torch.dtype,
-    inputs: str,
     longest_reduction: int,
+    roundings: int = 1,
+    n_vocab: int | None = None,
 ) -> Judgement:
     """Compares all outputs of a block, subject and peer each with the oracle.
 
     longest_reduction: the most terms that any one value inside the block is summed from.
+    roundings: how many values in a row the block rounds to the dtype, each made from the one before.
+    n_vocab: length of the last axis of an output that holds logits, which are then measured as probabilities too.
     """
     defects: list[str] = []
-    measures: list[Measure] = []
+    outputs: list[Output] = []
     if not len(oracle) == len(peer) == len(subject):
         defects.append(f"number of outputs: oracle {len(oracle)}, peer {len(peer)}, subject {len(subject)}")
-    floor = UNIT_ROUNDOFF[dtype] * math.sqrt(longest_reduction)
+    u, u32 = UNIT_ROUNDOFF[comparison.dtype], UNIT_ROUNDOFF[torch.float32]
+    floor = u * math.sqrt(roundings) + u32 * math.sqrt(longest_reduction)
     for index, (right, theirs, ours) in enumerate(zip(oracle, peer, subject, strict=False)):
         found = output_defects(right, theirs, ours)
-        defects += [f"output {index}: {defect}" for defect in found]
         if not found:
-            measures += measure_output(index, right, theirs.double(), ours.double(), floor)
-    return Judgement(block, size, layer, dtype, inputs, tuple(measures), tuple(defects), len(measures))
+            theirs, ours = theirs.double(), ours.double()
+            size, peer_error, subject_error = norms(right), norms(theirs - right), norms(ours - right)
+            found = not_finite(oracle=size, peer=peer_error, subject=subject_error)
+        if found:
+            defects += [f"output {index}: {defect}" for defect in found]
+            continue
+        measures = measure_values(size, peer_error, subject_error, floor)
+        if right.shape[-1] == n_vocab:
+            measures += measure_logits(right, theirs, ours, size, floor)
+        outputs.append(Output(index, tuple(right.shape), tuple(measures)))
+    return Judgement(comparison, tuple(outputs), tuple(defects))
 
 
 def output_defects(oracle: Tensor, peer: Tensor, subject: Tensor) -> list[str]:
@@ -145,23 +233,126 @@ def output_defects(oracle: Tensor, peer: Tensor, subject: Tensor) -> list[str]:
         return [f"shape: oracle {list(oracle.shape)}, peer {list(peer.shape)}, subject {list(subject.shape)}"]
     if subject.dtype != peer.dtype:
         return [f"dtype: peer {peer.dtype}, subject {subject.dtype}"]
-    if oracle.numel() == 0:
-        return ["empty"]
+    return [] if oracle.numel() else ["empty"]
+
+
+def not_finite(**found: Norms) -> list[str]:
+    """Where there is a NaN or an infinity, the squares of its position do not add up to a number."""
     return [
-        f"{name} has {int((~value.isfinite()).sum())} values that are not finite"
-        for name, value in (("oracle", oracle), ("peer", peer), ("subject", subject))
-        if not value.isfinite().all()
+        f"{name} has values that are not finite, at {int((~norms.positions.isfinite()).sum())} positions"
+        for name, norms in found.items()
+        if not math.isfinite(norms.norm)
     ]
 
 
-def measure_output(index: int, oracle: Tensor, peer: Tensor, subject: Tensor, floor: float) -> list[Measure]:
-    # A rounding error is relative to its own value, so the largest one to expect is either that of the largest value or
-    # the maximum of as many normal errors as there are values, whichever is more.
-    rms = norm_or_one(oracle.square().mean().sqrt())
-    spread = max(float(oracle.abs().max() / rms), math.sqrt(2 * math.log(max(oracle.numel(), 2))))
+def explain(oracle: list[Tensor], peer: list[Tensor], subject: list[Tensor]) -> tuple[Explanation, ...]:
+    """Of every output whose shapes agree."""
+    threes = enumerate(zip(oracle, peer, subject, strict=False))
+    return tuple(explain_output(index, *three) for index, three in threes if three[0].shape == three[2].shape)
+
+
+def explain_output(index: int, oracle: Tensor, peer: Tensor, subject: Tensor) -> Explanation:
+    ours = subject.double()
+    error = (ours - oracle).abs()
+    flat = int(error.argmax())
+    worst = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), error.shape))
+    shape = [min(most, n) for most, n in zip(MAP_SHAPE, rows(error).shape, strict=True)]
+    errors = torch.nn.functional.adaptive_max_pool2d(rows(error).float()[None], shape)[0] / (norms(oracle).rms or 1)
+    values = (float(x.reshape(-1)[flat]) for x in (oracle, peer, subject))
+    return Explanation(index, worst, *values, errors, likely_causes(oracle, ours))
+
+
+# ---- measures ------------------------------------------------------------------------------------------------------
+
+
+def rows(x: Tensor) -> Tensor:
+    """(position, channel): a position is a row of the last axis."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def norms(x: Tensor) -> Norms:
+    square = rows(x).square()
+    return Norms(square.sum(1), square.sum(0), float(square.max().sqrt()))
+
+
+def over(error: float, size: float) -> float:
+    """The error relative to a size; where there is nothing to be relative to, itself."""
+    return error / size if size else error
+
+
+def relative_l2(error: Norms, oracle: Norms) -> float:
+    """Norm of the error over norm of the oracle."""
+    return over(error.norm, oracle.norm)
+
+
+def worst_position(error: Norms, oracle: Norms) -> float:
+    """The largest relative L2 over any one position."""
+    size = torch.where(oracle.positions == 0, torch.ones_like(oracle.positions), oracle.positions)
+    return float((error.positions / size).max().sqrt())
+
+
+def worst_channel(error: Norms, oracle: Norms) -> float:
+    """The largest RMS error of any one channel, over the RMS of the oracle."""
+    return over(math.sqrt(float(error.channels.max()) / len(error.positions)), oracle.rms)
+
+
+def largest_error(error: Norms, oracle: Norms) -> float:
+    """The largest absolute error, over the RMS of the oracle."""
+    return over(error.largest, oracle.rms)
+
+
+def measure_values(oracle: Norms, peer: Norms, subject: Norms, floor: float) -> list[Measure]:
+    """Of the errors of peer and subject."""
+    n_position, n_channel = len(oracle.positions), len(oracle.channels)
     measures = []
-    for name, measure in MEASURES.items():
-        least = floor * (spread if measure is largest_absolute else 1)
-        theirs, ours = measure(peer - oracle, oracle), measure(subject - oracle, oracle)
-        measures.append(Measure(f"output {index}, {name}", ours, theirs, K * theirs + least))
+    for name, measure, spread in (
+        ("relative L2", relative_l2, 1.0),
+        ("worst position", worst_position, expected_maximum(n_position)),
+        # A rounding error is relative to its own value, so a channel's follows that channel, and the largest error the
+        # largest value where that is further out than the largest of so many normal errors.
+        ("worst channel", worst_channel, expected_maximum(n_channel) * worst_channel(oracle, oracle)),
+        (
+            "largest error / RMS",
+            largest_error,
+            max(expected_maximum(n_position * n_channel), largest_error(oracle, oracle)),
+        ),
+    ):
+        theirs, ours = measure(peer, oracle), measure(subject, oracle)
+        measures.append(Measure(name, ours, theirs, K * theirs + floor * spread))
     return measures
+
+
+def expected_maximum(n: int) -> float:
+    """The largest of n standard normal numbers to expect, asymptotically; at least 1."""
+    return max(1.0, math.sqrt(2 * math.log(n)))
+
+
+def measure_logits(oracle: Tensor, peer: Tensor, subject: Tensor, size: Norms, floor: float) -> list[Measure]:
+    """As probabilities over the vocabulary.
+
+    KL divergence grows with the square of an error e of the logits, at most as e**2 / 2, so its budget is that of its
+    root. Where two tokens' logits are nearer than twice the error of each, either may be the first choice.
+    """
+    right = rows(oracle).log_softmax(-1)
+    probability = right.exp()
+    theirs, ours = (
+        (probability * (right - rows(logits).log_softmax(-1))).sum(-1).clamp(min=0) for logits in (peer, subject)
+    )
+    measures = []
+    for name, of in (("KL mean", Tensor.mean), ("KL max", Tensor.max)):
+        budget = (K * float(of(theirs)) ** 0.5 + floor * size.rms / 2**0.5) ** 2
+        measures.append(Measure(name, float(of(ours)), float(of(theirs)), budget))
+    error = K * over(float((peer - oracle).abs().max()), size.rms) + floor * over(size.largest, size.rms)
+    top = rows(oracle).topk(2)
+    close = float(((top.values[:, 0] - top.values[:, 1]) <= 2 * error * (size.rms or 1)).double().mean())
+    margins, disagreements = [], []
+    for logits in (subject, peer):
+        chosen = rows(logits).argmax(-1, keepdim=True)
+        gaps = top.values[:, :1] - rows(oracle).gather(1, chosen)
+        margins.append(over(float(gaps.max()), size.rms))
+        disagreements.append(float((chosen != top.indices[:, :1]).double().mean()))
+    return [
+        *measures,
+        Measure("top-1 margin", *margins, 2 * error),
+        Measure("top-1 disagreement", *disagreements, close),
+    ]

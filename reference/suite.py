@@ -1,8 +1,7 @@
-"""One model under test: its weights, its blocks on MAX, their PyTorch twins, and the judgement of each."""
+"""A model under test: its weights, its blocks on MAX, their PyTorch twins, and the judgement of each."""
 
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -10,58 +9,100 @@ import torch
 from max.dtype import DType
 from max.graph import DeviceRef
 from torch import Tensor
-from whisper.audio import N_FFT, pad_or_trim
+from whisper.audio import N_FFT
 from whisper.model import ModelDimensions, Whisper
-from whisper.tokenizer import get_tokenizer
 
-from maxwhisper.audio import load_audio, log_mel_weights
+from maxwhisper.audio import log_mel_weights
 from maxwhisper.blocks import BLOCKS, Block
 from maxwhisper.checkpoint import load_checkpoint
-from maxwhisper.runtime import TORCH_DTYPE, Artifact, Executable, Policy
+from maxwhisper.runtime import TORCH_DTYPE, Artifact, Executable, Policy, Program, find_device
+from maxwhisper.whisper import storage_dtype
 
-from .activations import Activations, record
+from . import activations
+from .activations import FIXTURES, Activations, is_step
 from .blocks import TWINS, pytorch_whisper
-from .judge import Judgement, judge
+from .captures import CAPTURED, captured
+from .judge import Comparison, Explanation, Judgement, explain, judge
 
-FIXTURES = Path(__file__).parent.parent / "fixtures"
-POLICY = Policy(DeviceRef.CPU(), storage=DType.float16, compute=DType.float32)
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+MAX_DTYPE = {theirs: ours for ours, theirs in TORCH_DTYPE.items()}
+
+FIXTURE, CHECKPOINT = "fixture", "checkpoint"
+
+
+def dimensions(n_mels: int, n_vocab: int, n_state: int, n_audio_layer: int, n_text_layer: int) -> ModelDimensions:
+    n_head = n_state // 64
+    return ModelDimensions(
+        n_mels, 1500, n_state, n_head, n_audio_layer, n_vocab, 448, n_state, n_head, n_text_layer
+    )  # fmt: skip
+
 
 SIZES: dict[str, ModelDimensions] = {
-    "tiny": ModelDimensions(80, 1500, 384, 6, 4, 51865, 448, 384, 6, 4),
-    # One layer of large-v3: its width, its 128 mels and its vocabulary are what differs, not its 32 layers.
-    "large-v3": ModelDimensions(128, 1500, 1280, 20, 1, 51866, 448, 1280, 20, 1),
+    "tiny": dimensions(80, 51865, 384, 4, 4),
+    "tiny.en": dimensions(80, 51864, 384, 1, 1),
+    "base": dimensions(80, 51865, 512, 1, 1),
+    "small": dimensions(80, 51865, 768, 1, 1),
+    "medium": dimensions(80, 51865, 1024, 1, 1),
+    "large-v3": dimensions(128, 51866, 1280, 1, 1),
+    "turbo": dimensions(128, 51866, 1280, 1, 4),
 }
-"""Models of random weights; beside them "fixture" is the trained one."""
+"""Models of random weights: tiny whole, of the others one layer each, for layers of one model differ only in weights; of
+turbo its four decoder layers. Beside them there is "fixture", the trained model, and a user's "checkpoint"."""
 
 
-@dataclass(frozen=True)
-class Suite:
-    """A model under test. `size` is a key of SIZES or "fixture"."""
+@dataclass(frozen=True, eq=False)
+class Model:
+    """Weights, and the oracle with them. size: a key of SIZES, FIXTURE or CHECKPOINT."""
 
     size: str
     dims: ModelDimensions
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
+    known: dict[str, Activations] = field(default_factory=dict, repr=False)
 
     @cached_property
     def oracle(self) -> Whisper:
         return pytorch_whisper(self.dims, self.tensors, torch.float64)
 
+    def activations(self, kind: str) -> Activations:
+        """What the inputs of a kind are made from, recorded at the first call."""
+        source = activations.source(kind)
+        if source not in self.known:
+            self.known[source] = activations.recorded(self.oracle, source)
+        return self.known[source]
+
+
+@dataclass(frozen=True, eq=False)
+class Suite:
+    """A model in one dtype on one device ("cpu" or "gpu"): oracle, peer and subject of every block."""
+
+    model: Model
+    dtype: torch.dtype
+    device: str = "cpu"
+
+    @property
+    def dims(self) -> ModelDimensions:
+        return self.model.dims
+
+    @cached_property
+    def policy(self) -> Policy:
+        ref = DeviceRef.from_device(find_device(self.device))
+        return Policy(ref, storage_dtype(self.model.tensors), MAX_DTYPE[self.dtype])
+
+    @cached_property
+    def torch_device(self) -> torch.device:
+        return torch.device("cpu" if self.device == "cpu" else "cuda")
+
     @cached_property
     def peer(self) -> Whisper:
-        return pytorch_whisper(self.dims, self.tensors, TORCH_DTYPE[POLICY.compute])
+        return pytorch_whisper(self.dims, self.model.tensors, self.dtype).to(self.torch_device)
 
     @cached_property
-    def activations(self) -> Activations:
-        """Recorded over the first window of an English clip and its text."""
-        clip = next(c for c in json.loads((FIXTURES / "clips.json").read_text())["clips"] if c["language"] == "en")
-        audio = torch.from_numpy(pad_or_trim(load_audio(FIXTURES / clip["file"])))
-        tokenizer = get_tokenizer(multilingual=True, language="en", task="transcribe")
-        text = [*tokenizer.sot_sequence_including_notimestamps, *tokenizer.encode(" " + clip["text"]), tokenizer.eot]
-        return record(self.oracle, audio, torch.tensor([text]))
+    def tensors(self) -> dict[str, Tensor]:
+        """The checkpoint's, and those of the log-mel spectrogram."""
+        mel = {f"log_mel.{name}": tensor for name, tensor in log_mel_weights(self.dims.n_mels).items()}
+        return {**self.model.tensors, **mel}
 
-    @cached_property
-    def log_mel_tensors(self) -> dict[str, Tensor]:
-        return {f"log_mel.{name}": tensor for name, tensor in log_mel_weights(self.dims.n_mels).items()}
+    # ---- the subject -----------------------------------------------------------------------------------------------
 
     @cached_property
     def artifacts(self) -> dict[str, Artifact]:
@@ -71,56 +112,123 @@ class Suite:
     def executables(self) -> dict[tuple[str, int], dict[str, Executable]]:
         return {}
 
+    def unit(self, block: Block) -> str:
+        """What compiles together: in float32 the network alone, as `load_model` compiles it; else all of the model."""
+        alone = ("log_mel", "network") if self.dtype == torch.float32 else ("log_mel",)
+        return block.unit if block.unit in alone else "parts"
+
+    @cached_property
+    def captured_names(self) -> dict[str, list[str]]:
+        """By captured block, the layers whose outputs stand behind its own; filled when its graph is built."""
+        return {}
+
+    def programs(self, unit: str) -> Iterator[Program]:
+        """The graphs of a unit; "parts" holds those with captures too."""
+        yield from (b.program(self.dims, self.policy) for b in BLOCKS.values() if self.unit(b) == unit)
+        if unit == "parts":
+            for name in CAPTURED:
+                program, self.captured_names[name] = captured(BLOCKS[name], self.dims, self.policy)
+                yield program
+
+    def artifact(self, unit: str) -> Artifact:
+        if unit not in self.artifacts:
+            name = f"{self.model.size}, {str(self.dtype).removeprefix('torch.')}, {unit}"
+            self.artifacts[unit] = Artifact(name, self.programs(unit), "cpu" if unit == "log_mel" else self.device)
+        return self.artifacts[unit]
+
+    def initialised(self, unit: str, layer: int, tensors: Mapping[str, Tensor]) -> dict[str, Executable]:
+        """The unit's graphs with the weights of a layer; of a layer that only encoder or decoder has, the other is given
+        its last."""
+        return self.artifact(unit).init(
+            tensors,
+            audio_layer=min(layer, self.dims.n_audio_layer - 1),
+            text_layer=min(layer, self.dims.n_text_layer - 1),
+        )
+
     def executable(self, block: Block, layer: int) -> Executable:
         """The block on MAX with the weights of `layer`; its unit compiles at the first call for any of its blocks."""
-        unit = block.unit
-        if unit not in self.artifacts:
-            programs = [b.program(self.dims, POLICY) for b in BLOCKS.values() if b.unit == unit]
-            self.artifacts[unit] = Artifact(f"{self.size}, {unit}", programs, "cpu")
+        unit = self.unit(block)
         if (unit, layer) not in self.executables:
-            # The graphs of one artifact are initialised together, those for audio and those for text; of a layer that
-            # only one of the two has, the other is given its last.
-            self.executables[unit, layer] = self.artifacts[unit].init(
-                self.tensors | self.log_mel_tensors,
-                audio_layer=min(layer, self.dims.n_audio_layer - 1),
-                text_layer=min(layer, self.dims.n_text_layer - 1),
-            )
+            self.executables[unit, layer] = self.initialised(unit, layer, self.tensors)
         return self.executables[unit, layer][block.name]
 
-    def moments(self, block: Block) -> dict[str, int]:
-        """Where in the text a block is judged, by name: the number of tokens before."""
-        if not block.path.startswith("decoder"):
-            return {"speech": 0}
-        last = self.activations.tokens.shape[1] - 1
-        return (
-            {"first step": 4, "late step": last} if "step" in block.name or "cached" in block.name else {"text": last}
-        )
+    def graphs(self, tensors: Mapping[str, Tensor], layer: int = 0) -> dict[str, Executable]:
+        """Every graph of every unit with weights from `tensors`, those of one layer with that layer's."""
+        units = {self.unit(block) for block in BLOCKS.values()}
+        return {name: run for unit in sorted(units) for name, run in self.initialised(unit, layer, tensors).items()}
+
+    # ---- comparisons -----------------------------------------------------------------------------------------------
+
+    def comparisons(self, block: Block, kinds: Iterable[str], seed: int = 0) -> Iterator[Comparison]:
+        """Every layer of the block on every kind of inputs that means something for it."""
+        return comparisons(block, self.model.size, self.dims, self.dtype, kinds, self.device, seed)
+
+    def inputs(self, block: Block, comparison: Comparison) -> dict[str, Tensor]:
+        """The oracle's own inputs, rounded to the dtype under test."""
+        types = block.inputs(self.dims, self.policy)
+        kind, _, moment = comparison.inputs.partition(".")
+        recorded = self.model.activations(kind)
+        last = recorded.tokens.shape[1] - 1
+        position = activations.N_PROMPT if moment == "first" else last
+        given = recorded.of(block, list(types), comparison.layer, position)
+        given = activations.changed(given, kind, self.dims.n_vocab, comparison.seed)
+        return {name: x.to(TORCH_DTYPE[types[name].dtype]) for name, x in given.items()}
 
     @torch.no_grad()
-    def judge(self, block: Block, layer: int, moment: str) -> Judgement:
-        """Isolated: oracle, peer and subject are all given the oracle's own inputs, rounded to the dtype under test."""
-        types = block.inputs(self.dims, POLICY)
-        recorded = self.activations.of(block, list(types), layer, self.moments(block)[moment])
-        given = {name: x.to(TORCH_DTYPE[types[name].dtype]) for name, x in recorded.items()}
-        twin = TWINS[block.name]
+    def outputs(self, comparison: Comparison, executable: Executable | None = None) -> list[list[Tensor]]:
+        """What oracle, peer and subject make of the same inputs, the oracle's own.
+
+        executable: the block on MAX, if it is not to be the suite's own.
+        """
+        block, layer = BLOCKS[comparison.block], comparison.layer
+        given = self.inputs(block, comparison)
         exact = {name: x.double() if x.is_floating_point() else x for name, x in given.items()}
+        device = torch.device("cpu") if block.name == "log_mel" else self.torch_device
+        there = {name: x.to(device) if x.ndim else x for name, x in given.items()}
+        run, twin = executable or self.executable(block, layer), TWINS[block.name]
+        three = twin(self.model.oracle, layer, **exact), twin(self.peer, layer, **there), run(*there.values())
+        return [[x.cpu() for x in outputs] for outputs in three]
+
+    def judge(self, comparison: Comparison, executable: Executable | None = None) -> Judgement:
+        """The isolated verdict: all three computations of the block are given the same inputs."""
         return judge(
-            twin(self.oracle, layer, **exact),
-            twin(self.peer, layer, **given),
-            self.executable(block, layer)(*given.values()),
-            block=block.name,
-            size=self.size,
-            layer=layer,
-            dtype=TORCH_DTYPE[POLICY.compute],
-            inputs=moment,
-            longest_reduction=longest_reduction(block, self.dims),
+            comparison,
+            *self.outputs(comparison, executable),
+            longest_reduction=longest_reduction(BLOCKS[comparison.block], self.dims),
+            roundings=roundings(BLOCKS[comparison.block], self.dims),
+            n_vocab=self.dims.n_vocab,
         )
 
-    def judgements(self, block: Block) -> Iterator[Judgement]:
-        """Every layer, at every moment."""
-        for layer in range(block.n_layer(self.dims)):
-            for moment in self.moments(block):
-                yield self.judge(block, layer, moment)
+    def explain(self, comparison: Comparison) -> tuple[Explanation, ...]:
+        """Where and how MAX errs in the comparison."""
+        return explain(*self.outputs(comparison))
+
+
+def comparisons(
+    block: Block,
+    size: str,
+    dims: ModelDimensions,
+    dtype: torch.dtype,
+    kinds: Iterable[str],
+    device: str = "cpu",
+    seed: int = 0,
+) -> Iterator[Comparison]:
+    """Every layer of a block on every one of `kinds` that means something for it.
+
+    A decoder's step is judged at the end of the text, and on speech and random inputs at its first step too. The
+    log-mel spectrogram is float32 whatever the dtype of the network, and on the CPU as openai-whisper's.
+    """
+    if block.name == "log_mel":
+        dtype, device = torch.float32, "cpu"
+    policy = Policy(DeviceRef.CPU(), DType.float32, DType.float32)
+    meaningful = activations.kinds(block, list(block.inputs(dims, policy)))
+    for layer in range(block.n_layer(dims)):
+        for kind in kinds:
+            if kind not in meaningful:
+                continue
+            moments = [".first", ".late"] if kind in ("speech", activations.RANDOM) else [".late"]
+            for moment in moments if is_step(block) else [""]:
+                yield Comparison(size, dtype, block.name, layer, kind + moment, device, seed)
 
 
 def longest_reduction(block: Block, dims: ModelDimensions) -> int:
@@ -141,20 +249,40 @@ def longest_reduction(block: Block, dims: ModelDimensions) -> int:
     return max(4 * n_state, dims.n_audio_ctx)
 
 
-def fixture(path: str | Path = FIXTURES / "nano.pt") -> Suite:
-    """The suite of a checkpoint, by default the trained one."""
+NORM, PROJECTIONS, MLP, SUM = 1, 3, 3, 1
+"""Values in a row that are rounded to the dtype: a norm; query, weighted values and out; hidden, GELU and out; a sum."""
+
+
+def roundings(block: Block, dims: ModelDimensions) -> int:
+    """How many values in a row the block rounds to the dtype, each made from the one before."""
+    audio_block = NORM + PROJECTIONS + SUM + NORM + MLP + SUM
+    text_block = audio_block + NORM + PROJECTIONS + SUM
+    stem, logits = 5, NORM + 1
+    whole = {
+        "encoder.stem": stem,
+        "encoder.block": audio_block,
+        "encoder": stem + dims.n_audio_layer * audio_block + NORM,
+        "decoder.block.prefill": text_block,
+        "decoder.block.step": text_block,
+        "decoder.logits.prefill": logits,
+        "decoder.logits.step": logits,
+    }
+    if block.name in whole:
+        return whole[block.name]
+    if block.name in ("decoder.prefill", "decoder.step", "decoder.alignment"):
+        return 1 + dims.n_text_layer * text_block + logits
+    return MLP if "mlp" in block.name else PROJECTIONS if "attention" in block.name else 1
+
+
+def trained(path: str | Path = FIXTURES / "nano.pt", size: str = FIXTURE) -> Model:
+    """The model of a checkpoint, by default the trained one of the fixtures."""
     checkpoint = load_checkpoint(path)
-    return Suite("fixture", checkpoint.dims, checkpoint.tensors)
+    return Model(size, checkpoint.dims, checkpoint.tensors)
 
 
-def random_weights(size: str) -> Suite:
-    """The suite of a model of random weights, in float16 as OpenAI stores its own."""
+def random_weights(size: str) -> Model:
+    """A model of random weights, in float16 as OpenAI stores its own."""
     torch.manual_seed(0)
     model = Whisper(replace(SIZES[size]))
     torch.nn.init.normal_(model.decoder.positional_embedding, std=model.dims.n_text_state**-0.5)
-    return Suite(size, model.dims, {name: tensor.half() for name, tensor in model.state_dict().items()})
-
-
-def load_suite(size: str) -> Suite:
-    """The suite called `size`: "fixture" or a key of SIZES."""
-    return fixture() if size == "fixture" else random_weights(size)
+    return Model(size, model.dims, {name: tensor.half() for name, tensor in model.state_dict().items()})

@@ -1,23 +1,40 @@
-"""The isolated parity test: every layer of a block, at every moment, against the budget."""
+"""The isolated parity test: a block on its own, in one layer, on one set of inputs, against its budget."""
+
+from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
+import torch
 
-from maxwhisper.blocks import BLOCKS
-from reference.judge import Judgement
+from reference.chain import AUDIO, run_chain
+from reference.judge import Comparison, Judgement
+from reference.results import Run
 from reference.suite import Suite
 
-
-def blocks(*families: str) -> pytest.MarkDecorator:
-    """Parametrizes a test by the blocks whose dotted names hold one of the words, and fails where there is none."""
-    names = [name for name in BLOCKS if any(family in name.split(".") for family in families)]
-    assert names, f"no block is named after {families}"
-    return pytest.mark.parametrize("block", names)
+SuiteFor = Callable[[str, torch.dtype], Suite]
 
 
-def check(model: Suite, block: str, judgements: list[Judgement]) -> None:
-    """Judges the block and fails with every judgement that is not within budget."""
-    found = list(model.judgements(BLOCKS[block]))
-    judgements += found
-    failed = [str(judgement) for judgement in found if not judgement.passed]
-    assert not failed, "\n" + "\n".join(failed)
-    assert found
+def check(comparison: Comparison, suite_for: SuiteFor, run: Run, request: pytest.FixtureRequest) -> None:
+    """Judges the comparison; a failure says all there is to know about it on one screen."""
+    suite = suite_for(comparison.size, comparison.dtype)
+    judgement = suite.judge(comparison)
+    if not judgement.passed:
+        judgement = replace(judgement, explanations=suite.explain(comparison))
+    run.judgements.append(judgement)
+    if not judgement.passed:
+        pytest.fail(f"\n{message(judgement, suite, request.node.nodeid)}", pytrace=False)
+
+
+def message(judgement: Judgement, suite: Suite, node: str) -> str:
+    c = judgement.comparison
+    dtype = str(c.dtype).removeprefix("torch.")
+    return f"""isolated: {judgement}
+chained: {chained(judgement, suite)}
+again: pytest '{node}' --size {c.size} --dtype {dtype} --device {c.device}"""
+
+
+def chained(judgement: Judgement, suite: Suite) -> str:
+    """What the same block does where it is fed by the blocks before it, on MAX."""
+    kind = judgement.comparison.inputs.partition(".")[0]
+    chain = run_chain(suite, kind if kind in AUDIO else "speech")
+    return f"first divergence {chain.first_divergence}" if chain.first_divergence else "within budget everywhere"

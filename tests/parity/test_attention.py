@@ -1,11 +1,15 @@
 """Attention in its four uses: over audio, causal, cached, and across from text to audio."""
 
-from reference.judge import Judgement
-from reference.suite import Suite
+import pytest
+
+from reference.judge import Comparison
+from reference.results import Run
 
 from . import isolated
 
 
-@isolated.blocks("attention", "cross_attention")
-def test_isolated(model: Suite, block: str, judgements: list[Judgement]) -> None:
-    isolated.check(model, block, judgements)
+@pytest.mark.blocks("attention", "cross_attention")
+def test_isolated(
+    comparison: Comparison, suite_for: isolated.SuiteFor, run: Run, request: pytest.FixtureRequest
+) -> None:
+    isolated.check(comparison, suite_for, run, request)

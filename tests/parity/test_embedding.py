@@ -1,11 +1,15 @@
 """From tokens to vectors, and from vectors to logits."""
 
-from reference.judge import Judgement
-from reference.suite import Suite
+import pytest
+
+from reference.judge import Comparison
+from reference.results import Run
 
 from . import isolated
 
 
-@isolated.blocks("embedding", "logits")
-def test_isolated(model: Suite, block: str, judgements: list[Judgement]) -> None:
-    isolated.check(model, block, judgements)
+@pytest.mark.blocks("embedding", "logits")
+def test_isolated(
+    comparison: Comparison, suite_for: isolated.SuiteFor, run: Run, request: pytest.FixtureRequest
+) -> None:
+    isolated.check(comparison, suite_for, run, request)

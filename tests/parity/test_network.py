@@ -1,14 +1,28 @@
-"""The graphs that transcribe: encoder, cross-attention keys and values, decoder prefill and step, alignment."""
+"""The graphs that transcribe: encoder, cross-attention keys and values, decoder prefill and step, alignment; each on its
+own, and all in a row."""
 
 import pytest
 
-from maxwhisper.blocks import BLOCKS
-from reference.judge import Judgement
-from reference.suite import Suite
+from reference.activations import AUDIO
+from reference.chain import run_chain
+from reference.judge import Comparison
+from reference.results import Run
+from reference.suite import CHECKPOINT, FIXTURE, Suite
 
 from . import isolated
 
 
-@pytest.mark.parametrize("block", [name for name, block in BLOCKS.items() if block.unit in ("network", "alignment")])
-def test_isolated(model: Suite, block: str, judgements: list[Judgement]) -> None:
-    isolated.check(model, block, judgements)
+@pytest.mark.blocks(units=("network", "alignment"))
+def test_isolated(
+    comparison: Comparison, suite_for: isolated.SuiteFor, run: Run, request: pytest.FixtureRequest
+) -> None:
+    isolated.check(comparison, suite_for, run, request)
+
+
+def test_chain(suite: Suite, run: Run) -> None:
+    """Of every submodule in the order of computing; for a trained model on every kind of audio."""
+    for kind in AUDIO if suite.model.size in (FIXTURE, CHECKPOINT) else ("speech",):
+        chain = run_chain(suite, kind)
+        run.chains.append(chain)
+        if not chain.passed:
+            pytest.fail(f"\n{chain}", pytrace=False)

@@ -1,0 +1,54 @@
+"""Seeing inside a graph: every layer's output made an output of the graph as well."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from max.graph import TensorValue
+from max.nn.layer import Layer, Module, add_layer_hook, clear_hooks
+from whisper.model import ModelDimensions
+
+from maxwhisper.blocks import Block
+from maxwhisper.runtime import Policy, Program
+
+CAPTURED = ("encoder", "decoder.prefill", "decoder.step")
+"""Blocks whose layers are captured."""
+SUMS = {"encoder.blocks.0": "encoder.stem", "decoder.blocks.0": "decoder.embedding"}
+"""Values that are no submodule's output: what goes into these submodules is captured under these names."""
+
+
+@contextmanager
+def layer_outputs(module: Module, path: str) -> Iterator[dict[str, TensorValue]]:
+    """While this is open, every layer's output goes into the dictionary as the graph is built, by its PyTorch name;
+    `path` is the module's own name, whose output is the graph's already."""
+    names = {id(layer): f"{path}.{prefix}".rstrip(".") for prefix, layer in module.named_modules()}
+    found: dict[str, TensorValue] = {}
+
+    def hook(layer: Layer, inputs: tuple[Any, ...], keywords: dict[str, Any], outputs: Any) -> None:
+        name = names[id(layer)]
+        if name == path:
+            return
+        if name in SUMS:
+            found[SUMS[name]] = inputs[0]
+        found[name] = outputs[0] if isinstance(outputs, tuple | list) else outputs
+
+    add_layer_hook(hook)
+    try:
+        yield found
+    finally:
+        clear_hooks()
+
+
+def captured(block: Block, dims: ModelDimensions, policy: Policy) -> tuple[Program, list[str]]:
+    """The block's program with every layer's output behind its own outputs, and a list that holds those layers' names
+    once the program has been traced."""
+    program = block.program(dims, policy)
+    names: list[str] = []
+
+    def function(module: Module, *inputs: TensorValue) -> Sequence[TensorValue]:
+        with layer_outputs(module, block.path) as found:
+            outputs = block.function(module, *inputs)
+        names[:] = list(found)
+        return [*outputs, *found.values()]
+
+    return Program(f"{block.name} captured", program.path, program.module, function, program.inputs), names

@@ -1,0 +1,213 @@
+"""All blocks in a row: how the error grows along the network, and where the first divergence starts.
+
+The subject is one chain of MAX graphs from the waveform to the logits: log-mel, encoder, cross-attention's keys and
+values, decoder over a text, one step behind it; each is fed what the one before it made. Oracle and peer run the same
+way. Every submodule's output is judged under its name in the PyTorch model, in the order of computing. The first one
+outside its budget is the first divergence: all that was fed to it was within.
+
+To see inside a graph, every layer's output is made an output of the graph as well, which can change how the compiler
+fuses. So the chain also runs on graphs without captures, and says whether the captures changed what came out at the end.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from whisper.model import Whisper
+
+from maxwhisper.blocks import BLOCKS
+from maxwhisper.runtime import Executable
+
+from .activations import AUDIO, hooked, speech, window_of
+from .blocks import decoder as decoder_twin
+from .blocks import decoder_keys_values, log_mel
+from .captures import SUMS
+from .judge import Comparison, Judgement, judge
+from .suite import Suite, longest_reduction, roundings
+
+Outputs = dict[str, Tensor]
+STEP = "step "
+"""Stands before the names of what was computed at the step."""
+
+
+@dataclass(frozen=True)
+class CaptureEffect:
+    """What capturing did to an output of a graph. relative_l2: of the change, to the output without captures."""
+
+    output: str
+    identical: bool
+    relative_l2: float
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The verdict on a whole network, submodule by submodule in the order of computing."""
+
+    comparison: Comparison
+    judgements: Mapping[str, Judgement]
+    capture_effects: tuple[CaptureEffect, ...]
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.judgements) and self.first_divergence is None
+
+    @property
+    def first_divergence(self) -> str | None:
+        """The first submodule whose inputs were within budget and whose output is not."""
+        return next((name for name, judgement in self.judgements.items() if not judgement.passed), None)
+
+    def __str__(self) -> str:
+        lines = [f"{self.comparison}: {len(self.judgements)} submodules"]
+        if self.first_divergence:
+            lines += [f"first divergence: {self.first_divergence}", str(self.judgements[self.first_divergence])]
+        lines += [
+            f"captures changed {effect.output} by {effect.relative_l2:.1e} (relative L2)"
+            for effect in self.capture_effects
+            if not effect.identical
+        ]
+        return "\n".join(lines)
+
+
+def run_chain(suite: Suite, kind: str = "speech") -> Chain:
+    """The chain over one of the waveforms AUDIO and the text of "speech", the last token as the step."""
+    audio, tokens = speech(suite.dims)
+    graphs = suite.graphs(suite.tensors)
+    ours = max_chain(suite, graphs, AUDIO[kind](audio), tokens)
+    plain = max_plain(suite, graphs, AUDIO[kind](audio), tokens)
+    judgements = dict(judge_chain(suite, kind, ours))
+    effects = tuple(capture_effect(name, value, ours[name]) for name, value in plain.items())
+    return Chain(Comparison(suite.model.size, suite.dtype, "chain", 0, kind, suite.device), judgements, effects)
+
+
+def first_divergence(suite: Suite, graphs: Mapping[str, Executable]) -> str | None:
+    """Where the chain over speech first leaves its budget, with other graphs than the suite's own."""
+    ours = max_chain(suite, graphs, *speech(suite.dims))
+    return next((name for name, judgement in judge_chain(suite, "speech", ours) if not judgement.passed), None)
+
+
+def judge_chain(suite: Suite, kind: str, ours: Outputs) -> Iterator[tuple[str, Judgement]]:
+    """Submodule by submodule, in the order of computing."""
+    oracle, peer = references(suite, kind)
+    for name, right in oracle.items():
+        dtype = torch.float32 if name == "log_mel" else suite.dtype
+        comparison = Comparison(suite.model.size, dtype, name, 0, f"chained, {kind}", suite.device)
+        yield name, judge_chained(suite, comparison, right, peer[name], ours.get(name))
+
+
+def teacher_forced(suite: Suite, clip: dict[str, Any]) -> Judgement:
+    """The chain over a clip's first window with its own text given: the logits of every next token."""
+    audio, tokens = window_of(clip, suite.dims)
+    ours = max_plain(suite, suite.graphs(suite.tensors), audio, tokens)["decoder"]
+    oracle = pytorch_chain(suite.model.oracle, audio, tokens, torch.float64)["decoder"]
+    peer = pytorch_chain(suite.peer, audio, tokens, suite.dtype)["decoder"]
+    comparison = Comparison(suite.model.size, suite.dtype, "decoder.prefill", 0, clip["file"], suite.device)
+    return judge_chained(suite, comparison, oracle, peer, ours)
+
+
+def judge_chained(suite: Suite, comparison: Comparison, oracle: Tensor, peer: Tensor, ours: Tensor | None) -> Judgement:
+    return judge(
+        comparison,
+        [oracle],
+        [peer],
+        [] if ours is None else [ours],
+        longest_reduction=longest_reduction(BLOCKS["decoder.prefill"], suite.dims),
+        roundings=roundings(
+            BLOCKS["encoder" if comparison.block.startswith("encoder") else "decoder.prefill"], suite.dims
+        ),
+        n_vocab=suite.dims.n_vocab,
+    )
+
+
+REFERENCES: WeakKeyDictionary[Suite, dict[str, tuple[Outputs, Outputs]]] = WeakKeyDictionary()
+
+
+def references(suite: Suite, kind: str) -> tuple[Outputs, Outputs]:
+    """What oracle and peer make of a waveform, computed once: a fault changes only the subject."""
+    known = REFERENCES.setdefault(suite, {})
+    if kind not in known:
+        waveform, tokens = speech(suite.dims)
+        audio = AUDIO[kind](waveform)
+        oracle = pytorch_chain(suite.model.oracle, audio, tokens, torch.float64)
+        known[kind] = oracle, pytorch_chain(suite.peer, audio, tokens, suite.dtype)
+    return known[kind]
+
+
+def capture_effect(output: str, plain: Tensor, captured: Tensor) -> CaptureEffect:
+    change = (captured.double() - plain.double()).norm() / plain.double().norm()
+    return CaptureEffect(output, torch.equal(plain, captured), float(change))
+
+
+@torch.no_grad()
+def pytorch_chain(model: Whisper, audio: Tensor, tokens: Tensor, dtype: torch.dtype) -> Outputs:
+    """Every submodule's output under its name, with STEP before it for what the step computes."""
+    mel = log_mel(model, 0, audio.to(torch.promote_types(dtype, torch.float32)))[0]
+    values: Outputs = {"log_mel": mel}
+
+    def part(prefix: str, run: Callable[[], list[Tensor]]) -> list[Tensor]:
+        inputs: Outputs = {}
+        outputs: Outputs = {}
+        with hooked(model, inputs, outputs):
+            results = run()
+        values.update(named(prefix, inputs, outputs))
+        return results
+
+    tokens = tokens.to(model.device)
+    features = part("", lambda: [model.encoder(mel[None].to(model.device, dtype))])[0]
+    cross = decoder_keys_values(model, 0, features)
+    logits, *cache = part("", lambda: decoder_twin(model, 0, tokens[:, :-1], **layers("cross", cross)))
+    values["decoder"] = logits
+    kv = layers("cache", cache) | layers("cross", cross)
+    values[STEP + "decoder"] = part(STEP, lambda: decoder_twin(model, 0, tokens[:, -1:], **kv))[0]
+    return {name: value.cpu() for name, value in values.items()}
+
+
+def layers(kind: str, values: list[Tensor]) -> dict[str, Tensor]:
+    """Keys and values of every layer in turn, by the names that BLOCKS gives them."""
+    return {f"{'kv'[i % 2]}_{kind}.{i // 2}": value for i, value in enumerate(values)}
+
+
+def named(prefix: str, inputs: Outputs, outputs: Outputs) -> Outputs:
+    """The outputs in order, each sum before the first submodule inside the one that it goes into."""
+    values: Outputs = {}
+    for name, value in outputs.items():
+        for module, total in SUMS.items():
+            if name.startswith(module + ".") and prefix + total not in values:
+                values[prefix + total] = inputs[module]
+        # PyTorch convolves (batch, channel, time), MAX (batch, time, channel).
+        values[prefix + name] = value.transpose(1, 2) if name.startswith("encoder.conv") else value
+    return values
+
+
+def max_chain(suite: Suite, graphs: Mapping[str, Executable], audio: Tensor, tokens: Tensor) -> Outputs:
+    """Every captured layer's output on MAX, as `pytorch_chain` names it."""
+    values: Outputs = {}
+
+    def part(block: str, prefix: str, *inputs: Tensor) -> list[Tensor]:
+        names = suite.captured_names[block]
+        results = graphs[f"{block} captured"](*inputs)
+        n_output = len(results) - len(names)
+        values.update({prefix + name: value.cpu() for name, value in zip(names, results[n_output:], strict=True)})
+        values[prefix + block.partition(".")[0]] = results[0].cpu()
+        return results[:n_output]
+
+    values["log_mel"] = mel = graphs["log_mel"](audio)[0]
+    tokens = tokens.to(suite.torch_device)
+    (features,) = part("encoder", "", mel[None].to(suite.torch_device))
+    cross = graphs["decoder.keys_values"](features)
+    _, *cache = part("decoder.prefill", "", tokens[:, :-1], *cross)
+    part("decoder.step", STEP, tokens[:, -1:], *cache, *cross)
+    return values
+
+
+def max_plain(suite: Suite, graphs: Mapping[str, Executable], audio: Tensor, tokens: Tensor) -> Outputs:
+    """What comes out at the end of the graphs without captures."""
+    tokens = tokens.to(suite.torch_device)
+    (mel,) = graphs["log_mel"](audio)
+    (features,) = graphs["encoder"](mel[None].to(suite.torch_device))
+    cross = graphs["decoder.keys_values"](features)
+    logits, *cache = graphs["decoder.prefill"](tokens[:, :-1], *cross)
+    step = graphs["decoder.step"](tokens[:, -1:], *cache, *cross)[0]
+    return {"encoder": features.cpu(), "decoder": logits.cpu(), STEP + "decoder": step.cpu()}

@@ -1,0 +1,721 @@
+"""The judge on trial: wrong models, every one of which it must catch, in the block that is wrong.
+
+A *weight* fault changes the tensors that MAX is given, and needs no compilation. A *graph* fault changes
+`maxwhisper.model` or `maxwhisper.audio` while one block's graph is built; all of a run compile into one artifact. The
+oracle and the peer stay right in both.
+
+Caught means that a check fails: one of the judge's measures on the block alone (the isolated verdict), or the chain over
+the whole network, which must then name a submodule inside the faulty block as the first divergence.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from max.dtype import DType
+from max.graph import TensorValue, ops
+from torch import Tensor
+from whisper.model import ModelDimensions
+
+from maxwhisper import audio, model
+from maxwhisper.blocks import BLOCKS, Block
+from maxwhisper.runtime import Artifact, Executable, Program
+
+from .activations import KINDS
+from .chain import first_divergence
+from .judge import Judgement
+from .suite import Suite
+
+Tensors = dict[str, Tensor]
+Patch = Callable[[], AbstractContextManager[Any]]
+ENCODER, DECODER = "encoder.blocks.1", "decoder.blocks.1"
+LAYER = 1
+"""Faults that are in a layer are in this one: neither the first nor, in the decoder, the last."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A wrong model.
+
+    block: the entry of BLOCKS, the innermost, that is wrong by it. path: its place in the PyTorch model, where the first
+    divergence must lie. change: of the tensors. patched: of the code, while the graph is built. published: whether an
+    earlier attempt at this port is known to have made it.
+    """
+
+    name: str
+    block: str
+    path: str
+    change: Callable[[Tensors, ModelDimensions], Mapping[str, Tensor]] | None = None
+    patched: Patch | None = None
+    published: bool = False
+
+
+@dataclass(frozen=True)
+class FaultVerdict:
+    """What the judge made of a fault in one dtype.
+
+    checks: those that failed, "isolated: <measure>" or "chain". divergence: where the chain first left its budget, None
+    where it did not or was not run. used: how much of its budget the block took at most, above 1 being caught.
+    rounding: by kind of inputs, the relative L2 of PyTorch's own error in the block. effect: the same of the fault, as
+    it is in float32.
+    """
+
+    fault: Fault
+    dtype: torch.dtype
+    checks: tuple[str, ...]
+    divergence: str | None
+    used: float
+    rounding: Mapping[str, float]
+    effect: Mapping[str, float]
+
+    @property
+    def caught(self) -> bool:
+        return bool(self.checks)
+
+    @property
+    def right_block(self) -> bool:
+        """Whether the block alone was found wrong, and the chain, if it was, where that block stands."""
+        isolated = any(check.startswith("isolated") for check in self.checks)
+        return isolated and (
+            self.divergence is None or self.divergence.removeprefix("step ").startswith(self.fault.path)
+        )
+
+    @property
+    def below_rounding(self) -> bool:
+        """Whether the fault changes the block less than PyTorch's rounding does, on all inputs; never so in float32."""
+        return self.dtype != torch.float32 and all(self.effect[kind] <= self.rounding[kind] for kind in self.rounding)
+
+    @property
+    def accepted(self) -> bool:
+        return self.right_block if self.caught else self.below_rounding
+
+    @property
+    def only_check(self) -> str | None:
+        """The one check that caught it, if it was only one: nobody must delete that."""
+        return self.checks[0] if len(self.checks) == 1 else None
+
+    def __str__(self) -> str:
+        found = ", ".join(self.checks) or "nothing"
+        kind = max(self.rounding, key=lambda kind: self.effect[kind] / (self.rounding[kind] or 1), default="")
+        lines = [
+            f"fault: {self.fault.name}, in {self.fault.block}, {self.dtype}",
+            f"  caught by {found}; the block used {self.used:.3g} of its budget",
+            f"  the chain's first divergence: {self.divergence}, expected in {self.fault.path}",
+        ]
+        if kind:
+            figures = f"effect {self.effect[kind]:.1e}, PyTorch's rounding {self.rounding[kind]:.1e}"
+            lines.append(f"  relative L2, {kind}: {figures}")
+        return "\n".join(lines)
+
+
+# ---- weight faults -------------------------------------------------------------------------------------------------
+
+
+def at(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Tensors, ModelDimensions], Tensors]:
+    """One tensor changed."""
+    return lambda tensors, dims: {name: change(tensors[name])}
+
+
+def swapped(one: str, other: str) -> Callable[[Tensors, ModelDimensions], Tensors]:
+    """Two tensors, or all tensors of two modules, in each other's places."""
+
+    def change(tensors: Tensors, dims: ModelDimensions) -> Tensors:
+        names = [name for name in tensors if name == one or name.startswith(one + ".")]
+        pairs = {name: other + name.removeprefix(one) for name in names}
+        return {a: tensors[b] for a, b in pairs.items() if b in tensors} | {
+            b: tensors[a] for a, b in pairs.items() if b in tensors
+        }
+
+    return change
+
+
+def copied(source: str, destination: str) -> Callable[[Tensors, ModelDimensions], Tensors]:
+    """All tensors of one module in the place of another's: stale weights."""
+    return lambda tensors, dims: {
+        destination + name.removeprefix(source): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(source + ".")
+    }
+
+
+def zeros(x: Tensor) -> Tensor:
+    return torch.zeros_like(x)
+
+
+def heads_exchanged(x: Tensor) -> Tensor:
+    """(n_state, n_in): the rows of the first head and those of the second exchanged."""
+    return torch.cat([x[64:128], x[:64], x[128:]])
+
+
+def one_element_off(x: Tensor) -> Tensor:
+    """One element off by a hundredth of its row's norm."""
+    y = x.clone()
+    y[7, 11] += x[7].float().norm() / 100
+    return y
+
+
+def rounded_to_8_bits(x: Tensor) -> Tensor:
+    step = x.float().abs().max() / 127
+    return ((x.float() / step).round() * step).to(x.dtype)
+
+
+def bits_read_as_bfloat16(x: Tensor) -> Tensor:
+    return x.half().view(torch.bfloat16).float().clamp(-65504, 65504).half().to(x.dtype)
+
+
+def one_row(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def of(x: Tensor) -> Tensor:
+        y = x.clone()
+        y[5] = change(x[5])
+        return y
+
+    return of
+
+
+def half_window(x: Tensor) -> Tensor:
+    """The Fourier basis (N_FFT, N_BINS) under a symmetric Hann window in the place of the periodic one."""
+    n_fft = len(x)
+    periodic, symmetric = (torch.hann_window(n_fft, periodic=p, dtype=torch.float64)[:, None] for p in (True, False))
+    return torch.where(periodic == 0, 0, x.double() / periodic.clamp(min=1e-300) * symmetric).float()
+
+
+def weight_faults() -> Iterator[Fault]:
+    """Every one is some lines of what a loader or a converter gets wrong."""
+
+    def fault(name: str, block: str, path: str, change: Any, published: bool = False) -> Fault:
+        return Fault(name, block, path, change=change, published=published)
+
+    attn, cross = "encoder.attention", "decoder.cross_attention.prefill"
+    e, d = f"{ENCODER}.attn", f"{DECODER}.attn"
+    yield fault("query bias dropped", attn, e, at(f"{e}.query.bias", zeros))
+    yield fault("value bias dropped", attn, e, at(f"{e}.value.bias", zeros))
+    yield fault("out bias dropped", attn, e, at(f"{e}.out.bias", zeros))
+    yield fault("key and value swapped", attn, e, swapped(f"{e}.key.weight", f"{e}.value.weight"))
+    yield fault("query and key swapped", attn, e, swapped(f"{e}.query.weight", f"{e}.key.weight"))
+    yield fault("square weight transposed", attn, e, at(f"{e}.out.weight", lambda x: x.T.contiguous()))
+    yield fault("heads of the query permuted", attn, e, at(f"{e}.query.weight", heads_exchanged))
+    yield fault("heads of out permuted", attn, e, at(f"{e}.out.weight", lambda x: heads_exchanged(x.T).T.contiguous()))
+    yield fault("one element off by 1 % of its row", attn, e, at(f"{e}.value.weight", one_element_off))
+    yield fault("one row's sign", attn, e, at(f"{e}.value.weight", one_row(torch.neg)))
+    yield fault("rounded to bfloat16", attn, e, at(f"{e}.value.weight", lambda x: x.bfloat16().to(x.dtype)))
+    yield fault("rounded to 8 bits", attn, e, at(f"{e}.value.weight", rounded_to_8_bits))
+    yield fault(
+        "float16 read as bfloat16",
+        "encoder.mlp",
+        f"{ENCODER}.mlp",
+        at(f"{ENCODER}.mlp.2.weight", bits_read_as_bfloat16),
+    )
+    yield fault("mlp bias dropped", "encoder.mlp", f"{ENCODER}.mlp", at(f"{ENCODER}.mlp.0.bias", zeros))
+    yield fault(
+        "stale mlp of another layer",
+        "decoder.mlp.prefill",
+        f"{DECODER}.mlp",
+        copied("decoder.blocks.0.mlp", f"{DECODER}.mlp"),
+    )
+    yield fault("encoder layers swapped", "encoder.block", "encoder.blocks.0", swapped("encoder.blocks.0", ENCODER))
+    yield fault("decoder layers swapped", "decoder.block.prefill", DECODER, swapped(DECODER, "decoder.blocks.2"))
+    yield fault(
+        "another norm's weights",
+        "encoder.layer_norm",
+        f"{ENCODER}.attn_ln",
+        copied(f"{ENCODER}.mlp_ln", f"{ENCODER}.attn_ln"),
+    )
+    yield fault("norm's bias dropped", "encoder.layer_norm", f"{ENCODER}.attn_ln", at(f"{ENCODER}.attn_ln.bias", zeros))
+    yield fault("causal attention's value bias dropped", "decoder.attention.causal", d, at(f"{d}.value.bias", zeros))
+    yield fault(
+        "cross-attention's weights from self-attention",
+        cross,
+        f"{DECODER}.cross_attn",
+        copied(d, f"{DECODER}.cross_attn"),
+    )
+    yield fault("cross-attention silent", cross, f"{DECODER}.cross_attn", at(f"{DECODER}.cross_attn.out.weight", zeros))
+    yield fault(
+        "cross-attention's value bias dropped",
+        "decoder.cross_attention.keys_values",
+        f"{DECODER}.cross_attn",
+        at(f"{DECODER}.cross_attn.value.bias", zeros),
+    )
+    yield fault(
+        "audio positions shifted by one",
+        "encoder.stem",
+        "encoder.stem",
+        at("encoder.positional_embedding", lambda x: x.roll(1, 0)),
+    )
+    yield fault("conv taps reversed", "encoder.stem", "encoder.conv1", at("encoder.conv1.weight", lambda x: x.flip(2)))
+    yield fault(
+        "conv channels transposed",
+        "encoder.stem",
+        "encoder.conv2",
+        at("encoder.conv2.weight", lambda x: x.transpose(0, 1).contiguous()),
+        True,
+    )
+    yield fault("conv bias dropped", "encoder.stem", "encoder.conv2", at("encoder.conv2.bias", zeros))
+    yield fault(
+        "text positions shifted by one",
+        "decoder.embedding",
+        "decoder.embedding",
+        at("decoder.positional_embedding", lambda x: x.roll(-1, 0)),
+    )
+    yield fault(
+        "vocabulary shifted by one",
+        "decoder.embedding",
+        "decoder.token_embedding",
+        at("decoder.token_embedding.weight", lambda x: x.roll(1, 0)),
+    )
+    yield fault(
+        "one word's vector lost",
+        "decoder.logits.prefill",
+        "decoder",
+        at("decoder.token_embedding.weight", one_row(zeros)),
+    )
+    yield fault(
+        "last norm of the decoder skipped",
+        "decoder.logits.prefill",
+        "decoder.ln",
+        lambda t, dims: {
+            "decoder.ln.weight": torch.ones_like(t["decoder.ln.weight"]),
+            "decoder.ln.bias": zeros(t["decoder.ln.bias"]),
+        },
+    )
+    yield fault(
+        "last norm of the encoder without weights",
+        "encoder",
+        "encoder.ln_post",
+        lambda t, dims: {
+            "encoder.ln_post.weight": torch.ones_like(t["encoder.ln_post.weight"]),
+            "encoder.ln_post.bias": zeros(t["encoder.ln_post.bias"]),
+        },
+    )
+    yield fault(
+        "mel filters not normalised", "log_mel", "log_mel", at("log_mel.filters", lambda x: x / x.max(0).values)
+    )
+    yield fault(
+        "mel filters of another scale",
+        "log_mel",
+        "log_mel",
+        lambda t, dims: {"log_mel.filters": htk_filters(*t["log_mel.filters"].shape)},
+    )
+    yield fault(
+        "symmetric window",
+        "log_mel",
+        "log_mel",
+        lambda t, dims: {name: half_window(t[name]) for name in ("log_mel.cosine", "log_mel.sine")},
+    )
+
+
+def htk_filters(n_bins: int, n_mels: int) -> Tensor:
+    """Triangles of equal width on HTK's mel scale, area one, (n_bins, n_mels); Whisper's are on Slaney's."""
+    mel = torch.linspace(0, 2595 * math.log10(1 + 8000 / 700), n_mels + 2, dtype=torch.float64)
+    hertz = 700 * (10 ** (mel / 2595) - 1)
+    bins = torch.linspace(0, 8000, n_bins, dtype=torch.float64)[:, None]
+    low, middle, high = hertz[:-2], hertz[1:-1], hertz[2:]
+    triangles = torch.minimum((bins - low) / (middle - low), (high - bins) / (high - middle)).clamp(min=0)
+    return (triangles * 2 / (high - low)).float()
+
+
+# ---- graph faults --------------------------------------------------------------------------------------------------
+# Each stands in for a method of the network, and does what it does but for one thing.
+
+
+def float32_norm(x: TensorValue, weight: TensorValue, bias: TensorValue, form: str) -> TensorValue:
+    """Layer norm written out, wrong in one way."""
+    mean = ops.mean(x, axis=-1)
+    centred = x if form == "mean not subtracted" else x - mean
+    variance = ops.mean(centred * centred, axis=-1)
+    if form == "divided by n - 1":
+        n = int(x.shape[-1])
+        variance = variance * (n / (n - 1))
+    if form == "epsilon outside the root":
+        return centred / (ops.sqrt(variance) + 1e-5) * weight + bias
+    return centred / ops.sqrt(variance + 1e-5) * weight + bias
+
+
+def norm(form: str) -> Patch:
+    def call(self: model.LayerNorm, x: TensorValue) -> TensorValue:
+        return float32_norm(x.cast(DType.float32), self.weight, self.bias, form).cast(x.dtype)
+
+    return lambda: patch.object(model.LayerNorm, "__call__", call)
+
+
+def half(dtype: DType) -> DType:
+    """The dtype that a careless port would compute in."""
+    return dtype if dtype != DType.float32 else DType.float16
+
+
+def attention(
+    scale: Callable[[model.MultiHeadAttention], float] = lambda attn: attn.n_channel**-0.5,
+    softmax: Callable[[TensorValue], TensorValue] = ops.softmax,
+    kv_of: Callable[[model.KeyValue], model.KeyValue] = lambda kv: kv,
+) -> Patch:
+    """Attention with another scale, another softmax, or over other keys and values."""
+
+    def attend(
+        self: model.MultiHeadAttention, q: TensorValue, kv: model.KeyValue, mask: TensorValue | None
+    ) -> tuple[TensorValue, TensorValue]:
+        q, k, v = (x.cast(DType.float32) for x in (q, *kv_of(kv)))
+        qk = (q @ ops.transpose(k, 2, 3)) * ops.constant(scale(self), DType.float32, q.device)
+        if mask is not None:
+            qk = qk + mask
+        return (softmax(qk).cast(DType.float32) @ v).cast(self.policy.compute), qk
+
+    return lambda: patch.object(model.MultiHeadAttention, "qkv_attention", attend)
+
+
+def summed_in_compute_dtype(
+    self: model.MultiHeadAttention, q: TensorValue, kv: model.KeyValue, mask: TensorValue | None
+) -> tuple[TensorValue, TensorValue]:
+    """Attention wholly in the dtype of the activations, or in float16 where that is float32."""
+    q, k, v = (x.cast(half(self.policy.compute)) for x in (q, *kv))
+    qk = (q @ ops.transpose(k, 2, 3)) * ops.constant(self.n_channel**-0.5, q.dtype, q.device)
+    if mask is not None:
+        qk = qk + mask.cast(q.dtype)
+    return (ops.softmax(qk) @ v).cast(self.policy.compute), qk.cast(DType.float32)
+
+
+def single_head(
+    self: model.MultiHeadAttention, q: TensorValue, kv: model.KeyValue, mask: TensorValue | None
+) -> tuple[TensorValue, TensorValue]:
+    def joined(x: TensorValue) -> TensorValue:
+        batch, n_head, n_token, n_channel = x.shape
+        joint = ops.permute(x.cast(DType.float32), [0, 2, 1, 3])
+        return joint.reshape((batch, 1, n_token, n_head * n_channel))
+
+    qk = (joined(q) @ ops.transpose(joined(kv.k), 2, 3)) * ops.constant(self.n_channel**-0.5, DType.float32, q.device)
+    wv = (ops.softmax(qk) @ joined(kv.v)).cast(self.policy.compute)
+    return ops.permute(wv.reshape((*wv.shape[:1], wv.shape[2], self.n_head, self.n_channel)), [0, 2, 1, 3]), qk
+
+
+def interleaved_heads(
+    self: model.MultiHeadAttention, x: TensorValue, cache: model.KeyValue | None = None
+) -> model.KeyValue:
+    shape = (*x.shape[:2], self.n_channel, self.n_head)
+    return model.KeyValue(*(ops.permute(project(x).reshape(shape), [0, 3, 1, 2]) for project in (self.key, self.value)))
+
+
+def cache_exchanged(
+    self: model.MultiHeadAttention, x: TensorValue, cache: model.KeyValue | None = None
+) -> model.KeyValue:
+    assert cache is not None
+    return KEYS_VALUES(self, x, model.KeyValue(cache.v, cache.k))
+
+
+KEYS_VALUES = model.MultiHeadAttention.keys_values
+
+
+def without_newest(kv: model.KeyValue) -> model.KeyValue:
+    return model.KeyValue(*(x[:, :, :-1] for x in kv))
+
+
+def with_padding(kv: model.KeyValue) -> model.KeyValue:
+    """Three rows of zeros behind the cache, as a cache of fixed length has them, and no mask over them."""
+
+    def padded(x: TensorValue) -> TensorValue:
+        zero = ops.constant(0, x.dtype, x.device).broadcast_to((x.shape[0], x.shape[1], 3, x.shape[3]))
+        return ops.concat([x, zero], axis=2)
+
+    return model.KeyValue(*(padded(x) for x in kv))
+
+
+def of_next_row(kv: model.KeyValue) -> model.KeyValue:
+    return model.KeyValue(*(ops.concat([x[1:], x[:1]], axis=0).rebind(x.shape) for x in kv))
+
+
+def mask(make: Callable[[Any, Any], TensorValue]) -> Patch:
+    return lambda: patch.object(model, "causal_mask", make)
+
+
+def band(above: float, num_upper: int, n_token: Any, policy: Any) -> TensorValue:
+    """`above` where a key is more than num_upper later than the query, 0 elsewhere."""
+    value = ops.constant(above, DType.float32, policy.device).broadcast_to((n_token, n_token))
+    return ops.band_part(value, num_lower=-1, num_upper=num_upper, exclude=True)
+
+
+def by_comparison(n_token: Any, policy: Any) -> TensorValue:
+    """A right mask, in the form that MAX 26.7 drops when it fuses attention on CPU."""
+    position = model.indices(n_token, policy.device)
+    later = ops.unsqueeze(position, 0) > ops.unsqueeze(position, 1)
+    return later.cast(DType.float32) * ops.constant(-1e4, DType.float32, policy.device)
+
+
+def earlier_hidden(n_token: Any, policy: Any) -> TensorValue:
+    return ops.transpose(band(float("-inf"), 0, n_token, policy), 0, 1)
+
+
+def conv(padding: tuple[int, int] = (1, 1), reverse: bool = False) -> Patch:
+    """A convolution whose taps begin elsewhere or run backwards."""
+
+    def call(self: model.Conv1d, x: TensorValue) -> TensorValue:
+        taps = ops.permute(self.weight.cast(x.dtype), [2, 1, 0])
+        if reverse:
+            taps = ops.concat([taps[2:3], taps[1:2], taps[0:1]], axis=0)
+        image, kernel = ops.unsqueeze(x, 1).cast(DType.float32), ops.unsqueeze(taps, 0).cast(DType.float32)
+        y = ops.conv2d(image, kernel, stride=(1, self.stride), padding=(0, 0, *padding))
+        return (ops.squeeze(y, 1) + self.bias).cast(x.dtype)
+
+    return lambda: patch.object(model.Conv1d, "__call__", call)
+
+
+def stem(form: str) -> Patch:
+    def call(self: model.AudioEncoder, mel: TensorValue) -> TensorValue:
+        x = ops.gelu(self.conv1(ops.transpose(mel, 1, 2)))
+        x = self.conv2(x).cast(DType.float32)
+        if form == "positions before GELU":
+            return ops.gelu(x + self.positional_embedding).cast(self.policy.compute)
+        if form == "no positions":
+            return ops.gelu(x).cast(self.policy.compute)
+        return (x + self.positional_embedding).cast(self.policy.compute)
+
+    return lambda: patch.object(model.AudioEncoder, "stem", call)
+
+
+def residual(form: str) -> Patch:
+    """A residual block with its parts put together wrongly."""
+
+    def call(
+        self: model.ResidualAttentionBlock, x: TensorValue, cross_kv: Any = None, mask: Any = None, cache: Any = None
+    ) -> tuple[TensorValue, model.KeyValue, TensorValue | None]:
+        normed = self.attn_ln(x)
+        kv = self.attn.keys_values(normed, cache)
+        x = (normed if form == "residual from the norm" else x) + self.attn(normed, kv, mask)[0]
+        scores = None
+        if cross_kv is not None:
+            assert self.cross_attn is not None and self.cross_attn_ln is not None
+            update, scores = self.cross_attn(
+                x if form == "cross-attention's norm left out" else self.cross_attn_ln(x), cross_kv
+            )
+            x = update if form == "cross-attention without residual" else x + update
+        update = self.mlp(self.mlp_ln(x))
+        return (update if form == "mlp without residual" else x + update), kv, scores
+
+    return lambda: patch.object(model.ResidualAttentionBlock, "__call__", call)
+
+
+def decode(change: Callable[[Any, Any], tuple[Any, Any]]) -> Patch:
+    """A decoder whose position offset or whose layers' inputs are not what they should be."""
+    right = model.TextDecoder._decode
+
+    def call(self: model.TextDecoder, method: Any, tokens: TensorValue, offset: Any, inputs: Any) -> list[TensorValue]:
+        return right(self, method, tokens, *change(offset, inputs))
+
+    return lambda: patch.object(model.TextDecoder, "_decode", call)
+
+
+def cpu_int(value: int) -> TensorValue:
+    from max.graph import DeviceRef
+
+    return ops.constant(value, DType.int64, DeviceRef.CPU())
+
+
+def keys_then_values(values: Sequence[TensorValue], size: int) -> list[Sequence[TensorValue]]:
+    """The order K, K, K, V, V, V read as K, V, K, V, K, V."""
+    number = len(values) // size
+    return [values[i::number] for i in range(number)]
+
+
+def log_mel(form: str) -> Patch:
+    """A log-mel spectrogram scaled in another way."""
+
+    def call(self: audio.LogMelSpectrogram, waveform: TensorValue) -> TensorValue:
+        frames = self.frames(waveform)
+        real, imaginary = frames @ self.cosine, frames @ self.sine
+        power = real * real + imaginary * imaginary
+        mel = (ops.sqrt(power) if form == "magnitude for power" else power) @ self.filters
+        if form != "clamp left out":
+            mel = ops.max(mel, ops.constant(1e-10, DType.float32, waveform.device))
+        log = ops.log(mel) * (1.0 if form == "ln for log10" else math.log10(math.e))
+        top = ops.max(ops.max(log, axis=0), axis=1)
+        if form != "dynamic range not limited":
+            log = ops.max(log, top - 8)
+        if form == "decibels below the peak, as librosa":
+            return ops.transpose((log - top) * 10, 0, 1)
+        return ops.transpose(log if form == "not scaled" else (log + 4) / 4, 0, 1)
+
+    return lambda: patch.object(audio.LogMelSpectrogram, "__call__", call)
+
+
+def product(form: str) -> Patch:
+    """The product with a vector of one token, wrong in one way."""
+    right = model.linear
+
+    def linear(x: TensorValue, weight: TensorValue, bias: TensorValue | None = None) -> TensorValue:
+        if x.shape[1] != 1:
+            return right(x, weight, bias)
+        dtype = half(x.dtype) if form == "summed in half precision" else x.dtype
+        y = ops.transpose(ops.sum((x * weight.cast(x.dtype)).cast(dtype), axis=-1), 1, 2).cast(x.dtype)
+        return y if bias is None or form == "bias left out at a step" else y + bias.cast(x.dtype)
+
+    return lambda: patch.object(model, "linear", linear)
+
+
+def method(owner: type, name: str, function: Callable[..., Any]) -> Patch:
+    return lambda: patch.object(owner, name, function)
+
+
+def graph_faults() -> Iterator[Fault]:
+    """Every one is a way in which a port of the network is wrong that no weight shows."""
+
+    def fault(name: str, block: str, patched: Patch, published: bool = False) -> Fault:
+        path = BLOCKS[block].path.format(audio_layer=LAYER, text_layer=LAYER)
+        return Fault(name, block, path, patched=patched, published=published)
+
+    gelu = partial(method, model.GELU, "__call__")
+    yield fault("tanh GELU", "encoder.mlp", gelu(lambda self, x: ops.gelu(x, "tanh")))
+    yield fault("quick GELU", "encoder.mlp", gelu(lambda self, x: ops.gelu(x, "quick")))
+    yield fault("GELU left out", "decoder.mlp.step", gelu(lambda self, x: x))
+    yield fault("epsilon 1e-6", "encoder.layer_norm", method(model.LayerNorm, "epsilon", 1e-6))  # type: ignore[arg-type]
+    for form in ("epsilon outside the root", "divided by n - 1", "mean not subtracted"):
+        yield fault(f"norm: {form}", "encoder.layer_norm", norm(form))
+
+    for block in ("encoder.attention", "decoder.cross_attention.step"):
+        where = "encoder" if block.startswith("encoder") else "cross-attention"
+        yield fault(f"no scale, {where}", block, attention(lambda attn: 1.0))
+        yield fault(f"scale applied twice, {where}", block, attention(lambda attn: 1 / attn.n_channel))
+        wide = attention(lambda attn: (attn.n_channel * attn.n_head) ** -0.5)
+        yield fault(f"scale of the whole width, {where}", block, wide)
+    yield fault(
+        "scores scaled by 1.56", "decoder.cross_attention.prefill", attention(lambda a: 1.56 * a.n_channel**-0.5), True
+    )
+    yield fault(
+        "softmax in half precision",
+        "encoder.attention",
+        attention(softmax=lambda qk: ops.softmax(qk.cast(DType.float16))),
+    )
+    low = method(model.MultiHeadAttention, "qkv_attention", summed_in_compute_dtype)
+    yield fault("attention summed in half precision", "encoder.attention", low)
+    single = method(model.MultiHeadAttention, "qkv_attention", single_head)
+    yield fault("one head of the whole width", "encoder.attention", single, True)
+    yield fault(
+        "heads interleaved", "encoder.attention", method(model.MultiHeadAttention, "keys_values", interleaved_heads)
+    )
+    yield fault("another row's audio", "decoder.cross_attention.prefill", attention(kv_of=of_next_row))
+
+    causal = "decoder.attention.causal"
+    minus_infinity = float("-inf")
+    yield fault("no mask at prefill", causal, mask(partial(band, 0.0, 0)))
+    yield fault("mask one token late", causal, mask(partial(band, minus_infinity, 1)))
+    yield fault("mask of -1", causal, mask(partial(band, -1.0, 0)))
+    yield fault("mask over earlier tokens", causal, mask(earlier_hidden))
+    yield fault("mask by comparison, which MAX drops", causal, mask(by_comparison))
+
+    cached = "decoder.attention.cached"
+    yield fault("padded rows not masked", cached, attention(kv_of=with_padding), True)
+    yield fault("newest key left out", cached, attention(kv_of=without_newest), True)
+    yield fault(
+        "cached keys and values exchanged", cached, method(model.MultiHeadAttention, "keys_values", cache_exchanged)
+    )
+    yield fault(
+        "cache read K, V where it is K, K, V, V",
+        "decoder.step",
+        lambda: patch.object(model, "grouped", keys_then_values),
+        True,
+    )
+    yield fault("position one too far", "decoder.step", decode(lambda offset, inputs: (offset + 1, inputs)))
+    yield fault(
+        "position stays at the prompt's end",
+        "decoder.step",
+        decode(lambda offset, inputs: (ops.min(offset, cpu_int(4)), inputs)),
+    )
+    yield fault(
+        "audio of the layer before",
+        "decoder.prefill",
+        decode(lambda offset, inputs: (offset, [*inputs[-1:], *inputs[:-1]])),
+    )
+    embed = model.TextDecoder.embed
+    yield fault(
+        "offset ignored",
+        "decoder.embedding",
+        method(model.TextDecoder, "embed", lambda self, tokens, offset: embed(self, tokens, 0)),
+    )
+
+    yield fault("conv one frame early", "encoder.stem", conv(padding=(2, 0)))
+    yield fault("conv one frame late", "encoder.stem", conv(padding=(0, 2)))
+    yield fault("conv taps reversed in the graph", "encoder.stem", conv(reverse=True), True)
+    for form in ("positions before GELU", "no positions", "second GELU left out"):
+        yield fault(f"stem: {form}", "encoder.stem", stem(form))
+
+    yield fault("residual from the norm", "encoder.block", residual("residual from the norm"))
+    yield fault("mlp without residual", "encoder.block", residual("mlp without residual"))
+    yield fault(
+        "cross-attention without residual", "decoder.block.prefill", residual("cross-attention without residual")
+    )
+    yield fault("cross-attention's norm left out", "decoder.block.step", residual("cross-attention's norm left out"))
+    no_ln = lambda self, x: model.linear(x, self.token_embedding.weight).cast(DType.float32)  # noqa: E731
+    yield fault(
+        "last norm left out, decoder", "decoder.logits.prefill", method(model.TextDecoder, "logits", no_ln), True
+    )
+    yield fault(
+        "last norm left out, encoder", "encoder", method(model.AudioEncoder, "__call__", encoder_without_norm), True
+    )
+    for form in ("bias left out at a step", "summed in half precision"):
+        yield fault(f"product: {form}", "decoder.mlp.step", product(form))
+
+    for form in ("magnitude for power", "clamp left out", "ln for log10", "dynamic range not limited", "not scaled"):
+        yield fault(f"mel: {form}", "log_mel", log_mel(form))
+    yield fault(
+        "mel: decibels below the peak, as librosa", "log_mel", log_mel("decibels below the peak, as librosa"), True
+    )
+
+
+def encoder_without_norm(self: model.AudioEncoder, mel: TensorValue) -> TensorValue:
+    x = self.stem(mel)
+    for block in self.blocks:
+        (x,) = block.encode(x)
+    return x
+
+
+# ---- the trial -----------------------------------------------------------------------------------------------------
+
+
+def weight_fault_judgements(suite: Suite, fault: Fault) -> tuple[list[Judgement], str | None]:
+    """The faulty block alone, and where the chain over speech first diverges."""
+    assert fault.change is not None
+    changed = {**suite.tensors, **fault.change(suite.tensors, suite.dims)}
+    graphs = suite.graphs(changed, LAYER)
+    return list(isolated(suite, fault, graphs[fault.block])), first_divergence(suite, graphs)
+
+
+def compile_graph_faults(suite: Suite, faults: Sequence[Fault]) -> dict[str, Executable]:
+    """The faulty blocks of graph faults, by the fault's name, compiled together."""
+
+    def programs() -> Iterator[Program]:
+        for fault in faults:
+            assert fault.patched is not None
+            with fault.patched():  # until the program has been traced
+                yield replace(BLOCKS[fault.block].program(suite.dims, suite.policy), name=fault.name)
+
+    artifact = Artifact(f"{suite.model.size}, graph faults", programs(), suite.device)
+    return artifact.init(suite.tensors, audio_layer=LAYER, text_layer=LAYER)
+
+
+def isolated(suite: Suite, fault: Fault, executable: Executable) -> Iterator[Judgement]:
+    """On one kind of inputs after the other, until one shows the fault."""
+    block: Block = BLOCKS[fault.block]
+    layer = min(LAYER, block.n_layer(suite.dims) - 1)
+    for comparison in suite.comparisons(block, KINDS):
+        if comparison.layer == layer:
+            judgement = suite.judge(comparison, executable)
+            yield judgement
+            if not judgement.passed:
+                return
+
+
+def verdict(
+    fault: Fault,
+    dtype: torch.dtype,
+    judgements: Sequence[Judgement],
+    in_float32: Sequence[Judgement],
+    divergence: str | None,
+) -> FaultVerdict:
+    """in_float32: the same judgements in float32, where the error is the fault's effect and hardly any rounding."""
+    failed = {f"isolated: {measure.name}" for j in judgements for _, measure in j.measures if not measure.passed}
+    failed |= {"isolated: not comparable" for judgement in judgements if judgement.defects}
+    checks = sorted(failed) + (["chain"] if divergence else [])
+    used = max((j.worst.used if j.pairs and not j.defects else math.inf for j in judgements), default=0.0)
+    rounding = {j.comparison.inputs: j.relative_l2.peer for j in judgements if j.pairs}
+    effect = {j.comparison.inputs: j.relative_l2.subject if j.pairs else math.inf for j in in_float32}
+    return FaultVerdict(fault, dtype, tuple(checks), divergence, used, rounding, effect)
