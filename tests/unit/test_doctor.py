@@ -588,7 +588,10 @@ os.rename(file.name, {str(started)!r})
 time.sleep(600)
 """
     write(machine.site / "torch.py", code)
-    command = [sys.executable, "-m", "maxwhisper", "doctor"]
+    # Python leaves SIGINT alone where a shell has started it in the background.
+    main = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    main += "from maxwhisper.cli import main; sys.exit(main(['doctor']))"
+    command = [sys.executable, "-c", main]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, cwd=ROOT, env=machine.env, **pipes) as process:
         wait_until(started.exists)
