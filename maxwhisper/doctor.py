@@ -28,9 +28,11 @@ Answer = Mapping[str, Any]
 
 
 class ProbeError(Exception):
-    """A probe that has no answer; the message is why."""
+    """A probe, of this name if it is known, that has no answer; the message is why."""
 
-    probe = ""  # its name
+    def __init__(self, message: str, probe: str = ""):
+        super().__init__(message)
+        self.probe = probe
 
 
 # ---- what is reported ----------------------------------------------------------------------------------------------
@@ -40,7 +42,8 @@ class ProbeError(Exception):
 class Row:
     """One thing that was looked at.
 
-    state: "ok"; "red" if it keeps a GPU from being used; "note" if it is worth knowing and does not.
+    state: "ok"; "red" if it keeps a GPU from being used, or if its probe failed; "note" if it is unknown or missing and
+        MAX does without.
     found: what is there, in one line.
     remedy: what to do about it, if it is red.
     data: the same for machines. Sizes are in bytes; what is not known is null.
@@ -91,10 +94,9 @@ class Report:
 # ---- probes --------------------------------------------------------------------------------------------------------
 
 
-def probe_pci() -> Answer:
+def probe_pci(bus: Path = Path("/sys/bus/pci/devices")) -> Answer:
     """How many display controllers of NVIDIA the kernel lists, with a driver or without."""
-    devices = Path("/sys/bus/pci/devices").iterdir()
-    kinds = [((device / "vendor").read_text().strip(), (device / "class").read_text()[:4]) for device in devices]
+    kinds = [((each / "vendor").read_text().strip(), (each / "class").read_text()[:4]) for each in bus.iterdir()]
     return {"gpus": kinds.count(("0x10de", "0x03"))}
 
 
@@ -289,9 +291,9 @@ class Answers:
         for probe in PROBES:
             try:
                 self._answers[probe] = ask(probe)
-            except ProbeError as error:
-                error.probe = probe
-                self._failures[probe] = error
+            except Exception as error:
+                reason = str(error) if isinstance(error, ProbeError) else f"{type(error).__name__}: {error}"
+                self._failures[probe] = ProbeError(reason, probe)
 
     def __getitem__(self, probe: str) -> Answer:
         """Raises ProbeError if the probe failed."""
@@ -416,7 +418,10 @@ def opened_row(libraries: Answer, driver: Sequence[int] | None, remedy: str) -> 
         return Row(check, "red", ", ".join(missing), remedy, data)
     found = ", ".join(each["path"] for each in data.values())
     majors = {each["major"] for each in data.values()}
-    elsewhere = f"take the folder of {found} out of LD_LIBRARY_PATH or the dynamic loader's configuration"
+    elsewhere = (
+        "MAX tries CUDA 13 first, in LD_LIBRARY_PATH, the dynamic loader's configuration and /usr/local/cuda: remove "
+        f"{found} from there, or install a driver for CUDA 13"
+    )
     if len(majors) > 1:
         return Row(check, "red", f"{found}: of different CUDA versions", elsewhere, data)
     if driver and max(majors) > driver[0]:
@@ -425,8 +430,7 @@ def opened_row(libraries: Answer, driver: Sequence[int] | None, remedy: str) -> 
 
 
 def max_rows(answers: Answers) -> Iterator[Row]:
-    maximum = answers["max"]
-    yield framework_row("MAX", maximum, MAX_REMEDY, answers)
+    yield framework_row("MAX", answers["max"], MAX_REMEDY, answers)
 
 
 def torch_rows(answers: Answers) -> Iterator[Row]:

@@ -234,12 +234,12 @@ MACHINES: dict[str, tuple[dict[str, Answer | str], list[str], tuple[str, str, st
     "MAX opens others than the driver supports": (
         {"driver": {"version": "550.54.14", "cuda": [12, 4]}},
         ["opened by MAX"],
-        ("opened by MAX", "the driver supports CUDA 12.4", "out of LD_LIBRARY_PATH"),
+        ("opened by MAX", "the driver supports CUDA 12.4", "MAX tries CUDA 13 first"),
     ),
     "MAX opens a mixture": (
         {"libraries": opening(cublasLt=(13, FILES["cublasLt"]), cublas=(12, OTHER))},
         ["opened by MAX"],
-        ("opened by MAX", f"{FILES['cublasLt']}, {OTHER}: of different CUDA versions", "out of LD_LIBRARY_PATH"),
+        ("opened by MAX", f"{FILES['cublasLt']}, {OTHER}: of different CUDA versions", "MAX tries CUDA 13 first"),
     ),
     "MAX is not installed": (
         {"max": "ModuleNotFoundError: No module named 'max'"},
@@ -283,6 +283,16 @@ def test_what_is_wrong_is_red_and_nothing_else(machine: str) -> None:
     assert all(each.remedy for each in report.red)
     if "driver" not in expected:
         assert report.verdict.startswith("The GPU is there, but --device gpu cannot be relied on")
+
+
+def test_a_machine_that_starts_no_process() -> None:
+    def ask(probe: str) -> Answer:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    report = examine(ask)
+    reason = "BlockingIOError: [Errno 11] Resource temporarily unavailable"
+    assert red(report) == ["driver", "GPU", "CUDA libraries", "MAX", "PyTorch", "compile cache", "memory"]
+    assert all(reason in each.found for each in report.red)
 
 
 def test_what_is_not_needed_is_not_red() -> None:
@@ -672,6 +682,14 @@ def test_the_caches_of_max_and_of_its_graphs(machine: Machine, monkeypatch: pyte
     monkeypatch.setattr(os, "environ", env)
     answer = doctor.ask("cache")
     assert answer == {"folders": [str(machine.cache), str(graphs)], "files": 3, "bytes": 1500 + len("nowhere")}
+
+
+def test_gpus_on_the_pci_bus(tmp_path: Path) -> None:
+    devices = [("0x10de", "0x030200"), ("0x10de", "0x030000"), ("0x10de", "0x040300"), ("0x8086", "0x030000")]
+    for number, (vendor, kind) in enumerate(devices):
+        write(tmp_path / str(number) / "vendor", f"{vendor}\n")
+        write(tmp_path / str(number) / "class", f"{kind}\n")
+    assert doctor.probe_pci(tmp_path) == {"gpus": 2}
 
 
 # ---- probes on this machine ----------------------------------------------------------------------------------------
