@@ -569,7 +569,10 @@ def test_a_probe_that_hangs(machine: Machine, ask: Callable[[str], Answer], monk
 
 
 def test_what_libraries_print_is_no_answer(machine: Machine, ask: Callable[[str], Answer]) -> None:
-    write(machine.site / "torch.py", FAKE_TORCH + "\nimport atexit\nprint('hello')\natexit.register(print, 'goodbye')")
+    write(
+        machine.site / "torch.py",
+        FAKE_TORCH + "\nimport atexit\nprint('hello', end='')\natexit.register(print, 'goodbye')",
+    )
     assert ask("torch")["version"] == "2.13.0+fake"
 
 
@@ -579,13 +582,12 @@ def test_an_answer_that_cannot_be_read(machine: Machine, ask: Callable[[str], An
         ask("torch")
 
 
-def test_files_of_the_working_directory_are_not_imported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ask: Callable[[str], Answer]
-) -> None:
-    write(tmp_path / "cwd" / "torch.py", "raise RuntimeError('the wrong one')")
-    monkeypatch.chdir(tmp_path / "cwd")
-    monkeypatch.setattr(sys, "path", ["", *sys.path])
-    assert ask("torch")["version"] == "2.13.0+fake"
+def test_files_of_the_working_directory_are_not_imported(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(machine.folder / "cwd" / "torch.py", "raise RuntimeError('the wrong one')")
+    monkeypatch.chdir(machine.folder / "cwd")
+    monkeypatch.setattr(os, "environ", machine.env)
+    monkeypatch.setattr(sys, "path", ["", str(machine.site), str(ROOT), *sys.path])
+    assert doctor.ask("torch")["version"] == "2.13.0+fake"
 
 
 def test_ctrl_c_ends_the_probe_too(machine: Machine) -> None:
