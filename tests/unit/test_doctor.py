@@ -135,6 +135,7 @@ def test_a_machine_without_a_gpu_is_told_so() -> None:
     assert [each.check for each in report.rows] == CHECKS
     for check in ("driver", "GPU"):
         assert row(report, check).remedy.startswith("nothing, if the CPU is to compute")
+    assert row(report, "MAX").remedy == "follows from the rows above"
     assert (row(report, "compute capability").state, row(report, "GPU memory").state) == ("note", "note")
 
 
@@ -351,6 +352,11 @@ def test_the_compute_capability_of_an_architecture(architecture: str, capability
     gpu = SimpleNamespace(model_name="GPU", architecture_name=architecture, stats=stats, is_compatible=True)
     answer = doctor.max_gpu(gpu)
     assert (answer["compute_capability"], answer["free_bytes"]) == (capability, None)
+
+
+@pytest.mark.parametrize(("count", "text"), [(0, "0.0 MiB"), (GIB - 1, "1024.0 MiB"), (3 * GIB // 2, "1.5 GiB")])
+def test_sizes_for_people(count: int, text: str) -> None:
+    assert doctor.size(count) == text
 
 
 def test_several_gpus_have_rows_each() -> None:
