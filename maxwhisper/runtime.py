@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from max.driver import CPU, Accelerator, Device, accelerator_count
+from max.driver import CPU, Accelerator, Device, accelerator_count, is_virtual_device_mode
 from max.dtype import DType
 from max.engine import CompiledModel, InferenceSession, Model
 from max.graph import DeviceRef, Graph, TensorType, TensorValue
 from max.graph import Module as GraphModule
 from max.nn.layer import Module
 
+from .cuda import preload
 from .errors import CheckpointError, DeviceError, OptionError
 
 log = logging.getLogger("maxwhisper")
@@ -62,6 +63,8 @@ def find_device(name: str) -> Device:
         raise OptionError(f"device '{name}' is not known: expected cpu, gpu or cuda")
     if accelerator_count() == 0:
         raise DeviceError(f"device '{name}' was asked for, but MAX finds no GPU on this machine")
+    if not is_virtual_device_mode():
+        preload()  # before a graph that opens them
     return Accelerator()
 
 
