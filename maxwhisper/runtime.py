@@ -168,12 +168,19 @@ def weight_value(tensors: Mapping[str, torch.Tensor], name: str, dtype: DType) -
 
 
 @contextmanager
-def announced(message: str, after: float = 2.0) -> Iterator[None]:
-    """Logs `message` if the body is still running `after` seconds from now."""
-    timer = threading.Timer(after, log.info, [message])
-    timer.daemon = True
-    timer.start()
+def announced(message: str, after: float = 2.0, every: float = 30.0) -> Iterator[None]:
+    """Logs `message` if the body is still running `after` seconds from now, and how long it has run `every` so many."""
+    start, done = time.perf_counter(), threading.Event()
+
+    def report() -> None:
+        wait = after
+        while not done.wait(wait):
+            log.info("%s%s", message, f" ({time.perf_counter() - start:.0f} s so far)" if wait == every else "")
+            wait = every
+
+    thread = threading.Thread(target=report, daemon=True)
+    thread.start()
     try:
         yield
     finally:
-        timer.cancel()
+        done.set()
