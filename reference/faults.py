@@ -9,7 +9,7 @@ over the whole network, which must then name a submodule inside the faulty block
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -27,7 +27,6 @@ from maxwhisper.runtime import Artifact, Executable, Program
 
 from . import mistakes
 from .activations import KINDS
-from .chain import first_divergence
 from .judge import Judgement
 from .suite import Suite
 
@@ -60,8 +59,8 @@ class FaultVerdict:
 
     checks: those that failed, "isolated: <measure>" or "chain". divergence: where the chain first left its budget, None
     where it did not or was not run. used: how much of its budget the block took at most, above 1 being caught.
-    rounding: by kind of inputs, the relative L2 of PyTorch's own error in the block. effect: the same of the fault, as
-    it is in float32.
+    rounding: by kind of inputs, the relative L2 of PyTorch's own error in the block. effect: the same of the faulty
+    block; of one that was not caught, in float32.
     """
 
     fault: Fault
@@ -78,11 +77,8 @@ class FaultVerdict:
 
     @property
     def right_block(self) -> bool:
-        """Whether the block alone was found wrong, and the chain, if it was, where that block stands."""
-        isolated = any(check.startswith("isolated") for check in self.checks)
-        return isolated and (
-            self.divergence is None or self.divergence.removeprefix("step ").startswith(self.fault.path)
-        )
+        """Whether it was caught, and the chain, if that was run and diverged, did so where the faulty block stands."""
+        return self.caught and (self.divergence or self.fault.path).removeprefix("step ").startswith(self.fault.path)
 
     @property
     def below_rounding(self) -> bool:
@@ -450,12 +446,10 @@ def graph_faults() -> Iterator[Fault]:
 # ---- the trial -----------------------------------------------------------------------------------------------------
 
 
-def weight_fault_judgements(suite: Suite, fault: Fault) -> tuple[list[Judgement], str | None]:
-    """The faulty block alone, and where the chain over speech first diverges."""
+def with_weight_fault(suite: Suite, fault: Fault) -> dict[str, Executable]:
+    """Every graph of the suite, with the fault in its weights."""
     assert fault.change is not None
-    changed = {**suite.tensors, **fault.change(suite.tensors, suite.dims)}
-    graphs = suite.graphs(changed, LAYER)
-    return list(isolated(suite, fault, graphs[fault.block])), first_divergence(suite, graphs)
+    return suite.graphs({**suite.tensors, **fault.change(suite.tensors, suite.dims)}, LAYER)
 
 
 def compile_graph_faults(suite: Suite, faults: Sequence[Fault]) -> dict[str, Executable]:
@@ -472,15 +466,22 @@ def compile_graph_faults(suite: Suite, faults: Sequence[Fault]) -> dict[str, Exe
 
 
 def isolated(suite: Suite, fault: Fault, executable: Executable) -> Iterator[Judgement]:
-    """On one kind of inputs after the other, until one shows the fault."""
+    """The faulty block alone, on one kind of inputs after the other."""
     block: Block = BLOCKS[fault.block]
     layer = min(LAYER, block.n_layer(suite.dims) - 1)
     for comparison in suite.comparisons(block, KINDS):
         if comparison.layer == layer:
-            judgement = suite.judge(comparison, executable)
-            yield judgement
-            if not judgement.passed:
-                return
+            yield suite.judge(comparison, executable)
+
+
+def until_caught(judgements: Iterable[Judgement]) -> list[Judgement]:
+    """Those up to the first that shows the fault."""
+    seen = []
+    for judgement in judgements:
+        seen.append(judgement)
+        if not judgement.passed:
+            break
+    return seen
 
 
 def verdict(
@@ -490,7 +491,8 @@ def verdict(
     in_float32: Sequence[Judgement],
     divergence: str | None,
 ) -> FaultVerdict:
-    """in_float32: the same judgements in float32, where the error is the fault's effect and hardly any rounding."""
+    """in_float32: for a fault that was not caught the same judgements in float32, where the error is the fault's effect
+    and hardly any rounding."""
     failed = {f"isolated: {measure.name}" for j in judgements for _, measure in j.measures if not measure.passed}
     failed |= {"isolated: not comparable" for judgement in judgements if judgement.defects}
     checks = sorted(failed) + (["chain"] if divergence else [])
