@@ -27,7 +27,13 @@ VOID = {"meta", "br"}
 
 def judgement(block: str = "encoder.mlp", error: float = 2e-7, **comparison: object) -> Judgement:
     """Of two outputs, PyTorch's error 1e-7, the budget 4e-7; MAX's error in the second is as given."""
-    known = {"size": "fixture", "dtype": torch.float32, "block": block, "layer": 0, "inputs": "speech"} | comparison
+    known: dict[str, object] = {
+        "size": "fixture",
+        "dtype": torch.float32,
+        "block": block,
+        "layer": 0,
+        "inputs": "speech",
+    } | comparison
     outputs = (
         Output(0, (1, 5, 8), (Measure("relative L2", 1e-8, 1e-7, 4e-7),)),
         Output(1, (1, 5, 8), (Measure("relative L2", error, 1e-7, 4e-7), Measure("worst position", 0.0, 0.0, 1e-6))),
@@ -52,10 +58,10 @@ def chain(error: float = 2e-7, inputs: str = "speech") -> Chain:
 
 def fault(
     name: str, dtype: torch.dtype = torch.float32, checks: tuple[str, ...] = ("chain",), **more: object
-) -> object:
+) -> FaultVerdict:
     wrong = Fault(name, "encoder.mlp", "encoder.blocks.1.mlp", change=lambda tensors, dims: {}, published=True)
     isolated = tuple(f"isolated: {check}" if check != "chain" else check for check in checks)
-    known = {"divergence": "encoder.blocks.1.mlp" if "chain" in checks else None, "used": 30.0}
+    known: dict[str, object] = {"divergence": "encoder.blocks.1.mlp" if "chain" in checks else None, "used": 30.0}
     known |= {"rounding": {"speech": 1e-3}, "effect": {"speech": 1e-2}} | more
     return FaultVerdict(wrong, dtype, isolated, **known)  # type: ignore[arg-type]
 
@@ -201,7 +207,7 @@ def test_page_escapes_what_it_is_given(tmp_path: Path) -> None:
     reader = read(page)
     assert "script" not in {tag for tag, _ in reader.tags}
     assert reader.text.count("<script>alert('x')</script>") > 10
-    assert "<script>" not in summary
+    assert "<" not in summary
 
 
 def test_charts_name_their_points_and_are_drawn_in_the_colours_of_the_page(tmp_path: Path) -> None:
@@ -329,16 +335,22 @@ def test_rendering_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_writing_that_fails_leaves_the_file_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("moment", ["writing", "renaming"])
+def test_writing_that_fails_leaves_the_file_that_was_there(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(passing(), tmp_path)
     before = {name: (tmp_path / name).read_bytes() for name in FILES}
-    half = Path.write_text
+    whole = Path.write_text
 
-    def disk_full(path: Path, text: str, **keywords: str) -> int:
-        half(path, text[:10], **keywords)
+    def half(path: Path, text: str, **keywords: str) -> int:
+        whole(path, text[:10], **keywords)
+        return full()
+
+    def full(*paths: Path) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", disk_full)
+    monkeypatch.setattr(*((Path, "write_text", half) if moment == "writing" else ("os.replace", full)))
     with pytest.raises(ReportError, match=r"report\.html cannot be written: No space left on device"):
         write(failing(), tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
