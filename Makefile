@@ -4,10 +4,10 @@ INSTALLED := .venv/installed
 CLIP := fixtures/clips/english-4.ogg
 CHECKPOINT := fixtures/nano.pt
 
-.PHONY: help setup demo lint test clean
+.PHONY: help setup demo lint test test-faults soak clean
 
 help:  ## list these targets
-	@sed -n 's/^\([a-z]*\):.*  ## \(.*\)/make \1\t\2/p' Makefile
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1\t\2/p' Makefile
 
 setup: $(INSTALLED)  ## install into .venv, with PYTHON (python3 unless given)
 
@@ -21,7 +21,13 @@ lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/mypy
 
 test: lint  ## lint, then every test
-	$(BIN)/pytest tests
+	$(BIN)/pytest tests --benchmark-disable
+
+test-faults: $(INSTALLED)  ## the judge on trial: every fault, in every dtype (nightly)
+	$(BIN)/pytest tests/parity/test_faults.py --size fixture --dtype all --faults all
+
+soak: $(INSTALLED)  ## the default comparisons 100 times on fresh random inputs, without a false alarm
+	$(BIN)/python -m reference.soak
 
 clean:  ## remove what the other targets made, .venv too
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

@@ -1,5 +1,6 @@
 """Options of both suites, what they select, and what a run says at its end."""
 
+import logging
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -13,9 +14,10 @@ from maxwhisper.blocks import BLOCKS, Block
 from maxwhisper.errors import MaxWhisperError
 from maxwhisper.runtime import COMPILE_LOG
 from reference.activations import KINDS, RANDOM
+from reference.ahead import CompileAhead
 from reference.judge import Comparison
 from reference.results import Run
-from reference.suite import CHECKPOINT, DTYPES, FIXTURE, SIZES, Model, Suite, comparisons, random_weights, trained
+from reference.suite import CHECKPOINT, DTYPES, FIXTURE, SIZES, Model, Suite, comparisons, load, trained
 
 ALL_SIZES = (FIXTURE, *SIZES)
 TRAINED = (FIXTURE, CHECKPOINT)
@@ -23,6 +25,8 @@ DEFAULT_SIZES = (FIXTURE, "tiny")
 DEFAULT_DTYPES = ("float32", "bfloat16")
 RUN = Run()
 """What this run has found."""
+AHEAD: list[CompileAhead] = []
+"""The process that compiles what later tests need, once there is one."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -41,6 +45,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "faults(kind): tries faults of weights or of graphs on the judge")
+    config.addinivalue_line("markers", "benchmarked: times MAX and PyTorch")
     config.addinivalue_line("markers", "trained: needs trained weights, the fixture's or those of --checkpoint")
     config.addinivalue_line("markers", "blocks(*words, units): judge the blocks with one of the words in their names")
     chosen(config, "--size", ALL_SIZES, DEFAULT_SIZES)
@@ -51,6 +56,26 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("--device gpu: MAX and PyTorch do not both find a GPU; `maxwhisper doctor` says why")
     if config.getoption("--checkpoint"):
         checkpoint(config)
+
+
+class Progress(logging.Handler):
+    """Shows what is being compiled, and for how long, which pytest would keep to itself."""
+
+    def __init__(self, reporter: pytest.TerminalReporter):
+        super().__init__(logging.INFO)
+        self.reporter = reporter
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.reporter.ensure_newline()
+        self.reporter.write_line(record.getMessage())
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter and session.config.option.verbose >= 0:
+        log = logging.getLogger("maxwhisper")
+        log.addHandler(Progress(reporter))
+        log.setLevel(logging.INFO)
 
 
 def chosen(config: pytest.Config, option: str, known: tuple[str, ...], default: tuple[str, ...]) -> tuple[str, ...]:
@@ -102,13 +127,13 @@ def dtypes(config: pytest.Config) -> list[torch.dtype]:
 
 @lru_cache(maxsize=2)
 def model_of(config: pytest.Config, size: str) -> Model:
-    if size == CHECKPOINT:
-        return checkpoint(config)
-    return trained() if size == FIXTURE else random_weights(size)
+    return load(size, config.getoption("--checkpoint"))
 
 
 @lru_cache(maxsize=2)
 def suite_of(config: pytest.Config, size: str, dtype: torch.dtype) -> Suite:
+    if AHEAD:
+        AHEAD[0].wait(size, dtype)
     return Suite(model_of(config, size), dtype, device(config))
 
 
@@ -124,13 +149,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         blocks = named_by(*marker.args, **marker.kwargs)
         metafunc.parametrize("comparison", list(selected(config, blocks)), ids=identify)
     elif "suite" in metafunc.fixturenames:
-        pairs = [(size, dtype) for size in sizes_for(config, metafunc.definition) for dtype in dtypes(config)]
+        timed = metafunc.definition.get_closest_marker("benchmarked")
+        precisions = dtypes(config) if config.getoption("--dtype") or not timed else [torch.float32]
+        pairs = [(size, dtype) for size in sizes_for(config, metafunc.definition) for dtype in precisions]
         metafunc.parametrize("suite", pairs, ids=lambda pair: f"{pair[0]}-{name_of(pair[1])}", indirect=True)
 
 
 def sizes_for(config: pytest.Config, test: pytest.Item) -> tuple[str, ...]:
-    """The models that a test is for; faults are tried in the fixture, whose layers differ from each other."""
+    """The models that a test is for. Faults are tried in the fixture, whose layers differ from each other; benchmarks
+    are of tiny in float32, unless options say otherwise."""
     only = sizes(config)
+    if test.get_closest_marker("benchmarked") and not config.getoption("--size"):
+        only = ("tiny",)
     if test.get_closest_marker("trained"):
         only = TRAINED
     if test.get_closest_marker("faults"):
@@ -171,16 +201,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=out)
         items[:] = [item for item in items if item not in out]
 
-    def group(item: pytest.Item) -> tuple[str, str]:
-        params = getattr(getattr(item, "callspec", None), "params", {})
-        if "comparison" in params:
-            return params["comparison"].size, name_of(params["comparison"].dtype)
-        if "suite" in params:
-            return params["suite"][0], name_of(params["suite"][1])
-        return "", ""
+    order = {key: number for number, key in enumerate(dict.fromkeys(tuple(models_of(item)) for item in items))}
+    items.sort(key=lambda item: order[tuple(models_of(item))])
 
-    order = {key: number for number, key in enumerate(dict.fromkeys(map(group, items)))}
-    items.sort(key=lambda item: order[group(item)])
+
+def models_of(item: pytest.Item) -> list[tuple[str, torch.dtype]]:
+    """The model, as (size, dtype), that a test is about; none for a test that is about none."""
+    params = getattr(getattr(item, "callspec", None), "params", {})
+    if "comparison" in params:
+        return [(params["comparison"].size, params["comparison"].dtype)]
+    return [params["suite"]] if "suite" in params else []
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Has the models of later tests compiled by another process while the first one is compiled here."""
+    models = list(dict.fromkeys(model for item in session.items for model in models_of(item)))
+    if len(models) > 1 and not session.config.getoption("collectonly"):
+        AHEAD.append(CompileAhead(models[1:], session.config.getoption("--checkpoint"), device(session.config)))
 
 
 def wanted(config: pytest.Config, item: pytest.Item) -> bool:
@@ -188,8 +225,7 @@ def wanted(config: pytest.Config, item: pytest.Item) -> bool:
     faults = item.get_closest_marker("faults")
     if faults and config.getoption("--faults") not in ("all", faults.args[0]):
         return False
-    params = getattr(getattr(item, "callspec", None), "params", {})
-    return "suite" not in params or params["suite"][0] in sizes(config)
+    return "suite" not in item.fixturenames or models_of(item)[0][0] in sizes(config)  # type: ignore[attr-defined]
 
 
 @pytest.fixture
@@ -234,6 +270,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """A parity run that compared nothing has shown nothing."""
+    for ahead in AHEAD:
+        ahead.stop()
     if session.config.getoption("collectonly"):
         return
     parity = any("parity" in item.nodeid for item in session.items)

@@ -1,4 +1,4 @@
-"""The command `maxwhisper`: transcribe audio files, convert checkpoints.
+"""The command `maxwhisper`: transcribe audio files, convert checkpoints, find out why a GPU does not load.
 
 `maxwhisper transcribe` takes the options of OpenAI's `whisper` command, with its names, defaults and output files.
 Whatever goes wrong is one line on standard error. Exit status: 0 if everything was done, 1 if something failed, 2 for
@@ -84,6 +84,7 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
     add_transcribe(commands)
     add_convert(commands)
+    add_doctor(commands)
     return parser
 
 
@@ -96,6 +97,35 @@ def add_convert(commands: Any) -> None:
     parser.add_argument("source", metavar="IN", help="OpenAI .pt file, Hugging Face folder, or the name of a model")
     parser.add_argument("destination", metavar="OUT", help="file to write; its name must end in .safetensors")
     parser.set_defaults(run=convert)
+
+
+def add_doctor(commands: Any) -> None:
+    parser = commands.add_parser(
+        "doctor",
+        help="report what keeps MAX from using the GPU",
+        description="Report on driver, GPU, CUDA libraries, MAX and PyTorch, and on what to do about each red row. "
+        "Exit status: 0 if no row is red, 1 if one is, as on a machine without a GPU.",
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.set_defaults(run=doctor)
+
+
+# The types of OpenAI's options are not imported from whisper.utils: that imports PyTorch, and `doctor` must start where
+# PyTorch cannot be imported.
+
+
+def str2bool(value: str) -> bool:
+    if value not in ("True", "False"):
+        raise ValueError(value)
+    return value == "True"
+
+
+def optional_int(value: str) -> int | None:
+    return None if value == "None" else int(value)
+
+
+def optional_float(value: str) -> float | None:
+    return None if value == "None" else float(value)
 
 
 def language(value: str) -> str:
@@ -123,8 +153,6 @@ def add_transcribe(commands: Any) -> None:
 
 
 def add_files_and_devices(add: Callable[..., Any]) -> None:
-    from whisper.utils import optional_int, str2bool
-
     model = "name of an OpenAI model, or path of a .pt or .safetensors file or of a Hugging Face folder"
     add("--model", default="turbo", help=model)
     add("--model_dir", help="where named models are kept; None stands for ~/.cache/whisper")
@@ -138,8 +166,6 @@ def add_files_and_devices(add: Callable[..., Any]) -> None:
 
 
 def add_decoding(add: Callable[..., Any]) -> None:
-    from whisper.utils import optional_int, str2bool
-
     add("--task", default="transcribe", choices=["transcribe", "translate"], help="keep the language, or go to English")
     add("--language", type=language, help="what is spoken, as in en or English; None finds out by itself")
     add("--temperature", type=float, default=0, help="0 takes the likeliest text; above, tokens are drawn at random")
@@ -156,8 +182,6 @@ def add_decoding(add: Callable[..., Any]) -> None:
 
 
 def add_fallback(add: Callable[..., Any]) -> None:
-    from whisper.utils import optional_float
-
     increment = "how much warmer to try a failed window again, up to temperature 1; None does not try again"
     add("--temperature_increment_on_fallback", type=optional_float, default=0.2, help=increment)
     compression = "failed if gzip shortens the text by more than this factor: it repeats itself"
@@ -171,8 +195,6 @@ def add_fallback(add: Callable[..., Any]) -> None:
 
 
 def add_words(add: Callable[..., Any]) -> None:
-    from whisper.utils import optional_int, str2bool
-
     add("--word_timestamps", type=str2bool, default=False, help="find when each word begins and ends")
     add("--prepend_punctuations", default="\"'“¿([{-", help="symbols that belong to the word after them")
     add("--append_punctuations", default="\"'.。,，!！?？:：”)]}、", help="symbols that belong to the word before them")
@@ -217,6 +239,15 @@ def convert(source: str, destination: str) -> int:
 
     print(convert(source, destination))
     return 0
+
+
+def doctor(json: bool) -> int:
+    """Prints the report; returns 1 if something keeps MAX from using a GPU."""
+    from .doctor import examine
+
+    report = examine()
+    print(report.json() if json else report.text())
+    return 1 if report.red else 0
 
 
 def transcribe(parser: Parser, **options: Any) -> int:

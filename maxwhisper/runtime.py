@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from max.driver import CPU, Accelerator, Device, accelerator_count
+from max.driver import CPU, Accelerator, Device, accelerator_count, is_virtual_device_mode
 from max.dtype import DType
 from max.engine import CompiledModel, InferenceSession, Model
 from max.graph import DeviceRef, Graph, TensorType, TensorValue
 from max.graph import Module as GraphModule
 from max.nn.layer import Module
 
+from .cuda import preload
 from .errors import CheckpointError, DeviceError, OptionError
 
 log = logging.getLogger("maxwhisper")
@@ -62,6 +63,8 @@ def find_device(name: str) -> Device:
         raise OptionError(f"device '{name}' is not known: expected cpu, gpu or cuda")
     if accelerator_count() == 0:
         raise DeviceError(f"device '{name}' was asked for, but MAX finds no GPU on this machine")
+    if not is_virtual_device_mode():
+        preload()  # before a graph that opens them
     return Accelerator()
 
 
@@ -165,12 +168,19 @@ def weight_value(tensors: Mapping[str, torch.Tensor], name: str, dtype: DType) -
 
 
 @contextmanager
-def announced(message: str, after: float = 2.0) -> Iterator[None]:
-    """Logs `message` if the body is still running `after` seconds from now."""
-    timer = threading.Timer(after, log.info, [message])
-    timer.daemon = True
-    timer.start()
+def announced(message: str, after: float = 2.0, every: float = 30.0) -> Iterator[None]:
+    """Logs `message` if the body is still running `after` seconds from now, and how long it has run `every` so many."""
+    start, done = time.perf_counter(), threading.Event()
+
+    def report() -> None:
+        wait = after
+        while not done.wait(wait):
+            log.info("%s%s", message, f" ({time.perf_counter() - start:.0f} s so far)" if wait == every else "")
+            wait = every
+
+    thread = threading.Thread(target=report, daemon=True)
+    thread.start()
     try:
         yield
     finally:
-        timer.cancel()
+        done.set()

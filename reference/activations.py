@@ -1,5 +1,5 @@
-"""What to feed a block: its true inputs, recorded from the oracle while it transcribes speech; random ones; and ones made
-to go wrong."""
+"""What to feed a block: its true inputs, recorded from the oracle while it transcribes speech; random ones; and ones
+made to go wrong."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +24,9 @@ CLIPS: list[dict[str, Any]] = json.loads((FIXTURES / "clips.json").read_text())[
 """What is said in every clip, and in which language; see fixtures/README.md."""
 N_PROMPT = 4
 """Tokens before the first one that is decoded: start, language, task, no timestamps."""
+
+OFFSET = 3
+"""Position of the first token of an embedding."""
 
 LOUD, QUIET = 2.0**6, 2.0**-12
 
@@ -75,14 +78,16 @@ class Activations:
         """The block's inputs. A decoder block sees the first `position` tokens at prefill, or at a step the one token
         at `position` behind a cache of all before it: the decoder is causal, so one recording holds both."""
         path = block.path.format(audio_layer=layer, text_layer=layer)
-        return {name: self.one(name, path, is_step(block), position) for name in names}
+        # Where a block is told the first token's position, it is not 0, which would not show that it was ignored.
+        first = OFFSET if "offset" in names else 0
+        tokens = slice(position, position + 1) if is_step(block) else slice(first, position)
+        return {name: self.one(name, path, tokens, position) for name in names}
 
-    def one(self, name: str, path: str, step: bool, position: int) -> Tensor:
-        tokens = slice(position, position + 1) if step else slice(0, position)
+    def one(self, name: str, path: str, tokens: slice, position: int) -> Tensor:
         if name in ("audio", "mel", "audio_features"):
             return getattr(self, name)
         if name == "offset":
-            return torch.tensor(position if step else 0)
+            return torch.tensor(tokens.start)
         if name == "tokens":
             return self.tokens[:, tokens]
         if name == "x":
@@ -126,7 +131,7 @@ def window_of(clip: dict[str, Any], dims: ModelDimensions) -> tuple[Tensor, Tens
 
 @contextmanager
 def hooked(model: Whisper, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> Iterator[None]:
-    """While this is open, every submodule's input and output go into the two dictionaries, in the order of computing."""
+    """While this is open, every submodule's input and output go into the dictionaries, in the order of computing."""
 
     def hook(name: str) -> Callable[..., None]:
         def keep(module: torch.nn.Module, given: tuple, output: object) -> None:

@@ -6,7 +6,7 @@ way. Every submodule's output is judged under its name in the PyTorch model, in 
 outside its budget is the first divergence: all that was fed to it was within.
 
 To see inside a graph, every layer's output is made an output of the graph as well, which can change how the compiler
-fuses. So the chain also runs on graphs without captures, and says whether the captures changed what came out at the end.
+fuses. So the chain also runs on graphs without captures, and says whether the captures changed what came out.
 """
 
 from collections.abc import Callable, Iterator, Mapping

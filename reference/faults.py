@@ -4,8 +4,8 @@ A *weight* fault changes the tensors that MAX is given, and needs no compilation
 `maxwhisper.model` or `maxwhisper.audio` while one block's graph is built; all of a run compile into one artifact. The
 oracle and the peer stay right in both.
 
-Caught means that a check fails: one of the judge's measures on the block alone (the isolated verdict), or the chain over
-the whole network, which must then name a submodule inside the faulty block as the first divergence.
+Caught means that a check fails: one of the judge's measures on the block alone (the isolated verdict), or the chain
+over the whole network, which must then name a submodule inside the faulty block as the first divergence.
 """
 
 import math
@@ -42,9 +42,9 @@ LAYER = 1
 class Fault:
     """A wrong model.
 
-    block: the entry of BLOCKS, the innermost, that is wrong by it. path: its place in the PyTorch model, where the first
-    divergence must lie. change: of the tensors. patched: of the code, while the graph is built. published: whether an
-    earlier attempt at this port is known to have made it.
+    block: the entry of BLOCKS, the innermost, that is wrong by it. path: its place in the PyTorch model, where the
+    first divergence must lie. change: of the tensors. patched: of the code, while the graph is built. published:
+    whether an earlier attempt at this port is known to have made it.
     """
 
     name: str
@@ -366,6 +366,12 @@ def attention(
     return lambda: patch.object(model.MultiHeadAttention, "qkv_attention", attend)
 
 
+def half_softmax(qk: TensorValue) -> TensorValue:
+    """In float16, and written out: a cast before MAX's own softmax is dropped where it fuses attention."""
+    exp = ops.exp((qk - ops.max(qk, axis=-1)).cast(DType.float16))
+    return exp / ops.sum(exp, axis=-1)
+
+
 def summed_in_compute_dtype(
     self: model.MultiHeadAttention, q: TensorValue, kv: model.KeyValue, mask: TensorValue | None
 ) -> tuple[TensorValue, TensorValue]:
@@ -583,7 +589,7 @@ def graph_faults() -> Iterator[Fault]:
     yield fault(
         "softmax in half precision",
         "encoder.attention",
-        attention(softmax=lambda qk: ops.softmax(qk.cast(DType.float16))),
+        attention(softmax=half_softmax),
     )
     low = method(model.MultiHeadAttention, "qkv_attention", summed_in_compute_dtype)
     yield fault("attention summed in half precision", "encoder.attention", low)

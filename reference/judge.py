@@ -9,14 +9,15 @@ K is one number for the whole project. Two right implementations sum in differen
 different polynomials, so their errors differ by a small factor in either direction; a wrong one is off by orders of
 magnitude. The factor allowed is that between the two usual ways to sum n numbers: pairwise, whose error grows with
 log2(n), and blocked into as many running sums as a vector register has lanes, which for the reductions of this network
-(n from 64 to 5120) stays within four times of it. `python -m reference faults` shows what the choice is worth: how far
-right models stay below the budget, and how far wrong ones exceed it.
+(n from 64 to 5120) stays within four times of it. What the choice is worth shows in a report: how far right models
+stay below the budget, and how far wrong ones exceed it.
 
-The floor is for inputs on which the peer happens to be exact or nearly so. Rounding errors of either sign add up with the
-root of their number (N. Higham, T. Mary, "A new approach to probabilistic rounding error analysis", 2019): those of the
-m values in a row that a block rounds to the dtype, u * sqrt(m), and those of a running sum in float32 as long as the
-block's longest reduction, u32 * sqrt(length). Both implementations accumulate in float32 whatever the dtype. A measure that is the maximum over n positions, channels or values has n chances
-of a large error, so its floor is larger by what the maximum of n normal numbers is to be expected.
+The floor is for inputs on which the peer happens to be exact or nearly so. Rounding errors of either sign add up with
+the root of their number (N. Higham, T. Mary, "A new approach to probabilistic rounding error analysis", 2019): those of
+the m values in a row that a block rounds to the dtype, u * sqrt(m), and those of a running sum in float32 as long as
+the block's longest reduction, u32 * sqrt(length). Both implementations accumulate in float32 whatever the dtype. A
+measure that is the maximum over n positions, channels or values has n chances of a large error, so its floor is larger
+by what the maximum of n normal numbers is to be expected.
 """
 
 import math
@@ -123,7 +124,7 @@ class Explanation:
 class Judgement:
     """The verdict on one comparison.
 
-    defects: what made a comparison of values impossible. explanations: of outputs that failed, where somebody asked.
+    defects: what made a comparison of values impossible. explanations: of the outputs, where somebody asked.
     """
 
     comparison: Comparison
@@ -172,7 +173,7 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Norms:
-    """Squared norms of a tensor's positions (the rows of its last axis) and channels, and its largest absolute value."""
+    """Squared norms of a tensor's positions (rows of its last axis) and channels, and its largest absolute value."""
 
     positions: Tensor
     channels: Tensor
@@ -258,8 +259,8 @@ def explain_output(index: int, oracle: Tensor, peer: Tensor, subject: Tensor) ->
     worst = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), error.shape))
     shape = [min(most, n) for most, n in zip(MAP_SHAPE, rows(error).shape, strict=True)]
     errors = torch.nn.functional.adaptive_max_pool2d(rows(error).float()[None], shape)[0] / (norms(oracle).rms or 1)
-    values = (float(x.reshape(-1)[flat]) for x in (oracle, peer, subject))
-    return Explanation(index, worst, *values, errors, likely_causes(oracle, ours))
+    right, theirs, mine = (float(x.reshape(-1)[flat]) for x in (oracle, peer, subject))
+    return Explanation(index, worst, right, theirs, mine, errors, likely_causes(oracle, ours))
 
 
 # ---- measures ------------------------------------------------------------------------------------------------------
@@ -335,24 +336,21 @@ def measure_logits(oracle: Tensor, peer: Tensor, subject: Tensor, size: Norms, f
     """
     right = rows(oracle).log_softmax(-1)
     probability = right.exp()
-    theirs, ours = (
+    their_kl, our_kl = (
         (probability * (right - rows(logits).log_softmax(-1))).sum(-1).clamp(min=0) for logits in (peer, subject)
     )
     measures = []
     for name, of in (("KL mean", Tensor.mean), ("KL max", Tensor.max)):
-        budget = (K * float(of(theirs)) ** 0.5 + floor * size.rms / 2**0.5) ** 2
-        measures.append(Measure(name, float(of(ours)), float(of(theirs)), budget))
+        budget = (K * float(of(their_kl)) ** 0.5 + floor * size.rms / 2**0.5) ** 2
+        measures.append(Measure(name, float(of(our_kl)), float(of(their_kl)), budget))
     error = K * over(float((peer - oracle).abs().max()), size.rms) + floor * over(size.largest, size.rms)
     top = rows(oracle).topk(2)
     close = float(((top.values[:, 0] - top.values[:, 1]) <= 2 * error * (size.rms or 1)).double().mean())
-    margins, disagreements = [], []
-    for logits in (subject, peer):
-        chosen = rows(logits).argmax(-1, keepdim=True)
-        gaps = top.values[:, :1] - rows(oracle).gather(1, chosen)
-        margins.append(over(float(gaps.max()), size.rms))
-        disagreements.append(float((chosen != top.indices[:, :1]).double().mean()))
+    chosen = [rows(logits).argmax(-1, keepdim=True) for logits in (subject, peer)]
+    ours, theirs = (over(float((top.values[:, :1] - rows(oracle).gather(1, c)).max()), size.rms) for c in chosen)
+    differ, they_differ = (float((c != top.indices[:, :1]).double().mean()) for c in chosen)
     return [
         *measures,
-        Measure("top-1 margin", *margins, 2 * error),
-        Measure("top-1 disagreement", *disagreements, close),
+        Measure("top-1 margin", ours, theirs, 2 * error),
+        Measure("top-1 disagreement", differ, they_differ, close),
     ]

@@ -17,23 +17,9 @@ from maxwhisper.runtime import COMPILE_LOG
 from .chain import Chain
 from .faults import FaultVerdict
 from .judge import Judgement
+from .transcripts import Transcript
 
 PACKAGES = ("maxwhisper", "max", "torch", "openai-whisper", "numpy")
-
-
-@dataclass(frozen=True)
-class Transcript:
-    """Whether a clip's whole transcript is PyTorch Whisper's.
-
-    decoding: how it was decoded. equal: tokens, times and text (or words and their times) are the same. n_compared: how
-    many tokens or words. difference: the first one, if there is any.
-    """
-
-    clip: str
-    decoding: str
-    equal: bool
-    n_compared: int
-    difference: str = ""
 
 
 @dataclass
@@ -60,11 +46,9 @@ class Run:
 
     @property
     def passed(self) -> bool:
-        found = [*self.judgements, *self.chains]
+        judged = all(judgement.passed for judgement in self.judgements) and all(chain.passed for chain in self.chains)
         caught = all(fault.accepted for fault in self.faults)
-        return (
-            self.pairs > 0 and all(each.passed for each in found) and all(t.equal for t in self.transcripts) and caught
-        )
+        return self.pairs > 0 and judged and caught and all(transcript.equal for transcript in self.transcripts)
 
     @property
     def compile_seconds(self) -> float:
@@ -107,9 +91,8 @@ def fault_lines(faults: Sequence[FaultVerdict]) -> list[str]:
         caught, right = sum(fault.caught for fault in of), sum(fault.right_block for fault in of)
         below = sum(fault.accepted and not fault.caught for fault in of)
         name = str(dtype).removeprefix("torch.")
-        lines.append(
-            f"faults, {name}: {caught} of {len(of)} caught, {right} in the right block; {below} below PyTorch's rounding"
-        )
+        found = f"{caught} of {len(of)} caught, {right} in the right block"
+        lines.append(f"faults, {name}: {found}; {below} below PyTorch's rounding")
     return lines
 
 

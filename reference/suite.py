@@ -1,6 +1,6 @@
 """A model under test: its weights, its blocks on MAX, their PyTorch twins, and the judgement of each."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -46,8 +46,8 @@ SIZES: dict[str, ModelDimensions] = {
     "large-v3": dimensions(128, 51866, 1280, 1, 1),
     "turbo": dimensions(128, 51866, 1280, 1, 4),
 }
-"""Models of random weights: tiny whole, of the others one layer each, for layers of one model differ only in weights; of
-turbo its four decoder layers. Beside them there is "fixture", the trained model, and a user's "checkpoint"."""
+"""Models of random weights: tiny whole, of the others one layer each, for layers of one model differ only in weights;
+of turbo its four decoder layers. Beside them there is "fixture", the trained model, and a user's "checkpoint"."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +57,10 @@ class Model:
     size: str
     dims: ModelDimensions
     tensors: Mapping[str, Tensor]
-    known: dict[str, Activations] = field(default_factory=dict, repr=False)
+    known: dict[str, Activations] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"Model({self.size})"
 
     @cached_property
     def oracle(self) -> Whisper:
@@ -78,6 +81,9 @@ class Suite:
     model: Model
     dtype: torch.dtype
     device: str = "cpu"
+
+    def __repr__(self) -> str:
+        return f"Suite({self.model.size}, {self.dtype}, {self.device})"
 
     @property
     def dims(self) -> ModelDimensions:
@@ -112,6 +118,10 @@ class Suite:
     def executables(self) -> dict[tuple[str, int], dict[str, Executable]]:
         return {}
 
+    @property
+    def units(self) -> list[str]:
+        return sorted({self.unit(block) for block in BLOCKS.values()})
+
     def unit(self, block: Block) -> str:
         """What compiles together: in float32 the network alone, as `load_model` compiles it; else all of the model."""
         alone = ("log_mel", "network") if self.dtype == torch.float32 else ("log_mel",)
@@ -137,8 +147,8 @@ class Suite:
         return self.artifacts[unit]
 
     def initialised(self, unit: str, layer: int, tensors: Mapping[str, Tensor]) -> dict[str, Executable]:
-        """The unit's graphs with the weights of a layer; of a layer that only encoder or decoder has, the other is given
-        its last."""
+        """The unit's graphs with the weights of a layer; of a layer that only encoder or decoder has, the other is
+        given its last."""
         return self.artifact(unit).init(
             tensors,
             audio_layer=min(layer, self.dims.n_audio_layer - 1),
@@ -154,8 +164,7 @@ class Suite:
 
     def graphs(self, tensors: Mapping[str, Tensor], layer: int = 0) -> dict[str, Executable]:
         """Every graph of every unit with weights from `tensors`, those of one layer with that layer's."""
-        units = {self.unit(block) for block in BLOCKS.values()}
-        return {name: run for unit in sorted(units) for name, run in self.initialised(unit, layer, tensors).items()}
+        return {name: run for unit in self.units for name, run in self.initialised(unit, layer, tensors).items()}
 
     # ---- comparisons -----------------------------------------------------------------------------------------------
 
@@ -175,7 +184,9 @@ class Suite:
         return {name: x.to(TORCH_DTYPE[types[name].dtype]) for name, x in given.items()}
 
     @torch.no_grad()
-    def outputs(self, comparison: Comparison, executable: Executable | None = None) -> list[list[Tensor]]:
+    def outputs(
+        self, comparison: Comparison, executable: Callable[..., list[Tensor]] | None = None
+    ) -> list[list[Tensor]]:
         """What oracle, peer and subject make of the same inputs, the oracle's own.
 
         executable: the block on MAX, if it is not to be the suite's own.
@@ -189,7 +200,7 @@ class Suite:
         three = twin(self.model.oracle, layer, **exact), twin(self.peer, layer, **there), run(*there.values())
         return [[x.cpu() for x in outputs] for outputs in three]
 
-    def judge(self, comparison: Comparison, executable: Executable | None = None) -> Judgement:
+    def judge(self, comparison: Comparison, executable: Callable[..., list[Tensor]] | None = None) -> Judgement:
         """The isolated verdict: all three computations of the block are given the same inputs."""
         return judge(
             comparison,
@@ -250,7 +261,7 @@ def longest_reduction(block: Block, dims: ModelDimensions) -> int:
 
 
 NORM, PROJECTIONS, MLP, SUM = 1, 3, 3, 1
-"""Values in a row that are rounded to the dtype: a norm; query, weighted values and out; hidden, GELU and out; a sum."""
+"""Values in a row that are rounded: a norm; query, weighted values and out; hidden, GELU and out; a sum."""
 
 
 def roundings(block: Block, dims: ModelDimensions) -> int:
@@ -272,6 +283,14 @@ def roundings(block: Block, dims: ModelDimensions) -> int:
     if block.name in ("decoder.prefill", "decoder.step", "decoder.alignment"):
         return 1 + dims.n_text_layer * text_block + logits
     return MLP if "mlp" in block.name else PROJECTIONS if "attention" in block.name else 1
+
+
+def load(size: str, checkpoint: str | None = None) -> Model:
+    """The model of a size; CHECKPOINT is that of a path or name."""
+    if size == CHECKPOINT:
+        assert checkpoint is not None
+        return trained(checkpoint, CHECKPOINT)
+    return trained() if size == FIXTURE else random_weights(size)
 
 
 def trained(path: str | Path = FIXTURES / "nano.pt", size: str = FIXTURE) -> Model:

@@ -14,7 +14,8 @@ from ..activations import is_step
 from ..chain import STEP, Chain
 from ..faults import FaultVerdict
 from ..judge import Comparison, Judgement, Measure
-from ..results import Run, Transcript
+from ..results import Run
+from ..transcripts import Transcript
 
 # ---- numbers -------------------------------------------------------------------------------------------------------
 

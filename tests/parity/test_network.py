@@ -1,5 +1,5 @@
-"""The graphs that transcribe: encoder, cross-attention keys and values, decoder prefill and step, alignment; each on its
-own, and all in a row."""
+"""The graphs that transcribe: encoder, cross-attention keys and values, decoder prefill and step, alignment; each on
+its own, and all in a row."""
 
 import pytest
 

@@ -1,6 +1,9 @@
 """The judge's own parts: the oracle computes in float64, the twins are openai-whisper, the verdict can fail."""
 
 import math
+import re
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +12,8 @@ from whisper.model import ModelDimensions, Whisper
 
 from maxwhisper.blocks import BLOCKS
 from reference.blocks import TWINS, decoder, decoder_keys_values, pytorch_whisper
-from reference.judge import Judgement, judge
+from reference.causes import likely_causes
+from reference.judge import Comparison, Judgement, judge
 
 DIMS = ModelDimensions(
     n_mels=4, n_audio_ctx=10, n_audio_state=8, n_audio_head=2, n_audio_layer=1,
@@ -92,16 +96,20 @@ def test_oracle_convolves_in_float64(tensors: dict[str, torch.Tensor]) -> None:
     assert np.abs(got - wanted).max() < 100 * np.finfo(np.float64).eps * np.abs(wanted).max()
 
 
-def verdict(oracle: torch.Tensor, peer: torch.Tensor, subject: torch.Tensor) -> Judgement:
-    return judge(
-        [oracle], [peer], [subject],
-        block="b", size="s", layer=0, dtype=torch.float32, inputs="i", longest_reduction=64,
-    )  # fmt: skip
+COMPARISON = Comparison("s", torch.float32, "b", 0, "i")
+
+
+def verdict(oracle: torch.Tensor, peer: torch.Tensor, subject: torch.Tensor, n_vocab: int | None = None) -> Judgement:
+    return judge(COMPARISON, [oracle], [peer], [subject], longest_reduction=64, n_vocab=n_vocab)
 
 
 def test_peer_in_the_subjects_place_passes() -> None:
     oracle = torch.randn(3, 50, 16, dtype=torch.float64)
-    assert verdict(oracle, oracle.float(), oracle.float()).passed
+    assert verdict(oracle, oracle.float(), oracle.float(), n_vocab=16).passed
+
+
+def failed(judgement: Judgement) -> set[str]:
+    return {measure.name for _, measure in judgement.measures if not measure.passed}
 
 
 def test_one_wrong_position_fails() -> None:
@@ -109,16 +117,35 @@ def test_one_wrong_position_fails() -> None:
     subject = oracle.float()
     subject[0, 700] = subject[0, 701]
     judgement = verdict(oracle, oracle.float(), subject)
-    assert not judgement.passed
+    assert "worst position" in failed(judgement)
     assert "FAILED" in str(judgement)
+
+
+def test_one_wrong_channel_fails() -> None:
+    oracle = torch.randn(1, 1500, 16, dtype=torch.float64)
+    subject = oracle.float()
+    subject[..., 3] *= 1.001
+    assert "worst channel" in failed(verdict(oracle, oracle.float(), subject))
+
+
+def test_probabilities_that_differ_fail() -> None:
+    """A logit that is raised makes another first choice, and other probabilities."""
+    oracle = torch.randn(1, 20, 100, dtype=torch.float64)
+    subject = oracle.float()
+    subject[0, 5, 7] = oracle.max() + 1
+    names = {"KL mean", "KL max", "top-1 margin", "top-1 disagreement"}
+    assert failed(verdict(oracle, oracle.float(), subject, n_vocab=100)) >= names
+    assert not names & {m.name for _, m in verdict(oracle, oracle.float(), subject, n_vocab=99).measures}
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_values_that_are_not_finite_fail(value: float) -> None:
     oracle = torch.randn(1, 5, 4, dtype=torch.float64)
-    subject = oracle.float()
-    subject[0, 0, 0] = value
-    assert not verdict(oracle, oracle.float(), subject).passed
+    for place in range(3):
+        three = [oracle.clone(), oracle.float(), oracle.float()]
+        three[place][0, 0, 0] = value
+        judgement = verdict(*three)
+        assert not judgement.passed and "not finite" in str(judgement)
 
 
 def test_defects_fail() -> None:
@@ -128,10 +155,64 @@ def test_defects_fail() -> None:
     assert not verdict(oracle, right, right.double()).passed  # dtype
     assert not verdict(right, right, right).passed  # an oracle that is not float64
     assert not verdict(oracle[:, :0], right[:, :0], right[:, :0]).passed  # empty
-    nothing = judge([], [], [], block="b", size="s", layer=0, dtype=torch.float32, inputs="i", longest_reduction=1)
-    assert not nothing.passed
-    missing = judge(
-        [oracle, oracle], [right, right], [right],
-        block="b", size="s", layer=0, dtype=torch.float32, inputs="i", longest_reduction=1,
-    )  # fmt: skip
-    assert not missing.passed
+    assert not judge(COMPARISON, [], [], [], longest_reduction=1).passed
+    assert not judge(COMPARISON, [oracle, oracle], [right, right], [right], longest_reduction=1).passed
+
+
+def test_the_floor_follows_the_dtype() -> None:
+    """Where the peer is exact, one rounding to the dtype is allowed, and no rounding to a coarser one."""
+    oracle = torch.randn(1, 50, 16, dtype=torch.float64).float().double()
+    for dtype, coarser in ((torch.float32, torch.float16), (torch.float16, torch.bfloat16)):
+        exact = oracle.to(dtype).double()
+        comparison = replace(COMPARISON, dtype=dtype)
+
+        def passes(subject: torch.Tensor, exact=exact, comparison=comparison, dtype=dtype) -> bool:
+            return judge(comparison, [exact], [exact.to(dtype)], [subject.to(dtype)], longest_reduction=1).passed
+
+        assert passes(exact)
+        assert not passes(exact.to(coarser).double() * (1 + torch.finfo(coarser).eps))
+
+
+# ---- what a failure looks like -------------------------------------------------------------------------------------
+
+
+MISTAKES = {
+    "scaled by 1.5": lambda x: x * 1.5,
+    "a constant added": lambda x: x + 3,
+    "a constant vector added": lambda x: x + torch.arange(x.shape[-1]),
+    "shifted by one, to later": lambda x: x.roll(1, 1),
+    "shifted by one, to earlier": lambda x: x.roll(-1, 1),
+    "position and channel transposed": lambda x: x.transpose(1, 2).reshape(x.shape),
+    "rows of the batch in reverse order": lambda x: x.flip(0),
+    "heads permuted: [1, 0]": lambda x: torch.cat([x[..., 64:], x[..., :64]], -1),
+    "channels of every head interleaved": lambda x: x.unflatten(-1, (64, 2)).transpose(-1, -2).flatten(-2),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_recognised(mistake: str) -> None:
+    oracle = torch.randn(2, 128, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    causes = likely_causes(oracle, MISTAKES[mistake](oracle))
+    assert causes and mistake in causes[0].name
+
+
+def test_noise_is_not_taken_for_a_mistake() -> None:
+    oracle = torch.randn(2, 128, 128, dtype=torch.float64)
+    assert not likely_causes(oracle, oracle + torch.randn_like(oracle))
+
+
+# ---- tolerances ----------------------------------------------------------------------------------------------------
+
+
+def test_no_test_holds_a_tolerance() -> None:
+    """Budgets are derived by the judge."""
+    pattern = re.compile(r"\b[ar]tol\b|allclose|isclose|assert_close|pytest\.approx|[<>]=? *\d*\.?\d+e-\d")
+    files = [path for path in Path(__file__).parents[1].rglob("*.py")]
+    assert files
+    found = [
+        f"{path.name}:{n}"
+        for path in files
+        for n, line in enumerate(path.read_text().splitlines(), 1)
+        if pattern.search(line)
+    ]
+    assert not found

@@ -18,7 +18,8 @@ from reference.chain import CaptureEffect, Chain
 from reference.faults import Fault, FaultVerdict
 from reference.judge import Comparison, Explanation, Judgement, Measure, Output, explain, judge
 from reference.report import ReportError, write
-from reference.results import Run, Transcript
+from reference.results import Run
+from reference.transcripts import Transcript
 
 FILES = ("report.html", "report.json", "summary.md")
 HOSTILE = "<script>alert('x')</script> & \"quoted\" | `ticked` $x^$"

@@ -1,0 +1,76 @@
+"""python -m reference.soak: the suite's comparisons over and over on fresh random inputs, without a false alarm.
+
+A right subject must pass every time. There are two: MAX, and PyTorch itself in the subject's place, with other kernels
+than the peer's where there are any (oneDNN switched off).
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from maxwhisper.blocks import BLOCKS
+
+from .activations import RANDOM
+from .blocks import TWINS
+from .judge import Comparison, Judgement
+from .suite import DTYPES, Suite, random_weights, trained
+
+
+def pytorch_in_the_subjects_place(suite: Suite, comparison: Comparison) -> Callable[..., list[Tensor]]:
+    """What stands in for the block on MAX."""
+    block = BLOCKS[comparison.block]
+    names = list(block.inputs(suite.dims, suite.policy))
+
+    def run(*inputs: Tensor) -> list[Tensor]:
+        with torch.backends.mkldnn.flags(enabled=suite.dtype != torch.float32):
+            return TWINS[block.name](suite.peer, comparison.layer, **dict(zip(names, inputs, strict=True)))
+
+    return run
+
+
+def repetition(suite: Suite, seed: int) -> Iterator[tuple[str, Judgement]]:
+    """Every comparison on the random inputs of a seed, with each of the two subjects."""
+    for block in BLOCKS.values():
+        for comparison in suite.comparisons(block, [RANDOM], seed):
+            yield "MAX", suite.judge(comparison)
+            yield "PyTorch", suite.judge(comparison, pytorch_in_the_subjects_place(suite, comparison))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m reference.soak", description=__doc__)
+    parser.add_argument("--repetitions", type=int, default=100, help="default: %(default)s")
+    parser.add_argument("--size", nargs="+", default=["fixture", "tiny"], help="default: fixture tiny")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
+    options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    alarms = 0
+    for size in options.size:
+        model = trained() if size == "fixture" else random_weights(size)
+        for dtype in options.dtype:
+            alarms += soak(Suite(model, DTYPES[dtype]), options.repetitions)
+    return 1 if alarms else 0
+
+
+def soak(suite: Suite, repetitions: int) -> int:
+    """Prints every false alarm and how near to its budget each subject came; returns how many alarms there were."""
+    alarms, judged = 0, 0
+    nearest = {"MAX": 0.0, "PyTorch": 0.0}
+    for seed in range(1, repetitions + 1):
+        for subject, judgement in repetition(suite, seed):
+            judged += 1
+            nearest[subject] = max(nearest[subject], judgement.worst.used if judgement.pairs else 0.0)
+            if not judgement.passed:
+                alarms += 1
+                print(f"{subject} in the subject's place: {judgement}", flush=True)
+    used = ", ".join(f"{subject} {share:.2f}" for subject, share in nearest.items())
+    name = f"{suite.model.size}, {str(suite.dtype).removeprefix('torch.')}"
+    print(f"{name}: {alarms} alarms in {judged} comparisons; most of a budget used: {used}", flush=True)
+    return alarms
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""Whole transcripts: the same tokens, times and words as PyTorch Whisper's, over every clip."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from whisper.audio import N_SAMPLES
+from whisper.model import Whisper as OpenAIWhisper
+
+from maxwhisper.audio import load_audio
+from maxwhisper.whisper import AudioEncoder, TextDecoder, Whisper
+
+from .activations import FIXTURES
+
+DECODING: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "beam": {"beam_size": 5},
+    "greedy, no timestamps": {"without_timestamps": True},
+    "beam, no timestamps": {"beam_size": 5, "without_timestamps": True},
+    "words": {"word_timestamps": True},
+}
+"""Options of openai-whisper's transcribe by the name of a way to decode; "words" compares words and their times."""
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """Whether a clip's whole transcript is PyTorch Whisper's.
+
+    decoding: a key of DECODING. equal: language and every segment's start, end, text and tokens are the same, or every
+    word's start and end. n_compared: how many tokens or words PyTorch's has. difference: the first one, if any.
+    """
+
+    clip: str
+    decoding: str
+    equal: bool
+    n_compared: int
+    difference: str = ""
+
+
+def compare(subject: Whisper, peer: OpenAIWhisper, clip: str, decoding: str) -> Transcript:
+    """Transcribes a clip of fixtures/ with both."""
+    audio = load_audio(FIXTURES / clip)
+    options = {"temperature": 0.0, "fp16": False, **DECODING[decoding]}
+    ours, theirs = (parts(model.transcribe(audio, **options), decoding) for model in (subject, peer))
+    n_compared = sum(len(part[-1]) if decoding != "words" else 1 for part in theirs[1:])
+    differing = [(i, a, b) for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b]
+    difference = "".join(f"part {i}: MAX {a}, PyTorch {b}" for i, a, b in differing[:1])
+    if not difference and len(ours) != len(theirs):
+        difference = f"MAX has {len(ours)} parts, PyTorch {len(theirs)}"
+    return Transcript(clip, decoding, ours == theirs, n_compared, difference)
+
+
+def parts(result: dict[str, Any], decoding: str) -> list[tuple]:
+    """The language, and every segment or word."""
+    if decoding == "words":
+        words = [(w["word"], w["start"], w["end"]) for s in result["segments"] for w in s["words"]]
+        return [(result["language"],), *words]
+    return [(result["language"],), *((s["start"], s["end"], s["text"], s["tokens"]) for s in result["segments"])]
+
+
+# ---- wrong pipelines -----------------------------------------------------------------------------------------------
+# All are mistakes of earlier attempts: a transcript shows them that no block does.
+
+TRANSCRIBE, START_OF_LM = 50359, 50360
+
+
+def replaced(owner: type, name: str, change: Callable[..., Any]) -> Any:
+    """The method, with `change` called on what it is given; it returns what to give instead."""
+    right = getattr(owner, name)
+    return patch.object(owner, name, lambda self, *args, **kwargs: right(self, *change(*args), **kwargs))
+
+
+def another_task(tokens: torch.Tensor, *others: Any) -> tuple[Any, ...]:
+    return torch.where(tokens == TRANSCRIBE, START_OF_LM, tokens), *others
+
+
+def first_30_seconds(audio: np.ndarray) -> tuple[np.ndarray]:
+    return (audio[:N_SAMPLES],)
+
+
+@contextmanager
+def random_features() -> Iterator[None]:
+    """What a failed encoding was replaced by."""
+    right = AudioEncoder.forward
+
+    def forward(self: AudioEncoder, mel: torch.Tensor) -> torch.Tensor:
+        return torch.randn_like(right(self, mel))
+
+    with patch.object(AudioEncoder, "forward", forward):
+        yield
+
+
+PIPELINE_FAULTS: dict[str, Callable[[], Any]] = {
+    "task token 50360 for 50359": lambda: replaced(TextDecoder, "forward", another_task),
+    "only the first 30 s heard": lambda: replaced(Whisper, "transcribe", first_30_seconds),
+    "random features": random_features,
+}

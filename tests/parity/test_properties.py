@@ -1,0 +1,168 @@
+"""What must hold whatever the shapes and values: on graphs compiled once, with symbolic dimensions.
+
+A failing example is printed shrunk, with the line that reproduces it.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from maxwhisper.blocks import BLOCKS
+from reference.activations import BATCH
+from reference.blocks import TWINS
+from reference.judge import Comparison, Judgement, judge
+from reference.suite import Suite, longest_reduction, roundings
+
+N_CONTEXT = 448
+
+pytestmark = pytest.mark.trained
+
+examples = settings(
+    max_examples=8,
+    deadline=None,
+    derandomize=True,  # the same examples in every run: a merge gate must not depend on luck
+    print_blob=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+seeds = st.integers(0, 2**32 - 1)
+
+
+def run(suite: Suite, block: str, *inputs: Tensor) -> list[Tensor]:
+    return [x.cpu() for x in suite.executable(BLOCKS[block], 0)(*(x.to(suite.torch_device) for x in inputs))]
+
+
+def random(suite: Suite, seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(suite.dtype)
+
+
+def random_tokens(suite: Suite, seed: int, *shape: int) -> Tensor:
+    """Of those in a real text: the fixture has one vector for all that it never saw."""
+    known = suite.model.activations("speech").tokens.unique()
+    return known[torch.randint(0, len(known), shape, generator=torch.Generator().manual_seed(seed))]
+
+
+def cross_keys_values(suite: Suite, rows: slice) -> list[Tensor]:
+    """Of real audio: some rows of two windows, for every layer in turn."""
+    real = suite.model.activations(BATCH)
+    names = [f"decoder.blocks.{layer}.cross_attn" for layer in range(suite.dims.n_text_layer)]
+    return [table[name][rows].to(suite.dtype) for name in names for table in (real.keys, real.values)]
+
+
+def expected(suite: Suite, block: str, names: list[str], inputs: list[Tensor], ours: list[Tensor]) -> Judgement:
+    """The verdict on `ours` where the right result is the twin's of these inputs."""
+    named = dict(zip(names, inputs, strict=True))
+    exact = {name: x.double() if x.is_floating_point() else x for name, x in named.items()}
+    there = {name: x.to(suite.torch_device) for name, x in named.items()}
+    twin = TWINS[block]
+    with torch.no_grad():
+        oracle, peer = twin(suite.model.oracle, 0, **exact), twin(suite.peer, 0, **there)
+    return judge(
+        Comparison(suite.model.size, suite.dtype, block, 0, "property", suite.device),
+        oracle[: len(ours)],
+        [x.cpu() for x in peer[: len(ours)]],
+        ours,
+        longest_reduction=longest_reduction(BLOCKS[block], suite.dims),
+        roundings=roundings(BLOCKS[block], suite.dims),
+        n_vocab=suite.dims.n_vocab,
+    )
+
+
+def prefill_names(suite: Suite) -> list[str]:
+    return list(BLOCKS["decoder.prefill"].inputs(suite.dims, suite.policy))
+
+
+@examples
+@given(seed=seeds, batch=st.integers(2, 4), row=st.integers(0, 3))
+def test_a_row_of_a_batch_of_audio_is_what_it_is_alone(suite: Suite, seed: int, batch: int, row: int) -> None:
+    row %= batch
+    mel = random(suite, seed, batch, suite.dims.n_mels, 2 * suite.dims.n_audio_ctx)
+    together = run(suite, "encoder", mel)[0][row : row + 1]
+    found = expected(suite, "encoder", ["mel"], [mel[row : row + 1]], [together])
+    assert found.passed, f"\n{found}"
+
+
+@examples
+@given(seed=seeds, batch=st.integers(2, 6), length=st.integers(1, 40), row=st.integers(0, 5))
+def test_a_row_of_a_batch_of_text_is_what_it_is_alone(
+    suite: Suite, seed: int, batch: int, length: int, row: int
+) -> None:
+    row %= batch
+    tokens = random_tokens(suite, seed, batch, length)
+    cross = cross_keys_values(suite, slice(0, 1))
+    together = [x[row : row + 1] for x in run(suite, "decoder.prefill", tokens, *cross)]
+    found = expected(suite, "decoder.prefill", prefill_names(suite), [tokens[row : row + 1], *cross], together)
+    assert found.passed, f"\n{found}"
+
+
+@examples
+@given(seed=seeds, per_window=st.integers(1, 5), length=st.integers(1, 12))
+def test_texts_hear_their_own_window(suite: Suite, seed: int, per_window: int, length: int) -> None:
+    """Consecutive texts share a window's keys and values, as beams do."""
+    tokens = random_tokens(suite, seed, 2 * per_window, length)
+    both = run(suite, "decoder.prefill", tokens, *cross_keys_values(suite, slice(0, 2)))[0]
+    for window in range(2):
+        rows, cross = slice(window * per_window, (window + 1) * per_window), slice(window, window + 1)
+        inputs = [tokens[rows], *cross_keys_values(suite, cross)]
+        found = expected(suite, "decoder.prefill", prefill_names(suite), inputs, [both[rows]])
+        assert found.passed, f"\n{found}"
+
+
+@examples
+@given(seed=seeds, length=st.integers(2, 60), data=st.data())
+def test_a_later_token_changes_nothing_before_it(suite: Suite, seed: int, length: int, data: Any) -> None:
+    """Bitwise: what is masked has weight zero exactly."""
+    cut = data.draw(st.integers(1, length - 1), label="first token that differs")
+    tokens, cross = random_tokens(suite, seed, 1, length), cross_keys_values(suite, slice(0, 1))
+    other = torch.cat([tokens[:, :cut], random_tokens(suite, seed ^ 1, 1, length - cut)], 1)
+    one, two = (run(suite, "decoder.prefill", x, *cross)[0] for x in (tokens, other))
+    assert torch.equal(one[:, :cut], two[:, :cut])
+    if not torch.equal(tokens, other):
+        assert not torch.equal(one[:, cut:], two[:, cut:])
+
+
+@examples
+@given(seed=seeds, length=st.integers(2, 30), data=st.data())
+def test_cached_is_uncached(suite: Suite, seed: int, length: int, data: Any) -> None:
+    """A prompt at once and the rest token by token, or the whole text at once."""
+    n_prompt = data.draw(st.integers(1, length - 1), label="tokens in the prompt")
+    check_steps(suite, random_tokens(suite, seed, 2, length), n_prompt)
+
+
+def test_cached_is_uncached_at_every_position(suite: Suite) -> None:
+    check_steps(suite, random_tokens(suite, 0, 1, N_CONTEXT), 1)
+
+
+def check_steps(suite: Suite, tokens: Tensor, n_prompt: int) -> None:
+    cross = cross_keys_values(suite, slice(0, 1))
+    logits, *cache = run(suite, "decoder.prefill", tokens[:, :n_prompt], *cross)
+    found = [logits]
+    for position in range(n_prompt, tokens.shape[1]):
+        logits, *cache = run(suite, "decoder.step", tokens[:, position : position + 1], *cache, *cross)
+        found.append(logits)
+    ours = [torch.cat(found, 1), *cache]
+    judgement = expected(suite, "decoder.prefill", prefill_names(suite), [tokens, *cross], ours)
+    assert judgement.passed, f"\n{judgement}"
+
+
+@examples
+@given(seed=seeds, length=st.integers(1, 12))
+@pytest.mark.parametrize("block", ["decoder.cross_attention.prefill", "decoder.cross_attention.step"])
+def test_the_order_of_keys_does_not_matter(suite: Suite, block: str, seed: int, length: int) -> None:
+    k, v = cross_keys_values(suite, slice(0, 1))[:2]
+    x = random(suite, seed, 1, 1 if block.endswith("step") else length, suite.dims.n_text_state)
+    order = torch.randperm(k.shape[2], generator=torch.Generator().manual_seed(seed))
+    permuted = run(suite, block, x, k[:, :, order], v[:, :, order])
+    found = expected(suite, block, ["x", "k_cross", "v_cross"], [x, k, v], permuted)
+    assert found.passed, f"\n{found}"
+
+
+@examples
+@given(seed=seeds, batch=st.integers(1, 3), length=st.integers(1, 30))
+def test_a_run_repeats_itself_bitwise(suite: Suite, seed: int, batch: int, length: int) -> None:
+    tokens, cross = random_tokens(suite, seed, batch, length), cross_keys_values(suite, slice(0, 1))
+    first, second = (run(suite, "decoder.prefill", tokens, *cross) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
