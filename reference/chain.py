@@ -195,7 +195,7 @@ def max_chain(suite: Suite, graphs: Mapping[str, Executable], audio: Tensor, tok
 
     values["log_mel"] = mel = graphs["log_mel"](audio)[0]
     tokens = tokens.to(suite.torch_device)
-    (features,) = part("encoder", "", mel[None].to(suite.torch_device))
+    (features,) = part("encoder", "", mel[None].to(suite.torch_device, suite.dtype))
     cross = graphs["decoder.keys_values"](features)
     _, *cache = part("decoder.prefill", "", tokens[:, :-1], *cross)
     part("decoder.step", STEP, tokens[:, -1:], *cache, *cross)
@@ -206,7 +206,7 @@ def max_plain(suite: Suite, graphs: Mapping[str, Executable], audio: Tensor, tok
     """What comes out at the end of the graphs without captures."""
     tokens = tokens.to(suite.torch_device)
     (mel,) = graphs["log_mel"](audio)
-    (features,) = graphs["encoder"](mel[None].to(suite.torch_device))
+    (features,) = graphs["encoder"](mel[None].to(suite.torch_device, suite.dtype))
     cross = graphs["decoder.keys_values"](features)
     logits, *cache = graphs["decoder.prefill"](tokens[:, :-1], *cross)
     step = graphs["decoder.step"](tokens[:, -1:], *cache, *cross)[0]

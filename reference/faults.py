@@ -10,7 +10,6 @@ over the whole network, which must then name a submodule inside the faulty block
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -18,21 +17,21 @@ from unittest.mock import patch
 
 import torch
 from max.dtype import DType
-from max.graph import TensorValue, ops
+from max.graph import ops
 from torch import Tensor
 from whisper.model import ModelDimensions
 
-from maxwhisper import audio, model
+from maxwhisper import model
 from maxwhisper.blocks import BLOCKS, Block
 from maxwhisper.runtime import Artifact, Executable, Program
 
+from . import mistakes
 from .activations import KINDS
 from .chain import first_divergence
 from .judge import Judgement
 from .suite import Suite
 
 Tensors = dict[str, Tensor]
-Patch = Callable[[], AbstractContextManager[Any]]
 ENCODER, DECODER = "encoder.blocks.1", "decoder.blocks.1"
 LAYER = 1
 """Faults that are in a layer are in this one: neither the first nor, in the decoder, the last."""
@@ -51,7 +50,7 @@ class Fault:
     block: str
     path: str
     change: Callable[[Tensors, ModelDimensions], Mapping[str, Tensor]] | None = None
-    patched: Patch | None = None
+    patched: mistakes.Patch | None = None
     published: bool = False
 
 
@@ -319,359 +318,133 @@ def htk_filters(n_bins: int, n_mels: int) -> Tensor:
 
 
 # ---- graph faults --------------------------------------------------------------------------------------------------
-# Each stands in for a method of the network, and does what it does but for one thing.
-
-
-def float32_norm(x: TensorValue, weight: TensorValue, bias: TensorValue, form: str) -> TensorValue:
-    """Layer norm written out, wrong in one way."""
-    mean = ops.mean(x, axis=-1)
-    centred = x if form == "mean not subtracted" else x - mean
-    variance = ops.mean(centred * centred, axis=-1)
-    if form == "divided by n - 1":
-        n = int(x.shape[-1])
-        variance = variance * (n / (n - 1))
-    if form == "epsilon outside the root":
-        return centred / (ops.sqrt(variance) + 1e-5) * weight + bias
-    return centred / ops.sqrt(variance + 1e-5) * weight + bias
-
-
-def norm(form: str) -> Patch:
-    def call(self: model.LayerNorm, x: TensorValue) -> TensorValue:
-        return float32_norm(x.cast(DType.float32), self.weight, self.bias, form).cast(x.dtype)
-
-    return lambda: patch.object(model.LayerNorm, "__call__", call)
-
-
-def half(dtype: DType) -> DType:
-    """The dtype that a careless port would compute in."""
-    return dtype if dtype != DType.float32 else DType.float16
-
-
-def attention(
-    scale: Callable[[model.MultiHeadAttention], float] = lambda attn: attn.n_channel**-0.5,
-    softmax: Callable[[TensorValue], TensorValue] = ops.softmax,
-    kv_of: Callable[[model.KeyValue], model.KeyValue] = lambda kv: kv,
-) -> Patch:
-    """Attention with another scale, another softmax, or over other keys and values."""
-
-    def attend(
-        self: model.MultiHeadAttention, q: TensorValue, kv: model.KeyValue, mask: TensorValue | None
-    ) -> tuple[TensorValue, TensorValue]:
-        q, k, v = (x.cast(DType.float32) for x in (q, *kv_of(kv)))
-        qk = (q @ ops.transpose(k, 2, 3)) * ops.constant(scale(self), DType.float32, q.device)
-        if mask is not None:
-            qk = qk + mask
-        return (softmax(qk).cast(DType.float32) @ v).cast(self.policy.compute), qk
-
-    return lambda: patch.object(model.MultiHeadAttention, "qkv_attention", attend)
-
-
-def half_softmax(qk: TensorValue) -> TensorValue:
-    """In float16, and written out: a cast before MAX's own softmax is dropped where it fuses attention."""
-    exp = ops.exp((qk - ops.max(qk, axis=-1)).cast(DType.float16))
-    return exp / ops.sum(exp, axis=-1)
-
-
-def summed_in_compute_dtype(
-    self: model.MultiHeadAttention, q: TensorValue, kv: model.KeyValue, mask: TensorValue | None
-) -> tuple[TensorValue, TensorValue]:
-    """Attention wholly in the dtype of the activations, or in float16 where that is float32."""
-    q, k, v = (x.cast(half(self.policy.compute)) for x in (q, *kv))
-    qk = (q @ ops.transpose(k, 2, 3)) * ops.constant(self.n_channel**-0.5, q.dtype, q.device)
-    if mask is not None:
-        qk = qk + mask.cast(q.dtype)
-    return (ops.softmax(qk) @ v).cast(self.policy.compute), qk.cast(DType.float32)
-
-
-def single_head(
-    self: model.MultiHeadAttention, q: TensorValue, kv: model.KeyValue, mask: TensorValue | None
-) -> tuple[TensorValue, TensorValue]:
-    def joined(x: TensorValue) -> TensorValue:
-        batch, n_head, n_token, n_channel = x.shape
-        joint = ops.permute(x.cast(DType.float32), [0, 2, 1, 3])
-        return joint.reshape((batch, 1, n_token, n_head * n_channel))
-
-    qk = (joined(q) @ ops.transpose(joined(kv.k), 2, 3)) * ops.constant(self.n_channel**-0.5, DType.float32, q.device)
-    wv = (ops.softmax(qk) @ joined(kv.v)).cast(self.policy.compute)
-    return ops.permute(wv.reshape((*wv.shape[:1], wv.shape[2], self.n_head, self.n_channel)), [0, 2, 1, 3]), qk
-
-
-def interleaved_heads(
-    self: model.MultiHeadAttention, x: TensorValue, cache: model.KeyValue | None = None
-) -> model.KeyValue:
-    shape = (*x.shape[:2], self.n_channel, self.n_head)
-    return model.KeyValue(*(ops.permute(project(x).reshape(shape), [0, 3, 1, 2]) for project in (self.key, self.value)))
-
-
-def cache_exchanged(
-    self: model.MultiHeadAttention, x: TensorValue, cache: model.KeyValue | None = None
-) -> model.KeyValue:
-    assert cache is not None
-    return KEYS_VALUES(self, x, model.KeyValue(cache.v, cache.k))
-
-
-KEYS_VALUES = model.MultiHeadAttention.keys_values
-
-
-def without_newest(kv: model.KeyValue) -> model.KeyValue:
-    return model.KeyValue(*(x[:, :, :-1] for x in kv))
-
-
-def with_padding(kv: model.KeyValue) -> model.KeyValue:
-    """Three rows of zeros behind the cache, as a cache of fixed length has them, and no mask over them."""
-
-    def padded(x: TensorValue) -> TensorValue:
-        zero = ops.constant(0, x.dtype, x.device).broadcast_to((x.shape[0], x.shape[1], 3, x.shape[3]))
-        return ops.concat([x, zero], axis=2)
-
-    return model.KeyValue(*(padded(x) for x in kv))
-
-
-def of_next_row(kv: model.KeyValue) -> model.KeyValue:
-    return model.KeyValue(*(ops.concat([x[1:], x[:1]], axis=0).rebind(x.shape) for x in kv))
-
-
-def mask(make: Callable[[Any, Any], TensorValue]) -> Patch:
-    return lambda: patch.object(model, "causal_mask", make)
-
-
-def band(above: float, num_upper: int, n_token: Any, policy: Any) -> TensorValue:
-    """`above` where a key is more than num_upper later than the query, 0 elsewhere."""
-    value = ops.constant(above, DType.float32, policy.device).broadcast_to((n_token, n_token))
-    return ops.band_part(value, num_lower=-1, num_upper=num_upper, exclude=True)
-
-
-def by_comparison(n_token: Any, policy: Any) -> TensorValue:
-    """A right mask, in the form that MAX 26.7 drops when it fuses attention on CPU."""
-    position = model.indices(n_token, policy.device)
-    later = ops.unsqueeze(position, 0) > ops.unsqueeze(position, 1)
-    return later.cast(DType.float32) * ops.constant(-1e4, DType.float32, policy.device)
-
-
-def earlier_hidden(n_token: Any, policy: Any) -> TensorValue:
-    return ops.transpose(band(float("-inf"), 0, n_token, policy), 0, 1)
-
-
-def conv(padding: tuple[int, int] = (1, 1), reverse: bool = False) -> Patch:
-    """A convolution whose taps begin elsewhere or run backwards."""
-
-    def call(self: model.Conv1d, x: TensorValue) -> TensorValue:
-        taps = ops.permute(self.weight.cast(x.dtype), [2, 1, 0])
-        if reverse:
-            taps = ops.concat([taps[2:3], taps[1:2], taps[0:1]], axis=0)
-        image, kernel = ops.unsqueeze(x, 1).cast(DType.float32), ops.unsqueeze(taps, 0).cast(DType.float32)
-        y = ops.conv2d(image, kernel, stride=(1, self.stride), padding=(0, 0, *padding))
-        return (ops.squeeze(y, 1) + self.bias).cast(x.dtype)
-
-    return lambda: patch.object(model.Conv1d, "__call__", call)
-
-
-def stem(form: str) -> Patch:
-    def call(self: model.AudioEncoder, mel: TensorValue) -> TensorValue:
-        x = ops.gelu(self.conv1(ops.transpose(mel, 1, 2)))
-        x = self.conv2(x).cast(DType.float32)
-        if form == "positions before GELU":
-            return ops.gelu(x + self.positional_embedding).cast(self.policy.compute)
-        if form == "no positions":
-            return ops.gelu(x).cast(self.policy.compute)
-        return (x + self.positional_embedding).cast(self.policy.compute)
-
-    return lambda: patch.object(model.AudioEncoder, "stem", call)
-
-
-def residual(form: str) -> Patch:
-    """A residual block with its parts put together wrongly."""
-
-    def call(
-        self: model.ResidualAttentionBlock, x: TensorValue, cross_kv: Any = None, mask: Any = None, cache: Any = None
-    ) -> tuple[TensorValue, model.KeyValue, TensorValue | None]:
-        normed = self.attn_ln(x)
-        kv = self.attn.keys_values(normed, cache)
-        x = (normed if form == "residual from the norm" else x) + self.attn(normed, kv, mask)[0]
-        scores = None
-        if cross_kv is not None:
-            assert self.cross_attn is not None and self.cross_attn_ln is not None
-            update, scores = self.cross_attn(
-                x if form == "cross-attention's norm left out" else self.cross_attn_ln(x), cross_kv
-            )
-            x = update if form == "cross-attention without residual" else x + update
-        update = self.mlp(self.mlp_ln(x))
-        return (update if form == "mlp without residual" else x + update), kv, scores
-
-    return lambda: patch.object(model.ResidualAttentionBlock, "__call__", call)
-
-
-def decode(change: Callable[[Any, Any], tuple[Any, Any]]) -> Patch:
-    """A decoder whose position offset or whose layers' inputs are not what they should be."""
-    right = model.TextDecoder._decode
-
-    def call(self: model.TextDecoder, method: Any, tokens: TensorValue, offset: Any, inputs: Any) -> list[TensorValue]:
-        return right(self, method, tokens, *change(offset, inputs))
-
-    return lambda: patch.object(model.TextDecoder, "_decode", call)
-
-
-def cpu_int(value: int) -> TensorValue:
-    from max.graph import DeviceRef
-
-    return ops.constant(value, DType.int64, DeviceRef.CPU())
-
-
-def keys_then_values(values: Sequence[TensorValue], size: int) -> list[Sequence[TensorValue]]:
-    """The order K, K, K, V, V, V read as K, V, K, V, K, V."""
-    number = len(values) // size
-    return [values[i::number] for i in range(number)]
-
-
-def log_mel(form: str) -> Patch:
-    """A log-mel spectrogram scaled in another way."""
-
-    def call(self: audio.LogMelSpectrogram, waveform: TensorValue) -> TensorValue:
-        frames = self.frames(waveform)
-        real, imaginary = frames @ self.cosine, frames @ self.sine
-        power = real * real + imaginary * imaginary
-        mel = (ops.sqrt(power) if form == "magnitude for power" else power) @ self.filters
-        if form != "clamp left out":
-            mel = ops.max(mel, ops.constant(1e-10, DType.float32, waveform.device))
-        log = ops.log(mel) * (1.0 if form == "ln for log10" else math.log10(math.e))
-        top = ops.max(ops.max(log, axis=0), axis=1)
-        if form != "dynamic range not limited":
-            log = ops.max(log, top - 8)
-        if form == "decibels below the peak, as librosa":
-            return ops.transpose((log - top) * 10, 0, 1)
-        return ops.transpose(log if form == "not scaled" else (log + 4) / 4, 0, 1)
-
-    return lambda: patch.object(audio.LogMelSpectrogram, "__call__", call)
-
-
-def product(form: str) -> Patch:
-    """The product with a vector of one token, wrong in one way."""
-    right = model.linear
-
-    def linear(x: TensorValue, weight: TensorValue, bias: TensorValue | None = None) -> TensorValue:
-        if x.shape[1] != 1:
-            return right(x, weight, bias)
-        dtype = half(x.dtype) if form == "summed in half precision" else x.dtype
-        y = ops.transpose(ops.sum((x * weight.cast(x.dtype)).cast(dtype), axis=-1), 1, 2).cast(x.dtype)
-        return y if bias is None or form == "bias left out at a step" else y + bias.cast(x.dtype)
-
-    return lambda: patch.object(model, "linear", linear)
-
-
-def method(owner: type, name: str, function: Callable[..., Any]) -> Patch:
-    return lambda: patch.object(owner, name, function)
 
 
 def graph_faults() -> Iterator[Fault]:
     """Every one is a way in which a port of the network is wrong that no weight shows."""
 
-    def fault(name: str, block: str, patched: Patch, published: bool = False) -> Fault:
+    def fault(name: str, block: str, patched: mistakes.Patch, published: bool = False) -> Fault:
         path = BLOCKS[block].path.format(audio_layer=LAYER, text_layer=LAYER)
         return Fault(name, block, path, patched=patched, published=published)
 
-    gelu = partial(method, model.GELU, "__call__")
+    gelu = partial(mistakes.method, model.GELU, "__call__")
     yield fault("tanh GELU", "encoder.mlp", gelu(lambda self, x: ops.gelu(x, "tanh")))
     yield fault("quick GELU", "encoder.mlp", gelu(lambda self, x: ops.gelu(x, "quick")))
     yield fault("GELU left out", "decoder.mlp.step", gelu(lambda self, x: x))
-    yield fault("epsilon 1e-6", "encoder.layer_norm", method(model.LayerNorm, "epsilon", 1e-6))  # type: ignore[arg-type]
+    yield fault("epsilon 1e-6", "encoder.layer_norm", mistakes.method(model.LayerNorm, "epsilon", 1e-6))  # type: ignore[arg-type]
     for form in ("epsilon outside the root", "divided by n - 1", "mean not subtracted"):
-        yield fault(f"norm: {form}", "encoder.layer_norm", norm(form))
+        yield fault(f"norm: {form}", "encoder.layer_norm", mistakes.norm(form))
 
     for block in ("encoder.attention", "decoder.cross_attention.step"):
         where = "encoder" if block.startswith("encoder") else "cross-attention"
-        yield fault(f"no scale, {where}", block, attention(lambda attn: 1.0))
-        yield fault(f"scale applied twice, {where}", block, attention(lambda attn: 1 / attn.n_channel))
-        wide = attention(lambda attn: (attn.n_channel * attn.n_head) ** -0.5)
+        yield fault(f"no scale, {where}", block, mistakes.attention(lambda attn: 1.0))
+        yield fault(f"scale applied twice, {where}", block, mistakes.attention(lambda attn: 1 / attn.n_channel))
+        wide = mistakes.attention(lambda attn: (attn.n_channel * attn.n_head) ** -0.5)
         yield fault(f"scale of the whole width, {where}", block, wide)
     yield fault(
-        "scores scaled by 1.56", "decoder.cross_attention.prefill", attention(lambda a: 1.56 * a.n_channel**-0.5), True
+        "scores scaled by 1.56",
+        "decoder.cross_attention.prefill",
+        mistakes.attention(lambda a: 1.56 * a.n_channel**-0.5),
+        True,
     )
     yield fault(
         "softmax in half precision",
         "encoder.attention",
-        attention(softmax=half_softmax),
+        mistakes.attention(softmax=mistakes.half_softmax),
     )
-    low = method(model.MultiHeadAttention, "qkv_attention", summed_in_compute_dtype)
+    low = mistakes.method(model.MultiHeadAttention, "qkv_attention", mistakes.summed_in_compute_dtype)
     yield fault("attention summed in half precision", "encoder.attention", low)
-    single = method(model.MultiHeadAttention, "qkv_attention", single_head)
+    single = mistakes.method(model.MultiHeadAttention, "qkv_attention", mistakes.single_head)
     yield fault("one head of the whole width", "encoder.attention", single, True)
     yield fault(
-        "heads interleaved", "encoder.attention", method(model.MultiHeadAttention, "keys_values", interleaved_heads)
+        "heads interleaved",
+        "encoder.attention",
+        mistakes.method(model.MultiHeadAttention, "keys_values", mistakes.interleaved_heads),
     )
-    yield fault("another row's audio", "decoder.cross_attention.prefill", attention(kv_of=of_next_row))
+    yield fault(
+        "another row's audio", "decoder.cross_attention.prefill", mistakes.attention(kv_of=mistakes.of_next_row)
+    )
 
     causal = "decoder.attention.causal"
     minus_infinity = float("-inf")
-    yield fault("no mask at prefill", causal, mask(partial(band, 0.0, 0)))
-    yield fault("mask one token late", causal, mask(partial(band, minus_infinity, 1)))
-    yield fault("mask of -1", causal, mask(partial(band, -1.0, 0)))
-    yield fault("mask over earlier tokens", causal, mask(earlier_hidden))
-    yield fault("mask by comparison, which MAX drops", causal, mask(by_comparison))
+    yield fault("no mask at prefill", causal, mistakes.mask(partial(mistakes.band, 0.0, 0)))
+    yield fault("mask one token late", causal, mistakes.mask(partial(mistakes.band, minus_infinity, 1)))
+    yield fault("mask of -1", causal, mistakes.mask(partial(mistakes.band, -1.0, 0)))
+    yield fault("mask over earlier tokens", causal, mistakes.mask(mistakes.earlier_hidden))
+    yield fault("mask by comparison, which MAX drops", causal, mistakes.mask(mistakes.by_comparison))
 
     cached = "decoder.attention.cached"
-    yield fault("padded rows not masked", cached, attention(kv_of=with_padding), True)
-    yield fault("newest key left out", cached, attention(kv_of=without_newest), True)
+    yield fault("padded rows not masked", cached, mistakes.attention(kv_of=mistakes.with_padding), True)
+    yield fault("newest key left out", cached, mistakes.attention(kv_of=mistakes.without_newest), True)
     yield fault(
-        "cached keys and values exchanged", cached, method(model.MultiHeadAttention, "keys_values", cache_exchanged)
+        "cached keys and values exchanged",
+        cached,
+        mistakes.method(model.MultiHeadAttention, "keys_values", mistakes.cache_exchanged),
     )
     yield fault(
         "cache read K, V where it is K, K, V, V",
         "decoder.step",
-        lambda: patch.object(model, "grouped", keys_then_values),
+        lambda: patch.object(model, "grouped", mistakes.keys_then_values),
         True,
     )
-    yield fault("position one too far", "decoder.step", decode(lambda offset, inputs: (offset + 1, inputs)))
+    yield fault("position one too far", "decoder.step", mistakes.decode(lambda offset, inputs: (offset + 1, inputs)))
     yield fault(
         "position stays at the prompt's end",
         "decoder.step",
-        decode(lambda offset, inputs: (ops.min(offset, cpu_int(4)), inputs)),
+        mistakes.decode(lambda offset, inputs: (ops.min(offset, mistakes.cpu_int(4)), inputs)),
     )
     yield fault(
         "audio of the layer before",
         "decoder.prefill",
-        decode(lambda offset, inputs: (offset, [*inputs[-1:], *inputs[:-1]])),
+        mistakes.decode(lambda offset, inputs: (offset, [*inputs[-1:], *inputs[:-1]])),
     )
     embed = model.TextDecoder.embed
     yield fault(
         "offset ignored",
         "decoder.embedding",
-        method(model.TextDecoder, "embed", lambda self, tokens, offset: embed(self, tokens, 0)),
+        mistakes.method(model.TextDecoder, "embed", lambda self, tokens, offset: embed(self, tokens, 0)),
     )
 
-    yield fault("conv one frame early", "encoder.stem", conv(padding=(2, 0)))
-    yield fault("conv one frame late", "encoder.stem", conv(padding=(0, 2)))
-    yield fault("conv taps reversed in the graph", "encoder.stem", conv(reverse=True), True)
+    yield fault("conv one frame early", "encoder.stem", mistakes.conv(padding=(2, 0)))
+    yield fault("conv one frame late", "encoder.stem", mistakes.conv(padding=(0, 2)))
+    yield fault("conv taps reversed in the graph", "encoder.stem", mistakes.conv(reverse=True), True)
     for form in ("positions before GELU", "no positions", "second GELU left out"):
-        yield fault(f"stem: {form}", "encoder.stem", stem(form))
+        yield fault(f"stem: {form}", "encoder.stem", mistakes.stem(form))
 
-    yield fault("residual from the norm", "encoder.block", residual("residual from the norm"))
-    yield fault("mlp without residual", "encoder.block", residual("mlp without residual"))
+    yield fault("residual from the norm", "encoder.block", mistakes.residual("residual from the norm"))
+    yield fault("mlp without residual", "encoder.block", mistakes.residual("mlp without residual"))
     yield fault(
-        "cross-attention without residual", "decoder.block.prefill", residual("cross-attention without residual")
+        "cross-attention without residual",
+        "decoder.block.prefill",
+        mistakes.residual("cross-attention without residual"),
     )
-    yield fault("cross-attention's norm left out", "decoder.block.step", residual("cross-attention's norm left out"))
+    yield fault(
+        "cross-attention's norm left out", "decoder.block.step", mistakes.residual("cross-attention's norm left out")
+    )
     no_ln = lambda self, x: model.linear(x, self.token_embedding.weight).cast(DType.float32)  # noqa: E731
     yield fault(
-        "last norm left out, decoder", "decoder.logits.prefill", method(model.TextDecoder, "logits", no_ln), True
+        "last norm left out, decoder",
+        "decoder.logits.prefill",
+        mistakes.method(model.TextDecoder, "logits", no_ln),
+        True,
     )
     yield fault(
-        "last norm left out, encoder", "encoder", method(model.AudioEncoder, "__call__", encoder_without_norm), True
+        "last norm left out, encoder",
+        "encoder",
+        mistakes.method(model.AudioEncoder, "__call__", mistakes.encoder_without_norm),
+        True,
     )
     for form in ("bias left out at a step", "summed in half precision"):
-        yield fault(f"product: {form}", "decoder.mlp.step", product(form))
+        yield fault(f"product: {form}", "decoder.mlp.step", mistakes.product(form))
 
     for form in ("magnitude for power", "clamp left out", "ln for log10", "dynamic range not limited", "not scaled"):
-        yield fault(f"mel: {form}", "log_mel", log_mel(form))
+        yield fault(f"mel: {form}", "log_mel", mistakes.log_mel(form))
     yield fault(
-        "mel: decibels below the peak, as librosa", "log_mel", log_mel("decibels below the peak, as librosa"), True
+        "mel: decibels below the peak, as librosa",
+        "log_mel",
+        mistakes.log_mel("decibels below the peak, as librosa"),
+        True,
     )
-
-
-def encoder_without_norm(self: model.AudioEncoder, mel: TensorValue) -> TensorValue:
-    x = self.stem(mel)
-    for block in self.blocks:
-        (x,) = block.encode(x)
-    return x
 
 
 # ---- the trial -----------------------------------------------------------------------------------------------------

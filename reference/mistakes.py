@@ -1,0 +1,260 @@
+"""Wrong layers: each stands in for a method of the network, and does what it does but for one thing."""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+from unittest.mock import patch
+
+from max.dtype import DType
+from max.graph import DeviceRef, TensorValue, ops
+
+from maxwhisper import audio, model
+
+Patch = Callable[[], AbstractContextManager[Any]]
+"""Puts a wrong layer in the place of the right one while it is entered."""
+
+
+def float32_norm(x: TensorValue, weight: TensorValue, bias: TensorValue, form: str) -> TensorValue:
+    """Layer norm written out, wrong in one way."""
+    mean = ops.mean(x, axis=-1)
+    centred = x if form == "mean not subtracted" else x - mean
+    variance = ops.mean(centred * centred, axis=-1)
+    if form == "divided by n - 1":
+        n = int(x.shape[-1])
+        variance = variance * (n / (n - 1))
+    if form == "epsilon outside the root":
+        return centred / (ops.sqrt(variance) + 1e-5) * weight + bias
+    return centred / ops.sqrt(variance + 1e-5) * weight + bias
+
+
+def norm(form: str) -> Patch:
+    def call(self: model.LayerNorm, x: TensorValue) -> TensorValue:
+        return float32_norm(x.cast(DType.float32), self.weight, self.bias, form).cast(x.dtype)
+
+    return lambda: patch.object(model.LayerNorm, "__call__", call)
+
+
+def half(dtype: DType) -> DType:
+    """The dtype that a careless port would compute in."""
+    return dtype if dtype != DType.float32 else DType.float16
+
+
+def attention(
+    scale: Callable[[model.MultiHeadAttention], float] = lambda attn: attn.n_channel**-0.5,
+    softmax: Callable[[TensorValue], TensorValue] = ops.softmax,
+    kv_of: Callable[[model.KeyValue], model.KeyValue] = lambda kv: kv,
+) -> Patch:
+    """Attention with another scale, another softmax, or over other keys and values."""
+
+    def attend(
+        self: model.MultiHeadAttention, q: TensorValue, kv: model.KeyValue, mask: TensorValue | None
+    ) -> tuple[TensorValue, TensorValue]:
+        q, k, v = (x.cast(DType.float32) for x in (q, *kv_of(kv)))
+        qk = (q @ ops.transpose(k, 2, 3)) * ops.constant(scale(self), DType.float32, q.device)
+        if mask is not None:
+            qk = qk + mask
+        return (softmax(qk).cast(DType.float32) @ v).cast(self.policy.compute), qk
+
+    return lambda: patch.object(model.MultiHeadAttention, "qkv_attention", attend)
+
+
+def half_softmax(qk: TensorValue) -> TensorValue:
+    """In float16, and written out: a cast before MAX's own softmax is dropped where it fuses attention."""
+    exp = ops.exp((qk - ops.max(qk, axis=-1)).cast(DType.float16))
+    return exp / ops.sum(exp, axis=-1)
+
+
+def summed_in_compute_dtype(
+    self: model.MultiHeadAttention, q: TensorValue, kv: model.KeyValue, mask: TensorValue | None
+) -> tuple[TensorValue, TensorValue]:
+    """Attention wholly in the dtype of the activations, or in float16 where that is float32."""
+    q, k, v = (x.cast(half(self.policy.compute)) for x in (q, *kv))
+    qk = (q @ ops.transpose(k, 2, 3)) * ops.constant(self.n_channel**-0.5, q.dtype, q.device)
+    if mask is not None:
+        qk = qk + mask.cast(q.dtype)
+    return (ops.softmax(qk) @ v).cast(self.policy.compute), qk.cast(DType.float32)
+
+
+def single_head(
+    self: model.MultiHeadAttention, q: TensorValue, kv: model.KeyValue, mask: TensorValue | None
+) -> tuple[TensorValue, TensorValue]:
+    def joined(x: TensorValue) -> TensorValue:
+        batch, n_head, n_token, n_channel = x.shape
+        joint = ops.permute(x.cast(DType.float32), [0, 2, 1, 3])
+        return joint.reshape((batch, 1, n_token, n_head * n_channel))
+
+    qk = (joined(q) @ ops.transpose(joined(kv.k), 2, 3)) * ops.constant(self.n_channel**-0.5, DType.float32, q.device)
+    wv = (ops.softmax(qk) @ joined(kv.v)).cast(self.policy.compute)
+    return ops.permute(wv.reshape((*wv.shape[:1], wv.shape[2], self.n_head, self.n_channel)), [0, 2, 1, 3]), qk
+
+
+def interleaved_heads(
+    self: model.MultiHeadAttention, x: TensorValue, cache: model.KeyValue | None = None
+) -> model.KeyValue:
+    shape = (*x.shape[:2], self.n_channel, self.n_head)
+    return model.KeyValue(*(ops.permute(project(x).reshape(shape), [0, 3, 1, 2]) for project in (self.key, self.value)))
+
+
+def cache_exchanged(
+    self: model.MultiHeadAttention, x: TensorValue, cache: model.KeyValue | None = None
+) -> model.KeyValue:
+    assert cache is not None
+    return KEYS_VALUES(self, x, model.KeyValue(cache.v, cache.k))
+
+
+KEYS_VALUES = model.MultiHeadAttention.keys_values
+
+
+def without_newest(kv: model.KeyValue) -> model.KeyValue:
+    return model.KeyValue(*(x[:, :, :-1] for x in kv))
+
+
+def with_padding(kv: model.KeyValue) -> model.KeyValue:
+    """Three rows of zeros behind the cache, as a cache of fixed length has them, and no mask over them."""
+
+    def padded(x: TensorValue) -> TensorValue:
+        zero = ops.constant(0, x.dtype, x.device).broadcast_to((x.shape[0], x.shape[1], 3, x.shape[3]))
+        return ops.concat([x, zero], axis=2)
+
+    return model.KeyValue(*(padded(x) for x in kv))
+
+
+def of_next_row(kv: model.KeyValue) -> model.KeyValue:
+    return model.KeyValue(*(ops.concat([x[1:], x[:1]], axis=0).rebind(x.shape) for x in kv))
+
+
+def mask(make: Callable[[Any, Any], TensorValue]) -> Patch:
+    return lambda: patch.object(model, "causal_mask", make)
+
+
+def band(above: float, num_upper: int, n_token: Any, policy: Any) -> TensorValue:
+    """`above` where a key is more than num_upper later than the query, 0 elsewhere."""
+    value = ops.constant(above, DType.float32, policy.device).broadcast_to((n_token, n_token))
+    return ops.band_part(value, num_lower=-1, num_upper=num_upper, exclude=True)
+
+
+def by_comparison(n_token: Any, policy: Any) -> TensorValue:
+    """A right mask, in the form that MAX 26.7 drops when it fuses attention on CPU."""
+    position = model.indices(n_token, policy.device)
+    later = ops.unsqueeze(position, 0) > ops.unsqueeze(position, 1)
+    return later.cast(DType.float32) * ops.constant(-1e4, DType.float32, policy.device)
+
+
+def earlier_hidden(n_token: Any, policy: Any) -> TensorValue:
+    return ops.transpose(band(float("-inf"), 0, n_token, policy), 0, 1)
+
+
+def conv(padding: tuple[int, int] = (1, 1), reverse: bool = False) -> Patch:
+    """A convolution whose taps begin elsewhere or run backwards."""
+
+    def call(self: model.Conv1d, x: TensorValue) -> TensorValue:
+        taps = ops.permute(self.weight.cast(x.dtype), [2, 1, 0])
+        if reverse:
+            taps = ops.concat([taps[2:3], taps[1:2], taps[0:1]], axis=0)
+        image, kernel = ops.unsqueeze(x, 1).cast(DType.float32), ops.unsqueeze(taps, 0).cast(DType.float32)
+        y = ops.conv2d(image, kernel, stride=(1, self.stride), padding=(0, 0, *padding))
+        return (ops.squeeze(y, 1) + self.bias).cast(x.dtype)
+
+    return lambda: patch.object(model.Conv1d, "__call__", call)
+
+
+def stem(form: str) -> Patch:
+    def call(self: model.AudioEncoder, mel: TensorValue) -> TensorValue:
+        x = ops.gelu(self.conv1(ops.transpose(mel, 1, 2)))
+        x = self.conv2(x).cast(DType.float32)
+        if form == "positions before GELU":
+            return ops.gelu(x + self.positional_embedding).cast(self.policy.compute)
+        if form == "no positions":
+            return ops.gelu(x).cast(self.policy.compute)
+        return (x + self.positional_embedding).cast(self.policy.compute)
+
+    return lambda: patch.object(model.AudioEncoder, "stem", call)
+
+
+def residual(form: str) -> Patch:
+    """A residual block with its parts put together wrongly."""
+
+    def call(
+        self: model.ResidualAttentionBlock, x: TensorValue, cross_kv: Any = None, mask: Any = None, cache: Any = None
+    ) -> tuple[TensorValue, model.KeyValue, TensorValue | None]:
+        normed = self.attn_ln(x)
+        kv = self.attn.keys_values(normed, cache)
+        x = (normed if form == "residual from the norm" else x) + self.attn(normed, kv, mask)[0]
+        scores = None
+        if cross_kv is not None:
+            assert self.cross_attn is not None and self.cross_attn_ln is not None
+            update, scores = self.cross_attn(
+                x if form == "cross-attention's norm left out" else self.cross_attn_ln(x), cross_kv
+            )
+            x = update if form == "cross-attention without residual" else x + update
+        update = self.mlp(self.mlp_ln(x))
+        return (update if form == "mlp without residual" else x + update), kv, scores
+
+    return lambda: patch.object(model.ResidualAttentionBlock, "__call__", call)
+
+
+def decode(change: Callable[[Any, Any], tuple[Any, Any]]) -> Patch:
+    """A decoder whose position offset or whose layers' inputs are not what they should be."""
+    right = model.TextDecoder._decode
+
+    def call(self: model.TextDecoder, method: Any, tokens: TensorValue, offset: Any, inputs: Any) -> list[TensorValue]:
+        return right(self, method, tokens, *change(offset, inputs))
+
+    return lambda: patch.object(model.TextDecoder, "_decode", call)
+
+
+def cpu_int(value: int) -> TensorValue:
+    return ops.constant(value, DType.int64, DeviceRef.CPU())
+
+
+def keys_then_values(values: Sequence[TensorValue], size: int) -> list[Sequence[TensorValue]]:
+    """The order K, K, K, V, V, V read as K, V, K, V, K, V."""
+    number = len(values) // size
+    return [values[i::number] for i in range(number)]
+
+
+def log_mel(form: str) -> Patch:
+    """A log-mel spectrogram scaled in another way."""
+
+    def call(self: audio.LogMelSpectrogram, waveform: TensorValue) -> TensorValue:
+        frames = self.frames(waveform)
+        real, imaginary = frames @ self.cosine, frames @ self.sine
+        power = real * real + imaginary * imaginary
+        mel = (ops.sqrt(power) if form == "magnitude for power" else power) @ self.filters
+        if form != "clamp left out":
+            mel = ops.max(mel, ops.constant(1e-10, DType.float32, waveform.device))
+        log = ops.log(mel) * (1.0 if form == "ln for log10" else math.log10(math.e))
+        top = ops.max(ops.max(log, axis=0), axis=1)
+        if form != "dynamic range not limited":
+            log = ops.max(log, top - 8)
+        if form == "decibels below the peak, as librosa":
+            return ops.transpose((log - top) * 10, 0, 1)
+        return ops.transpose(log if form == "not scaled" else (log + 4) / 4, 0, 1)
+
+    return lambda: patch.object(audio.LogMelSpectrogram, "__call__", call)
+
+
+def product(form: str) -> Patch:
+    """The product with a vector of one token, wrong in one way."""
+    right = model.linear
+
+    def linear(x: TensorValue, weight: TensorValue, bias: TensorValue | None = None) -> TensorValue:
+        if x.shape[1] != 1:
+            return right(x, weight, bias)
+        dtype = half(x.dtype) if form == "summed in half precision" else x.dtype
+        y = ops.transpose(ops.sum((x * weight.cast(x.dtype)).cast(dtype), axis=-1), 1, 2).cast(x.dtype)
+        return y if bias is None or form == "bias left out at a step" else y + bias.cast(x.dtype)
+
+    return lambda: patch.object(model, "linear", linear)
+
+
+def method(owner: type, name: str, function: Callable[..., Any]) -> Patch:
+    return lambda: patch.object(owner, name, function)
+
+
+def encoder_without_norm(self: model.AudioEncoder, mel: TensorValue) -> TensorValue:
+    x = self.stem(mel)
+    for block in self.blocks:
+        (x,) = block.encode(x)
+    return x
