@@ -1,0 +1,143 @@
+"""report.json: everything in a run. docs/report.md describes every field; whoever changes one raises SCHEMA_VERSION."""
+
+import json
+import math
+from typing import Any
+
+from torch import Tensor
+
+from maxwhisper.runtime import COMPILE_LOG
+
+from ..chain import Chain
+from ..faults import FaultVerdict
+from ..judge import Comparison, Explanation, Judgement, K, Measure, Output
+from ..results import Run
+from .figures import FaultTotals, compile_log, dtype_name, failures, fault_totals, outcome, verdict
+
+SCHEMA_VERSION = 1
+MAP_DIGITS = 4
+"""Significant digits of a map of errors, which is to be looked at."""
+
+
+def as_json(run: Run, machine: dict[str, str]) -> str:
+    """Strict JSON: a number that is not finite is the string "NaN", "Infinity" or "-Infinity"."""
+    return json.dumps(finite(as_data(run, machine)), allow_nan=False, ensure_ascii=False, indent=1) + "\n"
+
+
+def finite(value: Any) -> Any:
+    """The same with strings in the place of numbers that JSON has not."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, dict):
+        return {name: finite(each) for name, each in value.items()}
+    return [finite(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def picked(record: Any, *names: str) -> dict[str, Any]:
+    """Fields by name, so that one that is added to a class does not change the schema unasked."""
+    return {name: getattr(record, name) for name in names}
+
+
+def as_data(run: Run, machine: dict[str, str]) -> dict[str, Any]:
+    found = verdict(run)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "passed": found.passed,
+        "reason": found.reason,
+        "exit_status": run.exit_status,
+        "command": run.command,
+        "started": run.started.isoformat(timespec="seconds"),
+        "k": K,
+        "totals": totals(run),
+        "environment": machine,
+        "compile_log": [picked(record, "name", "graphs", "seconds") for record in COMPILE_LOG],
+        "judgements": [judgement_data(judgement) for judgement in run.judgements],
+        "chains": [chain_data(chain) for chain in run.chains],
+        "faults": [fault_data(fault) for fault in run.faults],
+        "transcripts": [picked(t, "clip", "decoding", "equal", "n_compared", "difference") for t in run.transcripts],
+    }
+
+
+def totals(run: Run) -> dict[str, Any]:
+    graphs, artifacts = compile_log()
+    return {
+        "pairs": run.pairs,
+        "comparisons": len(run.judgements),
+        "comparisons_failed": sum(not judgement.passed for judgement in run.judgements),
+        "chains": len(run.chains),
+        "chains_failed": sum(not chain.passed for chain in run.chains),
+        "transcripts": len(run.transcripts),
+        "transcripts_failed": sum(not transcript.equal for transcript in run.transcripts),
+        "faults": {dtype: fault_total_data(each) for dtype, each in fault_totals(run.faults).items()},
+        "failures": len(failures(run)),
+        "artifacts_compiled": artifacts,
+        "graphs_compiled": graphs,
+        "compile_seconds": run.compile_seconds,
+        "compare_seconds": run.compare_seconds,
+        "test_seconds": run.test_seconds,
+    }
+
+
+def comparison_data(comparison: Comparison) -> dict[str, Any]:
+    known = picked(comparison, "block", "layer", "size", "device", "inputs", "seed")
+    return {**known, "dtype": dtype_name(comparison.dtype)}
+
+
+def judgement_data(judgement: Judgement) -> dict[str, Any]:
+    return {
+        "comparison": comparison_data(judgement.comparison),
+        "passed": judgement.passed,
+        "pairs": judgement.pairs,
+        "defects": judgement.defects,
+        "outputs": [output_data(output) for output in judgement.outputs],
+        "explanations": [explanation_data(explanation) for explanation in judgement.explanations],
+    }
+
+
+def output_data(output: Output) -> dict[str, Any]:
+    measures = [measure_data(measure) for measure in output.measures]
+    return {"index": output.index, "shape": output.shape, "measures": measures}
+
+
+def measure_data(measure: Measure) -> dict[str, Any]:
+    return picked(measure, "name", "subject", "peer", "budget", "ratio", "used", "passed")
+
+
+def explanation_data(explanation: Explanation) -> dict[str, Any]:
+    return {
+        **picked(explanation, "output", "worst", "oracle", "peer", "subject"),
+        "causes": [picked(cause, "name", "before", "after") for cause in explanation.causes],
+        "errors": map_data(explanation.errors),
+    }
+
+
+def map_data(errors: Tensor) -> list[list[float]]:
+    return [[float(f"{x:.{MAP_DIGITS}g}") for x in row] for row in errors.tolist()]
+
+
+def chain_data(chain: Chain) -> dict[str, Any]:
+    return {
+        "comparison": comparison_data(chain.comparison),
+        "passed": chain.passed,
+        "first_divergence": chain.first_divergence,
+        "submodules": [{"name": name, **judgement_data(judgement)} for name, judgement in chain.judgements.items()],
+        "capture_effects": [picked(effect, "output", "identical", "relative_l2") for effect in chain.capture_effects],
+    }
+
+
+def fault_data(found: FaultVerdict) -> dict[str, Any]:
+    known = picked(found.fault, "name", "block", "path", "published")
+    verdict = picked(found, "accepted", "caught", "right_block", "checks", "only_check", "divergence", "used")
+    return {
+        **known,
+        "kind": "weights" if found.fault.change else "graph",
+        "dtype": dtype_name(found.dtype),
+        "outcome": outcome(found),
+        **verdict,
+        "effect": dict(found.effect),
+        "rounding": dict(found.rounding),
+    }
+
+
+def fault_total_data(total: FaultTotals) -> dict[str, int]:
+    return picked(total, "n", "caught", "right_block", "below", "missed", "only_one", "published")

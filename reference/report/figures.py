@@ -1,0 +1,332 @@
+"""The figures of a run that page and summary show: who failed, which block is worst, what the faults came to."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+from maxwhisper.blocks import BLOCKS
+from maxwhisper.runtime import COMPILE_LOG
+
+from ..activations import is_step
+from ..chain import STEP, Chain
+from ..faults import FaultVerdict
+from ..judge import Comparison, Judgement, Measure
+from ..results import Run
+from ..transcripts import Transcript
+
+# ---- numbers -------------------------------------------------------------------------------------------------------
+
+
+def severity(x: float) -> float:
+    """To sort by: a NaN is as bad as it gets."""
+    return math.inf if math.isnan(x) else x
+
+
+def scientific(x: float) -> str:
+    """An error: three digits, and 0 where there is none."""
+    if not math.isfinite(x):
+        return not_finite(x)
+    return "0" if x == 0 else f"{x:.2e}"
+
+
+def fixed(x: float) -> str:
+    """A ratio or a share."""
+    if not math.isfinite(x):
+        return not_finite(x)
+    return f"{x:.2f}" if abs(x) < 100 else f"{x:.1e}"
+
+
+def not_finite(x: float) -> str:
+    return "NaN" if math.isnan(x) else "∞" if x > 0 else "−∞"
+
+
+def share(part: int, whole: int, what: str) -> str:
+    return f"{part} of {whole} {what}"
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# ---- the verdict ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a run passed, and why in one line."""
+
+    passed: bool
+    reason: str
+
+    @property
+    def word(self) -> str:
+        return "PASSED" if self.passed else "FAILED"
+
+
+def verdict(run: Run) -> Verdict:
+    """Of the comparisons and of pytest: a test that compares nothing can fail too."""
+    if not run.pairs:
+        return Verdict(False, "nothing was compared")
+    if failed := list(what_failed(run)):
+        return Verdict(False, "; ".join(failed))
+    held = "; ".join(what_held(run))
+    if run.exit_status:
+        return Verdict(
+            False, f"pytest ended with status {run.exit_status}: a test beside the comparisons failed ({held})"
+        )
+    return Verdict(True, held)
+
+
+def what_failed(run: Run) -> Iterator[str]:
+    failed = [judgement for judgement in run.judgements if not judgement.passed]
+    if failed:
+        worst = f"worst {worst_first(failed)[0].comparison}"
+        yield f"{share(len(failed), len(run.judgements), 'comparisons')} failed, {worst}"
+    diverging = [chain for chain in run.chains if not chain.passed]
+    if diverging:
+        yield f"{share(len(diverging), len(run.chains), 'chains')} diverged, the first at {divergence(diverging[0])}"
+    missed = sum(not fault.accepted for fault in run.faults)
+    if missed:
+        yield f"{share(missed, len(run.faults), 'faults')} not caught in the right block"
+    different = sum(not transcript.equal for transcript in run.transcripts)
+    if different:
+        yield f"{share(different, len(run.transcripts), 'transcripts')} differ from PyTorch Whisper's"
+
+
+def what_held(run: Run) -> Iterator[str]:
+    if run.judgements:
+        yield f"{len(run.judgements)} comparisons within budget"
+    if run.chains:
+        yield f"{len(run.chains)} chains without divergence"
+    if run.faults:
+        below = sum(not fault.caught for fault in run.faults)
+        rest = f", {below} below PyTorch's rounding" if below else ""
+        yield f"{share(len(run.faults) - below, len(run.faults), 'faults')} caught in the right block{rest}"
+    if run.transcripts:
+        yield f"{len(run.transcripts)} transcripts equal to PyTorch Whisper's"
+
+
+def divergence(chain: Chain) -> str:
+    return chain.first_divergence or ("nothing: no submodule was judged" if not chain.judgements else "none")
+
+
+def compile_log() -> tuple[int, int]:
+    """How many graphs were compiled, in how many artifacts."""
+    return sum(record.graphs for record in COMPILE_LOG), len(COMPILE_LOG)
+
+
+# ---- comparisons ---------------------------------------------------------------------------------------------------
+
+
+def nearest(judgement: Judgement) -> Measure | None:
+    """The measure that comes nearest to its budget, a NaN before all others; None where nothing was compared."""
+    return max((m for _, m in judgement.measures), key=lambda measure: severity(measure.used), default=None)
+
+
+def used(judgement: Judgement) -> float:
+    """The largest share of a budget that the subject uses, infinite where values could not be compared."""
+    measure = nearest(judgement)
+    return math.inf if measure is None or judgement.defects else severity(measure.used)
+
+
+def relative_l2(judgement: Judgement) -> Measure | None:
+    """The relative L2 of the output that is nearest to its budget in it; None where nothing was compared."""
+    found = [measure for _, measure in judgement.measures if measure.name == "relative L2"]
+    return max(found, key=lambda measure: severity(measure.used), default=None)
+
+
+def ratio(judgement: Judgement) -> float:
+    """MAX's relative L2 over PyTorch's; NaN where nothing was compared."""
+    measure = relative_l2(judgement)
+    return math.nan if measure is None else measure.ratio
+
+
+def worst_first(judgements: Sequence[Judgement]) -> list[Judgement]:
+    return sorted(judgements, key=lambda judgement: (judgement.passed, -used(judgement)))
+
+
+@dataclass(frozen=True)
+class BlockFigures:
+    """All comparisons of a block in one dtype, over layers, sizes and inputs: ratios MAX/PyTorch of relative L2, and
+    the share of its budget that the nearest measure used."""
+
+    n: int
+    failed: int
+    best: float
+    median: float
+    worst: float
+    used: float
+
+
+def block_figures(run: Run) -> dict[str, dict[str, BlockFigures]]:
+    """By block and dtype; the block first that is nearest to a budget or exceeds it most."""
+    grouped: dict[str, dict[str, list[Judgement]]] = {}
+    for judgement in run.judgements:
+        of = grouped.setdefault(judgement.comparison.block, {})
+        of.setdefault(dtype_name(judgement.comparison.dtype), []).append(judgement)
+    figures = {block: {d: figures_of(found) for d, found in of.items()} for block, of in grouped.items()}
+    return dict(sorted(figures.items(), key=lambda item: -max(each.used for each in item[1].values())))
+
+
+def figures_of(judgements: Sequence[Judgement]) -> BlockFigures:
+    ratios = sorted((ratio(judgement) for judgement in judgements), key=severity)
+    return BlockFigures(
+        n=len(judgements),
+        failed=sum(not judgement.passed for judgement in judgements),
+        best=ratios[0],
+        median=median(map(severity, ratios)),
+        worst=ratios[-1],
+        used=max(map(used, judgements)),
+    )
+
+
+def dtypes_of(run: Run) -> list[str]:
+    """The dtypes that were compared or in which faults were tried, the most precise first."""
+    order = ["float32", "float16", "bfloat16"]
+    found = [judgement.comparison.dtype for judgement in run.judgements] + [fault.dtype for fault in run.faults]
+    return sorted({dtype_name(dtype) for dtype in found}, key=lambda name: order.index(name) if name in order else 9)
+
+
+# ---- chains --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Point:
+    """A place in the chain: its name, its error and PyTorch's, and what is behind them."""
+
+    position: int
+    name: str
+    subject: float
+    peer: float
+    budget: float
+    passed: bool
+
+
+def chained_points(chain: Chain) -> list[Point]:
+    """Relative L2 of every submodule that could be compared, in the order of computing."""
+    found = ((i, name, j, relative_l2(j)) for i, (name, j) in enumerate(chain.judgements.items()))
+    return [Point(i, name, m.subject, m.peer, m.budget, j.passed) for i, name, j, m in found if m]
+
+
+def isolated_points(run: Run, chain: Chain) -> list[Point]:
+    """Relative L2 of the blocks that stand at a submodule of the chain, on the same inputs, size and dtype."""
+    points = []
+    places = {name: (i, j.comparison.dtype) for i, (name, j) in enumerate(chain.judgements.items())}
+    for judgement in run.judgements:
+        c, measure = judgement.comparison, relative_l2(judgement)
+        position, dtype = places.get(place(c), (None, None))
+        same = c.size == chain.comparison.size and c.dtype == dtype and kind(c) == chain.comparison.inputs
+        if same and position is not None and measure:
+            name = f"{c.block}, layer {c.layer}, {c.inputs}"
+            points.append(Point(position, name, measure.subject, measure.peer, measure.budget, judgement.passed))
+    return sorted(points, key=lambda point: point.position)
+
+
+def kind(comparison: Comparison) -> str:
+    """Of the inputs, without a decoder's place in the text."""
+    return comparison.inputs.partition(".")[0]
+
+
+def place(comparison: Comparison) -> str:
+    """The name in a chain of what a block computes: the block's own for a part that is no submodule, otherwise its path
+    in the PyTorch model."""
+    if comparison.block not in BLOCKS:
+        return comparison.block
+    block = BLOCKS[comparison.block]
+    if block.name in ("encoder.stem", "decoder.embedding"):
+        return block.name
+    path = block.path.format(audio_layer=comparison.layer, text_layer=comparison.layer)
+    return STEP + path if is_step(block) else path
+
+
+def worst_chains_first(chains: Sequence[Chain]) -> list[Chain]:
+    return sorted(
+        chains, key=lambda chain: (chain.passed, -max(map(used, chain.judgements.values()), default=math.inf))
+    )
+
+
+# ---- faults --------------------------------------------------------------------------------------------------------
+
+MISSED, WRONG_BLOCK, BELOW, CAUGHT = "missed", "caught, in the wrong block", "below PyTorch's rounding", "caught"
+OUTCOMES = (MISSED, WRONG_BLOCK, BELOW, CAUGHT)
+"""The worst first. Only the first two are failures."""
+
+
+def outcome(fault: FaultVerdict) -> str:
+    if fault.caught:
+        return CAUGHT if fault.right_block else WRONG_BLOCK
+    return BELOW if fault.accepted else MISSED
+
+
+def largest_effect(fault: FaultVerdict) -> tuple[str, float, float] | None:
+    """The kind of inputs on which the fault stands out most from PyTorch's rounding, its effect and that rounding."""
+    kinds = [name for name in fault.rounding if name in fault.effect]
+    if not kinds:
+        return None
+    most = max(kinds, key=lambda name: severity(fault.effect[name] / (fault.rounding[name] or 1e-300)))
+    return most, fault.effect[most], fault.rounding[most]
+
+
+@dataclass(frozen=True)
+class FaultTotals:
+    """Of one dtype."""
+
+    n: int
+    caught: int
+    right_block: int
+    below: int
+    missed: int
+    only_one: int
+    published: int
+
+
+def fault_totals(faults: Sequence[FaultVerdict]) -> dict[str, FaultTotals]:
+    totals = {}
+    for dtype in dict.fromkeys(fault.dtype for fault in faults):
+        of = [fault for fault in faults if fault.dtype == dtype]
+        outcomes = [outcome(fault) for fault in of]
+        totals[dtype_name(dtype)] = FaultTotals(
+            n=len(of),
+            caught=sum(fault.caught for fault in of),
+            right_block=outcomes.count(CAUGHT),
+            below=outcomes.count(BELOW),
+            missed=outcomes.count(MISSED),
+            only_one=sum(fault.only_check is not None for fault in of),
+            published=sum(fault.fault.published for fault in of),
+        )
+    return totals
+
+
+# ---- failures ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One line, and all that is known."""
+
+    title: str
+    text: str
+
+
+def failures(run: Run) -> list[Failure]:
+    """Comparisons, the worst first; then chains, faults and transcripts."""
+    found = [Failure(str(j.comparison), str(j)) for j in worst_first(run.judgements) if not j.passed]
+    found += [
+        Failure(f"{chain.comparison}: first divergence {divergence(chain)}", str(chain))
+        for chain in run.chains
+        if not chain.passed
+    ]
+    found += [
+        Failure(f"fault {outcome(fault)}: {fault.fault.name}, {dtype_name(fault.dtype)}", str(fault))
+        for fault in run.faults
+        if not fault.accepted
+    ]
+    return found + [Failure(f"transcript of {t.clip}, {t.decoding}", told(t)) for t in run.transcripts if not t.equal]
+
+
+def told(transcript: Transcript) -> str:
+    compared = f"{transcript.clip}, {transcript.decoding}: {transcript.n_compared} compared"
+    return f"{compared}\n{transcript.difference or 'differs'}"

@@ -1,0 +1,131 @@
+"""report.html: one page without a reference to anything outside it."""
+
+import math
+from pathlib import Path
+
+from ..results import COMPILE_LOG, Run
+from .figures import (
+    compile_log,
+    failures,
+    fixed,
+    ratio,
+    share,
+    used,
+    verdict,
+)
+from .markup import Html, element, folded, html, mark, none_of, table
+from .page_blocks import block_section, comparison_section, map_section
+from .page_faults import fault_section
+from .page_network import network_section
+
+CSS = Path(__file__).with_name("page.css")
+FAILURES = 20
+"""How many failures have a line before the others are folded."""
+SECTIONS = {
+    "failures": "Failures",
+    "blocks": "MAX beside PyTorch, block by block",
+    "network": "Error along the network",
+    "maps": "Where the errors are",
+    "faults": "The judge on trial",
+    "transcripts": "Transcripts",
+    "comparisons": "All comparisons",
+    "environment": "Environment",
+}
+
+
+def page(run: Run, machine: dict[str, str]) -> str:
+    found = verdict(run)
+    contents = {
+        "failures": failure_section(run),
+        "blocks": block_section(run),
+        "network": network_section(run),
+        "maps": map_section(run),
+        "faults": fault_section(run),
+        "transcripts": transcript_section(run),
+        "comparisons": comparison_section(run),
+        "environment": environment_section(machine),
+    }
+    sections = [element("section", element("h2", SECTIONS[id]), body, id=id) for id, body in contents.items()]
+    links = [element("a", title, href=f"#{id}") for id, title in SECTIONS.items()]
+    head = html(
+        Html('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'),
+        Html('<meta name="color-scheme" content="light dark">'),
+        element("title", f"maxwhisper parity: {found.word.lower()}"),
+        element("style", Html(CSS.read_text(encoding="utf-8"))),
+    )
+    body = element("body", header(run), element("nav", *links), element("main", *sections))
+    return f"<!doctype html>\n{element('html', element('head', head), body, lang='en')}\n"
+
+
+# ---- at a glance ---------------------------------------------------------------------------------------------------
+
+
+def header(run: Run) -> Html:
+    found = verdict(run)
+    reason = element("span", found.reason[:1].upper() + found.reason[1:], class_="reason")
+    banner = element(
+        "p", element("strong", found.word), " ", reason, class_=f"verdict {'good' if found.passed else 'bad'}"
+    )
+    started = f"{run.started:%Y-%m-%d %H:%M %Z}"
+    origin = element("p", element("code", run.command), element("br"), started, class_="quiet")
+    return element("header", element("h1", "maxwhisper beside PyTorch Whisper"), banner, tiles(run), origin)
+
+
+def tiles(run: Run) -> Html:
+    graphs, artifacts = compile_log()
+    values = [
+        (f"{run.pairs:,}", "pairs compared", f"{len(run.judgements)} comparisons, {len(run.chains)} chains"),
+        (f"{run.compare_seconds:.1f} s", "comparing", "in tests, without compiling"),
+        (f"{run.compile_seconds:.1f} s", "compiling", f"{graphs} graphs in {artifacts} artifacts"),
+    ]
+    compared = [judgement for judgement in run.judgements if judgement.pairs]
+    if compared:
+        largest = max(compared, key=lambda j: -math.inf if math.isnan(ratio(j)) else ratio(j))
+        closest = max(compared, key=used)
+        values += [
+            (fixed(ratio(largest)), "largest MAX / PyTorch", str(largest.comparison)),
+            (fixed(used(closest)), "of a budget used, at most", str(closest.comparison)),
+        ]
+    return element(
+        "dl",
+        *(
+            element("div", element("dt", name), element("dd", value), element("dd", note, class_="quiet"))
+            for value, name, note in values
+        ),
+        class_="tiles",
+    )
+
+
+def failure_section(run: Run) -> Html:
+    found = failures(run)
+    if not found:
+        return element("p", "None." if run.pairs else "Nothing was compared.", class_="quiet")
+    texts = [
+        folded(failure.title, element("pre", failure.text, tabindex=0), opened=number == 0)
+        for number, failure in enumerate(found)
+    ]
+    rest = texts[FAILURES:]
+    return html(*texts[:FAILURES], folded(f"{len(rest)} more failures", *rest) if rest else "")
+
+
+# ---- the rest ------------------------------------------------------------------------------------------------------
+
+
+def transcript_section(run: Run) -> Html:
+    if not run.transcripts:
+        return none_of("whole transcripts")
+    ordered = sorted(run.transcripts, key=lambda transcript: transcript.equal)
+    equal = sum(transcript.equal for transcript in ordered)
+    rows = [(t.clip, t.decoding, t.n_compared, mark(t.equal, "equal", "differs"), t.difference) for t in ordered]
+    listed = table(("clip", "decoding", "tokens or words", "verdict", "first difference"), rows)
+    title = f"{share(equal, len(ordered), 'transcripts')} equal to PyTorch Whisper's"
+    return folded(title, listed, opened=equal < len(ordered))
+
+
+def environment_section(machine: dict[str, str]) -> Html:
+    compiled = [(r.name, r.graphs, f"{r.seconds:.1f} s") for r in sorted(COMPILE_LOG, key=lambda r: -r.seconds)]
+    listed = table(("artifact", "graphs", "time, cache hits included"), compiled, class_="figures")
+    return html(
+        table(("", ""), machine.items(), class_="plain"),
+        folded(f"{len(compiled)} compilations", listed) if compiled else "",
+    )
