@@ -27,7 +27,7 @@ from maxwhisper.runtime import Artifact, Executable, Program
 
 from . import mistakes
 from .activations import KINDS
-from .judge import Judgement
+from .judge import Judgement, K
 from .suite import Suite
 
 Tensors = dict[str, Tensor]
@@ -86,8 +86,15 @@ class FaultVerdict:
         return self.dtype != torch.float32 and all(self.effect[kind] <= self.rounding[kind] for kind in self.rounding)
 
     @property
+    def below_budget(self) -> bool:
+        """Whether its effect is less than K times PyTorch's rounding, where the judge is blind by design."""
+        return self.dtype != torch.float32 and all(
+            self.effect[kind] <= K * self.rounding[kind] for kind in self.rounding
+        )
+
+    @property
     def accepted(self) -> bool:
-        return self.right_block if self.caught else self.below_rounding
+        return self.right_block if self.caught else self.below_budget
 
     @property
     def only_check(self) -> str | None:

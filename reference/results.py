@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -36,7 +37,7 @@ class Run:
     test_seconds: float = 0.0
     exit_status: int = 0
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
-    command: str = field(default_factory=lambda: " ".join(["pytest", *sys.argv[1:]]))
+    command: str = field(default_factory=lambda: shlex.join(["pytest", *sys.argv[1:]]))
 
     @property
     def pairs(self) -> int:
@@ -63,9 +64,9 @@ class Run:
         lines = []
         if self.pairs:
             lines.append(f"parity: {self.pairs} pairs compared in {self.compare_seconds:.1f} s")
-        if self.judgements:
-            worst = max(self.judgements, key=lambda judgement: judgement.relative_l2.ratio if judgement.pairs else 0)
-            nearest = max(self.judgements, key=lambda judgement: judgement.worst.used if judgement.pairs else 0)
+        if compared := [judgement for judgement in self.judgements if judgement.pairs]:
+            worst = max(compared, key=lambda judgement: judgement.relative_l2.ratio)
+            nearest = max(compared, key=lambda judgement: judgement.worst.used)
             lines.append(f"largest MAX error / PyTorch error {worst.relative_l2.ratio:.2f}: {worst.comparison}")
             lines.append(f"nearest to its budget {nearest.worst.used:.2f}, {nearest.worst.name}: {nearest.comparison}")
         for chain in self.chains:
@@ -89,10 +90,11 @@ def fault_lines(faults: Sequence[FaultVerdict]) -> list[str]:
     for dtype in dict.fromkeys(fault.dtype for fault in faults):
         of = [fault for fault in faults if fault.dtype == dtype]
         caught, right = sum(fault.caught for fault in of), sum(fault.right_block for fault in of)
-        below = sum(fault.accepted and not fault.caught for fault in of)
+        missed = [fault for fault in of if not fault.caught]
+        below = sum(fault.below_rounding for fault in missed)
         name = str(dtype).removeprefix("torch.")
         found = f"{caught} of {len(of)} caught, {right} in the right block"
-        lines.append(f"faults, {name}: {found}; {below} below PyTorch's rounding")
+        lines.append(f"faults, {name}: {found}; {below} of the other {len(missed)} below PyTorch's rounding")
     return lines
 
 

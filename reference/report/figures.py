@@ -250,7 +250,7 @@ def worst_chains_first(chains: Sequence[Chain]) -> list[Chain]:
 
 # ---- faults --------------------------------------------------------------------------------------------------------
 
-MISSED, WRONG_BLOCK, BELOW, CAUGHT = "missed", "caught, in the wrong block", "below PyTorch's rounding", "caught"
+MISSED, WRONG_BLOCK, BELOW, CAUGHT = "missed", "caught, in the wrong block", "not caught, below the budget", "caught"
 OUTCOMES = (MISSED, WRONG_BLOCK, BELOW, CAUGHT)
 """The worst first. Only the first two are failures."""
 

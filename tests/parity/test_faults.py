@@ -44,6 +44,8 @@ def try_on_the_judge(fault: Fault, suite: Suite, suite_for: SuiteFor, run: Run, 
     run.faults.append(found)
     if not found.accepted:
         pytest.fail(f"\n{found}", pytrace=False)
+    if not found.caught and not found.below_rounding:
+        pytest.xfail(f"the effect is between PyTorch's rounding and the budget\n{found}")
 
 
 @pytest.mark.faults("weights")
