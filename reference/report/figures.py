@@ -103,7 +103,7 @@ def what_held(run: Run) -> Iterator[str]:
         yield f"{len(run.chains)} chains without divergence"
     if run.faults:
         below = sum(not fault.caught for fault in run.faults)
-        rest = f", {below} below PyTorch's rounding" if below else ""
+        rest = f", {below} below the budget" if below else ""
         yield f"{share(len(run.faults) - below, len(run.faults), 'faults')} caught in the right block{rest}"
     if run.transcripts:
         yield f"{len(run.transcripts)} transcripts equal to PyTorch Whisper's"

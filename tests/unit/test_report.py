@@ -223,7 +223,7 @@ def test_charts_name_their_points_and_are_drawn_in_the_colours_of_the_page(tmp_p
 
 def test_faults_carry_their_marks(tmp_path: Path) -> None:
     text = " ".join(read(written(failing(), tmp_path)[0]).text.split())
-    for said in ("published", "only one check", "missed", "caught, in the wrong block", "below PyTorch's rounding"):
+    for said in ("published", "only one check", "missed", "caught, in the wrong block", "not caught, below the budget"):
         assert said in text, said
 
 
