@@ -39,7 +39,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     add("--require-gpu", action="store_true", help="fail if MAX and PyTorch do not both find a GPU")
     add("--checkpoint", help="a checkpoint of your own, by path or name, in the place of every --size")
-    add("--faults", default="weights", choices=["weights", "graphs", "all"], help="which faults the judge must catch")
+    faults = "which faults the judge must catch, in every --dtype (default: weights, in float32)"
+    add("--faults", choices=["weights", "graphs", "all"], help=faults)
     add("--report", metavar="DIR", help="write report.html, report.json and summary.md there")
 
 
@@ -221,9 +222,11 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 def wanted(config: pytest.Config, item: pytest.Item) -> bool:
-    """Whether --size has a model that the test is for, and --faults the faults."""
-    faults = item.get_closest_marker("faults")
-    if faults and config.getoption("--faults") not in ("all", faults.args[0]):
+    """Whether --size has a model for the test, and --faults its faults: those of weights in float32 by default."""
+    faults, asked = item.get_closest_marker("faults"), config.getoption("--faults")
+    if faults and (asked or "weights") not in ("all", faults.args[0]):
+        return False
+    if faults and not asked and not config.getoption("--dtype") and models_of(item)[0][1] != torch.float32:
         return False
     return "suite" not in item.fixturenames or models_of(item)[0][0] in sizes(config)  # type: ignore[attr-defined]
 

@@ -74,7 +74,7 @@ class Chain:
 def run_chain(suite: Suite, kind: str = "speech") -> Chain:
     """The chain over one of the waveforms AUDIO and the text of "speech", the last token as the step."""
     audio, tokens = speech(suite.dims)
-    graphs = suite.graphs(suite.tensors)
+    graphs = suite.own_graphs
     ours = max_chain(suite, graphs, AUDIO[kind](audio), tokens)
     plain = max_plain(suite, graphs, AUDIO[kind](audio), tokens)
     judgements = dict(judge_chain(suite, kind, ours))
@@ -100,7 +100,7 @@ def judge_chain(suite: Suite, kind: str, ours: Outputs) -> Iterator[tuple[str, J
 def teacher_forced(suite: Suite, clip: dict[str, Any]) -> Judgement:
     """The chain over a clip's first window with its own text given: the logits of every next token."""
     audio, tokens = window_of(clip, suite.dims)
-    ours = max_plain(suite, suite.graphs(suite.tensors), audio, tokens)["decoder"]
+    ours = max_plain(suite, suite.own_graphs, audio, tokens)["decoder"]
     oracle = pytorch_chain(suite.model.oracle, audio, tokens, torch.float64)["decoder"]
     peer = pytorch_chain(suite.peer, audio, tokens, suite.dtype)["decoder"]
     comparison = Comparison(suite.model.size, suite.dtype, "decoder.prefill", 0, clip["file"], suite.device)

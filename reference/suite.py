@@ -157,10 +157,18 @@ class Suite:
 
     def executable(self, block: Block, layer: int) -> Executable:
         """The block on MAX with the weights of `layer`; its unit compiles at the first call for any of its blocks."""
-        unit = self.unit(block)
+        return self.right(self.unit(block), layer)[block.name]
+
+    def right(self, unit: str, layer: int = 0) -> dict[str, Executable]:
+        """The unit's graphs with the suite's own weights, those of one layer with that layer's."""
         if (unit, layer) not in self.executables:
             self.executables[unit, layer] = self.initialised(unit, layer, self.tensors)
-        return self.executables[unit, layer][block.name]
+        return self.executables[unit, layer]
+
+    @property
+    def own_graphs(self) -> dict[str, Executable]:
+        """Every graph of every unit with the suite's own weights."""
+        return {name: run for unit in self.units for name, run in self.right(unit).items()}
 
     def graphs(self, tensors: Mapping[str, Tensor], layer: int = 0) -> dict[str, Executable]:
         """Every graph of every unit with weights from `tensors`, those of one layer with that layer's."""
