@@ -26,7 +26,7 @@ test: lint  ## lint, then every test
 test-faults: $(INSTALLED)  ## the judge on trial: every fault, in every dtype (nightly)
 	$(BIN)/pytest tests/parity/test_faults.py --size fixture --dtype all --faults all
 
-soak: $(INSTALLED)  ## the default comparisons 100 times on fresh random inputs, without a false alarm
+soak: $(INSTALLED)  ## the default comparisons 100 times on fresh random inputs; a false alarm fails
 	$(BIN)/python -m reference.soak
 
 clean:  ## remove what the other targets made, .venv too

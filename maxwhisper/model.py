@@ -195,7 +195,7 @@ class MultiHeadAttention(Module):
 
     def qkv_attention(self, q: TensorValue, kv: KeyValue, mask: TensorValue | None) -> tuple[TensorValue, TensorValue]:
         # MAX replaces exactly this form, with the scale as right operand, by a fused kernel. It adds up in the dtype it
-        # is given: over 1,500 keys bfloat16 loses half of the result, so attention is float32 at any precision.
+        # is given, and 1,500 keys are too many for bfloat16, so attention is float32 at any precision.
         q, k, v = (x.cast(DType.float32) for x in (q, *kv))
         qk = (q @ ops.transpose(k, 2, 3)) * ops.constant(self.n_channel**-0.5, DType.float32, q.device)
         if mask is not None:

@@ -1,4 +1,4 @@
-"""python -m reference.soak: the suite's comparisons over and over on fresh random inputs, without a false alarm.
+"""python -m reference.soak: the suite's comparisons over and over on fresh random inputs; a false alarm fails.
 
 A right subject must pass every time. There are two: MAX, and PyTorch itself in the subject's place, with other kernels
 than the peer's where there are any (oneDNN switched off).
@@ -17,7 +17,7 @@ from maxwhisper.blocks import BLOCKS
 from .activations import RANDOM
 from .blocks import TWINS
 from .judge import Comparison, Judgement
-from .suite import DTYPES, Suite, random_weights, trained
+from .suite import DTYPES, Suite, load
 
 
 def pytorch_in_the_subjects_place(suite: Suite, comparison: Comparison) -> Callable[..., list[Tensor]]:
@@ -49,7 +49,7 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     alarms = 0
     for size in options.size:
-        model = trained() if size == "fixture" else random_weights(size)
+        model = load(size)
         for dtype in options.dtype:
             alarms += soak(Suite(model, DTYPES[dtype]), options.repetitions)
     return 1 if alarms else 0
