@@ -10,6 +10,7 @@ Names of inputs mean the same everywhere:
     mel                 (batch, n_mels, 2 * n_audio_ctx)
     x                   (batch, token or n_audio_ctx, state), the submodule's own input
     tokens, offset      (batch, token) int64; position of the first one, int64 scalar
+    positions           (position,) int64, those of the tokens whose logits are wanted
     audio_features      (audio, n_audio_ctx, state)
     k_cache, v_cache    (batch, head, past, channel): self-attention over the text so far
     k_cross, v_cross    (audio, head, n_audio_ctx, channel): cross-attention over a window of audio
@@ -86,6 +87,10 @@ def audio_features(dims: ModelDimensions, policy: Policy) -> Inputs:
 
 def prompt_tokens(dims: ModelDimensions, policy: Policy) -> Inputs:
     return {"tokens": TensorType(DType.int64, ["batch", "tokens"], policy.device)}
+
+
+def positions(dims: ModelDimensions, policy: Policy) -> Inputs:
+    return {"positions": TensorType(DType.int64, ["positions"], policy.device)}
 
 
 def step_tokens(dims: ModelDimensions, policy: Policy) -> Inputs:
@@ -265,6 +270,14 @@ BLOCKS: dict[str, Block] = {
             model.TextDecoder,
             model.TextDecoder.__call__,
             together(prompt_tokens, every_layer(cross)),
+            unit="network",
+        ),
+        Block(
+            "decoder.start",
+            "decoder",
+            model.TextDecoder,
+            model.TextDecoder.start,
+            together(prompt_tokens, positions, every_layer(cross)),
             unit="network",
         ),
         Block(

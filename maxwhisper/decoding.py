@@ -1,13 +1,30 @@
-"""openai-whisper's decode loop over MAX: its sampling, beam search and rules untouched, the forward pass ours."""
+"""openai-whisper's decode loop over MAX: its sampling, beam search and rules untouched, the forward pass ours.
+
+Where tokens are not drawn at random, its loop needs only the few likeliest tokens of each step. On a CPU these are
+found inside a graph, rules included, so that Python sees a handful of numbers in the place of a vocabulary of logits.
+"""
 
 import inspect
-from collections.abc import Callable
+import logging
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from types import FunctionType
+from functools import cache
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import torch
+from max.dtype import DType
+from max.graph import DeviceRef, TensorType, TensorValue, ops
+from max.nn.layer import Module
+from torch import Tensor
+from torch.nn import functional
 from whisper import decoding
+
+from .errors import DecodingError
+from .runtime import KERNELS, Artifact, Executable, Program
+
+log = logging.getLogger("maxwhisper")
 
 KV = list[torch.Tensor]
 
@@ -61,6 +78,17 @@ class MaxInference(decoding.Inference):
             tokens = tokens[:, -1:]
         return self.model.decoder(tokens, audio_features, kv_cache=self.cache)
 
+    def start(self, tokens: torch.Tensor, audio_features: torch.Tensor, position: int) -> list[torch.Tensor]:
+        """Logits, each (batch, vocab), at a position of the prompt and at its end. As many consecutive texts as share a
+        row of audio features are the same still, and are computed once."""
+        n_same = len(tokens) // len(audio_features)
+        positions = torch.tensor([position, tokens.shape[1] - 1])
+        logits = self.model.decoder(tokens[::n_same], audio_features, kv_cache=self.cache, positions=positions)
+        if n_same > 1:
+            self.cache.own = [kv.repeat_interleave(n_same, 0) for kv in self.cache.own]
+            logits = logits.repeat_interleave(n_same, 0)
+        return list(logits.unbind(1))
+
     def rearrange_kv_cache(self, source_indices: list[int]) -> None:
         # The audio's keys and values stay: all beams of a window share them.
         if source_indices != list(range(len(source_indices))):
@@ -70,10 +98,211 @@ class MaxInference(decoding.Inference):
         self.cache = KeyValueCache()
 
 
+# ---- the rules, in the graph ---------------------------------------------------------------------------------------
+
+NOTHING = (0, 0)  # a range that holds no token
+
+
+def likeliest(
+    module: Module,
+    logits: TensorValue,
+    suppressed: TensorValue,
+    forbidden: TensorValue,
+    timestamp_begin: TensorValue,
+    places: TensorValue,
+) -> Sequence[TensorValue]:
+    """The graph of `maxwhisper.candidates`, whose Mojo source says what goes in and out; places: (candidate,), of which
+    only the length counts."""
+    shape = [logits.shape[0], places.shape[0]]
+    types = [TensorType(dtype, shape, logits.device) for dtype in (DType.int64, DType.float32)]
+    values = [logits, suppressed, forbidden, timestamp_begin]
+    return [value.tensor for value in ops.custom("maxwhisper.candidates", logits.device, values, types)]
+
+
+@cache
+def likeliest_tokens() -> Executable:
+    """The compiled graph, for any vocabulary."""
+    cpu = DeviceRef.CPU()
+    inputs = {
+        "logits": TensorType(DType.float32, ["batch", "vocab"], cpu),
+        "suppressed": TensorType(DType.bool, ["vocab"], cpu),
+        "forbidden": TensorType(DType.int64, ["batch", 2, 2], cpu),
+        "timestamp_begin": TensorType(DType.int64, [1], cpu),
+        "places": TensorType(DType.int64, ["candidate"], cpu),
+    }
+    program = Program("candidates", "", NoWeights(), likeliest, inputs, KERNELS / "decoding")
+    return Artifact("token rules", [program], "cpu").init({})["candidates"]
+
+
+class NoWeights(Module):
+    """A graph of operations alone."""
+
+    def __call__(self) -> None:
+        raise NotImplementedError
+
+
+@dataclass
+class Candidates:
+    """The likeliest next tokens of every text, in the place of the logits of all: what openai-whisper's decoders ask
+    of logits, as far as they do.
+
+    tokens, logprobs: (batch, candidate), in falling order.
+    """
+
+    tokens: Tensor
+    logprobs: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.tokens.shape
+
+    def float(self) -> "Candidates":
+        return self
+
+    def argmax(self, dim: int) -> Tensor:
+        return self.tokens[:, 0].clone()
+
+    def __getitem__(self, index: Any) -> Any:
+        """Of one text: what has `topk`. Of all, by two tensors of indices: the log-probability of the likeliest."""
+        if isinstance(index, tuple):
+            return self.logprobs[:, 0]
+        return Candidates(self.tokens[index], self.logprobs[index])
+
+    def topk(self, k: int) -> tuple[Tensor, Tensor]:
+        assert k == len(self.tokens)
+        return self.logprobs, self.tokens
+
+
+def log_softmax(logits: Tensor | Candidates, dim: int) -> Tensor | Candidates:
+    """Candidates are normalised already."""
+    return logits if isinstance(logits, Candidates) else functional.log_softmax(logits, dim=dim)
+
+
+OF_CANDIDATES = SimpleNamespace(log_softmax=log_softmax)
+
+
+class GreedyDecoder(decoding.GreedyDecoder):
+    """openai-whisper's, of logits or of candidates."""
+
+    update = rebind(decoding.GreedyDecoder.update, F=OF_CANDIDATES)
+
+
+class BeamSearchDecoder(decoding.BeamSearchDecoder):
+    """openai-whisper's, of logits or of candidates."""
+
+    update = rebind(decoding.BeamSearchDecoder.update, F=OF_CANDIDATES)
+
+
+class TokenRules:
+    """openai-whisper's logit filters of one decoding task, in the form that the graph takes."""
+
+    def __init__(self, n_vocab: int, sample_begin: int, eot: int):
+        self.sample_begin = sample_begin
+        self.eot = eot
+        self.n_vocab = n_vocab
+        self.timestamp_begin = n_vocab
+        self.suppressed = torch.zeros(n_vocab, dtype=torch.bool)
+        self.suppressed_first = torch.zeros(n_vocab, dtype=torch.bool)  # of the first token, beside the above
+
+    @classmethod
+    def of(cls, filters: Sequence[Any], n_vocab: int, sample_begin: int, eot: int) -> "TokenRules | None":
+        """The rules of some filters; None if there is one among them that is not openai-whisper's."""
+        rules = cls(n_vocab, sample_begin, eot)
+        for each in filters:
+            if type(each) is decoding.SuppressBlank:
+                rules.suppressed_first[[*each.tokenizer.encode(" "), each.tokenizer.eot]] = True
+            elif type(each) is decoding.SuppressTokens:
+                rules.suppressed[list(each.suppress_tokens)] = True
+            elif type(each) is decoding.ApplyTimestampRules:
+                rules._take_timestamps(each)
+            else:
+                return None
+        rules.suppressed_first |= rules.suppressed
+        return rules
+
+    def _take_timestamps(self, rule: decoding.ApplyTimestampRules) -> None:
+        self.timestamp_begin = rule.tokenizer.timestamp_begin
+        if rule.tokenizer.no_timestamps is not None:
+            self.suppressed[rule.tokenizer.no_timestamps] = True
+        self.suppressed_first[: self.timestamp_begin] = True
+        if rule.max_initial_timestamp_index is not None:
+            self.suppressed_first[self.timestamp_begin + rule.max_initial_timestamp_index + 1 :] = True
+
+    def forbidden(self, sampled: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Two ranges of tokens, each as first and end, that cannot follow the tokens sampled so far."""
+        begin = self.timestamp_begin
+        timestamps = [token for token in sampled if token >= begin]
+        if not timestamps:
+            return NOTHING, NOTHING
+        if sampled[-1] < begin:
+            return NOTHING, (begin, timestamps[-1] + 1)
+        if len(sampled) < 2 or sampled[-2] >= begin:
+            return (begin, self.n_vocab), NOTHING
+        return (0, self.eot), (begin, timestamps[-1])
+
+    def candidates(self, logits: Tensor, tokens: Tensor, n_best: int) -> Candidates:
+        """The `n_best` likeliest tokens behind the tokens (batch, token), by their logits (batch, vocab).
+
+        Raises DecodingError if a logit is NaN, or none is left.
+        """
+        sampled = tokens[:, self.sample_begin :].tolist()
+        forbidden = torch.tensor([self.forbidden(each) for each in sampled])
+        suppressed = self.suppressed if sampled[0] else self.suppressed_first
+        begin, places = torch.tensor([self.timestamp_begin]), torch.zeros(n_best, dtype=torch.int64)
+        found = Candidates(*likeliest_tokens()(logits, suppressed, forbidden, begin, places))
+        if not all(map(math.isfinite, found.logprobs[:, 0].tolist())):
+            raise DecodingError("logits are not finite, or the rules of decoding exclude every token")
+        return found
+
+
+@cache
+def not_in_graph(reason: str) -> None:
+    """Says so once per reason."""
+    log.info("tokens are picked by openai-whisper's loop, not in the graph: %s", reason)
+
+
 class DecodingTask(decoding.DecodingTask):
     """openai-whisper's decoding of a window, its forward passes through `MaxInference`."""
 
-    __init__ = rebind(decoding.DecodingTask.__init__, PyTorchInference=MaxInference)
+    __init__ = rebind(
+        decoding.DecodingTask.__init__,
+        PyTorchInference=MaxInference,
+        GreedyDecoder=GreedyDecoder,
+        BeamSearchDecoder=BeamSearchDecoder,
+    )
+
+    def _main_loop(self, audio_features: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, list[float]]:
+        """openai-whisper's loop, with candidates in the place of logits where the graph can find them."""
+        rules = self._rules()
+        if rules is None:
+            return super()._main_loop(audio_features, tokens)
+        n_best = self.options.beam_size + 1 if self.options.beam_size else 1
+        sum_logprobs, no_speech_probs = torch.zeros(len(tokens)), [math.nan] * len(tokens)
+        try:
+            for i in range(self.sample_len):
+                if i == 0:
+                    at_sot, logits = self.inference.start(tokens, audio_features, self.sot_index)
+                    if self.tokenizer.no_speech is not None:
+                        no_speech_probs = at_sot.softmax(dim=-1)[:, self.tokenizer.no_speech].tolist()
+                else:
+                    logits = self.inference.logits(tokens, audio_features)[:, -1]
+                candidates = rules.candidates(logits, tokens, n_best)
+                tokens, completed = self.decoder.update(tokens, candidates, sum_logprobs)
+                if completed or tokens.shape[-1] > self.n_ctx:
+                    break
+        finally:
+            self.inference.cleanup_caching()
+        return tokens, sum_logprobs, no_speech_probs
+
+    def _rules(self) -> TokenRules | None:
+        """None where all logits are needed: to draw tokens at random, or off the CPU, or for filters not known."""
+        if self.options.temperature != 0 or self.model.device.type != "cpu":
+            not_in_graph("tokens are drawn at random" if self.options.temperature else "not on a CPU")
+            return None
+        rules = TokenRules.of(self.logit_filters, self.model.dims.n_vocab, self.sample_begin, self.tokenizer.eot)
+        if rules is None:
+            not_in_graph("unknown logit filters")
+        return rules
 
     def run(self, mel: torch.Tensor) -> list[decoding.DecodingResult]:
         """Decodes windows (batch, n_mels, frame): together, or one by one where each has several sequences, since

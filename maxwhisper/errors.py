@@ -3,6 +3,7 @@
     MaxWhisperError
     ├── AudioError        a file that cannot be read as audio, or samples that are not finite
     ├── CheckpointError   a checkpoint that is missing, damaged, or does not describe a Whisper
+    ├── DecodingError     logits that no text can be decoded from
     ├── DeviceError       a device or a precision that is not there
     └── OptionError       an option whose value cannot be used
 
@@ -20,6 +21,10 @@ class AudioError(MaxWhisperError):
 
 class CheckpointError(MaxWhisperError):
     """A checkpoint that cannot be used; the message names the file and, where there is one, the tensor."""
+
+
+class DecodingError(MaxWhisperError):
+    """Logits that no text can be decoded from: NaN, or all excluded by the rules."""
 
 
 class DeviceError(MaxWhisperError):

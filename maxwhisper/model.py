@@ -18,7 +18,7 @@ from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 from max.dtype import DType
-from max.graph import DeviceRef, Dim, Graph, TensorValue, Weight, ops
+from max.graph import DeviceRef, Dim, Graph, StaticDim, TensorType, TensorValue, Weight, ops
 from max.nn.layer import LayerList, Module
 from whisper.model import ModelDimensions
 
@@ -34,13 +34,21 @@ class KeyValue(NamedTuple):
 
 def linear(x: TensorValue, weight: TensorValue, bias: TensorValue | None = None) -> TensorValue:
     """x @ weight.T + bias in the dtype of x: (batch, token, n_in) by (n_out, n_in) to (batch, token, n_out)."""
-    if x.shape[1] == 1:
-        # One token is a matrix-vector product, which MAX runs faster on CPU as a fused upcast, multiply and sum.
-        # MAX adds up in the dtype it is given, which is why it is given float32.
-        product = x.cast(DType.float32) * weight.cast(x.dtype).cast(DType.float32)
-        y = ops.transpose(ops.sum(product, axis=-1), 1, 2).cast(x.dtype)
+    if x.device.is_cpu() and (x.shape[1] == 1 or not isinstance(x.shape[1], StaticDim)):
+        y = text_product(x, weight)
         return y if bias is None else y + bias.cast(x.dtype)
     return shared(matrix_product, *((x, weight) if bias is None else (x, weight, bias)))
+
+
+def text_product(x: TensorValue, weight: TensorValue) -> TensorValue:
+    """x @ weight.T for as many rows as a text has tokens, added up in float32.
+
+    By a kernel of our own, which reads the weights as they are stored, once: MAX's matrix product would first copy them
+    all into another layout, which takes longer than the product itself.
+    """
+    weight = weight if x.dtype == DType.float32 else weight.cast(x.dtype)  # to what PyTorch rounds them to
+    shape = TensorType(DType.float32, [*x.shape[:2], weight.shape[0]], x.device)
+    return ops.custom("maxwhisper.linear", x.device, [x.cast(DType.float32), weight], [shape])[0].tensor.cast(x.dtype)
 
 
 def matrix_product(x: TensorValue, weight: TensorValue, bias: TensorValue | None = None) -> TensorValue:
@@ -354,7 +362,13 @@ class TextDecoder(Module):
 
     def __call__(self, tokens: TensorValue, *cross_kv: TensorValue) -> list[TensorValue]:
         """A whole text: tokens (batch, token) to logits (batch, token, n_vocab), and every layer's keys and values."""
-        return self._decode(ResidualAttentionBlock.prefill, tokens, START, grouped(cross_kv, 2))
+        x, *kv = self._layers(ResidualAttentionBlock.prefill, tokens, START, grouped(cross_kv, 2))
+        return [self.logits(x), *kv]
+
+    def start(self, tokens: TensorValue, positions: TensorValue, *cross_kv: TensorValue) -> list[TensorValue]:
+        """As `__call__`, but logits (batch, position, n_vocab) at some `positions` (position,) of the text alone."""
+        x, *kv = self._layers(ResidualAttentionBlock.prefill, tokens, START, grouped(cross_kv, 2))
+        return [self.logits(ops.gather(x, positions, axis=1)), *kv]
 
     def step(self, tokens: TensorValue, *kv: TensorValue) -> list[TensorValue]:
         """One token (batch, 1) behind the cache: logits (batch, 1, n_vocab), and the cache with the token in it.
@@ -363,23 +377,25 @@ class TextDecoder(Module):
         """
         cache, cross_kv = grouped(kv[: len(kv) // 2], 2), grouped(kv[len(kv) // 2 :], 2)
         inputs = [(*own, *cross) for own, cross in zip(cache, cross_kv, strict=True)]
-        return self._decode(ResidualAttentionBlock.step, tokens, length(kv[0].shape[2]), inputs)
+        x, *cached = self._layers(ResidualAttentionBlock.step, tokens, length(kv[0].shape[2]), inputs)
+        return [self.logits(x), *cached]
 
     def align(self, tokens: TensorValue, *cross_kv: TensorValue) -> list[TensorValue]:
         """As `__call__`, but every layer's cross-attention scores stand behind the logits."""
-        return self._decode(ResidualAttentionBlock.align, tokens, START, grouped(cross_kv, 2))
+        x, *scores = self._layers(ResidualAttentionBlock.align, tokens, START, grouped(cross_kv, 2))
+        return [self.logits(x), *scores]
 
-    def _decode(
+    def _layers(
         self,
         method: Callable[..., Sequence[TensorValue]],
         tokens: TensorValue,
         offset: TensorValue | int,
         inputs: Sequence[Sequence[TensorValue]],
     ) -> list[TensorValue]:
-        """Logits after every layer's `method`, each with its own inputs, and what the layers return beside x."""
+        """x after every layer's `method`, each with its own inputs, and what the layers return beside x."""
         x = self.embed(tokens, offset)
         others: list[TensorValue] = []
         for block, own in zip(self.blocks, inputs, strict=True):
             x, *new = method(block, x, *own)
             others += new
-        return [self.logits(x), *others]
+        return [x, *others]

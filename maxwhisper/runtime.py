@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import torch
 from max.driver import CPU, Accelerator, Device, accelerator_count, is_virtual_device_mode
 from max.dtype import DType
 from max.engine import CompiledModel, InferenceSession, Model
-from max.graph import DeviceRef, Graph, TensorType, TensorValue
+from max.graph import DeviceRef, Graph, KernelLibrary, TensorType, TensorValue
 from max.graph import Module as GraphModule
 from max.nn.layer import Module
 
@@ -26,6 +27,10 @@ from .cuda import preload
 from .errors import CheckpointError, DeviceError, OptionError
 
 log = logging.getLogger("maxwhisper")
+
+KERNELS = Path(__file__).parent / "kernels"
+"""Mojo packages of the operations that graphs use beside MAX's own. MAX compiles them, and a graph again whenever the
+package changes that it uses."""
 
 TORCH_DTYPE = {
     DType.float16: torch.float16,
@@ -68,12 +73,20 @@ def find_device(name: str) -> Device:
     return Accelerator()
 
 
+@cache
+def kernel_library(package: Path) -> KernelLibrary:
+    """A folder of KERNELS, compiled: once, where a graph that is given the folder would compile it again."""
+    library = KernelLibrary()
+    library.load_paths([package])
+    return library
+
+
 @dataclass(frozen=True)
 class Program:
     """One graph to compile: `function` called on `module` and one value per entry of `inputs`.
 
     Each weight carries its name in the checkpoint: `path`, a dot, and its name in the module. Where the program stands
-    for any layer, `path` has a placeholder for its number in braces.
+    for any layer, `path` has a placeholder for its number in braces. `kernels` is a folder of KERNELS.
     """
 
     name: str
@@ -81,6 +94,7 @@ class Program:
     module: Module
     function: Callable[..., Sequence[TensorValue]]
     inputs: Mapping[str, TensorType]
+    kernels: Path = KERNELS / "network"
 
     def trace(self, into: GraphModule) -> dict[str, DType]:
         """Adds the graph to `into` and returns its weights, by name."""
@@ -88,7 +102,8 @@ class Program:
         dtypes = {name: weight.dtype for name, weight in weights.items()}
         for name, weight in weights.items():
             weight.name = name
-        with Graph(self.name, input_types=list(self.inputs.values()), module=into) as graph:
+        inputs = list(self.inputs.values())
+        with Graph(self.name, input_types=inputs, module=into, kernel_library=kernel_library(self.kernels)) as graph:
             graph.output(*self.function(self.module, *(value.tensor for value in graph.inputs)))
         return dtypes
 
@@ -133,16 +148,18 @@ class Artifact:
         self.session = session(device)
         self.weights: dict[str, DType] = {}
         self.graphs: list[str] = []
+        kernels: set[Path] = set()
         module = GraphModule()
         for program in programs:
             self.weights.update(program.trace(module))
             self.graphs.append(program.name)
-        self.compiled = self._compile(module)
+            kernels.update(kernel_library(program.kernels).library_paths())
+        self.compiled = self._compile(module, kernels)
 
-    def _compile(self, module: GraphModule) -> CompiledModel:
+    def _compile(self, module: GraphModule, kernels: Iterable[Path]) -> CompiledModel:
         count, start = len(self.graphs), time.perf_counter()
         with announced(f"compiling {self.name}: {count} graphs, minutes the first time, seconds from the cache after"):
-            compiled = self.session.compile(module)
+            compiled = self.session.compile(module, custom_extensions=sorted(kernels))
         COMPILE_LOG.append(CompileRecord(self.name, count, time.perf_counter() - start))
         return compiled
 

@@ -116,9 +116,17 @@ class TextDecoder(torch.nn.Module):
         self.dims, self.network, self.device = dims, network, device
         self.blocks = torch.nn.ModuleList([TextBlock() for _ in range(dims.n_text_layer)])
 
-    def forward(self, x: torch.Tensor, xa: torch.Tensor, kv_cache: KeyValueCache | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        xa: torch.Tensor,
+        kv_cache: KeyValueCache | None = None,
+        positions: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Logits of tokens x (batch, token) given audio features xa (audio, n_audio_ctx, state), as float32
         (batch, token, n_vocab).
+
+        positions: (position,) int64, with an empty cache; the logits are then of the tokens there alone.
 
         xa may have fewer rows than x: consecutive texts then share one. With a cache, the first call takes a text from
         its start and fills the cache; each later one takes one more token and needs xa no longer.
@@ -136,7 +144,10 @@ class TextDecoder(torch.nn.Module):
         cross = self.network["decoder.keys_values"](xa.to(self.device, torch.float32))
         if kv_cache is None and any(module._forward_hooks for module in self._cross_attentions()):
             return self._aligned(x, cross)
-        logits, *cache.own = self.network["decoder.prefill"](x, *cross)
+        if positions is not None:
+            logits, *cache.own = self.network["decoder.start"](x, positions.to(self.device), *cross)
+        else:
+            logits, *cache.own = self.network["decoder.prefill"](x, *cross)
         cache.cross = cross
         return logits
 

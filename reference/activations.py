@@ -88,6 +88,8 @@ class Activations:
             return getattr(self, name)
         if name == "offset":
             return torch.tensor(tokens.start)
+        if name == "positions":
+            return torch.tensor([tokens.start + 1, tokens.stop - 1])
         if name == "tokens":
             return self.tokens[:, tokens]
         if name == "x":
@@ -192,7 +194,9 @@ def changed(inputs: dict[str, Tensor], kind: str, n_vocab: int, seed: int) -> di
     if kind != RANDOM:
         return inputs
     generator = torch.Generator().manual_seed(seed)
-    return {name: x if name == "offset" else random_like(x, n_vocab, generator) for name, x in inputs.items()}
+    return {
+        name: x if name in ("offset", "positions") else random_like(x, n_vocab, generator) for name, x in inputs.items()
+    }
 
 
 def random_like(x: Tensor, n_vocab: int, generator: torch.Generator) -> Tensor:

@@ -180,6 +180,12 @@ def decoder(model: Whisper, layer: int, tokens: Tensor, **kv: Tensor) -> list[Te
     return [*decoder_logits(model, 0, x), *others]
 
 
+def decoder_start(model: Whisper, layer: int, tokens: Tensor, positions: Tensor, **kv: Tensor) -> list[Tensor]:
+    """The decoder at prefill, with logits at some positions alone."""
+    logits, *others = decoder(model, layer, tokens, **kv)
+    return [logits[:, positions], *others]
+
+
 def cross_scores(attn: MultiHeadAttention, x: Tensor, k_cross: Tensor) -> Tensor:
     """Scores before softmax (audio, head, token, n_audio_ctx), scaled as OpenAI scales them; texts that share a row of
     audio stand side by side.
@@ -229,6 +235,7 @@ TWINS: dict[str, Callable[..., list[Tensor]]] = {
     "decoder.logits.step": decoder_logits,
     "decoder.keys_values": decoder_keys_values,
     "decoder.prefill": decoder,
+    "decoder.start": decoder_start,
     "decoder.step": decoder,
     "decoder.alignment": decoder_alignment,
 }

@@ -196,12 +196,12 @@ def residual(form: str) -> Patch:
 
 def decode(change: Callable[[Any, Any], tuple[Any, Any]]) -> Patch:
     """A decoder whose position offset or whose layers' inputs are not what they should be."""
-    right = model.TextDecoder._decode
+    right = model.TextDecoder._layers
 
     def call(self: model.TextDecoder, method: Any, tokens: TensorValue, offset: Any, inputs: Any) -> list[TensorValue]:
         return right(self, method, tokens, *change(offset, inputs))
 
-    return lambda: patch.object(model.TextDecoder, "_decode", call)
+    return lambda: patch.object(model.TextDecoder, "_layers", call)
 
 
 def cpu_int(value: int) -> TensorValue:

@@ -288,7 +288,7 @@ def roundings(block: Block, dims: ModelDimensions) -> int:
     }
     if block.name in whole:
         return whole[block.name]
-    if block.name in ("decoder.prefill", "decoder.step", "decoder.alignment"):
+    if block.name in ("decoder.prefill", "decoder.start", "decoder.step", "decoder.alignment"):
         return 1 + dims.n_text_layer * text_block + logits
     return MLP if "mlp" in block.name else PROJECTIONS if "attention" in block.name else 1
 

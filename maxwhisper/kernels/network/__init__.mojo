@@ -1,0 +1,3 @@
+"""Operations of the network that maxwhisper brings itself, for CPUs."""
+
+from .linear import Linear

@@ -1,0 +1,138 @@
+"""Tokens picked in the graph: what openai-whisper's own filters and decoders pick from the same logits."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from whisper import decoding
+from whisper.tokenizer import get_tokenizer
+
+from maxwhisper.decoding import BeamSearchDecoder, GreedyDecoder, TokenRules
+from maxwhisper.errors import DecodingError
+
+TOKENIZER = get_tokenizer(True, num_languages=99, language="en", task="transcribe")
+N_VOCAB, BEGIN, EOT = 51865, TOKENIZER.timestamp_begin, TOKENIZER.eot
+PROMPT = list(TOKENIZER.sot_sequence)
+SAMPLE_BEGIN = len(PROMPT)
+
+
+class NoCache:
+    """An Inference without a cache to rearrange."""
+
+    def rearrange_kv_cache(self, source_indices: list[int]) -> None:
+        pass
+
+
+def filters(timestamps: bool, blank: bool, suppressed: list[int], initial: int | None) -> list[decoding.LogitFilter]:
+    chosen: list[decoding.LogitFilter] = [decoding.SuppressBlank(TOKENIZER, SAMPLE_BEGIN)] if blank else []
+    if suppressed:
+        chosen.append(decoding.SuppressTokens(suppressed))
+    if timestamps:
+        chosen.append(decoding.ApplyTimestampRules(TOKENIZER, SAMPLE_BEGIN, initial))
+    return chosen
+
+
+@st.composite
+def histories(draw: st.DrawFn, n_text: int) -> list[list[int]]:
+    """What several texts, of the same length, have sampled so far: text and timestamps in any order."""
+    token = st.one_of(st.integers(0, EOT), st.integers(BEGIN, N_VOCAB - 1))
+    length = draw(st.integers(0, 5))
+    return [draw(st.lists(token, min_size=length, max_size=length)) for _ in range(n_text)]
+
+
+def random_logits(n_text: int, seed: int, lean: float) -> torch.Tensor:
+    """Logits of which those of timestamps are greater by `lean`."""
+    logits = torch.from_numpy(np.random.default_rng(seed).normal(scale=4, size=(n_text, N_VOCAB))).float()
+    logits[:, BEGIN:] += lean
+    return logits
+
+
+OPTIONS = {
+    "timestamps": st.booleans(),
+    "blank": st.booleans(),
+    "suppressed": st.lists(st.integers(0, BEGIN - 1), max_size=9, unique=True),
+    "initial": st.sampled_from([None, 0, 50]),
+    "seed": st.integers(0, 2**32 - 1),
+    "lean": st.sampled_from([-30.0, -2.0, 0.0, 2.0, 30.0]),
+}
+
+
+def updated(decoder, logits: torch.Tensor, tokens: torch.Tensor, chosen: list, n_best: int | None):  # noqa: ANN001, ANN201
+    """What a decoder makes of the logits: of all of them, filtered by openai-whisper, or of the `n_best`."""
+    sums = torch.arange(len(tokens)).float().neg()
+    if n_best is None:
+        logits = logits.clone()
+        for each in chosen:
+            each.apply(logits, tokens)
+        given = logits
+    else:
+        rules = TokenRules.of(chosen, N_VOCAB, SAMPLE_BEGIN, EOT)
+        assert rules is not None
+        given = rules.candidates(logits, tokens, n_best)
+    tokens, completed = decoder.update(tokens, given, sums)
+    return tokens.tolist(), completed, sums
+
+
+@settings(max_examples=60, deadline=None)
+@given(sampled=histories(n_text=3), **OPTIONS)
+def test_greedy_picks_what_openai_picks(sampled, seed, lean, **options) -> None:  # noqa: ANN001, ANN003
+    logits, chosen = random_logits(3, seed, lean), filters(**options)
+    tokens = torch.tensor([PROMPT + each for each in sampled])
+    *ours, our_sums = updated(GreedyDecoder(0.0, EOT), logits, tokens, chosen, 1)
+    *theirs, their_sums = updated(decoding.GreedyDecoder(0.0, EOT), logits, tokens, chosen, None)
+    assert ours == theirs
+    assert close(our_sums, their_sums)
+
+
+@settings(max_examples=60, deadline=None)
+@given(sampled=histories(n_text=3), **OPTIONS)
+def test_beam_search_picks_what_openai_picks(sampled, seed, lean, **options) -> None:  # noqa: ANN001, ANN003
+    logits, chosen = random_logits(3, seed, lean), filters(**options)
+    tokens = torch.tensor([PROMPT + each for each in sampled])
+    ours, theirs = (each(3, EOT, NoCache()) for each in (BeamSearchDecoder, decoding.BeamSearchDecoder))
+    *our_result, our_sums = updated(ours, logits, tokens, chosen, 4)
+    *their_result, their_sums = updated(theirs, logits, tokens, chosen, None)
+    assert our_result == their_result
+    assert close(our_sums, their_sums)
+    assert [list(each) for each in ours.finished_sequences] == [list(each) for each in theirs.finished_sequences]
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    """Equal but for the rounding of sums over the vocabulary: sqrt(n) units of numbers of the size of log(n)."""
+    size = torch.maximum(ours.abs(), theirs.abs()).clamp(min=math.log(N_VOCAB))
+    near = (ours - theirs).abs() <= torch.finfo(torch.float32).eps / 2 * size * N_VOCAB**0.5
+    return bool((near | (ours == theirs)).all())
+
+
+def test_equal_logits_go_to_the_lower_token() -> None:
+    rules = TokenRules.of([], N_VOCAB, SAMPLE_BEGIN, EOT)
+    assert rules is not None
+    logits = torch.zeros(1, N_VOCAB)
+    logits[0, [70, 900, 40000]] = 1
+    assert rules.candidates(logits, torch.tensor([PROMPT]), 5).tokens.tolist() == [[70, 900, 40000, 0, 1]]
+
+
+def test_where_the_rules_leave_too_few_excluded_tokens_follow_with_no_probability() -> None:
+    rules = TokenRules.of([decoding.SuppressTokens(list(range(2, N_VOCAB)))], N_VOCAB, SAMPLE_BEGIN, EOT)
+    assert rules is not None
+    found = rules.candidates(torch.zeros(1, N_VOCAB), torch.tensor([PROMPT]), 4)
+    assert found.tokens.tolist() == [[0, 1, 2, 3]]
+    assert found.logprobs[0, 2:].tolist() == [-float("inf")] * 2
+
+
+@pytest.mark.parametrize("value", [float("nan"), -float("inf"), float("inf")])
+def test_logits_that_nothing_can_be_picked_from_are_an_error(value: float) -> None:
+    rules = TokenRules.of([], N_VOCAB, SAMPLE_BEGIN, EOT)
+    assert rules is not None
+    with pytest.raises(DecodingError, match="not finite"):
+        rules.candidates(torch.full((1, N_VOCAB), value), torch.tensor([PROMPT]), 1)
+
+
+def test_an_unknown_filter_is_left_to_openai() -> None:
+    class Another(decoding.LogitFilter):
+        pass
+
+    assert TokenRules.of([Another()], N_VOCAB, SAMPLE_BEGIN, EOT) is None
