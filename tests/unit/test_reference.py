@@ -13,7 +13,7 @@ from whisper.model import ModelDimensions, Whisper
 from maxwhisper.blocks import BLOCKS
 from reference.blocks import TWINS, decoder, decoder_keys_values, pytorch_whisper
 from reference.causes import likely_causes
-from reference.judge import Comparison, Judgement, judge
+from reference.judge import Comparison, Judgement, Measure, Output, judge
 
 DIMS = ModelDimensions(
     n_mels=4, n_audio_ctx=10, n_audio_state=8, n_audio_head=2, n_audio_layer=1,
@@ -146,6 +146,14 @@ def test_values_that_are_not_finite_fail(value: float) -> None:
         three[place][0, 0, 0] = value
         judgement = verdict(*three)
         assert not judgement.passed and "not finite" in str(judgement)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_measure_that_is_no_number_is_the_worst(place: int) -> None:
+    measures = [Measure(name, error, 1.0, 2.0) for name, error in (("a", 1.0), ("b", 3.0), ("c", 2.0))]
+    measures[place] = replace(measures[place], name="relative L2", subject=math.nan)
+    judgement = Judgement(COMPARISON, (Output(0, (1,), tuple(measures)),), ())
+    assert not judgement.passed and judgement.worst is measures[place]
 
 
 def test_defects_fail() -> None:
