@@ -1,11 +1,31 @@
 """Options of both suites, what they select, and what a run says at its end."""
 
+# ruff: noqa: E402 - something must be set before torch is imported
+
 import logging
-from collections.abc import Iterator
+import os
+import sys
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import pytest
+
+
+def times_nothing(arguments: Sequence[str]) -> bool:
+    """Whether a command line rules out that benchmarks are timed; where that is not plain to see, they may be."""
+    folders = [Path(argument.partition("::")[0]).parts[:2] for argument in arguments if argument.startswith("tests")]
+    checks = bool(folders) and all(folder in (("tests", "parity"), ("tests", "unit")) for folder in folders)
+    return checks or "--benchmark-disable" in arguments
+
+
+# After an operation PyTorch's threads keep their cores busy while they wait for the next one, so that MAX's threads and
+# PyTorch's own stand in each other's way. Told to sleep, they compute the same in several times less processor time.
+# What is timed is PyTorch as its users have it. OpenMP reads this once, when torch is imported.
+if times_nothing(sys.argv[1:]):
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 from max.driver import accelerator_count
 from whisper.model import ModelDimensions
@@ -15,7 +35,7 @@ from maxwhisper.errors import MaxWhisperError
 from maxwhisper.runtime import COMPILE_LOG
 from reference.activations import KINDS, RANDOM
 from reference.ahead import CompileAhead
-from reference.judge import Comparison
+from reference.judge import Comparison, dtype_name
 from reference.results import Run
 from reference.suite import CHECKPOINT, DTYPES, FIXTURE, SIZES, Model, Suite, comparisons, load, trained
 
@@ -57,6 +77,8 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("--device gpu: MAX and PyTorch do not both find a GPU; `maxwhisper doctor` says why")
     if config.getoption("--checkpoint"):
         checkpoint(config)
+    if config.getoption("--report"):
+        check_folder("--report", Path(config.getoption("--report")))
 
 
 class Progress(logging.Handler):
@@ -86,6 +108,16 @@ def chosen(config: pytest.Config, option: str, known: tuple[str, ...], default: 
     if unknown := [name for name in names if name not in known]:
         raise pytest.UsageError(f"{option} {','.join(unknown)} is not known: expected some of {', '.join(known)}")
     return names
+
+
+def check_folder(option: str, folder: Path) -> None:
+    """Makes the folder if it is not there; a usage error if no file can be written into it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise pytest.UsageError(f"{option} {folder}: cannot be written to: {error.strerror or error}") from error
 
 
 def gpu_found() -> bool:
@@ -153,7 +185,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         timed = metafunc.definition.get_closest_marker("benchmarked")
         precisions = dtypes(config) if config.getoption("--dtype") or not timed else [torch.float32]
         pairs = [(size, dtype) for size in sizes_for(config, metafunc.definition) for dtype in precisions]
-        metafunc.parametrize("suite", pairs, ids=lambda pair: f"{pair[0]}-{name_of(pair[1])}", indirect=True)
+        metafunc.parametrize("suite", pairs, ids=lambda pair: f"{pair[0]}-{dtype_name(pair[1])}", indirect=True)
 
 
 def sizes_for(config: pytest.Config, test: pytest.Item) -> tuple[str, ...]:
@@ -186,13 +218,9 @@ def selected(config: pytest.Config, blocks: list[Block]) -> Iterator[Comparison]
                     yield from comparisons(block, size, dims, dtype, kinds_of(size), device(config))
 
 
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def identify(comparison: Comparison) -> str:
     c = comparison
-    return f"{c.size}-{name_of(c.dtype)}-{c.block}-{c.layer}-{c.inputs.replace(' ', '_')}"
+    return f"{c.size}-{dtype_name(c.dtype)}-{c.block}-{c.layer}-{c.inputs.replace(' ', '_')}"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

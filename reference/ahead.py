@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import torch
 
+from .judge import dtype_name
 from .suite import DTYPES, Suite, load
 
 
@@ -22,7 +23,7 @@ class CompileAhead:
     """The other process, for models by (size, dtype) in the order in which they will be needed."""
 
     def __init__(self, models: Sequence[tuple[str, torch.dtype]], checkpoint: str | None, device: str):
-        names = [f"{size}:{str(dtype).removeprefix('torch.')}" for size, dtype in models]
+        names = [f"{size}:{dtype_name(dtype)}" for size, dtype in models]
         command = [sys.executable, "-m", "reference.ahead", *names, "--device", device]
         if checkpoint:
             command += ["--checkpoint", checkpoint]

@@ -35,6 +35,15 @@ MAP_SHAPE = (48, 96)
 """Most rows and columns of a map of errors."""
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def severity(x: float) -> float:
+    """To sort by: a NaN is as bad as it gets."""
+    return math.inf if math.isnan(x) else x
+
+
 @dataclass(frozen=True)
 class Comparison:
     """What is compared: a block of a model, in one layer and dtype, on one device, on one set of inputs.
@@ -52,8 +61,8 @@ class Comparison:
     seed: int = 0
 
     def __str__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.block}, layer {self.layer}, {self.size}, {dtype}, {self.device}, {self.inputs}, seed {self.seed}"
+        model = f"{self.size}, {dtype_name(self.dtype)}, {self.device}"
+        return f"{self.block}, layer {self.layer}, {model}, {self.inputs}, seed {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -148,12 +157,12 @@ class Judgement:
     @property
     def worst(self) -> Measure:
         """The measure that comes nearest to its budget, or exceeds it most."""
-        return max((measure for _, measure in self.measures), key=lambda measure: measure.used)
+        return max((measure for _, measure in self.measures), key=lambda measure: severity(measure.used))
 
     @property
     def relative_l2(self) -> Measure:
         """The relative L2 of the output that comes nearest to its budget in it."""
-        return max((output["relative L2"] for output in self.outputs), key=lambda measure: measure.used)
+        return max((output["relative L2"] for output in self.outputs), key=lambda measure: severity(measure.used))
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
@@ -221,7 +230,7 @@ def judge(
             continue
         measures = measure_values(size, peer_error, subject_error, floor)
         if right.shape[-1] == n_vocab:
-            measures += measure_logits(right, theirs, ours, size, floor)
+            measures += measure_logits(right, theirs, ours, size, peer_error, floor)
         outputs.append(Output(index, tuple(right.shape), tuple(measures)))
     return Judgement(comparison, tuple(outputs), tuple(defects))
 
@@ -328,7 +337,9 @@ def expected_maximum(n: int) -> float:
     return max(1.0, math.sqrt(2 * math.log(n)))
 
 
-def measure_logits(oracle: Tensor, peer: Tensor, subject: Tensor, size: Norms, floor: float) -> list[Measure]:
+def measure_logits(
+    oracle: Tensor, peer: Tensor, subject: Tensor, size: Norms, peer_error: Norms, floor: float
+) -> list[Measure]:
     """As probabilities over the vocabulary.
 
     KL divergence grows with the square of an error e of the logits, at most as e**2 / 2, so its budget is that of its
@@ -343,7 +354,7 @@ def measure_logits(oracle: Tensor, peer: Tensor, subject: Tensor, size: Norms, f
     for name, of in (("KL mean", Tensor.mean), ("KL max", Tensor.max)):
         budget = (K * float(of(their_kl)) ** 0.5 + floor * size.rms / 2**0.5) ** 2
         measures.append(Measure(name, float(of(our_kl)), float(of(their_kl)), budget))
-    error = K * over(float((peer - oracle).abs().max()), size.rms) + floor * over(size.largest, size.rms)
+    error = K * largest_error(peer_error, size) + floor * largest_error(size, size)
     top = rows(oracle).topk(2)
     close = float(((top.values[:, 0] - top.values[:, 1]) <= 2 * error * (size.rms or 1)).double().mean())
     chosen = [rows(logits).argmax(-1, keepdim=True) for logits in (subject, peer)]

@@ -17,7 +17,7 @@ from maxwhisper.runtime import COMPILE_LOG
 
 from .chain import Chain
 from .faults import FaultVerdict
-from .judge import Judgement
+from .judge import Judgement, dtype_name
 from .transcripts import Transcript
 
 PACKAGES = ("maxwhisper", "max", "torch", "openai-whisper", "numpy")
@@ -92,9 +92,8 @@ def fault_lines(faults: Sequence[FaultVerdict]) -> list[str]:
         caught, right = sum(fault.caught for fault in of), sum(fault.right_block for fault in of)
         missed = [fault for fault in of if not fault.caught]
         below = sum(fault.below_rounding for fault in missed)
-        name = str(dtype).removeprefix("torch.")
-        found = f"{caught} of {len(of)} caught, {right} in the right block"
-        lines.append(f"faults, {name}: {found}; {below} of the other {len(missed)} below PyTorch's rounding")
+        found = f"{dtype_name(dtype)}: {caught} of {len(of)} caught, {right} in the right block"
+        lines.append(f"faults, {found}; {below} of the other {len(missed)} below PyTorch's rounding")
     return lines
 
 

@@ -16,7 +16,7 @@ from maxwhisper.blocks import BLOCKS
 
 from .activations import RANDOM
 from .blocks import TWINS
-from .judge import Comparison, Judgement
+from .judge import Comparison, Judgement, dtype_name
 from .suite import DTYPES, Suite, load
 
 
@@ -67,7 +67,7 @@ def soak(suite: Suite, repetitions: int) -> int:
                 alarms += 1
                 print(f"{subject} in the subject's place: {judgement}", flush=True)
     used = ", ".join(f"{subject} {share:.2f}" for subject, share in nearest.items())
-    name = f"{suite.model.size}, {str(suite.dtype).removeprefix('torch.')}"
+    name = f"{suite.model.size}, {dtype_name(suite.dtype)}"
     print(f"{name}: {alarms} alarms in {judged} comparisons; most of a budget used: {used}", flush=True)
     return alarms
 

@@ -22,7 +22,7 @@ from . import activations
 from .activations import FIXTURES, Activations, is_step
 from .blocks import TWINS, pytorch_whisper
 from .captures import CAPTURED, captured
-from .judge import Comparison, Explanation, Judgement, explain, judge
+from .judge import Comparison, Explanation, Judgement, dtype_name, explain, judge
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MAX_DTYPE = {theirs: ours for ours, theirs in TORCH_DTYPE.items()}
@@ -142,7 +142,7 @@ class Suite:
 
     def artifact(self, unit: str) -> Artifact:
         if unit not in self.artifacts:
-            name = f"{self.model.size}, {str(self.dtype).removeprefix('torch.')}, {unit}"
+            name = f"{self.model.size}, {dtype_name(self.dtype)}, {unit}"
             self.artifacts[unit] = Artifact(name, self.programs(unit), "cpu" if unit == "log_mel" else self.device)
         return self.artifacts[unit]
 

@@ -1,9 +1,13 @@
 """Whole transcripts: the same tokens, times and words as PyTorch Whisper's, over every clip."""
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from importlib.metadata import version
+from typing import Any, Protocol
 from unittest.mock import patch
 
 import numpy as np
@@ -41,7 +45,59 @@ class Transcript:
     difference: str = ""
 
 
-def compare(subject: Whisper, peer: OpenAIWhisper, clip: str, decoding: str) -> Transcript:
+MAKERS = ("torch", "openai-whisper", "numpy", "numba", "tiktoken")
+"""Packages that make a transcript."""
+
+
+class Memory(Protocol):
+    """What outlives a run, as pytest's cache does; a value that cannot be read is one that is not there."""
+
+    def get(self, key: str, default: Any) -> Any: ...
+
+    def set(self, key: str, value: object) -> None: ...
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """PyTorch Whisper with a memory for its transcripts: nothing that they depend on is under test.
+
+    What they do depend on is in the key: weights, dimensions, alignment heads, samples, options, versions, processor
+    features and number of threads. MAX's transcripts are never kept.
+    """
+
+    model: OpenAIWhisper
+    memory: Memory | None
+
+    @cached_property
+    def weights(self) -> str:
+        """Hash of everything that makes up the model."""
+        digest = hashlib.sha256(repr(self.model.dims).encode())
+        heads = self.model.alignment_heads.to_dense()
+        for name, tensor in [*self.model.state_dict().items(), ("alignment_heads", heads)]:
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().cpu().numpy())
+        return digest.hexdigest()
+
+    def key(self, audio: np.ndarray, options: dict[str, Any]) -> str:
+        versions = {name: version(name) for name in MAKERS}
+        machine = (torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(), str(self.model.device))
+        samples = hashlib.sha256(audio.tobytes()).hexdigest()
+        everything = json.dumps([self.weights, samples, options, versions, machine], sort_keys=True)
+        return f"maxwhisper/transcripts/{hashlib.sha256(everything.encode()).hexdigest()}"
+
+    def transcribe(self, audio: np.ndarray, **options: Any) -> dict[str, Any]:
+        """As openai-whisper's, from memory where it is known."""
+        if self.memory is None:
+            return self.model.transcribe(audio, **options)
+        key = self.key(audio, options)
+        known = self.memory.get(key, None)
+        if known is None:
+            known = self.model.transcribe(audio, **options)
+            self.memory.set(key, known)
+        return known
+
+
+def compare(subject: Whisper, peer: OpenAIWhisper | Yardstick, clip: str, decoding: str) -> Transcript:
     """Transcribes a clip of fixtures/ with both."""
     audio = load_audio(FIXTURES / clip)
     options = {"temperature": 0.0, "fp16": False, **DECODING[decoding]}

@@ -10,9 +10,9 @@ from maxwhisper.runtime import COMPILE_LOG
 
 from ..chain import Chain
 from ..faults import FaultVerdict
-from ..judge import Comparison, Explanation, Judgement, K, Measure, Output
+from ..judge import Comparison, Explanation, Judgement, K, Measure, Output, dtype_name
 from ..results import Run
-from .figures import FaultTotals, compile_log, dtype_name, failures, fault_totals, outcome, verdict
+from .figures import FaultTotals, compile_log, failures, fault_totals, outcome, verdict
 
 SCHEMA_VERSION = 1
 MAP_DIGITS = 4

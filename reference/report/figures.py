@@ -5,24 +5,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-import torch
-
 from maxwhisper.blocks import BLOCKS
 from maxwhisper.runtime import COMPILE_LOG
 
 from ..activations import is_step
 from ..chain import STEP, Chain
 from ..faults import FaultVerdict
-from ..judge import Comparison, Judgement, Measure
+from ..judge import Comparison, Judgement, Measure, dtype_name, severity
 from ..results import Run
 from ..transcripts import Transcript
 
 # ---- numbers -------------------------------------------------------------------------------------------------------
-
-
-def severity(x: float) -> float:
-    """To sort by: a NaN is as bad as it gets."""
-    return math.inf if math.isnan(x) else x
 
 
 def scientific(x: float) -> str:
@@ -45,10 +38,6 @@ def not_finite(x: float) -> str:
 
 def share(part: int, whole: int, what: str) -> str:
     return f"{part} of {whole} {what}"
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 # ---- the verdict ---------------------------------------------------------------------------------------------------

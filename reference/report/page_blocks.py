@@ -3,13 +3,12 @@
 import math
 from collections.abc import Sequence
 
-from ..judge import Explanation, Judgement, K
+from ..judge import Explanation, Judgement, K, dtype_name
 from ..results import Run
 from . import charts
 from .figures import (
     BlockFigures,
     block_figures,
-    dtype_name,
     dtypes_of,
     fixed,
     nearest,

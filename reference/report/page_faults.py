@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from ..faults import FaultVerdict
+from ..judge import dtype_name
 from ..results import Run
 from .figures import (
     BELOW,
@@ -10,7 +11,6 @@ from .figures import (
     MISSED,
     WRONG_BLOCK,
     FaultTotals,
-    dtype_name,
     dtypes_of,
     fault_totals,
     fixed,

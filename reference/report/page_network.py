@@ -3,12 +3,12 @@
 from collections.abc import Iterable, Sequence
 
 from ..chain import Chain
+from ..judge import dtype_name
 from ..results import Run
 from . import charts
 from .figures import (
     chained_points,
     divergence,
-    dtype_name,
     isolated_points,
     scientific,
     worst_chains_first,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from reference.chain import AUDIO, run_chain
-from reference.judge import Comparison, Judgement
+from reference.judge import Comparison, Judgement, dtype_name
 from reference.results import Run
 from reference.suite import Suite
 
@@ -27,10 +27,9 @@ def check(comparison: Comparison, suite_for: SuiteFor, run: Run, request: pytest
 
 def message(judgement: Judgement, suite: Suite, node: str) -> str:
     c = judgement.comparison
-    dtype = str(c.dtype).removeprefix("torch.")
     return f"""isolated: {judgement}
 chained: {chained(judgement, suite)}
-again: pytest '{node}' --size {c.size} --dtype {dtype} --device {c.device}"""
+again: pytest '{node}' --size {c.size} --dtype {dtype_name(c.dtype)} --device {c.device}"""
 
 
 def chained(judgement: Judgement, suite: Suite) -> str:

@@ -6,7 +6,7 @@ import whisper
 import maxwhisper
 from reference.activations import CLIPS
 from reference.results import Run
-from reference.transcripts import DECODING, PIPELINE_FAULTS, compare
+from reference.transcripts import DECODING, PIPELINE_FAULTS, Yardstick, compare
 
 
 @pytest.fixture(scope="module")
@@ -15,20 +15,19 @@ def subject(checkpoint_path: str) -> maxwhisper.Whisper:
 
 
 @pytest.fixture(scope="module")
-def peer(checkpoint_path: str, subject: maxwhisper.Whisper) -> whisper.model.Whisper:
-    """openai-whisper with the same weights, whatever the checkpoint's format."""
+def peer(checkpoint_path: str, subject: maxwhisper.Whisper, pytestconfig: pytest.Config) -> Yardstick:
+    """openai-whisper with the same weights, whatever the checkpoint's format; its transcripts of an earlier run, unless
+    pytest was told to forget them (--cache-clear) or to have no cache (-p no:cacheprovider)."""
     checkpoint = maxwhisper.load_checkpoint(checkpoint_path)
     model = whisper.model.Whisper(checkpoint.dims)
     model.load_state_dict({name: tensor.float() for name, tensor in checkpoint.tensors.items()})
     model.register_buffer("alignment_heads", subject.alignment_heads, persistent=False)
-    return model.eval()
+    return Yardstick(model.eval(), getattr(pytestconfig, "cache", None))
 
 
 @pytest.mark.parametrize("decoding", DECODING)
 @pytest.mark.parametrize("clip", CLIPS, ids=lambda clip: clip["file"])
-def test_transcript(
-    subject: maxwhisper.Whisper, peer: whisper.model.Whisper, clip: dict, decoding: str, run: Run
-) -> None:
+def test_transcript(subject: maxwhisper.Whisper, peer: Yardstick, clip: dict, decoding: str, run: Run) -> None:
     transcript = compare(subject, peer, clip["file"], decoding)
     run.transcripts.append(transcript)
     assert transcript.equal, transcript.difference
@@ -36,7 +35,7 @@ def test_transcript(
 
 
 @pytest.mark.parametrize("fault", PIPELINE_FAULTS)
-def test_a_wrong_pipeline_shows(subject: maxwhisper.Whisper, peer: whisper.model.Whisper, fault: str) -> None:
+def test_a_wrong_pipeline_shows(subject: maxwhisper.Whisper, peer: Yardstick, fault: str) -> None:
     """On the clip that is longer than a window."""
     longer = max(CLIPS, key=lambda clip: clip["duration"])["file"]
     with PIPELINE_FAULTS[fault]():

@@ -12,6 +12,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from maxwhisper.blocks import BLOCKS
 from reference.blocks import TWINS
+from reference.judge import dtype_name
 from reference.suite import Suite
 
 ENGINES = ("MAX", "PyTorch")
@@ -37,7 +38,7 @@ def test_block(benchmark: BenchmarkFixture, suite: Suite, block: str, engine: st
 
     timed = on_max if engine == "MAX" else on_pytorch
     timed()
-    benchmark.group = f"{block}, {suite.model.size}, {str(suite.dtype).removeprefix('torch.')}, {suite.device}"
+    benchmark.group = f"{block}, {suite.model.size}, {dtype_name(suite.dtype)}, {suite.device}"
     benchmark.extra_info |= {"engine": engine, "shapes": {name: list(x.shape) for name, x in inputs.items()}}
     benchmark(timed)
 

@@ -3,19 +3,30 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 NANO = ROOT / "fixtures" / "nano.pt"
+PARITY = ROOT / "tests" / "parity"
+
+pytest_plugins = ["pytester"]
+
+Run = Callable[..., tuple[int, str]]
 
 
-def run(*options: str) -> tuple[int, str]:
-    """Exit status and output of a run in a process of its own, whose options cannot leak into this one."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options]
-    done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, check=False)
-    return done.returncode, done.stdout + done.stderr
+@pytest.fixture
+def run(pytester: pytest.Pytester) -> Run:
+    """Exit status and output of a run inside this process: with a conftest.py of its own, so that neither options nor
+    results leak from one into the other, and without the seconds that it takes to import PyTorch and MAX."""
+
+    def run(*options: str | Path) -> tuple[int, str]:
+        done = pytester.runpytest_inprocess("-q", "-p", "no:cacheprovider", *options)
+        return done.ret, done.stdout.str() + done.stderr.str()
+
+    return run
 
 
 @pytest.mark.parametrize(
@@ -27,26 +38,54 @@ def run(*options: str) -> tuple[int, str]:
         (["--checkpoint", str(NANO), "--size", "tiny"], "ModelDimensions"),
         (["--require-gpu"], "--require-gpu: MAX and PyTorch do not both find a GPU"),
         (["--device", "gpu"], "--device gpu: MAX and PyTorch do not both find a GPU"),
+        (["--report", str(NANO)], "nano.pt: cannot be written to: File exists"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) and len(value) < 3 else None,
 )
-def test_options_that_cannot_be_met_are_errors(options: list[str], message: str) -> None:
+def test_options_that_cannot_be_met_are_errors(options: list[str], message: str, run: Run) -> None:
     if "GPU" in message:
         from conftest import gpu_found
 
         if gpu_found():
             pytest.skip("there is a GPU")
-    status, output = run("tests/parity", *options)
+    status, output = run(PARITY, "--collect-only", *options)
     assert status == pytest.ExitCode.USAGE_ERROR
     assert message in output
 
 
-def test_a_selection_that_selects_nothing_fails() -> None:
-    assert run("tests/parity", "-k", "no_such_block")[0] == pytest.ExitCode.NO_TESTS_COLLECTED
+def test_an_error_is_one_line_of_a_process_that_fails() -> None:
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/parity", "--size", "huge"]
+    done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, check=False)
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert not done.stdout and len(done.stderr.strip().splitlines()) == 1, done.stdout + done.stderr
+    assert "--size huge is not known" in done.stderr
 
 
-def test_a_parity_run_that_compares_nothing_fails() -> None:
+def test_a_selection_that_selects_nothing_fails(run: Run) -> None:
+    assert run(PARITY, "-k", "no_such_block")[0] == pytest.ExitCode.NO_TESTS_COLLECTED
+
+
+def test_a_parity_run_that_compares_nothing_fails(run: Run) -> None:
     """It passes, but for the rule: the one test that it selects compares no values."""
-    status, output = run("tests/parity/test_faults.py", "-k", "at_least_forty", "--size", "fixture")
+    status, output = run(PARITY / "test_faults.py", "-k", "at_least_forty", "--size", "fixture")
     assert "1 passed" in output
     assert status == pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.mark.parametrize(
+    ("arguments", "nothing"),
+    [
+        ("tests/parity", True),
+        ("-q tests/parity/test_mlp.py::test_isolated tests/unit -k mlp", True),
+        ("tests --benchmark-disable", True),
+        ("", False),
+        ("tests", False),
+        ("tests/perf", False),
+        ("tests/parity tests/perf", False),
+        ("tests/parity tests", False),
+    ],
+)
+def test_where_something_may_be_timed_pytorch_is_left_alone(arguments: str, nothing: bool) -> None:
+    from conftest import times_nothing
+
+    assert times_nothing(arguments.split()) == nothing

@@ -1,7 +1,10 @@
 """The judge's own parts: the oracle computes in float64, the twins are openai-whisper, the verdict can fail."""
 
+import base64
+import gzip
 import math
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +16,8 @@ from whisper.model import ModelDimensions, Whisper
 from maxwhisper.blocks import BLOCKS
 from reference.blocks import TWINS, decoder, decoder_keys_values, pytorch_whisper
 from reference.causes import likely_causes
-from reference.judge import Comparison, Judgement, judge
+from reference.judge import Comparison, Judgement, Measure, Output, judge
+from reference.transcripts import Yardstick
 
 DIMS = ModelDimensions(
     n_mels=4, n_audio_ctx=10, n_audio_state=8, n_audio_head=2, n_audio_layer=1,
@@ -148,6 +152,14 @@ def test_values_that_are_not_finite_fail(value: float) -> None:
         assert not judgement.passed and "not finite" in str(judgement)
 
 
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_a_measure_that_is_no_number_is_the_worst(place: int) -> None:
+    measures = [Measure(name, error, 1.0, 2.0) for name, error in (("a", 1.0), ("b", 3.0), ("c", 2.0))]
+    measures[place] = replace(measures[place], name="relative L2", subject=math.nan)
+    judgement = Judgement(COMPARISON, (Output(0, (1,), tuple(measures)),), ())
+    assert not judgement.passed and judgement.worst is measures[place]
+
+
 def test_defects_fail() -> None:
     oracle = torch.randn(1, 5, 4, dtype=torch.float64)
     right = oracle.float()
@@ -171,6 +183,69 @@ def test_the_floor_follows_the_dtype() -> None:
 
         assert passes(exact)
         assert not passes(exact.to(coarser).double() * (1 + torch.finfo(coarser).eps))
+
+
+# ---- PyTorch's transcripts, kept from run to run -------------------------------------------------------------------
+
+
+class Counting:
+    """Stands for a model's transcribe, and counts how often it was asked."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, audio: np.ndarray, **options: object) -> dict[str, object]:
+        self.calls += 1
+        return {"language": "en", "segments": [], "call": self.calls}
+
+
+@pytest.fixture
+def yardstick(
+    tensors: dict[str, torch.Tensor], tmp_path: Path, pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch
+) -> Yardstick:
+    model = pytorch_whisper(DIMS, tensors, torch.float32)
+    monkeypatch.setattr(model, "transcribe", Counting(), raising=False)
+    return Yardstick(model, pytest.Cache(tmp_path, pytestconfig, _ispytest=True))
+
+
+AUDIO = np.arange(5, dtype=np.float32)
+
+
+def test_a_transcript_is_made_once(yardstick: Yardstick) -> None:
+    first = yardstick.transcribe(AUDIO, beam_size=5)
+    assert Yardstick(yardstick.model, yardstick.memory).transcribe(AUDIO.copy(), beam_size=5) == first
+    assert yardstick.model.transcribe.calls == 1
+    assert Yardstick(yardstick.model, None).transcribe(AUDIO, beam_size=5) != first
+
+
+CHANGES: dict[str, Callable[[Yardstick, pytest.MonkeyPatch], object]] = {
+    "audio": lambda y, patch: patch.setattr(f"{__name__}.AUDIO", AUDIO + 1e-7),
+    "weight": lambda y, patch: y.model.decoder.ln.bias.data[0].add_(1e-7),
+    "alignment heads": lambda y, patch: y.model.set_alignment_heads(heads_dump()),
+    "version": lambda y, patch: patch.setattr("reference.transcripts.version", lambda name: f"{name} 0"),
+    "threads": lambda y, patch: patch.setattr(torch, "get_num_threads", lambda: 77),
+    "instructions": lambda y, patch: patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "none"),
+}
+
+
+def heads_dump() -> bytes:
+    heads = np.zeros((DIMS.n_text_layer, DIMS.n_text_head), dtype=bool)
+    heads[0, 1] = True
+    return base64.b85encode(gzip.compress(heads.tobytes()))
+
+
+@pytest.mark.parametrize("changed", [*CHANGES, "option", "entry"])
+def test_a_transcript_is_made_again_when_it_may_have_changed(
+    yardstick: Yardstick, changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    yardstick.transcribe(AUDIO, beam_size=5)
+    if changed in CHANGES:
+        CHANGES[changed](yardstick, monkeypatch)
+    if changed == "entry":
+        (entry,) = (path for path in tmp_path.rglob("transcripts/*") if path.is_file())
+        entry.write_text(entry.read_text()[:-5])
+    again = Yardstick(yardstick.model, yardstick.memory)  # a later run's
+    assert again.transcribe(AUDIO, beam_size=1 if changed == "option" else 5)["call"] == 2
 
 
 # ---- what a failure looks like -------------------------------------------------------------------------------------
