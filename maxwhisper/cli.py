@@ -257,6 +257,8 @@ def transcribe(parser: Parser, **options: Any) -> int:
     output_dir, output_format = options.pop("output_dir"), options.pop("output_format")
     with unfinished(output_dir):
         pass  # a folder that cannot be written to shows before the work, not after
+    # PyTorch's threads, done with their part, would wait for more at full load, on the cores that MAX computes on.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
     import torch
 
