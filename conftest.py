@@ -4,14 +4,16 @@ import logging
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from max.driver import accelerator_count
 from whisper.model import ModelDimensions
 
+from maxwhisper.artifacts import Artifacts
 from maxwhisper.blocks import BLOCKS, Block
-from maxwhisper.errors import MaxWhisperError
+from maxwhisper.errors import ArtifactError, MaxWhisperError
 from maxwhisper.runtime import COMPILE_LOG
 from reference.activations import KINDS, RANDOM
 from reference.ahead import CompileAhead
@@ -40,6 +42,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--require-gpu", action="store_true", help="fail if MAX and PyTorch do not both find a GPU")
     add("--checkpoint", help="a checkpoint of your own, by path or name, in the place of every --size")
     faults = "which faults the judge must catch, in every --dtype (default: weights, in float32)"
+    add("--artifacts", metavar="DIR", help="use the graphs compiled there, or fail, naming what does not fit")
+    add("--or-compile", action="store_true", help="compile what does not fit in --artifacts instead of failing")
     add("--faults", choices=["weights", "graphs", "all"], help=faults)
     add("--report", metavar="DIR", help="write report.html, report.json and summary.md there")
 
@@ -57,6 +61,7 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("--device gpu: MAX and PyTorch do not both find a GPU; `maxwhisper doctor` says why")
     if config.getoption("--checkpoint"):
         checkpoint(config)
+    artifacts(config)
 
 
 class Progress(logging.Handler):
@@ -123,6 +128,20 @@ def dtypes(config: pytest.Config) -> list[torch.dtype]:
     return [DTYPES[name] for name in chosen(config, "--dtype", tuple(DTYPES), DEFAULT_DTYPES)]
 
 
+@lru_cache(maxsize=1)
+def artifacts(config: pytest.Config) -> Artifacts | None:
+    """What --artifacts holds; a usage error if it is not for this machine."""
+    folder, or_compile = config.getoption("--artifacts"), config.getoption("--or-compile")
+    if folder is None:
+        if or_compile:
+            raise pytest.UsageError("--or-compile: there is nothing to compile instead of without --artifacts")
+        return None
+    try:
+        return Artifacts(folder, device(config), or_compile)
+    except ArtifactError as error:
+        raise pytest.UsageError(f"--artifacts: {error}") from error
+
+
 # ---- what is compared ----------------------------------------------------------------------------------------------
 
 
@@ -135,7 +154,7 @@ def model_of(config: pytest.Config, size: str) -> Model:
 def suite_of(config: pytest.Config, size: str, dtype: torch.dtype) -> Suite:
     if AHEAD:
         AHEAD[0].wait(size, dtype)
-    return Suite(model_of(config, size), dtype, device(config))
+    return Suite(model_of(config, size), dtype, device(config), artifacts(config))
 
 
 def kinds_of(size: str) -> tuple[str, ...]:
@@ -217,7 +236,7 @@ def models_of(item: pytest.Item) -> list[tuple[str, torch.dtype]]:
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Has the models of later tests compiled by another process while the first one is compiled here."""
     models = list(dict.fromkeys(model for item in session.items for model in models_of(item)))
-    if len(models) > 1 and not session.config.getoption("collectonly"):
+    if len(models) > 1 and not session.config.getoption("collectonly") and not artifacts(session.config):
         AHEAD.append(CompileAhead(models[1:], session.config.getoption("--checkpoint"), device(session.config)))
 
 
@@ -253,6 +272,14 @@ def run() -> Run:
 def checkpoint_path(request: pytest.FixtureRequest) -> str:
     """The checkpoint that whole transcripts are made with: the user's, or the trained fixture."""
     return request.config.getoption("--checkpoint") or str(Path(__file__).parent / "fixtures" / "nano.pt")
+
+
+@pytest.fixture(scope="session")
+def loading(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """What the options have `load_model` do beside loading a checkpoint."""
+    config = request.config
+    options = {"artifacts": config.getoption("--artifacts"), "or_compile": config.getoption("--or-compile")}
+    return {"device": device(config), **options}
 
 
 # ---- what a run says at its end ------------------------------------------------------------------------------------
