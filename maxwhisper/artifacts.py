@@ -268,6 +268,9 @@ class Writer:
             "artifacts": [],
         }
 
+    def __contains__(self, identity: Identity) -> bool:
+        return (self.folder / identity.file).exists()
+
     def add(self, identity: Identity, artifact: Artifact) -> None:
         path = self.folder / identity.file
         artifact.compiled.export_mef(path)

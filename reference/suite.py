@@ -30,6 +30,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 MAX_DTYPE = {theirs: ours for ours, theirs in TORCH_DTYPE.items()}
 
 FIXTURE, CHECKPOINT = "fixture", "checkpoint"
+TRAINED = (FIXTURE, CHECKPOINT)
 
 
 def dimensions(n_mels: int, n_vocab: int, n_state: int, n_audio_layer: int, n_text_layer: int) -> ModelDimensions:

@@ -1,0 +1,12 @@
+"""The compile gate: every graph lowers for every target of --compile-only, on a machine that has none of them."""
+
+import pytest
+import torch
+
+from reference.lowering import Lowering
+
+
+def test_lowers(lowering: Lowering, size: str, dtype: torch.dtype, graph: str) -> None:
+    if reason := lowering.failure(size, dtype, graph):
+        name = str(dtype).removeprefix("torch.")
+        pytest.fail(f"\n{graph} of {size} in {name} does not lower for {lowering.target}: {reason}", pytrace=False)
