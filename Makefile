@@ -3,8 +3,16 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 CLIP := fixtures/clips/english-4.ogg
 CHECKPOINT := fixtures/nano.pt
+REPORTS ?= build/reports
+TARGETS ?= sm_90a
+# What is compiled ahead for GPUs, and compared and timed on them.
+SIZE ?= fixture
+DTYPE ?= float32
+ON_GPU = --device gpu --require-gpu $(addprefix --artifacts ,$(ARTIFACTS))
+REPORT_DIR = $(or $(REPORT),build/report)
 
-.PHONY: help setup demo lint test test-faults soak clean
+.PHONY: help setup demo lint lint-ci test test-faults soak graph-key compile-gate doctor gpu-parity gpu-perf gpu-remote \
+	summary merge-gate clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1\t\2/p' Makefile
@@ -20,14 +28,47 @@ lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint  ## lint, then every test
-	$(BIN)/pytest tests --benchmark-disable
+test: lint  ## lint, then every test; REPORT=DIR writes the report there
+	$(BIN)/pytest tests --benchmark-disable $(addprefix --report ,$(REPORT))
 
 test-faults: $(INSTALLED)  ## the judge on trial: every fault, in every dtype (nightly)
 	$(BIN)/pytest tests/parity/test_faults.py --size fixture --dtype all --faults all
 
 soak: $(INSTALLED)  ## the default comparisons 100 times on fresh random inputs; a false alarm fails
 	$(BIN)/python -m reference.soak
+
+lint-ci: $(INSTALLED)  ## actionlint and shellcheck, which are installed first
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[ci]'
+	$(BIN)/actionlint -shellcheck $(BIN)/shellcheck
+	$(BIN)/shellcheck scripts/*.sh .ci/run
+
+graph-key: $(INSTALLED)  ## what the compile cache may be kept under: the version of MAX and a hash of the graphs' sources
+	@echo "key=$$($(BIN)/python -m maxwhisper.artifacts)"
+
+compile-gate: $(INSTALLED)  ## compile every graph for GPUs that need not be there: make compile-gate TARGETS=sm_80,sm_90a
+	$(BIN)/pytest tests/parity --compile-only $(TARGETS) --artifacts build/artifacts --size $(SIZE) --dtype $(DTYPE)
+
+doctor: $(INSTALLED)  ## what keeps MAX from using the GPU, if anything does
+	$(BIN)/maxwhisper doctor
+
+gpu-parity: $(INSTALLED)  ## parity on a GPU; ARTIFACTS=build/artifacts/sm_90a uses what compile-gate wrote
+	$(BIN)/pytest tests/parity $(ON_GPU) --size $(SIZE) --dtype $(DTYPE) --report $(REPORT_DIR)
+
+gpu-perf: $(INSTALLED)  ## benchmarks on a GPU; ARTIFACTS and REPORT as for gpu-parity
+	mkdir -p $(REPORT_DIR)
+	$(BIN)/pytest tests/perf $(ON_GPU) --size $(SIZE) --dtype $(DTYPE) --benchmark-json $(REPORT_DIR)/perf.json
+
+gpu-remote:  ## all of this on another machine: make gpu-remote HOST=user@host
+	scripts/gpu-runner.sh --host "$(HOST)"
+
+summary:  ## print the summary of a report
+	@cat $(REPORT_DIR)/summary.md
+
+merge-gate:  ## fail unless every job of NEEDS succeeded and compared something; EXCUSED jobs may have been skipped
+	python3 -m reference.merge_gate --needs "$$NEEDS" --excused "$$EXCUSED" \
+	--report cpu-parity:cpu:$(REPORTS)/report-cpu/report.json \
+	--report gpu-parity:gpu:$(REPORTS)/report-gpu/report.json \
+	--report gpu-perf:gpu:$(REPORTS)/perf-gpu/perf.json
 
 clean:  ## remove what the other targets made, .venv too
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks

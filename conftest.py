@@ -2,6 +2,7 @@
 
 # ruff: noqa: E402 - something must be set before torch is imported
 
+import itertools
 import logging
 import os
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import Any
 
 import pytest
 
@@ -30,23 +32,28 @@ import torch
 from max.driver import accelerator_count
 from whisper.model import ModelDimensions
 
+from maxwhisper.artifacts import TARGETS, Artifacts
 from maxwhisper.blocks import BLOCKS, Block
-from maxwhisper.errors import MaxWhisperError
+from maxwhisper.errors import ArtifactError, MaxWhisperError
 from maxwhisper.runtime import COMPILE_LOG
 from reference.activations import KINDS, RANDOM
 from reference.ahead import CompileAhead
 from reference.judge import Comparison, dtype_name
+from reference.lowering import GRAPHS, Lowering
 from reference.results import Run
-from reference.suite import CHECKPOINT, DTYPES, FIXTURE, SIZES, Model, Suite, comparisons, load, trained
+from reference.suite import CHECKPOINT, DTYPES, FIXTURE, SIZES, TRAINED, Model, Suite, comparisons, load, trained
 
 ALL_SIZES = (FIXTURE, *SIZES)
-TRAINED = (FIXTURE, CHECKPOINT)
 DEFAULT_SIZES = (FIXTURE, "tiny")
 DEFAULT_DTYPES = ("float32", "bfloat16")
 RUN = Run()
 """What this run has found."""
 AHEAD: list[CompileAhead] = []
 """The process that compiles what later tests need, once there is one."""
+LOWERING: dict[str, Lowering] = {}
+"""By target, the process that compiles for it, once there is one."""
+ARTIFACTS = Path("build", "artifacts")
+"""Where --compile-only writes unless --artifacts says otherwise."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -60,6 +67,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--require-gpu", action="store_true", help="fail if MAX and PyTorch do not both find a GPU")
     add("--checkpoint", help="a checkpoint of your own, by path or name, in the place of every --size")
     faults = "which faults the judge must catch, in every --dtype (default: weights, in float32)"
+    add("--artifacts", metavar="DIR", help="use the graphs compiled there, or fail, naming what does not fit")
+    only = f"compile for targets, comma-separated, of {', '.join(TARGETS)}, or all, and compare nothing; the graphs go"
+    add("--compile-only", metavar="TARGETS", help=f"{only} into --artifacts (default: {ARTIFACTS}), by target")
+    add("--or-compile", action="store_true", help="compile what does not fit in --artifacts instead of failing")
     add("--faults", choices=["weights", "graphs", "all"], help=faults)
     add("--report", metavar="DIR", help="write report.html, report.json and summary.md there")
 
@@ -79,6 +90,11 @@ def pytest_configure(config: pytest.Config) -> None:
         checkpoint(config)
     if config.getoption("--report"):
         check_folder("--report", Path(config.getoption("--report")))
+    if targets(config):
+        if config.getoption("--report"):
+            raise pytest.UsageError("--report: --compile-only compares nothing that could be reported")
+    else:
+        artifacts(config)
 
 
 class Progress(logging.Handler):
@@ -151,8 +167,26 @@ def sizes(config: pytest.Config) -> tuple[str, ...]:
     return (CHECKPOINT,) if config.getoption("--checkpoint") else chosen(config, "--size", ALL_SIZES, DEFAULT_SIZES)
 
 
+def targets(config: pytest.Config) -> tuple[str, ...]:
+    return chosen(config, "--compile-only", TARGETS, ())
+
+
 def dtypes(config: pytest.Config) -> list[torch.dtype]:
     return [DTYPES[name] for name in chosen(config, "--dtype", tuple(DTYPES), DEFAULT_DTYPES)]
+
+
+@lru_cache(maxsize=1)
+def artifacts(config: pytest.Config) -> Artifacts | None:
+    """What --artifacts holds; a usage error if it is not for this machine."""
+    folder, or_compile = config.getoption("--artifacts"), config.getoption("--or-compile")
+    if folder is None:
+        if or_compile:
+            raise pytest.UsageError("--or-compile: there is nothing to compile instead of without --artifacts")
+        return None
+    try:
+        return Artifacts(folder, device(config), or_compile)
+    except ArtifactError as error:
+        raise pytest.UsageError(f"--artifacts: {error}") from error
 
 
 # ---- what is compared ----------------------------------------------------------------------------------------------
@@ -167,7 +201,7 @@ def model_of(config: pytest.Config, size: str) -> Model:
 def suite_of(config: pytest.Config, size: str, dtype: torch.dtype) -> Suite:
     if AHEAD:
         AHEAD[0].wait(size, dtype)
-    return Suite(model_of(config, size), dtype, device(config))
+    return Suite(model_of(config, size), dtype, device(config), artifacts(config))
 
 
 def kinds_of(size: str) -> tuple[str, ...]:
@@ -181,6 +215,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         marker = metafunc.definition.get_closest_marker("blocks")
         blocks = named_by(*marker.args, **marker.kwargs)
         metafunc.parametrize("comparison", list(selected(config, blocks)), ids=identify)
+    elif "lowering" in metafunc.fixturenames:
+        names = ("lowering", "size", "dtype", "graph")
+        metafunc.parametrize(names, list(lowered(config)), ids=in_test_name, indirect=["lowering"])
     elif "suite" in metafunc.fixturenames:
         timed = metafunc.definition.get_closest_marker("benchmarked")
         precisions = dtypes(config) if config.getoption("--dtype") or not timed else [torch.float32]
@@ -218,6 +255,19 @@ def selected(config: pytest.Config, blocks: list[Block]) -> Iterator[Comparison]
                     yield from comparisons(block, size, dims, dtype, kinds_of(size), device(config))
 
 
+def lowered(config: pytest.Config) -> Iterator[tuple[str, str, torch.dtype, str]]:
+    """Every target, size, dtype and graph that --compile-only asks for."""
+    for target in targets(config):
+        for size, dtype in itertools.product(sizes(config), dtypes(config)):
+            for graph in GRAPHS:
+                if graph != "log_mel" or dtype == dtypes(config)[0]:  # it is float32 in every dtype
+                    yield target, size, dtype, graph
+
+
+def in_test_name(value: torch.dtype | str) -> str:
+    return value.replace(" ", "_") if isinstance(value, str) else dtype_name(value)
+
+
 def identify(comparison: Comparison) -> str:
     c = comparison
     return f"{c.size}-{dtype_name(c.dtype)}-{c.block}-{c.layer}-{c.inputs.replace(' ', '_')}"
@@ -245,12 +295,15 @@ def models_of(item: pytest.Item) -> list[tuple[str, torch.dtype]]:
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Has the models of later tests compiled by another process while the first one is compiled here."""
     models = list(dict.fromkeys(model for item in session.items for model in models_of(item)))
-    if len(models) > 1 and not session.config.getoption("collectonly"):
+    if len(models) > 1 and not session.config.getoption("collectonly") and not artifacts(session.config):
         AHEAD.append(CompileAhead(models[1:], session.config.getoption("--checkpoint"), device(session.config)))
 
 
 def wanted(config: pytest.Config, item: pytest.Item) -> bool:
-    """Whether --size has a model for the test, and --faults its faults: those of weights in float32 by default."""
+    """Whether the test is of the kind that the run is, --size has a model for it, and --faults its faults: those of
+    weights in float32 by default."""
+    if bool(targets(config)) != ("lowering" in item.fixturenames):  # type: ignore[attr-defined]
+        return False
     faults, asked = item.get_closest_marker("faults"), config.getoption("--faults")
     if faults and (asked or "weights") not in ("all", faults.args[0]):
         return False
@@ -272,6 +325,23 @@ def suite_for(request: pytest.FixtureRequest):  # noqa: ANN201
 
 
 @pytest.fixture
+def lowering(request: pytest.FixtureRequest) -> Lowering:
+    """The process that compiles for a target of --compile-only."""
+    config, target = request.config, request.param
+    if target not in LOWERING:
+        stop_lowering()  # one at a time: two would take as long, and twice the memory
+        out = Path(config.getoption("--artifacts") or ARTIFACTS) / target
+        models = list(itertools.product(sizes(config), dtypes(config)))
+        LOWERING[target] = Lowering(target, models, out, config.getoption("--checkpoint"))
+    return LOWERING[target]
+
+
+def stop_lowering() -> None:
+    for each in LOWERING.values():
+        each.stop()
+
+
+@pytest.fixture
 def run() -> Run:
     """Where tests leave what they found, for the report and the last lines of the run."""
     return RUN
@@ -281,6 +351,14 @@ def run() -> Run:
 def checkpoint_path(request: pytest.FixtureRequest) -> str:
     """The checkpoint that whole transcripts are made with: the user's, or the trained fixture."""
     return request.config.getoption("--checkpoint") or str(Path(__file__).parent / "fixtures" / "nano.pt")
+
+
+@pytest.fixture(scope="session")
+def loading(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """What the options have `load_model` do beside loading a checkpoint."""
+    config = request.config
+    options = {"artifacts": config.getoption("--artifacts"), "or_compile": config.getoption("--or-compile")}
+    return {"device": device(config), **options}
 
 
 # ---- what a run says at its end ------------------------------------------------------------------------------------
@@ -294,6 +372,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for line in RUN.summary_lines():
         terminalreporter.write_line(line)
+    for each in LOWERING.values():
+        terminalreporter.write_line(each.summary())
     if COMPILE_LOG:
         graphs, seconds = sum(r.graphs for r in COMPILE_LOG), sum(r.seconds for r in COMPILE_LOG)
         terminalreporter.write_line(f"compile: {graphs} graphs in {len(COMPILE_LOG)} artifacts, {seconds:.1f} s")
@@ -303,10 +383,11 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     """A parity run that compared nothing has shown nothing."""
     for ahead in AHEAD:
         ahead.stop()
+    stop_lowering()
     if session.config.getoption("collectonly"):
         return
     parity = any("parity" in item.nodeid for item in session.items)
-    if parity and not RUN.pairs and session.exitstatus == 0:
+    if parity and not RUN.pairs and not LOWERING and session.exitstatus == 0:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
     if folder := session.config.getoption("--report"):
         RUN.exit_status = int(session.exitstatus)

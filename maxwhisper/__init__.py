@@ -9,22 +9,24 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .errors import AudioError, CheckpointError, DeviceError, MaxWhisperError, OptionError
+from .errors import ArtifactError, AudioError, CheckpointError, DeviceError, MaxWhisperError, OptionError
 
 if TYPE_CHECKING:
     from .audio import load_audio, log_mel_spectrogram
     from .checkpoint import convert, load_checkpoint
-    from .whisper import Whisper, load_model
+    from .whisper import Whisper, compile_model, load_model
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ArtifactError",
     "AudioError",
     "CheckpointError",
     "DeviceError",
     "MaxWhisperError",
     "OptionError",
     "Whisper",
+    "compile_model",
     "convert",
     "load_audio",
     "load_checkpoint",
@@ -34,6 +36,7 @@ __all__ = [
 
 _MODULES = {
     "Whisper": "whisper",
+    "compile_model": "whisper",
     "convert": "checkpoint",
     "load_audio": "audio",
     "load_checkpoint": "checkpoint",

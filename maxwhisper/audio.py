@@ -9,7 +9,6 @@ import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator
-from functools import cache
 from itertools import groupby
 
 import av
@@ -23,7 +22,7 @@ from whisper.audio import CHUNK_LENGTH, HOP_LENGTH, N_FFT, N_FRAMES, N_SAMPLES, 
 
 from .errors import AudioError, OptionError
 from .model import indices
-from .runtime import Artifact, Executable, Program
+from .runtime import Artifact, Executable, Loader, Program
 
 __all__ = [
     "CHUNK_LENGTH",
@@ -184,15 +183,24 @@ def log_mel_weights(n_mels: int) -> dict[str, torch.Tensor]:
     }
 
 
-@cache
-def _compiled(n_mels: int) -> Executable:
-    """The spectrogram on the CPU, where openai-whisper computes it too, compiled for waveforms of any length."""
+_SPECTROGRAMS: dict[int, Executable] = {}
+
+
+def compiled_spectrogram(n_mels: int, load: Loader | None = None) -> Executable:
+    """The spectrogram on the CPU, where openai-whisper computes it too, compiled for waveforms of any length: once in a
+    process, unless `load` gives it at the first call. Raises ArtifactError where `load` does."""
+    if n_mels not in _SPECTROGRAMS:
+        _SPECTROGRAMS[n_mels] = _compile(n_mels, load)
+    return _SPECTROGRAMS[n_mels]
+
+
+def _compile(n_mels: int, load: Loader | None) -> Executable:
     weights = {f"log_mel.{name}": tensor for name, tensor in log_mel_weights(n_mels).items()}
     cpu = DeviceRef.CPU()
     module = LogMelSpectrogram(n_mels, cpu)
     inputs = {"audio": TensorType(DType.float32, ["samples"], cpu)}
     program = Program("log_mel", "log_mel", module, lambda module, audio: (module(audio),), inputs)
-    return Artifact(program.name, [program], "cpu").init(weights)[program.name]
+    return Artifact(program.name, [program], "cpu", load).init(weights)[program.name]
 
 
 def log_mel_spectrogram(
@@ -214,5 +222,5 @@ def log_mel_spectrogram(
     waveform = torch.nn.functional.pad(waveform.to("cpu", torch.float32), (0, padding))
     if len(waveform) <= N_FFT // 2:
         raise AudioError(f"audio of {len(waveform)} samples is too short: a spectrogram needs {N_FFT // 2 + 1}")
-    [log_mel] = _compiled(n_mels)(waveform)
+    [log_mel] = compiled_spectrogram(n_mels)(waveform)
     return log_mel

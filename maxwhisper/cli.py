@@ -1,4 +1,4 @@
-"""The command `maxwhisper`: transcribe audio files, convert checkpoints, find out why a GPU does not load.
+"""The command `maxwhisper`: transcribe audio files, compile models, convert checkpoints, examine what MAX runs on.
 
 `maxwhisper transcribe` takes the options of OpenAI's `whisper` command, with its names, defaults and output files.
 Whatever goes wrong is one line on standard error. Exit status: 0 if everything was done, 1 if something failed, 2 for
@@ -21,6 +21,7 @@ from .errors import MaxWhisperError, OptionError
 # PyTorch, MAX and openai-whisper are imported where they are used: they take seconds, and Ctrl-C must work meanwhile.
 
 FORMATS = ("txt", "vtt", "srt", "tsv", "json")
+TARGETS = ("host", "sm_80", "sm_90a")  # those of maxwhisper.artifacts, which takes seconds to import
 WORD_OPTIONS = ("highlight_words", "max_line_count", "max_line_width", "max_words_per_line")
 
 log = logging.getLogger("maxwhisper")
@@ -83,6 +84,7 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"maxwhisper {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
     add_transcribe(commands)
+    add_compile(commands)
     add_convert(commands)
     add_doctor(commands)
     return parser
@@ -97,6 +99,20 @@ def add_convert(commands: Any) -> None:
     parser.add_argument("source", metavar="IN", help="OpenAI .pt file, Hugging Face folder, or the name of a model")
     parser.add_argument("destination", metavar="OUT", help="file to write; its name must end in .safetensors")
     parser.set_defaults(run=convert)
+
+
+def add_compile(commands: Any) -> None:
+    parser = commands.add_parser(
+        "compile",
+        help="compile a model ahead of time",
+        description="Compile what transcribes with a model, for this machine's CPU or for a GPU, which need not be "
+        "there, into a folder for `maxwhisper transcribe --artifacts`.",
+    )
+    parser.add_argument("--model", required=True, help="as for transcribe")
+    parser.add_argument("--model_dir", help="as for transcribe")
+    parser.add_argument("--target", required=True, choices=TARGETS, help="host, or the architecture of a GPU")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; an earlier one is replaced")
+    parser.set_defaults(run=compile_ahead)
 
 
 def add_doctor(commands: Any) -> None:
@@ -157,6 +173,8 @@ def add_files_and_devices(add: Callable[..., Any]) -> None:
     add("--model", default="turbo", help=model)
     add("--model_dir", help="where named models are kept; None stands for ~/.cache/whisper")
     add("--device", default="cpu", choices=["cpu", "gpu", "cuda"], help="what to compute on; cuda means gpu")
+    add("--artifacts", metavar="DIR", help="use what `maxwhisper compile` wrote, or fail, naming what does not fit")
+    add("--or_compile", type=str2bool, default=False, help="compile what does not fit in --artifacts, do not fail")
     add("--output_dir", "-o", default=".", help="folder for the output files, made if it is not there")
     add("--output_format", "-f", default="all", choices=[*FORMATS, "all"], help="which output files to write")
     add("--verbose", type=str2bool, default=True, help="True prints the text as it comes, False shows a progress bar")
@@ -241,6 +259,14 @@ def convert(source: str, destination: str) -> int:
     return 0
 
 
+def compile_ahead(model: str, model_dir: str | None, target: str, out: str) -> int:
+    from .whisper import compile_model
+
+    compile_model(model, target, out, model_dir)
+    print(out)
+    return 0
+
+
 def doctor(json: bool) -> int:
     """Prints the report; returns 1 if something keeps MAX from using a GPU."""
     from .doctor import examine
@@ -267,7 +293,8 @@ def transcribe(parser: Parser, **options: Any) -> int:
     if threads := options.pop("threads"):
         torch.set_num_threads(threads)
     options.pop("fp16")
-    model = load_model(options.pop("model"), options.pop("device"), options.pop("model_dir"))
+    artifacts = [options.pop(name) for name in ("artifacts", "or_compile")]
+    model = load_model(options.pop("model"), options.pop("device"), options.pop("model_dir"), *artifacts)
     files, layout = options.pop("audio"), {name: options.pop(name) for name in WORD_OPTIONS}
     options["temperature"] = temperatures(options["temperature"], options.pop("temperature_increment_on_fallback"))
     options["language"] = spoken(options["language"], model.is_multilingual)

@@ -22,7 +22,7 @@ from torch.nn import functional
 from whisper import decoding
 
 from .errors import DecodingError
-from .runtime import KERNELS, Artifact, Executable, Program
+from .runtime import KERNELS, Artifact, Executable, Loader, Program
 
 log = logging.getLogger("maxwhisper")
 
@@ -100,6 +100,9 @@ class MaxInference(decoding.Inference):
 
 # ---- the rules, in the graph ---------------------------------------------------------------------------------------
 
+TOKEN_RULES = "token_rules"
+"""The unit that compiles together for the decode loop, a single graph."""
+
 NOTHING = (0, 0)  # a range that holds no token
 
 
@@ -119,9 +122,15 @@ def likeliest(
     return [value.tensor for value in ops.custom("maxwhisper.candidates", logits.device, values, types)]
 
 
-@cache
-def likeliest_tokens() -> Executable:
-    """The compiled graph, for any vocabulary."""
+class NoWeights(Module):
+    """A graph of operations alone."""
+
+    def __call__(self) -> None:
+        raise NotImplementedError
+
+
+def rules_program() -> Program:
+    """The graph, for any vocabulary."""
     cpu = DeviceRef.CPU()
     inputs = {
         "logits": TensorType(DType.float32, ["batch", "vocab"], cpu),
@@ -130,15 +139,18 @@ def likeliest_tokens() -> Executable:
         "timestamp_begin": TensorType(DType.int64, [1], cpu),
         "places": TensorType(DType.int64, ["candidate"], cpu),
     }
-    program = Program("candidates", "", NoWeights(), likeliest, inputs, KERNELS / "decoding")
-    return Artifact("token rules", [program], "cpu").init({})["candidates"]
+    return Program(TOKEN_RULES, "", NoWeights(), likeliest, inputs, KERNELS / "decoding")
 
 
-class NoWeights(Module):
-    """A graph of operations alone."""
+_RULES: list[Executable] = []
 
-    def __call__(self) -> None:
-        raise NotImplementedError
+
+def compiled_rules(load: Loader | None = None) -> Executable:
+    """The graph compiled: once in a process, unless `load` gives it at the first call. Raises ArtifactError where `load`
+    does."""
+    if not _RULES:
+        _RULES.append(Artifact("token rules", [rules_program()], "cpu", load).init({})[TOKEN_RULES])
+    return _RULES[0]
 
 
 @dataclass
@@ -249,7 +261,7 @@ class TokenRules:
         forbidden = torch.tensor([self.forbidden(each) for each in sampled])
         suppressed = self.suppressed if sampled[0] else self.suppressed_first
         begin, places = torch.tensor([self.timestamp_begin]), torch.zeros(n_best, dtype=torch.int64)
-        found = Candidates(*likeliest_tokens()(logits, suppressed, forbidden, begin, places))
+        found = Candidates(*compiled_rules()(logits, suppressed, forbidden, begin, places))
         if not all(map(math.isfinite, found.logprobs[:, 0].tolist())):
             raise DecodingError("logits are not finite, or the rules of decoding exclude every token")
         return found

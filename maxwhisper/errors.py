@@ -1,6 +1,7 @@
 """Every error that maxwhisper raises on purpose.
 
     MaxWhisperError
+    ├── ArtifactError     graphs compiled ahead of time that do not fit the model, the machine or MAX
     ├── AudioError        a file that cannot be read as audio, or samples that are not finite
     ├── CheckpointError   a checkpoint that is missing, damaged, or does not describe a Whisper
     ├── DecodingError     logits that no text can be decoded from
@@ -13,6 +14,10 @@ The command line prints the message of any of them as one line and exits with st
 
 class MaxWhisperError(Exception):
     """Base of all errors that maxwhisper raises on purpose; its message is one line for the user."""
+
+
+class ArtifactError(MaxWhisperError):
+    """Graphs compiled ahead of time that cannot be used; the message names the folder, the field, and both values."""
 
 
 class AudioError(MaxWhisperError):

@@ -140,19 +140,34 @@ def session(device: str) -> InferenceSession:
     return InferenceSession(devices=[find_device(device)])
 
 
+@dataclass(frozen=True)
+class Stored:
+    """Programs that were compiled earlier, and the weights they take."""
+
+    compiled: CompiledModel
+    weights: dict[str, DType]
+
+
+Loader = Callable[[Sequence[Program]], Stored | None]
+
+
 class Artifact:
     """Graphs compiled together, to be initialised with the weights of any layer."""
 
-    def __init__(self, name: str, programs: Iterable[Program], device: str):
+    def __init__(self, name: str, programs: Iterable[Program], device: str, load: Loader | None = None):
+        """load: gives the programs as they were compiled ahead of time, or None where there is nothing to give."""
+        programs = list(programs)
         self.name = name
         self.session = session(device)
+        self.graphs = [program.name for program in programs]
         self.weights: dict[str, DType] = {}
-        self.graphs: list[str] = []
+        if stored := load(programs) if load else None:
+            self.compiled, self.weights = stored.compiled, stored.weights
+            return
         kernels: set[Path] = set()
         module = GraphModule()
         for program in programs:
             self.weights.update(program.trace(module))
-            self.graphs.append(program.name)
             kernels.update(kernel_library(program.kernels).library_paths())
         self.compiled = self._compile(module, kernels)
 

@@ -18,37 +18,79 @@ from whisper.model import ModelDimensions
 from whisper.model import Whisper as OpenAIWhisper
 from whisper.transcribe import transcribe
 
-from .audio import HOP_LENGTH, load_audio, log_mel_spectrogram
+from .artifacts import HOST, Artifacts, Identity, aim_at, writing
+from .audio import HOP_LENGTH, compiled_spectrogram, load_audio, log_mel_spectrogram
 from .blocks import BLOCKS
 from .checkpoint import Checkpoint, StrPath, load_checkpoint
-from .decoding import KeyValueCache, decode, rebind
+from .decoding import TOKEN_RULES, KeyValueCache, compiled_rules, decode, rebind, rules_program
 from .errors import AudioError, DeviceError, OptionError
-from .runtime import Artifact, Executable, Policy, find_device
+from .runtime import Artifact, Executable, Policy, Program, find_device
 
 STORAGE = {torch.float16: DType.float16, torch.bfloat16: DType.bfloat16}
 
 
 def load_model(
-    name_or_path: StrPath, device: str | torch.device = "cpu", download_root: StrPath | None = None
+    name_or_path: StrPath,
+    device: str | torch.device = "cpu",
+    download_root: StrPath | None = None,
+    artifacts: StrPath | None = None,
+    or_compile: bool = False,
 ) -> "Whisper":
     """Loads a checkpoint as `maxwhisper.checkpoint.load_checkpoint` does, and compiles its network for a device.
 
     device: "cpu", "gpu" or "cuda".
+    artifacts: a folder written by `compile_model`, from which the network comes compiled.
+    or_compile: compile, with a warning, what those artifacts do not fit; else they raise ArtifactError.
 
     Raises CheckpointError, DeviceError if there is no such device, OptionError if it has another name.
     """
     find_device(str(device))  # before minutes go into reading and compiling
-    return Whisper(load_checkpoint(name_or_path, download_root), str(device))
+    held = Artifacts(artifacts, str(device), or_compile) if artifacts is not None else None
+    return Whisper(load_checkpoint(name_or_path, download_root), str(device), held)
+
+
+def compile_model(name_or_path: StrPath, target: str, out: StrPath, download_root: StrPath | None = None) -> None:
+    """Compiles what transcribes with a checkpoint, and writes it into the folder `out` for `load_model(artifacts=out)`.
+
+    target: "host", this machine's CPU, or a GPU's architecture, as in `maxwhisper.artifacts.TARGETS`. After compiling
+    for a GPU, this process cannot use one.
+
+    Raises CheckpointError, and OptionError for another target or for a folder that cannot be written.
+    """
+    with writing(out, target) as writer:
+        device = aim_at(target)
+        checkpoint = load_checkpoint(name_or_path, download_root)
+        for unit in (*UNITS, TOKEN_RULES) if target == HOST else UNITS:
+            policy = policy_of(checkpoint.tensors, "cpu" if unit == "log_mel" else device)
+            programs = programs_of(unit, checkpoint.dims, policy)
+            artifact = Artifact(f"{unit} of {checkpoint.name}", programs, policy.device.device_type.value)
+            writer.add(Identity.of(unit, checkpoint.dims, policy, programs), artifact)
+
+
+UNITS = ("log_mel", "network", "alignment")
+"""What transcribes on any device, by the unit of `BLOCKS` that compiles together."""
+
+
+def policy_of(tensors: Mapping[str, torch.Tensor], device: str) -> Policy:
+    """How a checkpoint is computed on a device: stored as it is, in float32 arithmetic."""
+    return Policy(DeviceRef.from_device(find_device(device)), storage_dtype(tensors), DType.float32)
+
+
+def programs_of(unit: str, dims: ModelDimensions, policy: Policy) -> list[Program]:
+    """The graphs of one of UNITS, or those that pick tokens."""
+    if unit == TOKEN_RULES:
+        return [rules_program()]
+    return [block.program(dims, policy) for block in BLOCKS.values() if block.unit == unit]
 
 
 class Network:
     """The graphs of a checkpoint on a device, by name; those for word timestamps compile when first asked for."""
 
-    def __init__(self, checkpoint: Checkpoint, device: str):
+    def __init__(self, checkpoint: Checkpoint, device: str, artifacts: Artifacts | None = None):
         self.checkpoint = checkpoint
         self.device = device
-        ref = DeviceRef.from_device(find_device(device))
-        self.policy = Policy(ref, storage_dtype(checkpoint.tensors), DType.float32)
+        self.artifacts = artifacts
+        self.policy = policy_of(checkpoint.tensors, device)
         self.executables = self._load("network")
 
     def __getitem__(self, name: str) -> Executable:
@@ -58,8 +100,9 @@ class Network:
 
     def _load(self, unit: str) -> dict[str, Executable]:
         dims, tensors, name = self.checkpoint.dims, self.checkpoint.tensors, self.checkpoint.name
-        programs = [block.program(dims, self.policy) for block in BLOCKS.values() if block.unit == unit]
-        return Artifact(f"{unit} of {name}", programs, self.device).init(tensors)
+        load = self.artifacts.loader(unit, dims, self.policy) if self.artifacts else None
+        programs = programs_of(unit, dims, self.policy)
+        return Artifact(f"{unit} of {name}", programs, self.device, load).init(tensors)
 
 
 def storage_dtype(tensors: Mapping[str, torch.Tensor]) -> DType:
@@ -205,13 +248,18 @@ class Whisper(OpenAIWhisper):
     _transcribe = staticmethod(rebind(transcribe, log_mel_spectrogram=log_mel_spectrogram))
     decode = decode
 
-    def __init__(self, checkpoint: Checkpoint, device: str = "cpu"):
+    def __init__(self, checkpoint: Checkpoint, device: str = "cpu", artifacts: Artifacts | None = None):
         torch.nn.Module.__init__(self)  # not OpenAI's, which would build the network in PyTorch
         self.dims = checkpoint.dims
         self._device = torch.device("cpu" if device == "cpu" else "cuda")
         if self._device.type == "cuda" and not torch.cuda.is_available():
             raise DeviceError(f"device '{device}' needs a PyTorch that finds the GPU too; this one does not")
-        network = Network(checkpoint, device)
+        network = Network(checkpoint, device, artifacts)
+        if artifacts:
+            policy = policy_of(checkpoint.tensors, "cpu")
+            compiled_spectrogram(self.dims.n_mels, artifacts.loader("log_mel", self.dims, policy))
+            if device == "cpu":
+                compiled_rules(artifacts.loader(TOKEN_RULES, self.dims, policy))
         self.encoder = AudioEncoder(self.dims, network, self._device)
         self.decoder = TextDecoder(self.dims, network, self._device)
         heads = torch.zeros(self.dims.n_text_layer, self.dims.n_text_head, dtype=torch.bool)

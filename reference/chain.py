@@ -186,7 +186,7 @@ def max_chain(suite: Suite, graphs: Mapping[str, Executable], audio: Tensor, tok
     values: Outputs = {}
 
     def part(block: str, prefix: str, *inputs: Tensor) -> list[Tensor]:
-        names = suite.captured_names[block]
+        names = suite.captured_names(block)
         results = graphs[f"{block} captured"](*inputs)
         n_output = len(results) - len(names)
         values.update({prefix + name: value.cpu() for name, value in zip(names, results[n_output:], strict=True)})

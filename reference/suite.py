@@ -8,10 +8,12 @@ from pathlib import Path
 import torch
 from max.dtype import DType
 from max.graph import DeviceRef
+from max.graph import Module as GraphModule
 from torch import Tensor
 from whisper.audio import N_FFT
 from whisper.model import ModelDimensions, Whisper
 
+from maxwhisper.artifacts import Artifacts
 from maxwhisper.audio import log_mel_weights
 from maxwhisper.blocks import BLOCKS, Block
 from maxwhisper.checkpoint import load_checkpoint
@@ -28,6 +30,7 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 MAX_DTYPE = {theirs: ours for ours, theirs in TORCH_DTYPE.items()}
 
 FIXTURE, CHECKPOINT = "fixture", "checkpoint"
+TRAINED = (FIXTURE, CHECKPOINT)
 
 
 def dimensions(n_mels: int, n_vocab: int, n_state: int, n_audio_layer: int, n_text_layer: int) -> ModelDimensions:
@@ -76,11 +79,15 @@ class Model:
 
 @dataclass(frozen=True, eq=False)
 class Suite:
-    """A model in one dtype on one device ("cpu" or "gpu"): oracle, peer and subject of every block."""
+    """A model in one dtype on one device ("cpu" or "gpu"): oracle, peer and subject of every block.
+
+    held: what was compiled ahead of time, if anything was.
+    """
 
     model: Model
     dtype: torch.dtype
     device: str = "cpu"
+    held: Artifacts | None = None
 
     def __repr__(self) -> str:
         return f"Suite({self.model.size}, {self.dtype}, {self.device})"
@@ -128,23 +135,36 @@ class Suite:
         return block.unit if block.unit in alone else "parts"
 
     @cached_property
-    def captured_names(self) -> dict[str, list[str]]:
-        """By captured block, the layers whose outputs stand behind its own; filled when its graph is built."""
-        return {}
+    def captures(self) -> dict[str, tuple[Program, list[str]]]:
+        """By captured block, its program, and the layers whose outputs stand behind its own once that is traced."""
+        return {name: captured(BLOCKS[name], self.dims, self.policy) for name in CAPTURED}
 
-    def programs(self, unit: str) -> Iterator[Program]:
+    def captured_names(self, block: str) -> list[str]:
+        """The layers whose outputs stand behind those of a captured block."""
+        program, names = self.captures[block]
+        if not names:  # its graph came compiled
+            program.trace(GraphModule())
+        return names
+
+    def programs(self, unit: str) -> list[Program]:
         """The graphs of a unit; "parts" holds those with captures too."""
-        yield from (b.program(self.dims, self.policy) for b in BLOCKS.values() if self.unit(b) == unit)
-        if unit == "parts":
-            for name in CAPTURED:
-                program, self.captured_names[name] = captured(BLOCKS[name], self.dims, self.policy)
-                yield program
+        policy = replace(self.policy, device=DeviceRef.CPU()) if unit == "log_mel" else self.policy
+        programs = [block.program(self.dims, policy) for block in BLOCKS.values() if self.unit(block) == unit]
+        return [*programs, *(self.captures[name][0] for name in CAPTURED)] if unit == "parts" else programs
 
     def artifact(self, unit: str) -> Artifact:
         if unit not in self.artifacts:
-            name = f"{self.model.size}, {dtype_name(self.dtype)}, {unit}"
-            self.artifacts[unit] = Artifact(name, self.programs(unit), "cpu" if unit == "log_mel" else self.device)
+            load = self.held.loader(unit, self.dims, self.policy) if self.held else None
+            self.artifacts[unit] = Artifact(self.name(unit), self.programs(unit), self.device_of(unit), load)
         return self.artifacts[unit]
+
+    def name(self, unit: str) -> str:
+        """What a person calls the unit."""
+        return f"{self.model.size}, {dtype_name(self.dtype)}, {unit}"
+
+    def device_of(self, unit: str) -> str:
+        """The log-mel spectrogram is computed on the CPU, as openai-whisper's."""
+        return "cpu" if unit == "log_mel" else self.device
 
     def initialised(self, unit: str, layer: int, tensors: Mapping[str, Tensor]) -> dict[str, Executable]:
         """The unit's graphs with the weights of a layer; of a layer that only encoder or decoder has, the other is

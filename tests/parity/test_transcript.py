@@ -1,5 +1,7 @@
 """Whole transcripts of every clip: the same tokens, times and words as openai-whisper's."""
 
+from typing import Any
+
 import pytest
 import whisper
 
@@ -10,8 +12,8 @@ from reference.transcripts import DECODING, PIPELINE_FAULTS, Yardstick, compare
 
 
 @pytest.fixture(scope="module")
-def subject(checkpoint_path: str) -> maxwhisper.Whisper:
-    return maxwhisper.load_model(checkpoint_path)
+def subject(checkpoint_path: str, loading: dict[str, Any]) -> maxwhisper.Whisper:
+    return maxwhisper.load_model(checkpoint_path, **loading)
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +24,7 @@ def peer(checkpoint_path: str, subject: maxwhisper.Whisper, pytestconfig: pytest
     model = whisper.model.Whisper(checkpoint.dims)
     model.load_state_dict({name: tensor.float() for name, tensor in checkpoint.tensors.items()})
     model.register_buffer("alignment_heads", subject.alignment_heads, persistent=False)
-    return Yardstick(model.eval(), getattr(pytestconfig, "cache", None))
+    return Yardstick(model.eval().to(subject.device), getattr(pytestconfig, "cache", None))
 
 
 @pytest.mark.parametrize("decoding", DECODING)

@@ -31,6 +31,8 @@ DIFFERENCES = {
     "--model": "checked when it is loaded, as it may also be a file or a folder of another kind",
     "--device": "cpu unless asked for, and gpu as the device's name",
 }
+OWN = {"--artifacts": None, "--or_compile": False}
+"""The options that OpenAI's command has not, and their defaults."""
 VALUES = ("0", "1", "2.5", "-1", "None", "True", "False", "false", "en", "English", "english", "Klingon", "text", "")
 
 WORDS = [{"word": " Hello", "start": 0.0, "end": 0.5, "probability": 0.9}]
@@ -131,11 +133,11 @@ def parsed(parser: argparse.ArgumentParser, *arguments: str) -> dict[str, Any] |
 
 def test_options_have_openais_names_and_defaults(openai_parser: argparse.ArgumentParser) -> None:
     theirs = {name: each for each in openai_parser._actions for name in each.option_strings}
-    assert our_options().keys() == theirs.keys()
+    assert our_options().keys() == theirs.keys() | OWN.keys()
     ours = parsed(build_parser(), "transcribe", "a.wav")
     expected = parsed(openai_parser, "a.wav")
     assert ours is not None and expected is not None
-    assert ours | {"device": None} == expected | {"device": None}
+    assert ours | {"device": None} == expected | {"device": None} | own_defaults()
     assert (ours["device"], ours["model"]) == ("cpu", "turbo")
 
 
@@ -156,7 +158,11 @@ def test_every_option_takes_and_refuses_what_openais_does(
 
 
 def _on_cpu(options: dict[str, Any] | None) -> dict[str, Any] | None:
-    return options and options | {"device": "cpu"}
+    return options and options | {"device": "cpu"} | own_defaults()
+
+
+def own_defaults() -> dict[str, Any]:
+    return {name.removeprefix("--"): default for name, default in OWN.items()}
 
 
 def test_every_option_has_help() -> None:

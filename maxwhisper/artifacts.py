@@ -1,0 +1,318 @@
+"""Graphs compiled ahead of time: a folder of MAX's artifacts, and a manifest of what each holds and where it runs.
+
+    maxwhisper compile --model tiny --target sm_90a --out tiny-sm_90a
+    maxwhisper transcribe talk.mp3 --model tiny --device gpu --artifacts tiny-sm_90a
+
+An artifact holds no weights, so one serves every checkpoint of the same dimensions and storage. It stands in for a
+compilation only if nothing that decides the outcome of one differs; what differs is named. A graph for a GPU is
+compiled against a virtual device, so no GPU is needed, and its CPU code for x86-64-v3, which CPUs have had since 2013.
+
+    python -m maxwhisper.artifacts      prints the key under which CI keeps MAX's compile cache
+"""
+
+import hashlib
+import inspect
+import json
+import logging
+import os
+import platform
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import max.engine
+from max.driver import (
+    Accelerator,
+    set_virtual_cpu_target,
+    set_virtual_device_api,
+    set_virtual_device_count,
+    set_virtual_device_target_arch,
+)
+from max.dtype import DType
+from whisper.model import ModelDimensions
+
+from .decoding import TOKEN_RULES
+from .errors import ArtifactError, OptionError
+from .runtime import Artifact, Loader, Policy, Program, Stored, session
+
+log = logging.getLogger("maxwhisper")
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+HOST = "host"
+TARGETS = (HOST, "sm_80", "sm_90a")
+"""What there is to compile for: this machine's CPU, or a GPU by its architecture."""
+
+GRAPH_SOURCES = ("audio.py", "blocks.py", "model.py", "runtime.py")
+"""The modules of this package that build graphs; kernels in Mojo count too, wherever in the package they are."""
+
+
+# ---- what decides the outcome of a compilation ---------------------------------------------------------------------
+
+
+def source_hash(programs: Sequence[Program] = ()) -> str:
+    """SHA-256 of the sources that define the graphs, and of those of the programs' own functions."""
+    package = Path(__file__).parent
+    files = {package / name for name in GRAPH_SOURCES} | set(package.rglob("*.mojo"))
+    files |= {Path(inspect.getfile(program.function)) for program in programs}
+    digest = hashlib.sha256()
+    for file in sorted(files, key=lambda file: (file.name, str(file))):
+        content = file.read_bytes()
+        digest.update(f"{file.name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What an artifact holds; it may stand in for a compilation of the same.
+
+    unit: what compiles together. blocks: its graphs, in order. dims: of the model, as far as the unit depends on them.
+    storage, compute: dtypes, as in `Policy`. source: `source_hash` of its programs.
+    """
+
+    unit: str
+    blocks: list[str]
+    dims: dict[str, int]
+    storage: str
+    compute: str
+    source: str
+
+    @classmethod
+    def of(cls, unit: str, dims: ModelDimensions, policy: Policy, programs: Sequence[Program]) -> "Identity":
+        blocks, source = [program.name for program in programs], source_hash(programs)
+        if unit == "log_mel":
+            return cls(unit, blocks, {"n_mels": dims.n_mels}, "float32", "float32", source)
+        if unit == TOKEN_RULES:
+            return cls(unit, blocks, {}, "float32", "float32", source)
+        return cls(unit, blocks, dict(vars(dims)), policy.storage.name, policy.compute.name, source)
+
+    @property
+    def file(self) -> str:
+        """The name of the artifact's file."""
+        digest = hashlib.sha256(json.dumps(vars(self), sort_keys=True).encode()).hexdigest()
+        return f"{self.unit}-{self.compute}-{digest[:12]}.mef"
+
+    def differences(self, found: "Identity") -> list[str]:
+        """What is not as here in another identity."""
+        ours, theirs = self._flat(), found._flat()
+        return [
+            f"{name} is {theirs.get(name, 'absent')}, expected {ours.get(name, 'absent')}"
+            for name in ours | theirs
+            if ours.get(name) != theirs.get(name)
+        ]
+
+    def _flat(self) -> dict[str, Any]:
+        own = {name: value for name, value in vars(self).items() if name != "dims"}
+        return own | {f"dims.{name}": value for name, value in self.dims.items()}
+
+
+# Names in /proc/cpuinfo of what compilers emit unasked; the other flags differ between machines that run the same code.
+EMITTED = re.compile(
+    r"pni|ssse3|sse\w*|avx\w*|amx\w*|fma4?|f16c|bmi[12]|abm|movbe|popcnt|cx16|adx|aes|vaes|v?pclmulqdq|gfni|sha\w*|clwb"
+)
+# The virtual CPU that the CPU code of GPU graphs is compiled for, and what it has, by kind of machine.
+PORTABLE_CPU = {"x86_64": "x86-64-v3"}
+PORTABLE_FEATURES = {
+    "x86_64": [
+        *("sse", "sse2", "pni", "ssse3", "sse4_1", "sse4_2", "cx16", "popcnt"),
+        *("avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"),
+    ],
+}
+
+
+def cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
+    """The instruction sets of this machine's CPU, as Linux names them; elsewhere the CPU's own name."""
+    try:
+        lines = cpuinfo.read_text().splitlines()
+    except OSError:
+        return [platform.processor()]
+    named = dict(line.split(":", 1) for line in lines if ":" in line)
+    listed = {name.strip(): value.split() for name, value in named.items()}
+    if "Features" in listed:  # Arm
+        return sorted(listed["Features"])
+    return sorted(flag for flag in listed.get("flags", []) if EMITTED.fullmatch(flag))
+
+
+# ---- reading -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Held:
+    """An artifact in a folder, the weights its graphs take, and the SHA-256 of its file."""
+
+    identity: Identity
+    weights: dict[str, DType]
+    sha256: str
+
+
+class Artifacts:
+    """A folder of artifacts that were compiled for a device of this machine.
+
+    or_compile: whether what the folder does not hold is compiled instead, with a warning that says why.
+
+    Raises ArtifactError if the folder cannot be read, or was made for another target, CPU or MAX version.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], device: str, or_compile: bool = False):
+        self.folder = Path(folder)
+        self.or_compile = or_compile
+        self.held: list[Held] = []
+        with self._excused():
+            self._open(self._manifest(), device)
+
+    def _manifest(self) -> dict[str, Any]:
+        path = self.folder / MANIFEST
+        try:
+            manifest = json.loads(path.read_text())
+            self._same("format", manifest["format"], FORMAT)
+            return manifest
+        except OSError as error:
+            raise ArtifactError(f"{path}: cannot be read: {error.strerror}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise ArtifactError(f"{path}: is no manifest of artifacts") from error
+
+    def _open(self, manifest: dict[str, Any], device: str) -> None:
+        try:
+            self._same("max", manifest["max"], version("max"))
+            self._same("target", manifest["target"], HOST if device == "cpu" else Accelerator().architecture_name)
+            self._same("machine", manifest["cpu"]["machine"], platform.machine())
+            needed = manifest["cpu"]["features"]
+            if missing := sorted(set(needed) - set(cpu_features())):
+                raise ArtifactError(f"{self.folder}: cpu.features has {', '.join(missing)}, which this CPU has not")
+            names = [field.name for field in fields(Identity)]
+            for entry in manifest["artifacts"]:
+                weights = {name: DType[dtype] for name, dtype in entry["weights"].items()}
+                self.held.append(Held(Identity(**{name: entry[name] for name in names}), weights, entry["sha256"]))
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ArtifactError(f"{self.folder / MANIFEST}: is incomplete: {error}") from error
+
+    def _same(self, field: str, found: object, expected: object) -> None:
+        if found != expected:
+            raise ArtifactError(f"{self.folder}: {field} is {found}, expected {expected}")
+
+    @contextmanager
+    def _excused(self) -> Iterator[None]:
+        """Lets a mismatch pass as a warning where compiling instead was asked for."""
+        try:
+            yield
+        except ArtifactError as error:
+            if not self.or_compile:
+                raise
+            log.warning("%s: compiling instead", error)
+
+    def loader(self, unit: str, dims: ModelDimensions, policy: Policy) -> Loader:
+        """What gives a unit of a model to `Artifact`; it raises ArtifactError if the folder does not hold the unit."""
+
+        def load(programs: Sequence[Program]) -> Stored | None:
+            with self._excused():
+                return self._read(Identity.of(unit, dims, policy, programs))
+            return None
+
+        return load
+
+    def _read(self, wanted: Identity) -> Stored:
+        of_unit = [held for held in self.held if held.identity.unit == wanted.unit]
+        if not of_unit:
+            units = ", ".join(sorted({held.identity.unit for held in self.held})) or "nothing"
+            raise ArtifactError(f"{self.folder}: unit is {units}, expected {wanted.unit}")
+        nearest = min(of_unit, key=lambda held: len(wanted.differences(held.identity)))
+        if differences := wanted.differences(nearest.identity):
+            raise ArtifactError(f"{self.folder}: unit {wanted.unit}: {'; '.join(differences)}")
+        path = self.folder / nearest.identity.file
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise ArtifactError(f"{path}: cannot be read: {error.strerror}") from error
+        if (found := hashlib.sha256(content).hexdigest()) != nearest.sha256:
+            raise ArtifactError(f"{path}: sha256 is {found}, expected {nearest.sha256}")
+        return Stored(max.engine.read(path), nearest.weights)
+
+
+# ---- writing -------------------------------------------------------------------------------------------------------
+
+
+def aim_at(target: str) -> str:
+    """Has this process compile for a target from here on, and returns the name of the device to compile on.
+
+    Virtual devices are those of the whole process: nothing can be run on a GPU in it any more.
+
+    Raises OptionError for a target that is not known, or where the process has a MAX session already.
+    """
+    if target not in TARGETS:
+        raise OptionError(f"target '{target}' is not known: expected {', '.join(TARGETS)}")
+    if target == HOST:
+        return "cpu"
+    if session.cache_info().currsize:
+        raise OptionError(f"target {target}: must be compiled for in a process that has used no device yet")
+    set_virtual_cpu_target(PORTABLE_CPU.get(platform.machine(), "generic"))
+    set_virtual_device_api("cuda")
+    set_virtual_device_target_arch(target)
+    set_virtual_device_count(1)
+    return "gpu"
+
+
+class Writer:
+    """A folder of artifacts that is being written."""
+
+    def __init__(self, folder: Path, target: str):
+        self.folder = folder
+        machine = platform.machine()
+        features = cpu_features() if target == HOST else PORTABLE_FEATURES.get(machine, [])
+        self.manifest: dict[str, Any] = {
+            "format": FORMAT,
+            "max": version("max"),
+            "target": target,
+            "cpu": {"machine": machine, "features": features},
+            "artifacts": [],
+        }
+
+    def __contains__(self, identity: Identity) -> bool:
+        return (self.folder / identity.file).exists()
+
+    def add(self, identity: Identity, artifact: Artifact) -> None:
+        path = self.folder / identity.file
+        artifact.compiled.export_mef(path)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        weights = {name: dtype.name for name, dtype in artifact.weights.items()}
+        entry = {**vars(identity), "weights": weights, "file": identity.file, "sha256": digest}
+        self.manifest["artifacts"].append(entry)
+
+    def finish(self) -> None:
+        (self.folder / MANIFEST).write_text(json.dumps(self.manifest, indent=1) + "\n")
+
+
+@contextmanager
+def writing(out: str | os.PathLike[str], target: str) -> Iterator[Writer]:
+    """A folder of artifacts that appears as `out` when it is complete, in the place of an earlier one.
+
+    Raises OptionError if it cannot be written, or if `out` holds anything but artifacts.
+    """
+    out = Path(out).absolute()
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / MANIFEST).exists())):
+        raise OptionError(f"--out {out}: is there already, and is no folder of artifacts")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
+            new, old = Path(temporary) / "new", Path(temporary) / "old"
+            new.mkdir()
+            writer = Writer(new, target)
+            yield writer
+            writer.finish()
+            if out.exists():
+                out.rename(old)
+            new.rename(out)
+    except OSError as error:
+        raise OptionError(f"--out {out}: cannot be written: {error.strerror or error}") from error
+
+
+def main() -> None:
+    print(f"max-{version('max')}-graphs-{source_hash()[:16]}")
+
+
+if __name__ == "__main__":
+    main()

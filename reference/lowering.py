@@ -1,0 +1,172 @@
+"""Compiling every graph for a target, which need not be there, and naming the blocks that do not lower.
+
+The target's devices are virtual, and virtual devices are those of a whole process, so each target has a process of its
+own. It writes the graphs as artifacts, for `pytest --artifacts` on a machine that has the target.
+
+    python -m reference.lowering sm_90a SIZE:DTYPE ... --out DIR [--checkpoint PATH]
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from max.graph import Module
+
+from maxwhisper.artifacts import Identity, Writer, aim_at, writing
+from maxwhisper.blocks import BLOCKS
+from maxwhisper.runtime import Artifact, Program
+from maxwhisper.whisper import UNITS, programs_of
+
+from .captures import CAPTURED
+from .judge import dtype_name
+from .suite import DTYPES, TRAINED, Suite, load
+
+GRAPHS = (*BLOCKS, *(f"{name} captured" for name in CAPTURED))
+"""Every graph of a model: its blocks, and those with captures."""
+
+
+# ---- in the process that compiles ----------------------------------------------------------------------------------
+
+
+def lower(name: str, programs: Sequence[Program], device: str) -> tuple[Artifact | None, dict[str, str]]:
+    """The artifact of the programs, or none and by program what MAX says against it."""
+    try:
+        return Artifact(name, programs, device), {}
+    except Exception as together:
+        if len(programs) == 1:
+            return None, {programs[0].name: message(together)}
+        if failures := {program.name: reason for program in programs if (reason := not_built(program))}:
+            # Building takes a second, compiling minutes: the others are compiled together once more.
+            rest = [program for program in programs if program.name not in failures]
+            return None, failures | (lower(name, rest, device)[1] if rest else {})
+        for program in programs:
+            failures |= lower(program.name, [program], device)[1]
+        nobody = {program.name: f"compiles alone, but not with its unit: {message(together)}" for program in programs}
+        return None, failures or nobody
+
+
+def not_built(program: Program) -> str | None:
+    """What MAX says against the program while its graph is built, if anything."""
+    try:
+        program.trace(Module())
+    except Exception as error:
+        return message(error)
+    return None
+
+
+def message(error: BaseException) -> str:
+    """What MAX says: its own error stands behind one that asks to report it."""
+    return f"{type(error).__name__}: {error}" if error.__cause__ is None else message(error.__cause__)
+
+
+def units(suite: Suite) -> Iterator[tuple[str, list[Program]]]:
+    """What the suite compiles together, and what `load_model` compiles beside that for whole transcripts."""
+    yield from ((unit, suite.programs(unit)) for unit in suite.units)
+    if suite.dtype == torch.float32 and suite.model.size in TRAINED:
+        yield from ((unit, programs_of(unit, suite.dims, suite.policy)) for unit in UNITS if unit not in suite.units)
+
+
+def lower_all(suite: Suite, writer: Writer) -> dict[str, str]:
+    """Adds every artifact of the suite to the folder; returns what does not lower, and why."""
+    failures: dict[str, str] = {}
+    for unit, programs in units(suite):
+        identity = Identity.of(unit, suite.dims, suite.policy, programs)
+        if identity in writer:  # models share the log-mel spectrogram
+            continue
+        artifact, found = lower(suite.name(unit), programs, suite.device_of(unit))
+        failures |= found
+        if artifact:
+            writer.add(identity, artifact)
+    return failures
+
+
+class NotLowered(Exception):
+    """Ends the writing of artifacts of which some are missing."""
+
+
+def main() -> int:
+    """Prints for each model in turn, as JSON on a line of its own, what does not lower, and why, by graph."""
+    parser = argparse.ArgumentParser(prog="python -m reference.lowering", description=__doc__)
+    parser.add_argument("target")
+    parser.add_argument("models", nargs="+", metavar="SIZE:DTYPE")
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--checkpoint")
+    options = parser.parse_args()
+    lowered = True
+    try:
+        with writing(options.out, options.target) as writer:
+            device = aim_at(options.target)
+            for model in options.models:
+                size, _, dtype = model.partition(":")
+                failures = lower_all(Suite(load(size, options.checkpoint), DTYPES[dtype], device), writer)
+                lowered = lowered and not failures
+                print(json.dumps(failures), flush=True)
+            if not lowered:
+                raise NotLowered
+    except NotLowered:
+        return 1
+    return 0
+
+
+# ---- in the process that asks --------------------------------------------------------------------------------------
+
+
+class Lowering:
+    """The other process, for one target and models by (size, dtype), writing artifacts into `out`."""
+
+    def __init__(self, target: str, models: Sequence[tuple[str, torch.dtype]], out: Path, checkpoint: str | None):
+        self.target, self.out = target, out
+        names = [f"{size}:{dtype_name(dtype)}" for size, dtype in models]
+        command = [sys.executable, "-m", "reference.lowering", target, *names, "--out", str(out)]
+        if checkpoint:
+            command += ["--checkpoint", checkpoint]
+        self.log = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process writes to it
+        # MAX changes the C library's environment of this process in ways that would mislead a child's Python.
+        environment = dict(os.environ)
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.log, text=True, env=environment)
+        self.waiting = list(models)
+        self.failures: dict[tuple[str, torch.dtype], dict[str, str]] = {}
+
+    def failure(self, size: str, dtype: torch.dtype, graph: str) -> str | None:
+        """Why the graph does not lower, None if it does; waits until that is known."""
+        assert self.process.stdout is not None
+        while (size, dtype) not in self.failures:
+            if not (line := self.process.stdout.readline()):
+                return self.ended()
+            self.failures[self.waiting.pop(0)] = json.loads(line)
+        return self.failures[size, dtype].get(graph)
+
+    def ended(self) -> str:
+        """How the process ended that should have said more."""
+        self.process.wait()
+        self.log.seek(0)
+        last = self.log.read().decode(errors="replace").splitlines()[-20:]
+        return "\n".join([f"the process that compiles ended with status {self.process.returncode}", *last])
+
+    def summary(self) -> str:
+        """The last line of a run. Call it after `stop`."""
+        models = f"{len(self.failures)} of {len(self.failures) + len(self.waiting)} models"
+        failed = sum(len(failures) for failures in self.failures.values())
+        wrote = f"artifacts in {self.out}" if self.process.returncode == 0 else "no artifacts written"
+        return f"{self.target}: {models} compiled, {failed} graphs do not lower; {wrote}"
+
+    def stop(self) -> None:
+        """Ends it, with what it did not get to; lets it write what it has compiled if there is nothing left to do."""
+        unfinished = bool(self.waiting) and self.process.poll() is None
+        if unfinished:
+            self.process.terminate()
+        self.process.wait()
+        if unfinished:  # it had no chance to clear away what it was writing
+            for folder in self.out.parent.glob(f".{self.out.name}-*"):
+                shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

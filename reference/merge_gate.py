@@ -1,0 +1,69 @@
+"""The one required check of a merge: every job succeeded, and what they report was compared, on the device they claim.
+
+    python -m reference.merge_gate --needs '{"parity": {"result": "success"}}' --report parity:cpu:report.json
+
+A job that was skipped or cancelled has shown nothing, and so has one that compared nothing: both fail. A fork's pull
+request is given no GPU runner; its GPU jobs are excused by name, and run when it is queued to be merged.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+
+def verdict(needs: dict[str, dict[str, Any]], excused: Collection[str], reports: Collection[str]) -> list[str]:
+    """Why the merge must not happen; empty if it may.
+
+    needs: GitHub's `needs` context. excused: jobs that may have been skipped. reports: job, device and the path of a
+    report.json or of pytest-benchmark's JSON, with colons between them.
+    """
+    if not needs:
+        return ["no job is needed"]
+    reasons = [
+        f"{job}: {of['result']}"
+        for job, of in needs.items()
+        if of["result"] != "success" and not (of["result"] == "skipped" and job in excused)
+    ]
+    for report in reports:
+        job, device, path = report.split(":", 2)
+        if job not in needs:
+            reasons.append(f"{job}: is to report, but is not needed")
+        elif needs[job]["result"] == "success":
+            reasons += [f"{job}: {reason}" for reason in missing(Path(path), device)]
+    return reasons
+
+
+def missing(path: Path, device: str) -> Iterator[str]:
+    """What a report lacks to show anything about a device."""
+    try:
+        report = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        yield f"{path}: cannot be read: {error}"
+        return
+    if "benchmarks" in report:
+        if not any(benchmark["group"].endswith(f", {device}") for benchmark in report["benchmarks"]):
+            yield f"{path}: no benchmark ran on {device}"
+        return
+    if not report.get("passed"):
+        yield f"{path}: {report.get('reason', 'is no report')}"
+    compared = [each for each in report.get("judgements", []) if each["comparison"]["device"] == device]
+    if not sum(judgement["pairs"] for judgement in compared):
+        yield f"{path}: compared nothing on {device}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m reference.merge_gate", description=__doc__)
+    parser.add_argument("--needs", required=True, help="GitHub's needs context, as JSON")
+    parser.add_argument("--excused", default="", help="jobs that may have been skipped, with spaces between them")
+    parser.add_argument("--report", action="append", default=[], metavar="JOB:DEVICE:PATH")
+    options = parser.parse_args()
+    reasons = verdict(json.loads(options.needs), options.excused.split(), options.report)
+    print("\n".join(reasons) or "every job succeeded and compared something")
+    return 1 if reasons else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,261 @@
+"""Graphs compiled ahead of time: what they save, and that nothing which does not fit is used."""
+
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from maxwhisper import artifacts, cli
+from maxwhisper.artifacts import HOST, MANIFEST, Artifacts, aim_at, cpu_features, source_hash, writing
+from maxwhisper.errors import ArtifactError, OptionError
+from maxwhisper.runtime import COMPILE_LOG
+from maxwhisper.whisper import Whisper, compile_model, load_model
+
+ROOT = Path(__file__).parents[2]
+NANO = ROOT / "fixtures" / "nano.pt"
+CLIP = ROOT / "fixtures" / "clips" / "english-4.ogg"
+PACKAGE = ROOT / "maxwhisper"
+
+Manifest = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The fixture's graphs for this machine."""
+    folder = tmp_path_factory.mktemp("artifacts") / "nano-host"
+    compile_model(NANO, HOST, folder)
+    return folder
+
+
+@pytest.fixture
+def changed(compiled: Path, tmp_path: Path) -> Callable[[Callable[[Manifest], object]], Path]:
+    """The folder with a change in its manifest."""
+
+    def change(how: Callable[[Manifest], object]) -> Path:
+        folder = tmp_path / "changed"
+        folder.mkdir()
+        for file in compiled.iterdir():
+            (folder / file.name).symlink_to(file)
+        manifest = json.loads((compiled / MANIFEST).read_text())
+        how(manifest)
+        (folder / MANIFEST).unlink()
+        (folder / MANIFEST).write_text(json.dumps(manifest))
+        return folder
+
+    return change
+
+
+def network(manifest: Manifest) -> Manifest:
+    return next(entry for entry in manifest["artifacts"] if entry["unit"] == "network")
+
+
+# ---- what they save ------------------------------------------------------------------------------------------------
+
+ALONE = """
+import json, resource, sys
+import maxwhisper, maxwhisper.runtime
+
+model = maxwhisper.load_model(sys.argv[1], artifacts=sys.argv[2])
+text = model.transcribe(sys.argv[3], word_timestamps=True)["text"]
+used = resource.getrusage(resource.RUSAGE_SELF)
+print(json.dumps([text, len(maxwhisper.runtime.COMPILE_LOG), used.ru_utime + used.ru_stime]))
+"""
+
+
+def test_a_process_with_an_empty_compile_cache_transcribes_in_seconds(compiled: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    environment = dict(os.environ, MODULAR_CACHE_DIR=str(cache), MODULAR_MAX_CACHE_DIR=str(cache))
+    command = [sys.executable, "-c", ALONE, NANO, compiled, CLIP]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    text, compilations, cpu_seconds = json.loads(done.stdout.splitlines()[-1])
+    assert text.startswith(" Where is the simple engine that Thomas counted?")
+    assert compilations == 0 and not list(cache.iterdir())
+    assert cpu_seconds < 60, "compiling these graphs takes minutes"
+
+
+def test_results_are_those_of_a_compilation(compiled: Path) -> None:
+    ahead, here = load_model(NANO, artifacts=compiled), load_model(NANO)
+    mel = torch.randn(1, 80, 3000, generator=torch.Generator().manual_seed(0))
+    tokens = torch.tensor([[50258, 50259, 50359]])
+    assert torch.equal(ahead(mel, tokens), here(mel, tokens))
+
+
+# ---- what does not fit is not used ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.update(format=2), "format is 2, expected 1"),
+        (lambda m: m.update(max="25.1.0"), r"max is 25\.1\.0, expected \d"),
+        (lambda m: m.update(target="sm_90a"), "target is sm_90a, expected host"),
+        (lambda m: m["cpu"].update(machine="riscv64"), "machine is riscv64, expected"),
+        (lambda m: m["cpu"]["features"].append("avx1024"), "cpu.features has avx1024, which this CPU has not"),
+        (lambda m: m.pop("cpu"), "manifest.json: is incomplete: 'cpu'"),
+        (lambda m: network(m).pop("sha256"), "manifest.json: is incomplete: 'sha256'"),
+        (lambda m: network(m).update(weights={"a": "int3"}), "manifest.json: is incomplete: 'int3'"),
+        (lambda m: m.pop("format"), "manifest.json: is no manifest of artifacts"),
+        (lambda m: network(m)["dims"].update(n_audio_state=384), "dims.n_audio_state is 384, expected 128"),
+        (lambda m: network(m)["blocks"].reverse(), r"blocks is \['decoder.step', .*\], expected \['encoder', "),
+        (lambda m: network(m).update(storage="float32"), "storage is float32, expected float16"),
+        (lambda m: network(m).update(compute="bfloat16"), "compute is bfloat16, expected float32"),
+        (lambda m: network(m).update(source="0" * 64), "source is 0000.*, expected [0-9a-f]{64}"),
+        (lambda m: m["artifacts"].remove(network(m)), "unit is alignment, log_mel, token_rules, expected network"),
+        (lambda m: network(m).update(sha256="0" * 64), r"network-.*\.mef: sha256 is .*, expected 000"),
+    ],
+)
+def test_a_mismatch_is_refused_by_name(
+    changed: Callable[..., Path], change: Callable[[Manifest], object], message: str
+) -> None:
+    folder = changed(change)
+    with pytest.raises(ArtifactError, match=message) as raised:
+        load_model(NANO, artifacts=folder)
+    assert str(folder) in str(raised.value)
+
+
+def test_files_that_are_missing_are_named(compiled: Path, changed: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"nowhere/manifest\.json: cannot be read: No such file"):
+        Artifacts(tmp_path / "nowhere", "cpu")
+    folder = changed(lambda _: None)
+    next(folder.glob("network-*")).unlink()
+    with pytest.raises(ArtifactError, match=r"network-.*\.mef: cannot be read: No such file"):
+        load_model(NANO, artifacts=folder)
+
+
+def test_every_mismatch_is_named_at_once(changed: Callable[..., Path]) -> None:
+    folder = changed(lambda m: network(m).update(storage="float32", source="other"))
+    with pytest.raises(ArtifactError, match="storage is float32, expected float16; source is other, expected"):
+        load_model(NANO, artifacts=folder)
+
+
+@pytest.mark.parametrize("where", ["folder", "unit"])
+def test_what_does_not_fit_is_compiled_if_asked_for(
+    changed: Callable[..., Path], where: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = changed(lambda m: (m if where == "folder" else network(m)).update(max="25.1.0", source="other"))
+    before = len(COMPILE_LOG)
+    with caplog.at_level(logging.WARNING, "maxwhisper"):
+        model = load_model(NANO, artifacts=folder, or_compile=True)
+    assert isinstance(model, Whisper) and len(COMPILE_LOG) > before
+    reason = "max is 25.1.0" if where == "folder" else "source is other"
+    assert any(reason in line and line.endswith("compiling instead") for line in caplog.messages)
+
+
+def test_a_gpus_artifacts_are_for_its_architecture(
+    changed: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class H100:
+        architecture_name = "sm_90a"
+
+    monkeypatch.setattr(artifacts, "Accelerator", H100)
+    folder = changed(lambda m: m.update(target="sm_80"))
+    with pytest.raises(ArtifactError, match="target is sm_80, expected sm_90a"):
+        Artifacts(folder, "gpu")
+    (folder / MANIFEST).write_text((folder / MANIFEST).read_text().replace("sm_80", "sm_90a"))
+    assert Artifacts(folder, "gpu").held
+
+
+def test_the_command_says_what_does_not_fit_in_one_line(
+    changed: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = changed(lambda m: network(m).update(source="other"))
+    options = ["--model", str(NANO), "--artifacts", str(folder), "-o", str(tmp_path)]
+    assert cli.main(["transcribe", str(CLIP), *options]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "source is other, expected" in lines[0]
+
+
+# ---- the hash ------------------------------------------------------------------------------------------------------
+
+
+def test_the_hash_follows_the_sources_of_the_graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (*artifacts.GRAPH_SOURCES, "artifacts.py", "cli.py"):
+        (tmp_path / name).write_bytes((PACKAGE / name).read_bytes())
+    monkeypatch.setattr(artifacts, "__file__", str(tmp_path / "artifacts.py"))
+    before = source_hash()
+    (tmp_path / "cli.py").write_text("another")
+    assert source_hash() == before
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "product.mojo").write_text("fn product()")
+    with_kernel = source_hash()
+    (tmp_path / "model.py").write_text("another")
+    assert len({before, with_kernel, source_hash()}) == 3
+
+
+def test_every_module_that_builds_graphs_counts() -> None:
+    builds = re.compile(r"^from max\.graph import .*\b(ops|Graph|Weight)\b", re.MULTILINE)
+    building = {file.name for file in PACKAGE.rglob("*.py") if builds.search(file.read_text())}
+    assert "model.py" in building
+    assert building <= set(artifacts.GRAPH_SOURCES)
+
+
+def test_the_key_of_the_compile_cache_has_maxs_version_and_the_hash() -> None:
+    command = [sys.executable, "-m", "maxwhisper.artifacts"]
+    done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, check=True)
+    assert done.stdout == f"max-{artifacts.version('max')}-graphs-{source_hash()[:16]}\n"
+
+
+# ---- the CPU -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("processor : 0\nflags\t: fpu avx2 sse4_1 hypervisor tsc avx512f\n", ["avx2", "avx512f", "sse4_1"]),
+        ("processor : 0\nFeatures\t: fp asimd sve2\n", ["asimd", "fp", "sve2"]),
+        ("processor : 0\n", []),
+    ],
+)
+def test_features_of_a_cpu(content: str, expected: list[str], tmp_path: Path) -> None:
+    (tmp_path / "cpuinfo").write_text(content)
+    assert cpu_features(tmp_path / "cpuinfo") == expected
+
+
+def test_this_cpu_runs_what_is_compiled_for_gpus() -> None:
+    portable = artifacts.PORTABLE_FEATURES.get(artifacts.platform.machine(), [])
+    assert set(portable) <= set(cpu_features())
+    assert all(artifacts.EMITTED.fullmatch(feature) for feature in artifacts.PORTABLE_FEATURES["x86_64"])
+
+
+# ---- writing -------------------------------------------------------------------------------------------------------
+
+
+def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="in the middle"), writing(tmp_path / "new", HOST) as writer:
+        (writer.folder / "half.mef").write_bytes(b"half")
+        raise RuntimeError("in the middle")
+    assert not list(tmp_path.iterdir())
+
+
+def test_earlier_artifacts_are_replaced_and_nothing_else_is(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for name in ("first", "second"):
+        with writing(out, HOST) as writer:
+            (writer.folder / name).touch()
+        assert sorted(file.name for file in out.iterdir()) == sorted([name, MANIFEST])
+    assert list(tmp_path.iterdir()) == [out]
+    (tmp_path / "mine.txt").touch()
+    for taken in (tmp_path, tmp_path / "mine.txt"):
+        with pytest.raises(OptionError, match="is there already"), writing(taken, HOST):
+            pass
+    with pytest.raises(OptionError, match="cannot be written: File exists"), writing(tmp_path / "mine.txt/x", HOST):
+        pass
+
+
+def test_targets() -> None:
+    with pytest.raises(OptionError, match="target 'sm_1' is not known: expected host, sm_80, sm_90a"):
+        aim_at("sm_1")
+    artifacts.session("cpu")
+    with pytest.raises(OptionError, match="target sm_80: must be compiled for in a process that has used no device"):
+        aim_at("sm_80")
+    assert aim_at(HOST) == "cpu"
+    assert artifacts.TARGETS == cli.TARGETS

@@ -1,0 +1,74 @@
+"""The compile gate: it names the blocks that do not lower, with MAX's message, and ends with all artifacts or none."""
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from max.dtype import DType
+from max.graph import DeviceRef, TensorType
+from max.nn.layer import Module
+
+from maxwhisper.artifacts import HOST, MANIFEST, Artifacts
+from maxwhisper.runtime import Program
+from maxwhisper.whisper import load_model
+from reference.lowering import GRAPHS, Lowering, lower
+from reference.suite import FIXTURE
+
+from .test_options import NANO, run
+
+FLOAT32 = [(FIXTURE, torch.float32)]
+
+
+class Empty(Module):
+    def __call__(self) -> None:
+        raise NotImplementedError
+
+
+def program(name: str, dtype: DType, *, weighted: bool = False) -> Program:
+    """x to x + x, or to a product that needs weights which are not there."""
+    inputs = {"x": TensorType(dtype, ["n"], DeviceRef.CPU())}
+    return Program(name, name, Empty(), lambda m, x: (x @ m.weight if weighted else x + x,), inputs)
+
+
+def test_what_does_not_lower_is_named_with_maxs_message() -> None:
+    wrong = [program("unbuilt", DType.float32, weighted=True), program("uncompiled", DType.float8_e4m3fn)]
+    artifact, failures = lower("some wrong", [program("right", DType.float32), *wrong], "cpu")
+    assert artifact is None and failures.keys() == {"unbuilt", "uncompiled"}
+    assert "'Empty' object has no attribute 'weight'" in failures["unbuilt"]
+    assert "f8e4m3fn data type is not supported on device 'cpu:0'" in failures["uncompiled"]
+
+
+def test_a_gate_compiles_every_graph_and_leaves_artifacts(tmp_path: Path) -> None:
+    options = ["--size", FIXTURE, "--dtype", "float32", "--artifacts", str(tmp_path)]
+    status, output = run("tests/parity", "--compile-only", HOST, *options)
+    assert status == pytest.ExitCode.OK, output
+    assert f"{len(GRAPHS)} passed" in output
+    assert f"host: 1 of 1 models compiled, 0 graphs do not lower; artifacts in {tmp_path / HOST}" in output
+    held = Artifacts(tmp_path / HOST, "cpu").held
+    assert {name for each in held for name in each.identity.blocks} == set(GRAPHS)
+    assert load_model(NANO, artifacts=tmp_path / HOST).dims.n_audio_state == 128
+
+
+def test_a_process_that_ends_early_is_reported_with_its_last_words(tmp_path: Path) -> None:
+    lowering = Lowering("sm_1", FLOAT32, tmp_path / "out", None)
+    reason = lowering.failure(*FLOAT32[0], "encoder")
+    lowering.stop()
+    assert reason is not None and "ended with status 1" in reason and "target 'sm_1' is not known" in reason
+    assert lowering.summary() == "sm_1: 0 of 1 models compiled, 0 graphs do not lower; no artifacts written"
+
+
+def test_stopping_it_leaves_nothing_behind(tmp_path: Path) -> None:
+    lowering = Lowering(HOST, FLOAT32, tmp_path / HOST, None)
+    while not list(tmp_path.iterdir()) and lowering.process.poll() is None:
+        time.sleep(0.05)
+    lowering.stop()
+    assert lowering.process.returncode < 0 and not list(tmp_path.iterdir())
+
+
+def test_artifacts_reach_the_suite(tmp_path: Path) -> None:
+    """Those of a folder that holds nothing are missed."""
+    (tmp_path / MANIFEST).write_text("{}")
+    status, output = run("tests/parity", "--artifacts", str(tmp_path))
+    assert status == pytest.ExitCode.USAGE_ERROR
+    assert f"--artifacts: {tmp_path / MANIFEST}: is no manifest of artifacts" in output
