@@ -146,8 +146,10 @@ _RULES: list[Executable] = []
 
 
 def compiled_rules(load: Loader | None = None) -> Executable:
-    """The graph compiled: once in a process, unless `load` gives it at the first call. Raises ArtifactError where `load`
-    does."""
+    """The graph compiled: once in a process, unless `load` gives it at the first call.
+
+    Raises ArtifactError where `load` does.
+    """
     if not _RULES:
         _RULES.append(Artifact("token rules", [rules_program()], "cpu", load).init({})[TOKEN_RULES])
     return _RULES[0]
