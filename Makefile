@@ -3,8 +3,9 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 CLIP := fixtures/clips/english-4.ogg
 CHECKPOINT := fixtures/nano.pt
+DEVICE := cpu
 
-.PHONY: help setup demo lint test test-faults soak clean
+.PHONY: help setup demo lint test test-faults soak perf perf-gate clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1\t\2/p' Makefile
@@ -28,6 +29,13 @@ test-faults: $(INSTALLED)  ## the judge on trial: every fault, in every dtype (n
 
 soak: $(INSTALLED)  ## the default comparisons 100 times on fresh random inputs; a false alarm fails
 	$(BIN)/python -m reference.soak
+
+perf: $(INSTALLED)  ## benchmark every block, MAX beside PyTorch
+	$(BIN)/pytest tests/perf --benchmark-autosave
+
+perf-gate: $(INSTALLED)  ## fail if a block is slower than in BASE: make perf-gate BASE=main [DEVICE=gpu]
+	@test -n "$(BASE)" || { echo "make perf-gate needs a git revision: make perf-gate BASE=main"; exit 1; }
+	$(BIN)/python -m reference.perf.gate "$(BASE)" --device $(DEVICE)
 
 clean:  ## remove what the other targets made, .venv too
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
