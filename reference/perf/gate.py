@@ -3,7 +3,7 @@
 Head is the working tree, base a checkout of BASE that is removed afterwards. Each is timed by a process of its own,
 round by round in random order, with a pause before each for the threads of the other to stop spinning. A block fails if
 the rounds differ by a Mann-Whitney test at p < 0.002 and head's median is more than 10 percent above base's, and both
-again with two fresh processes: a process may be slow as a whole, for where its memory happens to lie.
+again with fresh processes, twice: a process may be slow as a whole, for where its memory lies or its threads run.
 
 Both are given head's inputs; a block that takes other inputs in base is given base's own there.
 """
@@ -28,6 +28,8 @@ from ..suite import DTYPES, FIXTURE, SIZES
 from .engine import ROOT, Setting, Worker
 from .verdict import Verdict, verdict
 
+CONFIRMATIONS = 2
+"""How many more pairs of processes have to find a block slower before it fails."""
 ROUND, PAUSE = 0.04, 0.01
 """Seconds that a round takes at least where a block is short, and seconds before it."""
 
@@ -145,7 +147,7 @@ def rounds(pair: tuple[Worker, Worker], block: str, files: tuple[Path, Path], n_
 
 
 def timed(setting: Setting, trees: Trees, blocks: Sequence[str], own: Sequence[str], n_round: int) -> list[Verdict]:
-    """A verdict for each block; one that fails is timed again by fresh processes, and their verdict stands."""
+    """A verdict for each block; one that fails is timed again by fresh processes, and the last verdict stands."""
     with tempfile.TemporaryDirectory() as folder:
         save_inputs(setting, trees, blocks, own, Path(folder))
 
@@ -158,9 +160,10 @@ def timed(setting: Setting, trees: Trees, blocks: Sequence[str], own: Sequence[s
                     yield found
 
         found = {v.block: v for v in verdicts(blocks)}
-        if suspects := [block for block, v in found.items() if v.failed]:
-            print(f"again, by fresh processes: {', '.join(suspects)}", file=sys.stderr, flush=True)
-            found |= {v.block: v for v in verdicts(suspects)}
+        for _ in range(CONFIRMATIONS):
+            if suspects := [block for block, v in found.items() if v.failed]:
+                print(f"again, by fresh processes: {', '.join(suspects)}", file=sys.stderr, flush=True)
+                found |= {v.block: v for v in verdicts(suspects)}
     return list(found.values())
 
 
