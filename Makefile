@@ -10,9 +10,10 @@ SIZE ?= fixture
 DTYPE ?= float32
 ON_GPU = --device gpu --require-gpu $(addprefix --artifacts ,$(ARTIFACTS))
 REPORT_DIR = $(or $(REPORT),build/report)
+DEVICE := cpu
 
 .PHONY: help setup demo lint lint-ci test test-faults soak graph-key compile-gate doctor gpu-parity gpu-perf gpu-remote \
-	summary merge-gate clean
+	summary merge-gate perf perf-gate clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1\t\2/p' Makefile
@@ -36,6 +37,13 @@ test-faults: $(INSTALLED)  ## the judge on trial: every fault, in every dtype (n
 
 soak: $(INSTALLED)  ## the default comparisons 100 times on fresh random inputs; a false alarm fails
 	$(BIN)/python -m reference.soak
+
+perf: $(INSTALLED)  ## benchmark every block, MAX beside PyTorch
+	$(BIN)/pytest tests/perf --benchmark-autosave
+
+perf-gate: $(INSTALLED)  ## fail if a block is slower than in BASE: make perf-gate BASE=main [DEVICE=gpu]
+	@test -n "$(BASE)" || { echo "make perf-gate needs a git revision: make perf-gate BASE=main"; exit 1; }
+	$(BIN)/python -m reference.perf.gate "$(BASE)" --device $(DEVICE)
 
 lint-ci: $(INSTALLED)  ## actionlint and shellcheck, which are installed first
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[ci]'

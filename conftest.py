@@ -293,8 +293,10 @@ def models_of(item: pytest.Item) -> list[tuple[str, torch.dtype]]:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Has the models of later tests compiled by another process while the first one is compiled here."""
-    models = list(dict.fromkeys(model for item in session.items for model in models_of(item)))
+    """Has the models of later tests compiled by another process while the first one is compiled here; not for
+    benchmarks, which it would disturb."""
+    judged = [item for item in session.items if not item.get_closest_marker("benchmarked")]
+    models = list(dict.fromkeys(model for item in judged for model in models_of(item)))
     if len(models) > 1 and not session.config.getoption("collectonly") and not artifacts(session.config):
         AHEAD.append(CompileAhead(models[1:], session.config.getoption("--checkpoint"), device(session.config)))
 

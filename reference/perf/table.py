@@ -1,0 +1,63 @@
+"""What a benchmark's time means: operations and bytes per second, and how far they are from the machine's ceilings."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from .costs import Cost
+
+COLUMNS = "MAX ms  PyTorch ms  ratio  GFLOP/s  % matmul   GB/s  % read"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A block on an engine; seconds: the median."""
+
+    block: str
+    engine: str
+    seconds: float
+    cost: Cost
+
+    def rates(self, ceilings: Mapping[str, float]) -> dict[str, float]:
+        """GFLOP/s and GB/s, and the ceilings that they are to be seen against.
+
+        ceilings: FLOP/s of "matmul", bytes/s of "copy" and "read".
+        """
+        return {
+            "GFLOP/s": self.cost.flops / self.seconds / 1e9,
+            "GB/s": self.cost.n_bytes / self.seconds / 1e9,
+            "matmul ceiling, GFLOP/s": ceilings["matmul"] / 1e9,
+            "copy ceiling, GB/s": ceilings["copy"] / 1e9,
+            "read ceiling, GB/s": ceilings["read"] / 1e9,
+        }
+
+
+def table(rows: Sequence[Row], ceilings: Mapping[str, float]) -> Iterator[str]:
+    """A line for each block, MAX beside PyTorch; the rates are MAX's. A dash where an engine was not timed."""
+    matmul, copy, read = (ceilings[name] / 1e9 for name in ("matmul", "copy", "read"))
+    yield f"ceilings: matmul {matmul:.0f} GFLOP/s, copy {copy:.1f} GB/s, read {read:.1f} GB/s"
+    yield "medians; ratio is MAX's time over PyTorch's; rates are MAX's"
+    by_block: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        by_block.setdefault(row.block, {})[row.engine] = row
+    width = max(map(len, by_block))
+    yield f"{'block':{width}}  {COLUMNS}"
+    for block, engines in by_block.items():
+        yield f"{block:{width}}  {figures(engines, ceilings)}"
+
+
+def figures(engines: Mapping[str, Row], ceilings: Mapping[str, float]) -> str:
+    ours, theirs = engines.get("MAX"), engines.get("PyTorch")
+    left = f"{milliseconds(ours):>6}  {milliseconds(theirs):>10}  "
+    left += f"{ours.seconds / theirs.seconds:5.2f}" if ours and theirs else f"{'-':>5}"
+    if not ours:
+        return left
+    rates = ours.rates(ceilings)
+    of_matmul, of_read = (
+        rates["GFLOP/s"] / rates["matmul ceiling, GFLOP/s"],
+        rates["GB/s"] / rates["read ceiling, GB/s"],
+    )
+    return f"{left}  {rates['GFLOP/s']:7.1f}  {of_matmul:8.0%}  {rates['GB/s']:5.1f}  {of_read:6.0%}"
+
+
+def milliseconds(row: Row | None) -> str:
+    return f"{row.seconds * 1e3:.3g}" if row else "-"

@@ -1,0 +1,143 @@
+"""A process that times the blocks of one source tree on one engine, told what to do line by line.
+
+    PYTHONPATH=TREE python -P worker.py SIZE DTYPE DEVICE [--checkpoint PATH] [--artifacts DIR]
+
+Requests and replies are JSON objects, one a line; reference/perf/engine.py is the other end. `maxwhisper` and
+`reference` are those of TREE, so that a gate has two revisions timed by the same lines, these. They rely on little of a
+tree, for it may be an old one: `BLOCKS`, and of `reference.suite` DTYPES, load and Suite.
+
+Each engine gets a process of its own because the thread pools of two engines disturb each other: their threads spin for
+a while after every call, on the cores that the other wants.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+import maxwhisper
+from maxwhisper.blocks import BLOCKS
+from reference.suite import DTYPES, Suite, load
+
+MATRIX, VECTOR = 2048, 2**26
+"""Rows of the matrix product and elements of the copy and of the read that find the machine's ceilings: far more than
+its caches hold."""
+
+
+class Blocks:
+    """The blocks of a suite, ready to be timed."""
+
+    def __init__(self, suite: Suite):
+        self.suite = suite
+        self.calls: dict[str, Callable[[], object]] = {}
+
+    def takes(self) -> dict[str, list[str]]:
+        """By block, its inputs: names, dtypes and dimensions."""
+        dims, policy = self.suite.dims, self.suite.policy
+        return {
+            name: [f"{given} {kind}" for given, kind in block.inputs(dims, policy).items()]
+            for name, block in BLOCKS.items()
+        }
+
+    def save(self, block: str, path: str) -> None:
+        """Writes the block's inputs, its true ones for speech in its last layer, at the end of the text.
+
+        Contiguous, as a user's are: those that are views of a whole recording would be copied at every call.
+        """
+        inputs = self.suite.inputs(BLOCKS[block], self.comparison(block))
+        torch.save({name: x.contiguous() for name, x in inputs.items()}, path)
+
+    def prepare(self, block: str, path: str, engine: str) -> None:
+        """Compiles the block, loads the inputs that `save` wrote, and runs it once."""
+        comparison = self.comparison(block)
+        device = torch.device("cpu") if comparison.device == "cpu" else self.suite.torch_device
+        inputs = {name: x.to(device) if x.ndim else x for name, x in torch.load(path).items()}
+        if engine == "PyTorch":
+            self.calls[block] = self.on_pytorch(block, comparison.layer, inputs)
+        else:
+            run = self.suite.executable(BLOCKS[block], comparison.layer)
+            self.calls[block] = lambda: run(*inputs.values())
+        self.time(block, 1)
+
+    def on_pytorch(self, block: str, layer: int, inputs: dict[str, torch.Tensor]) -> Callable[[], object]:
+        from reference.blocks import TWINS
+
+        @torch.inference_mode()
+        def call() -> object:
+            return TWINS[block](self.suite.peer, layer, **inputs)
+
+        return call
+
+    def time(self, block: str, calls: int) -> list[float]:
+        """Seconds of each of so many calls, after one that is not timed: threads are awake and caches are warm, as in
+        a user's loop."""
+        return self.seconds(self.calls[block], calls)
+
+    def ceilings(self) -> dict[str, float]:
+        """What the machine can do at most, in FLOP/s and bytes/s, best of ten: a large matrix product in the suite's
+        dtype, a large copy, which reads and writes, and a large read."""
+        device, dtype = self.suite.torch_device, self.suite.dtype
+        a = torch.ones(MATRIX, MATRIX, dtype=dtype, device=device)
+        source = torch.ones(VECTOR, device=device)
+        target, size = torch.empty_like(source), source.nbytes
+        return {
+            "matmul": 2 * MATRIX**3 / min(self.seconds(lambda: a @ a, 10)),
+            "copy": 2 * size / min(self.seconds(lambda: target.copy_(source), 10)),
+            "read": size / min(self.seconds(source.sum, 10)),
+        }
+
+    def seconds(self, call: Callable[[], object], calls: int) -> list[float]:
+        seconds = []
+        for _ in range(calls + 1):
+            start = time.perf_counter()
+            call()
+            if self.suite.device == "gpu":  # a GPU works on while Python goes on; the time is that of the work
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
+        return seconds[1:]
+
+    def comparison(self, block: str) -> Any:
+        return list(self.suite.comparisons(BLOCKS[block], ["speech"]))[-1]
+
+
+def replies_to() -> TextIO:
+    """Where replies go. What else is printed, by any library, goes to standard error."""
+    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    return replies
+
+
+def main() -> None:
+    replies = replies_to()
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name in ("size", "dtype", "device"):
+        parser.add_argument(name)
+    for name in ("--checkpoint", "--artifacts"):
+        parser.add_argument(name)
+    options = parser.parse_args()
+    suite = Suite(load(options.size, options.checkpoint), DTYPES[options.dtype], options.device)
+    if options.artifacts:
+        from maxwhisper.artifacts import Artifacts  # not in every tree
+
+        suite = replace(suite, held=Artifacts(options.artifacts, options.device))
+    blocks = Blocks(suite)
+    tree = str(Path(maxwhisper.__file__).parent.parent)
+    print(json.dumps({"result": {"tree": tree, "takes": blocks.takes()}}), file=replies)
+    for line in sys.stdin:
+        try:
+            request = json.loads(line)
+            result = getattr(blocks, request.pop("do"))(**request)
+            print(json.dumps({"result": result}), file=replies)
+        except Exception as error:  # whatever a tree's block raises is for the other end to report
+            print(json.dumps({"error": f"{type(error).__name__}: {error}"}), file=replies)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""The gate's verdict and what surrounds it, the counts of a block's work, and processes that do not start."""
+
+import random
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from maxwhisper.blocks import BLOCKS
+from maxwhisper.errors import MaxWhisperError, OptionError
+from reference.perf import gate
+from reference.perf.costs import Cost, costs
+from reference.perf.engine import Setting, Worker, WorkerError
+from reference.perf.gate import Report, Trees, checked_out, compare
+from reference.perf.table import Row, table
+from reference.perf.verdict import FACTOR, P, Verdict, verdict
+from reference.suite import SIZES, Suite, random_weights
+
+SETTING = Setting("fixture", "float32", "cpu")
+SECONDS = st.floats(1e-6, 10, allow_nan=False)
+ROUNDS = st.lists(SECONDS, min_size=1, max_size=60)
+
+
+# ---- verdict -------------------------------------------------------------------------------------------------------
+
+
+@given(ROUNDS)
+def test_a_sample_passes_against_itself(rounds: list[float]) -> None:
+    assert not verdict("block", rounds, rounds).failed
+
+
+@given(st.lists(SECONDS, min_size=20, max_size=60), st.floats(1.0, 10.0))
+def test_every_round_slower_than_every_other_fails_beyond_the_factor(base: list[float], times: float) -> None:
+    head = [max(base) * times + 1e-6] * len(base)
+    found = verdict("block", base, head)
+    assert found.significant
+    assert found.failed == (found.ratio > FACTOR)
+    assert not verdict("block", head, base).failed, "faster is no failure"
+
+
+@given(ROUNDS, ROUNDS, st.floats(1e-3, 1e3))
+def test_the_unit_of_time_does_not_matter(base: list[float], head: list[float], unit: float) -> None:
+    found = verdict("block", base, head)
+    scaled = verdict("block", [x * unit for x in base], [x * unit for x in head])
+    assert scaled.ratio == pytest.approx(found.ratio)
+
+
+def test_a_large_slowdown_in_few_rounds_is_not_significant() -> None:
+    assert not verdict("block", [1.0, 1.1, 1.2], [9.0, 9.1, 9.2]).failed
+
+
+def test_a_significant_slowdown_within_the_factor_passes() -> None:
+    found = verdict("block", [1 + i / 1000 for i in range(40)], [1.09 + i / 1000 for i in range(40)])
+    assert found.p < P
+    assert not found.failed
+
+
+def test_rounds_of_one_distribution_fail_hardly_ever() -> None:
+    draw = random.Random(0)
+    sample = [[draw.lognormvariate(0, 0.5) for _ in range(40)] for _ in range(2000)]
+    alarms = sum(verdict("block", a, b).failed for a, b in zip(sample[::2], sample[1::2], strict=True))
+    assert alarms <= 5, "0.001 of 1000 are expected"
+
+
+@pytest.mark.parametrize(("base", "head"), [([], [1.0]), ([1.0], [])])
+def test_no_rounds_are_no_verdict(base: list[float], head: list[float]) -> None:
+    with pytest.raises(ValueError, match="no rounds of"):
+        verdict("block", base, head)
+
+
+# ---- report --------------------------------------------------------------------------------------------------------
+
+SLOWER, EQUAL = Verdict("encoder", 0.1, 0.12, 1e-9), Verdict("decoder.step", 0.002, 0.002, 0.7)
+
+
+def test_report_is_a_table_with_every_block() -> None:
+    report = Report("MAX", [SLOWER, EQUAL], ["decoder.new"], ["decoder.old"], ["decoder.step"])
+    assert report.failed == ["encoder"]
+    text = report.markdown()
+    assert "| encoder | 100 ms | 120 ms | 1.20 | 1.0e-09 | FAILED: slower |" in text
+    assert "| decoder.step | 2 ms | 2 ms | 1.00 | 7.0e-01 | ok; each on inputs of its own, for they differ |" in text
+    assert "| decoder.new | | | | | new |" in text
+    assert "| decoder.old | | | | | removed |" in text
+    assert "2 blocks timed, 1 failed: encoder." in text
+
+
+@pytest.mark.parametrize(("verdicts", "status"), [([EQUAL], 0), ([EQUAL, SLOWER], 1)])
+def test_exit_status(
+    verdicts: list[Verdict], status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(gate, "compare", lambda *_: Report("MAX", verdicts, [], [], []))
+    output = tmp_path / "build" / "gate.md"
+    assert gate.main(["HEAD", "--output", str(output)]) == status
+    assert output.read_text().strip() == capsys.readouterr().out.strip()
+
+
+# ---- trees and processes -------------------------------------------------------------------------------------------
+
+
+def worktrees() -> str:
+    return subprocess.run(["git", "worktree", "list"], cwd=gate.ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def test_unknown_revision_is_one_line(capsys: pytest.CaptureFixture) -> None:
+    assert gate.main(["no-such-revision"]) == 1
+    assert capsys.readouterr().err == (
+        "perf-gate: BASE 'no-such-revision' is not known to git: expected a branch, tag or commit\n"
+    )
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_worktree_is_gone_however_it_ends(error: type[BaseException]) -> None:
+    before = worktrees()
+    with pytest.raises(error), checked_out("HEAD") as trees:
+        assert (trees.base / "maxwhisper" / "model.py").is_file()
+        assert str(trees.base) in worktrees()
+        raise error
+    assert not trees.base.exists()
+    assert worktrees() == before
+
+
+class StandIn:
+    """In a worker's place: a tree with these blocks, each with inputs."""
+
+    def __init__(self, takes: dict[str, list[str]]):
+        self.takes = takes
+
+    def __enter__(self) -> "StandIn":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def blocks_of(monkeypatch: pytest.MonkeyPatch):  # noqa: ANN201
+    """Puts trees with the given blocks, base's and head's, in the place of the real ones; timing them takes no time."""
+
+    def put(base: dict[str, list[str]], head: dict[str, list[str]]) -> None:
+        monkeypatch.setattr(gate, "Worker", lambda _, tree, name: StandIn(base if tree.name == "base" else head))
+        equal = lambda setting, trees, blocks, own, n_round: [replace(EQUAL, block=block) for block in blocks]  # noqa: E731
+        monkeypatch.setattr(gate, "timed", equal)
+
+    return put
+
+
+TREES = Trees(Path("head"), Path("base"), "main")
+
+
+def test_new_removed_and_changed_blocks_are_listed(blocks_of) -> None:  # noqa: ANN001
+    blocks_of({"a": ["x"], "old": ["x"], "c": ["x"]}, {"a": ["x"], "new": ["x"], "c": ["x", "k_cache"]})
+    report = compare(SETTING, TREES, [], 40)
+    assert [v.block for v in report.verdicts] == ["a", "c"]
+    assert (report.added, report.removed, report.own_inputs) == (["new"], ["old"], ["c"])
+    assert not report.failed
+
+
+def test_nothing_timed_is_an_error(blocks_of) -> None:  # noqa: ANN001
+    blocks_of({"old": ["x"]}, {"new": ["x"]})
+    with pytest.raises(MaxWhisperError, match="nothing was timed: no block of new, old is in both"):
+        compare(SETTING, TREES, [], 40)
+
+
+def test_unknown_block_is_named(blocks_of) -> None:  # noqa: ANN001
+    blocks_of({"a": ["x"]}, {"a": ["x"]})
+    with pytest.raises(OptionError, match="--block b is not known: expected some of a"):
+        compare(SETTING, TREES, ["b"], 40)
+
+
+def test_a_tree_without_the_api_is_named(tmp_path: Path) -> None:
+    (tmp_path / "maxwhisper").mkdir()
+    (tmp_path / "maxwhisper" / "__init__.py").touch()
+    (tmp_path / "maxwhisper" / "blocks.py").touch()
+    with pytest.raises(WorkerError, match=r"^base v0: .* ImportError: cannot import name 'BLOCKS' from"):
+        Worker(SETTING, tmp_path, "base v0")
+
+
+# ---- costs and their table -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Suite:
+    return Suite(random_weights("tiny"), torch.float32)
+
+
+def cost_of(suite: Suite, block: str) -> dict[str, Cost]:
+    return costs(suite, list(suite.comparisons(BLOCKS[block], ["speech"]))[-1])
+
+
+def test_costs_of_an_mlp(tiny: Suite) -> None:
+    width, frames = SIZES["tiny"].n_audio_state, SIZES["tiny"].n_audio_ctx
+    weights, biases, activations = 2 * width * 4 * width, 4 * width + width, 2 * frames * width
+    found = cost_of(tiny, "encoder.mlp")
+    assert found["MAX"] == Cost(2 * frames * weights, 2 * weights + 4 * (biases + activations))
+    assert found["PyTorch"] == Cost(2 * frames * weights, 4 * (weights + biases + activations))
+
+
+def test_an_embedding_reads_the_rows_that_are_looked_up(tiny: Suite) -> None:
+    comparison = list(tiny.comparisons(BLOCKS["decoder.embedding"], ["speech"]))[-1]
+    n_token, width = tiny.inputs(BLOCKS["decoder.embedding"], comparison)["tokens"].shape[1], tiny.dims.n_text_state
+    rows, out = n_token * width, n_token * width
+    tokens_and_offset = 8 * (n_token + 1)
+    assert cost_of(tiny, "decoder.embedding")["MAX"] == Cost(0, 2 * rows + 4 * rows + 4 * out + tokens_and_offset)
+
+
+def test_a_step_reads_every_weight_of_the_decoder_once(tiny: Suite) -> None:
+    found = cost_of(tiny, "decoder.step")
+    matrices = sum(x.numel() for name, x in tiny.model.tensors.items() if name.startswith("decoder") and x.ndim > 1)
+    unread = sum(
+        x.numel()
+        for name, x in tiny.model.tensors.items()
+        if name == "decoder.positional_embedding" or name.endswith(("cross_attn.key.weight", "cross_attn.value.weight"))
+    )
+    assert found["MAX"].n_bytes > 2 * (matrices - unread)
+    assert 2 * (matrices - unread) < found["MAX"].flops < 2.5 * (matrices - unread)
+
+
+def test_table_shows_rates_against_ceilings() -> None:
+    cost = Cost(flops=4_000_000_000, n_bytes=100_000_000)
+    rows = [Row("encoder", "MAX", 0.1, cost), Row("encoder", "PyTorch", 0.2, cost), Row("log_mel", "PyTorch", 1, cost)]
+    *_, head, encoder, log_mel = table(rows, {"matmul": 400e9, "copy": 9e9, "read": 10e9})
+    assert head.split()[0] == "block"
+    assert encoder.split() == ["encoder", "100", "200", "0.50", "40.0", "10%", "1.0", "10%"]
+    assert log_mel.split() == ["log_mel", "-", "1e+03", "-"]
