@@ -78,6 +78,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "faults(kind): tries faults of weights or of graphs on the judge")
     config.addinivalue_line("markers", "benchmarked: times MAX and PyTorch")
+    config.addinivalue_line("markers", "clock: is about times, so it does not run with --benchmark-disable")
     config.addinivalue_line("markers", "trained: needs trained weights, the fixture's or those of --checkpoint")
     config.addinivalue_line("markers", "blocks(*words, units): judge the blocks with one of the words in their names")
     chosen(config, "--size", ALL_SIZES, DEFAULT_SIZES)
@@ -305,6 +306,8 @@ def wanted(config: pytest.Config, item: pytest.Item) -> bool:
     """Whether the test is of the kind that the run is, --size has a model for it, and --faults its faults: those of
     weights in float32 by default."""
     if bool(targets(config)) != ("lowering" in item.fixturenames):  # type: ignore[attr-defined]
+        return False
+    if item.get_closest_marker("clock") and config.getoption("benchmark_disable"):
         return False
     faults, asked = item.get_closest_marker("faults"), config.getoption("--faults")
     if faults and (asked or "weights") not in ("all", faults.args[0]):

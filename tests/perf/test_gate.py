@@ -8,6 +8,8 @@ import pytest
 from reference.perf.engine import ROOT, Setting
 from reference.perf.gate import Trees, compare
 
+pytestmark = pytest.mark.clock
+
 SLOWED = "encoder.attention"
 
 

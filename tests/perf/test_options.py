@@ -11,6 +11,8 @@ import pytest
 
 from reference.perf.engine import ROOT
 
+pytestmark = pytest.mark.clock
+
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
