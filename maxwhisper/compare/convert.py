@@ -12,11 +12,15 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from ..checkpoint import Checkpoint
 from ..errors import OptionError
 
-# PyTorch and the packages of the engines are imported where they are used: workers read this file too.
+if TYPE_CHECKING:
+    from ..checkpoint import Checkpoint
+
+# PyTorch and the packages of the engines are imported where they are used: workers read this file too, and what an
+# engine does not need itself would count as its memory.
 
 
 def cache_folder() -> Path:
@@ -24,7 +28,7 @@ def cache_folder() -> Path:
     return Path(os.getenv("XDG_CACHE_HOME") or Path.home() / ".cache") / "maxwhisper" / "compare"
 
 
-def store(checkpoint: Checkpoint) -> Path:
+def store(checkpoint: "Checkpoint") -> Path:
     """The checkpoint's folder in the cache, with the checkpoint in OpenAI's format in it, as `openai/model.pt`.
 
     Raises OptionError if the cache cannot be written to.
@@ -38,7 +42,7 @@ def store(checkpoint: Checkpoint) -> Path:
     return folder
 
 
-def digest(checkpoint: Checkpoint) -> str:
+def digest(checkpoint: "Checkpoint") -> str:
     """A hash of everything that makes the checkpoint, whatever file it came from."""
     import torch
 
@@ -64,7 +68,7 @@ def complete(folder: Path, write: Callable[[Path], None]) -> None:
                 raise
 
 
-def write_openai(checkpoint: Checkpoint, folder: Path) -> None:
+def write_openai(checkpoint: "Checkpoint", folder: Path) -> None:
     import torch
 
     content = {"dims": asdict(checkpoint.dims), "model_state_dict": dict(checkpoint.tensors)}
@@ -78,7 +82,7 @@ def write_openai(checkpoint: Checkpoint, folder: Path) -> None:
 class Conversion:
     """write(checkpoint, folder) fills a folder; package: the one whose version the result depends on."""
 
-    write: Callable[[Checkpoint, Path], None]
+    write: Callable[["Checkpoint", Path], None]
     package: str
 
 
@@ -100,13 +104,13 @@ def convert(kind: str, checkpoint_folder: Path) -> Path:
     return folder
 
 
-def write_hugging_face(checkpoint: Checkpoint, folder: Path) -> None:
+def write_hugging_face(checkpoint: "Checkpoint", folder: Path) -> None:
     from .hugging_face import write
 
     write(checkpoint, folder)
 
 
-def write_ctranslate2(checkpoint: Checkpoint, folder: Path) -> None:
+def write_ctranslate2(checkpoint: "Checkpoint", folder: Path) -> None:
     """As the published models of faster-whisper are made: from a Hugging Face folder, in float16."""
     from ctranslate2.converters import TransformersConverter
 
@@ -116,13 +120,13 @@ def write_ctranslate2(checkpoint: Checkpoint, folder: Path) -> None:
     converter.convert(str(folder), quantization="float16", force=True)
 
 
-def write_ggml(checkpoint: Checkpoint, folder: Path) -> None:
+def write_ggml(checkpoint: "Checkpoint", folder: Path) -> None:
     from .ggml import write
 
     write(checkpoint, folder / "model.bin")
 
 
-def write_openvino(checkpoint: Checkpoint, folder: Path) -> None:
+def write_openvino(checkpoint: "Checkpoint", folder: Path) -> None:
     import openvino
 
     from .stepwise import graphs
@@ -139,7 +143,7 @@ def write_openvino(checkpoint: Checkpoint, folder: Path) -> None:
         openvino.save_model(model, folder / f"{name}.xml", compress_to_fp16=False)
 
 
-def write_onnx(checkpoint: Checkpoint, folder: Path) -> None:
+def write_onnx(checkpoint: "Checkpoint", folder: Path) -> None:
     import torch
 
     from .stepwise import graphs
@@ -160,7 +164,7 @@ def write_onnx(checkpoint: Checkpoint, folder: Path) -> None:
         )
 
 
-def write_dims(checkpoint: Checkpoint, folder: Path) -> None:
+def write_dims(checkpoint: "Checkpoint", folder: Path) -> None:
     (folder / "dims.json").write_text(json.dumps(asdict(checkpoint.dims)))
 
 

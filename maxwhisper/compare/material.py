@@ -83,7 +83,7 @@ def recordings(files: list[str], texts: list[str] | None) -> list[Recording]:
     if texts is not None:
         paths = [Path(text) for text in texts]
     return [
-        Recording(Path(file).name, load(file), path and read_text(path))
+        Recording(Path(file).name, load(file), read_text(path) if path else None)
         for file, path in zip(files, paths, strict=True)
     ]
 

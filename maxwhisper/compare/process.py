@@ -24,7 +24,7 @@ class Worker:
 
     def __init__(self, spec: Spec, folder: Path, task: Task):
         self.spec = spec
-        self.messages = tempfile.TemporaryFile("w+", errors="replace")
+        self.messages = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115, closed by close()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "maxwhisper.compare.worker", spec.name, str(folder), json.dumps(asdict(task))],
             stdin=subprocess.PIPE,

@@ -9,7 +9,7 @@ from whisper.normalizers import BasicTextNormalizer, EnglishTextNormalizer
 def agreement(reference: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]) -> float | None:
     """Share of equal tokens in the best alignment of two lists of transcripts, from 0 to 1; None if both are empty."""
     as_words = [[" ".join(map(str, each)) for each in side] for side in (reference, tokens)]
-    counts = jiwer.process_words(*as_words)
+    counts = jiwer.process_words(as_words[0], as_words[1])
     total = counts.hits + counts.substitutions + counts.deletions + counts.insertions
     return counts.hits / total if total else None
 
@@ -20,7 +20,7 @@ def word_error_rate(reference: Sequence[str], texts: Sequence[str], languages: S
         [normalized(text, language) for text, language in zip(side, languages, strict=True)]
         for side in (reference, texts)
     ]
-    return jiwer.wer(*sides) if any(sides[0]) else None
+    return jiwer.wer(sides[0], sides[1]) if any(sides[0]) else None
 
 
 def normalized(text: str, language: str) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from whisper import decoding
-from whisper.model import ModelDimensions, TextDecoder
+from whisper.model import ModelDimensions
 from whisper.model import Whisper as OpenAIWhisper
 
 from ..checkpoint import Checkpoint
@@ -82,7 +82,7 @@ class Encoder(Exported):
 class Cross(Exported):
     def __init__(self, model: OpenAIWhisper):
         super().__init__(model)
-        self.attentions = nn.ModuleList(block.cross_attn for block in model.decoder.blocks)
+        self.attentions: Any = nn.ModuleList(block.cross_attn for block in model.decoder.blocks)
 
     def example(self) -> tuple[Tensor, ...]:
         return (torch.zeros(1, self.dims.n_audio_ctx, self.dims.n_audio_state),)
@@ -101,7 +101,7 @@ class Cross(Exported):
 class Step(Exported):
     def __init__(self, model: OpenAIWhisper):
         super().__init__(model)
-        self.decoder: TextDecoder = model.decoder
+        self.decoder: Any = model.decoder
 
     def example(self) -> tuple[Tensor, ...]:
         dims = self.dims

@@ -64,7 +64,11 @@ class Requests:
         return {"seconds": time.perf_counter() - start}
 
     def generate(self, n_tokens: int) -> dict[str, Any]:
-        return {"tokens": [int(token) for token in self.engine.generate(self.features, n_tokens)]}
+        """The tokens are None where the engine cannot do this with these options."""
+        try:
+            return {"tokens": [int(token) for token in self.engine.generate(self.features, n_tokens)]}
+        except NotImplementedError:
+            return {"tokens": None}
 
     def memory(self) -> dict[str, Any]:
         return {"bytes": peak_memory()}

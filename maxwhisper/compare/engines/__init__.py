@@ -39,7 +39,9 @@ OPENAI_LOOP = "the loop over windows and tokens, and its rules, are openai-whisp
 STEPS = "encoder and decoder step exported from PyTorch, one graph of the step for any number of tokens"
 
 SPECS = (
-    Spec(SUBJECT, "", "maxwhisper", ("max",), "openai", "weights as stored, float32 arithmetic; graphs compiled before"),
+    Spec(
+        SUBJECT, "", "maxwhisper", ("max",), "openai", "weights as stored, float32 arithmetic; graphs compiled before"
+    ),
     Spec(REFERENCE, "", "openai_whisper", ("openai-whisper", "torch"), "openai", "float32 (fp16=False), eager PyTorch"),
     Spec(
         "faster-whisper",
@@ -72,9 +74,17 @@ SPECS = (
         ("pywhispercpp",),
         "ggml",
         "pywhispercpp, matrices and cache in float16, no temperature fallback; its own loop over windows and its own"
-        " rules of ending one; encoder and per token by its C functions, the token picked by NumPy",
+        " rules of ending one; encoder and per token by its C functions, the token picked by NumPy, greedy only; with"
+        " --tokens its memory counts the model twice",
     ),
-    Spec("openvino", "", "openvino", ("openvino",), "openvino", f"float32 (INFERENCE_PRECISION_HINT); {STEPS}; {OPENAI_LOOP}"),
+    Spec(
+        "openvino",
+        "",
+        "openvino",
+        ("openvino",),
+        "openvino",
+        f"float32 (INFERENCE_PRECISION_HINT); {STEPS}; {OPENAI_LOOP}",
+    ),
     Spec("onnxruntime", "", "onnxruntime", ("onnxruntime", "onnx"), "onnx", f"float32; {STEPS}; {OPENAI_LOOP}"),
 )
 

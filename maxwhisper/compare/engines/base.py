@@ -40,7 +40,7 @@ class Engine(ABC):
 
     @abstractmethod
     def generate(self, features: Any, n_tokens: int) -> list[int]:
-        """Exactly `n_tokens` tokens after the prompt: `eot` is suppressed."""
+        """Exactly `n_tokens` tokens after the prompt: `eot` is suppressed. Raises NotImplementedError if it cannot."""
 
     @abstractmethod
     def transcribe(self, audio: np.ndarray, language: str) -> list[int]:
@@ -50,5 +50,5 @@ class Engine(ABC):
         """The code of the language in a window; only PyTorch Whisper is asked."""
         raise NotImplementedError
 
-    def prepare(self, folder: Path) -> None:
+    def prepare(self, folder: Path) -> None:  # noqa: B027
         """What is to be done once, before loading is timed; nothing for most."""

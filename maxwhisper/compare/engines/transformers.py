@@ -45,7 +45,9 @@ class Adapter(Engine):
             truncation=False,
             padding="longest" if long else "max_length",
         )
-        multilingual = {"language": language, "task": "transcribe"} if self.model.generation_config.is_multilingual else {}
+        multilingual = (
+            {"language": language, "task": "transcribe"} if self.model.generation_config.is_multilingual else {}
+        )
         generated = self.model.generate(
             **inputs,
             **multilingual,

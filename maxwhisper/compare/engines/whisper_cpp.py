@@ -54,7 +54,8 @@ class Adapter(Engine):
     def generate(self, features: np.ndarray, n_tokens: int) -> list[int]:
         if self.task.beam_size:
             raise NotImplementedError("whisper.cpp has no beam search outside of its transcription")
-        tokens, new, past = [], self.task.prompt, 0
+        new, past = self.task.prompt, 0
+        tokens: list[int] = []
         for _ in range(n_tokens):
             logits = self.steps.decode(new, past)
             logits[[*self.task.suppress, self.task.eot]] = -np.inf
