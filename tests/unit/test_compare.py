@@ -18,7 +18,9 @@ from maxwhisper.compare import convert, run
 from maxwhisper.compare.engines import SPECS, Spec, missing
 from maxwhisper.compare.material import SIZES, checkpoint_for, recordings
 from maxwhisper.compare.process import EngineError, Worker
+from maxwhisper.compare.results import Row
 from maxwhisper.compare.scores import agreement, word_error_rate
+from maxwhisper.compare.table import cells as figures
 from maxwhisper.compare.tokens import task_for, tokenizer_of
 
 ROOT = Path(__file__).parents[2]
@@ -259,6 +261,11 @@ def test_the_table(stub: type[StubWorker], tmp_path: Path, capsys: pytest.Captur
     assert rows["openvino"]["total_s"] == [] and rows["openvino"]["not_installed"] == ["openvino"]
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in tmp_path.iterdir()} == {"text", "report.json", "picture.png"}
+
+
+def test_a_time_below_zero_is_noise_and_not_shown() -> None:
+    row = Row("x", "", {}, total_s=[1.0], encode_s=[0.02], token_s=[-0.001, 0.002, -0.003])
+    assert figures(row, 10.0)[:5] == ["x", "-", "20.0", "-", "1.00"]
 
 
 def test_an_engine_that_fails_has_no_figures(stub: type[StubWorker], capsys: pytest.CaptureFixture[str]) -> None:
