@@ -14,7 +14,7 @@ from whisper.tokenizer import get_tokenizer
 from maxwhisper.audio import load_audio
 from maxwhisper.checkpoint import load_checkpoint
 from maxwhisper.cli import main
-from maxwhisper.compare import convert, run
+from maxwhisper.compare import convert, run, stepwise
 from maxwhisper.compare.engines import SPECS, Spec, missing
 from maxwhisper.compare.material import SIZES, checkpoint_for, recordings
 from maxwhisper.compare.process import EngineError, Worker
@@ -124,6 +124,22 @@ def test_the_tokenizer_of_a_hugging_face_folder_is_openais(folder: Path) -> None
         assert theirs.decode(ours.encode(text)) == text
     for name in ("<|endoftext|>", "<|startoftranscript|>", "<|de|>", "<|notimestamps|>", "<|0.00|>", "<|30.00|>"):
         assert theirs.token_to_id(name) == ours.encoding.encode_single_token(name)
+
+
+def test_the_graph_of_a_step_is_pytorchs_decoder() -> None:
+    """As it is exported: three tokens, then one, for two texts, beside PyTorch's decoder on all four at once."""
+    model = whisper.load_model(str(NANO), "cpu")
+    graphs = stepwise.graphs(load_checkpoint(NANO))
+    torch.manual_seed(0)
+    tokens, features = torch.randint(50257, (2, 4)), torch.randn(1, 1500, model.dims.n_audio_state)
+    with torch.inference_mode():
+        cross = graphs["cross"](features)
+        own = [torch.zeros(2, model.dims.n_text_head, 0, 64)] * len(cross)
+        first, *own = graphs["step"](tokens[:, :3], *own, *cross)
+        last, *own = graphs["step"](tokens[:, 3:], *own, *cross)
+        expected = model.decoder(tokens, features)
+    # A cache that is read wrongly changes logits by whole numbers, another order of additions by millionths.
+    torch.testing.assert_close(torch.cat([first, last], 1), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path) -> None:
