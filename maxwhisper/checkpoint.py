@@ -50,7 +50,7 @@ _STATED_BY = {
     "decoder.token_embedding.weight": ("n_vocab", "n_text_state"),
 }
 
-_HUGGING_FACE_DIMS = {
+HUGGING_FACE_DIMS = {
     "n_mels": "num_mel_bins",
     "n_audio_ctx": "max_source_positions",
     "n_audio_state": "d_model",
@@ -228,7 +228,7 @@ def _load_hugging_face(folder: Path, weights: Path | None = None) -> Checkpoint:
     has_output = "proj_out.weight" in stored
     output = stored.pop("proj_out.weight", None)
     prefix = "model." if any(str(name).startswith("model.") for name in stored) else ""
-    tensors = _validated(path, dims, stored, lambda name: prefix + _hugging_face_name(name))
+    tensors = _validated(path, dims, stored, lambda name: prefix + hugging_face_name(name))
     if has_output:
         embedding = tensors["decoder.token_embedding.weight"]
         output = _checked(f"{path}: tensor 'proj_out.weight'", output, tuple(embedding.shape))
@@ -244,12 +244,12 @@ def _hugging_face_dimensions(path: Path) -> ModelDimensions:
     for key, needed in (("model_type", "whisper"), ("activation_function", "gelu"), ("scale_embedding", False)):
         if config.get(key) != needed:
             raise CheckpointError(f"{path}: {key} is {config.get(key)!r}, expected {needed!r}")
-    if missing := set(_HUGGING_FACE_DIMS.values()) - config.keys():
+    if missing := set(HUGGING_FACE_DIMS.values()) - config.keys():
         raise CheckpointError(f"{path}: lacks {_some(missing)}")
-    return _dimensions(path, {ours: config[theirs] for ours, theirs in _HUGGING_FACE_DIMS.items()})
+    return _dimensions(path, {ours: config[theirs] for ours, theirs in HUGGING_FACE_DIMS.items()})
 
 
-def _hugging_face_name(name: str) -> str:
+def hugging_face_name(name: str) -> str:
     parts = name.replace("mlp.0", "fc1").replace("mlp.2", "fc2").split(".")
     return ".".join(_HUGGING_FACE_PARTS.get(part, part) for part in parts)
 

@@ -1,4 +1,5 @@
-"""The command `maxwhisper`: transcribe audio files, compile models, convert checkpoints, examine what MAX runs on.
+"""The command `maxwhisper`: transcribe audio files, compile models, convert checkpoints, examine what MAX runs on,
+compare engines.
 
 `maxwhisper transcribe` takes the options of OpenAI's `whisper` command, with its names, defaults and output files.
 Whatever goes wrong is one line on standard error. Exit status: 0 if everything was done, 1 if something failed, 2 for
@@ -87,6 +88,7 @@ def build_parser() -> Parser:
     add_compile(commands)
     add_convert(commands)
     add_doctor(commands)
+    add_compare(commands)
     return parser
 
 
@@ -124,6 +126,45 @@ def add_doctor(commands: Any) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.set_defaults(run=doctor)
+
+
+def add_compare(commands: Any) -> None:
+    from .compare.engines import ENGINES
+
+    parser = commands.add_parser(
+        "compare",
+        help="measure maxwhisper beside other engines",
+        description="Transcribe the same audio with the same checkpoint in maxwhisper and in other engines, each in its"
+        " own process. `pip install maxwhisper[peers]` installs them. Exit status: 1 if an engine failed.",
+    )
+    add = parser.add_argument
+    add("audio", nargs="+", metavar="AUDIO", help="audio or video files; a .txt beside one holds what is said in it")
+    add("--model", default="tiny", help="as of transcribe, or random:SIZE for random weights, with --tokens")
+    known = f"engines, comma-separated, of {', '.join(ENGINES)} (default: all)"
+    add("--against", type=engines, default=ENGINES, metavar="ENGINES", help=known)
+    add("--text", action="append", metavar="FILE", help="what is said, once for each AUDIO and in their order")
+    add("--tokens", type=above_zero, metavar="N", help="decode N tokens for every 30 s, in place of transcribing")
+    add("--beam_size", type=above_zero, metavar="N", help="how many texts to pursue; greedy if not given")
+    add("--threads", type=above_zero, metavar="N", help="threads of every engine (default: one for each CPU)")
+    add("--rounds", type=above_zero, default=3, metavar="N", help="how often to measure (default: 3)")
+    add("--json", metavar="FILE", help="write everything that was found")
+    add("--plot", metavar="FILE", help="write a picture, in PNG")
+    parser.set_defaults(run=lambda **options: compare(parser, **options))
+
+
+def engines(value: str) -> tuple[str, ...]:
+    from .compare.engines import ENGINES
+
+    names = tuple(value.split(","))
+    if unknown := [name for name in names if name not in ENGINES]:
+        raise argparse.ArgumentTypeError(f"unknown engine '{unknown[0]}': expected some of {', '.join(ENGINES)}")
+    return names
+
+
+def above_zero(value: str) -> int:
+    if not value.isdecimal() or int(value) == 0:
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, not '{value}'")
+    return int(value)
 
 
 # The types of OpenAI's options are not imported from whisper.utils: that imports PyTorch, and `doctor` must start where
@@ -309,6 +350,17 @@ def transcribe(parser: Parser, **options: Any) -> int:
         except Exception as error:  # one file must not take the others down
             status = failed(f"{audio}: {type(error).__name__}: {error}")
     return status
+
+
+def compare(parser: Parser, **options: Any) -> int:
+    """Prints the table; returns 1 if an engine failed."""
+    if options["text"] and len(options["text"]) != len(options["audio"]):
+        parser.error(f"argument --text: given {len(options['text'])} times for {len(options['audio'])} AUDIO")
+    if options["model"].startswith("random:") and not options["tokens"]:
+        parser.error("argument --model: random weights never end a text, say how long with --tokens")
+    from .compare.command import run
+
+    return run(**options)
 
 
 def temperatures(first: float, increment: float | None) -> tuple[float, ...]:

@@ -1,0 +1,40 @@
+"""The command `maxwhisper compare`, behind its options."""
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from ..errors import OptionError
+
+
+def run(json: str | None, plot: str | None, text: list[str] | None, threads: int | None, **options: Any) -> int:
+    """Compares, prints the table, writes the files; returns 1 if an engine failed. Raises MaxWhisperError."""
+    # Before the work, not after.
+    needed = {"jiwer": "maxwhisper compare"} | ({"matplotlib": "--plot"} if plot else {})
+    for package, user in needed.items():
+        if find_spec(package) is None:
+            raise OptionError(f"{user} needs {package}: pip install 'maxwhisper[peers]'")
+    for option, path in (("--json", json), ("--plot", plot)):
+        if path and not (os.path.isdir(folder := os.path.dirname(path) or ".") and os.access(folder, os.W_OK)):
+            raise OptionError(f"{option} {path}: there is no folder '{folder}' that can be written to")
+
+    from .run import compare, write_json
+    from .table import table
+
+    results = compare(texts=text, threads=threads or available(), **options)
+    print(table(results))
+    if json:
+        write_json(results, Path(json))
+    if plot:
+        from .plot import write_plot
+
+        write_plot(results, Path(plot))
+    return int(results.failed)
+
+
+def available() -> int:
+    """How many CPUs this process may run on."""
+    from .process import available_cpus
+
+    return len(available_cpus()) or os.cpu_count() or 1

@@ -1,0 +1,108 @@
+"""The engines that can be compared, one line of the table each.
+
+An adapter is a module of this package with a class `Adapter`, an `Engine`. Adapters import their package when they are
+imported themselves, which only a worker process does.
+"""
+
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+from .base import Engine, Task
+
+__all__ = ["ENGINES", "REFERENCE", "SPECS", "SUBJECT", "Engine", "Spec", "Task", "missing", "versions"]
+
+SUBJECT, REFERENCE = "maxwhisper", "openai-whisper"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A row of the table.
+
+    engine: its name in --against. variant: the precision, where an engine has several. module: of its adapter.
+    packages: distributions that it needs, beside what maxwhisper itself needs. conversion: a key of CONVERSIONS.
+    note: what it was given and what it does differently.
+    """
+
+    engine: str
+    variant: str
+    module: str
+    packages: tuple[str, ...]
+    conversion: str
+    note: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.engine} {self.variant}".strip()
+
+
+OPENAI_LOOP = "the loop over windows and tokens, and its rules, are openai-whisper's own Python code"
+STEPS = "encoder and decoder step exported from PyTorch, one graph of the step for any number of tokens"
+
+SPECS = (
+    Spec(
+        SUBJECT, "", "maxwhisper", ("max",), "openai", "weights as stored, float32 arithmetic; graphs compiled before"
+    ),
+    Spec(REFERENCE, "", "openai_whisper", ("openai-whisper", "torch"), "openai", "float32 (fp16=False), eager PyTorch"),
+    Spec(
+        "faster-whisper",
+        "float32",
+        "faster_whisper",
+        ("faster-whisper", "ctranslate2", "transformers"),
+        "ctranslate2",
+        "WhisperModel.transcribe, compute_type float32, vad_filter False; its own loop over windows",
+    ),
+    Spec(
+        "faster-whisper",
+        "int8",
+        "faster_whisper",
+        ("faster-whisper", "ctranslate2", "transformers"),
+        "ctranslate2",
+        "as float32, but matrices rounded to int8: not the same arithmetic",
+    ),
+    Spec(
+        "transformers",
+        "",
+        "transformers",
+        ("transformers",),
+        "hugging-face",
+        "float32, generate() with condition_on_prev_tokens; its own loop over windows, which cuts audio differently",
+    ),
+    Spec(
+        "whisper.cpp",
+        "",
+        "whisper_cpp",
+        ("pywhispercpp",),
+        "ggml",
+        "pywhispercpp, matrices and cache in float16, no temperature fallback; its own loop over windows and its own"
+        " rules of ending one; encoder and per token by its C functions, the token picked by NumPy, greedy only; with"
+        " --tokens its memory counts the model twice",
+    ),
+    Spec(
+        "openvino",
+        "",
+        "openvino",
+        ("openvino",),
+        "openvino",
+        f"float32 (INFERENCE_PRECISION_HINT); {STEPS}; {OPENAI_LOOP}",
+    ),
+    Spec("onnxruntime", "", "onnxruntime", ("onnxruntime", "onnx"), "onnx", f"float32; {STEPS}; {OPENAI_LOOP}"),
+)
+
+ENGINES = tuple(dict.fromkeys(spec.engine for spec in SPECS if spec.engine != SUBJECT))
+"""What --against accepts."""
+
+
+def versions(spec: Spec) -> dict[str, str | None]:
+    """The installed version of each package that an engine needs; None for one that is not installed."""
+    found: dict[str, str | None] = {}
+    for package in spec.packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def missing(spec: Spec) -> list[str]:
+    """The packages to install before the engine can run."""
+    return [package for package, found in versions(spec).items() if found is None]

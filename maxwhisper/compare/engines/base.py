@@ -1,0 +1,54 @@
+"""What every engine can be asked for."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Task:
+    """The decoding options that all engines share; tokens are numbers of OpenAI's vocabulary.
+
+    beam_size: None is greedy. prompt: what a text without timestamps begins with. suppress: tokens that are never
+    written, OpenAI's default list. suppress_first: those that are not written first. eot: the token that ends a text.
+    """
+
+    beam_size: int | None
+    threads: int
+    prompt: list[int]
+    suppress: list[int]
+    suppress_first: list[int]
+    eot: int
+
+
+class Engine(ABC):
+    """One way to run Whisper. A process makes one of these, and `load` is the first call."""
+
+    def __init__(self, variant: str, task: Task):
+        self.variant, self.task = variant, task
+
+    @abstractmethod
+    def load(self, folder: Path) -> None:
+        """Reads the converted checkpoint in `folder`."""
+
+    @abstractmethod
+    def encode(self, mel: np.ndarray) -> Any:
+        """Features of one window, from float32 (n_mels, 3000), as `generate` takes them."""
+
+    @abstractmethod
+    def generate(self, features: Any, n_tokens: int) -> list[int]:
+        """Exactly `n_tokens` tokens after the prompt: `eot` is suppressed. Raises NotImplementedError if it cannot."""
+
+    @abstractmethod
+    def transcribe(self, audio: np.ndarray, language: str) -> list[int]:
+        """All tokens of a recording, float32 (samples,) at 16 kHz, with timestamps and one temperature, 0."""
+
+    def detect_language(self, mel: np.ndarray) -> str:
+        """The code of the language in a window; only PyTorch Whisper is asked."""
+        raise NotImplementedError
+
+    def prepare(self, folder: Path) -> None:  # noqa: B027
+        """What is to be done once, before loading is timed; nothing for most."""

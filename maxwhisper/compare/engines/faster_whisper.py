@@ -1,0 +1,39 @@
+"""CTranslate2, as faster-whisper's users run it."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from faster_whisper import WhisperModel
+from faster_whisper.transcribe import get_ctranslate2_storage
+
+from .base import Engine
+
+
+class Adapter(Engine):
+    def load(self, folder: Path) -> None:
+        threads = self.task.threads
+        self.model = WhisperModel(
+            str(folder), device="cpu", compute_type=self.variant, cpu_threads=threads, local_files_only=True
+        )
+
+    def encode(self, mel: np.ndarray) -> Any:
+        return self.model.model.encode(get_ctranslate2_storage(mel[None]))
+
+    def generate(self, features: Any, n_tokens: int) -> list[int]:
+        # CTranslate2 stops at half of max_length, or when text and prompt, less one token, are as long as it.
+        max_length = max(2 * n_tokens, n_tokens + len(self.task.prompt) - 1)
+        [result] = self.model.model.generate(
+            features,
+            [self.task.prompt],
+            beam_size=self.task.beam_size or 1,
+            max_length=max_length,
+            suppress_tokens=[*self.task.suppress, self.task.eot],
+        )
+        return result.sequences_ids[0]
+
+    def transcribe(self, audio: np.ndarray, language: str) -> list[int]:
+        segments, _ = self.model.transcribe(
+            audio, language=language, beam_size=self.task.beam_size or 1, temperature=0.0, vad_filter=False
+        )
+        return [token for segment in segments for token in segment.tokens]

@@ -1,0 +1,21 @@
+"""This package."""
+
+from pathlib import Path
+
+import numpy as np
+from whisper.audio import SAMPLE_RATE
+
+from ...whisper import load_model
+from .openai_like import OpenAILike
+
+
+class Adapter(OpenAILike):
+    def load(self, folder: Path) -> None:
+        self.model = load_model(folder / "model.pt")
+
+    def prepare(self, folder: Path) -> None:
+        """Compiles every graph that is used, into MAX's own cache."""
+        self.load(folder)
+        self.generate(self.encode(np.zeros((self.model.dims.n_mels, 2 * self.model.dims.n_audio_ctx), np.float32)), 2)
+        # The spectrogram compiles when it is first used. Nothing follows the 30 s of zeros appended to the audio.
+        self.model.transcribe(np.zeros(SAMPLE_RATE, np.float32), language="en", temperature=0.0, sample_len=2)

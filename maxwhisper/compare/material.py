@@ -1,0 +1,101 @@
+"""What is compared on: a checkpoint, or random weights of a model's dimensions; recordings and their text."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from whisper.audio import N_FRAMES, N_SAMPLES, SAMPLE_RATE, log_mel_spectrogram
+from whisper.model import ModelDimensions, sinusoids
+
+from ..audio import load_audio
+from ..checkpoint import Checkpoint, expected_tensors, load_checkpoint
+from ..errors import AudioError, OptionError
+
+RANDOM = "random:"
+SIZES = {
+    "tiny": (80, 51865, 384, 4, 4),
+    "base": (80, 51865, 512, 6, 6),
+    "small": (80, 51865, 768, 12, 12),
+    "medium": (80, 51865, 1024, 24, 24),
+    "large-v3": (128, 51866, 1280, 32, 32),
+    "turbo": (128, 51866, 1280, 32, 4),
+}
+"""n_mels, n_vocab, width and the layers of encoder and decoder; heads have 64 channels."""
+
+
+def checkpoint_for(model: str) -> Checkpoint:
+    """The checkpoint of a name or path, or random weights for `random:` and a key of SIZES.
+
+    Raises CheckpointError, and OptionError for an unknown size.
+    """
+    if not model.startswith(RANDOM):
+        return load_checkpoint(model)
+    size = model.removeprefix(RANDOM)
+    if size not in SIZES:
+        raise OptionError(f"--model {model}: random weights are of {', '.join(SIZES)}")
+    n_mels, n_vocab, state, encoder, decoder = SIZES[size]
+    heads = state // 64
+    dims = ModelDimensions(n_mels, 1500, state, heads, encoder, n_vocab, 448, state, heads, decoder)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: random_tensor(name, shape, generator) for name, shape in expected_tensors(dims).items()}
+    return Checkpoint(model, Path(model), dims, tensors, None)
+
+
+def random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """float16, as OpenAI's: layers that keep the size of what passes through, the same at every call."""
+    if name == "encoder.positional_embedding":
+        return sinusoids(*shape).half()
+    if len(shape) == 1:
+        is_scale = "ln" in name and name.endswith("weight")
+        return torch.full(shape, float(is_scale), dtype=torch.float16)
+    fan_in = math.prod(shape[1:])
+    return (torch.randn(shape, generator=generator) * fan_in**-0.5).half()
+
+
+@dataclass(frozen=True)
+class Recording:
+    """audio: float32 (samples,) at 16 kHz. text: what was said, where known."""
+
+    name: str
+    audio: np.ndarray
+    text: str | None
+
+    @property
+    def seconds(self) -> float:
+        return len(self.audio) / SAMPLE_RATE
+
+    def windows(self, n_mels: int) -> np.ndarray:
+        """Log-mel of all of it in windows of 30 s, the last one padded: float32 (window, n_mels, 3000)."""
+        count = math.ceil(len(self.audio) / N_SAMPLES)
+        mel = log_mel_spectrogram(self.audio, n_mels, padding=N_SAMPLES * count - len(self.audio)).numpy()
+        return np.ascontiguousarray(mel.reshape(n_mels, count, N_FRAMES).transpose(1, 0, 2))
+
+
+def recordings(files: list[str], texts: list[str] | None) -> list[Recording]:
+    """Reads audio files; the text of each is in the file of `texts` at its place, or else in a .txt beside it.
+
+    Raises AudioError for a file that cannot be read, OptionError for a text that cannot.
+    """
+    sidecars = [Path(file).with_suffix(".txt") for file in files]
+    paths: list[Path | None] = [path if path.is_file() else None for path in sidecars]
+    if texts is not None:
+        paths = [Path(text) for text in texts]
+    return [
+        Recording(Path(file).name, load(file), read_text(path) if path else None)
+        for file, path in zip(files, paths, strict=True)
+    ]
+
+
+def load(file: str) -> np.ndarray:
+    if not Path(file).is_file():
+        raise AudioError(f"{file}: no such file")
+    return load_audio(file)
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"--text {path}: cannot be read as text: {error}") from error

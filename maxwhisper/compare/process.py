@@ -1,0 +1,76 @@
+"""The worker process of an engine, as the process that compares sees it."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .engines import Spec, Task
+
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+
+
+class EngineError(Exception):
+    """An engine failed; the message is one line."""
+
+
+class Worker:
+    """Starts the process of an engine; the first request is "load" or "prepare"."""
+
+    def __init__(self, spec: Spec, folder: Path, task: Task):
+        self.spec = spec
+        self.messages = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115, closed by close()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "maxwhisper.compare.worker", spec.name, str(folder), json.dumps(asdict(task))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.messages,
+            text=True,
+            env=environment(task.threads),
+        )
+        if task.threads < len(cpus := available_cpus()):
+            # Also for engines, MAX among them, that are told no number of threads.
+            os.sched_setaffinity(self.process.pid, cpus[: task.threads])
+
+    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
+        """The answer to a request; raises EngineError if the engine fails or its process ends."""
+        assert self.process.stdin and self.process.stdout
+        try:
+            self.process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise EngineError(f"its process ended with status {self.process.wait()}: {self.last_message()}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise EngineError(answer["error"])
+        return answer
+
+    def last_message(self) -> str:
+        self.messages.seek(0)
+        lines = [line.strip() for line in self.messages if line.strip()]
+        return lines[-1] if lines else "it said nothing"
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+        self.messages.close()
+
+
+def available_cpus() -> list[int]:
+    """The CPUs this process may run on; empty where the system does not tell, and processes cannot be held to some."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+
+
+def environment(threads: int) -> Mapping[str, str]:
+    """No engine looks for models on the network, reports on its use, or takes more threads than given."""
+    quiet = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
+    quiet["CI"] = "true"  # what keeps OpenVINO's converter from reporting
+    return {**os.environ, **quiet, **dict.fromkeys(THREADS, str(threads))}

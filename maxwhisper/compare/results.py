@@ -1,0 +1,56 @@
+"""What a comparison has found."""
+
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import Any
+
+
+@dataclass
+class Row:
+    """An engine. What was not measured is None, or an empty list.
+
+    error: why it failed, in one line. not_installed: packages to install first. load_s: from the first import to a
+    model that is ready. Each list has one entry per round: encode_s of one window of 30 s, token_s of one token in a
+    text of a fixed number, total_s of all recordings. peak_bytes: resident memory after everything was transcribed
+    once. tokens: all that were produced, timestamps among them. agreement, wer: to PyTorch Whisper's transcript; the
+    former of text tokens. wer_text: to the known text.
+    """
+
+    name: str
+    note: str
+    versions: dict[str, str | None]
+    not_installed: list[str] = field(default_factory=list)
+    error: str = ""
+    load_s: float | None = None
+    encode_s: list[float] = field(default_factory=list)
+    token_s: list[float] = field(default_factory=list)
+    total_s: list[float] = field(default_factory=list)
+    peak_bytes: int | None = None
+    tokens: int | None = None
+    agreement: float | None = None
+    wer: float | None = None
+    wer_text: float | None = None
+    texts: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Results:
+    """model, options: what all engines got. audio_s: seconds of all recordings."""
+
+    model: str
+    options: dict[str, Any]
+    machine: dict[str, Any]
+    recordings: list[dict[str, Any]]
+    audio_s: float
+    rows: list[Row]
+
+    @property
+    def failed(self) -> bool:
+        return any(row.error for row in self.rows)
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def middle(values: list[float]) -> float | None:
+    return median(values) if values else None

@@ -1,0 +1,246 @@
+"""Asks the engines, one at a time and round by round."""
+
+import contextlib
+import json
+import logging
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from whisper.audio import log_mel_spectrogram, pad_or_trim
+
+from ..checkpoint import Checkpoint
+from ..errors import MaxWhisperError, OptionError
+from .convert import store
+from .engines import REFERENCE, SPECS, SUBJECT, Spec, Task, missing, versions
+from .material import Recording, checkpoint_for, recordings
+from .process import EngineError, Worker
+from .results import Results, Row
+from .scores import agreement, word_error_rate
+from .tokens import task_for, tokenizer_of
+
+PAUSE = 0.5
+"""Seconds before an engine is asked: thread pools wait actively for a while after their work."""
+STEPS = 64
+"""Tokens from which the time of one is computed, unless --tokens says how many."""
+REPEATS = 3
+"""Of a text of a fixed number of tokens in each round: a difference of two times needs both undisturbed."""
+
+log = logging.getLogger("maxwhisper")
+
+
+def compare(
+    audio: list[str],
+    model: str,
+    against: Sequence[str],
+    *,
+    texts: list[str] | None = None,
+    tokens: int | None = None,
+    beam_size: int | None = None,
+    threads: int,
+    rounds: int,
+) -> Results:
+    """Runs maxwhisper and the engines in `against` on `audio`.
+
+    tokens: decode this many for every window of 30 s, in place of transcribing.
+
+    Raises AudioError, CheckpointError, OptionError, and MaxWhisperError if PyTorch Whisper, which the others are
+    compared with, fails.
+    """
+    heard = recordings(audio, texts)
+    checkpoint = checkpoint_for(model)
+    longest = checkpoint.dims.n_text_ctx // 2
+    if tokens is not None and not 2 <= tokens <= longest:
+        raise OptionError(f"--tokens must be from 2 to {longest}, which is where Whisper ends a text, not {tokens}")
+    task = task_for(checkpoint.dims, beam_size, threads)
+    folder = store(checkpoint)
+    with tempfile.TemporaryDirectory(prefix="maxwhisper-compare-") as scratch:
+        comparison = Comparison(checkpoint, heard, task, tokens, rounds, folder, Path(scratch))
+        rows = comparison.run([spec for spec in SPECS if spec.engine in (SUBJECT, *against)])
+    return Results(
+        model=model,
+        options={**asdict(task), "tokens": tokens, "rounds": rounds, "languages": comparison.languages},
+        machine=machine(),
+        recordings=[{"name": each.name, "seconds": each.seconds, "text": each.text} for each in heard],
+        audio_s=sum(each.seconds for each in heard),
+        rows=rows,
+    )
+
+
+class Comparison:
+    """One run of the command, without its rendering."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        heard: list[Recording],
+        task: Task,
+        tokens: int | None,
+        rounds: int,
+        folder: Path,
+        scratch: Path,
+    ):
+        self.dims, self.heard, self.task, self.tokens, self.rounds = checkpoint.dims, heard, task, tokens, rounds
+        self.folder, self.scratch = folder, scratch
+        self.tokenizer = tokenizer_of(checkpoint.dims)
+        self.languages = ["en"] * len(heard)
+        self.window = self.save("window", self.mel(heard[0]))
+        if tokens is None:
+            self.audio = [self.save(f"audio-{i}", each.audio) for i, each in enumerate(heard)]
+        else:
+            self.audio = [self.save(f"mel-{i}", each.windows(self.dims.n_mels)) for i, each in enumerate(heard)]
+
+    def save(self, name: str, array: np.ndarray) -> str:
+        path = self.scratch / f"{name}.npy"
+        np.save(path, array)
+        return str(path)
+
+    def mel(self, recording: Recording) -> np.ndarray:
+        """The first 30 s, float32 (n_mels, 3000)."""
+        return log_mel_spectrogram(pad_or_trim(recording.audio), self.dims.n_mels).numpy()
+
+    def run(self, specs: list[Spec]) -> list[Row]:
+        """A row for each of `specs`; raises MaxWhisperError if the reference fails."""
+        rows = {spec.name: Row(spec.name, spec.note, versions(spec), missing(spec)) for spec in specs}
+        spoken = self.reference()
+        with contextlib.ExitStack() as stack:
+            workers = {}
+            for spec in specs:
+                row = rows[spec.name]
+                if row.not_installed:
+                    continue
+                with reported(row):
+                    workers[spec.name] = self.started(spec, row, stack)
+            for number in range(self.rounds):
+                names = list(workers)
+                first = number % max(len(names), 1)
+                for name in names[first:] + names[:first]:  # nobody is always the one after the slowest
+                    log.info("round %d of %d: %s", number + 1, self.rounds, name)
+                    with reported(rows[name]):
+                        self.measure(workers[name], rows[name], spoken)
+                    if rows[name].error:
+                        workers.pop(name).close()
+        return list(rows.values())
+
+    def reference(self) -> list[list[int]]:
+        """The tokens of PyTorch Whisper for each recording, and the language that it hears, which all others get."""
+        spec = next(spec for spec in SPECS if spec.name == REFERENCE)
+        log.info("the reference: %s", spec.name)
+        with contextlib.closing(Worker(spec, self.folder, self.task)) as worker:
+            try:
+                worker.ask("load")
+                if self.tokens is None and self.tokenizer.language is not None:
+                    mels = [self.save(f"language-{i}", self.mel(each)) for i, each in enumerate(self.heard)]
+                    self.languages = [worker.ask("language", mel=mel)["language"] for mel in mels]
+                return [answer["tokens"] for answer in self.transcribed(worker)]
+            except EngineError as error:
+                raise MaxWhisperError(f"{spec.name}, which the others are compared with: {error}") from error
+
+    def started(self, spec: Spec, row: Row, stack: contextlib.ExitStack) -> Worker:
+        """The worker of an engine with its model loaded, timed; raises EngineError."""
+        log.info("preparing %s", spec.name)
+        with contextlib.closing(Worker(spec, self.folder, self.task)) as preparing:
+            preparing.ask("prepare")
+        worker = stack.enter_context(contextlib.closing(Worker(spec, self.folder, self.task)))
+        time.sleep(PAUSE)
+        row.load_s = worker.ask("load")["seconds"]
+        return worker
+
+    def measure(self, worker: Worker, row: Row, spoken: list[list[int]]) -> None:
+        """One round of an engine; raises EngineError."""
+        time.sleep(PAUSE)
+        if not row.total_s:
+            # The first call of anything is slower, and users of a loaded model do not wait for it.
+            tokens = [answer["tokens"] for answer in self.transcribed(worker)]
+            row.peak_bytes = worker.ask("memory")["bytes"]
+            self.score(row, spoken, tokens)
+            worker.ask("encode", mel=self.window)
+        row.total_s.append(sum(answer["seconds"] for answer in self.transcribed(worker)))
+        row.encode_s.append(worker.ask("encode", mel=self.window)["seconds"])
+        steps = self.tokens or STEPS
+        one, many = (self.generated(worker, count) for count in (1, steps))
+        if one is not None and many is not None:
+            row.token_s.append((many - one) / (steps - 1))
+
+    def transcribed(self, worker: Worker) -> list[dict[str, Any]]:
+        """The answers for each recording."""
+        if self.tokens is not None:
+            return [worker.ask("windows", mel=path, n_tokens=self.tokens) for path in self.audio]
+        pairs = zip(self.audio, self.languages, strict=True)
+        return [worker.ask("transcribe", audio=path, language=language) for path, language in pairs]
+
+    def generated(self, worker: Worker, count: int) -> float | None:
+        """The least seconds of generating `count` tokens, None if the engine cannot; raises EngineError if it gives
+        another number of them."""
+        answers = [worker.ask("generate", n_tokens=count) for _ in range(REPEATS)]
+        for answer in answers:
+            if answer["tokens"] is None:
+                return None
+            if len(answer["tokens"]) != count:
+                raise EngineError(f"asked for {count} tokens, it gave {len(answer['tokens'])}")
+        return min(answer["seconds"] for answer in answers)
+
+    def score(self, row: Row, spoken: list[list[int]], tokens: list[list[int]]) -> None:
+        row.tokens = sum(map(len, tokens))
+        if self.tokens is not None:
+            row.agreement = agreement(spoken, tokens)
+            return
+        theirs, ours = ([self.text_tokens(each) for each in side] for side in (spoken, tokens))
+        row.texts = [self.tokenizer.decode(each).strip() for each in ours]
+        row.agreement = agreement(theirs, ours)
+        row.wer = word_error_rate([self.tokenizer.decode(each) for each in theirs], row.texts, self.languages)
+        known = [i for i, each in enumerate(self.heard) if each.text is not None]
+        row.wer_text = word_error_rate(*([side[i] for i in known] for side in (self.known, row.texts, self.languages)))
+
+    @property
+    def known(self) -> list[str]:
+        return [each.text or "" for each in self.heard]
+
+    def text_tokens(self, tokens: list[int]) -> list[int]:
+        return [token for token in tokens if token < self.tokenizer.eot]
+
+
+@contextlib.contextmanager
+def reported(row: Row) -> Iterator[None]:
+    """An engine's failure is its row's, and the others go on."""
+    try:
+        yield
+    except EngineError as error:
+        row.error = str(error)
+
+
+def machine() -> dict[str, Any]:
+    return {
+        "processor": processor(),
+        "cpus": os.cpu_count(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+    }
+
+
+def processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return names[0].split(":")[1].strip() if names else platform.processor()
+
+
+def write_json(results: Results, path: Path) -> None:
+    """Writes everything that was found; the file appears when it is complete."""
+    written(path, lambda unfinished: unfinished.write_text(json.dumps(results.as_json(), indent=1)))
+
+
+def written(path: Path, write: Any) -> None:
+    """Has `write` make a file that gets its name afterwards; raises OptionError if it cannot be written."""
+    try:
+        with tempfile.TemporaryDirectory(prefix=".maxwhisper-", dir=path.parent) as folder:
+            unfinished = Path(folder) / path.name
+            write(unfinished)
+            unfinished.replace(path)
+    except OSError as error:
+        raise OptionError(f"{path}: cannot be written: {error.strerror or error}") from error

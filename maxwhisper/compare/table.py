@@ -1,0 +1,98 @@
+"""The results as text: a Markdown table, and the notes without which it says little."""
+
+from .results import Results, Row, middle
+
+COLUMNS = (
+    "engine",
+    "load s",
+    "encoder ms",
+    "ms per token",
+    "total s",
+    "x real time",
+    "peak MB",
+    "tokens",
+    "agreement",
+    "WER",
+    "WER to text",
+)
+
+
+def table(results: Results) -> str:
+    """The table, a line for each engine that has no figures, and the fairness notes."""
+    rows = [cells(row, results.audio_s) for row in results.rows if row.total_s and not row.error]
+    widths = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
+    lines = [line(COLUMNS, widths), "|" + "|".join("-" * (width + 2) for width in widths) + "|"]
+    lines += [line(row, widths) for row in rows]
+    return "\n".join([*lines, "", *without_figures(results), *notes(results)])
+
+
+def line(values: tuple[str, ...] | list[str], widths: list[int]) -> str:
+    first, *others = (
+        value.ljust(width) if i == 0 else value.rjust(width)
+        for i, (value, width) in enumerate(zip(values, widths, strict=True))
+    )
+    return "| " + " | ".join([first, *others]) + " |"
+
+
+def cells(row: Row, audio_s: float) -> list[str]:
+    encode, token, total = map(middle, (row.encode_s, row.token_s, row.total_s))
+    return [
+        row.name,
+        number(row.load_s, 2),
+        number(encode, 1, 1000),
+        number(token if token and token > 0 else None, 2, 1000),  # a difference, which noise can turn around
+        number(total, 2),
+        number(total and audio_s / total, 1),
+        number(row.peak_bytes, 0, 1e-6),
+        number(row.tokens, 0),
+        number(row.agreement, 2, 100, " %"),
+        number(row.wer, 2, 100, " %"),
+        number(row.wer_text, 2, 100, " %"),
+    ]
+
+
+def number(value: float | None, digits: int, factor: float = 1, unit: str = "") -> str:
+    return "-" if value is None else f"{value * factor:.{digits}f}{unit}"
+
+
+def without_figures(results: Results) -> list[str]:
+    lines = [f"{row.name}: failed: {row.error}" for row in results.rows if row.error]
+    for row in results.rows:
+        if row.not_installed:
+            lines.append(f"{row.name}: not installed: pip install {' '.join(row.not_installed)}")
+    return [*lines, ""] if lines else []
+
+
+def notes(results: Results) -> list[str]:
+    """What each engine was given, and what it does differently."""
+    options, machine = results.options, results.machine
+    search = f"beam search, {options['beam_size']} beams" if options["beam_size"] else "greedy"
+    lines = [
+        f"All engines: {results.model}, {results.audio_s:.1f} s of audio in {len(results.recordings)} files,"
+        f" {search}, {options['threads']} threads; {machine['processor']}, {machine['cpus']} CPUs,"
+        f" Python {machine['python']}.",
+    ]
+    if options["tokens"] is None:
+        lines.append(
+            "Given: the same samples at 16 kHz; the language that PyTorch Whisper hears"
+            f" ({', '.join(sorted(set(options['languages'])))}); timestamps; temperature 0 without fallback; text"
+            " conditioned on the text before; thresholds and suppressed tokens as OpenAI's."
+        )
+        lines.append("Total: everything from samples to tokens, the spectrogram by each engine itself.")
+    else:
+        lines.append(
+            f"Given: the same spectrograms, and exactly {options['tokens']} tokens to decode for each window of 30 s,"
+            " without timestamps. Total: encoder and tokens of all windows."
+        )
+    lines += [
+        f"Each engine in its own process, {options['rounds']} rounds in turn, medians; a pause before each. Load: from"
+        " the first import to a model that is ready, converted and compiled before. Encoder: one window of 30 s. Per"
+        " token: from texts of 1 and of many tokens without an end, the fastest of 3 each. Peak: resident memory after"
+        " transcribing once.",
+        "Agreement: share of tokens equal to PyTorch Whisper's in the best alignment, timestamps left out; WER: word"
+        " error rate to its transcript, and to the known text, after openai-whisper's normalizers.",
+    ]
+    for row in results.rows:
+        packages = ", ".join(f"{name} {found}" for name, found in row.versions.items() if found)
+        lines.append(f"- {row.name}{f' ({packages})' if packages else ''}: {row.note}.")
+    return lines

@@ -1,0 +1,335 @@
+"""`maxwhisper compare`: its table from known answers, each engine in its process, and what it converts."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import whisper
+from whisper.tokenizer import get_tokenizer
+
+from maxwhisper.audio import load_audio
+from maxwhisper.checkpoint import load_checkpoint
+from maxwhisper.cli import main
+from maxwhisper.compare import convert, run, stepwise
+from maxwhisper.compare.engines import SPECS, Spec, missing
+from maxwhisper.compare.material import SIZES, checkpoint_for, recordings
+from maxwhisper.compare.process import EngineError, Worker
+from maxwhisper.compare.results import Row
+from maxwhisper.compare.scores import agreement, word_error_rate
+from maxwhisper.compare.table import cells as figures
+from maxwhisper.compare.tokens import task_for, tokenizer_of
+
+ROOT = Path(__file__).parents[2]
+NANO = ROOT / "fixtures" / "nano.pt"
+CLIP = ROOT / "fixtures" / "clips" / "english-1.wav"
+TEXT = "Where is the young doctor that Hector found?"
+
+
+def require(spec: Spec) -> None:
+    if packages := missing(spec):
+        pytest.skip(f"{spec.name} is not installed: pip install {' '.join(packages)}")
+
+
+def named(name: str) -> Spec:
+    return next(spec for spec in SPECS if spec.name == name)
+
+
+# ---- the engines, each in its process ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    return convert.store(load_checkpoint(NANO))
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Files with the samples of the clip and its spectrogram."""
+    audio = load_audio(CLIP)
+    mel = whisper.log_mel_spectrogram(whisper.pad_or_trim(audio)).numpy()
+    scratch = tmp_path_factory.mktemp("compare")
+    np.save(scratch / "audio.npy", audio)
+    np.save(scratch / "mel.npy", mel)
+    return str(scratch / "audio.npy"), str(scratch / "mel.npy")
+
+
+@pytest.fixture(scope="module")
+def spoken() -> list[int]:
+    """The text tokens that PyTorch Whisper finds in the clip."""
+    result = whisper.load_model(str(NANO), "cpu").transcribe(
+        load_audio(CLIP), language="en", temperature=0.0, fp16=False
+    )
+    return [token for segment in result["segments"] for token in segment["tokens"] if token < 50257]
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+def test_an_engine_finds_what_pytorch_whisper_finds(
+    spec: Spec, folder: Path, material: tuple[str, str], spoken: list[int]
+) -> None:
+    require(spec)
+    audio, mel = material
+    worker = Worker(spec, folder, task_for(load_checkpoint(NANO).dims, None, 2))
+    try:
+        worker.ask("prepare")
+        assert worker.ask("load")["seconds"] > 0
+        tokens = worker.ask("transcribe", audio=audio, language="en")["tokens"]
+        assert [token for token in tokens if token < 50257] == spoken
+        assert worker.ask("encode", mel=mel)["seconds"] > 0
+        one, more = (worker.ask("generate", n_tokens=count)["tokens"] for count in (1, 20))
+        assert len(more) == 20 and 50257 not in more
+        # Without timestamps and without an end: the text first, which is shorter than this.
+        assert one == more[:1] == spoken[:1]
+        assert more[: len(spoken)] == spoken
+        assert worker.ask("memory")["bytes"] > 5e7
+    finally:
+        worker.close()
+
+
+def test_a_process_that_fails_or_ends_is_an_error_of_one_line(tmp_path: Path) -> None:
+    worker = Worker(named("openai-whisper"), tmp_path, task_for(load_checkpoint(NANO).dims, None, 1))
+    try:
+        with pytest.raises(EngineError, match=r"^RuntimeError: Model .*model.pt not found.*$"):
+            worker.ask("load")
+        worker.process.kill()
+        worker.process.wait()
+        with pytest.raises(EngineError, match="its process ended with status -9"):
+            worker.ask("load")
+    finally:
+        worker.close()
+
+
+# ---- conversions ---------------------------------------------------------------------------------------------------
+
+
+def test_a_hugging_face_folder_holds_the_checkpoint(folder: Path) -> None:
+    require(named("transformers"))
+    ours, theirs = load_checkpoint(NANO), load_checkpoint(convert.convert("hugging-face", folder))
+    assert theirs.dims == ours.dims
+    assert theirs.tensors.keys() == ours.tensors.keys()
+    assert all(torch.equal(theirs.tensors[name], ours.tensors[name]) for name in ours.tensors)
+
+
+def test_the_tokenizer_of_a_hugging_face_folder_is_openais(folder: Path) -> None:
+    require(named("transformers"))
+    from tokenizers import Tokenizer
+
+    theirs = Tokenizer.from_file(str(convert.convert("hugging-face", folder) / "tokenizer.json"))
+    ours = tokenizer_of(load_checkpoint(NANO).dims)
+    for text in (TEXT, " Ärger über 3,5 €, don't!", "日本語 と 한국어", "\t\n  x  "):
+        assert theirs.encode(text).ids == ours.encode(text)
+        assert theirs.decode(ours.encode(text)) == text
+    for name in ("<|endoftext|>", "<|startoftranscript|>", "<|de|>", "<|notimestamps|>", "<|0.00|>", "<|30.00|>"):
+        assert theirs.token_to_id(name) == ours.encoding.encode_single_token(name)
+
+
+def test_the_graph_of_a_step_is_pytorchs_decoder() -> None:
+    """As it is exported: three tokens, then one, for two texts, beside PyTorch's decoder on all four at once."""
+    model = whisper.load_model(str(NANO), "cpu")
+    graphs = stepwise.graphs(load_checkpoint(NANO))
+    torch.manual_seed(0)
+    tokens, features = torch.randint(50257, (2, 4)), torch.randn(1, 1500, model.dims.n_audio_state)
+    with torch.inference_mode():
+        cross = graphs["cross"](features)
+        own = [torch.zeros(2, model.dims.n_text_head, 0, 64)] * len(cross)
+        first, *own = graphs["step"](tokens[:, :3], *own, *cross)
+        last, *own = graphs["step"](tokens[:, 3:], *own, *cross)
+        expected = model.decoder(tokens, features)
+    # A cache that is read wrongly changes logits by whole numbers, another order of additions by millionths.
+    torch.testing.assert_close(torch.cat([first, last], 1), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    def write(folder: Path) -> None:
+        (folder / "half").touch()
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        convert.complete(tmp_path / "format", write)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_cache_is_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    checkpoint = load_checkpoint(NANO)
+    folder = convert.store(checkpoint)
+    again = load_checkpoint(folder / "openai" / "model.pt")
+    assert convert.store(again) == folder and folder.is_relative_to(tmp_path)
+    again.tensors["decoder.ln.bias"] = again.tensors["decoder.ln.bias"] + 1
+    assert convert.digest(again) != folder.name
+
+
+def test_random_weights_are_the_same_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SIZES, "tiniest", (80, 1000, 64, 1, 2))
+    first, second = checkpoint_for("random:tiniest"), checkpoint_for("random:tiniest")
+    assert convert.digest(first) == convert.digest(second)
+    assert (first.dims.n_audio_state, first.dims.n_audio_layer, first.dims.n_text_layer) == (64, 1, 2)
+    assert all(tensor.isfinite().all() for tensor in first.tensors.values())
+
+
+# ---- scores and texts ----------------------------------------------------------------------------------------------
+
+
+def test_scores() -> None:
+    assert agreement([[1, 2, 3, 4]], [[1, 9, 3, 4, 5]]) == 3 / 5
+    assert agreement([[1, 2], []], [[1, 2], []]) == 1
+    assert agreement([[]], [[]]) is None
+    assert word_error_rate(["Hello there, you!"], ["hello their you"], ["en"]) == pytest.approx(1 / 3)
+    assert word_error_rate(["Über uns."], ["über uns"], ["de"]) == 0
+    assert word_error_rate([""], ["x"], ["en"]) is None
+
+
+def test_a_text_beside_the_audio_is_read_and_one_that_is_given_wins(tmp_path: Path) -> None:
+    audio, given = tmp_path / "a.wav", tmp_path / "given"
+    audio.write_bytes(CLIP.read_bytes())
+    assert recordings([str(audio)], None)[0].text is None
+    (tmp_path / "a.txt").write_text("beside")
+    given.write_text("given")
+    assert recordings([str(audio)], None)[0].text == "beside"
+    assert recordings([str(audio)], [str(given)])[0].text == "given"
+
+
+def test_windows_cover_all_of_a_recording() -> None:
+    recording = recordings([str(CLIP)], None)[0]
+    assert recording.windows(80).shape == (1, 80, 3000)
+
+
+# ---- the command, with known answers in the place of processes -----------------------------------------------------
+
+
+class StubWorker:
+    """Answers at once: PyTorch Whisper says a b, the others the same, whisper.cpp says a c and fails if told to."""
+
+    asked: list[tuple[str, str]] = []
+    broken = ""
+
+    def __init__(self, spec: Spec, *_: Any):
+        self.name = spec.name
+
+    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
+        if do == "transcribe":
+            self.asked.append((self.name, arguments["language"]))
+            if self.name == self.broken:
+                raise EngineError("RuntimeError: no luck")
+        text = " apples count" if self.name == "whisper.cpp" else " apples jump"
+        tokens = [50364, *get_tokenizer(True).encode(text), 50400]
+        answers: dict[str, dict[str, Any]] = {
+            "language": {"language": "de"},
+            "transcribe": {"tokens": tokens, "seconds": 0.5},
+            "windows": {"tokens": tokens, "seconds": 0.5},
+            "encode": {"seconds": 0.02},
+            "memory": {"bytes": 123e6},
+            "load": {"seconds": 1.25},
+            "prepare": {},
+        }
+        if do == "generate":
+            count = arguments["n_tokens"]
+            return {"tokens": [1] * count, "seconds": 0.1 + 0.003 * count}
+        return answers[do]
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[StubWorker]]:
+    monkeypatch.setattr(StubWorker, "asked", [])
+    monkeypatch.setattr(StubWorker, "broken", "")
+    monkeypatch.setattr(run, "Worker", StubWorker)
+    monkeypatch.setattr(run, "PAUSE", 0)
+    monkeypatch.setattr(run, "missing", lambda spec: ["openvino"] if spec.engine == "openvino" else [])
+    yield StubWorker
+
+
+def compared(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, str]:
+    status = main(["compare", str(CLIP), "--model", str(NANO), *options])
+    return status, capsys.readouterr().out
+
+
+def cells(table: str, name: str) -> list[str]:
+    [line] = [line for line in table.splitlines() if line.startswith(f"| {name} ")]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_the_table(stub: type[StubWorker], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = tmp_path / "text"
+    text.write_text("apples jump twice")
+    report, picture = tmp_path / "report.json", tmp_path / "picture.png"
+    options = ("--text", str(text), "--json", str(report), "--plot", str(picture), "--rounds", "2")
+    status, out = compared(capsys, "--against", "openai-whisper,whisper.cpp,openvino", *options)
+    assert status == 0
+    speed = f"{len(load_audio(CLIP)) / 16000 / 0.5:.1f}"
+    same = ["1.25", "20.0", "3.00", "0.50", speed, "123", "4"]
+    assert cells(out, "maxwhisper") == ["maxwhisper", *same, "100.00 %", "0.00 %", "33.33 %"]
+    assert cells(out, "whisper.cpp")[8:] == ["50.00 %", "50.00 %", "66.67 %"]
+    assert "openvino: not installed: pip install openvino\n" in out
+    assert "transformers" not in out.split("Given:")[0]
+    # The reference first; then each engine's warm-up and its first round, in turn; then another one begins.
+    order = [name for name, _ in stub.asked]
+    assert order[:3] == ["openai-whisper", "maxwhisper", "maxwhisper"]
+    assert order[7:] == ["openai-whisper", "whisper.cpp", "maxwhisper"]
+    assert {language for _, language in stub.asked} == {"de"}
+    rows = {row["name"]: row for row in json.loads(report.read_text())["rows"]}
+    assert rows["whisper.cpp"]["total_s"] == [0.5, 0.5] and rows["whisper.cpp"]["texts"] == ["apples count"]
+    assert rows["openvino"]["total_s"] == [] and rows["openvino"]["not_installed"] == ["openvino"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in tmp_path.iterdir()} == {"text", "report.json", "picture.png"}
+
+
+def test_a_time_below_zero_is_noise_and_not_shown() -> None:
+    row = Row("x", "", {}, total_s=[1.0], encode_s=[0.02], token_s=[-0.001, 0.002, -0.003])
+    assert figures(row, 10.0)[:5] == ["x", "-", "20.0", "-", "1.00"]
+
+
+def test_an_engine_that_fails_has_no_figures(stub: type[StubWorker], capsys: pytest.CaptureFixture[str]) -> None:
+    stub.broken = "whisper.cpp"
+    status, out = compared(capsys, "--against", "whisper.cpp")
+    assert status == 1
+    assert "whisper.cpp: failed: RuntimeError: no luck\n" in out
+    assert "| whisper.cpp" not in out and cells(out, "maxwhisper")[9] == "0.00 %"
+
+
+def test_the_reference_must_not_fail(stub: type[StubWorker], capsys: pytest.CaptureFixture[str]) -> None:
+    stub.broken = "openai-whisper"
+    assert main(["compare", str(CLIP), "--model", str(NANO), "--against", "whisper.cpp"]) == 1
+    assert "openai-whisper, which the others are compared with: RuntimeError: no luck" in capsys.readouterr().err
+
+
+def test_a_fixed_number_of_tokens(stub: type[StubWorker], capsys: pytest.CaptureFixture[str]) -> None:
+    status, out = compared(capsys, "--against", "whisper.cpp", "--tokens", "20")
+    assert status == 0 and not stub.asked
+    assert cells(out, "whisper.cpp")[9:] == ["-", "-"]
+    assert "exactly 20 tokens to decode for each window of 30 s" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--against", "openvino,whisperx"], "argument --against: unknown engine 'whisperx': expected some of openai-"),
+        (["--model", "random:tiny"], "argument --model: random weights never end a text, say how long with --tokens"),
+        (["--text", "a", "--text", "b"], "argument --text: given 2 times for 1 AUDIO"),
+        (["--rounds", "0"], "argument --rounds: must be a whole number above 0, not '0'"),
+    ],
+)
+def test_unusable_options(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["compare", str(CLIP), *options])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing.wav"], "nothing.wav: no such file"),
+        ([str(CLIP), "--text", "nothing.txt"], "--text nothing.txt: cannot be read as text"),
+        ([str(CLIP), "--json", "no/such/folder.json"], "there is no folder 'no/such' that can be written to"),
+        ([str(CLIP), "--model", "random:huge", "--tokens", "9"], "random weights are of tiny, base"),
+        ([str(CLIP), "--model", str(NANO), "--tokens", "225"], "--tokens must be from 2 to 224"),
+    ],
+)
+def test_what_cannot_be_used(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", *arguments]) == 1
+    assert message in capsys.readouterr().err
