@@ -61,7 +61,7 @@ compare() {
     echo "this maxwhisper has no command compare"
     return 1
   fi
-  .venv/bin/maxwhisper compare "$CLIP" --model "$CHECKPOINT" --device gpu
+  .venv/bin/maxwhisper compare "$CLIP" --model "$CHECKPOINT" --json "$out/compare.json"
 }
 
 doctor() {
