@@ -6,7 +6,8 @@
 #
 # Every step runs, whatever became of the one before, and leaves its output and its status in DIR. Exit status: 0 if all
 # steps succeeded, 1 if one did not, 2 for an unusable option. It may be repeated: what is there already is kept.
-# The only thing it asks sudo for is apt-get install of python3-venv, make and rsync, each where it is missing.
+# The only thing it asks sudo for is apt-get install of python3-venv and make, and of rsync on --host, each where it is
+# missing.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 
@@ -29,15 +30,18 @@ while (($#)); do
   shift 2
 done
 
+as_root() {
+  if ((EUID == 0)); then "$@"; else sudo "$@"; fi
+}
+
 # The packages of the system that are missing.
 install_packages() {
   local packages=()
   python3 -c 'import ensurepip' 2>/dev/null || packages+=(python3-venv)
   command -v make >/dev/null || packages+=(make)
-  command -v rsync >/dev/null || packages+=(rsync)
   ((${#packages[@]} == 0)) && return
   echo "installing ${packages[*]}"
-  sudo apt-get update && sudo apt-get install --yes "${packages[@]}"
+  as_root apt-get update && as_root apt-get install --yes "${packages[@]}"
 }
 
 environment() {
@@ -57,7 +61,7 @@ compare() {
     echo "this maxwhisper has no command compare"
     return 1
   fi
-  .venv/bin/maxwhisper compare "$CLIP" --model "$CHECKPOINT" --device gpu
+  .venv/bin/maxwhisper compare "$CLIP" --model "$CHECKPOINT" --json "$out/compare.json"
 }
 
 doctor() {
@@ -90,11 +94,12 @@ run_here() {
 
 run_there() {
   command -v rsync >/dev/null || usage "--host needs rsync on this machine"
-  # shellcheck disable=SC2029  # REMOTE is meant to be put in on this side
-  ssh -- "$host" "command -v rsync >/dev/null || { sudo apt-get update && sudo apt-get install --yes rsync; }; mkdir -p $REMOTE" || return
+  # What is in single quotes runs there.
+  ssh -- "$host" 'command -v rsync >/dev/null || { sudo=$( ((EUID == 0)) || echo sudo)
+    $sudo apt-get update && $sudo apt-get install --yes rsync; }' || return
   rsync --archive --delete --exclude /.git --exclude /.venv --exclude /build --exclude __pycache__ ./ "$host:$REMOTE/" ||
     return
-  # shellcheck disable=SC2029
+  # shellcheck disable=SC2029  # REMOTE is meant to be put in on this side
   ssh -- "$host" "$REMOTE/scripts/gpu-runner.sh --out build/gpu"
   local status=$?
   mkdir -p "$out" && rsync --archive "$host:$REMOTE/build/gpu/" "$out/" || return
