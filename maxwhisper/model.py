@@ -348,7 +348,8 @@ class TextDecoder(Module):
 
     def embed(self, tokens: TensorValue, offset: TensorValue | int) -> TensorValue:
         """Tokens (batch, token), the first at position `offset`, to vectors (batch, token, state)."""
-        positions = indices(tokens.shape[1], tokens.device) + offset
+        start = offset.to(tokens.device) if isinstance(offset, TensorValue) else offset
+        positions = indices(tokens.shape[1], tokens.device) + start
         x = self.token_embedding(tokens) + ops.gather(self.positional_embedding, positions, axis=0)
         return x.cast(self.policy.compute)
 

@@ -18,10 +18,16 @@ the m values in a row that a block rounds to the dtype, u * sqrt(m), and those o
 the block's longest reduction, u32 * sqrt(length). Both implementations accumulate in float32 whatever the dtype. A
 measure that is the maximum over n positions, channels or values has n chances of a large error, so its floor is larger
 by what the maximum of n normal numbers is to be expected.
+
+What is rounded inside a block reaches its output amplified by the block's *condition* on its inputs: how many times
+larger the oracle's answer to one rounding of the inputs is than that rounding. It is about 1 nearly everywhere, and
+large where softmax has to decide between keys whose scores are large and nearly equal; there one PyTorch result, which
+may be right by luck, says little of what the dtype can give. It costs further runs of the oracle, so it is found where
+a comparison would fail without, and then multiplies the floor.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -31,6 +37,8 @@ from .causes import Cause, likely_causes
 
 K = 4.0
 UNIT_ROUNDOFF = {dtype: torch.finfo(dtype).eps / 2 for dtype in (torch.float32, torch.float16, torch.bfloat16)}
+DRAWS = 4
+"""How many roundings of the inputs a condition is found from."""
 MAP_SHAPE = (48, 96)
 """Most rows and columns of a map of errors."""
 
@@ -133,12 +141,14 @@ class Explanation:
 class Judgement:
     """The verdict on one comparison.
 
-    defects: what made a comparison of values impossible. explanations: of the outputs, where somebody asked.
+    defects: what made a comparison of values impossible. condition: by which the floor was multiplied. explanations: of
+    the outputs, where somebody asked.
     """
 
     comparison: Comparison
     outputs: tuple[Output, ...]
     defects: tuple[str, ...]
+    condition: float = 1.0
     explanations: tuple[Explanation, ...] = ()
 
     @property
@@ -172,6 +182,8 @@ class Judgement:
         yield from (f"  {defect}" for defect in self.defects)
         if not self.pairs:
             yield "  nothing was compared"
+        if self.condition > 1:
+            yield f"  one rounding of the inputs changes the oracle {self.condition:.3g} times as much"
         for output in self.outputs:
             yield f"  output {output.index} {list(output.shape)}"
             for m in output.measures:
@@ -206,19 +218,21 @@ def judge(
     longest_reduction: int,
     roundings: int = 1,
     n_vocab: int | None = None,
+    condition: float = 1.0,
 ) -> Judgement:
     """Compares all outputs of a block, subject and peer each with the oracle.
 
     longest_reduction: the most terms that any one value inside the block is summed from.
     roundings: how many values in a row the block rounds to the dtype, each made from the one before.
     n_vocab: length of the last axis of an output that holds logits, which are then measured as probabilities too.
+    condition: of the block on these inputs, where it was found.
     """
     defects: list[str] = []
     outputs: list[Output] = []
     if not len(oracle) == len(peer) == len(subject):
         defects.append(f"number of outputs: oracle {len(oracle)}, peer {len(peer)}, subject {len(subject)}")
     u, u32 = UNIT_ROUNDOFF[comparison.dtype], UNIT_ROUNDOFF[torch.float32]
-    floor = u * math.sqrt(roundings) + u32 * math.sqrt(longest_reduction)
+    floor = condition * (u * math.sqrt(roundings) + u32 * math.sqrt(longest_reduction))
     for index, (right, theirs, ours) in enumerate(zip(oracle, peer, subject, strict=False)):
         found = output_defects(right, theirs, ours)
         if not found:
@@ -232,7 +246,7 @@ def judge(
         if right.shape[-1] == n_vocab:
             measures += measure_logits(right, theirs, ours, size, peer_error, floor)
         outputs.append(Output(index, tuple(right.shape), tuple(measures)))
-    return Judgement(comparison, tuple(outputs), tuple(defects))
+    return Judgement(comparison, tuple(outputs), tuple(defects), condition)
 
 
 def output_defects(oracle: Tensor, peer: Tensor, subject: Tensor) -> list[str]:
@@ -253,6 +267,31 @@ def not_finite(**found: Norms) -> list[str]:
         for name, norms in found.items()
         if not math.isfinite(norms.norm)
     ]
+
+
+def condition(
+    oracle: Callable[[dict[str, Tensor]], list[Tensor]], inputs: Mapping[str, Tensor], unit: float, seed: int = 0
+) -> float:
+    """How many times larger the oracle's answer to a rounding of its inputs is than that rounding, at least 1.
+
+    oracle: from float64 inputs to outputs. unit: the relative size of the rounding, up or down at random in each value.
+    The largest relative L2 of any output in DRAWS draws, for what one draw meets is a matter of luck.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    right, found = oracle(dict(inputs)), 1.0
+    for _ in range(DRAWS):
+        rounded = {name: roughly(x, unit, generator) for name, x in inputs.items()}
+        for before, after in zip(right, oracle(rounded), strict=True):
+            found = max(found, relative_l2(norms(after - before), norms(before)) / unit)
+    return found
+
+
+def roughly(x: Tensor, unit: float, generator: torch.Generator) -> Tensor:
+    """x with every value larger or smaller by the relative `unit`; as it is where it holds integers."""
+    if not x.is_floating_point():
+        return x
+    signs = torch.randint(0, 2, x.shape, generator=generator).to(x.device) * 2 - 1
+    return x * (1 + unit * signs)
 
 
 def explain(oracle: list[Tensor], peer: list[Tensor], subject: list[Tensor]) -> tuple[Explanation, ...]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from . import activations
 from .activations import FIXTURES, Activations, is_step
 from .blocks import TWINS, pytorch_whisper
 from .captures import CAPTURED, captured
-from .judge import Comparison, Explanation, Judgement, dtype_name, explain, judge
+from .judge import UNIT_ROUNDOFF, Comparison, Explanation, Judgement, condition, dtype_name, explain, judge
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MAX_DTYPE = {theirs: ours for ours, theirs in TORCH_DTYPE.items()}
@@ -221,7 +221,7 @@ class Suite:
         """
         block, layer = BLOCKS[comparison.block], comparison.layer
         given = self.inputs(block, comparison)
-        exact = {name: x.double() if x.is_floating_point() else x for name, x in given.items()}
+        exact = in_float64(given)
         device = torch.device("cpu") if block.name == "log_mel" else self.torch_device
         there = {name: x.to(device) if x.ndim else x for name, x in given.items()}
         run, twin = executable or self.executable(block, layer), TWINS[block.name]
@@ -230,17 +230,33 @@ class Suite:
 
     def judge(self, comparison: Comparison, executable: Callable[..., list[Tensor]] | None = None) -> Judgement:
         """The isolated verdict: all three computations of the block are given the same inputs."""
-        return judge(
+        block = BLOCKS[comparison.block]
+        verdict = partial(
+            judge,
             comparison,
             *self.outputs(comparison, executable),
-            longest_reduction=longest_reduction(BLOCKS[comparison.block], self.dims),
-            roundings=roundings(BLOCKS[comparison.block], self.dims),
+            longest_reduction=longest_reduction(block, self.dims),
+            roundings=roundings(block, self.dims),
             n_vocab=self.dims.n_vocab,
         )
+        first = verdict()
+        return first if first.passed or first.defects else verdict(condition=self.condition(comparison))
+
+    @torch.no_grad()
+    def condition(self, comparison: Comparison) -> float:
+        """The condition of the block on the comparison's inputs, for roundings in the comparison's dtype."""
+        exact = in_float64(self.inputs(BLOCKS[comparison.block], comparison))
+        twin, unit = TWINS[comparison.block], UNIT_ROUNDOFF[comparison.dtype]
+        return condition(lambda x: twin(self.model.oracle, comparison.layer, **x), exact, unit, comparison.seed)
 
     def explain(self, comparison: Comparison) -> tuple[Explanation, ...]:
         """Where and how MAX errs in the comparison."""
         return explain(*self.outputs(comparison))
+
+
+def in_float64(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inputs of the oracle."""
+    return {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
 
 
 def comparisons(

@@ -89,6 +89,7 @@ def judgement_data(judgement: Judgement) -> dict[str, Any]:
         "passed": judgement.passed,
         "pairs": judgement.pairs,
         "defects": judgement.defects,
+        "condition": judgement.condition,
         "outputs": [output_data(output) for output in judgement.outputs],
         "explanations": [explanation_data(explanation) for explanation in judgement.explanations],
     }

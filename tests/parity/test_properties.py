@@ -15,7 +15,7 @@ from maxwhisper.blocks import BLOCKS
 from reference.activations import BATCH
 from reference.blocks import TWINS
 from reference.judge import Comparison, Judgement, judge
-from reference.suite import Suite, longest_reduction, roundings
+from reference.suite import Suite, in_float64, longest_reduction, roundings
 
 N_CONTEXT = 448
 
@@ -55,7 +55,7 @@ def cross_keys_values(suite: Suite, rows: slice) -> list[Tensor]:
 def expected(suite: Suite, block: str, names: list[str], inputs: list[Tensor], ours: list[Tensor]) -> Judgement:
     """The verdict on `ours` where the right result is the twin's of these inputs."""
     named = dict(zip(names, inputs, strict=True))
-    exact = {name: x.double() if x.is_floating_point() else x for name, x in named.items()}
+    exact = in_float64(named)
     there = {name: x.to(suite.torch_device) for name, x in named.items()}
     twin = TWINS[block]
     with torch.no_grad():

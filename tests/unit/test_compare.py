@@ -138,8 +138,9 @@ def test_the_graph_of_a_step_is_pytorchs_decoder() -> None:
         first, *own = graphs["step"](tokens[:, :3], *own, *cross)
         last, *own = graphs["step"](tokens[:, 3:], *own, *cross)
         expected = model.decoder(tokens, features)
-    # A cache that is read wrongly changes logits by whole numbers, another order of additions by millionths.
-    torch.testing.assert_close(torch.cat([first, last], 1), expected, rtol=1e-3, atol=1e-3)
+    # A cache that is read wrongly changes the first digits, another order of additions the last ones.
+    error = (torch.cat([first, last], 1) - expected).norm() / expected.norm()
+    assert error < torch.finfo(torch.float32).eps ** 0.5
 
 
 def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path) -> None:
@@ -177,7 +178,7 @@ def test_scores() -> None:
     assert agreement([[1, 2, 3, 4]], [[1, 9, 3, 4, 5]]) == 3 / 5
     assert agreement([[1, 2], []], [[1, 2], []]) == 1
     assert agreement([[]], [[]]) is None
-    assert word_error_rate(["Hello there, you!"], ["hello their you"], ["en"]) == pytest.approx(1 / 3)
+    assert word_error_rate(["Hello there, you!"], ["hello their you"], ["en"]) == 1 / 3
     assert word_error_rate(["Über uns."], ["über uns"], ["de"]) == 0
     assert word_error_rate([""], ["x"], ["en"]) is None
 

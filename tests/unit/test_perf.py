@@ -42,11 +42,11 @@ def test_every_round_slower_than_every_other_fails_beyond_the_factor(base: list[
     assert not verdict("block", head, base).failed, "faster is no failure"
 
 
-@given(ROUNDS, ROUNDS, st.floats(1e-3, 1e3))
+@given(ROUNDS, ROUNDS, st.sampled_from([2.0**-10, 2.0**10]))
 def test_the_unit_of_time_does_not_matter(base: list[float], head: list[float], unit: float) -> None:
     found = verdict("block", base, head)
     scaled = verdict("block", [x * unit for x in base], [x * unit for x in head])
-    assert scaled.ratio == pytest.approx(found.ratio)
+    assert scaled.ratio == found.ratio
 
 
 def test_a_large_slowdown_in_few_rounds_is_not_significant() -> None:

@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from whisper.model import ModelDimensions, Whisper
 
 from maxwhisper.blocks import BLOCKS
 from reference.blocks import TWINS, decoder, decoder_keys_values, pytorch_whisper
 from reference.causes import likely_causes
-from reference.judge import Comparison, Judgement, Measure, Output, judge
+from reference.judge import UNIT_ROUNDOFF, Comparison, Judgement, K, Measure, Output, condition, judge
 from reference.transcripts import Yardstick
 
 DIMS = ModelDimensions(
@@ -291,3 +292,34 @@ def test_no_test_holds_a_tolerance() -> None:
         if pattern.search(line)
     ]
     assert not found
+
+
+# ---- condition -----------------------------------------------------------------------------------------------------
+
+
+def two_keys(gap: float, size: float) -> tuple[Callable[[dict[str, Tensor]], list[Tensor]], dict[str, Tensor]]:
+    """Attention over two keys whose scores are `size` and nearly equal, as a function of the scores."""
+    scores = torch.tensor([[size, size + gap]], dtype=torch.float64)
+    return lambda x: [x["scores"].softmax(-1) @ torch.tensor([[1.0], [-1.0]]).double()], {"scores": scores}
+
+
+def test_the_condition_of_a_product_is_one_and_that_of_a_close_decision_large() -> None:
+    unit = UNIT_ROUNDOFF[torch.float32]
+    weight, x = torch.randn(64, 64).double(), torch.randn(9, 64).double()
+    assert condition(lambda given: [given["x"] @ weight], {"x": x}, unit) < 2
+    assert condition(*two_keys(1.0, 1.0), unit) < 4
+    # One rounding moves each score by size * unit, and the softmax by as much as its difference of scores.
+    assert condition(*two_keys(1.0, 1e4), unit) > 1e3
+
+
+def test_a_condition_widens_the_floor_alone() -> None:
+    right = torch.randn(5, 8, dtype=torch.float64)
+    off = right.float() * (1 + 1e-5)
+    plain, wide = (
+        judge(COMPARISON, [right], [right.float()], [off], longest_reduction=64, condition=c) for c in (1.0, 50.0)
+    )
+    assert not plain.passed
+    assert wide.passed
+    assert "50 times" in str(wide)
+    for (_, before), (_, after) in zip(plain.measures, wide.measures, strict=True):
+        assert after.budget - K * after.peer == pytest.approx(50 * (before.budget - K * before.peer))
