@@ -180,6 +180,10 @@ class TextDecoder(torch.nn.Module):
         """
         cache = KeyValueCache() if kv_cache is None else kv_cache
         self._check(x, xa, cache)
+        if positions is not None and (cache or not 0 <= positions.min() <= positions.max() < x.shape[1]):
+            raise OptionError(
+                f"positions {positions.tolist()} are not all in the {x.shape[1]} tokens of a text's start"
+            )
         x = x.to(self.device, torch.int64)
         if cache:
             logits, *cache.own = self.network["decoder.step"](x, *cache.own, *cache.cross)

@@ -15,7 +15,7 @@ from whisper.model import Whisper as OpenAIWhisper
 
 import maxwhisper
 from maxwhisper.audio import load_audio, log_mel_spectrogram
-from maxwhisper.decoding import KeyValueCache, MaxInference
+from maxwhisper.decoding import DecodingTask, KeyValueCache, MaxInference
 from maxwhisper.errors import AudioError, DeviceError, OptionError
 from maxwhisper.whisper import TextDecoder, Whisper, load_model, within
 
@@ -133,6 +133,35 @@ def test_texts_share_a_row_of_audio(model: Whisper, features: torch.Tensor, toke
     shared = model.decoder(texts, features).argmax(-1)
     assert torch.equal(shared, model.decoder(texts, features.repeat_interleave(2, 0)).argmax(-1))
     assert torch.equal(shared[0], shared[1]) and not torch.equal(shared[1], shared[2])
+
+
+def test_positions_choose_among_the_logits(model: Whisper, features: torch.Tensor, tokens: torch.Tensor) -> None:
+    every = model.decoder(tokens, features[:1])
+    chosen = model.decoder(tokens, features[:1], positions=torch.tensor([4, 1]))
+    assert chosen.equal(every[:, [4, 1]])
+
+
+def test_positions_that_are_not_there_are_refused(model: Whisper, features: torch.Tensor, tokens: torch.Tensor) -> None:
+    cache = KeyValueCache()
+    with pytest.raises(OptionError, match="positions"):
+        model.decoder(tokens, features[:1], positions=torch.tensor([tokens.shape[1]]))
+    model.decoder(tokens[:, :-1], features[:1], kv_cache=cache)
+    with pytest.raises(OptionError, match="positions"):
+        model.decoder(tokens[:, -1:], features[:1], kv_cache=cache, positions=torch.tensor([0]))
+
+
+@pytest.mark.parametrize("beam_size", [None, 5])
+def test_tokens_picked_in_the_graph_are_those_of_openais_loop(
+    model: Whisper, mels: torch.Tensor, beam_size: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = whisper.DecodingOptions(fp16=False, language="en", beam_size=beam_size)
+    ours = model.decode(mels[0], options)
+    asked = []
+    monkeypatch.setattr(DecodingTask, "_rules", lambda self: asked.append(self))
+    theirs = model.decode(mels[0], options)
+    assert asked
+    assert ours.tokens == theirs.tokens
+    assert ours.no_speech_prob == theirs.no_speech_prob
 
 
 def test_rearranged_cache_continues_the_chosen_texts(
