@@ -18,7 +18,7 @@ from whisper.model import ModelDimensions
 from whisper.model import Whisper as OpenAIWhisper
 from whisper.transcribe import transcribe
 
-from .artifacts import HOST, Artifacts, Identity, aim_at, writing
+from .artifacts import Artifacts, Identity, aim_at, writing
 from .audio import HOP_LENGTH, compiled_spectrogram, load_audio, log_mel_spectrogram
 from .blocks import BLOCKS
 from .checkpoint import Checkpoint, StrPath, load_checkpoint
@@ -60,7 +60,7 @@ def compile_model(name_or_path: StrPath, target: str, out: StrPath, download_roo
     with writing(out, target) as writer:
         device = aim_at(target)
         checkpoint = load_checkpoint(name_or_path, download_root)
-        for unit in (*UNITS, TOKEN_RULES) if target == HOST else UNITS:
+        for unit in units_on(device):
             policy = policy_of(checkpoint.tensors, "cpu" if unit == "log_mel" else device)
             programs = programs_of(unit, checkpoint.dims, policy)
             artifact = Artifact(f"{unit} of {checkpoint.name}", programs, policy.device.device_type.value)
@@ -69,6 +69,11 @@ def compile_model(name_or_path: StrPath, target: str, out: StrPath, download_roo
 
 UNITS = ("log_mel", "network", "alignment")
 """What transcribes on any device, by the unit of `BLOCKS` that compiles together."""
+
+
+def units_on(device: str) -> tuple[str, ...]:
+    """What transcribes on a device: tokens are picked in a graph on a CPU alone."""
+    return (*UNITS, TOKEN_RULES) if device == "cpu" else UNITS
 
 
 def policy_of(tensors: Mapping[str, torch.Tensor], device: str) -> Policy:

@@ -22,7 +22,7 @@ from max.graph import Module
 from maxwhisper.artifacts import Identity, Writer, aim_at, writing
 from maxwhisper.blocks import BLOCKS
 from maxwhisper.runtime import Artifact, Program
-from maxwhisper.whisper import UNITS, programs_of
+from maxwhisper.whisper import programs_of, units_on
 
 from .captures import CAPTURED
 from .judge import dtype_name
@@ -70,7 +70,8 @@ def units(suite: Suite) -> Iterator[tuple[str, list[Program]]]:
     """What the suite compiles together, and what `load_model` compiles beside that for whole transcripts."""
     yield from ((unit, suite.programs(unit)) for unit in suite.units)
     if suite.dtype == torch.float32 and suite.model.size in TRAINED:
-        yield from ((unit, programs_of(unit, suite.dims, suite.policy)) for unit in UNITS if unit not in suite.units)
+        others = [unit for unit in units_on(suite.device) if unit not in suite.units]
+        yield from ((unit, programs_of(unit, suite.dims, suite.policy)) for unit in others)
 
 
 def lower_all(suite: Suite, writer: Writer) -> dict[str, str]:

@@ -3,9 +3,10 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+if TYPE_CHECKING:  # the command line lists engines, and must not take the time to import this
+    import numpy as np
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Engine(ABC):
         """Reads the converted checkpoint in `folder`."""
 
     @abstractmethod
-    def encode(self, mel: np.ndarray) -> Any:
+    def encode(self, mel: "np.ndarray") -> Any:
         """Features of one window, from float32 (n_mels, 3000), as `generate` takes them."""
 
     @abstractmethod
@@ -43,10 +44,10 @@ class Engine(ABC):
         """Exactly `n_tokens` tokens after the prompt: `eot` is suppressed. Raises NotImplementedError if it cannot."""
 
     @abstractmethod
-    def transcribe(self, audio: np.ndarray, language: str) -> list[int]:
+    def transcribe(self, audio: "np.ndarray", language: str) -> list[int]:
         """All tokens of a recording, float32 (samples,) at 16 kHz, with timestamps and one temperature, 0."""
 
-    def detect_language(self, mel: np.ndarray) -> str:
+    def detect_language(self, mel: "np.ndarray") -> str:
         """The code of the language in a window; only PyTorch Whisper is asked."""
         raise NotImplementedError
 
