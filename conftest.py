@@ -49,7 +49,7 @@ DEFAULT_DTYPES = ("float32", "bfloat16")
 RUN = Run()
 """What this run has found."""
 AHEAD: list[CompileAhead] = []
-"""The process that compiles what later tests need, once there is one."""
+"""What compiles ahead of later tests, once it is known which there are."""
 LOWERING: dict[str, Lowering] = {}
 """By target, the process that compiles for it, once there is one."""
 ARTIFACTS = Path("build", "artifacts")
@@ -112,10 +112,9 @@ class Progress(logging.Handler):
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    logging.getLogger("maxwhisper").setLevel(logging.INFO)
     if reporter and session.config.option.verbose >= 0:
-        log = logging.getLogger("maxwhisper")
-        log.addHandler(Progress(reporter))
-        log.setLevel(logging.INFO)
+        logging.getLogger("maxwhisper").addHandler(Progress(reporter))
 
 
 def chosen(config: pytest.Config, option: str, known: tuple[str, ...], default: tuple[str, ...]) -> tuple[str, ...]:
@@ -228,10 +227,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def sizes_for(config: pytest.Config, test: pytest.Item) -> tuple[str, ...]:
     """The models that a test is for. Faults are tried in the fixture, whose layers differ from each other; benchmarks
-    are of tiny in float32, unless options say otherwise."""
+    are of tiny in float32 unless options say otherwise, and of the fixture where nothing is timed."""
     only = sizes(config)
     if test.get_closest_marker("benchmarked") and not config.getoption("--size"):
-        only = ("tiny",)
+        only = (FIXTURE,) if config.getoption("benchmark_disable") else ("tiny",)
     if test.get_closest_marker("trained"):
         only = TRAINED
     if test.get_closest_marker("faults"):
@@ -294,12 +293,13 @@ def models_of(item: pytest.Item) -> list[tuple[str, torch.dtype]]:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Has the models of later tests compiled by another process while the first one is compiled here; not for
-    benchmarks, which it would disturb."""
+    """Has the models of later tests compiled by another process while the first one compiles here; not for benchmarks,
+    which it would disturb."""
     judged = [item for item in session.items if not item.get_closest_marker("benchmarked")]
     models = list(dict.fromkeys(model for item in judged for model in models_of(item)))
     if len(models) > 1 and not session.config.getoption("collectonly") and not artifacts(session.config):
         AHEAD.append(CompileAhead(models[1:], session.config.getoption("--checkpoint"), device(session.config)))
+        logging.getLogger("maxwhisper").addHandler(AHEAD[0])
 
 
 def wanted(config: pytest.Config, item: pytest.Item) -> bool:

@@ -7,6 +7,7 @@ compared here, the other process compiles the next ones, and this one then finds
 """
 
 import argparse
+import logging
 import os
 import subprocess
 import sys
@@ -19,24 +20,33 @@ from .judge import dtype_name
 from .suite import DTYPES, Suite, load
 
 
-class CompileAhead:
-    """The other process, for models by (size, dtype) in the order in which they will be needed."""
+class CompileAhead(logging.Handler):
+    """The other process, for models by (size, dtype) in the order in which they will be needed.
+
+    As a handler of the logger "maxwhisper" it starts when a compilation of this process is announced, which is when it
+    takes longer than one from the cache: where the cache is full there is nothing to be done ahead.
+    """
 
     def __init__(self, models: Sequence[tuple[str, torch.dtype]], checkpoint: str | None, device: str):
+        super().__init__(logging.INFO)
         names = [f"{size}:{dtype_name(dtype)}" for size, dtype in models]
-        command = [sys.executable, "-m", "reference.ahead", *names, "--device", device]
+        self.command = [sys.executable, "-m", "reference.ahead", *names, "--device", device]
         if checkpoint:
-            command += ["--checkpoint", checkpoint]
-        # MAX changes the C library's environment of this process in ways that would mislead a child's Python.
-        environment = dict(os.environ)
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
-        )
+            self.command += ["--checkpoint", checkpoint]
         self.ready = {model: threading.Event() for model in models}
-        threading.Thread(target=self._listen, args=(list(models),), daemon=True).start()
+        self.process: subprocess.Popen[str] | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.process is None and record.getMessage().startswith("compiling"):
+            # MAX changes the C library's environment of this process in ways that would mislead a child's Python.
+            environment = dict(os.environ)
+            self.process = subprocess.Popen(
+                self.command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+            )
+            threading.Thread(target=self._listen, args=(list(self.ready),), daemon=True).start()
 
     def _listen(self, models: list[tuple[str, torch.dtype]]) -> None:
-        assert self.process.stdout is not None
+        assert self.process is not None and self.process.stdout is not None
         for model, _ in zip(models, self.process.stdout, strict=False):
             self.ready[model].set()
         for event in self.ready.values():  # should the process have failed, this one compiles for itself
@@ -44,12 +54,14 @@ class CompileAhead:
 
     def wait(self, size: str, dtype: torch.dtype) -> None:
         """Until the model is compiled, if that is the other process's task."""
-        if event := self.ready.get((size, dtype)):
+        event = self.ready.get((size, dtype))
+        if self.process and event:
             event.wait()
 
     def stop(self) -> None:
-        self.process.terminate()
-        self.process.wait()
+        if self.process:
+            self.process.terminate()
+            self.process.wait()
 
 
 def main() -> int:
