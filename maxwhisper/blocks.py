@@ -9,10 +9,10 @@ Names of inputs mean the same everywhere:
     audio               (samples,) float32, at 16 kHz
     mel                 (batch, n_mels, 2 * n_audio_ctx)
     x                   (batch, token or n_audio_ctx, state), the submodule's own input
-    tokens, offset      (batch, token) int64; position of the first one, int64 scalar
+    tokens, offset      (batch, token) int64; position of the first one, int64 scalar on the CPU
     positions           (position,) int64, those of the tokens whose logits are wanted
     audio_features      (audio, n_audio_ctx, state)
-    k_cache, v_cache    (batch, head, past, channel): self-attention over the text so far
+    k_cache, v_cache    (batch, head, place, channel): of the text so far, in the first `offset` places
     k_cross, v_cross    (audio, head, n_audio_ctx, channel): cross-attention over a window of audio
 
 In a whole decoder the last four carry a layer number: k_cross.0, v_cross.0, k_cross.1, ...
@@ -28,7 +28,7 @@ from whisper.model import ModelDimensions
 
 from . import model
 from .audio import LogMelSpectrogram
-from .model import KeyValue
+from .model import Cache, KeyValue
 from .runtime import Policy, Program
 
 Inputs = dict[str, TensorType]
@@ -115,7 +115,7 @@ def key_value(kind: str, batch: str, n_token: int | str, dims: ModelDimensions, 
 
 
 def self_cache(dims: ModelDimensions, policy: Policy) -> Inputs:
-    return key_value("cache", "batch", "past", dims, policy)
+    return key_value("cache", "batch", "place", dims, policy)
 
 
 def cross(dims: ModelDimensions, policy: Policy) -> Inputs:
@@ -197,10 +197,10 @@ def causal_attention(attn: model.MultiHeadAttention, x: TensorValue) -> tuple[Te
 
 
 def cached_attention(
-    attn: model.MultiHeadAttention, x: TensorValue, k: TensorValue, v: TensorValue
+    attn: model.MultiHeadAttention, x: TensorValue, offset: TensorValue, k: TensorValue, v: TensorValue
 ) -> tuple[TensorValue, ...]:
-    kv = attn.keys_values(x, KeyValue(k, v))
-    return attn(x, kv)[0], *kv
+    kv = attn.keys_values(x)
+    return attn(x, kv, cache=Cache(k, v, offset))[0], *kv
 
 
 def cross_attention(
@@ -231,7 +231,7 @@ BLOCKS: dict[str, Block] = {
             f"{TEXT_LAYER}.attn",
             text_attention,
             cached_attention,
-            together(step_x, self_cache),
+            together(step_x, offset, self_cache),
         ),
         Block(
             "decoder.cross_attention.keys_values", CROSS, text_attention, lambda m, x: m.keys_values(x), audio_features
@@ -252,7 +252,7 @@ BLOCKS: dict[str, Block] = {
             TEXT_LAYER,
             text_block,
             model.ResidualAttentionBlock.step,
-            together(step_x, self_cache, cross),
+            together(step_x, offset, self_cache, cross),
         ),
         Block("decoder.logits.prefill", "decoder", text_ends, lambda m, x: (m.logits(x),), prompt_x),
         Block("decoder.logits.step", "decoder", text_ends, lambda m, x: (m.logits(x),), step_x),
@@ -285,7 +285,7 @@ BLOCKS: dict[str, Block] = {
             "decoder",
             model.TextDecoder,
             model.TextDecoder.step,
-            together(step_tokens, every_layer(self_cache), every_layer(cross)),
+            together(step_tokens, offset, every_layer(self_cache), every_layer(cross)),
             unit="network",
         ),
         Block(

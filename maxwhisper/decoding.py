@@ -14,15 +14,19 @@ from types import FunctionType, SimpleNamespace
 from typing import Any
 
 import torch
+from max.driver import Buffer
 from max.dtype import DType
 from max.graph import DeviceRef, TensorType, TensorValue, ops
 from max.nn.layer import Module
 from torch import Tensor
 from torch.nn import functional
 from whisper import decoding
+from whisper.model import ModelDimensions
 
+from .blocks import BLOCKS
 from .errors import DecodingError
-from .runtime import KERNELS, Artifact, Executable, Loader, Program
+from .model import TextDecoder
+from .runtime import Artifact, Executable, Loader, Policy, Program, buffer
 
 log = logging.getLogger("maxwhisper")
 
@@ -49,20 +53,48 @@ def rebind(function: FunctionType, **names: Any) -> Callable[..., Any]:
 class KeyValueCache:
     """What the decoder keeps between calls; empty, and false, until the first one.
 
-    own: keys and values of the text so far, layer by layer, each (batch, head, token, channel).
+    own: keys and values of the text so far, layer by layer, each (batch, head, place, channel), with a place for every
+        token that a text may have. The first n_token of them are filled.
     cross: keys and values of the audio, layer by layer, each (audio, head, n_audio_ctx, channel).
     """
 
     own: KV = field(default_factory=list)
     cross: KV = field(default_factory=list)
+    n_token: int = 0
+    _inputs: list[Buffer] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.own)
+        return self.n_token > 0
 
-    @property
-    def n_token(self) -> int:
-        """How many tokens the cache holds."""
-        return self.own[0].shape[2] if self.own else 0
+    def append(self, new: KV, n_place: int) -> None:
+        """Puts keys and values of the next tokens, each (batch, head, token, channel), behind what is filled."""
+        if not self.own:
+            self.own = [kv.new_empty((*kv.shape[:2], n_place, kv.shape[3])) for kv in new]
+            self._inputs = []
+        end = self.n_token + new[0].shape[2]
+        for cached, kv in zip(self.own, new, strict=True):
+            cached[:, :, self.n_token : end] = kv
+        self.n_token = end
+
+    def repeat(self, times: int) -> None:
+        """As many copies of every text, side by side."""
+        own, n_token, n_place = self.own, self.n_token, self.own[0].shape[2]
+        self.own, self.n_token = [], 0
+        self.append([kv[:, :, :n_token].repeat_interleave(times, 0) for kv in own], n_place)
+
+    def rearrange(self, sources: list[int]) -> None:
+        """Puts the texts of the rows `sources` in the place of all."""
+        for kv in self.own:
+            kv[:, :, : self.n_token] = kv[sources, :, : self.n_token]
+
+    def inputs(self) -> list[Buffer]:
+        """`own` and `cross` as MAX takes them, in the same memory."""
+        if not self._inputs:
+            self._inputs = [buffer(kv) for kv in (*self.own, *self.cross)]
+        return self._inputs
+
+    def copy(self) -> "KeyValueCache":
+        return KeyValueCache([kv.clone() for kv in self.own], list(self.cross), self.n_token)
 
 
 class MaxInference(decoding.Inference):
@@ -85,14 +117,18 @@ class MaxInference(decoding.Inference):
         positions = torch.tensor([position, tokens.shape[1] - 1])
         logits = self.model.decoder(tokens[::n_same], audio_features, kv_cache=self.cache, positions=positions)
         if n_same > 1:
-            self.cache.own = [kv.repeat_interleave(n_same, 0) for kv in self.cache.own]
+            self.cache.repeat(n_same)
             logits = logits.repeat_interleave(n_same, 0)
         return list(logits.unbind(1))
+
+    def pick(self, tokens: torch.Tensor, rules: Sequence[torch.Tensor]) -> "Candidates":
+        """The likeliest tokens behind the last of `tokens`, under rules as `TokenRules.inputs` gives them."""
+        return picked(*self.model.decoder.pick(tokens[:, -1:], self.cache, rules))
 
     def rearrange_kv_cache(self, source_indices: list[int]) -> None:
         # The audio's keys and values stay: all beams of a window share them.
         if source_indices != list(range(len(source_indices))):
-            self.cache.own = [kv[source_indices] for kv in self.cache.own]
+            self.cache.rearrange(source_indices)
 
     def cleanup_caching(self) -> None:
         self.cache = KeyValueCache()
@@ -100,8 +136,8 @@ class MaxInference(decoding.Inference):
 
 # ---- the rules, in the graph ---------------------------------------------------------------------------------------
 
-TOKEN_RULES = "token_rules"
-"""The unit that compiles together for the decode loop, a single graph."""
+TOKEN_RULES, PICK = "token_rules", "decoder.pick"
+"""Units of the decode loop, a graph each: the rules alone, and behind a step of the decoder."""
 
 NOTHING = (0, 0)  # a range that holds no token
 
@@ -131,15 +167,32 @@ class NoWeights(Module):
 
 def rules_program() -> Program:
     """The graph, for any vocabulary."""
+    logits = TensorType(DType.float32, ["batch", "vocab"], DeviceRef.CPU())
+    return Program(TOKEN_RULES, "", NoWeights(), likeliest, {"logits": logits, **rules_inputs()})
+
+
+def rules_inputs() -> dict[str, TensorType]:
     cpu = DeviceRef.CPU()
-    inputs = {
-        "logits": TensorType(DType.float32, ["batch", "vocab"], cpu),
+    return {
         "suppressed": TensorType(DType.bool, ["vocab"], cpu),
         "forbidden": TensorType(DType.int64, ["batch", 2, 2], cpu),
         "timestamp_begin": TensorType(DType.int64, [1], cpu),
         "places": TensorType(DType.int64, ["candidate"], cpu),
     }
-    return Program(TOKEN_RULES, "", NoWeights(), likeliest, inputs, KERNELS / "decoding")
+
+
+def pick_program(dims: ModelDimensions, policy: Policy) -> Program:
+    """A step of the decoder that gives the likeliest next tokens and their log-probabilities in the place of logits."""
+
+    def pick(decoder: TextDecoder, tokens: TensorValue, offset: TensorValue, *others: TensorValue) -> list[TensorValue]:
+        rules, kv = others[: len(rules_inputs())], others[len(rules_inputs()) :]
+        logits, *new = decoder.step(tokens, offset, *kv)
+        return [*likeliest(decoder, ops.squeeze(logits, 1), *rules), *new]
+
+    given = BLOCKS["decoder.step"].inputs(dims, policy)
+    first = {name: given.pop(name) for name in ("tokens", "offset")}
+    rules = {**rules_inputs(), "suppressed": TensorType(DType.bool, [dims.n_vocab], policy.device)}
+    return Program(PICK, "decoder", TextDecoder(dims, policy), pick, {**first, **rules, **given})
 
 
 _RULES: list[Executable] = []
@@ -185,6 +238,13 @@ class Candidates:
     def topk(self, k: int) -> tuple[Tensor, Tensor]:
         assert k == len(self.tokens)
         return self.logprobs, self.tokens
+
+
+def picked(tokens: Tensor, logprobs: Tensor) -> Candidates:
+    """What a graph found. Raises DecodingError if a logit was NaN, or no token is left."""
+    if not all(map(math.isfinite, logprobs[:, 0].tolist())):
+        raise DecodingError("logits are not finite, or the rules of decoding exclude every token")
+    return Candidates(tokens, logprobs)
 
 
 def log_softmax(logits: Tensor | Candidates, dim: int) -> Tensor | Candidates:
@@ -254,19 +314,19 @@ class TokenRules:
             return (begin, self.n_vocab), NOTHING
         return (0, self.eot), (begin, timestamps[-1])
 
+    def inputs(self, tokens: Tensor, n_best: int) -> list[Tensor]:
+        """What graphs take beside logits to find the `n_best` likeliest tokens behind the tokens (batch, token)."""
+        sampled = tokens[:, self.sample_begin :].tolist()
+        forbidden = torch.tensor([self.forbidden(each) for each in sampled])
+        suppressed = self.suppressed if sampled[0] else self.suppressed_first
+        return [suppressed, forbidden, torch.tensor([self.timestamp_begin]), torch.zeros(n_best, dtype=torch.int64)]
+
     def candidates(self, logits: Tensor, tokens: Tensor, n_best: int) -> Candidates:
         """The `n_best` likeliest tokens behind the tokens (batch, token), by their logits (batch, vocab).
 
         Raises DecodingError if a logit is NaN, or none is left.
         """
-        sampled = tokens[:, self.sample_begin :].tolist()
-        forbidden = torch.tensor([self.forbidden(each) for each in sampled])
-        suppressed = self.suppressed if sampled[0] else self.suppressed_first
-        begin, places = torch.tensor([self.timestamp_begin]), torch.zeros(n_best, dtype=torch.int64)
-        found = Candidates(*compiled_rules()(logits, suppressed, forbidden, begin, places))
-        if not all(map(math.isfinite, found.logprobs[:, 0].tolist())):
-            raise DecodingError("logits are not finite, or the rules of decoding exclude every token")
-        return found
+        return picked(*compiled_rules()(logits, *self.inputs(tokens, n_best)))
 
 
 @cache
@@ -298,9 +358,9 @@ class DecodingTask(decoding.DecodingTask):
                     at_sot, logits = self.inference.start(tokens, audio_features, self.sot_index)
                     if self.tokenizer.no_speech is not None:
                         no_speech_probs = at_sot.softmax(dim=-1)[:, self.tokenizer.no_speech].tolist()
+                    candidates = rules.candidates(logits, tokens, n_best)
                 else:
-                    logits = self.inference.logits(tokens, audio_features)[:, -1]
-                candidates = rules.candidates(logits, tokens, n_best)
+                    candidates = self.inference.pick(tokens, rules.inputs(tokens, n_best))
                 tokens, completed = self.decoder.update(tokens, candidates, sum_logprobs)
                 if completed or tokens.shape[-1] > self.n_ctx:
                     break

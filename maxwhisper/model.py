@@ -7,7 +7,7 @@ is handed the ones to attend to. The four uses of attention are then one class:
 
     encoder self-attention      attn(x, attn.keys_values(x))
     causal, over a prompt       attn(x, attn.keys_values(x), mask)
-    cached, one token           attn(x, attn.keys_values(x, cache))
+    cached, one token           attn(x, attn.keys_values(x), cache=cache)
     cross-attention             attn(x, kv)        with kv = attn.keys_values(audio features), once per window
 
 Shapes: batch and text length are symbolic; audio length and widths are static and come from the checkpoint.
@@ -32,12 +32,32 @@ class KeyValue(NamedTuple):
     v: TensorValue
 
 
+class Cache(NamedTuple):
+    """Keys and values of the tokens before, each (batch, head, place, channel), in the first `length` places; length is
+    an int64 scalar on the CPU. What the other places hold is never read."""
+
+    k: TensorValue
+    v: TensorValue
+    length: TensorValue
+
+    def followed_by(self, new: KeyValue) -> KeyValue:
+        """The cached keys and values and the new ones, in new memory."""
+        filled = (slice(0, self.length), "past")
+        past = (x[:, :, filled] for x in (self.k, self.v))
+        return KeyValue(*(ops.concat(pair, axis=2) for pair in zip(past, new, strict=True)))
+
+
 def linear(x: TensorValue, weight: TensorValue, bias: TensorValue | None = None) -> TensorValue:
     """x @ weight.T + bias in the dtype of x: (batch, token, n_in) by (n_out, n_in) to (batch, token, n_out)."""
-    if x.device.is_cpu() and (x.shape[1] == 1 or not isinstance(x.shape[1], StaticDim)):
+    if one_token_on_cpu(x) or (x.device.is_cpu() and not isinstance(x.shape[1], StaticDim)):
         y = text_product(x, weight)
         return y if bias is None else y + bias.cast(x.dtype)
     return shared(matrix_product, *((x, weight) if bias is None else (x, weight, bias)))
+
+
+def one_token_on_cpu(x: TensorValue) -> bool:
+    """Whether x (batch, token, state) is one token per text, on a CPU: what the kernels of ours are for."""
+    return x.device.is_cpu() and x.shape[1] == 1
 
 
 def text_product(x: TensorValue, weight: TensorValue) -> TensorValue:
@@ -176,30 +196,43 @@ class MultiHeadAttention(Module):
         self.value = Linear(n_state, n_state, policy)
         self.out = Linear(n_state, n_state, policy)
 
-    def keys_values(self, x: TensorValue, cache: KeyValue | None = None) -> KeyValue:
-        """Keys and values of x (batch, token, state), behind those of the cache when there is one."""
+    def keys_values(self, x: TensorValue) -> KeyValue:
+        """Keys and values of x (batch, token, state)."""
         shape = (*x.shape[:2], self.n_head, self.n_channel)
-        k, v = (ops.permute(project(x).reshape(shape), [0, 2, 1, 3]) for project in (self.key, self.value))
-        if cache is None:
-            return KeyValue(k, v)
-        return KeyValue(ops.concat([cache.k, k], axis=2), ops.concat([cache.v, v], axis=2))
+        return KeyValue(*(ops.permute(project(x).reshape(shape), [0, 2, 1, 3]) for project in (self.key, self.value)))
 
     def __call__(
-        self, x: TensorValue, kv: KeyValue, mask: TensorValue | None = None
-    ) -> tuple[TensorValue, TensorValue]:
-        """Attend from x (batch, token, state) to kv.
+        self, x: TensorValue, kv: KeyValue, mask: TensorValue | None = None, cache: Cache | None = None
+    ) -> tuple[TensorValue, TensorValue | None]:
+        """Attend from x (batch, token, state) to kv, and to what is cached before it.
 
         kv may have fewer rows than the batch: with several sequences per audio window, consecutive ones share a row,
         and their queries stand side by side, so that the window's keys and values are read once for all of them.
 
-        Returns the output (batch, token, state) and the scores before softmax (kv batch, head, token, key).
+        Returns the output (batch, token, state) and the scores before softmax (kv batch, head, token, key), or None for
+        the scores where a kernel keeps them to itself.
         """
+        if one_token_on_cpu(x):
+            return self.out(self.one_query(self.query(x), kv, cache)), None
+        if cache is not None:
+            kv = cache.followed_by(kv)
         q = split_rows(self.query(x), kv.k.shape[0])
         q = q.reshape((*q.shape[:2], self.n_head, self.n_channel))
         wv, qk = self.qkv_attention(ops.permute(q, [0, 2, 1, 3]), kv, mask)
         wv = ops.permute(wv, [0, 2, 1, 3])
         wv = join_rows(wv.reshape((*wv.shape[:2], -1)), *x.shape[:2])
         return self.out(wv), qk
+
+    def one_query(self, q: TensorValue, kv: KeyValue, cache: Cache | None) -> TensorValue:
+        """Attention of one query per text, (batch, 1, state), by a kernel of our own: it reads the cache where it is,
+        and the keys and values of a window once for all texts that share them."""
+        name, inputs = "maxwhisper.attention", list(kv)
+        if cache is not None:
+            name, inputs = "maxwhisper.cached_attention", [cache.k, cache.v, cache.length.reshape((1,)), *kv]
+        shape = TensorType(DType.float32, q.shape, q.device)
+        parameters = {"n_channel": self.n_channel}
+        wv = ops.custom(name, q.device, [q.cast(DType.float32), *inputs], [shape], parameters=parameters)
+        return wv[0].tensor.cast(q.dtype)
 
     def qkv_attention(self, q: TensorValue, kv: KeyValue, mask: TensorValue | None) -> tuple[TensorValue, TensorValue]:
         # MAX replaces exactly this form, with the scale as right operand, by a fused kernel. It adds up in the dtype it
@@ -241,13 +274,13 @@ class ResidualAttentionBlock(Module):
         x: TensorValue,
         cross_kv: KeyValue | None = None,
         mask: TensorValue | None = None,
-        cache: KeyValue | None = None,
+        cache: Cache | None = None,
     ) -> tuple[TensorValue, KeyValue, TensorValue | None]:
-        """x (batch, token, state) to the same shape; also the self-attention's keys and values, cache included, and
-        the cross-attention's scores."""
+        """x (batch, token, state) to the same shape; also the self-attention's keys and values of x, and the
+        cross-attention's scores."""
         normed = self.attn_ln(x)
-        kv = self.attn.keys_values(normed, cache)
-        x = x + self.attn(normed, kv, mask)[0]
+        kv = self.attn.keys_values(normed)
+        x = x + self.attn(normed, kv, mask, cache)[0]
         scores = None
         if self.cross_attn is not None and self.cross_attn_ln is not None and cross_kv is not None:
             update, scores = self.cross_attn(self.cross_attn_ln(x), cross_kv)
@@ -263,9 +296,18 @@ class ResidualAttentionBlock(Module):
         y, kv, _ = self(x, KeyValue(k_cross, v_cross), causal_mask(x.shape[1], self.policy))
         return y, *kv
 
-    def step(self, x: TensorValue, k: TensorValue, v: TensorValue, *cross_kv: TensorValue) -> tuple[TensorValue, ...]:
-        """The block in the decoder for one token behind a cache; also returns the cache with the token in it."""
-        y, kv, _ = self(x, KeyValue(*cross_kv), cache=KeyValue(k, v))
+    def step(
+        self,
+        x: TensorValue,
+        offset: TensorValue,
+        k_cache: TensorValue,
+        v_cache: TensorValue,
+        k_cross: TensorValue,
+        v_cross: TensorValue,
+    ) -> tuple[TensorValue, ...]:
+        """The block in the decoder for one token behind `offset` cached ones; also returns the token's keys and values,
+        which the caller puts into the cache."""
+        y, kv, _ = self(x, KeyValue(k_cross, v_cross), cache=Cache(k_cache, v_cache, offset))
         return y, *kv
 
     def align(self, x: TensorValue, k_cross: TensorValue, v_cross: TensorValue) -> tuple[TensorValue, ...]:
@@ -371,15 +413,16 @@ class TextDecoder(Module):
         x, *kv = self._layers(ResidualAttentionBlock.prefill, tokens, START, grouped(cross_kv, 2))
         return [self.logits(ops.gather(x, positions, axis=1)), *kv]
 
-    def step(self, tokens: TensorValue, *kv: TensorValue) -> list[TensorValue]:
-        """One token (batch, 1) behind the cache: logits (batch, 1, n_vocab), and the cache with the token in it.
+    def step(self, tokens: TensorValue, offset: TensorValue, *kv: TensorValue) -> list[TensorValue]:
+        """One token (batch, 1) behind `offset` cached ones: logits (batch, 1, n_vocab), and every layer's keys and
+        values of the token, which the caller puts into the cache.
 
-        kv: every layer's self-attention keys and values, then every layer's cross-attention keys and values.
+        kv: every layer's cache, keys and values, then every layer's cross-attention keys and values.
         """
         cache, cross_kv = grouped(kv[: len(kv) // 2], 2), grouped(kv[len(kv) // 2 :], 2)
-        inputs = [(*own, *cross) for own, cross in zip(cache, cross_kv, strict=True)]
-        x, *cached = self._layers(ResidualAttentionBlock.step, tokens, length(kv[0].shape[2]), inputs)
-        return [self.logits(x), *cached]
+        inputs = [(offset, *own, *cross) for own, cross in zip(cache, cross_kv, strict=True)]
+        x, *new = self._layers(ResidualAttentionBlock.step, tokens, offset, inputs)
+        return [self.logits(x), *new]
 
     def align(self, tokens: TensorValue, *cross_kv: TensorValue) -> list[TensorValue]:
         """As `__call__`, but every layer's cross-attention scores stand behind the logits."""

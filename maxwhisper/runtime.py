@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from max.driver import CPU, Accelerator, Device, accelerator_count, is_virtual_device_mode
+from max.driver import CPU, Accelerator, Buffer, Device, accelerator_count, is_virtual_device_mode
 from max.dtype import DType
 from max.engine import CompiledModel, InferenceSession, Model
 from max.graph import DeviceRef, Graph, KernelLibrary, TensorType, TensorValue
@@ -29,8 +29,8 @@ from .errors import CheckpointError, DeviceError, OptionError
 log = logging.getLogger("maxwhisper")
 
 KERNELS = Path(__file__).parent / "kernels"
-"""Mojo packages of the operations that graphs use beside MAX's own. MAX compiles them, and a graph again whenever the
-package changes that it uses."""
+"""The Mojo package of the operations that graphs use beside MAX's own. MAX compiles it, and a graph again whenever it
+changes."""
 
 TORCH_DTYPE = {
     DType.float16: torch.float16,
@@ -74,10 +74,10 @@ def find_device(name: str) -> Device:
 
 
 @cache
-def kernel_library(package: Path) -> KernelLibrary:
-    """A folder of KERNELS, compiled: once, where a graph that is given the folder would compile it again."""
+def kernel_library() -> KernelLibrary:
+    """KERNELS compiled: once, where a graph that is given the folder would compile it again."""
     library = KernelLibrary()
-    library.load_paths([package])
+    library.load_paths([KERNELS])
     return library
 
 
@@ -86,7 +86,7 @@ class Program:
     """One graph to compile: `function` called on `module` and one value per entry of `inputs`.
 
     Each weight carries its name in the checkpoint: `path`, a dot, and its name in the module. Where the program stands
-    for any layer, `path` has a placeholder for its number in braces. `kernels` is a folder of KERNELS.
+    for any layer, `path` has a placeholder for its number in braces.
     """
 
     name: str
@@ -94,7 +94,6 @@ class Program:
     module: Module
     function: Callable[..., Sequence[TensorValue]]
     inputs: Mapping[str, TensorType]
-    kernels: Path = KERNELS / "network"
 
     def trace(self, into: GraphModule) -> dict[str, DType]:
         """Adds the graph to `into` and returns its weights, by name."""
@@ -103,9 +102,14 @@ class Program:
         for name, weight in weights.items():
             weight.name = name
         inputs = list(self.inputs.values())
-        with Graph(self.name, input_types=inputs, module=into, kernel_library=kernel_library(self.kernels)) as graph:
+        with Graph(self.name, input_types=inputs, module=into, kernel_library=kernel_library()) as graph:
             graph.output(*self.function(self.module, *(value.tensor for value in graph.inputs)))
         return dtypes
+
+
+def buffer(tensor: torch.Tensor | Buffer) -> Buffer:
+    """The tensor as MAX takes it: in the same memory if that is contiguous."""
+    return tensor if isinstance(tensor, Buffer) else Buffer.from_dlpack(tensor.contiguous())
 
 
 @dataclass(frozen=True)
@@ -116,8 +120,9 @@ class Executable:
     model: Model
     weights: Mapping[str, torch.Tensor]  # MAX reads them in place, so they must live as long as the model
 
-    def __call__(self, *inputs: torch.Tensor) -> list[torch.Tensor]:
-        outputs = self.model.execute(*(tensor.contiguous() for tensor in inputs))
+    def __call__(self, *inputs: torch.Tensor | Buffer) -> list[torch.Tensor]:
+        # MAX would convert tensors itself, in several times the time: a third of a millisecond at a decoder's step.
+        outputs = self.model.execute(*map(buffer, inputs))
         return [torch.from_dlpack(output) for output in outputs]
 
 
@@ -164,17 +169,15 @@ class Artifact:
         if stored := load(programs) if load else None:
             self.compiled, self.weights = stored.compiled, stored.weights
             return
-        kernels: set[Path] = set()
         module = GraphModule()
         for program in programs:
             self.weights.update(program.trace(module))
-            kernels.update(kernel_library(program.kernels).library_paths())
-        self.compiled = self._compile(module, kernels)
+        self.compiled = self._compile(module)
 
-    def _compile(self, module: GraphModule, kernels: Iterable[Path]) -> CompiledModel:
+    def _compile(self, module: GraphModule) -> CompiledModel:
         count, start = len(self.graphs), time.perf_counter()
         with announced(f"compiling {self.name}: {count} graphs, minutes the first time, seconds from the cache after"):
-            compiled = self.session.compile(module, custom_extensions=sorted(kernels))
+            compiled = self.session.compile(module, custom_extensions=kernel_library().library_paths())
         COMPILE_LOG.append(CompileRecord(self.name, count, time.perf_counter() - start))
         return compiled
 

@@ -22,7 +22,7 @@ from .artifacts import Artifacts, Identity, aim_at, writing
 from .audio import HOP_LENGTH, compiled_spectrogram, load_audio, log_mel_spectrogram
 from .blocks import BLOCKS
 from .checkpoint import Checkpoint, StrPath, load_checkpoint
-from .decoding import TOKEN_RULES, KeyValueCache, compiled_rules, decode, rebind, rules_program
+from .decoding import PICK, TOKEN_RULES, KeyValueCache, compiled_rules, decode, pick_program, rebind, rules_program
 from .errors import AudioError, DeviceError, OptionError
 from .runtime import Artifact, Executable, Policy, Program, find_device
 
@@ -73,7 +73,7 @@ UNITS = ("log_mel", "network", "alignment")
 
 def units_on(device: str) -> tuple[str, ...]:
     """What transcribes on a device: tokens are picked in a graph on a CPU alone."""
-    return (*UNITS, TOKEN_RULES) if device == "cpu" else UNITS
+    return (*UNITS, TOKEN_RULES, PICK) if device == "cpu" else UNITS
 
 
 def policy_of(tensors: Mapping[str, torch.Tensor], device: str) -> Policy:
@@ -82,14 +82,17 @@ def policy_of(tensors: Mapping[str, torch.Tensor], device: str) -> Policy:
 
 
 def programs_of(unit: str, dims: ModelDimensions, policy: Policy) -> list[Program]:
-    """The graphs of one of UNITS, or those that pick tokens."""
+    """The graphs of one of UNITS, or one of those that pick tokens."""
     if unit == TOKEN_RULES:
         return [rules_program()]
+    if unit == PICK:
+        return [pick_program(dims, policy)]
     return [block.program(dims, policy) for block in BLOCKS.values() if block.unit == unit]
 
 
 class Network:
-    """The graphs of a checkpoint on a device, by name; those for word timestamps compile when first asked for."""
+    """The graphs of a checkpoint on a device, by name; those for word timestamps and for
+    picking tokens compile when first asked for."""
 
     def __init__(self, checkpoint: Checkpoint, device: str, artifacts: Artifacts | None = None):
         self.checkpoint = checkpoint
@@ -100,7 +103,7 @@ class Network:
 
     def __getitem__(self, name: str) -> Executable:
         if name not in self.executables:
-            self.executables |= self._load(BLOCKS[name].unit)
+            self.executables |= self._load(PICK if name == PICK else BLOCKS[name].unit)
         return self.executables[name]
 
     def _load(self, unit: str) -> dict[str, Executable]:
@@ -191,17 +194,29 @@ class TextDecoder(torch.nn.Module):
             )
         x = x.to(self.device, torch.int64)
         if cache:
-            logits, *cache.own = self.network["decoder.step"](x, *cache.own, *cache.cross)
+            logits, *new = self.network["decoder.step"](x, torch.tensor(cache.n_token), *cache.inputs())
+            cache.append(new, self.dims.n_text_ctx)
             return logits
         cross = self.network["decoder.keys_values"](xa.to(self.device, torch.float32))
         if kv_cache is None and any(module._forward_hooks for module in self._cross_attentions()):
             return self._aligned(x, cross)
         if positions is not None:
-            logits, *cache.own = self.network["decoder.start"](x, positions.to(self.device), *cross)
+            logits, *new = self.network["decoder.start"](x, positions.to(self.device), *cross)
         else:
-            logits, *cache.own = self.network["decoder.prefill"](x, *cross)
+            logits, *new = self.network["decoder.prefill"](x, *cross)
         cache.cross = cross
+        cache.append(new, self.dims.n_text_ctx)
         return logits
+
+    def pick(
+        self, x: torch.Tensor, cache: KeyValueCache, rules: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The likeliest tokens behind one more token x (batch, 1) for each text of the cache, on a CPU, and their
+        log-probabilities, each (batch, candidate). rules: as `TokenRules.inputs` gives them."""
+        offset = torch.tensor(cache.n_token)
+        tokens, logprobs, *new = self.network[PICK](x, offset, *rules, *cache.inputs())
+        cache.append(new, self.dims.n_text_ctx)
+        return tokens, logprobs
 
     def _aligned(self, x: torch.Tensor, cross: list[torch.Tensor]) -> torch.Tensor:
         logits, *scores = self.network["decoder.alignment"](x, *cross)
@@ -296,5 +311,4 @@ class Whisper(OpenAIWhisper):
 
     def install_kv_cache_hooks(self, cache: KeyValueCache | None = None) -> tuple[KeyValueCache, list[Any]]:
         """A cache for `decoder`, a copy of `cache` if given, and the hooks to remove afterwards: none are needed."""
-        copy = KeyValueCache() if cache is None else KeyValueCache(list(cache.own), list(cache.cross))
-        return copy, []
+        return KeyValueCache() if cache is None else cache.copy(), []

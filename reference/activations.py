@@ -81,9 +81,9 @@ class Activations:
         # Where a block is told the first token's position, it is not 0, which would not show that it was ignored.
         first = OFFSET if "offset" in names else 0
         tokens = slice(position, position + 1) if is_step(block) else slice(first, position)
-        return {name: self.one(name, path, tokens, position) for name in names}
+        return {name: self.one(name, path, tokens) for name in names}
 
-    def one(self, name: str, path: str, tokens: slice, position: int) -> Tensor:
+    def one(self, name: str, path: str, tokens: slice) -> Tensor:
         if name in ("audio", "mel", "audio_features"):
             return getattr(self, name)
         if name == "offset":
@@ -95,16 +95,17 @@ class Activations:
         if name == "x":
             x = self.inputs["decoder.ln" if path == "decoder" else path]
             return x[:, tokens] if path.startswith("decoder") else x
-        return self.key_value(name, path, position)
+        return self.key_value(name, path)
 
-    def key_value(self, name: str, path: str, position: int) -> Tensor:
+    def key_value(self, name: str, path: str) -> Tensor:
         """k_cache, v_cross, and in a whole decoder k_cache.0, v_cross.1 and so on."""
         kind, _, layer = name.partition(".")
         block = f"decoder.blocks.{layer}" if layer else path.removesuffix(".attn").removesuffix(".cross_attn")
         table = self.keys if kind.startswith("k") else self.values
         if kind.endswith("cross"):
             return table[f"{block}.cross_attn"]
-        return table[f"{block}.attn"][:, :, :position]
+        # Behind the cached tokens there are those still to come, which must not be heard.
+        return table[f"{block}.attn"]
 
 
 def is_step(block: Block) -> bool:

@@ -54,14 +54,13 @@ def join_heads(x: Tensor) -> Tensor:
 
 @contextmanager
 def self_attention_cache(attn: MultiHeadAttention, cache: tuple[Tensor, Tensor] | None) -> Iterator[list[Tensor]]:
-    """Puts a cache before what `attn` computes as keys and values; yields a list that receives the two results."""
+    """Puts a cache before what `attn` computes as keys and values; yields a list that receives what it computes."""
     results: list[Tensor] = []
 
     def prepend(past: Tensor | None) -> Callable[..., Tensor]:
         def hook(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-            whole = output if past is None else torch.cat([past, output], dim=1)
-            results.append(split_heads(whole, attn.n_head))
-            return whole
+            results.append(split_heads(output, attn.n_head))
+            return output if past is None else torch.cat([past, output], dim=1)
 
         return hook
 
@@ -128,9 +127,16 @@ def causal_attention(model: Whisper, layer: int, x: Tensor) -> list[Tensor]:
         return [attn(x, mask=model.decoder.mask)[0], *kv]
 
 
-def cached_attention(model: Whisper, layer: int, x: Tensor, k_cache: Tensor, v_cache: Tensor) -> list[Tensor]:
+def filled(cache: Tensor, offset: Tensor) -> Tensor:
+    """The places of a cache (batch, head, place, channel) that hold keys or values."""
+    return cache[:, :, : int(offset)]
+
+
+def cached_attention(
+    model: Whisper, layer: int, x: Tensor, offset: Tensor, k_cache: Tensor, v_cache: Tensor
+) -> list[Tensor]:
     attn = model.decoder.blocks[layer].attn
-    with self_attention_cache(attn, (k_cache, v_cache)) as kv:
+    with self_attention_cache(attn, (filled(k_cache, offset), filled(v_cache, offset))) as kv:
         return [attn(x, mask=model.decoder.mask)[0], *kv]
 
 
@@ -149,9 +155,9 @@ def decoder_mlp(model: Whisper, layer: int, x: Tensor) -> list[Tensor]:
 
 
 def decoder_block(model: Whisper, layer: int, x: Tensor, **kv: Tensor) -> list[Tensor]:
-    """At prefill, and at a step when there is a k_cache and a v_cache."""
+    """At prefill, and at a step when there are an offset, a k_cache and a v_cache."""
     block: ResidualAttentionBlock = model.decoder.blocks[layer]
-    cache = (kv["k_cache"], kv["v_cache"]) if "k_cache" in kv else None
+    cache = (filled(kv["k_cache"], kv["offset"]), filled(kv["v_cache"], kv["offset"])) if "k_cache" in kv else None
     cross = cross_attention_cache(block.cross_attn, kv["k_cross"], kv["v_cross"], x.shape[0])
     with self_attention_cache(block.attn, cache) as new:
         return [block(x, x, mask=model.decoder.mask, kv_cache=cross), *new]
@@ -169,13 +175,13 @@ def decoder_keys_values(model: Whisper, layer: int, audio_features: Tensor) -> l
 
 
 def decoder(model: Whisper, layer: int, tokens: Tensor, **kv: Tensor) -> list[Tensor]:
-    """The decoder at prefill, and at a step when there are caches."""
-    past = kv["k_cache.0"].shape[2] if "k_cache.0" in kv else 0
-    (x,) = decoder_embedding(model, 0, tokens, torch.tensor(past))
+    """The decoder at prefill, and at a step when there are an offset and caches."""
+    offset = kv.get("offset", torch.tensor(0))
+    (x,) = decoder_embedding(model, 0, tokens, offset)
     others: list[Tensor] = []
     for i in range(model.dims.n_text_layer):
         own = {name.removesuffix(f".{i}"): t for name, t in kv.items() if name.endswith(f".{i}")}
-        x, *new = decoder_block(model, i, x, **own)
+        x, *new = decoder_block(model, i, x, offset=offset, **own)
         others += new
     return [*decoder_logits(model, 0, x), *others]
 

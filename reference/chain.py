@@ -159,9 +159,14 @@ def pytorch_chain(model: Whisper, audio: Tensor, tokens: Tensor, dtype: torch.dt
     cross = decoder_keys_values(model, 0, features)
     logits, *cache = part("", lambda: decoder_twin(model, 0, tokens[:, :-1], **layers("cross", cross)))
     values["decoder"] = logits
-    kv = layers("cache", cache) | layers("cross", cross)
+    kv = {"offset": length_of(cache)} | layers("cache", cache) | layers("cross", cross)
     values[STEP + "decoder"] = part(STEP, lambda: decoder_twin(model, 0, tokens[:, -1:], **kv))[0]
     return {name: value.cpu() for name, value in values.items()}
+
+
+def length_of(cache: list[Tensor]) -> Tensor:
+    """How many tokens a full cache holds."""
+    return torch.tensor(cache[0].shape[2])
 
 
 def layers(kind: str, values: list[Tensor]) -> dict[str, Tensor]:
@@ -198,7 +203,7 @@ def max_chain(suite: Suite, graphs: Mapping[str, Executable], audio: Tensor, tok
     (features,) = part("encoder", "", mel[None].to(suite.torch_device, suite.dtype))
     cross = graphs["decoder.keys_values"](features)
     _, *cache = part("decoder.prefill", "", tokens[:, :-1], *cross)
-    part("decoder.step", STEP, tokens[:, -1:], *cache, *cross)
+    part("decoder.step", STEP, tokens[:, -1:], length_of(cache), *cache, *cross)
     return values
 
 
@@ -209,5 +214,5 @@ def max_plain(suite: Suite, graphs: Mapping[str, Executable], audio: Tensor, tok
     (features,) = graphs["encoder"](mel[None].to(suite.torch_device, suite.dtype))
     cross = graphs["decoder.keys_values"](features)
     logits, *cache = graphs["decoder.prefill"](tokens[:, :-1], *cross)
-    step = graphs["decoder.step"](tokens[:, -1:], *cache, *cross)[0]
+    step = graphs["decoder.step"](tokens[:, -1:], length_of(cache), *cache, *cross)[0]
     return {"encoder": features.cpu(), "decoder": logits.cpu(), STEP + "decoder": step.cpu()}

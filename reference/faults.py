@@ -378,11 +378,15 @@ def graph_faults() -> Iterator[Fault]:
 
     cached = "decoder.attention.cached"
     yield fault("padded rows not masked", cached, mistakes.attention(kv_of=mistakes.with_padding), True)
+    yield fault(
+        "place behind the cached ones heard", cached, mistakes.cached(lambda c: c._replace(length=c.length + 1))
+    )
+    yield fault("oldest key only", cached, mistakes.cached(lambda c: c._replace(length=mistakes.cpu_int(1))))
     yield fault("newest key left out", cached, mistakes.attention(kv_of=mistakes.without_newest), True)
     yield fault(
         "cached keys and values exchanged",
         cached,
-        mistakes.method(model.MultiHeadAttention, "keys_values", mistakes.cache_exchanged),
+        mistakes.cached(lambda c: c._replace(k=c.v, v=c.k)),
     )
     yield fault(
         "cache read K, V where it is K, K, V, V",

@@ -1,8 +1,8 @@
 """Wrong layers: each stands in for a method of the network, and does what it does but for one thing."""
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -56,7 +56,14 @@ def attention(
             qk = qk + mask
         return (softmax(qk).cast(DType.float32) @ v).cast(self.policy.compute), qk
 
-    return lambda: patch.object(model.MultiHeadAttention, "qkv_attention", attend)
+    @contextmanager
+    def patched() -> Iterator[None]:
+        # Written out where a kernel computes it too.
+        in_graph = patch.object(model, "one_token_on_cpu", lambda x: False)
+        with in_graph, patch.object(model.MultiHeadAttention, "qkv_attention", attend):
+            yield
+
+    return patched
 
 
 def half_softmax(qk: TensorValue) -> TensorValue:
@@ -89,21 +96,21 @@ def single_head(
     return ops.permute(wv.reshape((*wv.shape[:1], wv.shape[2], self.n_head, self.n_channel)), [0, 2, 1, 3]), qk
 
 
-def interleaved_heads(
-    self: model.MultiHeadAttention, x: TensorValue, cache: model.KeyValue | None = None
-) -> model.KeyValue:
+def interleaved_heads(self: model.MultiHeadAttention, x: TensorValue) -> model.KeyValue:
     shape = (*x.shape[:2], self.n_channel, self.n_head)
     return model.KeyValue(*(ops.permute(project(x).reshape(shape), [0, 3, 1, 2]) for project in (self.key, self.value)))
 
 
-def cache_exchanged(
-    self: model.MultiHeadAttention, x: TensorValue, cache: model.KeyValue | None = None
-) -> model.KeyValue:
-    assert cache is not None
-    return KEYS_VALUES(self, x, model.KeyValue(cache.v, cache.k))
+def cached(change: Callable[[model.Cache], model.Cache]) -> Patch:
+    """Attention of one token over another cache."""
+    right = model.MultiHeadAttention.one_query
 
+    def one_query(
+        self: model.MultiHeadAttention, q: TensorValue, kv: model.KeyValue, cache: model.Cache
+    ) -> TensorValue:
+        return right(self, q, kv, change(cache))
 
-KEYS_VALUES = model.MultiHeadAttention.keys_values
+    return lambda: patch.object(model.MultiHeadAttention, "one_query", one_query)
 
 
 def without_newest(kv: model.KeyValue) -> model.KeyValue:
@@ -179,8 +186,8 @@ def residual(form: str) -> Patch:
         self: model.ResidualAttentionBlock, x: TensorValue, cross_kv: Any = None, mask: Any = None, cache: Any = None
     ) -> tuple[TensorValue, model.KeyValue, TensorValue | None]:
         normed = self.attn_ln(x)
-        kv = self.attn.keys_values(normed, cache)
-        x = (normed if form == "residual from the norm" else x) + self.attn(normed, kv, mask)[0]
+        kv = self.attn.keys_values(normed)
+        x = (normed if form == "residual from the norm" else x) + self.attn(normed, kv, mask, cache)[0]
         scores = None
         if cross_kv is not None:
             assert self.cross_attn is not None and self.cross_attn_ln is not None

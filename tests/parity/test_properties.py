@@ -32,7 +32,8 @@ seeds = st.integers(0, 2**32 - 1)
 
 
 def run(suite: Suite, block: str, *inputs: Tensor) -> list[Tensor]:
-    return [x.cpu() for x in suite.executable(BLOCKS[block], 0)(*(x.to(suite.torch_device) for x in inputs))]
+    there = (x.to(suite.torch_device) if x.ndim else x for x in inputs)  # an offset stays on the CPU
+    return [x.cpu() for x in suite.executable(BLOCKS[block], 0)(*there)]
 
 
 def random(suite: Suite, seed: int, *shape: int) -> Tensor:
@@ -141,7 +142,9 @@ def check_steps(suite: Suite, tokens: Tensor, n_prompt: int) -> None:
     logits, *cache = run(suite, "decoder.prefill", tokens[:, :n_prompt], *cross)
     found = [logits]
     for position in range(n_prompt, tokens.shape[1]):
-        logits, *cache = run(suite, "decoder.step", tokens[:, position : position + 1], *cache, *cross)
+        step = tokens[:, position : position + 1], torch.tensor(position), *cache, *cross
+        logits, *new = run(suite, "decoder.step", *step)
+        cache = [torch.cat(pair, 2) for pair in zip(cache, new, strict=True)]
         found.append(logits)
     ours = [torch.cat(found, 1), *cache]
     judgement = expected(suite, "decoder.prefill", prefill_names(suite), [tokens, *cross], ours)

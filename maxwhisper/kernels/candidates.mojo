@@ -1,0 +1,198 @@
+"""The likeliest next tokens under openai-whisper's rules, found without leaving the graph."""
+
+from max.algorithm import sync_parallelize
+from max.gpu.host import DeviceContext
+from max.runtime.asyncrt import parallelism_level
+from std.math import ceildiv, exp, iota, log
+from std.sys.info import simd_width_of
+from std.utils.numerics import neg_inf
+
+import extensibility
+from extensibility import InputTensor, OutputTensor
+
+comptime WIDTH = simd_width_of[DType.float32]()
+comptime NEVER = neg_inf[DType.float32]()
+
+
+struct LogSumExp(TrivialRegisterPassable):
+    """The logarithm of a sum of exponentials, in parts that can be joined."""
+
+    var greatest: Float32
+    var total: Float32  # of exponentials, each divided by that of the greatest
+
+    def __init__(out self):
+        self.greatest = NEVER
+        self.total = 0
+
+    def __init__(out self, logits: Pointer[Float32, _], number: Int):
+        """Of minus infinity alone it is minus infinity, of anything with NaN in it NaN."""
+        var whole = number // WIDTH * WIDTH
+        var highest = SIMD[DType.float32, WIDTH](NEVER)
+        for token in range(0, whole, WIDTH):
+            highest = max(highest, logits.unsafe_load[width=WIDTH](token))
+        self.greatest = highest.reduce_max()
+        self.total = 0
+        for token in range(whole, number):
+            self.greatest = max(self.greatest, logits[unsafe_offset=token])
+        var base = self.base()
+        var sums = SIMD[DType.float32, WIDTH](0)
+        for token in range(0, whole, WIDTH):
+            sums += exp(logits.unsafe_load[width=WIDTH](token) - base)
+        self.total += sums.reduce_add()
+        for token in range(whole, number):
+            self.total += exp(logits[unsafe_offset=token] - base)
+
+    def base(self) -> Float32:
+        return Float32(0) if self.greatest == NEVER else self.greatest
+
+    def joined(self, other: Self) -> Self:
+        var both = Self()
+        both.greatest = max(self.greatest, other.greatest)
+        both.total = self.total * exp(self.base() - both.base()) + other.total * exp(other.base() - both.base())
+        return both
+
+    def value(self) -> Float32:
+        return self.base() + log(self.total)
+
+
+@always_inline
+def permitted[
+    width: Int
+](
+    token: Int,
+    logits: Pointer[Float32, _],
+    suppressed: Pointer[UInt8, _],
+    forbidden: Pointer[Int64, _],
+) -> SIMD[DType.float32, width]:
+    """Returns the logits from `token` on, minus infinity where it is suppressed or in one of two forbidden ranges: first,
+    end, first, end."""
+    var tokens = iota[DType.int32, width](Int32(token))
+    var out = suppressed.unsafe_load[width=width](token).ne(0)
+    comptime for i in range(2):
+        var first = SIMD[DType.int32, width](Int32(forbidden[unsafe_offset=2 * i]))
+        var end = SIMD[DType.int32, width](Int32(forbidden[unsafe_offset=2 * i + 1]))
+        out = out | (tokens.ge(first) & tokens.lt(end))
+    return out.select(SIMD[DType.float32, width](NEVER), logits.unsafe_load[width=width](token))
+
+
+def write_best(
+    logits: Pointer[Float32, _],
+    first: Int,
+    end: Int,
+    n_best: Int,
+    tokens: Pointer[mut=True, Int64, _],
+    scores: Pointer[mut=True, Float32, _],
+):
+    """Writes the `n_best` likeliest tokens and their logits, in falling order, equal ones by number; where the rules
+    leave fewer, excluded ones with minus infinity."""
+    for place in range(n_best):
+        scores[unsafe_offset=place] = NEVER
+    var token = first
+    while token < end:
+        var width = WIDTH if token + WIDTH <= end else 1
+        var highest = logits.unsafe_load[width=WIDTH](token).reduce_max() if width == WIDTH else logits[
+            unsafe_offset=token
+        ]
+        if highest > scores[unsafe_offset=n_best - 1]:
+            for each in range(token, token + width):
+                insert(each, logits[unsafe_offset=each], n_best, tokens, scores)
+        token += width
+    var rest = 0
+    for place in range(n_best):
+        if scores[unsafe_offset=place] == NEVER:
+            while rest >= first and logits[unsafe_offset=rest] > NEVER:
+                rest += 1
+            tokens[unsafe_offset=place] = Int64(rest)
+            rest += 1
+
+
+def insert(
+    token: Int,
+    score: Float32,
+    n_best: Int,
+    tokens: Pointer[mut=True, Int64, _],
+    scores: Pointer[mut=True, Float32, _],
+):
+    """Puts a token in its place among the `n_best` so far, if it has one."""
+    if not score > scores[unsafe_offset=n_best - 1]:
+        return
+    var place = n_best - 1
+    while place > 0 and score > scores[unsafe_offset=place - 1]:
+        scores[unsafe_offset=place] = scores[unsafe_offset=place - 1]
+        tokens[unsafe_offset=place] = tokens[unsafe_offset=place - 1]
+        place -= 1
+    scores[unsafe_offset=place] = score
+    tokens[unsafe_offset=place] = Int64(token)
+
+
+@extensibility.register("maxwhisper.candidates")
+struct Candidates:
+    """Finds the likeliest next tokens of every text and their log-probabilities.
+
+    tokens, logprobs: (batch, candidate), in falling order.
+    logits: (batch, vocab).
+    suppressed: (vocab,), tokens that no text may have next.
+    forbidden: (batch, 2, 2), two ranges of tokens that a text may not have next, as first and end.
+    timestamp_begin: (1,), the first timestamp; text is excluded where all timestamps together are likelier than the
+        likeliest token of text. The size of the vocabulary where there are no timestamps.
+    """
+
+    @staticmethod
+    def execute(
+        tokens: OutputTensor[dtype=DType.int64, rank=2, ...],
+        logprobs: OutputTensor[dtype=DType.float32, rank=2, ...],
+        logits: InputTensor[dtype=DType.float32, rank=2, ...],
+        suppressed: InputTensor[dtype=DType.bool, rank=1, ...],
+        forbidden: InputTensor[dtype=DType.int64, rank=3, ...],
+        timestamp_begin: InputTensor[dtype=DType.int64, rank=1, ...],
+        ctx: DeviceContext,
+    ) raises:
+        var n_vocab = logits.dim_size(1)
+        var n_best = tokens.dim_size(1)
+        var given = logits.unsafe_ptr()
+        var excluded = suppressed.unsafe_ptr().unsafe_bitcast[UInt8]()
+        var ranges = forbidden.unsafe_ptr()
+        var found, scores = tokens.unsafe_ptr(), logprobs.unsafe_ptr()
+        var begin = Int(timestamp_begin.unsafe_ptr()[unsafe_offset=0])
+        var n_task = ceildiv(parallelism_level(None), logits.dim_size(0))  # for each text
+        var share = ceildiv(n_vocab, n_task)
+        var left = List[Float32](length=logits.dim_size(0) * n_vocab, fill=0)  # the logits that the rules leave
+        var sums = List[LogSumExp](length=logits.dim_size(0) * n_task * 2, fill=LogSumExp())  # of text, of timestamps
+        var permitted_logits, parts = left.unsafe_ptr(), sums.unsafe_ptr()
+
+        def some(number: Int) raises {imm}:
+            var text, task = divmod(number, n_task)
+            var own = given.unsafe_offset(text * n_vocab)
+            var into = permitted_logits.unsafe_offset(text * n_vocab)
+            var first, end = min(task * share, n_vocab), min((task + 1) * share, n_vocab)
+            var token = first
+            while token + WIDTH <= end:
+                into.unsafe_store(token, permitted[WIDTH](token, own, excluded, ranges.unsafe_offset(text * 4)))
+                token += WIDTH
+            for rest in range(token, end):
+                into[unsafe_offset=rest] = permitted[1](rest, own, excluded, ranges.unsafe_offset(text * 4))
+            var middle = max(first, min(begin, end))
+            parts[unsafe_offset=2 * number] = LogSumExp(into.unsafe_offset(first), middle - first)
+            parts[unsafe_offset=2 * number + 1] = LogSumExp(into.unsafe_offset(middle), end - middle)
+
+        def one(text: Int) raises {imm}:
+            var words, timestamps = LogSumExp(), LogSumExp()
+            for task in range(text * n_task, (text + 1) * n_task):
+                words = words.joined(parts[unsafe_offset=2 * task])
+                timestamps = timestamps.joined(parts[unsafe_offset=2 * task + 1])
+            var timestamp_is_next = timestamps.value() > words.greatest
+            var total = timestamps.value() if timestamp_is_next else words.joined(timestamps).value()
+            var own_scores = scores.unsafe_offset(text * n_best)
+            write_best(
+                permitted_logits.unsafe_offset(text * n_vocab),
+                begin if timestamp_is_next else 0,
+                n_vocab,
+                n_best,
+                found.unsafe_offset(text * n_best),
+                own_scores,
+            )
+            for place in range(n_best):
+                own_scores[unsafe_offset=place] -= total
+
+        sync_parallelize(some, logits.dim_size(0) * n_task)
+        sync_parallelize(one, logits.dim_size(0))

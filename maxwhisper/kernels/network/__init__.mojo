@@ -1,3 +1,0 @@
-"""Operations of the network that maxwhisper brings itself, for CPUs."""
-
-from .linear import Linear
