@@ -15,8 +15,10 @@ import extensibility
 from extensibility import InputTensor, _FusedOutputTensor
 
 comptime WIDTH = simd_width_of[DType.float32]()
-comptime SUMS = 24  # vectors of running sums at a time, and the operands beside them: they fit 32 registers
-comptime ROWS = 8  # of x at a time, at most
+comptime SUMS = 4  # vectors of running sums for a row: as many for any number of rows, so that a row of a batch is
+# bitwise what it is alone
+comptime ROWS = 6  # of x at a time, at most: their sums, and the operands beside them, fit 32 registers
+comptime UNROLL = 8  # vectors of weights
 comptime COLUMNS = 8  # of y at a time, so that they are stored as a vector
 comptime TASK = 1 << 18  # multiplications that are worth a task of their own
 
@@ -26,8 +28,7 @@ def products[
     rows: Int, dtype: DType
 ](x: Pointer[Float32, _], weights: Pointer[Scalar[dtype], _], n_in: Int) -> Array[Float32, rows]:
     """Returns the products of a row of weights with some rows of x, each (n_in,), one behind the other."""
-    comptime unroll = SUMS // rows if rows > 2 else 8
-    var sums = Array[SIMD[DType.float32, WIDTH], rows * unroll](fill=0)
+    var sums = Array[SIMD[DType.float32, WIDTH], rows * SUMS](fill=0)
 
     @always_inline
     @__parameter
@@ -35,22 +36,21 @@ def products[
         comptime for u in range(count):
             var ws = weights.unsafe_load[width=WIDTH](k + u * WIDTH).cast[DType.float32]()
             comptime for r in range(rows):
-                sums[r * unroll + u] = x.unsafe_load[width=WIDTH](r * n_in + k + u * WIDTH).fma(
-                    ws, sums[r * unroll + u]
-                )
+                comptime i = r * SUMS + u % SUMS
+                sums[i] = x.unsafe_load[width=WIDTH](r * n_in + k + u * WIDTH).fma(ws, sums[i])
 
     var k = 0
-    while k + unroll * WIDTH <= n_in:
-        add[unroll](k)
-        k += unroll * WIDTH
+    while k + UNROLL * WIDTH <= n_in:
+        add[UNROLL](k)
+        k += UNROLL * WIDTH
     while k + WIDTH <= n_in:
         add[1](k)
         k += WIDTH
     var y = Array[Float32, rows](fill=0)
     comptime for r in range(rows):
-        comptime for u in range(1, unroll):
-            sums[r * unroll] += sums[r * unroll + u]
-        y[r] = sums[r * unroll].reduce_add()
+        comptime for i in range(1, SUMS):
+            sums[r * SUMS] += sums[r * SUMS + i]
+        y[r] = sums[r * SUMS].reduce_add()
         for rest in range(k, n_in):
             y[r] += x[unsafe_offset=r * n_in + rest] * weights[unsafe_offset=rest].cast[DType.float32]()
     return y^

@@ -1,4 +1,4 @@
-"""The Mojo kernel of matrix products over a text, on sizes that fill no vector and no tile."""
+"""The Mojo kernels of products over a text and of attention, on sizes that fill no vector and no tile."""
 
 from functools import cache
 
@@ -7,11 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from max.dtype import DType
-from max.graph import DeviceRef, TensorType, TensorValue
+from max.graph import DeviceRef, TensorType, TensorValue, ops
 from max.nn.layer import Module
+from torch import Tensor
 
-from maxwhisper.model import text_product
-from maxwhisper.runtime import TORCH_DTYPE, Artifact, Executable, Program
+from maxwhisper.model import Cache, KeyValue, MultiHeadAttention, text_product
+from maxwhisper.runtime import TORCH_DTYPE, Artifact, Executable, Policy, Program
+from reference.judge import Comparison, judge
 
 STORED = (DType.float32, DType.float16, DType.bfloat16)
 
@@ -63,9 +65,134 @@ def test_a_product_large_enough_for_several_threads() -> None:
     assert float((y - exact).norm() / exact.norm()) < 384**0.5 * torch.finfo(torch.float32).eps
 
 
+def test_a_row_is_bitwise_the_same_among_any_others() -> None:
+    x, weight = torch.randn(1, 13, 1000), torch.randn(77, 1000).half()
+    (together,) = products()["float16"](x, weight)
+    alone = [products()["float16"](row[None, None], weight)[0] for row in x[0]]
+    assert together.equal(torch.cat(alone, 1))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_values_that_are_not_finite_stay_so(value: float) -> None:
     x = torch.zeros(1, 1, 40)
     x[0, 0, 39] = value
     (y,) = products()["float32"](x, torch.ones(5, 40))
     assert not y.isfinite().any()
+
+
+# ---- attention -----------------------------------------------------------------------------------------------------
+
+N_CHANNEL = 64
+
+
+class OneQuery(Module):
+    def cross(self, q: TensorValue, k: TensorValue, v: TensorValue) -> list[TensorValue]:
+        return [self.attn.one_query(q, KeyValue(k, v), None)]
+
+    def cached(
+        self, q: TensorValue, k: TensorValue, v: TensorValue, length: TensorValue, *new: TensorValue
+    ) -> list[TensorValue]:
+        return [self.attn.one_query(q, KeyValue(*new), Cache(k, v, length))]
+
+    def written_out(
+        self, q: TensorValue, k: TensorValue, v: TensorValue, length: TensorValue, *new: TensorValue
+    ) -> list[TensorValue]:
+        """What takes the kernel's place on a GPU."""
+        kv = Cache(k, v, length).followed_by(KeyValue(*new))
+        split = q.reshape((q.shape[0], 1, 2, N_CHANNEL))
+        wv, _ = self.attn.qkv_attention(ops.permute(split, [0, 2, 1, 3]), kv, None)
+        return [ops.permute(wv, [0, 2, 1, 3]).reshape(q.shape)]
+
+    @property
+    def attn(self) -> MultiHeadAttention:
+        """One without weights of its own: a graph would want their values."""
+        policy = Policy(DeviceRef.CPU(), DType.float32, DType.float32)
+        return MultiHeadAttention(2 * N_CHANNEL, 2, policy)
+
+    def __call__(self) -> None:
+        raise NotImplementedError
+
+
+@cache
+def attentions() -> dict[str, Executable]:
+    cpu = DeviceRef.CPU()
+
+    def queries(state: str | int) -> dict[str, TensorType]:
+        return {"q": TensorType(DType.float32, ["batch", 1, state], cpu)}
+
+    def heads(rows: str, places: str | int, n_head: str | int = "head") -> TensorType:
+        return TensorType(DType.float32, [rows, n_head, places, N_CHANNEL], cpu)
+
+    def behind_a_cache(n_head: str | int) -> dict[str, TensorType]:
+        places, new = heads("batch", "place", n_head), heads("batch", 1, n_head)
+        return {"k": places, "v": places, "length": length, "k_new": new, "v_new": new}
+
+    length = TensorType(DType.int64, [], cpu)
+    cross = {**queries("state"), "k": heads("row", "key"), "v": heads("row", "key")}
+    cached = {**queries("state"), **behind_a_cache("head")}
+    written_out = {**queries(2 * N_CHANNEL), **behind_a_cache(2)}
+    programs = [
+        Program("cross", "", OneQuery(), OneQuery.cross, cross),
+        Program("cached", "", OneQuery(), OneQuery.cached, cached),
+        Program("written out", "", OneQuery(), OneQuery.written_out, written_out),
+    ]
+    return Artifact("attentions", programs, "cpu").init({})
+
+
+def expected(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of one query per text; k and v are repeated for the texts that share them."""
+    n_head, shared = k.shape[1], len(q) // len(k)
+    k, v = (x.repeat_interleave(shared, 0) for x in (k, v))
+    split = q.unflatten(2, (n_head, N_CHANNEL)).transpose(1, 2)
+    weights = (split @ k.transpose(2, 3) * N_CHANNEL**-0.5).softmax(-1)
+    return (weights @ v).transpose(1, 2).flatten(2)
+
+
+def check(name: str, ours: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
+    comparison = Comparison("a kernel", torch.float32, name, 0, "random", "cpu")
+    oracle, peer = expected(q.double(), k.double(), v.double()), expected(q, k, v)
+    terms = max(k.shape[2], N_CHANNEL)
+    found = judge(comparison, [oracle], [peer], [ours], longest_reduction=terms, roundings=1, n_vocab=0)
+    assert found.passed, f"\n{found}"
+
+
+SIZES = {"rows": st.integers(1, 3), "n_head": st.integers(1, 3), "seed": st.integers(0, 2**32 - 1)}
+
+
+@settings(max_examples=60, deadline=None)
+@given(shared=st.integers(1, 9), n_key=st.integers(1, 300), **SIZES)
+def test_attention_of_texts_that_share_keys(rows: int, shared: int, n_head: int, n_key: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(rows * shared, 1, n_head * N_CHANNEL, generator=generator)
+    k, v = torch.randn(2, rows, n_head, n_key, N_CHANNEL, generator=generator)
+    check("cross", attentions()["cross"](q, k, v)[0], q, k, v)
+
+
+@settings(max_examples=60, deadline=None)
+@given(n_past=st.integers(0, 300), n_free=st.integers(0, 20), **SIZES)
+def test_attention_behind_a_cache_reads_nothing_that_is_not_filled(
+    rows: int, n_head: int, n_past: int, n_free: int, seed: int
+) -> None:
+    check_cached("cached", rows, n_head, n_past, n_free, seed)
+
+
+@pytest.mark.parametrize("n_past", [1, 17])
+@pytest.mark.parametrize("n_free", [0, 3])
+def test_attention_behind_a_cache_written_out_as_for_a_gpu(n_past: int, n_free: int) -> None:
+    check_cached("written out", 3, 2, n_past, n_free, seed=0)
+
+
+def check_cached(graph: str, rows: int, n_head: int, n_past: int, n_free: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(rows, 1, n_head * N_CHANNEL, generator=generator)
+    k, v = torch.randn(2, rows, n_head, n_past + 1, N_CHANNEL, generator=generator)
+    nothing = torch.full((rows, n_head, n_free, N_CHANNEL), float("nan"))
+    caches = (torch.cat([x[:, :, :n_past], nothing], 2) for x in (k, v))
+    (ours,) = attentions()[graph](q, *caches, torch.tensor(n_past), k[:, :, n_past:], v[:, :, n_past:])
+    check(graph, ours, q, k, v)
+
+
+def test_attention_of_a_text_is_bitwise_the_same_among_any_others() -> None:
+    q, (k, v) = torch.randn(11, 1, 6 * N_CHANNEL), torch.randn(2, 1, 6, 1500, N_CHANNEL)
+    (together,) = attentions()["cross"](q, k, v)
+    assert together.equal(torch.cat([attentions()["cross"](each[None], k, v)[0] for each in q]))

@@ -164,6 +164,24 @@ def test_tokens_picked_in_the_graph_are_those_of_openais_loop(
     assert ours.no_speech_prob == theirs.no_speech_prob
 
 
+@pytest.mark.parametrize("n_best", [1, 6])
+def test_a_step_that_picks_gives_what_the_rules_make_of_its_logits(
+    model: Whisper, features: torch.Tensor, tokens: torch.Tensor, n_best: int
+) -> None:
+    rules = DecodingTask(model, whisper.DecodingOptions(fp16=False, language="en"))._rules()
+    assert rules is not None
+    texts = torch.cat([tokens, tokens.roll(1, dims=1)])
+    inference = MaxInference(model, texts.shape[1] - 1)
+    inference.logits(texts[:, :-1], features[:1])
+    other = model.install_kv_cache_hooks(inference.cache)[0]
+    logits = inference.logits(texts, features[:1])[:, -1]
+    expected = rules.candidates(logits, texts, n_best)
+    inference.cache = other
+    found = inference.pick(texts, rules.inputs(texts, n_best))
+    assert found.tokens.equal(expected.tokens) and found.logprobs.equal(expected.logprobs)
+    assert other.n_token == texts.shape[1]
+
+
 def test_rearranged_cache_continues_the_chosen_texts(
     model: Whisper, features: torch.Tensor, tokens: torch.Tensor
 ) -> None:
@@ -179,12 +197,22 @@ def test_rearranged_cache_continues_the_chosen_texts(
     assert not inference.cache
 
 
+def filled(cache: KeyValueCache) -> list[torch.Tensor]:
+    return [kv[:, :, : cache.n_token] for kv in cache.own]
+
+
 def test_a_copied_cache_is_independent(model: Whisper, features: torch.Tensor, tokens: torch.Tensor) -> None:
     cache, _ = model.install_kv_cache_hooks()
     model.decoder(tokens[:, :4], features[:1], kv_cache=cache)
     copy, _ = model.install_kv_cache_hooks(cache)
-    model.decoder(tokens[:, 4:5], features[:1], kv_cache=copy)
-    assert (cache.n_token, copy.n_token) == (4, 5)
+    step = model.decoder(tokens[:, 4:5], features[:1], kv_cache=cache)
+    model.decoder(tokens[:, 5:6], features[:1], kv_cache=copy)
+    assert (cache.n_token, copy.n_token) == (5, 5)
+    same, _ = model.install_kv_cache_hooks()
+    model.decoder(tokens[:, :4], features[:1], kv_cache=same)
+    assert step.equal(model.decoder(tokens[:, 4:5], features[:1], kv_cache=same))
+    assert all(own.equal(other) for own, other in zip(filled(cache), filled(same), strict=True))
+    assert not all(own.equal(other) for own, other in zip(filled(cache), filled(copy), strict=True))
 
 
 def test_decoder_refuses_what_it_has_no_place_for(model: Whisper, features: torch.Tensor, tokens: torch.Tensor) -> None:
