@@ -6,13 +6,17 @@ together compile together, into one artifact. MAX keeps artifacts in its compile
 unless ``MODULAR_CACHE_DIR`` says otherwise.
 """
 
+import hashlib
 import logging
+import os
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -22,6 +26,7 @@ from max.engine import CompiledModel, InferenceSession, Model
 from max.graph import DeviceRef, Graph, KernelLibrary, TensorType, TensorValue
 from max.graph import Module as GraphModule
 from max.nn.layer import Module
+from mojo.run import subprocess_run_mojo
 
 from .cuda import preload
 from .errors import CheckpointError, DeviceError, OptionError
@@ -75,10 +80,35 @@ def find_device(name: str) -> Device:
 
 @cache
 def kernel_library() -> KernelLibrary:
-    """KERNELS compiled: once, where a graph that is given the folder would compile it again."""
+    """KERNELS compiled: once, where a graph that is given the folder would compile it again in every process.
+
+    What was compiled is kept in `$XDG_CACHE_HOME/maxwhisper/kernels`, or the same under `~/.cache`, by a hash of the
+    sources, so that MAX's compile cache knows it again wherever they lie.
+    """
+    hashed = hashlib.sha256(version("mojo-compiler").encode())
+    for source in sorted(KERNELS.glob("*.mojo")):
+        hashed.update(source.name.encode() + source.read_bytes())
+    folder = Path(os.getenv("XDG_CACHE_HOME") or Path.home() / ".cache") / "maxwhisper" / "kernels"
+    package = folder / f"maxwhisper_kernels_{hashed.hexdigest()[:16]}.mojoc"
+    if not package.exists():
+        compile_kernels(package)
     library = KernelLibrary()
-    library.load_paths([KERNELS])
+    library.load_paths([package])
     return library
+
+
+def compile_kernels(package: Path) -> None:
+    """Compiles KERNELS into a file that appears when it is complete. Raises OptionError if it cannot be written."""
+    try:
+        package.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=package.parent) as unfinished:
+            # The name of the file becomes that of the package.
+            compiled = Path(unfinished, package.name)
+            arguments = ["precompile", str(KERNELS), "-o", str(compiled)]
+            subprocess_run_mojo(arguments, check=True, capture_output=True)
+            compiled.replace(package)
+    except OSError as error:
+        raise OptionError(f"{package.parent}: compiled kernels cannot be kept there: {error}") from error
 
 
 @dataclass(frozen=True)
