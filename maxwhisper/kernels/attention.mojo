@@ -10,7 +10,7 @@ import extensibility
 from extensibility import InputTensor, OutputTensor
 
 comptime WIDTH = simd_width_of[DType.float32]()
-comptime QUERIES = 4  # at a time, at most: their sums fit the registers
+comptime QUERIES = 4  # at a time, or else one: their sums fit the registers
 comptime KEYS = 64  # added up at a time: a sum of sums rounds less than one long sum
 comptime TASK = 1 << 17  # numbers in keys and values that are worth a task of their own
 
@@ -166,9 +166,8 @@ def attention[
         while query + QUERIES <= n_query:
             some[QUERIES](query)
             query += QUERIES
-        comptime for rest in range(1, QUERIES):
-            if n_query - query == rest:
-                some[rest](query)
+        for rest in range(query, n_query):
+            some[1](rest)
 
     var n_task = max(1, min(n_row * n_head * (n_past + n_new) * n_channel * 2 // TASK, parallelism_level(None)))
     var share = ceildiv(n_row * n_head, n_task)

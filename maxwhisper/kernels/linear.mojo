@@ -17,7 +17,7 @@ from extensibility import InputTensor, _FusedOutputTensor
 comptime WIDTH = simd_width_of[DType.float32]()
 comptime SUMS = 4  # vectors of running sums for a row: as many for any number of rows, so that a row of a batch is
 # bitwise what it is alone
-comptime ROWS = 6  # of x at a time, at most: their sums, and the operands beside them, fit 32 registers
+comptime ROWS = 4  # of x at a time, or else one: every number in between would be code of its own to compile
 comptime UNROLL = 8  # vectors of weights
 comptime COLUMNS = 8  # of y at a time, so that they are stored as a vector
 comptime TASK = 1 << 18  # multiplications that are worth a task of their own
@@ -81,7 +81,7 @@ struct Linear:
         @__parameter
         def block[rows: Int, columns: Int](row: Int, column: Int):
             var values = Array[SIMD[DType.float32, columns], rows](fill=0)
-            comptime for c in range(columns):
+            for c in range(columns):
                 var one = products[rows](
                     by.unsafe_offset(row * n_in), weights.unsafe_offset((column + c) * n_in), n_in
                 )
@@ -94,24 +94,23 @@ struct Linear:
 
         @always_inline
         @__parameter
-        def every_row[columns: Int](column: Int):
+        def every_row(column: Int):
             # The weights of these columns come from memory once, and then from the cache.
             var row = 0
             while row + ROWS <= n_row:
-                block[ROWS, columns](row, column)
+                block[ROWS, COLUMNS](row, column)
                 row += ROWS
-            comptime for rest in range(1, ROWS):
-                if n_row - row == rest:
-                    block[rest, columns](row, column)
+            for rest in range(row, n_row):
+                block[1, COLUMNS](rest, column)
 
         def task(number: Int) raises {imm}:
             var column = number * share
             var end = min(column + share, n_out)
             while column + COLUMNS <= end:
-                every_row[COLUMNS](column)
+                every_row(column)
                 column += COLUMNS
-            while column < end:
-                every_row[1](column)
-                column += 1
+            for rest in range(column, end):
+                for row in range(n_row):
+                    block[1, 1](row, rest)
 
         sync_parallelize(task, ceildiv(n_out, share))

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
+from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutput
 
 from .base import Engine
@@ -25,7 +26,9 @@ class Adapter(Engine):
             return self.model.get_encoder()(torch.from_numpy(mel)[None])
 
     def generate(self, features: Any, n_tokens: int) -> list[int]:
-        generated = self.model.generate(
+        # The loop below Whisper's own, which would cut the text at timestamps, as random weights write them.
+        generated = GenerationMixin.generate(
+            self.model,
             encoder_outputs=BaseModelOutput(last_hidden_state=features.last_hidden_state),
             decoder_input_ids=torch.tensor([self.task.prompt]),
             min_new_tokens=n_tokens,
