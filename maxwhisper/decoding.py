@@ -172,6 +172,7 @@ def rules_program() -> Program:
 
 
 def rules_inputs() -> dict[str, TensorType]:
+    """What `likeliest` takes beside logits."""
     cpu = DeviceRef.CPU()
     return {
         "suppressed": TensorType(DType.bool, ["vocab"], cpu),

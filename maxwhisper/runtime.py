@@ -9,6 +9,7 @@ unless ``MODULAR_CACHE_DIR`` says otherwise.
 import hashlib
 import logging
 import os
+import subprocess
 import tempfile
 import threading
 import time
@@ -98,7 +99,10 @@ def kernel_library() -> KernelLibrary:
 
 
 def compile_kernels(package: Path) -> None:
-    """Compiles KERNELS into a file that appears when it is complete. Raises OptionError if it cannot be written."""
+    """Compiles KERNELS into a file that appears when it is complete.
+
+    Raises OptionError if it cannot be written, RuntimeError with the compiler's words if the sources are wrong.
+    """
     try:
         package.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=package.parent) as unfinished:
@@ -107,6 +111,8 @@ def compile_kernels(package: Path) -> None:
             arguments = ["precompile", str(KERNELS), "-o", str(compiled)]
             subprocess_run_mojo(arguments, check=True, capture_output=True)
             compiled.replace(package)
+    except subprocess.CalledProcessError as error:
+        raise RuntimeError(f"{KERNELS} does not compile:\n{error.stderr.decode()}") from error
     except OSError as error:
         raise OptionError(f"{package.parent}: compiled kernels cannot be kept there: {error}") from error
 
@@ -151,7 +157,7 @@ class Executable:
     weights: Mapping[str, torch.Tensor]  # MAX reads them in place, so they must live as long as the model
 
     def __call__(self, *inputs: torch.Tensor | Buffer) -> list[torch.Tensor]:
-        # MAX would convert tensors itself, in several times the time: a third of a millisecond at a decoder's step.
+        # MAX would convert tensors itself, but checks each against a protocol first, which a decoder's step feels.
         outputs = self.model.execute(*map(buffer, inputs))
         return [torch.from_dlpack(output) for output in outputs]
 

@@ -1,6 +1,7 @@
 """The Mojo kernels of products over a text and of attention, on sizes that fill no vector and no tile."""
 
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from max.graph import DeviceRef, TensorType, TensorValue, ops
 from max.nn.layer import Module
 from torch import Tensor
 
+from maxwhisper import runtime
+from maxwhisper.errors import OptionError
 from maxwhisper.model import Cache, KeyValue, MultiHeadAttention, text_product
 from maxwhisper.runtime import TORCH_DTYPE, Artifact, Executable, Policy, Program
 from reference.judge import Comparison, judge
@@ -78,6 +81,24 @@ def test_values_that_are_not_finite_stay_so(value: float) -> None:
     x[0, 0, 39] = value
     (y,) = products()["float32"](x, torch.ones(5, 40))
     assert not y.isfinite().any()
+
+
+def test_sources_that_do_not_compile_are_reported_with_the_compilers_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong, kept = tmp_path / "wrong", tmp_path / "kept"
+    wrong.mkdir()
+    (wrong / "__init__.mojo").write_text("def f():\n    return nowhere\n")
+    monkeypatch.setattr(runtime, "KERNELS", wrong)
+    with pytest.raises(RuntimeError, match=r"(?s)wrong does not compile:.*nowhere"):
+        runtime.compile_kernels(kept / "a.mojoc")
+    assert not list(kept.iterdir())
+
+
+def test_a_folder_that_cannot_keep_kernels_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OptionError, match=f"{tmp_path / 'file'}: compiled kernels cannot be kept there"):
+        runtime.compile_kernels(tmp_path / "file" / "a.mojoc")
 
 
 # ---- attention -----------------------------------------------------------------------------------------------------
