@@ -14,7 +14,7 @@ Shapes: batch and text length are symbolic; audio length and widths are static a
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from max.dtype import DType
@@ -34,7 +34,7 @@ class KeyValue(NamedTuple):
 
 class Cache(NamedTuple):
     """Keys and values of the tokens before, each (batch, head, place, channel), in the first `length` places; length is
-    an int64 scalar on the CPU. What the other places hold is never read."""
+    int64 on the CPU, a scalar, or (batch,) where one_query attends. What the other places hold is never read."""
 
     k: TensorValue
     v: TensorValue
@@ -49,26 +49,47 @@ class Cache(NamedTuple):
 
 def linear(x: TensorValue, weight: TensorValue, bias: TensorValue | None = None) -> TensorValue:
     """x @ weight.T + bias in the dtype of x: (batch, token, n_in) by (n_out, n_in) to (batch, token, n_out)."""
-    if one_token_on_cpu(x) or (x.device.is_cpu() and not isinstance(x.shape[1], StaticDim)):
-        y = text_product(x, weight)
-        return y if bias is None else y + bias.cast(x.dtype)
-    return shared(matrix_product, *((x, weight) if bias is None else (x, weight, bias)))
+    if not x.device.is_cpu():
+        return shared(matrix_product, *((x, weight) if bias is None else (x, weight, bias)))
+    audio = isinstance(x.shape[1], StaticDim) and not one_token_on_cpu(x)
+    y = (convolution if audio else text_product)(x, weight)
+    return y if bias is None else y + bias.cast(x.dtype)
 
 
 def one_token_on_cpu(x: TensorValue) -> bool:
-    """Whether x (batch, token, state) is one token per text, on a CPU: what the kernels of ours are for."""
+    """Whether x (batch, token, state) is one token per text, on a CPU: what some kernels of ours are for."""
     return x.device.is_cpu() and x.shape[1] == 1
 
 
 def text_product(x: TensorValue, weight: TensorValue) -> TensorValue:
-    """x @ weight.T for as many rows as a text has tokens, added up in float32.
+    """x @ weight.T for as many rows as a text has tokens, added up in float32, on a CPU.
 
     By a kernel of our own, which reads the weights as they are stored, once: MAX's matrix product would first copy them
     all into another layout, which takes longer than the product itself.
     """
+    return custom_product("maxwhisper.linear", x, weight, x.shape[1])
+
+
+def convolution(x: TensorValue, weight: TensorValue, stride: int = 1) -> TensorValue:
+    """Convolution over time, without padding and bias, added up in float32, on a CPU: x (batch, frame, n_in) by weight
+    (n_out, n_in, taps), or (n_out, n_in) for one tap, to (batch, frame, n_out).
+
+    By a kernel of our own for the many rows that audio has.
+    """
+    n_out, taps = weight.shape[0], int(weight.shape[2]) if weight.rank == 3 else 1
+    n_frame = (int(x.shape[1]) - taps) // stride + 1
+    parameters = {"taps": taps, "stride": stride}
+    return custom_product("maxwhisper.convolution", x, weight.reshape((n_out, -1)), Dim(n_frame), parameters)
+
+
+def custom_product(
+    name: str, x: TensorValue, weight: TensorValue, n_row: Dim, parameters: dict[str, Any] | None = None
+) -> TensorValue:
+    """A product of x (batch, row, n_in) with a matrix by a kernel of ours, (batch, n_row, n_out) in the dtype of x."""
     weight = weight if x.dtype == DType.float32 else weight.cast(x.dtype)  # to what PyTorch rounds them to
-    shape = TensorType(DType.float32, [*x.shape[:2], weight.shape[0]], x.device)
-    return ops.custom("maxwhisper.linear", x.device, [x.cast(DType.float32), weight], [shape])[0].tensor.cast(x.dtype)
+    y = TensorType(DType.float32, [x.shape[0], n_row, weight.shape[0]], x.device)
+    values = [x.cast(DType.float32), weight]
+    return ops.custom(name, x.device, values, [y], parameters=parameters)[0].tensor.cast(x.dtype)
 
 
 def matrix_product(x: TensorValue, weight: TensorValue, bias: TensorValue | None = None) -> TensorValue:
@@ -172,6 +193,9 @@ class Conv1d(Module):
 
     def __call__(self, x: TensorValue) -> TensorValue:
         """(batch, time, n_in) to (batch, time / stride, n_out)."""
+        if x.device.is_cpu():
+            padded = ops.pad(x, [0, 0, self.padding, self.padding, 0, 0])
+            return convolution(padded, self.weight, self.stride) + self.bias.cast(x.dtype)
         taps = ops.permute(self.weight.cast(x.dtype), [2, 1, 0])  # (tap, n_in, n_out)
         # MAX convolves images: time is the width of an image one pixel high. It adds up in the dtype it is given.
         y = ops.conv2d(
@@ -228,7 +252,8 @@ class MultiHeadAttention(Module):
         and the keys and values of a window once for all texts that share them."""
         name, inputs = "maxwhisper.attention", list(kv)
         if cache is not None:
-            name, inputs = "maxwhisper.cached_attention", [cache.k, cache.v, cache.length.reshape((1,)), *kv]
+            lengths = cache.length.broadcast_to((q.shape[0],))
+            name, inputs = "maxwhisper.cached_attention", [cache.k, cache.v, lengths, *kv]
         shape = TensorType(DType.float32, q.shape, q.device)
         parameters = {"n_channel": self.n_channel}
         wv = ops.custom(name, q.device, [q.cast(DType.float32), *inputs], [shape], parameters=parameters)
@@ -389,8 +414,11 @@ class TextDecoder(Module):
         self.ln = LayerNorm(n_state, policy)
 
     def embed(self, tokens: TensorValue, offset: TensorValue | int) -> TensorValue:
-        """Tokens (batch, token), the first at position `offset`, to vectors (batch, token, state)."""
+        """Tokens (batch, token), the first at position `offset`, a scalar or (batch,), to vectors (batch, token,
+        state)."""
         start = offset.to(tokens.device) if isinstance(offset, TensorValue) else offset
+        if isinstance(start, TensorValue) and start.rank:
+            start = ops.unsqueeze(start, 1)
         positions = indices(tokens.shape[1], tokens.device) + start
         x = self.token_embedding(tokens) + ops.gather(self.positional_embedding, positions, axis=0)
         return x.cast(self.policy.compute)

@@ -2,4 +2,5 @@
 
 from .attention import Attention, CachedAttention
 from .candidates import Candidates
+from .convolution import Convolution
 from .linear import Linear

@@ -125,12 +125,12 @@ def attention[
     q: InputTensor[dtype=DType.float32, rank=3, ...],
     k: InputTensor[rank=4, ...],
     v: InputTensor[rank=4, ...],
-    n_past: Int,
+    n_past: List[Int],
     k_new: InputTensor[rank=4, ...],
     v_new: InputTensor[rank=4, ...],
     n_new: Int,
 ) raises:
-    """Attends to the first `n_past` places of k and v, and to the first `n_new` of k_new and v_new."""
+    """Attends to the first `n_past` places of each row of k and v, and to the first `n_new` of k_new and v_new."""
     comptime assert n_channel % WIDTH == 0, "channels must fill vectors"
     var n_row = k.dim_size(0)
     var n_head = k.dim_size(1)
@@ -144,19 +144,20 @@ def attention[
     @always_inline
     @__parameter
     def head(number: Int, scores: Pointer[mut=True, Float32, _]):
+        var row = number // n_head
         var past = number * n_place * n_channel
         var new = number * n_new * n_channel
 
         @always_inline
         @__parameter
         def some[queries: Int](query: Int):
-            var at = (number // n_head * n_query + query) * n_state + number % n_head * n_channel
+            var at = (row * n_query + query) * n_state + number % n_head * n_channel
             attend[n_channel, queries](
                 ys.unsafe_offset(at),
                 qs.unsafe_offset(at),
                 n_state,
-                Rows(ks.unsafe_offset(past), n_past),
-                Rows(vs.unsafe_offset(past), n_past),
+                Rows(ks.unsafe_offset(past), n_past[row]),
+                Rows(vs.unsafe_offset(past), n_past[row]),
                 Rows(ks_new.unsafe_offset(new), n_new),
                 Rows(vs_new.unsafe_offset(new), n_new),
                 scores,
@@ -169,11 +170,15 @@ def attention[
         for rest in range(query, n_query):
             some[1](rest)
 
-    var n_task = max(1, min(n_row * n_head * (n_past + n_new) * n_channel * 2 // TASK, parallelism_level(None)))
+    var n_key, longest = n_row * n_new, 0
+    for row in range(n_row):
+        n_key += n_past[row]
+        longest = max(longest, n_past[row])
+    var n_task = max(1, min(n_key * n_head * n_channel * 2 // TASK, parallelism_level(None)))
     var share = ceildiv(n_row * n_head, n_task)
 
     def task(number: Int) raises {imm}:
-        var scores = List[Float32](length=QUERIES * (n_past + n_new), fill=0)
+        var scores = List[Float32](length=QUERIES * (longest + n_new), fill=0)
         for each in range(number * share, min((number + 1) * share, n_row * n_head)):
             head(each, scores.unsafe_ptr())
 
@@ -198,7 +203,7 @@ struct Attention:
         v: InputTensor[rank=4, ...],
         ctx: DeviceContext,
     ) raises:
-        attention[n_channel](y, q, k, v, k.dim_size(2), k, v, 0)
+        attention[n_channel](y, q, k, v, List[Int](length=k.dim_size(0), fill=k.dim_size(2)), k, v, 0)
 
 
 @extensibility.register("maxwhisper.cached_attention")
@@ -206,7 +211,7 @@ struct CachedAttention:
     """Computes the same over a cache and one new key and value for each text.
 
     y, q: (batch, 1, head * channel).
-    k, v: (batch, head, place, channel), of which the first `n_past` places are filled; n_past: (1,).
+    k, v: (batch, head, place, channel), of which the first `n_past` places of a text are filled; n_past: (batch,).
     k_new, v_new: (batch, head, 1, channel).
     """
 
@@ -223,4 +228,7 @@ struct CachedAttention:
         v_new: InputTensor[rank=4, ...],
         ctx: DeviceContext,
     ) raises:
-        attention[n_channel](y, q, k, v, Int(n_past.unsafe_ptr()[unsafe_offset=0]), k_new, v_new, 1)
+        var lengths = List[Int](length=k.dim_size(0), fill=0)
+        for row in range(k.dim_size(0)):
+            lengths[row] = Int(n_past.unsafe_ptr()[unsafe_offset=row])
+        attention[n_channel](y, q, k, v, lengths, k_new, v_new, 1)

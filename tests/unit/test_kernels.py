@@ -1,4 +1,4 @@
-"""The Mojo kernels of products over a text and of attention, on sizes that fill no vector and no tile."""
+"""The Mojo kernels of products and of attention, on sizes that fill no vector and no tile."""
 
 from functools import cache
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from maxwhisper import runtime
 from maxwhisper.errors import OptionError
-from maxwhisper.model import Cache, KeyValue, MultiHeadAttention, text_product
+from maxwhisper.model import Cache, KeyValue, MultiHeadAttention, convolution, text_product
 from maxwhisper.runtime import TORCH_DTYPE, Artifact, Executable, Policy, Program
 from reference.judge import Comparison, judge
 
@@ -73,6 +73,59 @@ def test_a_row_is_bitwise_the_same_among_any_others() -> None:
     (together,) = products()["float16"](x, weight)
     alone = [products()["float16"](row[None, None], weight)[0] for row in x[0]]
     assert together.equal(torch.cat(alone, 1))
+
+
+# ---- convolution ---------------------------------------------------------------------------------------------------
+
+N_FRAME, N_IN, N_OUT = 291, 37, 80  # rows, terms and a panel that are not full
+FORMS = {"product": (1, 1), "convolution": (3, 1), "every second frame": (3, 2)}
+"""Taps and stride."""
+
+
+class Convolution(Module):
+    def __init__(self, stride: int):
+        super().__init__()
+        self.stride = stride
+
+    def __call__(self, x: TensorValue, weight: TensorValue) -> list[TensorValue]:
+        return [convolution(x, weight, self.stride)]
+
+
+@cache
+def convolutions() -> dict[str, Executable]:
+    cpu = DeviceRef.CPU()
+
+    def program(name: str, taps: int, stride: int) -> Program:
+        x = TensorType(DType.float32, ["batch", N_FRAME, N_IN], cpu)
+        weight = TensorType(DType.float16, [N_OUT, N_IN, taps], cpu)
+        return Program(name, "", Convolution(stride), Convolution.__call__, {"x": x, "weight": weight})
+
+    return Artifact("convolutions", [program(name, *form) for name, form in FORMS.items()], "cpu").init({})
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_convolution(name: str, batch: int) -> None:
+    taps, stride = FORMS[name]
+    generator = torch.Generator().manual_seed(batch)
+    x = torch.randn(batch, N_FRAME, N_IN, generator=generator)
+    weight = torch.randn(N_OUT, N_IN, taps, generator=generator).half()
+
+    def exact(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.nn.functional.conv1d(x.transpose(1, 2), weight, stride=stride).transpose(1, 2)
+
+    (y,) = convolutions()[name](x, weight)
+    expected, terms = exact(x.double(), weight.double()), exact(x.double().abs(), weight.double().abs())
+    # The bound of any order of n additions of n products, in float32.
+    assert y.shape == expected.shape
+    assert ((y - expected).abs() <= N_IN * taps * torch.finfo(torch.float32).eps / 2 * terms).all()
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_window_is_bitwise_the_same_in_a_batch(name: str) -> None:
+    x, weight = torch.randn(3, N_FRAME, N_IN), torch.randn(N_OUT, N_IN, FORMS[name][0]).half()
+    (together,) = convolutions()[name](x, weight)
+    assert together.equal(torch.cat([convolutions()[name](window[None], weight)[0] for window in x]))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -148,13 +201,14 @@ def attentions() -> dict[str, Executable]:
         places, new = heads("batch", "place", n_head), heads("batch", 1, n_head)
         return {"k": places, "v": places, "length": length, "k_new": new, "v_new": new}
 
-    length = TensorType(DType.int64, [], cpu)
+    length, lengths = TensorType(DType.int64, [], cpu), TensorType(DType.int64, ["batch"], cpu)
     cross = {**queries("state"), "k": heads("row", "key"), "v": heads("row", "key")}
     cached = {**queries("state"), **behind_a_cache("head")}
     written_out = {**queries(2 * N_CHANNEL), **behind_a_cache(2)}
     programs = [
         Program("cross", "", OneQuery(), OneQuery.cross, cross),
         Program("cached", "", OneQuery(), OneQuery.cached, cached),
+        Program("of other lengths", "", OneQuery(), OneQuery.cached, {**cached, "length": lengths}),
         Program("written out", "", OneQuery(), OneQuery.written_out, written_out),
     ]
     return Artifact("attentions", programs, "cpu").init({})
@@ -217,3 +271,14 @@ def test_attention_of_a_text_is_bitwise_the_same_among_any_others() -> None:
     q, (k, v) = torch.randn(11, 1, 6 * N_CHANNEL), torch.randn(2, 1, 6, 1500, N_CHANNEL)
     (together,) = attentions()["cross"](q, k, v)
     assert together.equal(torch.cat([attentions()["cross"](each[None], k, v)[0] for each in q]))
+
+
+def test_texts_of_other_lengths_attend_as_they_do_alone() -> None:
+    q, lengths = torch.randn(4, 1, 3 * N_CHANNEL), [5, 0, 17, 1]
+    k, v, k_new, v_new = (torch.randn(4, 3, n, N_CHANNEL) for n in (20, 20, 1, 1))
+    (together,) = attentions()["of other lengths"](q, k, v, torch.tensor(lengths), k_new, v_new)
+    rows = [[x[i : i + 1] for x in (q, k, v, k_new, v_new)] for i in range(4)]
+    alone = [
+        attentions()["cached"](*row[:3], torch.tensor(n), *row[3:])[0] for row, n in zip(rows, lengths, strict=True)
+    ]
+    assert together.equal(torch.cat(alone))

@@ -1,0 +1,131 @@
+"""Products of many rows with a matrix, as a linear layer over audio and a convolution over time have them.
+
+A panel of weights is copied once, transposed and in float32, and then multiplied with every row of the input while it
+lies in the cache. A tile of the output stays in registers; each of its values is summed in the same order whatever the
+rows around it, so that a window of a batch is bitwise what it is alone.
+"""
+
+from max.algorithm import sync_parallelize
+from max.gpu.host import DeviceContext
+from max.runtime.asyncrt import parallelism_level
+from std.math import ceildiv
+from std.sys.info import simd_width_of
+from std.utils.index import IndexList
+
+import extensibility
+from extensibility import InputTensor, _FusedOutputTensor
+
+comptime WIDTH = simd_width_of[DType.float32]()
+comptime ROWS = 6  # of a tile, or else one
+comptime VECTORS = 4 if WIDTH >= 16 else 2  # of a row of a tile; with ROWS what fits the registers
+comptime PANEL = VECTORS * WIDTH  # rows of weights at a time
+comptime TERMS = 512  # summed at a time: a sum of sums rounds less than one long sum
+comptime CHUNK = 128  # rows of the input that are worth another copy of a panel
+
+
+@always_inline
+def pack[
+    taps: Int, dtype: DType
+](panel: Pointer[mut=True, Float32, _], weights: Pointer[Scalar[dtype], _], n_weight: Int, n_in: Int):
+    """Copies `n_weight` rows of weights, each (n_in, taps), to the columns of a panel (taps, n_in, PANEL)."""
+    for j in range(n_weight):
+        var row = weights.unsafe_offset(j * n_in * taps)
+        comptime if taps == 1:
+            var k = 0
+            while k + WIDTH <= n_in:
+                var ws = row.unsafe_load[width=WIDTH](k).cast[DType.float32]()
+                comptime for i in range(WIDTH):
+                    panel[unsafe_offset=(k + i) * PANEL + j] = ws[i]
+                k += WIDTH
+            for rest in range(k, n_in):
+                panel[unsafe_offset=rest * PANEL + j] = row[unsafe_offset=rest].cast[DType.float32]()
+        else:
+            for c in range(n_in):
+                comptime for tap in range(taps):
+                    var w = row[unsafe_offset=c * taps + tap].cast[DType.float32]()
+                    panel[unsafe_offset=(tap * n_in + c) * PANEL + j] = w
+
+
+@always_inline
+def tile[
+    rows: Int
+](x: Pointer[Float32, _], offsets: Array[Int, rows], panel: Pointer[Float32, _], n_term: Int) -> Array[
+    SIMD[DType.float32, WIDTH], rows * VECTORS
+]:
+    """Returns the products of some rows of x, (n_term,) at the offsets, with a panel (n_term, PANEL)."""
+    var totals = Array[SIMD[DType.float32, WIDTH], rows * VECTORS](fill=0)
+    for first in range(0, n_term, TERMS):
+        var sums = Array[SIMD[DType.float32, WIDTH], rows * VECTORS](fill=0)
+        for k in range(first, min(first + TERMS, n_term)):
+            var ws = Array[SIMD[DType.float32, WIDTH], VECTORS](fill=0)
+            comptime for v in range(VECTORS):
+                ws[v] = panel.unsafe_load[width=WIDTH](k * PANEL + v * WIDTH)
+            comptime for r in range(rows):
+                var value = SIMD[DType.float32, WIDTH](x[unsafe_offset=offsets[r] + k])
+                comptime for v in range(VECTORS):
+                    sums[r * VECTORS + v] = ws[v].fma(value, sums[r * VECTORS + v])
+        comptime for i in range(rows * VECTORS):
+            totals[i] += sums[i]
+    return totals^
+
+
+@extensibility.register("maxwhisper.convolution")
+struct Convolution:
+    """Computes y[b, t, out], the sum over tap and in of x[b, t * stride + tap, in] * weight[out, in, tap], in float32.
+
+    x: (batch, frame, n_in), padded. weight: (n_out, n_in * taps), n_out a multiple of the vectors' width.
+    """
+
+    @staticmethod
+    def execute[
+        taps: Int, stride: Int
+    ](
+        y: _FusedOutputTensor[dtype=DType.float32, rank=3, ...],
+        x: InputTensor[dtype=DType.float32, rank=3, ...],
+        weight: InputTensor[rank=2, ...],
+        ctx: DeviceContext,
+    ) capturing raises:
+        var n_frame = x.dim_size(1)
+        var n_in = x.dim_size(2)
+        var n_out = weight.dim_size(0)
+        var n_y = (n_frame - taps) // stride + 1
+        var n_row = x.dim_size(0) * n_y
+        var n_term = n_in * taps
+        if n_out % WIDTH != 0:
+            raise Error("maxwhisper.convolution: outputs must fill vectors")
+        var xs = x.unsafe_ptr()
+        var weights = weight.unsafe_ptr()
+        var n_panel = ceildiv(n_out, PANEL)
+        # Enough tasks for every thread, of as many rows as possible.
+        var n_chunk = max(1, min(ceildiv(2 * parallelism_level(None), n_panel), n_row // CHUNK))
+        var share = ceildiv(ceildiv(n_row, n_chunk), ROWS) * ROWS
+
+        @always_inline
+        @__parameter
+        def block[rows: Int](row: Int, column: Int, panel: Pointer[Float32, _]):
+            var offsets = Array[Int, rows](fill=0)
+            comptime for r in range(rows):
+                offsets[r] = ((row + r) // n_y * n_frame + (row + r) % n_y * stride) * n_in
+            var values = tile[rows](xs, offsets, panel, n_term)
+            comptime for r in range(rows):
+                comptime for v in range(VECTORS):
+                    if column + v * WIDTH < n_out:
+                        y._lambda_store[width=WIDTH](
+                            IndexList[3]((row + r) // n_y, (row + r) % n_y, column + v * WIDTH),
+                            values[r * VECTORS + v],
+                        )
+
+        def task(number: Int) raises {imm}:
+            var column = number % n_panel * PANEL
+            var row = number // n_panel * share
+            var end = min(row + share, n_row)
+            var panel = List[Float32](length=n_term * PANEL, fill=0)
+            var n_weight = min(PANEL, n_out - column)
+            pack[taps](panel.unsafe_ptr(), weights.unsafe_offset(column * n_term), n_weight, n_in)
+            while row + ROWS <= end:
+                block[ROWS](row, column, panel.unsafe_ptr())
+                row += ROWS
+            for rest in range(row, end):
+                block[1](rest, column, panel.unsafe_ptr())
+
+        sync_parallelize(task, n_panel * ceildiv(n_row, share))
