@@ -77,6 +77,16 @@ def load_audio(file: str | os.PathLike[str], sr: int = SAMPLE_RATE) -> np.ndarra
     return audio
 
 
+def duration(file: str | os.PathLike[str]) -> float:
+    """Seconds of audio in a file, as it says itself; 0 where it does not, or cannot be read."""
+    name = os.fsdecode(file)
+    try:
+        with av.open(f"file:{name}" if os.path.exists(name) else name, metadata_errors="ignore") as container:
+            return (container.duration or 0) / av.time_base
+    except av.FFmpegError:
+        return 0
+
+
 def _decode(container: av.container.InputContainer, name: str) -> Iterator[av.AudioFrame]:
     """Yields the frames of the best audio stream, leaving out the packets that do not decode."""
     stream = container.streams.best("audio")

@@ -14,6 +14,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NoReturn
 
 from . import __version__
@@ -219,6 +220,12 @@ def add_files_and_devices(add: Callable[..., Any]) -> None:
     add("--output_dir", "-o", default=".", help="folder for the output files, made if it is not there")
     add("--output_format", "-f", default="all", choices=[*FORMATS, "all"], help="which output files to write")
     add("--verbose", type=str2bool, default=True, help="True prints the text as it comes, False shows a progress bar")
+    together = (
+        "how many files to decode together, on a CPU, with the transcripts they have one at a time; with --batched,"
+    )
+    add("--batch_size", type=above_zero, metavar="N", help=f"{together} how many pieces (default: 1, and 8)")
+    batched = "cut audio at silences into pieces that decode together: faster, but not the same transcript"
+    add("--batched", action="store_true", help=batched)
     add("--threads", type=optional_int, default=0, help="threads of PyTorch, which picks the tokens; 0: its choice")
     fp16 = "has no effect: weights keep the precision they are stored in, and arithmetic is float32"
     add("--fp16", type=str2bool, default=True, help=fp16)
@@ -339,17 +346,79 @@ def transcribe(parser: Parser, **options: Any) -> int:
     files, layout = options.pop("audio"), {name: options.pop(name) for name in WORD_OPTIONS}
     options["temperature"] = temperatures(options["temperature"], options.pop("temperature_increment_on_fallback"))
     options["language"] = spoken(options["language"], model.is_multilingual)
-    status = 0
-    for audio in files:
-        try:
-            write(model.transcribe(audio, **options), audio, output_dir, output_format, layout)
-        except BrokenPipeError:
-            raise
-        except MaxWhisperError as error:
-            status = failed(str(error))
-        except Exception as error:  # one file must not take the others down
-            status = failed(f"{audio}: {type(error).__name__}: {error}")
-    return status
+    failures = []
+    with shown(files, options) as show:
+        for number, result in transcripts(model, files, options):
+            audio = files[number]
+            try:
+                if isinstance(result, Exception):
+                    raise result
+                write(result, audio, output_dir, output_format, layout)
+                show(audio, result)
+            except BrokenPipeError:
+                raise
+            except MaxWhisperError as error:
+                failures.append(str(error) if audio in str(error) else f"{audio}: {error}")
+            except Exception as error:  # one file must not take the others down
+                failures.append(f"{audio}: {type(error).__name__}: {error}")
+    return max(map(failed, failures), default=0)
+
+
+def transcripts(model: Any, files: list[str], options: dict[str, Any]) -> Iterator[tuple[int, Any]]:
+    """The number of every file and its result, or what was raised, as each is done."""
+    from .batched import BATCH_SIZE, transcribe_batched
+    from .together import attempt, loaded, transcribe_many
+
+    batch_size, batched = options.pop("batch_size"), options.pop("batched")
+    if not batched:
+        return transcribe_many(model, files, batch_size or 1, **options)
+    if options.pop("clip_timestamps") != "0":
+        raise OptionError("--clip_timestamps cannot be combined with --batched")
+    run = partial(transcribe_batched, model, batch_size=batch_size or BATCH_SIZE)
+    return ((number, attempt(run, waveform, options)) for number, waveform in loaded(files))
+
+
+@contextmanager
+def shown(files: list[str], options: dict[str, Any]) -> Iterator[Callable[[str, dict[str, Any]], None]]:
+    """What to call with a file that is done and its result, while `options` have the model show the rest: a progress
+    bar, or the text, which of files that advance together comes when each is done."""
+    if options["verbose"] is False:
+        with progress_bar(files) as options["progress"]:
+            yield lambda audio, result: None
+    elif options["batched"] or min(options["batch_size"] or 1, len(files)) > 1:
+        options["verbose"] = None
+        yield show
+    else:
+        yield lambda audio, result: None
+
+
+def show(audio: str, result: dict[str, Any]) -> None:
+    """Prints a transcript as openai-whisper does, below the name of its file."""
+    from whisper.utils import format_timestamp
+
+    print(f"{audio}:")
+    for segment in result["segments"]:
+        start, end = (format_timestamp(segment[name]) for name in ("start", "end"))
+        print(f"[{start} --> {end}] {segment['text']}", flush=True)
+
+
+@contextmanager
+def progress_bar(files: list[str]) -> Iterator[Callable[[float], None]]:
+    """A bar on standard error, of the seconds of audio that are done; what to call with more of them."""
+    import tqdm
+
+    from .audio import duration
+
+    class Bar(tqdm.tqdm):
+        @property
+        def format_dict(self) -> dict[str, Any]:
+            found = super().format_dict
+            return found | {"speed": f"{found['n'] / found['elapsed'] if found['elapsed'] else 0:.1f}"}
+
+    layout = "{percentage:3.0f}%|{bar}| {n:.0f} of {total:.0f} s, {speed} x real time, {remaining} left"
+    seconds = sum(map(duration, files))
+    with Bar(total=seconds, bar_format=layout if seconds else None) as bar:
+        yield bar.update
 
 
 def compare(parser: Parser, **options: Any) -> int:

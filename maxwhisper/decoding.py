@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from types import FunctionType, SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from max.driver import Buffer
@@ -49,7 +49,7 @@ def rebind(function: FunctionType, **names: Any) -> Callable[..., Any]:
     return copy
 
 
-@dataclass
+@dataclass(eq=False)
 class KeyValueCache:
     """What the decoder keeps between calls; empty, and false, until the first one.
 
@@ -87,6 +87,14 @@ class KeyValueCache:
         for kv in self.own:
             kv[:, :, : self.n_token] = kv[sources, :, : self.n_token]
 
+    def move(self, own: KV, cross: KV) -> None:
+        """Continues in other memory, of the shapes of `own` and `cross`."""
+        for there, kv in zip(own, self.own, strict=True):
+            there[:, :, : self.n_token] = kv[:, :, : self.n_token]
+        for there, kv in zip(cross, self.cross, strict=True):
+            there.copy_(kv)
+        self.own, self.cross, self._inputs = own, cross, []
+
     def inputs(self) -> list[Buffer]:
         """`own` and `cross` as MAX takes them, in the same memory."""
         if not self._inputs:
@@ -121,7 +129,7 @@ class MaxInference(decoding.Inference):
             logits = logits.repeat_interleave(n_same, 0)
         return list(logits.unbind(1))
 
-    def pick(self, tokens: torch.Tensor, rules: Sequence[torch.Tensor]) -> "Candidates":
+    def pick(self, tokens: torch.Tensor, rules: "Rules") -> "Candidates":
         """The likeliest tokens behind the last of `tokens`, under rules as `TokenRules.inputs` gives them."""
         return picked(*self.model.decoder.pick(tokens[:, -1:], self.cache, rules))
 
@@ -183,15 +191,21 @@ def rules_inputs() -> dict[str, TensorType]:
 
 
 def pick_program(dims: ModelDimensions, policy: Policy) -> Program:
-    """A step of the decoder that gives the likeliest next tokens and their log-probabilities in the place of logits."""
+    """A step of the decoder that gives the likeliest next tokens and their log-probabilities in the place of logits.
 
-    def pick(decoder: TextDecoder, tokens: TensorValue, offset: TensorValue, *others: TensorValue) -> list[TensorValue]:
+    The texts may be of different lengths: in the place of `offset` it takes offsets (batch,).
+    """
+
+    def pick(
+        decoder: TextDecoder, tokens: TensorValue, offsets: TensorValue, *others: TensorValue
+    ) -> list[TensorValue]:
         rules, kv = others[: len(rules_inputs())], others[len(rules_inputs()) :]
-        logits, *new = decoder.step(tokens, offset, *kv)
+        logits, *new = decoder.step(tokens, offsets, *kv)
         return [*likeliest(decoder, ops.squeeze(logits, 1), *rules), *new]
 
     given = BLOCKS["decoder.step"].inputs(dims, policy)
-    first = {name: given.pop(name) for name in ("tokens", "offset")}
+    given.pop("offset")
+    first = {"tokens": given.pop("tokens"), "offsets": TensorType(DType.int64, ["batch"], DeviceRef.CPU())}
     rules = {**rules_inputs(), "suppressed": TensorType(DType.bool, [dims.n_vocab], policy.device)}
     return Program(PICK, "decoder", TextDecoder(dims, policy), pick, {**first, **rules, **given})
 
@@ -268,6 +282,22 @@ class BeamSearchDecoder(decoding.BeamSearchDecoder):
     update = rebind(decoding.BeamSearchDecoder.update, F=OF_CANDIDATES)
 
 
+class Rules(NamedTuple):
+    """The values of `rules_inputs`."""
+
+    suppressed: Tensor
+    forbidden: Tensor
+    timestamp_begin: Tensor
+    places: Tensor
+
+    @classmethod
+    def joined(cls, rules: Sequence["Rules"]) -> "Rules":
+        """Those of several tasks with the same filters, for all their texts."""
+        first = rules[0]
+        assert all(each.suppressed.equal(first.suppressed) and len(each.places) == len(first.places) for each in rules)
+        return first._replace(forbidden=torch.cat([each.forbidden for each in rules]))
+
+
 class TokenRules:
     """openai-whisper's logit filters of one decoding task, in the form that the graph takes."""
 
@@ -315,12 +345,13 @@ class TokenRules:
             return (begin, self.n_vocab), NOTHING
         return (0, self.eot), (begin, timestamps[-1])
 
-    def inputs(self, tokens: Tensor, n_best: int) -> list[Tensor]:
+    def inputs(self, tokens: Tensor, n_best: int) -> Rules:
         """What graphs take beside logits to find the `n_best` likeliest tokens behind the tokens (batch, token)."""
         sampled = tokens[:, self.sample_begin :].tolist()
         forbidden = torch.tensor([self.forbidden(each) for each in sampled])
         suppressed = self.suppressed if sampled[0] else self.suppressed_first
-        return [suppressed, forbidden, torch.tensor([self.timestamp_begin]), torch.zeros(n_best, dtype=torch.int64)]
+        places = torch.zeros(n_best, dtype=torch.int64)
+        return Rules(suppressed, forbidden, torch.tensor([self.timestamp_begin]), places)
 
     def candidates(self, logits: Tensor, tokens: Tensor, n_best: int) -> Candidates:
         """The `n_best` likeliest tokens behind the tokens (batch, token), by their logits (batch, vocab).

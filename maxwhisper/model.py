@@ -82,6 +82,13 @@ def convolution(x: TensorValue, weight: TensorValue, stride: int = 1) -> TensorV
     return custom_product("maxwhisper.convolution", x, weight.reshape((n_out, -1)), Dim(n_frame), parameters)
 
 
+def image_convolution(x: TensorValue, weight: TensorValue, stride: int = 1) -> TensorValue:
+    """As `convolution`, by MAX's: it convolves images, here one pixel high, and adds up in the dtype it is given."""
+    taps = ops.permute(weight.cast(x.dtype), [2, 1, 0])  # (tap, n_in, n_out)
+    image, kernel = ops.unsqueeze(x, 1).cast(DType.float32), ops.unsqueeze(taps, 0).cast(DType.float32)
+    return ops.squeeze(ops.conv2d(image, kernel, stride=(1, stride)), 1).cast(x.dtype)
+
+
 def custom_product(
     name: str, x: TensorValue, weight: TensorValue, n_row: Dim, parameters: dict[str, Any] | None = None
 ) -> TensorValue:
@@ -93,6 +100,7 @@ def custom_product(
 
 
 def matrix_product(x: TensorValue, weight: TensorValue, bias: TensorValue | None = None) -> TensorValue:
+    """As `linear`, by MAX's."""
     y = x @ ops.transpose(weight.cast(x.dtype), 0, 1)
     return y if bias is None else y + bias.cast(x.dtype)
 
@@ -193,18 +201,9 @@ class Conv1d(Module):
 
     def __call__(self, x: TensorValue) -> TensorValue:
         """(batch, time, n_in) to (batch, time / stride, n_out)."""
-        if x.device.is_cpu():
-            padded = ops.pad(x, [0, 0, self.padding, self.padding, 0, 0])
-            return convolution(padded, self.weight, self.stride) + self.bias.cast(x.dtype)
-        taps = ops.permute(self.weight.cast(x.dtype), [2, 1, 0])  # (tap, n_in, n_out)
-        # MAX convolves images: time is the width of an image one pixel high. It adds up in the dtype it is given.
-        y = ops.conv2d(
-            ops.unsqueeze(x, 1).cast(DType.float32),
-            ops.unsqueeze(taps, 0).cast(DType.float32),
-            stride=(1, self.stride),
-            padding=(0, 0, self.padding, self.padding),
-        )
-        return (ops.squeeze(y, 1) + self.bias).cast(x.dtype)
+        padded = ops.pad(x, [0, 0, self.padding, self.padding, 0, 0])
+        convolve = convolution if x.device.is_cpu() else image_convolution
+        return convolve(padded, self.weight, self.stride) + self.bias.cast(x.dtype)
 
 
 class MultiHeadAttention(Module):

@@ -6,11 +6,14 @@ calls is replaced: the encoder, the decoder, its cache, and the log-mel spectrog
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+from max.driver import Buffer
 from max.dtype import DType
 from max.graph import DeviceRef
 from whisper.audio import FRAMES_PER_SECOND
@@ -22,9 +25,20 @@ from .artifacts import Artifacts, Identity, aim_at, writing
 from .audio import HOP_LENGTH, compiled_spectrogram, load_audio, log_mel_spectrogram
 from .blocks import BLOCKS
 from .checkpoint import Checkpoint, StrPath, load_checkpoint
-from .decoding import PICK, TOKEN_RULES, KeyValueCache, compiled_rules, decode, pick_program, rebind, rules_program
+from .decoding import (
+    PICK,
+    TOKEN_RULES,
+    KeyValueCache,
+    Rules,
+    compiled_rules,
+    decode,
+    pick_program,
+    rebind,
+    rules_program,
+)
 from .errors import AudioError, DeviceError, OptionError
 from .runtime import Artifact, Executable, Policy, Program, find_device
+from .together import Audio, Result, Together, transcribe_many
 
 STORAGE = {torch.float16: DType.float16, torch.bfloat16: DType.bfloat16}
 
@@ -166,6 +180,7 @@ class TextDecoder(torch.nn.Module):
         super().__init__()
         self.dims, self.network, self.device = dims, network, device
         self.blocks = torch.nn.ModuleList([TextBlock() for _ in range(dims.n_text_layer)])
+        self.together: Together | None = None  # where the texts of several recordings advance together
 
     def forward(
         self,
@@ -208,15 +223,20 @@ class TextDecoder(torch.nn.Module):
         cache.append(new, self.dims.n_text_ctx)
         return logits
 
-    def pick(
-        self, x: torch.Tensor, cache: KeyValueCache, rules: Sequence[torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def pick(self, x: torch.Tensor, cache: KeyValueCache, rules: Rules) -> tuple[torch.Tensor, torch.Tensor]:
         """The likeliest tokens behind one more token x (batch, 1) for each text of the cache, on a CPU, and their
-        log-probabilities, each (batch, candidate). rules: as `TokenRules.inputs` gives them."""
-        offset = torch.tensor(cache.n_token)
-        tokens, logprobs, *new = self.network[PICK](x, offset, *rules, *cache.inputs())
+        log-probabilities, each (batch, candidate)."""
+        if self.together is not None:
+            return self.together.pick(x, cache, rules)
+        lengths = torch.full((len(x),), cache.n_token)
+        tokens, logprobs, *new = self.picked(x, lengths, rules, cache.inputs())
         cache.append(new, self.dims.n_text_ctx)
         return tokens, logprobs
+
+    def picked(self, x: torch.Tensor, lengths: torch.Tensor, rules: Rules, kv: Sequence[Buffer]) -> list[torch.Tensor]:
+        """As `pick`, for texts with as many tokens before x as `lengths` (batch,) says; kv: as `KeyValueCache.inputs`.
+        Also returns the new keys and values."""
+        return self.network[PICK](x, lengths, *rules, *kv)
 
     def _aligned(self, x: torch.Tensor, cross: list[torch.Tensor]) -> torch.Tensor:
         logits, *scores = self.network["decoder.alignment"](x, *cross)
@@ -262,6 +282,24 @@ def within(timestamps: str | Sequence[float], n_samples: int) -> list[float]:
     return [min(each, end) for each in clips]
 
 
+class Frames:
+    """What openai-whisper's loop takes for its progress bar."""
+
+    def __init__(self, progress: Callable[[float], None], total: int, **_: Any):
+        self.progress, self.left = progress, total
+
+    def __enter__(self) -> "Frames":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.update(self.left)  # of windows without speech it is not told
+
+    def update(self, n: int) -> None:
+        """n: in frames of the spectrogram."""
+        self.left -= n
+        self.progress(n / FRAMES_PER_SECOND)
+
+
 class Whisper(OpenAIWhisper):
     """A checkpoint on a device, used as openai-whisper's object of this name is.
 
@@ -269,7 +307,6 @@ class Whisper(OpenAIWhisper):
     is_multilingual, num_languages.
     """
 
-    _transcribe = staticmethod(rebind(transcribe, log_mel_spectrogram=log_mel_spectrogram))
     decode = decode
 
     def __init__(self, checkpoint: Checkpoint, device: str = "cpu", artifacts: Artifacts | None = None):
@@ -297,17 +334,36 @@ class Whisper(OpenAIWhisper):
         """Where its inputs and outputs are."""
         return self._device
 
-    def transcribe(self, audio: StrPath | np.ndarray | torch.Tensor, **options: Any) -> dict[str, Any]:
+    def transcribe(
+        self,
+        audio: StrPath | np.ndarray | torch.Tensor,
+        progress: Callable[[float], None] | None = None,
+        **options: Any,
+    ) -> dict[str, Any]:
         """openai-whisper's `transcribe`, with its options and its result.
 
         fp16 is False unless given: arithmetic is float32, and float16 would only round the audio features.
+        progress: called with the seconds of audio done since the last call; takes the place of OpenAI's bar.
 
         Raises AudioError and OptionError besides what openai-whisper raises.
         """
         if isinstance(audio, str | os.PathLike):
             audio = load_audio(audio)
         clips = within(options.pop("clip_timestamps", "0"), len(audio))
-        return self._transcribe(self, audio, clip_timestamps=clips, **{"fp16": False, **options})
+        names: dict[str, Any] = {"log_mel_spectrogram": log_mel_spectrogram}
+        if progress:
+            names["tqdm"] = SimpleNamespace(tqdm=partial(Frames, progress))
+        return rebind(transcribe, **names)(self, audio, clip_timestamps=clips, **{"fp16": False, **options})
+
+    def transcribe_many(
+        self, audio: Sequence[Audio], batch_size: int = 1, **options: Any
+    ) -> Iterator[tuple[int, Result]]:
+        """The number of each recording, and what `transcribe` returns or raises for it, in the order in which they are
+        done: the same as one at a time.
+
+        batch_size: how many recordings to decode together, on a CPU. Raises OptionError if that is not above 0.
+        """
+        return transcribe_many(self, audio, batch_size, **options)
 
     def install_kv_cache_hooks(self, cache: KeyValueCache | None = None) -> tuple[KeyValueCache, list[Any]]:
         """A cache for `decoder`, a copy of `cache` if given, and the hooks to remove afterwards: none are needed."""

@@ -11,6 +11,7 @@ import extensibility
 from extensibility import InputTensor, OutputTensor
 
 comptime WIDTH = simd_width_of[DType.float32]()
+comptime PARTS = 16  # of a text's logits: as many for any number of texts and threads, so that a text is bitwise what it is alone
 comptime NEVER = neg_inf[DType.float32]()
 
 
@@ -154,17 +155,19 @@ struct Candidates:
         var ranges = forbidden.unsafe_ptr()
         var found, scores = tokens.unsafe_ptr(), logprobs.unsafe_ptr()
         var begin = Int(timestamp_begin.unsafe_ptr()[unsafe_offset=0])
-        var n_task = ceildiv(parallelism_level(None), logits.dim_size(0))  # for each text
-        var share = ceildiv(n_vocab, n_task)
+        var n_part = logits.dim_size(0) * PARTS
+        var part_size = ceildiv(n_vocab, PARTS)
         var left = List[Float32](length=logits.dim_size(0) * n_vocab, fill=0)  # the logits that the rules leave
-        var sums = List[LogSumExp](length=logits.dim_size(0) * n_task * 2, fill=LogSumExp())  # of text, of timestamps
+        var sums = List[LogSumExp](length=n_part * 2, fill=LogSumExp())  # of text, of timestamps
         var permitted_logits, parts = left.unsafe_ptr(), sums.unsafe_ptr()
 
-        def some(number: Int) raises {imm}:
-            var text, task = divmod(number, n_task)
+        @always_inline
+        @__parameter
+        def one_part(number: Int):
+            var text, part = divmod(number, PARTS)
             var own = given.unsafe_offset(text * n_vocab)
             var into = permitted_logits.unsafe_offset(text * n_vocab)
-            var first, end = min(task * share, n_vocab), min((task + 1) * share, n_vocab)
+            var first, end = min(part * part_size, n_vocab), min((part + 1) * part_size, n_vocab)
             var token = first
             while token + WIDTH <= end:
                 into.unsafe_store(token, permitted[WIDTH](token, own, excluded, ranges.unsafe_offset(text * 4)))
@@ -175,11 +178,17 @@ struct Candidates:
             parts[unsafe_offset=2 * number] = LogSumExp(into.unsafe_offset(first), middle - first)
             parts[unsafe_offset=2 * number + 1] = LogSumExp(into.unsafe_offset(middle), end - middle)
 
+        var share = ceildiv(n_part, min(parallelism_level(None), n_part))
+
+        def some(number: Int) raises {imm}:
+            for part in range(number * share, min((number + 1) * share, n_part)):
+                one_part(part)
+
         def one(text: Int) raises {imm}:
             var words, timestamps = LogSumExp(), LogSumExp()
-            for task in range(text * n_task, (text + 1) * n_task):
-                words = words.joined(parts[unsafe_offset=2 * task])
-                timestamps = timestamps.joined(parts[unsafe_offset=2 * task + 1])
+            for part in range(text * PARTS, (text + 1) * PARTS):
+                words = words.joined(parts[unsafe_offset=2 * part])
+                timestamps = timestamps.joined(parts[unsafe_offset=2 * part + 1])
             var timestamp_is_next = timestamps.value() > words.greatest
             var total = timestamps.value() if timestamp_is_next else words.joined(timestamps).value()
             var own_scores = scores.unsafe_offset(text * n_best)
@@ -194,5 +203,5 @@ struct Candidates:
             for place in range(n_best):
                 own_scores[unsafe_offset=place] -= total
 
-        sync_parallelize(some, logits.dim_size(0) * n_task)
+        sync_parallelize(some, ceildiv(n_part, share))
         sync_parallelize(one, logits.dim_size(0))

@@ -19,7 +19,6 @@ import pytest
 import whisper
 
 from maxwhisper import __version__, runtime
-from maxwhisper.audio import load_audio
 from maxwhisper.cli import FORMATS, build_parser, main
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +30,7 @@ DIFFERENCES = {
     "--model": "checked when it is loaded, as it may also be a file or a folder of another kind",
     "--device": "cpu unless asked for, and gpu as the device's name",
 }
-OWN = {"--artifacts": None, "--or_compile": False}
+OWN = {"--artifacts": None, "--or_compile": False, "--batch_size": None, "--batched": False}
 """The options that OpenAI's command has not, and their defaults."""
 VALUES = ("0", "1", "2.5", "-1", "None", "True", "False", "false", "en", "English", "english", "Klingon", "text", "")
 
@@ -44,16 +43,16 @@ RESULT: dict[str, Any] = {
 
 
 class StubModel:
-    """Reads the audio, and then knows what was said."""
+    """Knows what is said in any audio."""
 
     is_multilingual = True
 
     def __init__(self) -> None:
-        self.calls: list[tuple[str, dict[str, Any]]] = []
+        self.calls: list[dict[str, Any]] = []
 
-    def transcribe(self, audio: str, **options: Any) -> dict[str, Any]:
-        load_audio(audio)
-        self.calls.append((audio, options))
+    def transcribe(self, audio: np.ndarray, **options: Any) -> dict[str, Any]:
+        assert audio.ndim == 1
+        self.calls.append(options)
         return RESULT
 
 
@@ -196,11 +195,16 @@ def test_options_reach_the_model_and_files_are_as_openais_command_has_them(
 
     assert status(["transcribe", CLIP, "-o", out, *options]) == 0
     del passed[0]["fp16"]
-    assert model.calls == [(str(CLIP), passed[0] | {"temperature": tuple(passed[0]["temperature"])})]
+    assert [unshown(call) for call in model.calls] == [passed[0] | {"temperature": tuple(passed[0]["temperature"])}]
     assert sorted(file.name for file in out.iterdir()) == sorted(f"{CLIP.stem}.{ending}" for ending in FORMATS)
     assert {file.name: file.read_bytes() for file in out.iterdir()} == {
         file.name: file.read_bytes() for file in expected.iterdir()
     }
+
+
+def unshown(options: dict[str, Any]) -> dict[str, Any]:
+    """The options without what the progress is shown by."""
+    return {name: value for name, value in options.items() if name != "progress"}
 
 
 def test_version_is_the_distributions() -> None:
@@ -274,10 +278,58 @@ def test_warnings_are_one_line_each(
     assert capsys.readouterr().err == "maxwhisper: warning: packets left out\n"
 
 
+def test_a_progress_bar_of_all_files(
+    tmp_path: Path, out: Path, model: StubModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [write_wav(tmp_path / f"{name}.wav", 16000 * seconds) for name, seconds in (("a", 3), ("b", 5))]
+
+    def transcribe(audio: np.ndarray, progress: Callable[[float], None], **_: Any) -> dict[str, Any]:
+        progress(len(audio) / 16000)
+        return RESULT
+
+    model.transcribe = transcribe  # type: ignore[method-assign]
+    assert status(["transcribe", *files, "-o", out, "-f", "txt", "--verbose", "False"]) == 0
+    last = capsys.readouterr().err.strip().splitlines()[-1].split("\r")[-1]
+    assert "100%" in last and "8 of 8 s" in last and "x real time" in last and last.endswith("left")
+
+
+@pytest.mark.parametrize("how", [["--batch_size", "2"], ["--batched"]])
+def test_files_that_advance_together_are_printed_one_after_the_other(
+    how: list[str], tmp_path: Path, out: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[dict[str, Any]] = []
+
+    def many(model: Any, audio: list[Any], batch_size: int, **options: Any) -> Any:
+        calls.append(options)
+        return ((i, RESULT) for i in reversed(range(len(audio))))
+
+    def batched(model: Any, audio: np.ndarray, batch_size: int, **options: Any) -> dict[str, Any]:
+        calls.append(options)
+        return RESULT
+
+    monkeypatch.setattr("maxwhisper.whisper.load_model", lambda *_: StubModel())
+    monkeypatch.setattr("maxwhisper.together.transcribe_many", many)
+    monkeypatch.setattr("maxwhisper.batched.transcribe_batched", batched)
+    files = [write_wav(tmp_path / f"{name}.wav", 1600) for name in "ab"]
+    assert status(["transcribe", *files, "-o", out, "-f", "txt", *how]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sorted(lines[::2]) == [f"{file}:" for file in files]
+    assert lines[1::2] == ["[00:00.000 --> 00:01.500]  Hello there."] * 2
+    assert all(call["verbose"] is None for call in calls)
+    assert sorted(file.name for file in out.iterdir()) == ["a.txt", "b.txt"]
+
+
+def test_clips_and_cutting_at_silences_exclude_each_other(
+    out: Path, model: StubModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status(["transcribe", CLIP, "-o", out, "--batched", "--clip_timestamps", "1,2"]) == 1
+    assert_one_line(capsys, "--clip_timestamps cannot be combined with --batched")
+
+
 def test_english_only_models_take_english(out: Path, model: StubModel, capsys: pytest.CaptureFixture[str]) -> None:
     model.is_multilingual = False
     assert status(["transcribe", CLIP, "-o", out, "-f", "txt", "--language", "German"]) == 0
-    assert model.calls[0][1]["language"] == "en"
+    assert model.calls[0]["language"] == "en"
     assert "--language German is not used" in capsys.readouterr().err
 
 
@@ -355,6 +407,7 @@ def test_bad_models_and_devices(
         ("--patience", "0"),
         ("--length_penalty", "1.5"),
         ("--threads", "-1"),
+        ("--batch_size", "0"),
         ("--clip_timestamps", "0,soon"),
         ("--suppress_tokens", "a"),
         ("--max_line_width", "40"),
@@ -409,8 +462,8 @@ def test_ctrl_c_keeps_what_is_complete(
 ) -> None:
     transcribe = model.transcribe
 
-    def interrupted(audio: str, **options: Any) -> dict[str, Any]:
-        if audio.endswith("b.wav"):
+    def interrupted(audio: np.ndarray, **options: Any) -> dict[str, Any]:
+        if model.calls:
             raise KeyboardInterrupt
         return transcribe(audio, **options)
 
@@ -445,7 +498,7 @@ class Model:
         {then}
 
 whisper.load_model = lambda *_: Model()
-sys.exit(cli.main(["transcribe", "talk.wav", "-o", sys.argv[1]]))
+sys.exit(cli.main(["transcribe", "fixtures/clips/english-1.wav", "-o", sys.argv[1]]))
 """
 
 

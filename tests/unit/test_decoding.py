@@ -144,3 +144,14 @@ def test_an_unknown_filter_is_left_to_openai() -> None:
         pass
 
     assert TokenRules.of([Another()], N_VOCAB, SAMPLE_BEGIN, EOT) is None
+
+
+@pytest.mark.parametrize("n_best", [1, 6])
+def test_candidates_of_a_text_are_bitwise_the_same_among_any_others(n_best: int) -> None:
+    rules = TokenRules.of(filters(True, True, [5], 50), N_VOCAB, SAMPLE_BEGIN, EOT)
+    assert rules is not None
+    logits, tokens = random_logits(7, 0, 0.0), torch.tensor([[*PROMPT, BEGIN + i, 40 + i] for i in range(7)])
+    together = rules.candidates(logits, tokens, n_best)
+    for i in range(7):
+        alone = rules.candidates(logits[i : i + 1], tokens[i : i + 1], n_best)
+        assert alone.tokens[0].equal(together.tokens[i]) and alone.logprobs[0].equal(together.logprobs[i])

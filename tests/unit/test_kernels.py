@@ -1,5 +1,6 @@
 """The Mojo kernels of products and of attention, on sizes that fill no vector and no tile."""
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -14,7 +15,16 @@ from torch import Tensor
 
 from maxwhisper import runtime
 from maxwhisper.errors import OptionError
-from maxwhisper.model import Cache, KeyValue, MultiHeadAttention, convolution, text_product
+from maxwhisper.model import (
+    Cache,
+    KeyValue,
+    MultiHeadAttention,
+    convolution,
+    image_convolution,
+    matrix_product,
+    shared,
+    text_product,
+)
 from maxwhisper.runtime import TORCH_DTYPE, Artifact, Executable, Policy, Program
 from reference.judge import Comparison, judge
 
@@ -87,25 +97,36 @@ class Convolution(Module):
         super().__init__()
         self.stride = stride
 
-    def __call__(self, x: TensorValue, weight: TensorValue) -> list[TensorValue]:
+    def by_kernel(self, x: TensorValue, weight: TensorValue) -> list[TensorValue]:
         return [convolution(x, weight, self.stride)]
+
+    def as_on_a_gpu(self, x: TensorValue, weight: TensorValue) -> list[TensorValue]:
+        if weight.shape[2] == 1:
+            return [shared(matrix_product, x, ops.squeeze(weight, 2))]
+        return [image_convolution(x, weight, self.stride)]
+
+    def __call__(self) -> None:
+        raise NotImplementedError
 
 
 @cache
 def convolutions() -> dict[str, Executable]:
     cpu = DeviceRef.CPU()
 
-    def program(name: str, taps: int, stride: int) -> Program:
+    def program(name: str, taps: int, stride: int, how: Callable[..., list[TensorValue]]) -> Program:
         x = TensorType(DType.float32, ["batch", N_FRAME, N_IN], cpu)
         weight = TensorType(DType.float16, [N_OUT, N_IN, taps], cpu)
-        return Program(name, "", Convolution(stride), Convolution.__call__, {"x": x, "weight": weight})
+        return Program(name, "", Convolution(stride), how, {"x": x, "weight": weight})
 
-    return Artifact("convolutions", [program(name, *form) for name, form in FORMS.items()], "cpu").init({})
+    ours = [program(name, *form, Convolution.by_kernel) for name, form in FORMS.items()]
+    theirs = [program(f"{name}, as on a GPU", *form, Convolution.as_on_a_gpu) for name, form in FORMS.items()]
+    return Artifact("convolutions", [*ours, *theirs], "cpu").init({})
 
 
 @pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("how", ["", ", as on a GPU"])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_convolution(name: str, batch: int) -> None:
+def test_convolution(name: str, how: str, batch: int) -> None:
     taps, stride = FORMS[name]
     generator = torch.Generator().manual_seed(batch)
     x = torch.randn(batch, N_FRAME, N_IN, generator=generator)
@@ -114,7 +135,7 @@ def test_convolution(name: str, batch: int) -> None:
     def exact(x: Tensor, weight: Tensor) -> Tensor:
         return torch.nn.functional.conv1d(x.transpose(1, 2), weight, stride=stride).transpose(1, 2)
 
-    (y,) = convolutions()[name](x, weight)
+    (y,) = convolutions()[name + how](x, weight)
     expected, terms = exact(x.double(), weight.double()), exact(x.double().abs(), weight.double().abs())
     # The bound of any order of n additions of n products, in float32.
     assert y.shape == expected.shape

@@ -1,0 +1,223 @@
+"""Several recordings at once: their texts advance together, one execution for the next token of all.
+
+Every recording is transcribed by openai-whisper's own loop, in a thread of its own, of which only one runs at a time: a
+thread that needs its next token waits, and when all wait, the last one has the step computed for all. Encoder and the
+start of a text are computed for one window at a time, since they wait for arithmetic and not for memory. A text's row
+of a step is bitwise what it is alone, so no transcript depends on its company.
+"""
+
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from os import PathLike
+from queue import SimpleQueue
+from threading import Condition, Thread
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from max._mlir_context import ensure_default_mlir_context
+from max.driver import Buffer
+from torch import Tensor
+
+from .audio import load_audio
+from .decoding import KeyValueCache, Rules
+from .errors import OptionError
+from .runtime import buffer
+
+if TYPE_CHECKING:
+    from .whisper import Whisper
+
+Waveform = np.ndarray | Tensor
+Audio = str | PathLike[str] | Waveform
+Result = dict[str, Any] | Exception
+Step = Callable[[Tensor, Tensor, Rules, Sequence[Buffer]], list[Tensor]]
+"""From tokens (batch, 1), lengths of the texts before them (batch,), rules, and the caches, to tokens,
+log-probabilities, and the new keys and values."""
+
+
+class Seats:
+    """Room for the caches of several windows side by side, so that one execution reads them all."""
+
+    def __init__(self, n_seat: int):
+        self.taken: list[KeyValueCache | None] = [None] * n_seat
+        self.own: list[Tensor] = []
+        self.cross: list[Tensor] = []
+
+    def place(self, caches: Sequence[KeyValueCache]) -> list[KeyValueCache]:
+        """The caches in the order of their seats, which are the first ones; nobody else keeps one."""
+        n = len(caches)
+        free = [seat for seat in range(n) if self.taken[seat] not in caches]
+        for cache in caches:
+            if cache not in self.taken[:n]:
+                self._move(cache, free.pop())
+        self.taken[n:] = [None] * (len(self.taken) - n)
+        return [cache for cache in self.taken[:n] if cache is not None]
+
+    def _move(self, cache: KeyValueCache, seat: int) -> None:
+        if not self.own:
+            self.own, self.cross = (
+                [kv.new_empty((len(self.taken) * len(kv), *kv.shape[1:])) for kv in kvs]
+                for kvs in (cache.own, cache.cross)
+            )
+        own, cross = ([self._rows(kv, seat) for kv in kvs] for kvs in (self.own, self.cross))
+        cache.move(own, cross)
+        self.taken[seat] = cache
+
+    def _rows(self, kv: Tensor, seat: int) -> Tensor:
+        n = len(kv) // len(self.taken)
+        return kv[seat * n : (seat + 1) * n]
+
+    def inputs(self, n: int) -> list[Buffer]:
+        """The caches in the first `n` seats as MAX takes them, in the same memory."""
+        return [buffer(kv[: len(kv) // len(self.taken) * n]) for kv in (*self.own, *self.cross)]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One text's wish for its next token, or that of a window's beams."""
+
+    tokens: Tensor
+    cache: KeyValueCache
+    rules: Rules
+    found: Future[tuple[Tensor, Tensor]]
+
+
+class Stopped(Exception):
+    """Nobody waits for the transcripts any more."""
+
+
+class Together:
+    """The threads that decode together. A thread holds `turn` whenever it does not wait for a token."""
+
+    def __init__(self, n_thread: int, step: Step, n_place: int):
+        self.turn = Condition()
+        self.n_thread = n_thread
+        self.step = step
+        self.n_place = n_place
+        self.seats = Seats(n_thread)
+        self.waiting: list[Request] = []
+        self.stopped = False
+
+    def pick(self, tokens: Tensor, cache: KeyValueCache, rules: Rules) -> tuple[Tensor, Tensor]:
+        """As `TextDecoder.pick`, once all threads have asked."""
+        request = Request(tokens, cache, rules, Future())
+        self.waiting.append(request)
+        self._step_if_all_wait()
+        while not request.found.done():
+            if self.stopped:
+                raise Stopped
+            self.turn.wait()
+        return request.found.result()
+
+    def leave(self) -> None:
+        """A thread has nothing more to transcribe."""
+        self.n_thread -= 1
+        self._step_if_all_wait()
+
+    def _step_if_all_wait(self) -> None:
+        if not self.waiting or len(self.waiting) < self.n_thread:
+            return
+        requests, self.waiting = self.waiting, []
+        try:
+            self._compute(requests)
+        except Exception as error:
+            for request in requests:  # each recording fails for itself
+                request.found.set_exception(error)
+        self.turn.notify_all()
+
+    def _compute(self, requests: list[Request]) -> None:
+        by_cache = {id(request.cache): request for request in requests}
+        order = [by_cache[id(cache)] for cache in self.seats.place([request.cache for request in requests])]
+        lengths = torch.tensor([each.cache.n_token for each in order for _ in each.tokens])
+        rules = Rules.joined([each.rules for each in order])
+        tokens, logprobs, *new = self.step(
+            torch.cat([each.tokens for each in order]), lengths, rules, self.seats.inputs(len(order))
+        )
+        sizes = [len(each.tokens) for each in order]
+        rows = zip(*(x.split(sizes) for x in (tokens, logprobs, *new)), strict=True)
+        for each, (its_tokens, its_logprobs, *its_new) in zip(order, rows, strict=True):
+            each.cache.append(its_new, self.n_place)
+            each.found.set_result((its_tokens, its_logprobs))
+
+
+def loaded(audio: Iterable[Audio]) -> Generator[tuple[int, Waveform | Exception], None, None]:
+    """Every recording's number and waveform, or what reading it raised; the next one is read meanwhile."""
+
+    def load(each: Audio) -> Waveform | Exception:
+        try:
+            return load_audio(each) if isinstance(each, str | PathLike) else each
+        except Exception as error:  # whoever asked for this recording is told, the others go on
+            return error
+
+    with ThreadPoolExecutor(1) as reader:
+        ahead: list[Future[Waveform | Exception]] = []
+        for number, each in enumerate(audio):
+            ahead.append(reader.submit(load, each))
+            if number:
+                yield number - 1, ahead.pop(0).result()
+        for last in ahead:
+            yield number, last.result()
+
+
+def transcribe_many(
+    model: "Whisper", audio: Sequence[Audio], batch_size: int = 1, **options: Any
+) -> Iterator[tuple[int, Result]]:
+    """The number of every recording and what `Whisper.transcribe` returns or raises for it, as each is done.
+
+    batch_size: how many recordings to decode together. Raises OptionError if that is not above 0.
+    """
+    if batch_size < 1:
+        raise OptionError(f"batch_size must be above 0, not {batch_size}")
+    source = loaded(audio)
+    n_thread = min(batch_size, len(audio))
+    if n_thread <= 1:
+        for number, waveform in source:
+            yield number, attempt(model.transcribe, waveform, options)
+        return
+    yield from in_threads(model, source, len(audio), n_thread, options)
+
+
+def attempt(
+    transcribe: Callable[..., dict[str, Any]], waveform: Waveform | Exception, options: dict[str, Any]
+) -> Result:
+    if isinstance(waveform, Exception):
+        return waveform
+    try:
+        return transcribe(waveform, **options)
+    except Exception as error:  # one recording must not take the others down
+        return error
+
+
+def in_threads(
+    model: "Whisper",
+    source: Generator[tuple[int, Waveform | Exception], None, None],
+    n_audio: int,
+    n_thread: int,
+    options: dict[str, Any],
+) -> Iterator[tuple[int, Result]]:
+    together = Together(n_thread, model.decoder.picked, model.dims.n_text_ctx)
+    results: SimpleQueue[tuple[int, Result]] = SimpleQueue()
+
+    def work() -> None:
+        with together.turn, ensure_default_mlir_context():  # for what compiles when it is first used
+            while not together.stopped and (recording := next(source, None)):
+                number, waveform = recording
+                results.put((number, attempt(model.transcribe, waveform, options)))
+            together.leave()
+
+    threads = [Thread(target=work, daemon=True) for _ in range(n_thread)]
+    model.decoder.together = together
+    try:
+        for thread in threads:
+            thread.start()
+        for _ in range(n_audio):
+            yield results.get()
+    finally:
+        together.stopped = True
+        with together.turn:
+            together.turn.notify_all()
+        for thread in threads:
+            thread.join()
+        source.close()
+        model.decoder.together = None

