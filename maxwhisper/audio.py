@@ -61,11 +61,9 @@ def load_audio(file: str | os.PathLike[str], sr: int = SAMPLE_RATE) -> np.ndarra
     name = os.fsdecode(file)
     if sr <= 0:
         raise OptionError(f"sr is the number of samples per second and must be positive, not {sr}")
-    # Without the scheme, libav takes what precedes a colon in a file's name for a network protocol.
-    url = f"file:{name}" if os.path.exists(name) else name
     pcm = bytearray()
     try:
-        with av.open(url, metadata_errors="ignore") as container:
+        with _open(name) as container:
             for frame in _resample(_all_finite(_decode(container, name), name), sr):
                 pcm += frame.to_ndarray().tobytes()
     except av.FFmpegError as error:
@@ -77,11 +75,15 @@ def load_audio(file: str | os.PathLike[str], sr: int = SAMPLE_RATE) -> np.ndarra
     return audio
 
 
+def _open(name: str) -> av.container.InputContainer:
+    # Without the scheme, libav takes what precedes a colon in a file's name for a network protocol.
+    return av.open(f"file:{name}" if os.path.exists(name) else name, metadata_errors="ignore")
+
+
 def duration(file: str | os.PathLike[str]) -> float:
     """Seconds of audio in a file, as it says itself; 0 where it does not, or cannot be read."""
-    name = os.fsdecode(file)
     try:
-        with av.open(f"file:{name}" if os.path.exists(name) else name, metadata_errors="ignore") as container:
+        with _open(os.fsdecode(file)) as container:
             return (container.duration or 0) / av.time_base
     except av.FFmpegError:
         return 0

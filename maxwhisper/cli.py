@@ -347,14 +347,14 @@ def transcribe(parser: Parser, **options: Any) -> int:
     options["temperature"] = temperatures(options["temperature"], options.pop("temperature_increment_on_fallback"))
     options["language"] = spoken(options["language"], model.is_multilingual)
     failures = []
-    with shown(files, options) as show:
+    with shown(files, options) as tell:
         for number, result in transcripts(model, files, options):
             audio = files[number]
             try:
                 if isinstance(result, Exception):
                     raise result
                 write(result, audio, output_dir, output_format, layout)
-                show(audio, result)
+                tell(audio, result)
             except BrokenPipeError:
                 raise
             except MaxWhisperError as error:

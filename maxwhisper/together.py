@@ -116,17 +116,21 @@ class Together:
         self._step_if_all_wait()
 
     def _step_if_all_wait(self) -> None:
-        if not self.waiting or len(self.waiting) < self.n_thread:
+        if self.stopped or not self.waiting or len(self.waiting) < self.n_thread:
             return
         requests, self.waiting = self.waiting, []
         try:
-            self._compute(requests)
+            found = self._compute(requests)
         except Exception as error:
             for request in requests:  # each recording fails for itself
                 request.found.set_exception(error)
+        else:
+            for request in requests:
+                request.found.set_result(found[id(request.cache)])
         self.turn.notify_all()
 
-    def _compute(self, requests: list[Request]) -> None:
+    def _compute(self, requests: list[Request]) -> dict[int, tuple[Tensor, Tensor]]:
+        """Tokens and log-probabilities for every request, by the id of its cache, which is one token longer then."""
         by_cache = {id(request.cache): request for request in requests}
         order = [by_cache[id(cache)] for cache in self.seats.place([request.cache for request in requests])]
         lengths = torch.tensor([each.cache.n_token for each in order for _ in each.tokens])
@@ -136,9 +140,11 @@ class Together:
         )
         sizes = [len(each.tokens) for each in order]
         rows = zip(*(x.split(sizes) for x in (tokens, logprobs, *new)), strict=True)
+        found = {}
         for each, (its_tokens, its_logprobs, *its_new) in zip(order, rows, strict=True):
             each.cache.append(its_new, self.n_place)
-            each.found.set_result((its_tokens, its_logprobs))
+            found[id(each.cache)] = its_tokens, its_logprobs
+        return found
 
 
 def loaded(audio: Iterable[Audio]) -> Generator[tuple[int, Waveform | Exception], None, None]:
@@ -196,15 +202,17 @@ def in_threads(
     n_thread: int,
     options: dict[str, Any],
 ) -> Iterator[tuple[int, Result]]:
-    together = Together(n_thread, model.decoder.picked, model.dims.n_text_ctx)
+    together = Together(n_thread, model.decoder.step_and_pick, model.dims.n_text_ctx)
     results: SimpleQueue[tuple[int, Result]] = SimpleQueue()
 
     def work() -> None:
         with together.turn, ensure_default_mlir_context():  # for what compiles when it is first used
-            while not together.stopped and (recording := next(source, None)):
-                number, waveform = recording
-                results.put((number, attempt(model.transcribe, waveform, options)))
-            together.leave()
+            try:
+                while not together.stopped and (recording := next(source, None)):
+                    number, waveform = recording
+                    results.put((number, attempt(model.transcribe, waveform, options)))
+            finally:
+                together.leave()
 
     threads = [Thread(target=work, daemon=True) for _ in range(n_thread)]
     model.decoder.together = together

@@ -229,11 +229,13 @@ class TextDecoder(torch.nn.Module):
         if self.together is not None:
             return self.together.pick(x, cache, rules)
         lengths = torch.full((len(x),), cache.n_token)
-        tokens, logprobs, *new = self.picked(x, lengths, rules, cache.inputs())
+        tokens, logprobs, *new = self.step_and_pick(x, lengths, rules, cache.inputs())
         cache.append(new, self.dims.n_text_ctx)
         return tokens, logprobs
 
-    def picked(self, x: torch.Tensor, lengths: torch.Tensor, rules: Rules, kv: Sequence[Buffer]) -> list[torch.Tensor]:
+    def step_and_pick(
+        self, x: torch.Tensor, lengths: torch.Tensor, rules: Rules, kv: Sequence[Buffer]
+    ) -> list[torch.Tensor]:
         """As `pick`, for texts with as many tokens before x as `lengths` (batch,) says; kv: as `KeyValueCache.inputs`.
         Also returns the new keys and values."""
         return self.network[PICK](x, lengths, *rules, *kv)

@@ -57,9 +57,23 @@ def test_a_step_that_fails_is_the_failure_of_all_that_took_it(model: Whisper, mo
     def fail(*_: Any) -> None:
         raise DecodingError("no step today")
 
-    monkeypatch.setattr(model.decoder, "picked", fail)
+    monkeypatch.setattr(model.decoder, "step_and_pick", fail)
     found = dict(model.transcribe_many([SOME[0], SOME[0]], 2))
     assert [str(found[i]) for i in range(2)] == ["no step today"] * 2
+
+
+def test_a_cache_that_cannot_be_filled_keeps_nobody_waiting(model: Whisper, monkeypatch: pytest.MonkeyPatch) -> None:
+    append, calls = KeyValueCache.append, []
+
+    def full(self: KeyValueCache, new: Any, n_place: int) -> None:
+        calls.append(self)
+        if len(calls) > 3:  # after both starts, the second cache of the first step
+            raise ValueError("full")
+        append(self, new, n_place)
+
+    monkeypatch.setattr(KeyValueCache, "append", full)
+    found = dict(model.transcribe_many([SOME[0], SOME[0]], 2, language="en"))
+    assert [str(found[i]) for i in range(2)] == ["full"] * 2
 
 
 def test_whoever_stops_listening_leaves_no_thread_behind(model: Whisper) -> None:
