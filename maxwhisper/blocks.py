@@ -188,25 +188,25 @@ def one(module: Callable[..., TensorValue], *inputs: TensorValue) -> tuple[Tenso
 
 
 def encoder_attention(attn: model.MultiHeadAttention, x: TensorValue) -> tuple[TensorValue]:
-    return (attn(x, attn.keys_values(x))[0],)
+    return (attn(x, attn.keys_values(x)),)
 
 
 def causal_attention(attn: model.MultiHeadAttention, x: TensorValue) -> tuple[TensorValue, ...]:
     kv = attn.keys_values(x)
-    return attn(x, kv, model.causal_mask(x.shape[1], attn.policy))[0], *kv
+    return attn(x, kv, model.causal_mask(x.shape[1], attn.policy)), *kv
 
 
 def cached_attention(
     attn: model.MultiHeadAttention, x: TensorValue, offset: TensorValue, k: TensorValue, v: TensorValue
 ) -> tuple[TensorValue, ...]:
     kv = attn.keys_values(x)
-    return attn(x, kv, cache=Cache(k, v, offset))[0], *kv
+    return attn(x, kv, cache=Cache(k, v, offset)), *kv
 
 
 def cross_attention(
     attn: model.MultiHeadAttention, x: TensorValue, k: TensorValue, v: TensorValue
 ) -> tuple[TensorValue]:
-    return (attn(x, KeyValue(k, v))[0],)
+    return (attn(x, KeyValue(k, v)),)
 
 
 # ---- the table -----------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from .runtime import Policy
 
 
 class KeyValue(NamedTuple):
-    """Keys and values of one attention, each (batch, head, token, channel): the layout MAX's fused kernel reads."""
+    """Keys and values of one attention, each (batch, head, token, channel)."""
 
     k: TensorValue
     v: TensorValue
@@ -34,7 +34,7 @@ class KeyValue(NamedTuple):
 
 class Cache(NamedTuple):
     """Keys and values of the tokens before, each (batch, head, place, channel), in the first `length` places; length is
-    int64 on the CPU, a scalar, or (batch,) where one_query attends. What the other places hold is never read."""
+    int64 on the CPU, a scalar, or (batch,) where a kernel of ours attends. What the other places hold is never read."""
 
     k: TensorValue
     v: TensorValue
@@ -226,37 +226,58 @@ class MultiHeadAttention(Module):
 
     def __call__(
         self, x: TensorValue, kv: KeyValue, mask: TensorValue | None = None, cache: Cache | None = None
-    ) -> tuple[TensorValue, TensorValue | None]:
-        """Attend from x (batch, token, state) to kv, and to what is cached before it.
+    ) -> TensorValue:
+        """Attend from x (batch, token, state) to kv, and to what is cached before it, which takes one token.
 
-        kv may have fewer rows than the batch: with several sequences per audio window, consecutive ones share a row,
-        and their queries stand side by side, so that the window's keys and values are read once for all of them.
-
-        Returns the output (batch, token, state) and the scores before softmax (kv batch, head, token, key), or None for
-        the scores where a kernel keeps them to itself.
+        kv may have fewer rows than the batch: with several sequences per audio window, consecutive ones share a row.
         """
-        if one_token_on_cpu(x):
-            return self.out(self.one_query(self.query(x), kv, cache)), None
-        if cache is not None:
-            kv = cache.followed_by(kv)
-        q = split_rows(self.query(x), kv.k.shape[0])
-        q = q.reshape((*q.shape[:2], self.n_head, self.n_channel))
-        wv, qk = self.qkv_attention(ops.permute(q, [0, 2, 1, 3]), kv, mask)
-        wv = ops.permute(wv, [0, 2, 1, 3])
-        wv = join_rows(wv.reshape((*wv.shape[:2], -1)), *x.shape[:2])
+        attend = self.by_kernel if x.device.is_cpu() else self.written_out
+        return self.out(attend(self.query(x), kv, mask, cache))
+
+    def with_scores(self, x: TensorValue, kv: KeyValue) -> tuple[TensorValue, TensorValue]:
+        """Attend from x to kv; also the scores before softmax (kv batch, head, token, key)."""
+        wv, qk = self.heads_attention(self.query(x), kv, None)
         return self.out(wv), qk
 
-    def one_query(self, q: TensorValue, kv: KeyValue, cache: Cache | None) -> TensorValue:
-        """Attention of one query per text, (batch, 1, state), by a kernel of our own: it reads the cache where it is,
-        and the keys and values of a window once for all texts that share them."""
-        name, inputs = "maxwhisper.attention", list(kv)
+    def by_kernel(
+        self, q: TensorValue, kv: KeyValue, mask: TensorValue | None = None, cache: Cache | None = None
+    ) -> TensorValue:
+        """Attention of q (batch, token, state) by kernels of our own, for CPUs, which add up in float32.
+
+        Those of one token read the cache where it is, and the keys and values of a window once for all texts that share
+        them.
+        """
+        wide = [x.cast(DType.float32) for x in kv]
         if cache is not None:
             lengths = cache.length.broadcast_to((q.shape[0],))
             name, inputs = "maxwhisper.cached_attention", [cache.k, cache.v, lengths, *kv]
+        elif q.shape[1] == 1:
+            name, inputs = "maxwhisper.attention", list(kv)
+        elif mask is None:
+            name, inputs = "maxwhisper.tiled_attention", wide
+        else:
+            name, inputs = "maxwhisper.masked_attention", [*wide, mask]
         shape = TensorType(DType.float32, q.shape, q.device)
         parameters = {"n_channel": self.n_channel}
         wv = ops.custom(name, q.device, [q.cast(DType.float32), *inputs], [shape], parameters=parameters)
         return wv[0].tensor.cast(q.dtype)
+
+    def written_out(
+        self, q: TensorValue, kv: KeyValue, mask: TensorValue | None = None, cache: Cache | None = None
+    ) -> TensorValue:
+        """As `by_kernel`, by MAX's operations."""
+        return self.heads_attention(q, kv if cache is None else cache.followed_by(kv), mask)[0]
+
+    def heads_attention(
+        self, q: TensorValue, kv: KeyValue, mask: TensorValue | None
+    ) -> tuple[TensorValue, TensorValue]:
+        """Attention of q (batch, token, state), whose texts stand side by side where they share a row of kv; and the
+        scores before softmax (kv batch, head, token, key)."""
+        rows = split_rows(q, kv.k.shape[0])
+        rows = rows.reshape((*rows.shape[:2], self.n_head, self.n_channel))
+        wv, qk = self.qkv_attention(ops.permute(rows, [0, 2, 1, 3]), kv, mask)
+        wv = ops.permute(wv, [0, 2, 1, 3])
+        return join_rows(wv.reshape((*wv.shape[:2], -1)), *q.shape[:2]), qk
 
     def qkv_attention(self, q: TensorValue, kv: KeyValue, mask: TensorValue | None) -> tuple[TensorValue, TensorValue]:
         # MAX replaces exactly this form, with the scale as right operand, by a fused kernel. It adds up in the dtype it
@@ -299,15 +320,20 @@ class ResidualAttentionBlock(Module):
         cross_kv: KeyValue | None = None,
         mask: TensorValue | None = None,
         cache: Cache | None = None,
+        with_scores: bool = False,
     ) -> tuple[TensorValue, KeyValue, TensorValue | None]:
         """x (batch, token, state) to the same shape; also the self-attention's keys and values of x, and the
-        cross-attention's scores."""
+        cross-attention's scores, or None where they are not asked for."""
         normed = self.attn_ln(x)
         kv = self.attn.keys_values(normed)
-        x = x + self.attn(normed, kv, mask, cache)[0]
+        x = x + self.attn(normed, kv, mask, cache)
         scores = None
         if self.cross_attn is not None and self.cross_attn_ln is not None and cross_kv is not None:
-            update, scores = self.cross_attn(self.cross_attn_ln(x), cross_kv)
+            normed = self.cross_attn_ln(x)
+            if with_scores:
+                update, scores = self.cross_attn.with_scores(normed, cross_kv)
+            else:
+                update = self.cross_attn(normed, cross_kv)
             x = x + update
         return x + self.mlp(self.mlp_ln(x)), kv, scores
 
@@ -336,7 +362,8 @@ class ResidualAttentionBlock(Module):
 
     def align(self, x: TensorValue, k_cross: TensorValue, v_cross: TensorValue) -> tuple[TensorValue, ...]:
         """As `prefill`, but returns the cross-attention's scores (audio, head, token, n_audio_ctx) beside x."""
-        y, _, scores = self(x, KeyValue(k_cross, v_cross), causal_mask(x.shape[1], self.policy))
+        kv = KeyValue(k_cross, v_cross)
+        y, _, scores = self(x, kv, causal_mask(x.shape[1], self.policy), with_scores=True)
         assert scores is not None
         return y, scores
 

@@ -355,10 +355,12 @@ def graph_faults() -> Iterator[Fault]:
         "encoder.attention",
         mistakes.attention(softmax=mistakes.half_softmax),
     )
-    low = mistakes.method(model.MultiHeadAttention, "qkv_attention", mistakes.summed_in_compute_dtype)
-    yield fault("attention summed in half precision", "encoder.attention", low)
-    single = mistakes.method(model.MultiHeadAttention, "qkv_attention", mistakes.single_head)
-    yield fault("one head of the whole width", "encoder.attention", single, True)
+    for name, function in (
+        ("attention summed in half precision", mistakes.summed_in_compute_dtype),
+        ("one head of the whole width", mistakes.single_head),
+    ):
+        wrong = mistakes.method(model.MultiHeadAttention, "qkv_attention", function)
+        yield fault(name, "encoder.attention", mistakes.written_out(wrong), function is mistakes.single_head)
     yield fault(
         "heads interleaved",
         "encoder.attention",
@@ -374,7 +376,9 @@ def graph_faults() -> Iterator[Fault]:
     yield fault("mask one token late", causal, mistakes.mask(partial(mistakes.band, minus_infinity, 1)))
     yield fault("mask of -1", causal, mistakes.mask(partial(mistakes.band, -1.0, 0)))
     yield fault("mask over earlier tokens", causal, mistakes.mask(mistakes.earlier_hidden))
-    yield fault("mask by comparison, which MAX drops", causal, mistakes.mask(mistakes.by_comparison))
+    yield fault(
+        "mask by comparison, which MAX drops", causal, mistakes.written_out(mistakes.mask(mistakes.by_comparison))
+    )
 
     cached = "decoder.attention.cached"
     yield fault("padded rows not masked", cached, mistakes.attention(kv_of=mistakes.with_padding), True)

@@ -40,6 +40,18 @@ def half(dtype: DType) -> DType:
     return dtype if dtype != DType.float32 else DType.float16
 
 
+def written_out(right: Patch) -> Patch:
+    """A patch of attention that also applies where a kernel would compute it."""
+    attn = model.MultiHeadAttention
+
+    @contextmanager
+    def patched() -> Iterator[None]:
+        with patch.object(attn, "by_kernel", attn.written_out), right():
+            yield
+
+    return patched
+
+
 def attention(
     scale: Callable[[model.MultiHeadAttention], float] = lambda attn: attn.n_channel**-0.5,
     softmax: Callable[[TensorValue], TensorValue] = ops.softmax,
@@ -56,14 +68,7 @@ def attention(
             qk = qk + mask
         return (softmax(qk).cast(DType.float32) @ v).cast(self.policy.compute), qk
 
-    @contextmanager
-    def patched() -> Iterator[None]:
-        # Written out where a kernel computes it too.
-        in_graph = patch.object(model, "one_token_on_cpu", lambda x: False)
-        with in_graph, patch.object(model.MultiHeadAttention, "qkv_attention", attend):
-            yield
-
-    return patched
+    return written_out(method(model.MultiHeadAttention, "qkv_attention", attend))
 
 
 def half_softmax(qk: TensorValue) -> TensorValue:
@@ -103,14 +108,14 @@ def interleaved_heads(self: model.MultiHeadAttention, x: TensorValue) -> model.K
 
 def cached(change: Callable[[model.Cache], model.Cache]) -> Patch:
     """Attention of one token over another cache."""
-    right = model.MultiHeadAttention.one_query
+    right = model.MultiHeadAttention.by_kernel
 
-    def one_query(
-        self: model.MultiHeadAttention, q: TensorValue, kv: model.KeyValue, cache: model.Cache
+    def by_kernel(
+        self: model.MultiHeadAttention, q: TensorValue, kv: model.KeyValue, mask: Any, cache: model.Cache | None
     ) -> TensorValue:
-        return right(self, q, kv, change(cache))
+        return right(self, q, kv, mask, cache and change(cache))
 
-    return lambda: patch.object(model.MultiHeadAttention, "one_query", one_query)
+    return lambda: patch.object(model.MultiHeadAttention, "by_kernel", by_kernel)
 
 
 def without_newest(kv: model.KeyValue) -> model.KeyValue:
@@ -142,7 +147,7 @@ def band(above: float, num_upper: int, n_token: Any, policy: Any) -> TensorValue
 
 
 def by_comparison(n_token: Any, policy: Any) -> TensorValue:
-    """A right mask, in the form that MAX 26.7 drops when it fuses attention on CPU."""
+    """A right mask, in the form that MAX 26.7 drops when it fuses attention itself on CPU."""
     position = model.indices(n_token, policy.device)
     later = ops.unsqueeze(position, 0) > ops.unsqueeze(position, 1)
     return later.cast(DType.float32) * ops.constant(-1e4, DType.float32, policy.device)
@@ -183,17 +188,24 @@ def residual(form: str) -> Patch:
     """A residual block with its parts put together wrongly."""
 
     def call(
-        self: model.ResidualAttentionBlock, x: TensorValue, cross_kv: Any = None, mask: Any = None, cache: Any = None
+        self: model.ResidualAttentionBlock,
+        x: TensorValue,
+        cross_kv: Any = None,
+        mask: Any = None,
+        cache: Any = None,
+        with_scores: bool = False,
     ) -> tuple[TensorValue, model.KeyValue, TensorValue | None]:
         normed = self.attn_ln(x)
         kv = self.attn.keys_values(normed)
-        x = (normed if form == "residual from the norm" else x) + self.attn(normed, kv, mask, cache)[0]
+        x = (normed if form == "residual from the norm" else x) + self.attn(normed, kv, mask, cache)
         scores = None
         if cross_kv is not None:
             assert self.cross_attn is not None and self.cross_attn_ln is not None
-            update, scores = self.cross_attn(
-                x if form == "cross-attention's norm left out" else self.cross_attn_ln(x), cross_kv
-            )
+            normed = x if form == "cross-attention's norm left out" else self.cross_attn_ln(x)
+            if with_scores:
+                update, scores = self.cross_attn.with_scores(normed, cross_kv)
+            else:
+                update = self.cross_attn(normed, cross_kv)
             x = update if form == "cross-attention without residual" else x + update
         update = self.mlp(self.mlp_ln(x))
         return (update if form == "mlp without residual" else x + update), kv, scores

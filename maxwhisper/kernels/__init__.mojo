@@ -4,3 +4,4 @@ from .attention import Attention, CachedAttention
 from .candidates import Candidates
 from .convolution import Convolution
 from .linear import Linear
+from .tiled_attention import MaskedAttention, TiledAttention

@@ -4,12 +4,12 @@ from max.algorithm import sync_parallelize
 from max.gpu.host import DeviceContext
 from max.runtime.asyncrt import parallelism_level
 from std.math import ceildiv, exp
-from std.sys.info import simd_width_of
 
 import extensibility
 from extensibility import InputTensor, OutputTensor
 
-comptime WIDTH = simd_width_of[DType.float32]()
+from .tiles import WIDTH
+
 comptime QUERIES = 4  # at a time, or else one: their sums fit the registers
 comptime KEYS = 64  # added up at a time: a sum of sums rounds less than one long sum
 comptime TASK = 1 << 17  # numbers in keys and values that are worth a task of their own
@@ -26,11 +26,15 @@ struct Rows[dtype: DType, origin: Origin[mut=False]](TrivialRegisterPassable):
         self.number = number
 
 
+def scale[n_channel: Int]() -> Float32:
+    return Float32(Float64(n_channel) ** -0.5)
+
+
 @always_inline
 def score[
     n_channel: Int, queries: Int
 ](q: Pointer[Float32, _], n_state: Int, keys: Rows, scores: Pointer[mut=True, Float32, _], n_key: Int):
-    """Writes the products of some queries, `n_state` apart, with every key; scores is (queries, n_key)."""
+    """Writes the scaled products of some queries, `n_state` apart, with every key; scores is (queries, n_key)."""
     comptime vectors = n_channel // WIDTH
     var qs = Array[SIMD[DType.float32, WIDTH], queries * vectors](fill=0)
     comptime for i in range(queries):
@@ -43,28 +47,29 @@ def score[
             comptime for i in range(queries):
                 sums[i] = ks.fma(qs[i * vectors + c], sums[i])
         comptime for i in range(queries):
-            scores[unsafe_offset=i * n_key + key] = sums[i].reduce_add()
+            scores[unsafe_offset=i * n_key + key] = sums[i].reduce_add() * scale[n_channel]()
 
 
 @always_inline
-def softmax(scores: Pointer[mut=True, Float32, _], n_key: Int, scale: Float32):
+def exponentials(scores: Pointer[mut=True, Float32, _], n_key: Int) -> Float32:
+    """Replaces scores by softmax's weights before they are divided by their sum, which it returns."""
     var whole = n_key // WIDTH * WIDTH
-    var greatest = scores[unsafe_offset=0]
+    var highest = SIMD[DType.float32, WIDTH](scores[unsafe_offset=0])
     for key in range(0, whole, WIDTH):
-        greatest = max(greatest, scores.unsafe_load[width=WIDTH](key).reduce_max())
+        highest = max(highest, scores.unsafe_load[width=WIDTH](key))
+    var greatest = highest.reduce_max()
     for key in range(whole, n_key):
         greatest = max(greatest, scores[unsafe_offset=key])
     var sums = SIMD[DType.float32, WIDTH](0)
     for key in range(0, whole, WIDTH):
-        var weights = exp((scores.unsafe_load[width=WIDTH](key) - greatest) * scale)
+        var weights = exp(scores.unsafe_load[width=WIDTH](key) - greatest)
         scores.unsafe_store(key, weights)
         sums += weights
     var total = sums.reduce_add()
     for key in range(whole, n_key):
-        scores[unsafe_offset=key] = exp((scores[unsafe_offset=key] - greatest) * scale)
+        scores[unsafe_offset=key] = exp(scores[unsafe_offset=key] - greatest)
         total += scores[unsafe_offset=key]
-    for key in range(n_key):
-        scores[unsafe_offset=key] /= total
+    return total
 
 
 @always_inline
@@ -108,14 +113,15 @@ def attend[
     var n_key = n_past + new_keys.number
     score[n_channel, queries](q, n_state, past_keys, scores, n_key)
     score[n_channel, queries](q, n_state, new_keys, scores.unsafe_offset(n_past), n_key)
+    var sums = Array[Float32, queries](fill=0)
     comptime for i in range(queries):
-        softmax(scores.unsafe_offset(i * n_key), n_key, Float32(Float64(n_channel) ** -0.5))
+        sums[i] = exponentials(scores.unsafe_offset(i * n_key), n_key)
     var totals = Array[SIMD[DType.float32, WIDTH], queries * vectors](fill=0)
     add_weighted[n_channel, queries](scores, n_key, past_values, totals)
     add_weighted[n_channel, queries](scores.unsafe_offset(n_past), n_key, new_values, totals)
     comptime for i in range(queries):
         comptime for c in range(vectors):
-            y.unsafe_store(i * n_state + c * WIDTH, totals[i * vectors + c])
+            y.unsafe_store(i * n_state + c * WIDTH, totals[i * vectors + c] / sums[i])
 
 
 def attention[

@@ -4,14 +4,14 @@ from max.algorithm import sync_parallelize
 from max.gpu.host import DeviceContext
 from max.runtime.asyncrt import parallelism_level
 from std.math import ceildiv, exp, iota, log
-from std.sys.info import simd_width_of
 from std.utils.numerics import neg_inf
 
 import extensibility
 from extensibility import InputTensor, OutputTensor
 
-comptime WIDTH = simd_width_of[DType.float32]()
-comptime PARTS = 16  # of a text's logits: as many for any number of texts and threads, so that a text is bitwise what it is alone
+from .tiles import WIDTH
+
+comptime PARTS = 16  # of a text's logits: as many for any texts and threads, so that a text is bitwise what it is alone
 comptime NEVER = neg_inf[DType.float32]()
 
 

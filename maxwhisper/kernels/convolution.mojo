@@ -9,17 +9,13 @@ from max.algorithm import sync_parallelize
 from max.gpu.host import DeviceContext
 from max.runtime.asyncrt import parallelism_level
 from std.math import ceildiv
-from std.sys.info import simd_width_of
 from std.utils.index import IndexList
 
 import extensibility
 from extensibility import InputTensor, _FusedOutputTensor
 
-comptime WIDTH = simd_width_of[DType.float32]()
-comptime ROWS = 6  # of a tile, or else one
-comptime VECTORS = 4 if WIDTH >= 16 else 2  # of a row of a tile; with ROWS what fits the registers
-comptime PANEL = VECTORS * WIDTH  # rows of weights at a time
-comptime TERMS = 512  # summed at a time: a sum of sums rounds less than one long sum
+from .tiles import PANEL, ROWS, VECTORS, WIDTH, tile
+
 comptime CHUNK = 128  # rows of the input that are worth another copy of a panel
 
 
@@ -44,29 +40,6 @@ def pack[
                 comptime for tap in range(taps):
                     var w = row[unsafe_offset=c * taps + tap].cast[DType.float32]()
                     panel[unsafe_offset=(tap * n_in + c) * PANEL + j] = w
-
-
-@always_inline
-def tile[
-    rows: Int
-](x: Pointer[Float32, _], offsets: Array[Int, rows], panel: Pointer[Float32, _], n_term: Int) -> Array[
-    SIMD[DType.float32, WIDTH], rows * VECTORS
-]:
-    """Returns the products of some rows of x, (n_term,) at the offsets, with a panel (n_term, PANEL)."""
-    var totals = Array[SIMD[DType.float32, WIDTH], rows * VECTORS](fill=0)
-    for first in range(0, n_term, TERMS):
-        var sums = Array[SIMD[DType.float32, WIDTH], rows * VECTORS](fill=0)
-        for k in range(first, min(first + TERMS, n_term)):
-            var ws = Array[SIMD[DType.float32, WIDTH], VECTORS](fill=0)
-            comptime for v in range(VECTORS):
-                ws[v] = panel.unsafe_load[width=WIDTH](k * PANEL + v * WIDTH)
-            comptime for r in range(rows):
-                var value = SIMD[DType.float32, WIDTH](x[unsafe_offset=offsets[r] + k])
-                comptime for v in range(VECTORS):
-                    sums[r * VECTORS + v] = ws[v].fma(value, sums[r * VECTORS + v])
-        comptime for i in range(rows * VECTORS):
-            totals[i] += sums[i]
-    return totals^
 
 
 @extensibility.register("maxwhisper.convolution")
@@ -106,7 +79,7 @@ struct Convolution:
             var offsets = Array[Int, rows](fill=0)
             comptime for r in range(rows):
                 offsets[r] = ((row + r) // n_y * n_frame + (row + r) % n_y * stride) * n_in
-            var values = tile[rows](xs, offsets, panel, n_term)
+            var values = tile[rows, VECTORS](xs, offsets, panel, n_term, PANEL)
             comptime for r in range(rows):
                 comptime for v in range(VECTORS):
                     if column + v * WIDTH < n_out:

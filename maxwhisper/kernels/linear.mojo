@@ -8,13 +8,13 @@ from max.algorithm import sync_parallelize
 from max.gpu.host import DeviceContext
 from max.runtime.asyncrt import parallelism_level
 from std.math import ceildiv
-from std.sys.info import simd_width_of
 from std.utils.index import IndexList
 
 import extensibility
 from extensibility import InputTensor, _FusedOutputTensor
 
-comptime WIDTH = simd_width_of[DType.float32]()
+from .tiles import WIDTH
+
 comptime SUMS = 4  # vectors of running sums for a row: as many for any number of rows, so that a row of a batch is
 # bitwise what it is alone
 comptime ROWS = 4  # of x at a time, or else one: every number in between would be code of its own to compile

@@ -19,6 +19,7 @@ from maxwhisper.model import (
     Cache,
     KeyValue,
     MultiHeadAttention,
+    causal_mask,
     convolution,
     image_convolution,
     matrix_product,
@@ -180,23 +181,23 @@ def test_a_folder_that_cannot_keep_kernels_is_named(tmp_path: Path) -> None:
 N_CHANNEL = 64
 
 
-class OneQuery(Module):
+class Attention(Module):
     def cross(self, q: TensorValue, k: TensorValue, v: TensorValue) -> list[TensorValue]:
-        return [self.attn.one_query(q, KeyValue(k, v), None)]
+        return [self.attn.by_kernel(q, KeyValue(k, v))]
 
     def cached(
         self, q: TensorValue, k: TensorValue, v: TensorValue, length: TensorValue, *new: TensorValue
     ) -> list[TensorValue]:
-        return [self.attn.one_query(q, KeyValue(*new), Cache(k, v, length))]
+        return [self.attn.by_kernel(q, KeyValue(*new), cache=Cache(k, v, length))]
 
     def written_out(
         self, q: TensorValue, k: TensorValue, v: TensorValue, length: TensorValue, *new: TensorValue
     ) -> list[TensorValue]:
         """What takes the kernel's place on a GPU."""
-        kv = Cache(k, v, length).followed_by(KeyValue(*new))
-        split = q.reshape((q.shape[0], 1, 2, N_CHANNEL))
-        wv, _ = self.attn.qkv_attention(ops.permute(split, [0, 2, 1, 3]), kv, None)
-        return [ops.permute(wv, [0, 2, 1, 3]).reshape(q.shape)]
+        return [self.attn.written_out(q, KeyValue(*new), cache=Cache(k, v, length))]
+
+    def causal(self, q: TensorValue, k: TensorValue, v: TensorValue) -> list[TensorValue]:
+        return [self.attn.by_kernel(q, KeyValue(k, v), causal_mask(q.shape[1], self.attn.policy))]
 
     @property
     def attn(self) -> MultiHeadAttention:
@@ -212,8 +213,8 @@ class OneQuery(Module):
 def attentions() -> dict[str, Executable]:
     cpu = DeviceRef.CPU()
 
-    def queries(state: str | int) -> dict[str, TensorType]:
-        return {"q": TensorType(DType.float32, ["batch", 1, state], cpu)}
+    def queries(state: str | int, number: str | int = 1) -> dict[str, TensorType]:
+        return {"q": TensorType(DType.float32, ["batch", number, state], cpu)}
 
     def heads(rows: str, places: str | int, n_head: str | int = "head") -> TensorType:
         return TensorType(DType.float32, [rows, n_head, places, N_CHANNEL], cpu)
@@ -226,27 +227,33 @@ def attentions() -> dict[str, Executable]:
     cross = {**queries("state"), "k": heads("row", "key"), "v": heads("row", "key")}
     cached = {**queries("state"), **behind_a_cache("head")}
     written_out = {**queries(2 * N_CHANNEL), **behind_a_cache(2)}
+    many = {**cross, **queries("state", "token")}
+    causal = {**many, **dict.fromkeys(("k", "v"), heads("row", "token"))}
     programs = [
-        Program("cross", "", OneQuery(), OneQuery.cross, cross),
-        Program("cached", "", OneQuery(), OneQuery.cached, cached),
-        Program("of other lengths", "", OneQuery(), OneQuery.cached, {**cached, "length": lengths}),
-        Program("written out", "", OneQuery(), OneQuery.written_out, written_out),
+        Program("many", "", Attention(), Attention.cross, many),
+        Program("causal", "", Attention(), Attention.causal, causal),
+        Program("cross", "", Attention(), Attention.cross, cross),
+        Program("cached", "", Attention(), Attention.cached, cached),
+        Program("of other lengths", "", Attention(), Attention.cached, {**cached, "length": lengths}),
+        Program("written out", "", Attention(), Attention.written_out, written_out),
     ]
     return Artifact("attentions", programs, "cpu").init({})
 
 
-def expected(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of one query per text; k and v are repeated for the texts that share them."""
+def expected(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
+    """Attention; k and v are repeated for the texts that share them."""
     n_head, shared = k.shape[1], len(q) // len(k)
     k, v = (x.repeat_interleave(shared, 0) for x in (k, v))
     split = q.unflatten(2, (n_head, N_CHANNEL)).transpose(1, 2)
-    weights = (split @ k.transpose(2, 3) * N_CHANNEL**-0.5).softmax(-1)
-    return (weights @ v).transpose(1, 2).flatten(2)
+    scores = split @ k.transpose(2, 3) * N_CHANNEL**-0.5
+    if causal:
+        scores = scores + torch.full(scores.shape[2:], float("-inf")).triu(1)
+    return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
 
 
-def check(name: str, ours: Tensor, q: Tensor, k: Tensor, v: Tensor) -> None:
+def check(name: str, ours: Tensor, q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> None:
     comparison = Comparison("a kernel", torch.float32, name, 0, "random", "cpu")
-    oracle, peer = expected(q.double(), k.double(), v.double()), expected(q, k, v)
+    oracle, peer = expected(q.double(), k.double(), v.double(), causal), expected(q, k, v, causal)
     terms = max(k.shape[2], N_CHANNEL)
     found = judge(comparison, [oracle], [peer], [ours], longest_reduction=terms, roundings=1, n_vocab=0)
     assert found.passed, f"\n{found}"
@@ -262,6 +269,24 @@ def test_attention_of_texts_that_share_keys(rows: int, shared: int, n_head: int,
     q = torch.randn(rows * shared, 1, n_head * N_CHANNEL, generator=generator)
     k, v = torch.randn(2, rows, n_head, n_key, N_CHANNEL, generator=generator)
     check("cross", attentions()["cross"](q, k, v)[0], q, k, v)
+
+
+@settings(max_examples=60, deadline=None)
+@given(shared=st.integers(1, 3), n_token=st.integers(2, 80), n_key=st.integers(1, 300), **SIZES)
+def test_attention_of_many_queries(rows: int, shared: int, n_head: int, n_token: int, n_key: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(rows * shared, n_token, n_head * N_CHANNEL, generator=generator)
+    k, v = torch.randn(2, rows, n_head, n_key, N_CHANNEL, generator=generator)
+    check("many", attentions()["many"](q, k, v)[0], q, k, v)
+
+
+@settings(max_examples=60, deadline=None)
+@given(n_token=st.integers(2, 300), **SIZES)
+def test_causal_attention(rows: int, n_head: int, n_token: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(rows, n_token, n_head * N_CHANNEL, generator=generator)
+    k, v = torch.randn(2, rows, n_head, n_token, N_CHANNEL, generator=generator)
+    check("causal", attentions()["causal"](q, k, v)[0], q, k, v, causal=True)
 
 
 @settings(max_examples=60, deadline=None)
@@ -292,6 +317,14 @@ def test_attention_of_a_text_is_bitwise_the_same_among_any_others() -> None:
     q, (k, v) = torch.randn(11, 1, 6 * N_CHANNEL), torch.randn(2, 1, 6, 1500, N_CHANNEL)
     (together,) = attentions()["cross"](q, k, v)
     assert together.equal(torch.cat([attentions()["cross"](each[None], k, v)[0] for each in q]))
+
+
+def test_a_query_is_bitwise_the_same_among_any_others() -> None:
+    q, (k, v) = torch.randn(3, 400, 2 * N_CHANNEL), torch.randn(2, 3, 2, 131, N_CHANNEL)
+    (together,) = attentions()["many"](q, k, v)
+    for text, n_token in ((0, 400), (1, 399), (2, 5)):
+        (alone,) = attentions()["many"](q[text : text + 1, -n_token:], k[text : text + 1], v[text : text + 1])
+        assert together[text : text + 1, -n_token:].equal(alone)
 
 
 def test_texts_of_other_lengths_attend_as_they_do_alone() -> None:

@@ -1,0 +1,221 @@
+"""Attention of many queries, by tiles: a few queries with a panel of keys, and their weights with the values."""
+
+from max.algorithm import sync_parallelize
+from max.gpu.host import DeviceContext
+from max.runtime.asyncrt import parallelism_level
+from std.math import align_up, ceildiv
+
+import extensibility
+from extensibility import InputTensor, OutputTensor
+
+from .attention import exponentials, scale
+from .tiles import PANEL, ROWS, VECTORS, WIDTH, tile
+
+comptime QUERIES = 4 * ROWS  # for which a panel of keys, or a block of values, is read from the cache
+comptime KEYS = 64  # whose weighted values are added up at a time: a sum of sums rounds less than one long sum
+comptime SHARE = 4 * QUERIES  # queries that are worth another copy of the keys
+
+
+@always_inline
+def transpose[
+    n_channel: Int
+](panels: Pointer[mut=True, Float32, _], keys: Pointer[Float32, _], n_key: Int):
+    """Copies keys (n_key, n_channel) to panels (panel, n_channel, PANEL), whose last columns stay as they are."""
+    for key in range(n_key):
+        var column = panels.unsafe_offset(key // PANEL * n_channel * PANEL + key % PANEL)
+        comptime for c in range(0, n_channel, WIDTH):
+            var ks = keys.unsafe_load[width=WIDTH](key * n_channel + c)
+            comptime for i in range(WIDTH):
+                column[unsafe_offset=(c + i) * PANEL] = ks[i]
+
+
+@always_inline
+def score[
+    n_channel: Int, rows: Int
+](
+    scores: Pointer[mut=True, Float32, _],
+    n_place: Int,
+    q: Pointer[Float32, _],
+    n_state: Int,
+    panel: Pointer[Float32, _],
+):
+    """Writes the scaled products of some queries, `n_state` apart, with a panel of keys; scores are `n_place` apart."""
+    var offsets = Array[Int, rows](fill=0)
+    comptime for r in range(rows):
+        offsets[r] = r * n_state
+    var products = tile[rows, VECTORS](q, offsets, panel, n_channel, PANEL)
+    comptime for r in range(rows):
+        comptime for v in range(VECTORS):
+            scores.unsafe_store(r * n_place + v * WIDTH, products[r * VECTORS + v] * scale[n_channel]())
+
+
+@always_inline
+def add_weighted[
+    n_channel: Int, rows: Int
+](
+    y: Pointer[mut=True, Float32, _],
+    n_state: Int,
+    weights: Pointer[Float32, _],
+    n_place: Int,
+    values: Pointer[Float32, _],
+    n_value: Int,
+):
+    """Adds values (n_value, n_channel) times the weights of some queries, `n_place` apart, to y, `n_state` apart."""
+    comptime vectors = VECTORS if n_channel % PANEL == 0 else 1
+    var offsets = Array[Int, rows](fill=0)
+    comptime for r in range(rows):
+        offsets[r] = r * n_place
+    comptime for c in range(0, n_channel, vectors * WIDTH):
+        var sums = tile[rows, vectors](weights, offsets, values.unsafe_offset(c), n_value, n_channel)
+        comptime for r in range(rows):
+            comptime for v in range(vectors):
+                var at = r * n_state + c + v * WIDTH
+                y.unsafe_store(at, y.unsafe_load[width=WIDTH](at) + sums[r * vectors + v])
+
+
+@always_inline
+def attend[
+    n_channel: Int
+](
+    y: Pointer[mut=True, Float32, _],
+    q: Pointer[Float32, _],
+    n_query: Int,
+    n_state: Int,
+    panels: Pointer[Float32, _],
+    values: Pointer[Float32, _],
+    n_key: Int,
+    mask: Optional[Pointer[Float32, MutAnyOrigin]],
+    scores: Pointer[mut=True, Float32, _],
+):
+    """The attention of at most QUERIES queries, `n_state` apart, over all keys; scores has as many places for each as
+    the panels have keys. Keys and values are taken a panel and a block at a time, for all these queries."""
+    var n_place = align_up(n_key, PANEL)
+    var whole = n_query // ROWS * ROWS
+    for key in range(0, n_key, PANEL):
+        var panel = panels.unsafe_offset(key * n_channel)
+        var out = scores.unsafe_offset(key)
+        for row in range(0, whole, ROWS):
+            score[n_channel, ROWS](
+                out.unsafe_offset(row * n_place), n_place, q.unsafe_offset(row * n_state), n_state, panel
+            )
+        for row in range(whole, n_query):
+            score[n_channel, 1](
+                out.unsafe_offset(row * n_place), n_place, q.unsafe_offset(row * n_state), n_state, panel
+            )
+    var sums = Array[Float32, QUERIES](fill=0)
+    for row in range(n_query):
+        var of_query = scores.unsafe_offset(row * n_place)
+        if mask:
+            for key in range(n_key):
+                of_query[unsafe_offset=key] += mask.value()[unsafe_offset=row * n_key + key]
+        sums[row] = exponentials(of_query, n_key)
+        comptime for c in range(0, n_channel, WIDTH):
+            y.unsafe_store(row * n_state + c, SIMD[DType.float32, WIDTH](0))
+    for key in range(0, n_key, KEYS):
+        var some = values.unsafe_offset(key * n_channel)
+        var weights = scores.unsafe_offset(key)
+        var n_value = min(KEYS, n_key - key)
+        for row in range(0, whole, ROWS):
+            add_weighted[n_channel, ROWS](
+                y.unsafe_offset(row * n_state), n_state, weights.unsafe_offset(row * n_place), n_place, some, n_value
+            )
+        for row in range(whole, n_query):
+            add_weighted[n_channel, 1](
+                y.unsafe_offset(row * n_state), n_state, weights.unsafe_offset(row * n_place), n_place, some, n_value
+            )
+    for row in range(n_query):
+        comptime for c in range(0, n_channel, WIDTH):
+            var at = row * n_state + c
+            y.unsafe_store(at, y.unsafe_load[width=WIDTH](at) / sums[row])
+
+
+@always_inline
+def attention[
+    n_channel: Int
+](
+    y: OutputTensor[dtype=DType.float32, rank=3, ...],
+    q: InputTensor[dtype=DType.float32, rank=3, ...],
+    k: InputTensor[dtype=DType.float32, rank=4, ...],
+    v: InputTensor[dtype=DType.float32, rank=4, ...],
+    mask: Optional[Pointer[Float32, MutAnyOrigin]],
+) raises:
+    """Attends from every query to every key, with a mask, (token, key), added to the scaled products if there is one.
+    """
+    comptime assert n_channel % WIDTH == 0, "channels must fill vectors"
+    var n_query = q.dim_size(1)
+    var n_state = q.dim_size(2)
+    var n_head = k.dim_size(1)
+    var n_key = k.dim_size(2)
+    var n_text = q.dim_size(0) // k.dim_size(0)  # that share a row
+    var n_place = align_up(n_key, PANEL)
+    var qs, ys = q.unsafe_ptr(), y.unsafe_ptr()
+    var ks, vs = k.unsafe_ptr(), v.unsafe_ptr()
+    # Enough tasks for every thread, of as many queries as possible.
+    var n_pair = q.dim_size(0) * n_head
+    var n_share = max(1, min(ceildiv(2 * parallelism_level(None), n_pair), n_query // SHARE))
+    var share = align_up(ceildiv(n_query, n_share), ROWS)
+    n_share = ceildiv(n_query, share)
+
+    def task(number: Int) raises {imm}:
+        var first = number % n_share * share
+        var end = min(first + share, n_query)
+        var text = number // n_share // n_head
+        var head = number // n_share % n_head
+        var kv = (text // n_text * n_head + head) * n_key * n_channel
+        var panels = List[Float32](length=n_place * n_channel, fill=0)
+        var scores = List[Float32](length=QUERIES * n_place, fill=0)
+        transpose[n_channel](panels.unsafe_ptr(), ks.unsafe_offset(kv), n_key)
+        for query in range(first, end, QUERIES):
+            var at = (text * n_query + query) * n_state + head * n_channel
+            attend[n_channel](
+                ys.unsafe_offset(at),
+                qs.unsafe_offset(at),
+                min(QUERIES, end - query),
+                n_state,
+                panels.unsafe_ptr(),
+                vs.unsafe_offset(kv),
+                n_key,
+                mask.value().unsafe_offset(query * n_key) if mask else mask,
+                scores.unsafe_ptr(),
+            )
+
+    sync_parallelize(task, n_pair * n_share)
+
+
+@extensibility.register("maxwhisper.tiled_attention")
+struct TiledAttention:
+    """Computes softmax(q @ k.T / sqrt(n_channel)) @ v.
+
+    y, q: (batch, token, head * channel).
+    k, v: (row, head, key, channel); batch / row consecutive texts share a row.
+    """
+
+    @staticmethod
+    def execute[
+        n_channel: Int
+    ](
+        y: OutputTensor[dtype=DType.float32, rank=3, ...],
+        q: InputTensor[dtype=DType.float32, rank=3, ...],
+        k: InputTensor[dtype=DType.float32, rank=4, ...],
+        v: InputTensor[dtype=DType.float32, rank=4, ...],
+        ctx: DeviceContext,
+    ) raises:
+        attention[n_channel](y, q, k, v, None)
+
+
+@extensibility.register("maxwhisper.masked_attention")
+struct MaskedAttention:
+    """Computes the same with a mask, (token, key), that is added before softmax."""
+
+    @staticmethod
+    def execute[
+        n_channel: Int
+    ](
+        y: OutputTensor[dtype=DType.float32, rank=3, ...],
+        q: InputTensor[dtype=DType.float32, rank=3, ...],
+        k: InputTensor[dtype=DType.float32, rank=4, ...],
+        v: InputTensor[dtype=DType.float32, rank=4, ...],
+        mask: InputTensor[dtype=DType.float32, rank=2, ...],
+        ctx: DeviceContext,
+    ) raises:
+        attention[n_channel](y, q, k, v, mask.unsafe_ptr())
