@@ -92,11 +92,10 @@ def image_convolution(x: TensorValue, weight: TensorValue, stride: int = 1) -> T
 def custom_product(
     name: str, x: TensorValue, weight: TensorValue, n_row: Dim, parameters: dict[str, Any] | None = None
 ) -> TensorValue:
-    """A product of x (batch, row, n_in) with a matrix by a kernel of ours, (batch, n_row, n_out) in the dtype of x."""
-    weight = weight if x.dtype == DType.float32 else weight.cast(x.dtype)  # to what PyTorch rounds them to
+    """A product of x (batch, row, n_in) with a matrix by a kernel of ours, (batch, n_row, n_out) in the dtype of x, to
+    which the kernel rounds the weights, as PyTorch does."""
     y = TensorType(DType.float32, [x.shape[0], n_row, weight.shape[0]], x.device)
-    values = [x.cast(DType.float32), weight]
-    return ops.custom(name, x.device, values, [y], parameters=parameters)[0].tensor.cast(x.dtype)
+    return ops.custom(name, x.device, [x, weight], [y], parameters=parameters)[0].tensor.cast(x.dtype)
 
 
 def matrix_product(x: TensorValue, weight: TensorValue, bias: TensorValue | None = None) -> TensorValue:
@@ -247,20 +246,18 @@ class MultiHeadAttention(Module):
         Those of one token read the cache where it is, and the keys and values of a window once for all texts that share
         them.
         """
-        wide = [x.cast(DType.float32) for x in kv]
         if cache is not None:
             lengths = cache.length.broadcast_to((q.shape[0],))
-            name, inputs = "maxwhisper.cached_attention", [cache.k, cache.v, lengths, *kv]
+            name, inputs = "maxwhisper.cached_attention", [q.cast(DType.float32), cache.k, cache.v, lengths, *kv]
         elif q.shape[1] == 1:
-            name, inputs = "maxwhisper.attention", list(kv)
+            name, inputs = "maxwhisper.attention", [q.cast(DType.float32), *kv]
         elif mask is None:
-            name, inputs = "maxwhisper.tiled_attention", wide
+            name, inputs = "maxwhisper.tiled_attention", [q, *kv]
         else:
-            name, inputs = "maxwhisper.masked_attention", [*wide, mask]
-        shape = TensorType(DType.float32, q.shape, q.device)
+            name, inputs = "maxwhisper.masked_attention", [q, *kv, mask]
+        wv = TensorType(DType.float32, q.shape, q.device)
         parameters = {"n_channel": self.n_channel}
-        wv = ops.custom(name, q.device, [q.cast(DType.float32), *inputs], [shape], parameters=parameters)
-        return wv[0].tensor.cast(q.dtype)
+        return ops.custom(name, q.device, inputs, [wv], parameters=parameters)[0].tensor.cast(q.dtype)
 
     def written_out(
         self, q: TensorValue, kv: KeyValue, mask: TensorValue | None = None, cache: Cache | None = None

@@ -51,8 +51,10 @@ def score[
 
 
 @always_inline
-def exponentials(scores: Pointer[mut=True, Float32, _], n_key: Int) -> Float32:
-    """Replaces scores by softmax's weights before they are divided by their sum, which it returns."""
+def exponentials[
+    dtype: DType
+](scores: Pointer[Float32, _], weights: Pointer[mut=True, Scalar[dtype], _], n_key: Int) -> Float32:
+    """Writes softmax's weights before they are divided by their sum, which it returns."""
     var whole = n_key // WIDTH * WIDTH
     var highest = SIMD[DType.float32, WIDTH](scores[unsafe_offset=0])
     for key in range(0, whole, WIDTH):
@@ -62,13 +64,14 @@ def exponentials(scores: Pointer[mut=True, Float32, _], n_key: Int) -> Float32:
         greatest = max(greatest, scores[unsafe_offset=key])
     var sums = SIMD[DType.float32, WIDTH](0)
     for key in range(0, whole, WIDTH):
-        var weights = exp(scores.unsafe_load[width=WIDTH](key) - greatest)
-        scores.unsafe_store(key, weights)
-        sums += weights
+        var some = exp(scores.unsafe_load[width=WIDTH](key) - greatest)
+        weights.unsafe_store(key, some.cast[dtype]())
+        sums += some
     var total = sums.reduce_add()
     for key in range(whole, n_key):
-        scores[unsafe_offset=key] = exp(scores[unsafe_offset=key] - greatest)
-        total += scores[unsafe_offset=key]
+        var weight = exp(scores[unsafe_offset=key] - greatest)
+        weights[unsafe_offset=key] = weight.cast[dtype]()
+        total += weight
     return total
 
 
@@ -106,8 +109,10 @@ def attend[
     new_keys: Rows,
     new_values: Rows,
     scores: Pointer[mut=True, Float32, _],
+    weights: Pointer[mut=True, Float32, _],
 ):
-    """The attention of some queries, `n_state` apart, over past and new keys; scores holds a value for each of both."""
+    """The attention of some queries, `n_state` apart, over past and new keys; scores and weights hold a value for each
+    of both."""
     comptime vectors = n_channel // WIDTH
     var n_past = past_keys.number
     var n_key = n_past + new_keys.number
@@ -115,10 +120,10 @@ def attend[
     score[n_channel, queries](q, n_state, new_keys, scores.unsafe_offset(n_past), n_key)
     var sums = Array[Float32, queries](fill=0)
     comptime for i in range(queries):
-        sums[i] = exponentials(scores.unsafe_offset(i * n_key), n_key)
+        sums[i] = exponentials(scores.unsafe_offset(i * n_key), weights.unsafe_offset(i * n_key), n_key)
     var totals = Array[SIMD[DType.float32, WIDTH], queries * vectors](fill=0)
-    add_weighted[n_channel, queries](scores, n_key, past_values, totals)
-    add_weighted[n_channel, queries](scores.unsafe_offset(n_past), n_key, new_values, totals)
+    add_weighted[n_channel, queries](weights, n_key, past_values, totals)
+    add_weighted[n_channel, queries](weights.unsafe_offset(n_past), n_key, new_values, totals)
     comptime for i in range(queries):
         comptime for c in range(vectors):
             y.unsafe_store(i * n_state + c * WIDTH, totals[i * vectors + c] / sums[i])
@@ -149,7 +154,7 @@ def attention[
 
     @always_inline
     @__parameter
-    def head(number: Int, scores: Pointer[mut=True, Float32, _]):
+    def head(number: Int, scores: Pointer[mut=True, Float32, _], weights: Pointer[mut=True, Float32, _]):
         var row = number // n_head
         var past = number * n_place * n_channel
         var new = number * n_new * n_channel
@@ -167,6 +172,7 @@ def attention[
                 Rows(ks_new.unsafe_offset(new), n_new),
                 Rows(vs_new.unsafe_offset(new), n_new),
                 scores,
+                weights,
             )
 
         var query = 0
@@ -185,8 +191,9 @@ def attention[
 
     def task(number: Int) raises {imm}:
         var scores = List[Float32](length=QUERIES * (longest + n_new), fill=0)
+        var weights = List[Float32](length=QUERIES * (longest + n_new), fill=0)
         for each in range(number * share, min((number + 1) * share, n_row * n_head)):
-            head(each, scores.unsafe_ptr())
+            head(each, scores.unsafe_ptr(), weights.unsafe_ptr())
 
     sync_parallelize(task, ceildiv(n_row * n_head, share))
 

@@ -65,8 +65,8 @@ def permitted[
     suppressed: Pointer[UInt8, _],
     forbidden: Pointer[Int64, _],
 ) -> SIMD[DType.float32, width]:
-    """Returns the logits from `token` on, minus infinity where it is suppressed or in one of two forbidden ranges: first,
-    end, first, end."""
+    """Returns the logits from `token` on, minus infinity where it is suppressed or in one of two forbidden ranges:
+    first, end, first, end."""
     var tokens = iota[DType.int32, width](Int32(token))
     var out = suppressed.unsafe_load[width=width](token).ne(0)
     comptime for i in range(2):

@@ -1,8 +1,8 @@
 """Products of many rows with a matrix, as a linear layer over audio and a convolution over time have them.
 
-A panel of weights is copied once, transposed and in float32, and then multiplied with every row of the input while it
-lies in the cache. A tile of the output stays in registers; each of its values is summed in the same order whatever the
-rows around it, so that a window of a batch is bitwise what it is alone.
+A panel of weights is copied once, transposed and in the dtype of the input, and then multiplied with every row of that
+while it lies in the cache. A tile of the output stays in registers; each of its values is summed in the same order
+whatever the rows around it, so that a window of a batch is bitwise what it is alone.
 """
 
 from max.algorithm import sync_parallelize
@@ -14,47 +14,48 @@ from std.utils.index import IndexList
 import extensibility
 from extensibility import InputTensor, _FusedOutputTensor
 
-from .tiles import PANEL, ROWS, VECTORS, WIDTH, tile
+from .tiles import PANEL, ROWS, VECTORS, WIDTH, place, side_by_side, tile
 
 comptime CHUNK = 128  # rows of the input that are worth another copy of a panel
 
 
 @always_inline
 def pack[
-    taps: Int, dtype: DType
-](panel: Pointer[mut=True, Float32, _], weights: Pointer[Scalar[dtype], _], n_weight: Int, n_in: Int):
-    """Copies `n_weight` rows of weights, each (n_in, taps), to the columns of a panel (taps, n_in, PANEL)."""
+    taps: Int, dtype: DType, stored: DType
+](panel: Pointer[mut=True, Scalar[dtype], _], weights: Pointer[Scalar[stored], _], n_weight: Int, n_in: Int):
+    """Copies `n_weight` rows of weights, each (n_in, taps), to the columns of a panel (taps * n_in, PANEL)."""
     for j in range(n_weight):
         var row = weights.unsafe_offset(j * n_in * taps)
         comptime if taps == 1:
             var k = 0
             while k + WIDTH <= n_in:
-                var ws = row.unsafe_load[width=WIDTH](k).cast[DType.float32]()
+                var ws = row.unsafe_load[width=WIDTH](k).cast[dtype]()
                 comptime for i in range(WIDTH):
-                    panel[unsafe_offset=(k + i) * PANEL + j] = ws[i]
+                    panel[unsafe_offset=place[dtype](k + i, j, PANEL)] = ws[i]
                 k += WIDTH
             for rest in range(k, n_in):
-                panel[unsafe_offset=rest * PANEL + j] = row[unsafe_offset=rest].cast[DType.float32]()
+                panel[unsafe_offset=place[dtype](rest, j, PANEL)] = row[unsafe_offset=rest].cast[dtype]()
         else:
             for c in range(n_in):
                 comptime for tap in range(taps):
-                    var w = row[unsafe_offset=c * taps + tap].cast[DType.float32]()
-                    panel[unsafe_offset=(tap * n_in + c) * PANEL + j] = w
+                    var w = row[unsafe_offset=c * taps + tap].cast[dtype]()
+                    panel[unsafe_offset=place[dtype](tap * n_in + c, j, PANEL)] = w
 
 
 @extensibility.register("maxwhisper.convolution")
 struct Convolution:
     """Computes y[b, t, out], the sum over tap and in of x[b, t * stride + tap, in] * weight[out, in, tap], in float32.
 
-    x: (batch, frame, n_in), padded. weight: (n_out, n_in * taps), n_out a multiple of the vectors' width.
+    x: (batch, frame, n_in), padded; in bfloat16 n_in must be even.
+    weight: (n_out, n_in * taps), rounded to the dtype of x; n_out a multiple of the vectors' width.
     """
 
     @staticmethod
     def execute[
-        taps: Int, stride: Int
+        dtype: DType, //, taps: Int, stride: Int
     ](
         y: _FusedOutputTensor[dtype=DType.float32, rank=3, ...],
-        x: InputTensor[dtype=DType.float32, rank=3, ...],
+        x: InputTensor[dtype=dtype, rank=3, ...],
         weight: InputTensor[rank=2, ...],
         ctx: DeviceContext,
     ) capturing raises:
@@ -66,6 +67,8 @@ struct Convolution:
         var n_term = n_in * taps
         if n_out % WIDTH != 0:
             raise Error("maxwhisper.convolution: outputs must fill vectors")
+        if n_in % side_by_side[dtype]() != 0:
+            raise Error("maxwhisper.convolution: inputs must fill pairs")
         var xs = x.unsafe_ptr()
         var weights = weight.unsafe_ptr()
         var n_panel = ceildiv(n_out, PANEL)
@@ -75,11 +78,11 @@ struct Convolution:
 
         @always_inline
         @__parameter
-        def block[rows: Int](row: Int, column: Int, panel: Pointer[Float32, _]):
+        def block[rows: Int](row: Int, column: Int, panel: Pointer[Scalar[dtype], _]):
             var offsets = Array[Int, rows](fill=0)
             comptime for r in range(rows):
                 offsets[r] = ((row + r) // n_y * n_frame + (row + r) % n_y * stride) * n_in
-            var values = tile[rows, VECTORS](xs, offsets, panel, n_term, PANEL)
+            var values = tile[dtype, rows, VECTORS](xs, offsets, panel, n_term, PANEL)
             comptime for r in range(rows):
                 comptime for v in range(VECTORS):
                     if column + v * WIDTH < n_out:
@@ -92,7 +95,7 @@ struct Convolution:
             var column = number % n_panel * PANEL
             var row = number // n_panel * share
             var end = min(row + share, n_row)
-            var panel = List[Float32](length=n_term * PANEL, fill=0)
+            var panel = List[Scalar[dtype]](length=n_term * PANEL, fill=0)
             var n_weight = min(PANEL, n_out - column)
             pack[taps](panel.unsafe_ptr(), weights.unsafe_offset(column * n_term), n_weight, n_in)
             while row + ROWS <= end:

@@ -25,8 +25,8 @@ comptime TASK = 1 << 18  # multiplications that are worth a task of their own
 
 @always_inline
 def products[
-    rows: Int, dtype: DType
-](x: Pointer[Float32, _], weights: Pointer[Scalar[dtype], _], n_in: Int) -> Array[Float32, rows]:
+    rows: Int, dtype: DType, stored: DType
+](x: Pointer[Scalar[dtype], _], weights: Pointer[Scalar[stored], _], n_in: Int) -> Array[Float32, rows]:
     """Returns the products of a row of weights with some rows of x, each (n_in,), one behind the other."""
     var sums = Array[SIMD[DType.float32, WIDTH], rows * SUMS](fill=0)
 
@@ -34,10 +34,11 @@ def products[
     @__parameter
     def add[count: Int](k: Int):
         comptime for u in range(count):
-            var ws = weights.unsafe_load[width=WIDTH](k + u * WIDTH).cast[DType.float32]()
+            var ws = weights.unsafe_load[width=WIDTH](k + u * WIDTH).cast[dtype]().cast[DType.float32]()
             comptime for r in range(rows):
                 comptime i = r * SUMS + u % SUMS
-                sums[i] = x.unsafe_load[width=WIDTH](r * n_in + k + u * WIDTH).fma(ws, sums[i])
+                var xs = x.unsafe_load[width=WIDTH](r * n_in + k + u * WIDTH).cast[DType.float32]()
+                sums[i] = xs.fma(ws, sums[i])
 
     var k = 0
     while k + UNROLL * WIDTH <= n_in:
@@ -52,18 +53,20 @@ def products[
             sums[r * SUMS] += sums[r * SUMS + i]
         y[r] = sums[r * SUMS].reduce_add()
         for rest in range(k, n_in):
-            y[r] += x[unsafe_offset=r * n_in + rest] * weights[unsafe_offset=rest].cast[DType.float32]()
+            var w = weights[unsafe_offset=rest].cast[dtype]().cast[DType.float32]()
+            y[r] += x[unsafe_offset=r * n_in + rest].cast[DType.float32]() * w
     return y^
 
 
 @extensibility.register("maxwhisper.linear")
 struct Linear:
-    """Computes y[..., row, out], the sum over in of x[..., row, in] * weight[out, in], in float32."""
+    """Computes y[..., row, out], the sum over in of x[..., row, in] * weight[out, in], in float32, where weights are
+    rounded to the dtype of x."""
 
     @staticmethod
     def execute(
         y: _FusedOutputTensor[dtype=DType.float32, rank=3, ...],
-        x: InputTensor[dtype=DType.float32, rank=3, ...],
+        x: InputTensor[rank=3, ...],
         weight: InputTensor[rank=2, ...],
         ctx: DeviceContext,
     ) capturing raises:

@@ -9,7 +9,7 @@ import extensibility
 from extensibility import InputTensor, OutputTensor
 
 from .attention import exponentials, scale
-from .tiles import PANEL, ROWS, VECTORS, WIDTH, tile
+from .tiles import PANEL, ROWS, VECTORS, WIDTH, place, side_by_side, tile
 
 comptime QUERIES = 4 * ROWS  # for which a panel of keys, or a block of values, is read from the cache
 comptime KEYS = 64  # whose weighted values are added up at a time: a sum of sums rounds less than one long sum
@@ -17,33 +17,48 @@ comptime SHARE = 4 * QUERIES  # queries that are worth another copy of the keys
 
 
 @always_inline
-def transpose[
-    n_channel: Int
-](panels: Pointer[mut=True, Float32, _], keys: Pointer[Float32, _], n_key: Int):
+def pack_keys[
+    dtype: DType, stored: DType, //, n_channel: Int
+](panels: Pointer[mut=True, Scalar[dtype], _], keys: Pointer[Scalar[stored], _], n_key: Int):
     """Copies keys (n_key, n_channel) to panels (panel, n_channel, PANEL), whose last columns stay as they are."""
     for key in range(n_key):
-        var column = panels.unsafe_offset(key // PANEL * n_channel * PANEL + key % PANEL)
+        var panel = panels.unsafe_offset(key // PANEL * n_channel * PANEL)
         comptime for c in range(0, n_channel, WIDTH):
-            var ks = keys.unsafe_load[width=WIDTH](key * n_channel + c)
+            var ks = keys.unsafe_load[width=WIDTH](key * n_channel + c).cast[dtype]()
             comptime for i in range(WIDTH):
-                column[unsafe_offset=(c + i) * PANEL] = ks[i]
+                panel[unsafe_offset=place[dtype](c + i, key % PANEL, PANEL)] = ks[i]
+
+
+@always_inline
+def pack_values[
+    dtype: DType, stored: DType, //, n_channel: Int
+](panel: Pointer[mut=True, Scalar[dtype], _], values: Pointer[Scalar[stored], _], n_key: Int):
+    """Copies values (n_key, n_channel) to a panel of them, whose last terms stay as they are."""
+    for key in range(n_key):
+        comptime for c in range(0, n_channel, WIDTH):
+            var vs = values.unsafe_load[width=WIDTH](key * n_channel + c).cast[dtype]()
+            comptime if side_by_side[dtype]() == 1:
+                panel.unsafe_store(key * n_channel + c, vs)
+            else:
+                comptime for i in range(WIDTH):
+                    panel[unsafe_offset=place[dtype](key, c + i, n_channel)] = vs[i]
 
 
 @always_inline
 def score[
-    n_channel: Int, rows: Int
+    dtype: DType, n_channel: Int, rows: Int
 ](
     scores: Pointer[mut=True, Float32, _],
     n_place: Int,
-    q: Pointer[Float32, _],
+    q: Pointer[Scalar[dtype], _],
     n_state: Int,
-    panel: Pointer[Float32, _],
+    panel: Pointer[Scalar[dtype], _],
 ):
     """Writes the scaled products of some queries, `n_state` apart, with a panel of keys; scores are `n_place` apart."""
     var offsets = Array[Int, rows](fill=0)
     comptime for r in range(rows):
         offsets[r] = r * n_state
-    var products = tile[rows, VECTORS](q, offsets, panel, n_channel, PANEL)
+    var products = tile[dtype, rows, VECTORS](q, offsets, panel, n_channel, PANEL)
     comptime for r in range(rows):
         comptime for v in range(VECTORS):
             scores.unsafe_store(r * n_place + v * WIDTH, products[r * VECTORS + v] * scale[n_channel]())
@@ -51,13 +66,13 @@ def score[
 
 @always_inline
 def add_weighted[
-    n_channel: Int, rows: Int
+    dtype: DType, n_channel: Int, rows: Int
 ](
     y: Pointer[mut=True, Float32, _],
     n_state: Int,
-    weights: Pointer[Float32, _],
+    weights: Pointer[Scalar[dtype], _],
     n_place: Int,
-    values: Pointer[Float32, _],
+    values: Pointer[Scalar[dtype], _],
     n_value: Int,
 ):
     """Adds values (n_value, n_channel) times the weights of some queries, `n_place` apart, to y, `n_state` apart."""
@@ -66,7 +81,8 @@ def add_weighted[
     comptime for r in range(rows):
         offsets[r] = r * n_place
     comptime for c in range(0, n_channel, vectors * WIDTH):
-        var sums = tile[rows, vectors](weights, offsets, values.unsafe_offset(c), n_value, n_channel)
+        var some = values.unsafe_offset(place[dtype](0, c, n_channel))
+        var sums = tile[dtype, rows, vectors](weights, offsets, some, n_value, n_channel)
         comptime for r in range(rows):
             comptime for v in range(vectors):
                 var at = r * n_state + c + v * WIDTH
@@ -75,31 +91,32 @@ def add_weighted[
 
 @always_inline
 def attend[
-    n_channel: Int
+    dtype: DType, //, n_channel: Int
 ](
     y: Pointer[mut=True, Float32, _],
-    q: Pointer[Float32, _],
+    q: Pointer[Scalar[dtype], _],
     n_query: Int,
     n_state: Int,
-    panels: Pointer[Float32, _],
-    values: Pointer[Float32, _],
+    panels: Pointer[Scalar[dtype], _],
+    values: Pointer[Scalar[dtype], _],
     n_key: Int,
     mask: Optional[Pointer[Float32, MutAnyOrigin]],
     scores: Pointer[mut=True, Float32, _],
+    weights: Pointer[mut=True, Scalar[dtype], _],
 ):
-    """The attention of at most QUERIES queries, `n_state` apart, over all keys; scores has as many places for each as
-    the panels have keys. Keys and values are taken a panel and a block at a time, for all these queries."""
+    """The attention of at most QUERIES queries, `n_state` apart, over all keys; scores and weights have as many places
+    for each as the panels have keys. Keys and values are taken a panel and a block at a time, for all these queries."""
     var n_place = align_up(n_key, PANEL)
     var whole = n_query // ROWS * ROWS
     for key in range(0, n_key, PANEL):
         var panel = panels.unsafe_offset(key * n_channel)
         var out = scores.unsafe_offset(key)
         for row in range(0, whole, ROWS):
-            score[n_channel, ROWS](
+            score[dtype, n_channel, ROWS](
                 out.unsafe_offset(row * n_place), n_place, q.unsafe_offset(row * n_state), n_state, panel
             )
         for row in range(whole, n_query):
-            score[n_channel, 1](
+            score[dtype, n_channel, 1](
                 out.unsafe_offset(row * n_place), n_place, q.unsafe_offset(row * n_state), n_state, panel
             )
     var sums = Array[Float32, QUERIES](fill=0)
@@ -108,20 +125,20 @@ def attend[
         if mask:
             for key in range(n_key):
                 of_query[unsafe_offset=key] += mask.value()[unsafe_offset=row * n_key + key]
-        sums[row] = exponentials(of_query, n_key)
+        sums[row] = exponentials(of_query, weights.unsafe_offset(row * n_place), n_key)
         comptime for c in range(0, n_channel, WIDTH):
             y.unsafe_store(row * n_state + c, SIMD[DType.float32, WIDTH](0))
     for key in range(0, n_key, KEYS):
         var some = values.unsafe_offset(key * n_channel)
-        var weights = scores.unsafe_offset(key)
-        var n_value = min(KEYS, n_key - key)
+        var n_value = min(KEYS, align_up(n_key, side_by_side[dtype]()) - key)
+        var of_some = weights.unsafe_offset(key)
         for row in range(0, whole, ROWS):
-            add_weighted[n_channel, ROWS](
-                y.unsafe_offset(row * n_state), n_state, weights.unsafe_offset(row * n_place), n_place, some, n_value
+            add_weighted[dtype, n_channel, ROWS](
+                y.unsafe_offset(row * n_state), n_state, of_some.unsafe_offset(row * n_place), n_place, some, n_value
             )
         for row in range(whole, n_query):
-            add_weighted[n_channel, 1](
-                y.unsafe_offset(row * n_state), n_state, weights.unsafe_offset(row * n_place), n_place, some, n_value
+            add_weighted[dtype, n_channel, 1](
+                y.unsafe_offset(row * n_state), n_state, of_some.unsafe_offset(row * n_place), n_place, some, n_value
             )
     for row in range(n_query):
         comptime for c in range(0, n_channel, WIDTH):
@@ -131,12 +148,12 @@ def attend[
 
 @always_inline
 def attention[
-    n_channel: Int
+    dtype: DType, //, n_channel: Int
 ](
     y: OutputTensor[dtype=DType.float32, rank=3, ...],
-    q: InputTensor[dtype=DType.float32, rank=3, ...],
-    k: InputTensor[dtype=DType.float32, rank=4, ...],
-    v: InputTensor[dtype=DType.float32, rank=4, ...],
+    q: InputTensor[dtype=dtype, rank=3, ...],
+    k: InputTensor[rank=4, ...],
+    v: InputTensor[rank=4, ...],
     mask: Optional[Pointer[Float32, MutAnyOrigin]],
 ) raises:
     """Attends from every query to every key, with a mask, (token, key), added to the scaled products if there is one.
@@ -162,21 +179,25 @@ def attention[
         var text = number // n_share // n_head
         var head = number // n_share % n_head
         var kv = (text // n_text * n_head + head) * n_key * n_channel
-        var panels = List[Float32](length=n_place * n_channel, fill=0)
+        var keys = List[Scalar[dtype]](length=n_place * n_channel, fill=0)
+        var values = List[Scalar[dtype]](length=n_place * n_channel, fill=0)
         var scores = List[Float32](length=QUERIES * n_place, fill=0)
-        transpose[n_channel](panels.unsafe_ptr(), ks.unsafe_offset(kv), n_key)
+        var weights = List[Scalar[dtype]](length=QUERIES * n_place, fill=0)
+        pack_keys[n_channel=n_channel](keys.unsafe_ptr(), ks.unsafe_offset(kv), n_key)
+        pack_values[n_channel=n_channel](values.unsafe_ptr(), vs.unsafe_offset(kv), n_key)
         for query in range(first, end, QUERIES):
             var at = (text * n_query + query) * n_state + head * n_channel
-            attend[n_channel](
+            attend[n_channel=n_channel](
                 ys.unsafe_offset(at),
                 qs.unsafe_offset(at),
                 min(QUERIES, end - query),
                 n_state,
-                panels.unsafe_ptr(),
-                vs.unsafe_offset(kv),
+                keys.unsafe_ptr(),
+                values.unsafe_ptr(),
                 n_key,
                 mask.value().unsafe_offset(query * n_key) if mask else mask,
                 scores.unsafe_ptr(),
+                weights.unsafe_ptr(),
             )
 
     sync_parallelize(task, n_pair * n_share)
@@ -184,10 +205,11 @@ def attention[
 
 @extensibility.register("maxwhisper.tiled_attention")
 struct TiledAttention:
-    """Computes softmax(q @ k.T / sqrt(n_channel)) @ v.
+    """Computes softmax(q @ k.T / sqrt(n_channel)) @ v, added up in float32.
 
     y, q: (batch, token, head * channel).
-    k, v: (row, head, key, channel); batch / row consecutive texts share a row.
+    k, v: (row, head, key, channel), rounded to the dtype of q, as softmax's weights are before they are divided by
+    their sum; batch / row consecutive texts share a row.
     """
 
     @staticmethod
@@ -195,12 +217,12 @@ struct TiledAttention:
         n_channel: Int
     ](
         y: OutputTensor[dtype=DType.float32, rank=3, ...],
-        q: InputTensor[dtype=DType.float32, rank=3, ...],
-        k: InputTensor[dtype=DType.float32, rank=4, ...],
-        v: InputTensor[dtype=DType.float32, rank=4, ...],
+        q: InputTensor[rank=3, ...],
+        k: InputTensor[rank=4, ...],
+        v: InputTensor[rank=4, ...],
         ctx: DeviceContext,
     ) raises:
-        attention[n_channel](y, q, k, v, None)
+        attention[n_channel=n_channel](y, q, k, v, None)
 
 
 @extensibility.register("maxwhisper.masked_attention")
@@ -212,10 +234,10 @@ struct MaskedAttention:
         n_channel: Int
     ](
         y: OutputTensor[dtype=DType.float32, rank=3, ...],
-        q: InputTensor[dtype=DType.float32, rank=3, ...],
-        k: InputTensor[dtype=DType.float32, rank=4, ...],
-        v: InputTensor[dtype=DType.float32, rank=4, ...],
+        q: InputTensor[rank=3, ...],
+        k: InputTensor[rank=4, ...],
+        v: InputTensor[rank=4, ...],
         mask: InputTensor[dtype=DType.float32, rank=2, ...],
         ctx: DeviceContext,
     ) raises:
-        attention[n_channel](y, q, k, v, mask.unsafe_ptr())
+        attention[n_channel=n_channel](y, q, k, v, mask.unsafe_ptr())
