@@ -143,8 +143,8 @@ def notes(growth: Growth) -> list[str]:
         "",
         "Audio length: from samples to tokens, the spectrogram by each engine itself, windows one after the other."
         " The others: encoder and tokens of windows of 30 s, whose spectrograms were made before. Each round in a"
-        " process of its own, engines in turn, timed after a first call; medians. Peak: resident memory of that process,"
-        " loading included.",
+        " process of its own, engines in turn, timed after a first call; medians. Peak: resident memory of that"
+        " process, loading included.",
         "",
         f"{machine['processor']}, {machine['cpus']} CPUs, Python {machine['python']}; {', '.join(sorted(packages))}.",
     ]

@@ -31,6 +31,8 @@ class StandIn:
 
     started: list[tuple[str, int]] = []
     asked: list[tuple[str, str]] = []
+    heard: list[int] = []
+    """Windows of each request."""
     broken: dict[str, int] = {}
     """By engine, the number of windows at once that it fails at."""
     lost = 0
@@ -48,6 +50,7 @@ class StandIn:
         if do == "memory":
             return {"bytes": int(self.seconds * 1e9)}
         n_window = self.n_window(do, **arguments)
+        self.heard.append(n_window)
         self.seconds = n_window * (0.5 if self.name == SUBJECT else 1.0) * (3 - self.threads)
         return {"tokens": [1] * (n_window * arguments["n_tokens"] - self.lost), "seconds": self.seconds}
 
@@ -70,7 +73,7 @@ class StandIn:
 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[StandIn]]:
-    for name, value in {"started": [], "asked": [], "broken": {}, "lost": 0}.items():
+    for name, value in {"started": [], "asked": [], "heard": [], "broken": {}, "lost": 0}.items():
         monkeypatch.setattr(StandIn, name, value)
     for name, value in {"Worker": StandIn, "PAUSE": 0, "available": lambda: 2}.items():
         monkeypatch.setattr(growth, name, value)
@@ -97,6 +100,7 @@ def test_the_tables_and_files(
         ["1", "1.00", "2.00", "0.50", "1000", "2000", "0.50", "2"],
         ["30", "30.00", "60.00", "0.50", "30000", "60000", "0.50", "1"],
     ]
+    assert stand_in.heard[:8] == [1, 2] * 4, "30 s of the recording first, then all of it"
     assert cells(text, "Batch") == [
         ["1", "500", "1000", "0.50", "500", "1000", "0.50", "2"],
         ["4", "500", "1000", "0.50", "2000", "4000", "0.50", "2"],
