@@ -159,9 +159,9 @@ def write_plot(growth: Growth, path: Path) -> None:
     panels = figure.subplots(2, len(growth.axes), squeeze=False)
     for (above, below), axis in zip(panels.T, growth.axes, strict=True):
         rows = growth.of(axis)
+        above.set_yscale("log")  # before anything is drawn: it may be nothing
         draw(above, rows, [[shown(row.seconds(engine), 1) for row in rows] for engine in (SUBJECT, REFERENCE)])
         draw(below, rows, [[shown(row.peak_bytes(engine), 1e-6) for row in rows] for engine in (SUBJECT, REFERENCE)])
-        above.set_yscale("log")
         above.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         above.yaxis.set_major_formatter("{x:g}")
         above.yaxis.set_minor_formatter("")
