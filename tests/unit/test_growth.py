@@ -8,12 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import whisper
 from whisper.audio import N_SAMPLES
 
 from maxwhisper.audio import load_audio
 from maxwhisper.checkpoint import load_checkpoint
 from maxwhisper.compare.convert import store
 from maxwhisper.compare.engines import REFERENCE, SPECS, SUBJECT, Spec, Task
+from maxwhisper.compare.engines.openai_whisper import Adapter
 from maxwhisper.compare.material import Recording
 from maxwhisper.compare.process import EngineError, Worker
 from maxwhisper.compare.tokens import task_for
@@ -228,3 +231,22 @@ def test_a_recording_gets_the_tokens_of_its_windows(engine: str, answers: dict[s
     assert len(found["transcribe_fixed"]) == 2 * 5
     assert all(token < 50257 for token in found["transcribe_fixed"])
     assert found["transcribe_fixed"] == answers[REFERENCE]["transcribe_fixed"]
+
+
+def test_windows_of_a_recording_get_no_timestamps_and_no_text_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Adapter("", task_for(load_checkpoint(NANO).dims, None, 2))
+    engine.model = model = whisper.load_model(str(NANO), "cpu")
+    timestamp = model.dims.n_vocab - 1
+    with torch.no_grad():  # so that this one is the likeliest wherever it may be written
+        model.decoder.ln.weight.fill_(0)
+        model.decoder.ln.bias.fill_(1)
+        model.decoder.token_embedding.weight[timestamp] = 100
+    mel = torch.zeros(1, model.dims.n_mels, 3000)
+    assert engine.generate(model.embed_audio(mel), 3) == [timestamp] * 3
+    prompts, decode = [], model.decode
+    monkeypatch.setattr(
+        model, "decode", lambda segment, options: prompts.append(options.prompt) or decode(segment, options)
+    )
+    tokens = engine.transcribe_fixed(np.resize(load_audio(growth.CLIP), 2 * N_SAMPLES), 3)
+    assert len(tokens) == 2 * 3 and max(tokens) < engine.task.eot
+    assert prompts == [[], []]
