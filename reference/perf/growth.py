@@ -115,6 +115,7 @@ class Measurement:
         """A new process of an engine, whose graphs another one has compiled; raises EngineError."""
         task = task_for(model.dims, None, point.threads)
         if (spec.name, point.size) not in self.prepared:
+            log.info("preparing %s, %s", spec.name, point.size)
             with contextlib.closing(Worker(spec, model.folder, task)) as preparing:
                 preparing.ask("prepare")
             self.prepared.add((spec.name, point.size))
