@@ -13,7 +13,7 @@ REPORT_DIR = $(or $(REPORT),build/report)
 DEVICE := cpu
 
 .PHONY: help setup demo lint lint-ci test test-faults soak graph-key compile-gate doctor gpu-parity gpu-perf gpu-remote \
-	summary merge-gate perf perf-gate clean
+	summary merge-gate perf perf-gate growth clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1\t\2/p' Makefile
@@ -44,6 +44,9 @@ perf: $(INSTALLED)  ## benchmark every block, MAX beside PyTorch
 perf-gate: $(INSTALLED)  ## fail if a block is slower than in BASE: make perf-gate BASE=main [DEVICE=gpu]
 	@test -n "$(BASE)" || { echo "make perf-gate needs a git revision: make perf-gate BASE=main"; exit 1; }
 	$(BIN)/python -m reference.perf.gate "$(BASE)" --device $(DEVICE)
+
+growth: $(INSTALLED)  ## time and memory against audio length, batch, model size and threads, beside PyTorch; to build/growth
+	$(BIN)/python -m reference.perf.growth
 
 lint-ci: $(INSTALLED)  ## actionlint and shellcheck, which are installed first
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[ci]'

@@ -1,5 +1,6 @@
 """What a comparison has found."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
@@ -52,5 +53,5 @@ class Results:
         return asdict(self)
 
 
-def middle(values: list[float]) -> float | None:
+def middle(values: Sequence[float]) -> float | None:
     return median(values) if values else None

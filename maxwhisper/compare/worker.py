@@ -56,6 +56,15 @@ class Requests:
         generated = [self.engine.generate(self.engine.encode(each), n_tokens) for each in np.load(mel)]
         return {"tokens": [int(token) for tokens in generated for token in tokens]}
 
+    def generate_batch(self, mel: str, n_tokens: int) -> dict[str, Any]:
+        """As `windows`, all at once."""
+        generated = self.engine.generate_batch(np.load(mel), n_tokens)
+        return {"tokens": [int(token) for tokens in generated for token in tokens]}
+
+    def transcribe_fixed(self, audio: str, n_tokens: int) -> dict[str, Any]:
+        """A fixed number of tokens for every 30 s of (samples,), the spectrogram made by the engine itself."""
+        return {"tokens": [int(token) for token in self.engine.transcribe_fixed(np.load(audio), n_tokens)]}
+
     def encode(self, mel: str) -> dict[str, Any]:
         """Encodes one window (n_mels, 3000), which `generate` then uses."""
         window = np.load(mel)

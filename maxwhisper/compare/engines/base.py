@@ -47,6 +47,14 @@ class Engine(ABC):
     def transcribe(self, audio: "np.ndarray", language: str) -> list[int]:
         """All tokens of a recording, float32 (samples,) at 16 kHz, with timestamps and one temperature, 0."""
 
+    def generate_batch(self, mels: "np.ndarray", n_tokens: int) -> list[list[int]]:
+        """As `encode` and `generate`, of windows (window, n_mels, 3000) that are computed at once."""
+        raise NotImplementedError
+
+    def transcribe_fixed(self, audio: "np.ndarray", n_tokens: int) -> list[int]:
+        """As `transcribe`, but `n_tokens` for every 30 s, without timestamps, and each text without those before."""
+        raise NotImplementedError
+
     def detect_language(self, mel: "np.ndarray") -> str:
         """The code of the language in a window; only PyTorch Whisper is asked."""
         raise NotImplementedError

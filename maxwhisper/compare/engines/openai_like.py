@@ -19,6 +19,13 @@ class OpenAILike(Engine):
             return self.model.encoder(torch.from_numpy(mel)[None])
 
     def generate(self, features: torch.Tensor, n_tokens: int) -> list[int]:
+        return self.decode(features, n_tokens)[0]
+
+    def generate_batch(self, mels: np.ndarray, n_tokens: int) -> list[list[int]]:
+        return self.decode(torch.from_numpy(mels), n_tokens)
+
+    def decode(self, windows: torch.Tensor, n_tokens: int) -> list[list[int]]:
+        """`n_tokens` of each of the windows, mel (window, n_mels, 3000) or features (window, n_audio_ctx, state)."""
         options = DecodingOptions(
             language="en",
             temperature=0.0,
@@ -28,9 +35,26 @@ class OpenAILike(Engine):
             without_timestamps=True,
             fp16=False,
         )
-        return self.model.decode(features, options)[0].tokens
+        return [result.tokens for result in self.model.decode(windows, options)]
 
     def transcribe(self, audio: np.ndarray, language: str) -> list[int]:
         options = {"temperature": 0.0, "beam_size": self.task.beam_size, "fp16": False}
         result = self.model.transcribe(audio, language=language, verbose=None, **options)
+        return [token for segment in result["segments"] for token in segment["tokens"]]
+
+    def transcribe_fixed(self, audio: np.ndarray, n_tokens: int) -> list[int]:
+        result = self.model.transcribe(
+            audio,
+            language="en",
+            temperature=0.0,
+            beam_size=self.task.beam_size,
+            sample_len=n_tokens,
+            # From the end of a text on there are only special tokens and timestamps.
+            suppress_tokens=[*self.task.suppress, *range(self.task.eot, self.model.dims.n_vocab)],
+            without_timestamps=True,
+            condition_on_previous_text=False,
+            no_speech_threshold=None,
+            fp16=False,
+            verbose=None,
+        )
         return [token for segment in result["segments"] for token in segment["tokens"]]
