@@ -160,8 +160,14 @@ class Comparison:
             tokens = [answer["tokens"] for answer in self.transcribed(worker)]
             row.peak_bytes = worker.ask("memory")["bytes"]
             self.score(row, spoken, tokens)
-            worker.ask("encode", mel=self.window)
         row.total_s.append(sum(answer["seconds"] for answer in self.transcribed(worker)))
+        if not worker.spec.batched:
+            self.measure_window(worker, row)
+
+    def measure_window(self, worker: Worker, row: Row) -> None:
+        """The times of one window and one token; raises EngineError."""
+        if not row.encode_s:
+            worker.ask("encode", mel=self.window)  # the first call is slower here too
         row.encode_s.append(worker.ask("encode", mel=self.window)["seconds"])
         steps = self.tokens or STEPS
         one, many = (self.generated(worker, count) for count in (1, steps))

@@ -76,7 +76,7 @@ def notes(results: Results) -> list[str]:
         lines.append(
             "Given: the same samples at 16 kHz; the language that PyTorch Whisper hears"
             f" ({', '.join(sorted(set(options['languages'])))}); timestamps; temperature 0 without fallback; text"
-            " conditioned on the text before; thresholds and suppressed tokens as OpenAI's."
+            " conditioned on the text before, but not in batches; thresholds and suppressed tokens as OpenAI's."
         )
         lines.append("Total: everything from samples to tokens, the spectrogram by each engine itself.")
     else:

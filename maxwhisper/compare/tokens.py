@@ -3,6 +3,7 @@
 from whisper.model import ModelDimensions
 from whisper.tokenizer import Tokenizer, get_tokenizer
 
+from ..batched import BATCH_SIZE
 from .engines import Task
 
 
@@ -29,6 +30,7 @@ def task_for(dims: ModelDimensions, beam_size: int | None, threads: int) -> Task
     tokenizer = tokenizer_of(dims)
     return Task(
         beam_size=beam_size,
+        batch_size=BATCH_SIZE,
         threads=threads,
         prompt=list(tokenizer.sot_sequence_including_notimestamps),
         suppress=suppressed(tokenizer),

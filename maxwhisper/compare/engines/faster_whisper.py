@@ -18,19 +18,27 @@ class Adapter(Engine):
         )
 
     def encode(self, mel: np.ndarray) -> Any:
-        return self.model.model.encode(get_ctranslate2_storage(mel[None]))
+        return self.encoded(mel[None])
+
+    def encoded(self, mels: np.ndarray) -> Any:
+        """Features of (window, n_mels, 3000)."""
+        return self.model.model.encode(get_ctranslate2_storage(mels))
 
     def generate(self, features: Any, n_tokens: int) -> list[int]:
+        return self.decoded(features, 1, n_tokens)[0]
+
+    def decoded(self, features: Any, n_window: int, n_tokens: int) -> list[list[int]]:
+        """As `generate`, for each of so many windows."""
         # CTranslate2 stops at half of max_length, or when text and prompt, less one token, are as long as it.
         max_length = max(2 * n_tokens, n_tokens + len(self.task.prompt) - 1)
-        [result] = self.model.model.generate(
+        results = self.model.model.generate(
             features,
-            [self.task.prompt],
+            [self.task.prompt] * n_window,
             beam_size=self.task.beam_size or 1,
             max_length=max_length,
             suppress_tokens=[*self.task.suppress, self.task.eot],
         )
-        return result.sequences_ids[0]
+        return [result.sequences_ids[0] for result in results]
 
     def transcribe(self, audio: np.ndarray, language: str) -> list[int]:
         segments, _ = self.model.transcribe(

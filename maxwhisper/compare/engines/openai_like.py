@@ -19,12 +19,12 @@ class OpenAILike(Engine):
             return self.model.encoder(torch.from_numpy(mel)[None])
 
     def generate(self, features: torch.Tensor, n_tokens: int) -> list[int]:
-        return self.decode(features, n_tokens)[0]
+        return self.decoded(features, n_tokens)[0]
 
     def generate_batch(self, mels: np.ndarray, n_tokens: int) -> list[list[int]]:
-        return self.decode(torch.from_numpy(mels), n_tokens)
+        return self.decoded(torch.from_numpy(mels), n_tokens)
 
-    def decode(self, windows: torch.Tensor, n_tokens: int) -> list[list[int]]:
+    def decoded(self, windows: torch.Tensor, n_tokens: int) -> list[list[int]]:
         """`n_tokens` of each of the windows, mel (window, n_mels, 3000) or features (window, n_audio_ctx, state)."""
         options = DecodingOptions(
             language="en",
@@ -39,8 +39,12 @@ class OpenAILike(Engine):
 
     def transcribe(self, audio: np.ndarray, language: str) -> list[int]:
         options = {"temperature": 0.0, "beam_size": self.task.beam_size, "fp16": False}
-        result = self.model.transcribe(audio, language=language, verbose=None, **options)
+        result = self.result(audio, language=language, verbose=None, **options)
         return [token for segment in result["segments"] for token in segment["tokens"]]
+
+    def result(self, audio: np.ndarray, **options: Any) -> dict[str, Any]:
+        """What openai-whisper's `transcribe` returns, with its options."""
+        return self.model.transcribe(audio, **options)
 
     def transcribe_fixed(self, audio: np.ndarray, n_tokens: int) -> list[int]:
         result = self.model.transcribe(
