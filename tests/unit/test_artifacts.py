@@ -316,7 +316,7 @@ def test_a_folder_that_cannot_be_written_is_named_once(tmp_path: Path, caplog: p
     cache = Cache(tmp_path / "file" / "artifacts")
     for _ in range(2):
         Whisper(load_checkpoint(NANO), artifacts=cache)
-    expected = f"{cache.folder}: compiled graphs cannot be kept there: File exists"
+    expected = f"{cache.folder}: compiled graphs cannot be kept there: Not a directory"
     assert [line for line in caplog.messages if "kept" in line] == [expected]
 
 
