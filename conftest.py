@@ -34,6 +34,7 @@ from whisper.model import ModelDimensions
 
 from maxwhisper.artifacts import TARGETS, Artifacts
 from maxwhisper.blocks import BLOCKS, Block
+from maxwhisper.cache import cache_folder
 from maxwhisper.errors import ArtifactError, MaxWhisperError
 from maxwhisper.runtime import COMPILE_LOG
 from reference.activations import KINDS, RANDOM
@@ -350,6 +351,20 @@ def stop_lowering() -> None:
 def run() -> Run:
     """Where tests leave what they found, for the report and the last lines of the run."""
     return RUN
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_artifacts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache folder with all that the user's holds, but for the artifacts: what `load_model` keeps is of this run, so
+    that nothing is judged which an earlier one compiled."""
+    users, own = cache_folder("kernels").parent, tmp_path_factory.mktemp("cache")
+    (users / "kernels").mkdir(parents=True, exist_ok=True)
+    (own / users.name).mkdir()
+    for entry in {*users.parent.iterdir(), *users.iterdir()} - {users, users / "artifacts"}:
+        (own / entry.relative_to(users.parent)).symlink_to(entry.absolute())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(own))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,8 @@ An artifact holds no weights, so one serves every checkpoint of the same dimensi
 compilation only if nothing that decides the outcome of one differs; what differs is named. A graph for a GPU is
 compiled against a virtual device, so no GPU is needed, and its CPU code for x86-64-v3, which CPUs have had since 2013.
 
+`load_model` keeps what it compiles in such folders too, one for each artifact, and reads it from there the next time.
+
     python -m maxwhisper.artifacts      prints the key under which CI keeps MAX's compile cache
 """
 
@@ -18,9 +20,10 @@ import os
 import platform
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -38,7 +41,7 @@ from whisper.model import ModelDimensions
 
 from .decoding import TOKEN_RULES
 from .errors import ArtifactError, OptionError
-from .runtime import Artifact, Loader, Policy, Program, Stored, session
+from .runtime import Loader, Policy, Program, Stored, session
 
 log = logging.getLogger("maxwhisper")
 
@@ -138,6 +141,11 @@ def cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
     return sorted(flag for flag in listed.get("flags", []) if EMITTED.fullmatch(flag))
 
 
+def target_of(device: str) -> str:
+    """What is compiled for on a device of this machine."""
+    return HOST if device == "cpu" else Accelerator().architecture_name
+
+
 # ---- reading -------------------------------------------------------------------------------------------------------
 
 
@@ -179,7 +187,7 @@ class Artifacts:
     def _open(self, manifest: dict[str, Any], device: str) -> None:
         try:
             self._same("max", manifest["max"], version("max"))
-            self._same("target", manifest["target"], HOST if device == "cpu" else Accelerator().architecture_name)
+            self._same("target", manifest["target"], target_of(device))
             self._same("machine", manifest["cpu"]["machine"], platform.machine())
             needed = manifest["cpu"]["features"]
             if missing := sorted(set(needed) - set(cpu_features())):
@@ -208,14 +216,15 @@ class Artifacts:
     def loader(self, unit: str, dims: ModelDimensions, policy: Policy) -> Loader:
         """What gives a unit of a model to `Artifact`; it raises ArtifactError if the folder does not hold the unit."""
 
-        def load(programs: Sequence[Program]) -> Stored | None:
+        def load(programs: Sequence[Program], compile_them: Callable[[], Stored]) -> Stored:
             with self._excused():
-                return self._read(Identity.of(unit, dims, policy, programs))
-            return None
+                return self.read(Identity.of(unit, dims, policy, programs))
+            return compile_them()
 
         return load
 
-    def _read(self, wanted: Identity) -> Stored:
+    def read(self, wanted: Identity) -> Stored:
+        """An artifact of the folder; raises ArtifactError if it has not this one, or not whole."""
         of_unit = [held for held in self.held if held.identity.unit == wanted.unit]
         if not of_unit:
             units = ", ".join(sorted({held.identity.unit for held in self.held})) or "nothing"
@@ -230,7 +239,10 @@ class Artifacts:
             raise ArtifactError(f"{path}: cannot be read: {error.strerror}") from error
         if (found := hashlib.sha256(content).hexdigest()) != nearest.sha256:
             raise ArtifactError(f"{path}: sha256 is {found}, expected {nearest.sha256}")
-        return Stored(max.engine.read(path), nearest.weights)
+        try:
+            return Stored(max.engine.read(path), nearest.weights)
+        except RuntimeError as error:
+            raise ArtifactError(f"{path}: MAX cannot read it: {error}") from error
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------
@@ -274,11 +286,11 @@ class Writer:
     def __contains__(self, identity: Identity) -> bool:
         return (self.folder / identity.file).exists()
 
-    def add(self, identity: Identity, artifact: Artifact) -> None:
+    def add(self, identity: Identity, stored: Stored) -> None:
         path = self.folder / identity.file
-        artifact.compiled.export_mef(path)
+        stored.compiled.export_mef(path)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        weights = {name: dtype.name for name, dtype in artifact.weights.items()}
+        weights = {name: dtype.name for name, dtype in stored.weights.items()}
         entry = {**vars(identity), "weights": weights, "file": identity.file, "sha256": digest}
         self.manifest["artifacts"].append(entry)
 
@@ -296,18 +308,81 @@ def writing(out: str | os.PathLike[str], target: str) -> Iterator[Writer]:
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / MANIFEST).exists())):
         raise OptionError(f"--out {out}: is there already, and is no folder of artifacts")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
-            new, old = Path(temporary) / "new", Path(temporary) / "old"
-            new.mkdir()
-            writer = Writer(new, target)
+        with replacing(out, target) as writer:
             yield writer
-            writer.finish()
-            if out.exists():
-                out.rename(old)
-            new.rename(out)
     except OSError as error:
         raise OptionError(f"--out {out}: cannot be written: {error.strerror or error}") from error
+
+
+@contextmanager
+def replacing(out: Path, target: str) -> Iterator[Writer]:
+    """As `writing`, in the place of whatever is there. Raises OSError if it cannot be written."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
+        new, old = Path(temporary) / "new", Path(temporary) / "old"
+        new.mkdir()
+        writer = Writer(new, target)
+        yield writer
+        writer.finish()
+        if out.exists():
+            out.rename(old)
+        new.rename(out)
+
+
+# ---- keeping what was compiled -------------------------------------------------------------------------------------
+
+
+class Cache:
+    """A folder of such folders, each with one artifact and named by all that decides its outcome.
+
+    What cannot be read is compiled again, and what cannot be kept is used all the same, with a warning.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def loader(self, unit: str, dims: ModelDimensions, policy: Policy) -> Loader:
+        """As `Artifacts.loader`; compiles and keeps what is not there."""
+        device = policy.device.device_type.value
+
+        def load(programs: Sequence[Program], compile_them: Callable[[], Stored]) -> Stored:
+            identity, target = Identity.of(unit, dims, policy, programs), target_of(device)
+            place = self.folder / f"{unit}-{key(identity, target)}"
+            if os.path.lexists(place):
+                try:
+                    return Artifacts(place, device).read(identity)
+                except ArtifactError as error:
+                    log.warning("%s: compiling again", error)
+            stored = compile_them()
+            keep(stored, identity, target, place)
+            return stored
+
+        return load
+
+
+def key(identity: Identity, target: str) -> str:
+    """A hash of an artifact's identity and of what it is compiled with and for."""
+    # MAX's settings can change what it compiles.
+    settings = {name: value for name, value in os.environ.items() if name.startswith("MODULAR_")}
+    relevant = {name: value for name, value in settings.items() if not name.endswith("CACHE_DIR")}
+    everything = [FORMAT, version("max"), target, platform.machine(), cpu_features(), relevant, vars(identity)]
+    return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def keep(stored: Stored, identity: Identity, target: str, place: Path) -> None:
+    try:
+        with replacing(place, target) as writer:
+            writer.manifest["cpu"]["features"] = cpu_features()  # compiled for this CPU, not for any that has a GPU
+            writer.add(identity, stored)
+    except Exception as error:  # what was compiled can be used, whatever MAX or the disk says against keeping it
+        if not (place / MANIFEST).exists():  # otherwise another process has been faster
+            not_kept(place.parent, str(getattr(error, "strerror", None) or error))
+
+
+@cache
+def not_kept(folder: Path, reason: str) -> None:
+    """Says so once per reason."""
+    log.warning("%s: compiled graphs cannot be kept there: %s", folder, reason)
 
 
 def main() -> None:

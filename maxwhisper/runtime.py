@@ -3,12 +3,11 @@
 Compiling is the expensive step of MAX (minutes for a network, the first time), initialising with weights the cheap one
 (a tenth of a second). Most of a compilation does not depend on how many graphs it holds, so graphs that are used
 together compile together, into one artifact. MAX keeps artifacts in its compile cache, under ``~/.cache/modular``
-unless ``MODULAR_CACHE_DIR`` says otherwise.
+unless ``MODULAR_CACHE_DIR`` says otherwise; to find one there it needs the graphs, which `artifacts.Cache` does not.
 """
 
 import hashlib
 import logging
-import os
 import subprocess
 import tempfile
 import threading
@@ -16,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -29,6 +28,7 @@ from max.graph import Module as GraphModule
 from max.nn.layer import Module
 from mojo.run import subprocess_run_mojo
 
+from .cache import cache_folder
 from .cuda import preload
 from .errors import CheckpointError, DeviceError, OptionError
 
@@ -83,14 +83,13 @@ def find_device(name: str) -> Device:
 def kernel_library() -> KernelLibrary:
     """KERNELS compiled: once, where a graph that is given the folder would compile it again in every process.
 
-    What was compiled is kept in `$XDG_CACHE_HOME/maxwhisper/kernels`, or the same under `~/.cache`, by a hash of the
-    sources, so that MAX's compile cache knows it again wherever they lie.
+    What was compiled is kept in the cache folder `kernels`, by a hash of the sources, so that MAX's compile cache knows
+    it again wherever they lie. What it knows them by is the path of the file, so that is without symbolic links.
     """
     hashed = hashlib.sha256(version("mojo-compiler").encode())
     for source in sorted(KERNELS.glob("*.mojo")):
         hashed.update(source.name.encode() + source.read_bytes())
-    folder = Path(os.getenv("XDG_CACHE_HOME") or Path.home() / ".cache") / "maxwhisper" / "kernels"
-    package = folder / f"maxwhisper_kernels_{hashed.hexdigest()[:16]}.mojoc"
+    package = cache_folder("kernels").resolve() / f"maxwhisper_kernels_{hashed.hexdigest()[:16]}.mojoc"
     if not package.exists():
         compile_kernels(package)
     library = KernelLibrary()
@@ -183,47 +182,47 @@ def session(device: str) -> InferenceSession:
 
 @dataclass(frozen=True)
 class Stored:
-    """Programs that were compiled earlier, and the weights they take."""
+    """Programs compiled, now or earlier, and the weights they take."""
 
     compiled: CompiledModel
     weights: dict[str, DType]
 
 
-Loader = Callable[[Sequence[Program]], Stored | None]
+Loader = Callable[[Sequence[Program], Callable[[], Stored]], Stored]
+"""From programs, and a function that compiles them, to the programs compiled."""
 
 
 class Artifact:
     """Graphs compiled together, to be initialised with the weights of any layer."""
 
     def __init__(self, name: str, programs: Iterable[Program], device: str, load: Loader | None = None):
-        """load: gives the programs as they were compiled ahead of time, or None where there is nothing to give."""
+        """load: may give the programs as they were compiled earlier."""
         programs = list(programs)
         self.name = name
         self.session = session(device)
         self.graphs = [program.name for program in programs]
-        self.weights: dict[str, DType] = {}
-        if stored := load(programs) if load else None:
-            self.compiled, self.weights = stored.compiled, stored.weights
-            return
-        module = GraphModule()
-        for program in programs:
-            self.weights.update(program.trace(module))
-        self.compiled = self._compile(module)
+        compile_them = partial(self._compile, programs)
+        self.stored = load(programs, compile_them) if load else compile_them()
 
-    def _compile(self, module: GraphModule) -> CompiledModel:
+    def _compile(self, programs: Sequence[Program]) -> Stored:
+        module, weights = GraphModule(), {}
+        for program in programs:
+            weights.update(program.trace(module))
         count, start = len(self.graphs), time.perf_counter()
         with announced(f"compiling {self.name}: {count} graphs, minutes the first time, seconds from the cache after"):
             compiled = self.session.compile(module, custom_extensions=kernel_library().library_paths())
         COMPILE_LOG.append(CompileRecord(self.name, count, time.perf_counter() - start))
-        return compiled
+        return Stored(compiled, weights)
 
     def init(self, tensors: Mapping[str, torch.Tensor], **layers: int) -> dict[str, Executable]:
         """Every graph of the artifact with its weights from `tensors`; `layers` are the numbers for the placeholders.
 
         Raises CheckpointError for a tensor that is missing, or that the weight's dtype could not hold exactly.
         """
-        values = {name: weight_value(tensors, name.format(**layers), dtype) for name, dtype in self.weights.items()}
-        models = self.session.init_all(self.compiled, weights_registry=values).values()
+        values = {
+            name: weight_value(tensors, name.format(**layers), dtype) for name, dtype in self.stored.weights.items()
+        }
+        models = self.session.init_all(self.stored.compiled, weights_registry=values).values()
         # By order, not by name: MAX's cache takes graphs that differ in nothing but their names for the same.
         return {name: Executable(name, model, values) for name, model in zip(self.graphs, models, strict=True)}
 

@@ -21,9 +21,10 @@ from whisper.model import ModelDimensions
 from whisper.model import Whisper as OpenAIWhisper
 from whisper.transcribe import transcribe
 
-from .artifacts import Artifacts, Identity, aim_at, writing
-from .audio import HOP_LENGTH, compiled_spectrogram, load_audio, log_mel_spectrogram
+from .artifacts import Artifacts, Cache, Identity, aim_at, writing
+from .audio import HOP_LENGTH, N_MELS, compiled_spectrogram, load_audio, log_mel_spectrogram
 from .blocks import BLOCKS
+from .cache import cache_folder
 from .checkpoint import Checkpoint, StrPath, load_checkpoint
 from .decoding import (
     PICK,
@@ -53,13 +54,15 @@ def load_model(
     """Loads a checkpoint as `maxwhisper.checkpoint.load_checkpoint` does, and compiles its network for a device.
 
     device: "cpu", "gpu" or "cuda".
-    artifacts: a folder written by `compile_model`, from which the network comes compiled.
+    artifacts: a folder written by `compile_model`, from which the network comes compiled. Without it, what is compiled
+        is kept in `$XDG_CACHE_HOME/maxwhisper/artifacts`, or the same under `~/.cache`, and comes from there next time.
     or_compile: compile, with a warning, what those artifacts do not fit; else they raise ArtifactError.
 
     Raises CheckpointError, DeviceError if there is no such device, OptionError if it has another name.
     """
     find_device(str(device))  # before minutes go into reading and compiling
-    held = Artifacts(artifacts, str(device), or_compile) if artifacts is not None else None
+    kept = Cache(cache_folder("artifacts"))
+    held = kept if artifacts is None else Artifacts(artifacts, str(device), or_compile)
     return Whisper(load_checkpoint(name_or_path, download_root), str(device), held)
 
 
@@ -78,7 +81,7 @@ def compile_model(name_or_path: StrPath, target: str, out: StrPath, download_roo
             policy = policy_of(checkpoint.tensors, "cpu" if unit == "log_mel" else device)
             programs = programs_of(unit, checkpoint.dims, policy)
             artifact = Artifact(f"{unit} of {checkpoint.name}", programs, policy.device.device_type.value)
-            writer.add(Identity.of(unit, checkpoint.dims, policy, programs), artifact)
+            writer.add(Identity.of(unit, checkpoint.dims, policy, programs), artifact.stored)
 
 
 UNITS = ("log_mel", "network", "alignment")
@@ -108,7 +111,7 @@ class Network:
     """The graphs of a checkpoint on a device, by name; those for word timestamps and for
     picking tokens compile when first asked for."""
 
-    def __init__(self, checkpoint: Checkpoint, device: str, artifacts: Artifacts | None = None):
+    def __init__(self, checkpoint: Checkpoint, device: str, artifacts: Artifacts | Cache | None = None):
         self.checkpoint = checkpoint
         self.device = device
         self.artifacts = artifacts
@@ -311,7 +314,7 @@ class Whisper(OpenAIWhisper):
 
     decode = decode
 
-    def __init__(self, checkpoint: Checkpoint, device: str = "cpu", artifacts: Artifacts | None = None):
+    def __init__(self, checkpoint: Checkpoint, device: str = "cpu", artifacts: Artifacts | Cache | None = None):
         torch.nn.Module.__init__(self)  # not OpenAI's, which would build the network in PyTorch
         self.dims = checkpoint.dims
         self._device = torch.device("cpu" if device == "cpu" else "cuda")
@@ -320,7 +323,8 @@ class Whisper(OpenAIWhisper):
         network = Network(checkpoint, device, artifacts)
         if artifacts:
             policy = policy_of(checkpoint.tensors, "cpu")
-            compiled_spectrogram(self.dims.n_mels, artifacts.loader("log_mel", self.dims, policy))
+            if self.dims.n_mels in N_MELS:  # for others there is no spectrogram
+                compiled_spectrogram(self.dims.n_mels, artifacts.loader("log_mel", self.dims, policy))
             if device == "cpu":
                 compiled_rules(artifacts.loader(TOKEN_RULES, self.dims, policy))
         self.encoder = AudioEncoder(self.dims, network, self._device)

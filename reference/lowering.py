@@ -84,7 +84,7 @@ def lower_all(suite: Suite, writer: Writer) -> dict[str, str]:
         artifact, found = lower(suite.name(unit), programs, suite.device_of(unit))
         failures |= found
         if artifact:
-            writer.add(identity, artifact)
+            writer.add(identity, artifact.stored)
     return failures
 
 

@@ -6,7 +6,6 @@ package that wrote it. A folder appears when it is complete.
 
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..cache import cache_folder
 from ..errors import OptionError
 
 if TYPE_CHECKING:
@@ -23,17 +23,12 @@ if TYPE_CHECKING:
 # engine does not need itself would count as its memory.
 
 
-def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/maxwhisper/compare`, or the same under `~/.cache`."""
-    return Path(os.getenv("XDG_CACHE_HOME") or Path.home() / ".cache") / "maxwhisper" / "compare"
-
-
 def store(checkpoint: "Checkpoint") -> Path:
     """The checkpoint's folder in the cache, with the checkpoint in OpenAI's format in it, as `openai/model.pt`.
 
     Raises OptionError if the cache cannot be written to.
     """
-    folder = cache_folder() / digest(checkpoint)
+    folder = cache_folder("compare") / digest(checkpoint)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         complete(folder / "openai", lambda unfinished: write_openai(checkpoint, unfinished))

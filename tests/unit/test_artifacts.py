@@ -1,23 +1,29 @@
 """Graphs compiled ahead of time: what they save, and that nothing which does not fit is used."""
 
+import hashlib
 import json
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import maxwhisper.whisper
 from maxwhisper import artifacts, cli
-from maxwhisper.artifacts import HOST, MANIFEST, Artifacts, aim_at, cpu_features, source_hash, writing
+from maxwhisper.artifacts import HOST, MANIFEST, Artifacts, Cache, Identity, aim_at, cpu_features, source_hash, writing
+from maxwhisper.cache import cache_folder
+from maxwhisper.checkpoint import load_checkpoint
 from maxwhisper.errors import ArtifactError, OptionError
-from maxwhisper.runtime import COMPILE_LOG
-from maxwhisper.whisper import Whisper, compile_model, load_model
+from maxwhisper.runtime import COMPILE_LOG, Stored
+from maxwhisper.whisper import Whisper, compile_model, load_model, policy_of, programs_of
 
 ROOT = Path(__file__).parents[2]
 NANO = ROOT / "fixtures" / "nano.pt"
@@ -61,29 +67,37 @@ def network(manifest: Manifest) -> Manifest:
 
 ALONE = """
 import json, resource, sys
-import maxwhisper, maxwhisper.runtime
+import maxwhisper
+from maxwhisper.runtime import COMPILE_LOG, kernel_library
 
-model = maxwhisper.load_model(sys.argv[1], artifacts=sys.argv[2])
+model = maxwhisper.load_model(sys.argv[1], artifacts=sys.argv[2] or None)
 text = model.transcribe(sys.argv[3], word_timestamps=True)["text"]
 used = resource.getrusage(resource.RUSAGE_SELF)
-print(json.dumps([text, len(maxwhisper.runtime.COMPILE_LOG), used.ru_utime + used.ru_stime]))
+compiled = len(COMPILE_LOG) + kernel_library.cache_info().currsize
+print(json.dumps([text, compiled, used.ru_utime + used.ru_stime]))
 """
+
+
+def alone(folder: Path | str, **environment: str) -> tuple[str, int, float]:
+    """A transcript made in another process, how much it compiled for that, kernels included, and its processor time."""
+    command = [sys.executable, "-c", ALONE, NANO, folder, CLIP]
+    env = dict(os.environ, **environment)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    text, compilations, cpu_seconds = json.loads(done.stdout.splitlines()[-1])
+    return text, compilations, cpu_seconds
 
 
 def test_a_process_with_an_empty_compile_cache_transcribes_in_seconds(compiled: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     cache.mkdir()
-    environment = dict(os.environ, MODULAR_CACHE_DIR=str(cache), MODULAR_MAX_CACHE_DIR=str(cache))
-    command = [sys.executable, "-c", ALONE, NANO, compiled, CLIP]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    text, compilations, cpu_seconds = json.loads(done.stdout.splitlines()[-1])
+    text, compilations, cpu_seconds = alone(compiled, MODULAR_CACHE_DIR=str(cache), MODULAR_MAX_CACHE_DIR=str(cache))
     assert text.startswith(" Where is the simple engine that Thomas counted?")
     assert compilations == 0 and not list(cache.iterdir())
     assert cpu_seconds < 60, "compiling these graphs takes minutes"
 
 
 def test_results_are_those_of_a_compilation(compiled: Path) -> None:
-    ahead, here = load_model(NANO, artifacts=compiled), load_model(NANO)
+    ahead, here = load_model(NANO, artifacts=compiled), Whisper(load_checkpoint(NANO))
     mel = torch.randn(1, 80, 3000, generator=torch.Generator().manual_seed(0))
     tokens = torch.tensor([[50258, 50259, 50359]])
     assert torch.equal(ahead(mel, tokens), here(mel, tokens))
@@ -175,6 +189,156 @@ def test_the_command_says_what_does_not_fit_in_one_line(
     assert cli.main(["transcribe", str(CLIP), *options]) == 1
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and "source is other, expected" in lines[0]
+
+
+def test_what_max_cannot_read_is_named(changed: Callable[..., Path]) -> None:
+    content = b"not MAX's"
+    folder = changed(lambda m: network(m).update(sha256=hashlib.sha256(content).hexdigest()))
+    [file] = folder.glob("network-*")
+    file.unlink()
+    file.write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"network-.*\.mef: MAX cannot read it: "):
+        load_model(NANO, artifacts=folder)
+
+
+# ---- what load_model keeps -----------------------------------------------------------------------------------------
+
+
+def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
+    (tmp_path / "maxwhisper").mkdir()
+    (tmp_path / "maxwhisper" / "kernels").symlink_to(cache_folder("kernels"))
+    first, compilations, _ = alone("", XDG_CACHE_HOME=str(tmp_path))
+    assert compilations == 6
+    again, compilations, _ = alone("", XDG_CACHE_HOME=str(tmp_path))
+    assert (again, compilations) == (first, 0)
+
+
+class Compiled(Exception):
+    """Raised where a compilation would begin."""
+
+
+def read(cache: Cache) -> Stored:
+    """The fixture's network from a cache."""
+    checkpoint = load_checkpoint(NANO)
+    policy = policy_of(checkpoint.tensors, "cpu")
+
+    def compile_them() -> Stored:
+        raise Compiled
+
+    return cache.loader("network", checkpoint.dims, policy)(
+        programs_of("network", checkpoint.dims, policy), compile_them
+    )
+
+
+@pytest.fixture(scope="module")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one load keeps of the network."""
+    folder = tmp_path_factory.mktemp("once")
+    Whisper(load_checkpoint(NANO), artifacts=Cache(folder))
+    [place] = folder.glob("network-*")
+    return place
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def become_a_file(place: Path) -> None:
+    shutil.rmtree(place)
+    place.touch()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda place: truncate(next(place.glob("*.mef"))),
+        lambda place: truncate(place / MANIFEST),
+        lambda place: next(place.glob("*.mef")).unlink(),
+        lambda place: (place / MANIFEST).unlink(),
+        become_a_file,
+    ],
+    ids=["artifact truncated", "manifest truncated", "no artifact", "no manifest", "no folder"],
+)
+def test_what_is_damaged_is_compiled_again_and_replaced(
+    once: Path, damage: Callable[[Path], object], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    place = tmp_path / once.name
+    shutil.copytree(once, place)
+    cache = Cache(tmp_path)
+    read(cache)
+    damage(place)
+    with pytest.raises(Compiled):
+        read(cache)
+    [message] = caplog.messages
+    assert message.startswith(str(place)) and message.endswith(": compiling again")
+    caplog.clear()
+    Whisper(load_checkpoint(NANO), artifacts=cache)
+    caplog.clear()
+    read(cache)
+    assert not caplog.messages and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda patch: patch.setattr(artifacts, "source_hash", lambda _: "of other sources"),
+        lambda patch: patch.setattr(artifacts, "version", lambda _: "25.1.0"),
+        lambda patch: patch.setattr(artifacts, "cpu_features", lambda: ["avx1024"]),
+        lambda patch: patch.setattr(artifacts, "target_of", lambda _: "sm_90a"),
+        lambda patch: patch.setattr(artifacts.platform, "machine", lambda: "riscv64"),
+        lambda patch: patch.setenv("MODULAR_MAX_DEBUG_ASSERT_LEVEL", "all"),
+    ],
+    ids=["sources", "MAX", "CPU", "target", "machine", "settings"],
+)
+def test_what_is_compiled_from_with_or_for_something_else_is_not_found(
+    once: Path, change: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    read(Cache(once.parent))
+    change(monkeypatch)
+    with pytest.raises(Compiled):
+        read(Cache(once.parent))
+    assert not caplog.messages  # it is no damage
+
+
+def test_where_maxs_cache_lies_does_not_count(once: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODULAR_CACHE_DIR", "elsewhere")
+    read(Cache(once.parent))
+
+
+def test_a_folder_that_cannot_be_written_is_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").touch()
+    cache = Cache(tmp_path / "file" / "artifacts")
+    for _ in range(2):
+        Whisper(load_checkpoint(NANO), artifacts=cache)
+    expected = f"{cache.folder}: compiled graphs cannot be kept there: Not a directory"
+    assert [line for line in caplog.messages if "kept" in line] == [expected]
+
+
+def test_what_another_process_keeps_meanwhile_is_no_failure(
+    once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    stored, place = read(Cache(once.parent)), tmp_path / once.name
+    policy = policy_of(load_checkpoint(NANO).tensors, "cpu")
+    dims = load_checkpoint(NANO).dims
+    identity = Identity.of("network", dims, policy, programs_of("network", dims, policy))
+    finish = artifacts.Writer.finish
+
+    def finish_later(writer: artifacts.Writer) -> None:
+        finish(writer)
+        monkeypatch.setattr(Path, "exists", lambda path: path != place and os.path.exists(path))
+        shutil.copytree(once, place)  # after `replacing` has looked
+
+    monkeypatch.setattr(artifacts.Writer, "finish", finish_later)
+    artifacts.keep(stored, identity, HOST, place)
+    assert not caplog.messages and list(tmp_path.iterdir()) == [place]
+    read(Cache(tmp_path))
+
+
+def test_a_model_without_a_spectrogram_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(maxwhisper.whisper, "Network", lambda *_: None)
+    checkpoint = load_checkpoint(NANO)
+    other = replace(checkpoint, dims=replace(checkpoint.dims, n_mels=40))
+    assert Whisper(other, artifacts=Cache(tmp_path)).dims.n_mels == 40
 
 
 # ---- the hash ------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from max.nn.layer import Module
 from torch import Tensor
 
 from maxwhisper import runtime
+from maxwhisper.cache import cache_folder
 from maxwhisper.errors import OptionError
 from maxwhisper.model import (
     Cache,
@@ -174,6 +175,11 @@ def test_a_folder_that_cannot_keep_kernels_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OptionError, match=f"{tmp_path / 'file'}: compiled kernels cannot be kept there"):
         runtime.compile_kernels(tmp_path / "file" / "a.mojoc")
+
+
+def test_kernels_are_known_by_one_path_however_they_are_reached() -> None:
+    [package] = runtime.kernel_library().library_paths()
+    assert cache_folder("kernels").is_symlink() and package == package.resolve()
 
 
 # ---- attention -----------------------------------------------------------------------------------------------------

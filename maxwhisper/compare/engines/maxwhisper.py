@@ -14,7 +14,7 @@ class Adapter(OpenAILike):
         self.model = load_model(folder / "model.pt")
 
     def prepare(self, folder: Path) -> None:
-        """Compiles every graph that is used, into MAX's own cache."""
+        """Compiles every graph that is used, into the folder where `load_model` keeps them."""
         self.load(folder)
         self.generate(self.encode(np.zeros((self.model.dims.n_mels, 2 * self.model.dims.n_audio_ctx), np.float32)), 2)
         # The spectrogram compiles when it is first used. Nothing follows the 30 s of zeros appended to the audio.
