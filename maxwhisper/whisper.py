@@ -38,7 +38,7 @@ from .decoding import (
     rules_program,
 )
 from .errors import AudioError, DeviceError, OptionError
-from .runtime import Artifact, Executable, Policy, Program, find_device
+from .runtime import TORCH_DTYPE, Artifact, Executable, Policy, Program, find_device
 from .together import Audio, Result, Together, transcribe_many
 
 STORAGE = {torch.float16: DType.float16, torch.bfloat16: DType.bfloat16}
@@ -50,6 +50,7 @@ def load_model(
     download_root: StrPath | None = None,
     artifacts: StrPath | None = None,
     or_compile: bool = False,
+    dtype: str = "float32",
 ) -> "Whisper":
     """Loads a checkpoint as `maxwhisper.checkpoint.load_checkpoint` does, and compiles its network for a device.
 
@@ -57,28 +58,37 @@ def load_model(
     artifacts: a folder written by `compile_model`, from which the network comes compiled. Without it, what is compiled
         is kept in `$XDG_CACHE_HOME/maxwhisper/artifacts`, or the same under `~/.cache`, and comes from there next time.
     or_compile: compile, with a warning, what those artifacts do not fit; else they raise ArtifactError.
+    dtype: of arithmetic, "float32", or "bfloat16", which is faster and less accurate.
 
-    Raises CheckpointError, DeviceError if there is no such device, OptionError if it has another name.
+    Raises CheckpointError, DeviceError if there is no such device, OptionError if it or dtype has another name.
     """
     find_device(str(device))  # before minutes go into reading and compiling
+    arithmetic(dtype)
     kept = Cache(cache_folder("artifacts"))
     held = kept if artifacts is None else Artifacts(artifacts, str(device), or_compile)
-    return Whisper(load_checkpoint(name_or_path, download_root), str(device), held)
+    return Whisper(load_checkpoint(name_or_path, download_root), str(device), held, dtype)
 
 
-def compile_model(name_or_path: StrPath, target: str, out: StrPath, download_root: StrPath | None = None) -> None:
+def compile_model(
+    name_or_path: StrPath,
+    target: str,
+    out: StrPath,
+    download_root: StrPath | None = None,
+    dtype: str = "float32",
+) -> None:
     """Compiles what transcribes with a checkpoint, and writes it into the folder `out` for `load_model(artifacts=out)`.
 
     target: "host", this machine's CPU, or a GPU's architecture, as in `maxwhisper.artifacts.TARGETS`. After compiling
-    for a GPU, this process cannot use one.
+    for a GPU, this process cannot use one. dtype: as of `load_model`.
 
-    Raises CheckpointError, and OptionError for another target or for a folder that cannot be written.
+    Raises CheckpointError, and OptionError for another target or dtype, or for a folder that cannot be written.
     """
+    arithmetic(dtype)
     with writing(out, target) as writer:
         device = aim_at(target)
         checkpoint = load_checkpoint(name_or_path, download_root)
         for unit in units_on(device):
-            policy = policy_of(checkpoint.tensors, "cpu" if unit == "log_mel" else device)
+            policy = policy_of(checkpoint.tensors, "cpu" if unit == "log_mel" else device, dtype)
             programs = programs_of(unit, checkpoint.dims, policy)
             artifact = Artifact(f"{unit} of {checkpoint.name}", programs, policy.device.device_type.value)
             writer.add(Identity.of(unit, checkpoint.dims, policy, programs), artifact.stored)
@@ -93,9 +103,20 @@ def units_on(device: str) -> tuple[str, ...]:
     return (*UNITS, TOKEN_RULES, PICK) if device == "cpu" else UNITS
 
 
-def policy_of(tensors: Mapping[str, torch.Tensor], device: str) -> Policy:
-    """How a checkpoint is computed on a device: stored as it is, in float32 arithmetic."""
-    return Policy(DeviceRef.from_device(find_device(device)), storage_dtype(tensors), DType.float32)
+DTYPES = {"float32": DType.float32, "bfloat16": DType.bfloat16}
+"""What can be computed in."""
+
+
+def arithmetic(dtype: str) -> DType:
+    """The dtype of a name; raises OptionError if it is none of DTYPES."""
+    if dtype not in DTYPES:
+        raise OptionError(f"dtype '{dtype}' is not known: expected {' or '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def policy_of(tensors: Mapping[str, torch.Tensor], device: str, dtype: str) -> Policy:
+    """How a checkpoint is computed on a device: stored as it is."""
+    return Policy(DeviceRef.from_device(find_device(device)), storage_dtype(tensors), arithmetic(dtype))
 
 
 def programs_of(unit: str, dims: ModelDimensions, policy: Policy) -> list[Program]:
@@ -111,11 +132,12 @@ class Network:
     """The graphs of a checkpoint on a device, by name; those for word timestamps and for
     picking tokens compile when first asked for."""
 
-    def __init__(self, checkpoint: Checkpoint, device: str, artifacts: Artifacts | Cache | None = None):
+    def __init__(self, checkpoint: Checkpoint, device: str, artifacts: Artifacts | Cache | None, dtype: str):
         self.checkpoint = checkpoint
         self.device = device
         self.artifacts = artifacts
-        self.policy = policy_of(checkpoint.tensors, device)
+        self.policy = policy_of(checkpoint.tensors, device, dtype)
+        self.dtype = TORCH_DTYPE[self.policy.compute]
         self.executables = self._load("network")
 
     def __getitem__(self, name: str) -> Executable:
@@ -157,7 +179,7 @@ class AudioEncoder(torch.nn.Module):
             raise AudioError("mel holds values that are not finite")
         if mel.ndim == 2:
             return self(mel[None])[0]
-        return self.network["encoder"](mel.to(self.device, torch.float32))[0].to(mel.dtype)
+        return self.network["encoder"](mel.to(self.device, self.network.dtype))[0].to(mel.dtype)
 
 
 class CrossAttention(torch.nn.Module):
@@ -215,7 +237,7 @@ class TextDecoder(torch.nn.Module):
             logits, *new = self.network["decoder.step"](x, torch.tensor(cache.n_token), *cache.inputs())
             cache.append(new, self.dims.n_text_ctx)
             return logits
-        cross = self.network["decoder.keys_values"](xa.to(self.device, torch.float32))
+        cross = self.network["decoder.keys_values"](xa.to(self.device, self.network.dtype))
         if kv_cache is None and any(module._forward_hooks for module in self._cross_attentions()):
             return self._aligned(x, cross)
         if positions is not None:
@@ -314,15 +336,21 @@ class Whisper(OpenAIWhisper):
 
     decode = decode
 
-    def __init__(self, checkpoint: Checkpoint, device: str = "cpu", artifacts: Artifacts | Cache | None = None):
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        device: str = "cpu",
+        artifacts: Artifacts | Cache | None = None,
+        dtype: str = "float32",
+    ):
         torch.nn.Module.__init__(self)  # not OpenAI's, which would build the network in PyTorch
         self.dims = checkpoint.dims
         self._device = torch.device("cpu" if device == "cpu" else "cuda")
         if self._device.type == "cuda" and not torch.cuda.is_available():
             raise DeviceError(f"device '{device}' needs a PyTorch that finds the GPU too; this one does not")
-        network = Network(checkpoint, device, artifacts)
+        network = Network(checkpoint, device, artifacts, dtype)
         if artifacts:
-            policy = policy_of(checkpoint.tensors, "cpu")
+            policy = policy_of(checkpoint.tensors, "cpu", dtype)
             if self.dims.n_mels in N_MELS:  # for others there is no spectrogram
                 compiled_spectrogram(self.dims.n_mels, artifacts.loader("log_mel", self.dims, policy))
             if device == "cpu":
@@ -348,7 +376,7 @@ class Whisper(OpenAIWhisper):
     ) -> dict[str, Any]:
         """openai-whisper's `transcribe`, with its options and its result.
 
-        fp16 is False unless given: arithmetic is float32, and float16 would only round the audio features.
+        fp16 is False unless given: arithmetic is that of `load_model`, and float16 would only round the audio features.
         progress: called with the seconds of audio done since the last call; takes the place of OpenAI's bar.
 
         Raises AudioError and OptionError besides what openai-whisper raises.

@@ -351,7 +351,7 @@ def test_the_table(stub: type[StubWorker], tmp_path: Path, capsys: pytest.Captur
     assert {language for _, language in stub.asked} == {"de"}
     rows = {row["name"]: row for row in json.loads(report.read_text())["rows"]}
     assert rows["whisper.cpp"]["total_s"] == [0.5, 0.5] and rows["whisper.cpp"]["texts"] == ["apples count"]
-    assert rows["openvino"]["total_s"] == [] and rows["openvino"]["not_installed"] == ["openvino"]
+    assert rows["openvino float32"]["total_s"] == [] and rows["openvino float32"]["not_installed"] == ["openvino"]
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in tmp_path.iterdir()} == {"text", "report.json", "picture.png"}
 

@@ -46,6 +46,14 @@ SPECS = (
     ),
     Spec(
         SUBJECT,
+        "bfloat16",
+        "maxwhisper",
+        ("max",),
+        "openai",
+        "--dtype bfloat16: weights and activations rounded to bfloat16, added up in float32: not the same arithmetic",
+    ),
+    Spec(
+        SUBJECT,
         "batched",
         "maxwhisper_batched",
         ("max", "silero-vad", "onnxruntime"),
@@ -104,11 +112,19 @@ SPECS = (
     ),
     Spec(
         "openvino",
-        "",
+        "float32",
         "openvino",
         ("openvino",),
         "openvino",
         f"float32 (INFERENCE_PRECISION_HINT); {STEPS}; {OPENAI_LOOP}",
+    ),
+    Spec(
+        "openvino",
+        "bfloat16",
+        "openvino",
+        ("openvino",),
+        "openvino",
+        "as float32, but bfloat16 where OpenVINO takes it on this CPU: not the same arithmetic",
     ),
     Spec("onnxruntime", "", "onnxruntime", ("onnxruntime", "onnx"), "onnx", f"float32; {STEPS}; {OPENAI_LOOP}"),
 )

@@ -11,7 +11,7 @@ from .openai_like import OpenAILike
 
 class Adapter(OpenAILike):
     def load(self, folder: Path) -> None:
-        self.model = load_model(folder / "model.pt")
+        self.model = load_model(folder / "model.pt", dtype="bfloat16" if self.variant == "bfloat16" else "float32")
 
     def prepare(self, folder: Path) -> None:
         """Compiles every graph that is used, into the folder where `load_model` keeps them."""

@@ -16,15 +16,15 @@ class Adapter(OpenAILike):
     def load(self, folder: Path) -> None:
         torch.set_num_threads(self.task.threads)
         dims = ModelDimensions(**json.loads((folder / "dims.json").read_text()))
-        self.model = HostedWhisper(dims, Graphs(folder, dims, self.task.threads))
+        self.model = HostedWhisper(dims, Graphs(folder, dims, self.task.threads, self.variant))
 
 
 class Graphs(Backend):
-    def __init__(self, folder: Path, dims: ModelDimensions, threads: int):
+    def __init__(self, folder: Path, dims: ModelDimensions, threads: int, precision: str):
         core = openvino.Core()
         settings = {
             "INFERENCE_NUM_THREADS": threads,
-            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[precision],
             "PERFORMANCE_HINT": "LATENCY",
         }
         compiled = {
