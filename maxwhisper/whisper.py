@@ -7,6 +7,7 @@ calls is replaced: the encoder, the decoder, its cache, and the log-mel spectrog
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -66,7 +67,7 @@ def load_model(
     arithmetic(dtype)
     kept = Cache(cache_folder("artifacts"))
     held = kept if artifacts is None else Artifacts(artifacts, str(device), or_compile)
-    return Whisper(load_checkpoint(name_or_path, download_root), str(device), held, dtype)
+    return Whisper(rounded(load_checkpoint(name_or_path, download_root), dtype), str(device), held, dtype)
 
 
 def compile_model(
@@ -86,7 +87,7 @@ def compile_model(
     arithmetic(dtype)
     with writing(out, target) as writer:
         device = aim_at(target)
-        checkpoint = load_checkpoint(name_or_path, download_root)
+        checkpoint = rounded(load_checkpoint(name_or_path, download_root), dtype)
         for unit in units_on(device):
             policy = policy_of(checkpoint.tensors, "cpu" if unit == "log_mel" else device, dtype)
             programs = programs_of(unit, checkpoint.dims, policy)
@@ -152,11 +153,24 @@ class Network:
         return Artifact(f"{unit} of {name}", programs, self.device, load).init(tensors)
 
 
+def is_matrix(name: str, tensor: torch.Tensor) -> bool:
+    """Whether a tensor is stored in the dtype of `Policy.storage`."""
+    return tensor.ndim > 1 and "positional_embedding" not in name
+
+
+def rounded(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
+    """The checkpoint for arithmetic in a dtype: matrices that each use would round to bfloat16 are rounded once."""
+    if dtype == "float32":
+        return checkpoint
+    tensors = {
+        name: tensor.bfloat16() if is_matrix(name, tensor) else tensor for name, tensor in checkpoint.tensors.items()
+    }
+    return replace(checkpoint, tensors=tensors)
+
+
 def storage_dtype(tensors: Mapping[str, torch.Tensor]) -> DType:
     """The dtype that all matrices are stored in where that is float16 or bfloat16, float32 otherwise."""
-    dtypes = {
-        tensor.dtype for name, tensor in tensors.items() if tensor.ndim > 1 and "positional_embedding" not in name
-    }
+    dtypes = {tensor.dtype for name, tensor in tensors.items() if is_matrix(name, tensor)}
     return STORAGE.get(dtypes.pop(), DType.float32) if len(dtypes) == 1 else DType.float32
 
 

@@ -8,13 +8,13 @@ whatever the rows around it, so that a window of a batch is bitwise what it is a
 from max.algorithm import sync_parallelize
 from max.gpu.host import DeviceContext
 from max.runtime.asyncrt import parallelism_level
-from std.math import ceildiv
+from std.math import align_up, ceildiv
 from std.utils.index import IndexList
 
 import extensibility
 from extensibility import InputTensor, _FusedOutputTensor
 
-from .tiles import PANEL, ROWS, VECTORS, WIDTH, place, side_by_side, tile
+from .tiles import PANEL, ROWS, VECTORS, WIDTH, long_tile, place, side_by_side
 
 comptime CHUNK = 128  # rows of the input that are worth another copy of a panel
 
@@ -24,21 +24,21 @@ def pack[
     taps: Int, dtype: DType, stored: DType
 ](panel: Pointer[mut=True, Scalar[dtype], _], weights: Pointer[Scalar[stored], _], n_weight: Int, n_in: Int):
     """Copies `n_weight` rows of weights, each (n_in, taps), to the columns of a panel (taps * n_in, PANEL)."""
-    for j in range(n_weight):
-        var row = weights.unsafe_offset(j * n_in * taps)
-        comptime if taps == 1:
-            var k = 0
-            while k + WIDTH <= n_in:
-                var ws = row.unsafe_load[width=WIDTH](k).cast[dtype]()
+    comptime if taps == 1:
+        var whole = n_in // WIDTH * WIDTH
+        for k in range(0, whole, WIDTH):  # of all rows, whose columns then stay in the cache
+            for j in range(n_weight):
+                var ws = weights.unsafe_load[width=WIDTH](j * n_in + k).cast[dtype]()
                 comptime for i in range(WIDTH):
                     panel[unsafe_offset=place[dtype](k + i, j, PANEL)] = ws[i]
-                k += WIDTH
-            for rest in range(k, n_in):
-                panel[unsafe_offset=place[dtype](rest, j, PANEL)] = row[unsafe_offset=rest].cast[dtype]()
-        else:
-            for c in range(n_in):
-                comptime for tap in range(taps):
-                    var w = row[unsafe_offset=c * taps + tap].cast[dtype]()
+        for k in range(whole, n_in):
+            for j in range(n_weight):
+                panel[unsafe_offset=place[dtype](k, j, PANEL)] = weights[unsafe_offset=j * n_in + k].cast[dtype]()
+    else:
+        for c in range(n_in):
+            comptime for tap in range(taps):
+                for j in range(n_weight):
+                    var w = weights[unsafe_offset=(j * n_in + c) * taps + tap].cast[dtype]()
                     panel[unsafe_offset=place[dtype](tap * n_in + c, j, PANEL)] = w
 
 
@@ -63,7 +63,6 @@ struct Convolution:
         var n_in = x.dim_size(2)
         var n_out = weight.dim_size(0)
         var n_y = (n_frame - taps) // stride + 1
-        var n_row = x.dim_size(0) * n_y
         var n_term = n_in * taps
         if n_out % WIDTH != 0:
             raise Error("maxwhisper.convolution: outputs must fill vectors")
@@ -72,36 +71,37 @@ struct Convolution:
         var xs = x.unsafe_ptr()
         var weights = weight.unsafe_ptr()
         var n_panel = ceildiv(n_out, PANEL)
-        # Enough tasks for every thread, of as many rows as possible.
-        var n_chunk = max(1, min(ceildiv(2 * parallelism_level(None), n_panel), n_row // CHUNK))
-        var share = ceildiv(ceildiv(n_row, n_chunk), ROWS) * ROWS
+        # Enough tasks for every thread to be done at the same time, of as many rows as possible.
+        var n_chunk = max(1, min(ceildiv(8 * parallelism_level(None), n_panel), n_y // CHUNK))
+        var share = align_up(ceildiv(n_y, n_chunk), ROWS)
 
         @always_inline
         @__parameter
-        def block[rows: Int](row: Int, column: Int, panel: Pointer[Scalar[dtype], _]):
+        def block[rows: Int](window: Int, row: Int, column: Int, panel: Pointer[Scalar[dtype], _]):
             var offsets = Array[Int, rows](fill=0)
             comptime for r in range(rows):
-                offsets[r] = ((row + r) // n_y * n_frame + (row + r) % n_y * stride) * n_in
-            var values = tile[dtype, rows, VECTORS](xs, offsets, panel, n_term, PANEL)
+                offsets[r] = (window * n_frame + (row + r) * stride) * n_in
+            var values = long_tile[dtype, rows, VECTORS](xs, offsets, panel, n_term, PANEL)
             comptime for r in range(rows):
                 comptime for v in range(VECTORS):
                     if column + v * WIDTH < n_out:
                         y._lambda_store[width=WIDTH](
-                            IndexList[3]((row + r) // n_y, (row + r) % n_y, column + v * WIDTH),
-                            values[r * VECTORS + v],
+                            IndexList[3](window, row + r, column + v * WIDTH), values[r * VECTORS + v]
                         )
 
         def task(number: Int) raises {imm}:
             var column = number % n_panel * PANEL
-            var row = number // n_panel * share
-            var end = min(row + share, n_row)
+            var first = number // n_panel * share
+            var end = min(first + share, n_y)
             var panel = List[Scalar[dtype]](length=n_term * PANEL, fill=0)
             var n_weight = min(PANEL, n_out - column)
             pack[taps](panel.unsafe_ptr(), weights.unsafe_offset(column * n_term), n_weight, n_in)
-            while row + ROWS <= end:
-                block[ROWS](row, column, panel.unsafe_ptr())
-                row += ROWS
-            for rest in range(row, end):
-                block[1](rest, column, panel.unsafe_ptr())
+            for window in range(x.dim_size(0)):
+                var row = first
+                while row + ROWS <= end:
+                    block[ROWS](window, row, column, panel.unsafe_ptr())
+                    row += ROWS
+                for rest in range(row, end):
+                    block[1](window, rest, column, panel.unsafe_ptr())
 
-        sync_parallelize(task, n_panel * ceildiv(n_row, share))
+        sync_parallelize(task, n_panel * ceildiv(n_y, share))

@@ -12,7 +12,7 @@ from .attention import exponentials, scale
 from .tiles import PANEL, ROWS, VECTORS, WIDTH, place, side_by_side, tile
 
 comptime QUERIES = 4 * ROWS  # for which a panel of keys, or a block of values, is read from the cache
-comptime KEYS = 64  # whose weighted values are added up at a time: a sum of sums rounds less than one long sum
+comptime KEYS = 128  # whose weighted values are added up at a time: a sum of sums rounds less than one long sum
 comptime SHARE = 4 * QUERIES  # queries that are worth another copy of the keys
 
 
@@ -167,9 +167,9 @@ def attention[
     var n_place = align_up(n_key, PANEL)
     var qs, ys = q.unsafe_ptr(), y.unsafe_ptr()
     var ks, vs = k.unsafe_ptr(), v.unsafe_ptr()
-    # Enough tasks for every thread, of as many queries as possible.
+    # Enough tasks for every thread to be done at the same time, of as many queries as possible.
     var n_pair = q.dim_size(0) * n_head
-    var n_share = max(1, min(ceildiv(2 * parallelism_level(None), n_pair), n_query // SHARE))
+    var n_share = max(1, min(ceildiv(8 * parallelism_level(None), n_pair), n_query // SHARE))
     var share = align_up(ceildiv(n_query, n_share), ROWS)
     n_share = ceildiv(n_query, share)
 

@@ -59,26 +59,43 @@ def tile[
     In bfloat16 n_term must be even.
     """
     comptime side = side_by_side[dtype]()
+    var sums = Array[Floats, rows * vectors](fill=0)
+    for k in range(0, n_term, side):
+        var columns = panel.unsafe_offset(k * stride)
+        var ws = Array[SIMD[dtype, side * WIDTH], vectors](fill=0)
+        comptime for v in range(vectors):
+            ws[v] = columns.unsafe_load[width=side * WIDTH](v * side * WIDTH)
+        comptime for r in range(rows):
+            var terms = x.unsafe_load[width=side](offsets[r] + k)
+            comptime for v in range(vectors):
+                comptime i = r * vectors + v
+                comptime if dtype == DType.bfloat16:
+                    var pair = SIMD[DType.uint32, WIDTH](bitcast[DType.uint32, 1](terms))
+                    sums[i] = multiply_add(bitcast[DType.bfloat16, 2 * WIDTH](pair), rebind[Pairs](ws[v]), sums[i])
+                else:
+                    var value = rebind[Scalar[dtype]](terms).cast[DType.float32]()
+                    sums[i] = rebind[SIMD[dtype, WIDTH]](ws[v]).cast[DType.float32]().fma(value, sums[i])
+    return sums^
+
+
+@always_inline
+def long_tile[
+    dtype: DType, rows: Int, vectors: Int
+](
+    x: Pointer[Scalar[dtype], _],
+    offsets: Array[Int, rows],
+    panel: Pointer[Scalar[dtype], _],
+    n_term: Int,
+    stride: Int,
+) -> Array[Floats, rows * vectors]:
+    """As `tile`, of any number of terms: at most TERMS are summed at a time."""
+    if n_term <= TERMS:
+        return tile[dtype, rows, vectors](x, offsets, panel, n_term, stride)
     var totals = Array[Floats, rows * vectors](fill=0)
     for first in range(0, n_term, TERMS):
-        var sums = Array[Floats, rows * vectors](fill=0)
-        for k in range(first, min(first + TERMS, n_term), side):
-            var columns = panel.unsafe_offset(k * stride)
-            var ws = Array[SIMD[dtype, side * WIDTH], vectors](fill=0)
-            comptime for v in range(vectors):
-                ws[v] = columns.unsafe_load[width=side * WIDTH](v * side * WIDTH)
-            comptime for r in range(rows):
-                var terms = x.unsafe_load[width=side](offsets[r] + k)
-                comptime for v in range(vectors):
-                    comptime i = r * vectors + v
-                    comptime if dtype == DType.bfloat16:
-                        var pair = SIMD[DType.uint32, WIDTH](bitcast[DType.uint32, 1](terms))
-                        sums[i] = multiply_add(
-                            bitcast[DType.bfloat16, 2 * WIDTH](pair), rebind[Pairs](ws[v]), sums[i]
-                        )
-                    else:
-                        var value = rebind[Scalar[dtype]](terms).cast[DType.float32]()
-                        sums[i] = rebind[SIMD[dtype, WIDTH]](ws[v]).cast[DType.float32]().fma(value, sums[i])
+        var sums = tile[dtype, rows, vectors](
+            x.unsafe_offset(first), offsets, panel.unsafe_offset(first * stride), min(TERMS, n_term - first), stride
+        )
         comptime for i in range(rows * vectors):
             totals[i] += sums[i]
     return totals^

@@ -30,7 +30,7 @@ DIFFERENCES = {
     "--model": "checked when it is loaded, as it may also be a file or a folder of another kind",
     "--device": "cpu unless asked for, and gpu as the device's name",
 }
-OWN = {"--artifacts": None, "--or_compile": False, "--batch_size": None, "--batched": False}
+OWN = {"--artifacts": None, "--or_compile": False, "--dtype": "float32", "--batch_size": None, "--batched": False}
 """The options that OpenAI's command has not, and their defaults."""
 VALUES = ("0", "1", "2.5", "-1", "None", "True", "False", "false", "en", "English", "english", "Klingon", "text", "")
 
@@ -59,7 +59,7 @@ class StubModel:
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> StubModel:
     stub = StubModel()
-    monkeypatch.setattr("maxwhisper.whisper.load_model", lambda *_: stub)
+    monkeypatch.setattr("maxwhisper.whisper.load_model", lambda *_, **__: stub)
     return stub
 
 
@@ -307,7 +307,7 @@ def test_files_that_advance_together_are_printed_one_after_the_other(
         calls.append(options)
         return RESULT
 
-    monkeypatch.setattr("maxwhisper.whisper.load_model", lambda *_: StubModel())
+    monkeypatch.setattr("maxwhisper.whisper.load_model", lambda *_, **__: StubModel())
     monkeypatch.setattr("maxwhisper.together.transcribe_many", many)
     monkeypatch.setattr("maxwhisper.batched.transcribe_batched", batched)
     files = [write_wav(tmp_path / f"{name}.wav", 1600) for name in "ab"]
@@ -497,7 +497,7 @@ class Model:
         print("ready", flush=True)
         {then}
 
-whisper.load_model = lambda *_: Model()
+whisper.load_model = lambda *_, **__: Model()
 sys.exit(cli.main(["transcribe", "fixtures/clips/english-1.wav", "-o", sys.argv[1]]))
 """
 

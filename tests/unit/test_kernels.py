@@ -89,7 +89,7 @@ def test_a_row_is_bitwise_the_same_among_any_others() -> None:
 
 # ---- convolution ---------------------------------------------------------------------------------------------------
 
-N_FRAME, N_IN, N_OUT = 291, 37, 80  # rows, terms and a panel that are not full
+N_FRAME, N_IN, N_OUT = 291, 38, 80  # rows, terms and a panel that are not full
 FORMS = {"product": (1, 1), "convolution": (3, 1), "every second frame": (3, 2)}
 """Taps and stride."""
 
@@ -115,12 +115,15 @@ class Convolution(Module):
 def convolutions() -> dict[str, Executable]:
     cpu = DeviceRef.CPU()
 
-    def program(name: str, taps: int, stride: int, how: Callable[..., list[TensorValue]]) -> Program:
-        x = TensorType(DType.float32, ["batch", N_FRAME, N_IN], cpu)
+    def program(
+        name: str, taps: int, stride: int, how: Callable[..., list[TensorValue]], dtype: DType = DType.float32
+    ) -> Program:
+        x = TensorType(dtype, ["batch", N_FRAME, N_IN], cpu)
         weight = TensorType(DType.float16, [N_OUT, N_IN, taps], cpu)
         return Program(name, "", Convolution(stride), how, {"x": x, "weight": weight})
 
     ours = [program(name, *form, Convolution.by_kernel) for name, form in FORMS.items()]
+    ours += [program(f"{name}, bfloat16", *form, Convolution.by_kernel, DType.bfloat16) for name, form in FORMS.items()]
     theirs = [program(f"{name}, as on a GPU", *form, Convolution.as_on_a_gpu) for name, form in FORMS.items()]
     return Artifact("convolutions", [*ours, *theirs], "cpu").init({})
 
@@ -142,6 +145,22 @@ def test_convolution(name: str, how: str, batch: int) -> None:
     # The bound of any order of n additions of n products, in float32.
     assert y.shape == expected.shape
     assert ((y - expected).abs() <= N_IN * taps * torch.finfo(torch.float32).eps / 2 * terms).all()
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_convolution_in_bfloat16(name: str) -> None:
+    taps, stride = FORMS[name]
+    x, weight = torch.randn(2, N_FRAME, N_IN).bfloat16(), torch.randn(N_OUT, N_IN, taps).half()
+
+    def exact(x: Tensor, weight: Tensor) -> Tensor:
+        return torch.nn.functional.conv1d(x.transpose(1, 2), weight, stride=stride).transpose(1, 2)
+
+    (y,) = convolutions()[f"{name}, bfloat16"](x, weight)
+    rounded = weight.bfloat16().double()
+    expected, terms = exact(x.double(), rounded), exact(x.double().abs(), rounded.abs())
+    # As above, and one rounding of the sum to bfloat16.
+    added = N_IN * taps * torch.finfo(torch.float32).eps / 2 * terms
+    assert ((y - expected).abs() <= added + torch.finfo(torch.bfloat16).eps / 2 * (expected.abs() + added)).all()
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -234,9 +253,11 @@ def attentions() -> dict[str, Executable]:
     cached = {**queries("state"), **behind_a_cache("head")}
     written_out = {**queries(2 * N_CHANNEL), **behind_a_cache(2)}
     many = {**cross, **queries("state", "token")}
+    half = {name: TensorType(DType.bfloat16, kind.shape, cpu) for name, kind in many.items()}
     causal = {**many, **dict.fromkeys(("k", "v"), heads("row", "token"))}
     programs = [
         Program("many", "", Attention(), Attention.cross, many),
+        Program("many, bfloat16", "", Attention(), Attention.cross, half),
         Program("causal", "", Attention(), Attention.causal, causal),
         Program("cross", "", Attention(), Attention.cross, cross),
         Program("cached", "", Attention(), Attention.cached, cached),
@@ -258,7 +279,7 @@ def expected(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
 
 
 def check(name: str, ours: Tensor, q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> None:
-    comparison = Comparison("a kernel", torch.float32, name, 0, "random", "cpu")
+    comparison = Comparison("a kernel", q.dtype, name, 0, "random", "cpu")
     oracle, peer = expected(q.double(), k.double(), v.double(), causal), expected(q, k, v, causal)
     terms = max(k.shape[2], N_CHANNEL)
     found = judge(comparison, [oracle], [peer], [ours], longest_reduction=terms, roundings=1, n_vocab=0)
@@ -278,12 +299,21 @@ def test_attention_of_texts_that_share_keys(rows: int, shared: int, n_head: int,
 
 
 @settings(max_examples=60, deadline=None)
-@given(shared=st.integers(1, 3), n_token=st.integers(2, 80), n_key=st.integers(1, 300), **SIZES)
-def test_attention_of_many_queries(rows: int, shared: int, n_head: int, n_token: int, n_key: int, seed: int) -> None:
+@given(
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    shared=st.integers(1, 3),
+    n_token=st.integers(2, 80),
+    n_key=st.integers(1, 300),
+    **SIZES,
+)
+def test_attention_of_many_queries(
+    dtype: torch.dtype, rows: int, shared: int, n_head: int, n_token: int, n_key: int, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
-    q = torch.randn(rows * shared, n_token, n_head * N_CHANNEL, generator=generator)
-    k, v = torch.randn(2, rows, n_head, n_key, N_CHANNEL, generator=generator)
-    check("many", attentions()["many"](q, k, v)[0], q, k, v)
+    q = torch.randn(rows * shared, n_token, n_head * N_CHANNEL, generator=generator).to(dtype)
+    k, v = torch.randn(2, rows, n_head, n_key, N_CHANNEL, generator=generator).to(dtype)
+    name = "many" if dtype == torch.float32 else "many, bfloat16"
+    check(name, attentions()[name](q, k, v)[0], q, k, v)
 
 
 @settings(max_examples=60, deadline=None)

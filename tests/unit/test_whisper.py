@@ -14,10 +14,11 @@ from whisper.decoding import DecodingTask as OpenAIDecodingTask
 from whisper.model import Whisper as OpenAIWhisper
 
 import maxwhisper
+from maxwhisper import cli
 from maxwhisper.audio import load_audio, log_mel_spectrogram
 from maxwhisper.decoding import DecodingTask, KeyValueCache, MaxInference
 from maxwhisper.errors import AudioError, DeviceError, OptionError
-from maxwhisper.whisper import TextDecoder, Whisper, load_model, within
+from maxwhisper.whisper import DTYPES, TextDecoder, Whisper, load_model, within
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 NANO = FIXTURES / "nano.pt"
@@ -298,6 +299,25 @@ def test_clips_that_are_no_times(model: Whisper, clips: str | list[float]) -> No
 
 
 # ---- loading -------------------------------------------------------------------------------------------------------
+
+
+def test_bfloat16_rounds_but_transcribes(model: Whisper, mels: torch.Tensor) -> None:
+    rough = load_model(NANO, dtype="bfloat16")
+    features = rough.encoder(mels)
+    assert (
+        features.dtype == mels.dtype and features.bfloat16().equal(features) and not features.equal(model.encoder(mels))
+    )
+    clip = next(clip for clip in CLIPS if clip["file"].endswith(WINDOW["en"]))
+    result = rough.transcribe(load_audio(FIXTURES / clip["file"]), language="en", word_timestamps=True)
+    assert result["segments"][0]["words"]
+    said, heard = (set(text.lower().replace(".", "").split()) for text in (clip["text"], result["text"]))
+    assert len(said & heard) > len(said) / 2
+
+
+def test_dtypes_that_are_not_there() -> None:
+    with pytest.raises(OptionError, match="dtype 'float8' is not known: expected float32 or bfloat16"):
+        load_model(NANO, dtype="float8")
+    assert tuple(DTYPES) == cli.DTYPES
 
 
 def test_devices_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
