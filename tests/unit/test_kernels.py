@@ -89,7 +89,7 @@ def test_a_row_is_bitwise_the_same_among_any_others() -> None:
 
 # ---- convolution ---------------------------------------------------------------------------------------------------
 
-N_FRAME, N_IN, N_OUT = 291, 38, 80  # rows, terms and a panel that are not full
+N_FRAME, N_IN, N_OUT = 291, 182, 80  # rows and a panel that are not full; with three taps more terms than one sum has
 FORMS = {"product": (1, 1), "convolution": (3, 1), "every second frame": (3, 2)}
 """Taps and stride."""
 
