@@ -220,7 +220,7 @@ class Compiled(Exception):
 def read(cache: Cache) -> Stored:
     """The fixture's network from a cache."""
     checkpoint = load_checkpoint(NANO)
-    policy = policy_of(checkpoint.tensors, "cpu")
+    policy = policy_of(checkpoint.tensors, "cpu", "float32")
 
     def compile_them() -> Stored:
         raise Compiled
@@ -318,7 +318,7 @@ def test_what_another_process_keeps_meanwhile_is_no_failure(
     once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     stored, place = read(Cache(once.parent)), tmp_path / once.name
-    policy = policy_of(load_checkpoint(NANO).tensors, "cpu")
+    policy = policy_of(load_checkpoint(NANO).tensors, "cpu", "float32")
     dims = load_checkpoint(NANO).dims
     identity = Identity.of("network", dims, policy, programs_of("network", dims, policy))
     finish = artifacts.Writer.finish
