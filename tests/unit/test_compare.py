@@ -341,17 +341,17 @@ def test_the_table(stub: type[StubWorker], tmp_path: Path, capsys: pytest.Captur
     assert cells(out, "whisper.cpp")[8:] == ["50.00 %", "50.00 %", "66.67 %"]
     # Several windows at a time: there is no time of one.
     assert cells(out, "maxwhisper batched")[1:6] == ["1.25", "-", "-", "0.50", speed]
-    assert stub.timed == {"maxwhisper", "openai-whisper", "whisper.cpp"}
-    assert "openvino: not installed: pip install openvino\n" in out
+    assert stub.timed == {"maxwhisper", "maxwhisper bfloat16", "openai-whisper", "whisper.cpp"}
+    assert "openvino float32: not installed: pip install openvino\n" in out
     assert "transformers" not in out.split("Given:")[0]
     # The reference first; then each engine's warm-up and its first round, in turn; then another one begins.
     order = [name for name, _ in stub.asked]
-    assert order[:4] == ["openai-whisper", "maxwhisper", "maxwhisper", "maxwhisper batched"]
-    assert order[9:] == ["maxwhisper batched", "openai-whisper", "whisper.cpp", "maxwhisper"]
+    rows = ["maxwhisper", "maxwhisper bfloat16", "maxwhisper batched", "openai-whisper", "whisper.cpp"]
+    assert order == ["openai-whisper", *(name for name in rows for _ in range(2)), *rows[1:], rows[0]]
     assert {language for _, language in stub.asked} == {"de"}
-    rows = {row["name"]: row for row in json.loads(report.read_text())["rows"]}
-    assert rows["whisper.cpp"]["total_s"] == [0.5, 0.5] and rows["whisper.cpp"]["texts"] == ["apples count"]
-    assert rows["openvino float32"]["total_s"] == [] and rows["openvino float32"]["not_installed"] == ["openvino"]
+    found = {row["name"]: row for row in json.loads(report.read_text())["rows"]}
+    assert found["whisper.cpp"]["total_s"] == [0.5, 0.5] and found["whisper.cpp"]["texts"] == ["apples count"]
+    assert found["openvino float32"]["total_s"] == [] and found["openvino float32"]["not_installed"] == ["openvino"]
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in tmp_path.iterdir()} == {"text", "report.json", "picture.png"}
 

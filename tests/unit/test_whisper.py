@@ -239,6 +239,7 @@ def test_decoder_refuses_what_it_has_no_place_for(model: Whisper, features: torc
 class Scores:
     """A network whose scores are all different: (audio, head, text of this audio, token, frame)."""
 
+    dtype = torch.float32
     scores = torch.arange(2 * 3 * 2 * 4 * 5.0).reshape(2, 3, 2, 4, 5)
 
     def __getitem__(self, name: str) -> Callable[..., list[torch.Tensor]]:
