@@ -2,7 +2,7 @@
 
 There a window begins where the last timestamp of the one before ended, and is given its text. Here a voice-activity
 detector (Silero's) says where speech is, and every piece is transcribed as a recording of
-its own: faster, without the text before it, and so another transcript.
+its own, without the text before it, and so with another transcript.
 """
 
 from collections.abc import Callable

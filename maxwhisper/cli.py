@@ -217,7 +217,7 @@ def add_files_and_devices(add: Callable[..., Any]) -> None:
     add("--model", default="turbo", help=model)
     add("--model_dir", help="where named models are kept; None stands for ~/.cache/whisper")
     add("--device", default="cpu", choices=["cpu", "gpu", "cuda"], help="what to compute on; cuda means gpu")
-    dtype = "of arithmetic; bfloat16 is faster, on CPUs with AVX-512 BF16, and less accurate"
+    dtype = "of arithmetic; bfloat16 is less accurate, and encodes faster on CPUs with AVX-512 BF16"
     add("--dtype", default="float32", choices=DTYPES, help=dtype)
     add("--artifacts", metavar="DIR", help="use what `maxwhisper compile` wrote, or fail, naming what does not fit")
     add("--or_compile", type=str2bool, default=False, help="compile what does not fit in --artifacts, do not fail")
@@ -228,7 +228,7 @@ def add_files_and_devices(add: Callable[..., Any]) -> None:
         "how many files to decode together, on a CPU, with the transcripts they have one at a time; with --batched,"
     )
     add("--batch_size", type=above_zero, metavar="N", help=f"{together} how many pieces (default: 1, and 8)")
-    batched = "cut audio at silences into pieces that decode together: faster, but not the same transcript"
+    batched = "cut audio at silences into pieces that decode together: not the same transcript"
     add("--batched", action="store_true", help=batched)
     add("--threads", type=optional_int, default=0, help="threads of PyTorch, which picks the tokens; 0: its choice")
     fp16 = "has no effect: weights keep the precision they are stored in, and arithmetic is as --dtype says"

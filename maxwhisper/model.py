@@ -247,6 +247,7 @@ class MultiHeadAttention(Module):
         them.
         """
         if cache is not None:
+            assert q.shape[1] == 1, "the kernel would compute the first token alone"
             lengths = cache.length.broadcast_to((q.shape[0],))
             name, inputs = "maxwhisper.cached_attention", [q.cast(DType.float32), cache.k, cache.v, lengths, *kv]
         elif q.shape[1] == 1:

@@ -59,7 +59,7 @@ def load_model(
     artifacts: a folder written by `compile_model`, from which the network comes compiled. Without it, what is compiled
         is kept in `$XDG_CACHE_HOME/maxwhisper/artifacts`, or the same under `~/.cache`, and comes from there next time.
     or_compile: compile, with a warning, what those artifacts do not fit; else they raise ArtifactError.
-    dtype: of arithmetic, "float32", or "bfloat16", which is faster and less accurate.
+    dtype: of arithmetic, "float32", or "bfloat16", which is less accurate and on some CPUs encodes faster.
 
     Raises CheckpointError, DeviceError if there is no such device, OptionError if it or dtype has another name.
     """

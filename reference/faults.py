@@ -355,12 +355,10 @@ def graph_faults() -> Iterator[Fault]:
         "encoder.attention",
         mistakes.attention(softmax=mistakes.half_softmax),
     )
-    for name, function in (
-        ("attention summed in half precision", mistakes.summed_in_compute_dtype),
-        ("one head of the whole width", mistakes.single_head),
-    ):
-        wrong = mistakes.method(model.MultiHeadAttention, "qkv_attention", function)
-        yield fault(name, "encoder.attention", mistakes.written_out(wrong), function is mistakes.single_head)
+    qkv = partial(mistakes.method, model.MultiHeadAttention, "qkv_attention")
+    low, single = (mistakes.written_out(qkv(f)) for f in (mistakes.summed_in_compute_dtype, mistakes.single_head))
+    yield fault("attention summed in half precision", "encoder.attention", low)
+    yield fault("one head of the whole width", "encoder.attention", single, True)
     yield fault(
         "heads interleaved",
         "encoder.attention",
