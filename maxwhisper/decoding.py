@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from max.driver import Buffer
 from max.dtype import DType
-from max.graph import DeviceRef, TensorType, TensorValue, ops
+from max.graph import BufferType, DeviceRef, TensorType, TensorValue, ops
 from max.nn.layer import Module
 from torch import Tensor
 from torch.nn import functional
@@ -56,11 +56,15 @@ class KeyValueCache:
     own: keys and values of the text so far, layer by layer, each (batch, head, place, channel), with a place for every
         token that a text may have. The first n_token of them are filled.
     cross: keys and values of the audio, layer by layer, each (audio, head, n_audio_ctx, channel).
+    sources: (batch, place), the row, counted from `first_row` on, in which a text's keys and values of a place are.
+        What is new goes into a text's own row.
     """
 
     own: KV = field(default_factory=list)
     cross: KV = field(default_factory=list)
     n_token: int = 0
+    sources: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
+    first_row: int = 0
     _inputs: list[Buffer] = field(default_factory=list)
 
     def __bool__(self) -> bool:
@@ -70,6 +74,7 @@ class KeyValueCache:
         """Puts keys and values of the next tokens, each (batch, head, token, channel), behind what is filled."""
         if not self.own:
             self.own = [kv.new_empty((*kv.shape[:2], n_place, kv.shape[3])) for kv in new]
+            self.sources = own_rows(len(new[0]), n_place)
             self._inputs = []
         end = self.n_token + new[0].shape[2]
         for cached, kv in zip(self.own, new, strict=True):
@@ -78,22 +83,31 @@ class KeyValueCache:
 
     def repeat(self, times: int) -> None:
         """As many copies of every text, side by side."""
+        self.settle()
         own, n_token, n_place = self.own, self.n_token, self.own[0].shape[2]
         self.own, self.n_token = [], 0
         self.append([kv[:, :, :n_token].repeat_interleave(times, 0) for kv in own], n_place)
 
-    def rearrange(self, sources: list[int]) -> None:
-        """Puts the texts of the rows `sources` in the place of all."""
-        for kv in self.own:
-            kv[:, :, : self.n_token] = kv[sources, :, : self.n_token]
+    def rearrange(self, texts: list[int]) -> None:
+        """Puts the texts of these numbers in the place of all; no key or value moves."""
+        self.sources[:, : self.n_token] = self.sources[texts, : self.n_token]
 
-    def move(self, own: KV, cross: KV) -> None:
-        """Continues in other memory, of the shapes of `own` and `cross`."""
+    def settle(self) -> None:
+        """Puts the keys and values of every text into its own row."""
+        rows, past = own_rows(*self.sources.shape), self.sources[:, : self.n_token] - self.first_row
+        if not past.equal(rows[:, : self.n_token]):
+            for kv in self.own:
+                kv[:, :, : self.n_token] = kv[past, :, torch.arange(self.n_token)].transpose(1, 2)
+            self.sources.copy_(rows + self.first_row)
+
+    def move(self, own: KV, cross: KV, sources: Tensor, first_row: int) -> None:
+        """Continues in other memory, of the shapes of `own`, `cross` and `sources`."""
         for there, kv in zip(own, self.own, strict=True):
             there[:, :, : self.n_token] = kv[:, :, : self.n_token]
         for there, kv in zip(cross, self.cross, strict=True):
             there.copy_(kv)
-        self.own, self.cross, self._inputs = own, cross, []
+        sources.copy_(self.sources - self.first_row + first_row)
+        self.own, self.cross, self.sources, self.first_row, self._inputs = own, cross, sources, first_row, []
 
     def inputs(self) -> list[Buffer]:
         """`own` and `cross` as MAX takes them, in the same memory."""
@@ -102,7 +116,13 @@ class KeyValueCache:
         return self._inputs
 
     def copy(self) -> "KeyValueCache":
-        return KeyValueCache([kv.clone() for kv in self.own], list(self.cross), self.n_token)
+        own = [kv.clone() for kv in self.own]
+        return KeyValueCache(own, list(self.cross), self.n_token, self.sources - self.first_row)
+
+
+def own_rows(n_text: int, n_place: int) -> Tensor:
+    """The sources of texts that each have a row of a cache for themselves."""
+    return torch.arange(n_text)[:, None].repeat(1, n_place)
 
 
 class MaxInference(decoding.Inference):
@@ -191,23 +211,30 @@ def rules_inputs() -> dict[str, TensorType]:
 
 
 def pick_program(dims: ModelDimensions, policy: Policy) -> Program:
-    """A step of the decoder that gives the likeliest next tokens and their log-probabilities in the place of logits.
+    """A step of the decoder that gives the likeliest next tokens and their log-probabilities in the place of logits,
+    and puts keys and values into the cache itself.
 
-    The texts may be of different lengths: in the place of `offset` it takes offsets (batch,).
+    The texts may be of different lengths: in the place of `offset` it takes offsets (batch,). The caches of the texts
+    are given twice, to be read and to be written: what is written is a place that is not read.
     """
+    n_rule, n_own = len(rules_inputs()), 2 * dims.n_text_layer
 
-    def pick(
-        decoder: TextDecoder, tokens: TensorValue, offsets: TensorValue, *others: TensorValue
-    ) -> list[TensorValue]:
-        rules, kv = others[: len(rules_inputs())], others[len(rules_inputs()) :]
-        logits, *new = decoder.step(tokens, offsets, *kv)
-        return [*likeliest(decoder, ops.squeeze(logits, 1), *rules), *new]
+    def pick(decoder: TextDecoder, tokens: TensorValue, offsets: TensorValue, *others: Any) -> Sequence[TensorValue]:
+        rules, (sources, *kv), caches = others[:n_rule], others[n_rule:-n_own], others[-n_own:]
+        logits, *new = decoder.step(tokens, offsets, *kv, sources=sources)
+        for layer in range(0, n_own, 2):
+            values = [*caches[layer : layer + 2], *new[layer : layer + 2], offsets]
+            ops.inplace_custom("maxwhisper.append", tokens.device, values)
+        return likeliest(decoder, ops.squeeze(logits, 1), *rules)
 
     given = BLOCKS["decoder.step"].inputs(dims, policy)
     given.pop("offset")
-    first = {"tokens": given.pop("tokens"), "offsets": TensorType(DType.int64, ["batch"], DeviceRef.CPU())}
-    rules = {**rules_inputs(), "suppressed": TensorType(DType.bool, [dims.n_vocab], policy.device)}
-    return Program(PICK, "decoder", TextDecoder(dims, policy), pick, {**first, **rules, **given})
+    inputs: dict[str, TensorType | BufferType] = {"tokens": given.pop("tokens")}
+    inputs["offsets"] = TensorType(DType.int64, ["batch"], DeviceRef.CPU())
+    inputs |= {**rules_inputs(), "suppressed": TensorType(DType.bool, [dims.n_vocab], policy.device)}
+    inputs["sources"] = TensorType(DType.int64, ["batch", "place"], policy.device)
+    written = {f"{name} written": type.as_buffer() for name, type in list(given.items())[:n_own]}
+    return Program(PICK, "decoder", TextDecoder(dims, policy), pick, {**inputs, **given, **written})
 
 
 _RULES: list[Executable] = []
@@ -225,8 +252,8 @@ def compiled_rules(load: Loader | None = None) -> Executable:
 
 @dataclass
 class Candidates:
-    """The likeliest next tokens of every text, in the place of the logits of all: what openai-whisper's decoders ask
-    of logits, as far as they do.
+    """The likeliest next tokens of every text, in the place of the logits of all: what openai-whisper's beam search
+    asks of logits, as far as it does.
 
     tokens, logprobs: (batch, candidate), in falling order.
     """
@@ -241,14 +268,8 @@ class Candidates:
     def float(self) -> "Candidates":
         return self
 
-    def argmax(self, dim: int) -> Tensor:
-        return self.tokens[:, 0].clone()
-
-    def __getitem__(self, index: Any) -> Any:
-        """Of one text: what has `topk`. Of all, by two tensors of indices: the log-probability of the likeliest."""
-        if isinstance(index, tuple):
-            return self.logprobs[:, 0]
-        return Candidates(self.tokens[index], self.logprobs[index])
+    def __getitem__(self, text: int) -> "Candidates":
+        return Candidates(self.tokens[text], self.logprobs[text])
 
     def topk(self, k: int) -> tuple[Tensor, Tensor]:
         assert k == len(self.tokens)
@@ -273,7 +294,16 @@ OF_CANDIDATES = SimpleNamespace(log_softmax=log_softmax)
 class GreedyDecoder(decoding.GreedyDecoder):
     """openai-whisper's, of logits or of candidates."""
 
-    update = rebind(decoding.GreedyDecoder.update, F=OF_CANDIDATES)
+    def update(self, tokens: Tensor, logits: Tensor | Candidates, sum_logprobs: Tensor) -> tuple[Tensor, bool | Tensor]:
+        if isinstance(logits, Tensor):
+            return super().update(tokens, logits, sum_logprobs)
+        likeliest, logprobs = logits.tokens[:, :1], logits.logprobs[:, 0]
+        ended = tokens[:, -1] == self.eot
+        if ended.any():
+            likeliest = likeliest.masked_fill(ended[:, None], self.eot)
+            logprobs = logprobs.masked_fill(ended, 0)
+        sum_logprobs += logprobs
+        return torch.cat([tokens, likeliest], dim=1), (likeliest == self.eot).all()
 
 
 class BeamSearchDecoder(decoding.BeamSearchDecoder):

@@ -33,15 +33,29 @@ class KeyValue(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens before, each (batch, head, place, channel), in the first `length` places; length is
-    int64 on the CPU, a scalar, or (batch,) where a kernel of ours attends. What the other places hold is never read."""
+    """Keys and values of the tokens before, each (row, head, place, channel), in the first `length` places; length is
+    int64 on the CPU, a scalar, or (batch,) where a kernel of ours attends. What the other places hold is never read.
+
+    sources: int64 (batch, place), for kernels of ours, which find a text's key and value of a place in that row; where
+    there are none, every text has its own row.
+    """
 
     k: TensorValue
     v: TensorValue
     length: TensorValue
+    sources: TensorValue | None = None
+
+    def for_kernel(self, batch: Dim) -> list[TensorValue]:
+        """What kernels take: keys, values, length and sources of every text."""
+        sources = self.sources
+        if sources is None:
+            rows = ops.unsqueeze(indices(batch, self.k.device), 1)
+            sources = rows.broadcast_to((batch, self.k.shape[2]))
+        return [self.k, self.v, self.length.broadcast_to((batch,)), sources]
 
     def followed_by(self, new: KeyValue) -> KeyValue:
         """The cached keys and values and the new ones, in new memory."""
+        assert self.sources is None, "only kernels of ours read other rows"
         filled = (slice(0, self.length), "past")
         past = (x[:, :, filled] for x in (self.k, self.v))
         return KeyValue(*(ops.concat(pair, axis=2) for pair in zip(past, new, strict=True)))
@@ -248,8 +262,8 @@ class MultiHeadAttention(Module):
         """
         if cache is not None:
             assert q.shape[1] == 1, "the kernel would compute the first token alone"
-            lengths = cache.length.broadcast_to((q.shape[0],))
-            name, inputs = "maxwhisper.cached_attention", [q.cast(DType.float32), cache.k, cache.v, lengths, *kv]
+            name = "maxwhisper.cached_attention"
+            inputs = [q.cast(DType.float32), *cache.for_kernel(q.shape[0]), *kv]
         elif q.shape[1] == 1:
             name, inputs = "maxwhisper.attention", [q.cast(DType.float32), *kv]
         elif mask is None:
@@ -352,11 +366,62 @@ class ResidualAttentionBlock(Module):
         v_cache: TensorValue,
         k_cross: TensorValue,
         v_cross: TensorValue,
+        sources: TensorValue | None = None,
     ) -> tuple[TensorValue, ...]:
         """The block in the decoder for one token behind `offset` cached ones; also returns the token's keys and values,
         which the caller puts into the cache."""
-        y, kv, _ = self(x, KeyValue(k_cross, v_cross), cache=Cache(k_cache, v_cache, offset))
+        follow = self.by_kernel if x.device.is_cpu() else self.written_out
+        return follow(x, KeyValue(k_cross, v_cross), Cache(k_cache, v_cache, offset, sources))
+
+    def written_out(self, x: TensorValue, cross_kv: KeyValue, cache: Cache) -> tuple[TensorValue, ...]:
+        """As `step`, submodule by submodule."""
+        y, kv, _ = self(x, cross_kv, cache=cache)
         return y, *kv
+
+    def by_kernel(self, x: TensorValue, cross_kv: KeyValue, cache: Cache) -> tuple[TensorValue, ...]:
+        """As `step`, by a kernel of our own, for CPUs, which computes in float32: with a kernel for each submodule,
+        threads would take longer to start than to compute."""
+        y, outputs = self.kernel_outputs(x, cross_kv, cache)
+        shape = (x.shape[0], self.attn.n_head, 1, self.attn.n_channel)
+        return y, *(outputs[project].reshape(shape) for project in (self.attn.key, self.attn.value))
+
+    def kernel_outputs(
+        self, x: TensorValue, cross_kv: KeyValue, cache: Cache
+    ) -> tuple[TensorValue, dict[Module, TensorValue]]:
+        """The block's output and that of each submodule, all (batch, 1, width), in the dtype of x."""
+        assert x.shape[1] == 1, "the kernel would compute the first token alone"
+        assert self.cross_attn is not None and self.cross_attn_ln is not None
+        attn, cross_attn, (hidden, active, mlp_out) = self.attn, self.cross_attn, self.mlp
+        outputs = [
+            None, self.attn_ln, attn.query, attn.key, attn.value, None, attn.out, None,
+            self.cross_attn_ln, cross_attn.query, None, cross_attn.out, None, self.mlp_ln, hidden, active, mlp_out,
+        ]  # fmt: skip
+        weights = [
+            weight
+            for module in (
+                self.attn_ln,
+                attn.query,
+                attn.key,
+                attn.value,
+                attn.out,
+                self.cross_attn_ln,
+                cross_attn.query,
+                cross_attn.out,
+                self.mlp_ln,
+                hidden,
+                mlp_out,
+            )  # fmt: skip
+            for weight in (module.weight, module.bias)
+            if weight is not None
+        ]
+        narrow, wide = (TensorType(DType.float32, [x.shape[0], 1, n], x.device) for n in hidden.weight.shape[::-1])
+        types = [wide if module in (hidden, active) else narrow for module in outputs]
+        inputs = [x.cast(DType.float32), *cache.for_kernel(x.shape[0]), *cross_kv, *weights]
+        parameters = {"n_channel": attn.n_channel}
+        results = ops.custom("maxwhisper.decoder_block", x.device, inputs, types, parameters=parameters)
+        y, *values = (result.tensor.cast(x.dtype) for result in results)
+        found = {module: value for module, value in zip(outputs[1:], values, strict=True) if module is not None}
+        return y, found | {attn: found[attn.out], cross_attn: found[cross_attn.out], self.mlp: found[mlp_out]}
 
     def align(self, x: TensorValue, k_cross: TensorValue, v_cross: TensorValue) -> tuple[TensorValue, ...]:
         """As `prefill`, but returns the cross-attention's scores (audio, head, token, n_audio_ctx) beside x."""
@@ -465,14 +530,18 @@ class TextDecoder(Module):
         x, *kv = self._layers(ResidualAttentionBlock.prefill, tokens, START, grouped(cross_kv, 2))
         return [self.logits(ops.gather(x, positions, axis=1)), *kv]
 
-    def step(self, tokens: TensorValue, offset: TensorValue, *kv: TensorValue) -> list[TensorValue]:
+    def step(
+        self, tokens: TensorValue, offset: TensorValue, *kv: TensorValue, sources: TensorValue | None = None
+    ) -> list[TensorValue]:
         """One token (batch, 1) behind `offset` cached ones: logits (batch, 1, n_vocab), and every layer's keys and
         values of the token, which the caller puts into the cache.
 
-        kv: every layer's cache, keys and values, then every layer's cross-attention keys and values.
+        kv: every layer's cache, keys and values, then every layer's cross-attention keys and values. sources: of all
+        caches, as of a `Cache`.
         """
         cache, cross_kv = grouped(kv[: len(kv) // 2], 2), grouped(kv[len(kv) // 2 :], 2)
-        inputs = [(offset, *own, *cross) for own, cross in zip(cache, cross_kv, strict=True)]
+        others = () if sources is None else (sources,)
+        inputs = [(offset, *own, *cross, *others) for own, cross in zip(cache, cross_kv, strict=True)]
         x, *new = self._layers(ResidualAttentionBlock.step, tokens, offset, inputs)
         return [self.logits(x), *new]
 

@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from max.driver import CPU, Accelerator, Buffer, Device, accelerator_count, is_virtual_device_mode
 from max.dtype import DType
 from max.engine import CompiledModel, InferenceSession, Model
-from max.graph import DeviceRef, Graph, KernelLibrary, TensorType, TensorValue
+from max.graph import BufferType, DeviceRef, Graph, KernelLibrary, TensorType, TensorValue, Value
 from max.graph import Module as GraphModule
 from max.nn.layer import Module
 from mojo.run import subprocess_run_mojo
@@ -128,7 +129,7 @@ class Program:
     path: str
     module: Module
     function: Callable[..., Sequence[TensorValue]]
-    inputs: Mapping[str, TensorType]
+    inputs: Mapping[str, TensorType | BufferType]
 
     def trace(self, into: GraphModule) -> dict[str, DType]:
         """Adds the graph to `into` and returns its weights, by name."""
@@ -138,8 +139,13 @@ class Program:
             weight.name = name
         inputs = list(self.inputs.values())
         with Graph(self.name, input_types=inputs, module=into, kernel_library=kernel_library()) as graph:
-            graph.output(*self.function(self.module, *(value.tensor for value in graph.inputs)))
+            graph.output(*self.function(self.module, *map(tensor_or_buffer, graph.inputs)))
         return dtypes
+
+
+def tensor_or_buffer(value: Value[Any]) -> Any:
+    """An input of a graph: one that it may write into is a buffer."""
+    return value.buffer if isinstance(value.type, BufferType) else value.tensor
 
 
 def buffer(tensor: torch.Tensor | Buffer) -> Buffer:

@@ -31,9 +31,8 @@ if TYPE_CHECKING:
 Waveform = np.ndarray | Tensor
 Audio = str | PathLike[str] | Waveform
 Result = dict[str, Any] | Exception
-Step = Callable[[Tensor, Tensor, Rules, Sequence[Buffer]], list[Tensor]]
-"""From tokens (batch, 1), lengths of the texts before them (batch,), rules, and the caches, to tokens,
-log-probabilities, and the new keys and values."""
+Step = Callable[[Tensor, Tensor, Rules, Tensor, Sequence[Buffer]], tuple[Tensor, Tensor]]
+"""`TextDecoder.step_and_pick`."""
 
 
 class Seats:
@@ -43,6 +42,7 @@ class Seats:
         self.taken: list[KeyValueCache | None] = [None] * n_seat
         self.own: list[Tensor] = []
         self.cross: list[Tensor] = []
+        self.sources = torch.empty(0)
 
     def place(self, caches: Sequence[KeyValueCache]) -> list[KeyValueCache]:
         """The caches in the order of their seats, which are the first ones; nobody else keeps one."""
@@ -56,21 +56,23 @@ class Seats:
 
     def _move(self, cache: KeyValueCache, seat: int) -> None:
         if not self.own:
-            self.own, self.cross = (
-                [kv.new_empty((len(self.taken) * len(kv), *kv.shape[1:])) for kv in kvs]
-                for kvs in (cache.own, cache.cross)
-            )
+            self.own, self.cross = ([self._room(kv) for kv in kvs] for kvs in (cache.own, cache.cross))
+            self.sources = self._room(cache.sources)
         own, cross = ([self._rows(kv, seat) for kv in kvs] for kvs in (self.own, self.cross))
-        cache.move(own, cross)
+        cache.move(own, cross, self._rows(self.sources, seat), seat * len(cache.sources))
         self.taken[seat] = cache
 
-    def _rows(self, kv: Tensor, seat: int) -> Tensor:
-        n = len(kv) // len(self.taken)
-        return kv[seat * n : (seat + 1) * n]
+    def _room(self, of_one: Tensor) -> Tensor:
+        return of_one.new_empty((len(self.taken) * len(of_one), *of_one.shape[1:]))
 
-    def inputs(self, n: int) -> list[Buffer]:
-        """The caches in the first `n` seats as MAX takes them, in the same memory."""
-        return [buffer(kv[: len(kv) // len(self.taken) * n]) for kv in (*self.own, *self.cross)]
+    def _rows(self, x: Tensor, seat: int) -> Tensor:
+        n = len(x) // len(self.taken)
+        return x[seat * n : (seat + 1) * n]
+
+    def inputs(self, n: int) -> tuple[Tensor, list[Buffer]]:
+        """Sources, and keys and values, of the caches in the first `n` seats, in the same memory."""
+        sources, *kv = (x[: len(x) // len(self.taken) * n] for x in (self.sources, *self.own, *self.cross))
+        return sources, [buffer(x) for x in kv]
 
 
 @dataclass(frozen=True)
@@ -90,11 +92,10 @@ class Stopped(Exception):
 class Together:
     """The threads that decode together. A thread holds `turn` whenever it does not wait for a token."""
 
-    def __init__(self, n_thread: int, step: Step, n_place: int):
+    def __init__(self, n_thread: int, step: Step):
         self.turn = Condition()
         self.n_thread = n_thread
         self.step = step
-        self.n_place = n_place
         self.seats = Seats(n_thread)
         self.waiting: list[Request] = []
         self.stopped = False
@@ -135,16 +136,13 @@ class Together:
         order = [by_cache[id(cache)] for cache in self.seats.place([request.cache for request in requests])]
         lengths = torch.tensor([each.cache.n_token for each in order for _ in each.tokens])
         rules = Rules.joined([each.rules for each in order])
-        tokens, logprobs, *new = self.step(
-            torch.cat([each.tokens for each in order]), lengths, rules, self.seats.inputs(len(order))
-        )
+        tokens = torch.cat([each.tokens for each in order])
+        found = self.step(tokens, lengths, rules, *self.seats.inputs(len(order)))
+        for each in order:
+            each.cache.n_token += 1
         sizes = [len(each.tokens) for each in order]
-        rows = zip(*(x.split(sizes) for x in (tokens, logprobs, *new)), strict=True)
-        found = {}
-        for each, (its_tokens, its_logprobs, *its_new) in zip(order, rows, strict=True):
-            each.cache.append(its_new, self.n_place)
-            found[id(each.cache)] = its_tokens, its_logprobs
-        return found
+        rows = zip(*(x.split(sizes) for x in found), strict=True)
+        return {id(each.cache): its for each, its in zip(order, rows, strict=True)}
 
 
 def loaded(audio: Iterable[Audio]) -> Generator[tuple[int, Waveform | Exception], None, None]:
@@ -202,7 +200,7 @@ def in_threads(
     n_thread: int,
     options: dict[str, Any],
 ) -> Iterator[tuple[int, Result]]:
-    together = Together(n_thread, model.decoder.step_and_pick, model.dims.n_text_ctx)
+    together = Together(n_thread, model.decoder.step_and_pick)
     results: SimpleQueue[tuple[int, Result]] = SimpleQueue()
 
     def work() -> None:

@@ -248,6 +248,7 @@ class TextDecoder(torch.nn.Module):
             )
         x = x.to(self.device, torch.int64)
         if cache:
+            cache.settle()
             logits, *new = self.network["decoder.step"](x, torch.tensor(cache.n_token), *cache.inputs())
             cache.append(new, self.dims.n_text_ctx)
             return logits
@@ -268,16 +269,23 @@ class TextDecoder(torch.nn.Module):
         if self.together is not None:
             return self.together.pick(x, cache, rules)
         lengths = torch.full((len(x),), cache.n_token)
-        tokens, logprobs, *new = self.step_and_pick(x, lengths, rules, cache.inputs())
-        cache.append(new, self.dims.n_text_ctx)
-        return tokens, logprobs
+        found = self.step_and_pick(x, lengths, rules, cache.sources, cache.inputs())
+        cache.n_token += 1
+        return found
 
     def step_and_pick(
-        self, x: torch.Tensor, lengths: torch.Tensor, rules: Rules, kv: Sequence[Buffer]
-    ) -> list[torch.Tensor]:
-        """As `pick`, for texts with as many tokens before x as `lengths` (batch,) says; kv: as `KeyValueCache.inputs`.
-        Also returns the new keys and values."""
-        return self.network[PICK](x, lengths, *rules, *kv)
+        self,
+        x: torch.Tensor,
+        lengths: torch.Tensor,
+        rules: Rules,
+        sources: torch.Tensor,
+        kv: Sequence[Buffer],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `pick`, for texts with as many tokens before x as `lengths` (batch,) says; sources and kv: as of a
+        `KeyValueCache`, which is written into."""
+        own = kv[: 2 * self.dims.n_text_layer]
+        tokens, logprobs = self.network[PICK](x, lengths, *rules, sources, *kv, *own)
+        return tokens, logprobs
 
     def _aligned(self, x: torch.Tensor, cross: list[torch.Tensor]) -> torch.Tensor:
         logits, *scores = self.network["decoder.alignment"](x, *cross)

@@ -3,12 +3,14 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 from max.graph import TensorValue
 from max.nn.layer import Layer, Module, add_layer_hook, clear_hooks
 from whisper.model import ModelDimensions
 
 from maxwhisper.blocks import Block
+from maxwhisper.model import ResidualAttentionBlock
 from maxwhisper.runtime import Policy, Program
 
 CAPTURED = ("encoder", "decoder.prefill", "decoder.step")
@@ -32,9 +34,25 @@ def layer_outputs(module: Module, path: str) -> Iterator[dict[str, TensorValue]]
             found[SUMS[name]] = inputs[0]
         found[name] = outputs[0] if isinstance(outputs, tuple | list) else outputs
 
+    by_kernel, kernel_outputs = ResidualAttentionBlock.by_kernel, ResidualAttentionBlock.kernel_outputs
+
+    def step(block: ResidualAttentionBlock, x: TensorValue, *others: Any) -> tuple[TensorValue, ...]:
+        # A block's kernel calls no submodule, but puts out what each of them computes.
+        with patch.object(ResidualAttentionBlock, "kernel_outputs", outputs_seen):
+            y, *kv = by_kernel(block, x, *others)
+        hook(block, (x,), {}, y)
+        return y, *kv
+
+    def outputs_seen(block: ResidualAttentionBlock, x: TensorValue, *others: Any) -> Any:
+        y, outputs = kernel_outputs(block, x, *others)
+        for layer, value in outputs.items():
+            hook(layer, (x,), {}, value)
+        return y, outputs
+
     add_layer_hook(hook)
     try:
-        yield found
+        with patch.object(ResidualAttentionBlock, "by_kernel", step):
+            yield found
     finally:
         clear_hooks()
 

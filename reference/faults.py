@@ -17,7 +17,8 @@ from unittest.mock import patch
 
 import torch
 from max.dtype import DType
-from max.graph import ops
+from max.graph import TensorValue, ops
+from max.nn.layer import Module
 from torch import Tensor
 from whisper.model import ModelDimensions
 
@@ -430,6 +431,9 @@ def graph_faults() -> Iterator[Fault]:
     yield fault(
         "cross-attention's norm left out", "decoder.block.step", mistakes.residual("cross-attention's norm left out")
     )
+    late = mistakes.cached(lambda c: c._replace(length=c.length + 1))
+    yield fault("place behind the cached ones heard, in the block's kernel", "decoder.block.step", late)
+    yield fault("another text's cache", "decoder.block.step", mistakes.cached(mistakes.of_other_rows))
     no_ln = lambda self, x: model.linear(x, self.token_embedding.weight).cast(DType.float32)  # noqa: E731
     yield fault(
         "last norm left out, decoder",
@@ -465,16 +469,21 @@ def with_weight_fault(suite: Suite, fault: Fault) -> dict[str, Executable]:
     return suite.graphs({**suite.tensors, **fault.change(suite.tensors, suite.dims)}, LAYER)
 
 
+def faulty(fault: Fault, right: Program) -> Program:
+    """The program of the fault's block with the fault in it, which is there only while the program is traced."""
+
+    def function(module: Module, *inputs: TensorValue) -> Sequence[TensorValue]:
+        assert fault.patched is not None
+        with fault.patched():
+            return right.function(module, *inputs)
+
+    return replace(right, name=fault.name, function=function)
+
+
 def compile_graph_faults(suite: Suite, faults: Sequence[Fault]) -> dict[str, Executable]:
     """The faulty blocks of graph faults, by the fault's name, compiled together."""
-
-    def programs() -> Iterator[Program]:
-        for fault in faults:
-            assert fault.patched is not None
-            with fault.patched():  # until the program has been traced
-                yield replace(BLOCKS[fault.block].program(suite.dims, suite.policy), name=fault.name)
-
-    artifact = Artifact(f"{suite.model.size}, graph faults", programs(), suite.device)
+    programs = [faulty(fault, BLOCKS[fault.block].program(suite.dims, suite.policy)) for fault in faults]
+    artifact = Artifact(f"{suite.model.size}, graph faults", programs, suite.device)
     return artifact.init(suite.tensors, audio_layer=LAYER, text_layer=LAYER)
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -41,12 +41,14 @@ def half(dtype: DType) -> DType:
 
 
 def written_out(right: Patch) -> Patch:
-    """A patch of attention that also applies where a kernel would compute it."""
-    attn = model.MultiHeadAttention
+    """A patch of attention or of a block that also applies where a kernel would compute that."""
 
     @contextmanager
     def patched() -> Iterator[None]:
-        with patch.object(attn, "by_kernel", attn.written_out), right():
+        with ExitStack() as stack:
+            for owner in (model.MultiHeadAttention, model.ResidualAttentionBlock):
+                stack.enter_context(patch.object(owner, "by_kernel", owner.written_out))
+            stack.enter_context(right())
             yield
 
     return patched
@@ -107,15 +109,17 @@ def interleaved_heads(self: model.MultiHeadAttention, x: TensorValue) -> model.K
 
 
 def cached(change: Callable[[model.Cache], model.Cache]) -> Patch:
-    """Attention of one token over another cache."""
-    right = model.MultiHeadAttention.by_kernel
+    """Kernels that read another cache: attention of one token, and the block around it."""
+    for_kernel = model.Cache.for_kernel
+    return method(model.Cache, "for_kernel", lambda cache, batch: for_kernel(change(cache), batch))
 
-    def by_kernel(
-        self: model.MultiHeadAttention, q: TensorValue, kv: model.KeyValue, mask: Any, cache: model.Cache | None
-    ) -> TensorValue:
-        return right(self, q, kv, mask, cache and change(cache))
 
-    return lambda: patch.object(model.MultiHeadAttention, "by_kernel", by_kernel)
+def of_other_rows(cache: model.Cache) -> model.Cache:
+    """Every text's cache is read from the row of the text behind it, the last one's from the first."""
+    batch, place = cache.k.shape[0], cache.k.shape[2]
+    rows = model.indices(batch, cache.k.device)
+    behind = ops.concat([rows[1:], rows[:1]]).rebind([batch])
+    return cache._replace(sources=ops.unsqueeze(behind, 1).broadcast_to((batch, place)))
 
 
 def without_newest(kv: model.KeyValue) -> model.KeyValue:
@@ -210,7 +214,7 @@ def residual(form: str) -> Patch:
         update = self.mlp(self.mlp_ln(x))
         return (update if form == "mlp without residual" else x + update), kv, scores
 
-    return lambda: patch.object(model.ResidualAttentionBlock, "__call__", call)
+    return written_out(method(model.ResidualAttentionBlock, "__call__", call))
 
 
 def decode(change: Callable[[Any, Any], tuple[Any, Any]]) -> Patch:

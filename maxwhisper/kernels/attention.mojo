@@ -6,7 +6,7 @@ from max.runtime.asyncrt import parallelism_level
 from std.math import ceildiv, exp
 
 import extensibility
-from extensibility import InputTensor, OutputTensor
+from extensibility import InputTensor, OutputTensor, _MutableInputTensor
 
 from .tiles import WIDTH
 
@@ -15,8 +15,16 @@ comptime KEYS = 64  # added up at a time: a sum of sums rounds less than one lon
 comptime TASK = 1 << 17  # numbers in keys and values that are worth a task of their own
 
 
-struct Rows[dtype: DType, origin: Origin[mut=False]](TrivialRegisterPassable):
-    """Consecutive keys or values of a head, each (channel,)."""
+trait Keys(Sized, TrivialRegisterPassable):
+    """Keys or values of a head, each (channel,)."""
+
+    def load[n_channel: Int](self, key: Int, channel: Int) -> SIMD[DType.float32, WIDTH]:
+        """Returns some channels of one of them."""
+        ...
+
+
+struct Rows[dtype: DType, origin: Origin[mut=False]](Keys):
+    """One behind the other."""
 
     var first: Pointer[Scalar[Self.dtype], Self.origin]
     var number: Int
@@ -24,6 +32,44 @@ struct Rows[dtype: DType, origin: Origin[mut=False]](TrivialRegisterPassable):
     def __init__(out self, first: Pointer[Scalar[Self.dtype], Self.origin], number: Int):
         self.first = first
         self.number = number
+
+    @always_inline
+    def __len__(self) -> Int:
+        return self.number
+
+    @always_inline
+    def load[n_channel: Int](self, key: Int, channel: Int) -> SIMD[DType.float32, WIDTH]:
+        return self.first.unsafe_load[width=WIDTH](key * n_channel + channel).cast[DType.float32]()
+
+
+struct ScatteredRows[dtype: DType, origin: Origin[mut=False], source_origin: Origin[mut=False]](Keys):
+    """The one of a place in row sources[place] of a cache, whose rows are `row_size` numbers apart."""
+
+    var first: Pointer[Scalar[Self.dtype], Self.origin]
+    var number: Int
+    var sources: Pointer[Int64, Self.source_origin]
+    var row_size: Int
+
+    def __init__(
+        out self,
+        first: Pointer[Scalar[Self.dtype], Self.origin],
+        number: Int,
+        sources: Pointer[Int64, Self.source_origin],
+        row_size: Int,
+    ):
+        self.first = first
+        self.number = number
+        self.sources = sources
+        self.row_size = row_size
+
+    @always_inline
+    def __len__(self) -> Int:
+        return self.number
+
+    @always_inline
+    def load[n_channel: Int](self, key: Int, channel: Int) -> SIMD[DType.float32, WIDTH]:
+        var at = Int(self.sources[unsafe_offset=key]) * self.row_size + key * n_channel + channel
+        return self.first.unsafe_load[width=WIDTH](at).cast[DType.float32]()
 
 
 def scale[n_channel: Int]() -> Float32:
@@ -33,17 +79,17 @@ def scale[n_channel: Int]() -> Float32:
 @always_inline
 def score[
     n_channel: Int, queries: Int
-](q: Pointer[Float32, _], n_state: Int, keys: Rows, scores: Pointer[mut=True, Float32, _], n_key: Int):
+](q: Pointer[Float32, _], n_state: Int, keys: Some[Keys], scores: Pointer[mut=True, Float32, _], n_key: Int):
     """Writes the scaled products of some queries, `n_state` apart, with every key; scores is (queries, n_key)."""
     comptime vectors = n_channel // WIDTH
     var qs = Array[SIMD[DType.float32, WIDTH], queries * vectors](fill=0)
     comptime for i in range(queries):
         comptime for c in range(vectors):
             qs[i * vectors + c] = q.unsafe_load[width=WIDTH](i * n_state + c * WIDTH)
-    for key in range(keys.number):
+    for key in range(len(keys)):
         var sums = Array[SIMD[DType.float32, WIDTH], queries](fill=0)
         comptime for c in range(vectors):
-            var ks = keys.first.unsafe_load[width=WIDTH](key * n_channel + c * WIDTH).cast[DType.float32]()
+            var ks = keys.load[n_channel](key, c * WIDTH)
             comptime for i in range(queries):
                 sums[i] = ks.fma(qs[i * vectors + c], sums[i])
         comptime for i in range(queries):
@@ -81,16 +127,16 @@ def add_weighted[
 ](
     weights: Pointer[Float32, _],
     n_key: Int,
-    values: Rows,
+    values: Some[Keys],
     mut totals: Array[SIMD[DType.float32, WIDTH], queries * (n_channel // WIDTH)],
 ):
     """Adds the values times every query's weights (queries, n_key) to its total."""
     comptime vectors = n_channel // WIDTH
-    for first in range(0, values.number, KEYS):
+    for first in range(0, len(values), KEYS):
         var sums = Array[SIMD[DType.float32, WIDTH], queries * vectors](fill=0)
-        for key in range(first, min(first + KEYS, values.number)):
+        for key in range(first, min(first + KEYS, len(values))):
             comptime for c in range(vectors):
-                var vs = values.first.unsafe_load[width=WIDTH](key * n_channel + c * WIDTH).cast[DType.float32]()
+                var vs = values.load[n_channel](key, c * WIDTH)
                 comptime for i in range(queries):
                     sums[i * vectors + c] = vs.fma(weights[unsafe_offset=i * n_key + key], sums[i * vectors + c])
         comptime for i in range(queries * vectors):
@@ -98,104 +144,98 @@ def add_weighted[
 
 
 @always_inline
-def attend[
+def store[
     n_channel: Int, queries: Int
 ](
     y: Pointer[mut=True, Float32, _],
-    q: Pointer[Float32, _],
     n_state: Int,
-    past_keys: Rows,
-    past_values: Rows,
-    new_keys: Rows,
-    new_values: Rows,
-    scores: Pointer[mut=True, Float32, _],
-    weights: Pointer[mut=True, Float32, _],
+    totals: Array[SIMD[DType.float32, WIDTH], queries * (n_channel // WIDTH)],
+    sums: Array[Float32, queries],
 ):
-    """The attention of some queries, `n_state` apart, over past and new keys; scores and weights hold a value for each
-    of both."""
+    """Writes every query's total, divided by the sum of its weights; n_state apart."""
     comptime vectors = n_channel // WIDTH
-    var n_past = past_keys.number
-    var n_key = n_past + new_keys.number
-    score[n_channel, queries](q, n_state, past_keys, scores, n_key)
-    score[n_channel, queries](q, n_state, new_keys, scores.unsafe_offset(n_past), n_key)
-    var sums = Array[Float32, queries](fill=0)
-    comptime for i in range(queries):
-        sums[i] = exponentials(scores.unsafe_offset(i * n_key), weights.unsafe_offset(i * n_key), n_key)
-    var totals = Array[SIMD[DType.float32, WIDTH], queries * vectors](fill=0)
-    add_weighted[n_channel, queries](weights, n_key, past_values, totals)
-    add_weighted[n_channel, queries](weights.unsafe_offset(n_past), n_key, new_values, totals)
     comptime for i in range(queries):
         comptime for c in range(vectors):
             y.unsafe_store(i * n_state + c * WIDTH, totals[i * vectors + c] / sums[i])
 
 
-def attention[
+@always_inline
+def attend_together[
+    n_channel: Int, queries: Int
+](
+    y: Pointer[mut=True, Float32, _],
+    q: Pointer[Float32, _],
+    n_state: Int,
+    keys: Rows,
+    values: Rows,
+    scores: Pointer[mut=True, Float32, _],
+    weights: Pointer[mut=True, Float32, _],
+):
+    """The attention of some queries, `n_state` apart, over the same keys."""
+    var n_key = len(keys)
+    score[n_channel, queries](q, n_state, keys, scores, n_key)
+    var sums = Array[Float32, queries](fill=0)
+    comptime for i in range(queries):
+        sums[i] = exponentials(scores.unsafe_offset(i * n_key), weights.unsafe_offset(i * n_key), n_key)
+    var totals = Array[SIMD[DType.float32, WIDTH], queries * (n_channel // WIDTH)](fill=0)
+    add_weighted[n_channel, queries](weights, n_key, values, totals)
+    store[n_channel, queries](y, n_state, totals, sums)
+
+
+def attend_to_window[
     n_channel: Int
 ](
-    y: OutputTensor[dtype=DType.float32, rank=3, ...],
-    q: InputTensor[dtype=DType.float32, rank=3, ...],
-    k: InputTensor[rank=4, ...],
-    v: InputTensor[rank=4, ...],
-    n_past: List[Int],
-    k_new: InputTensor[rank=4, ...],
-    v_new: InputTensor[rank=4, ...],
-    n_new: Int,
-) raises:
-    """Attends to the first `n_past` places of each row of k and v, and to the first `n_new` of k_new and v_new."""
-    comptime assert n_channel % WIDTH == 0, "channels must fill vectors"
-    var n_row = k.dim_size(0)
-    var n_head = k.dim_size(1)
-    var n_place = k.dim_size(2)
-    var n_query = q.dim_size(0) // n_row  # texts that share a row
-    var n_state = q.dim_size(2)
-    var qs, ys = q.unsafe_ptr(), y.unsafe_ptr()
-    var ks, vs = k.unsafe_ptr(), v.unsafe_ptr()
-    var ks_new, vs_new = k_new.unsafe_ptr(), v_new.unsafe_ptr()
+    y: Pointer[mut=True, Float32, _],
+    q: Pointer[Float32, _],
+    n_query: Int,
+    n_state: Int,
+    keys: Rows,
+    values: Rows,
+    scores: Pointer[mut=True, Float32, _],
+    weights: Pointer[mut=True, Float32, _],
+):
+    """The attention of a head of all queries, `n_state` apart, over the same keys; scores and weights hold QUERIES
+    values for each key."""
+    var query = 0
+    while query + QUERIES <= n_query:
+        attend_together[n_channel, QUERIES](
+            y.unsafe_offset(query * n_state), q.unsafe_offset(query * n_state), n_state, keys, values, scores, weights
+        )
+        query += QUERIES
+    for rest in range(query, n_query):
+        attend_together[n_channel, 1](
+            y.unsafe_offset(rest * n_state), q.unsafe_offset(rest * n_state), n_state, keys, values, scores, weights
+        )
 
-    @always_inline
-    @__parameter
-    def head(number: Int, scores: Pointer[mut=True, Float32, _], weights: Pointer[mut=True, Float32, _]):
-        var row = number // n_head
-        var past = number * n_place * n_channel
-        var new = number * n_new * n_channel
 
-        @always_inline
-        @__parameter
-        def some[queries: Int](query: Int):
-            var at = (row * n_query + query) * n_state + number % n_head * n_channel
-            attend[n_channel, queries](
-                ys.unsafe_offset(at),
-                qs.unsafe_offset(at),
-                n_state,
-                Rows(ks.unsafe_offset(past), n_past[row]),
-                Rows(vs.unsafe_offset(past), n_past[row]),
-                Rows(ks_new.unsafe_offset(new), n_new),
-                Rows(vs_new.unsafe_offset(new), n_new),
-                scores,
-                weights,
-            )
+def attend_to_text[
+    n_channel: Int, new_dtype: DType
+](
+    y: Pointer[mut=True, Float32, _],
+    q: Pointer[Float32, _],
+    keys: Some[Keys],
+    values: Some[Keys],
+    new_key: Pointer[Scalar[new_dtype], _],
+    new_value: Pointer[Scalar[new_dtype], _],
+    scores: Pointer[mut=True, Float32, _],
+    weights: Pointer[mut=True, Float32, _],
+):
+    """The attention of a head of one query over the text before it and its own key; scores and weights hold a value for
+    each key."""
+    var n_past = len(keys)
+    score[n_channel, 1](q, 0, keys, scores, 0)
+    score[n_channel, 1](q, 0, Rows(new_key, 1), scores.unsafe_offset(n_past), 0)
+    var sums = Array[Float32, 1](fill=exponentials(scores, weights, n_past + 1))
+    var totals = Array[SIMD[DType.float32, WIDTH], n_channel // WIDTH](fill=0)
+    add_weighted[n_channel, 1](weights, 0, values, totals)
+    add_weighted[n_channel, 1](weights.unsafe_offset(n_past), 0, Rows(new_value, 1), totals)
+    store[n_channel, 1](y, 0, totals, sums)
 
-        var query = 0
-        while query + QUERIES <= n_query:
-            some[QUERIES](query)
-            query += QUERIES
-        for rest in range(query, n_query):
-            some[1](rest)
 
-    var n_key, longest = n_row * n_new, 0
-    for row in range(n_row):
-        n_key += n_past[row]
-        longest = max(longest, n_past[row])
-    var n_task = max(1, min(n_key * n_head * n_channel * 2 // TASK, parallelism_level(None)))
-    var share = ceildiv(n_row * n_head, n_task)
-
-    def task(number: Int) raises {imm}:
-        var scores = List[Float32](length=QUERIES * (longest + n_new), fill=0)
-        var weights = List[Float32](length=QUERIES * (longest + n_new), fill=0)
-        for each in range(number * share, min((number + 1) * share, n_row * n_head)):
-            head(each, scores.unsafe_ptr(), weights.unsafe_ptr())
-
-    sync_parallelize(task, ceildiv(n_row * n_head, share))
+def share_of(n_head: Int, n_key: Int, n_channel: Int) -> Int:
+    """How many of n_head heads, which have n_key keys together, a task computes."""
+    var n_task = max(1, min(n_key * n_channel * 2 // TASK, parallelism_level(None)))
+    return ceildiv(n_head, n_task)
 
 
 @extensibility.register("maxwhisper.attention")
@@ -216,7 +256,31 @@ struct Attention:
         v: InputTensor[rank=4, ...],
         ctx: DeviceContext,
     ) raises:
-        attention[n_channel](y, q, k, v, List[Int](length=k.dim_size(0), fill=k.dim_size(2)), k, v, 0)
+        comptime assert n_channel % WIDTH == 0, "channels must fill vectors"
+        var n_row, n_head, n_key = k.dim_size(0), k.dim_size(1), k.dim_size(2)
+        var n_query = q.dim_size(0) // n_row
+        var n_state = q.dim_size(2)
+        var qs, ys = q.unsafe_ptr(), y.unsafe_ptr()
+        var ks, vs = k.unsafe_ptr(), v.unsafe_ptr()
+        var share = share_of(n_row * n_head, n_row * n_head * n_key, n_channel)
+
+        def task(number: Int) raises {imm}:
+            var scores = List[Float32](length=QUERIES * n_key, fill=0)
+            var weights = List[Float32](length=QUERIES * n_key, fill=0)
+            for head in range(number * share, min((number + 1) * share, n_row * n_head)):
+                var at = head // n_head * n_query * n_state + head % n_head * n_channel
+                attend_to_window[n_channel](
+                    ys.unsafe_offset(at),
+                    qs.unsafe_offset(at),
+                    n_query,
+                    n_state,
+                    Rows(ks.unsafe_offset(head * n_key * n_channel), n_key),
+                    Rows(vs.unsafe_offset(head * n_key * n_channel), n_key),
+                    scores.unsafe_ptr(),
+                    weights.unsafe_ptr(),
+                )
+
+        sync_parallelize(task, ceildiv(n_row * n_head, share))
 
 
 @extensibility.register("maxwhisper.cached_attention")
@@ -224,7 +288,8 @@ struct CachedAttention:
     """Computes the same over a cache and one new key and value for each text.
 
     y, q: (batch, 1, head * channel).
-    k, v: (batch, head, place, channel), of which the first `n_past` places of a text are filled; n_past: (batch,).
+    k, v: (row, head, place, channel), of which the first `n_past` places of a text are filled; n_past: (batch,).
+    sources: (batch, place), the row in which a text's key and value of a place are.
     k_new, v_new: (batch, head, 1, channel).
     """
 
@@ -235,13 +300,70 @@ struct CachedAttention:
         y: OutputTensor[dtype=DType.float32, rank=3, ...],
         q: InputTensor[dtype=DType.float32, rank=3, ...],
         k: InputTensor[rank=4, ...],
-        v: InputTensor[rank=4, ...],
+        v: InputTensor[dtype=k.dtype, rank=4, ...],
         n_past: InputTensor[dtype=DType.int64, rank=1, ...],
+        sources: InputTensor[dtype=DType.int64, rank=2, ...],
         k_new: InputTensor[rank=4, ...],
-        v_new: InputTensor[rank=4, ...],
+        v_new: InputTensor[dtype=k_new.dtype, rank=4, ...],
         ctx: DeviceContext,
     ) raises:
-        var lengths = List[Int](length=k.dim_size(0), fill=0)
-        for row in range(k.dim_size(0)):
-            lengths[row] = Int(n_past.unsafe_ptr()[unsafe_offset=row])
-        attention[n_channel](y, q, k, v, lengths, k_new, v_new, 1)
+        comptime assert n_channel % WIDTH == 0, "channels must fill vectors"
+        var n_text, n_head, n_place = q.dim_size(0), k.dim_size(1), k.dim_size(2)
+        var qs, ys = q.unsafe_ptr(), y.unsafe_ptr()
+        var ks, vs = k.unsafe_ptr(), v.unsafe_ptr()
+        var ks_new, vs_new = k_new.unsafe_ptr(), v_new.unsafe_ptr()
+        var lengths, rows = n_past.unsafe_ptr(), sources.unsafe_ptr()
+        var row_size = n_head * n_place * n_channel
+        var n_key, longest = 0, 0
+        for text in range(n_text):
+            n_key += n_head * (Int(lengths[unsafe_offset=text]) + 1)
+            longest = max(longest, Int(lengths[unsafe_offset=text]) + 1)
+        var share = share_of(n_text * n_head, n_key, n_channel)
+
+        def task(number: Int) raises {imm}:
+            var scores = List[Float32](length=longest, fill=0)
+            var weights = List[Float32](length=longest, fill=0)
+            for each in range(number * share, min((number + 1) * share, n_text * n_head)):
+                var text, head = divmod(each, n_head)
+                var at = head * n_place * n_channel
+                var length = Int(lengths[unsafe_offset=text])
+                var own_rows = rows.unsafe_offset(text * n_place)
+                attend_to_text[n_channel](
+                    ys.unsafe_offset(each * n_channel),
+                    qs.unsafe_offset(each * n_channel),
+                    ScatteredRows(ks.unsafe_offset(at), length, own_rows, row_size),
+                    ScatteredRows(vs.unsafe_offset(at), length, own_rows, row_size),
+                    ks_new.unsafe_offset(each * n_channel),
+                    vs_new.unsafe_offset(each * n_channel),
+                    scores.unsafe_ptr(),
+                    weights.unsafe_ptr(),
+                )
+
+        sync_parallelize(task, ceildiv(n_text * n_head, share))
+
+
+@extensibility.register("maxwhisper.append")
+struct Append:
+    """Puts one new key and value of each text into its own row of a cache, behind those that are filled.
+
+    k, v, n_past, k_new, v_new: as for maxwhisper.cached_attention.
+    """
+
+    @staticmethod
+    def execute(
+        k: _MutableInputTensor[rank=4, ...],
+        v: _MutableInputTensor[dtype=k.dtype, rank=4, ...],
+        k_new: InputTensor[dtype=k.dtype, rank=4, ...],
+        v_new: InputTensor[dtype=k.dtype, rank=4, ...],
+        n_past: InputTensor[dtype=DType.int64, rank=1, ...],
+        ctx: DeviceContext,
+    ) raises:
+        var n_head, n_place, n_channel = k.dim_size(1), k.dim_size(2), k.dim_size(3)
+        for text in range(k_new.dim_size(0)):
+            for head in range(n_head):
+                var row = text * n_head + head
+                var place = Int(n_past.unsafe_ptr()[unsafe_offset=text])
+                for channel in range(n_channel):
+                    var at = (row * n_place + place) * n_channel + channel
+                    k.unsafe_ptr()[unsafe_offset=at] = k_new.unsafe_ptr()[unsafe_offset=row * n_channel + channel]
+                    v.unsafe_ptr()[unsafe_offset=at] = v_new.unsafe_ptr()[unsafe_offset=row * n_channel + channel]

@@ -58,6 +58,51 @@ def products[
     return y^
 
 
+@always_inline
+def multiply[
+    dtype: DType,
+    stored: DType,
+    //,
+    put: def[columns: Int](Int, Int, SIMD[DType.float32, columns]) capturing -> None,
+](
+    x: Pointer[Scalar[dtype], _],
+    weights: Pointer[Scalar[stored], _],
+    n_row: Int,
+    n_in: Int,
+    first: Int,
+    end: Int,
+):
+    """Multiplies every row of x with the rows `first` to `end` of weights, which are rounded to the dtype of x.
+
+    put: is given a row, a column, and the products from there on.
+    """
+
+    @always_inline
+    @__parameter
+    def block[rows: Int, columns: Int](row: Int, column: Int):
+        var values = Array[SIMD[DType.float32, columns], rows](fill=0)
+        for c in range(columns):
+            var one = products[rows](x.unsafe_offset(row * n_in), weights.unsafe_offset((column + c) * n_in), n_in)
+            comptime for r in range(rows):
+                values[r][c] = one[r]
+        comptime for r in range(rows):
+            put[columns](row + r, column, values[r])
+
+    var column = first
+    while column + COLUMNS <= end:
+        # The weights of these columns come from memory once, and then from the cache.
+        var row = 0
+        while row + ROWS <= n_row:
+            block[ROWS, COLUMNS](row, column)
+            row += ROWS
+        for rest in range(row, n_row):
+            block[1, COLUMNS](rest, column)
+        column += COLUMNS
+    for rest in range(column, end):
+        for row in range(n_row):
+            block[1, 1](row, rest)
+
+
 @extensibility.register("maxwhisper.linear")
 struct Linear:
     """Computes y[..., row, out], the sum over in of x[..., row, in] * weight[out, in], in float32, where weights are
@@ -82,38 +127,10 @@ struct Linear:
 
         @always_inline
         @__parameter
-        def block[rows: Int, columns: Int](row: Int, column: Int):
-            var values = Array[SIMD[DType.float32, columns], rows](fill=0)
-            for c in range(columns):
-                var one = products[rows](
-                    by.unsafe_offset(row * n_in), weights.unsafe_offset((column + c) * n_in), n_in
-                )
-                comptime for r in range(rows):
-                    values[r][c] = one[r]
-            comptime for r in range(rows):
-                y._lambda_store[width=columns](
-                    IndexList[3]((row + r) // n_token, (row + r) % n_token, column), values[r]
-                )
-
-        @always_inline
-        @__parameter
-        def every_row(column: Int):
-            # The weights of these columns come from memory once, and then from the cache.
-            var row = 0
-            while row + ROWS <= n_row:
-                block[ROWS, COLUMNS](row, column)
-                row += ROWS
-            for rest in range(row, n_row):
-                block[1, COLUMNS](rest, column)
+        def put[columns: Int](row: Int, column: Int, values: SIMD[DType.float32, columns]):
+            y._lambda_store[width=columns](IndexList[3](row // n_token, row % n_token, column), values)
 
         def task(number: Int) raises {imm}:
-            var column = number * share
-            var end = min(column + share, n_out)
-            while column + COLUMNS <= end:
-                every_row(column)
-                column += COLUMNS
-            for rest in range(column, end):
-                for row in range(n_row):
-                    block[1, 1](row, rest)
+            multiply[put](by, weights, n_row, n_in, number * share, min((number + 1) * share, n_out))
 
         sync_parallelize(task, ceildiv(n_out, share))

@@ -215,6 +215,12 @@ class Attention(Module):
     ) -> list[TensorValue]:
         return [self.attn.by_kernel(q, KeyValue(*new), cache=Cache(k, v, length))]
 
+    def scattered(
+        self, q: TensorValue, k: TensorValue, v: TensorValue, length: TensorValue, *others: TensorValue
+    ) -> list[TensorValue]:
+        *new, sources = others
+        return [self.attn.by_kernel(q, KeyValue(*new), cache=Cache(k, v, length, sources))]
+
     def written_out(
         self, q: TensorValue, k: TensorValue, v: TensorValue, length: TensorValue, *new: TensorValue
     ) -> list[TensorValue]:
@@ -251,6 +257,7 @@ def attentions() -> dict[str, Executable]:
     length, lengths = TensorType(DType.int64, [], cpu), TensorType(DType.int64, ["batch"], cpu)
     cross = {**queries("state"), "k": heads("row", "key"), "v": heads("row", "key")}
     cached = {**queries("state"), **behind_a_cache("head")}
+    scattered = {**cached, "sources": TensorType(DType.int64, ["batch", "place"], cpu)}
     written_out = {**queries(2 * N_CHANNEL), **behind_a_cache(2)}
     many = {**cross, **queries("state", "token")}
     half = {name: TensorType(DType.bfloat16, kind.shape, cpu) for name, kind in many.items()}
@@ -262,6 +269,7 @@ def attentions() -> dict[str, Executable]:
         Program("cross", "", Attention(), Attention.cross, cross),
         Program("cached", "", Attention(), Attention.cached, cached),
         Program("of other lengths", "", Attention(), Attention.cached, {**cached, "length": lengths}),
+        Program("of other rows", "", Attention(), Attention.scattered, scattered),
         Program("written out", "", Attention(), Attention.written_out, written_out),
     ]
     return Artifact("attentions", programs, "cpu").init({})
@@ -372,3 +380,17 @@ def test_texts_of_other_lengths_attend_as_they_do_alone() -> None:
         attentions()["cached"](*row[:3], torch.tensor(n), *row[3:])[0] for row, n in zip(rows, lengths, strict=True)
     ]
     assert together.equal(torch.cat(alone))
+
+
+@settings(max_examples=60, deadline=None)
+@given(n_past=st.integers(0, 300), **SIZES)
+def test_places_may_be_read_from_any_row(rows: int, n_head: int, n_past: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    q, k_new, v_new = (torch.randn(rows, *shape, generator=generator) for shape in (
+        (1, n_head * N_CHANNEL), (n_head, 1, N_CHANNEL), (n_head, 1, N_CHANNEL)
+    ))  # fmt: skip
+    k, v = torch.randn(2, rows, n_head, n_past + 2, N_CHANNEL, generator=generator)
+    sources = torch.randint(0, rows, (rows, n_past + 2), generator=generator)
+    gathered = (x[sources, :, torch.arange(n_past + 2)].transpose(1, 2) for x in (k, v))
+    (ours,) = attentions()["of other rows"](q, k, v, torch.tensor(n_past), k_new, v_new, sources)
+    assert ours.equal(attentions()["cached"](q, *gathered, torch.tensor(n_past), k_new, v_new)[0])

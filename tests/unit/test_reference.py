@@ -11,13 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from max.graph import Module as GraphModule
 from torch import Tensor
 from whisper.model import ModelDimensions, Whisper
 
 from maxwhisper.blocks import BLOCKS
+from maxwhisper.runtime import Program
 from reference.blocks import TWINS, decoder, decoder_keys_values, pytorch_whisper
 from reference.causes import likely_causes
+from reference.faults import Fault, faulty, graph_faults
 from reference.judge import UNIT_ROUNDOFF, Comparison, Judgement, K, Measure, Output, condition, judge
+from reference.suite import FIXTURE, Suite, load
 from reference.transcripts import Yardstick
 
 DIMS = ModelDimensions(
@@ -323,3 +327,25 @@ def test_a_condition_widens_the_floor_alone() -> None:
     assert "50 times" in str(wide)
     for (_, before), (_, after) in zip(plain.measures, wide.measures, strict=True):
         assert after.budget - K * after.peer == pytest.approx(50 * (before.budget - K * before.peer))
+
+
+# ---- faults --------------------------------------------------------------------------------------------------------
+
+
+def traced(program: Program) -> str:
+    module = GraphModule()
+    replace(program, name="graph").trace(module)
+    return str(module.mlir_module)
+
+
+def test_every_graph_fault_changes_its_graph() -> None:
+    suite = Suite(load(FIXTURE), torch.float32)
+
+    def right(fault: Fault) -> Program:
+        return BLOCKS[fault.block].program(suite.dims, suite.policy)
+
+    faults = list(graph_faults())
+    graphs = {fault.block: traced(right(fault)) for fault in faults}
+    for fault in faults:
+        assert traced(faulty(fault, right(fault))) != graphs[fault.block], fault.name
+    assert graphs == {fault.block: traced(right(fault)) for fault in faults}

@@ -198,6 +198,32 @@ def test_rearranged_cache_continues_the_chosen_texts(
     assert not inference.cache
 
 
+def test_texts_picked_for_may_be_read_from_each_others_rows(
+    model: Whisper, features: torch.Tensor, tokens: torch.Tensor
+) -> None:
+    rules = DecodingTask(model, whisper.DecodingOptions(fp16=False, language="en"))._rules()
+    assert rules is not None
+    texts = torch.cat([tokens, tokens.roll(1, dims=1), tokens.roll(2, dims=1)])
+    n_start = texts.shape[1] - 3
+    moved = MaxInference(model, n_start)
+    moved.logits(texts[:, :n_start], features[:1])
+    for n, chosen in enumerate([[2, 0, 0], [1, 2, 0], [0, 0, 1]], n_start + 1):
+        moved.rearrange_kv_cache(chosen)
+        texts = texts[chosen].clone()
+        texts[:, n - 1] = torch.arange(3) + 100 * n  # what follows differs, where the texts before are the same
+        found = moved.pick(texts[:, :n], rules.inputs(texts[:, :n], 3))
+    still = MaxInference(model, n_start)
+    still.logits(texts[:, :n_start], features[:1])
+    for n in range(n_start + 1, texts.shape[1] + 1):
+        expected = still.pick(texts[:, :n], rules.inputs(texts[:, :n], 3))
+    assert found.tokens.equal(expected.tokens)
+    assert not moved.cache.sources.equal(still.cache.sources)
+    moved.cache.settle()
+    assert moved.cache.sources.equal(still.cache.sources)
+    for ours, theirs in zip(filled(moved.cache), filled(still.cache), strict=True):
+        assert ours[:, :, n_start:].equal(theirs[:, :, n_start:])
+
+
 def filled(cache: KeyValueCache) -> list[torch.Tensor]:
     return [kv[:, :, : cache.n_token] for kv in cache.own]
 
