@@ -101,8 +101,8 @@ def teacher_forced(suite: Suite, clip: dict[str, Any]) -> Judgement:
     """The chain over a clip's first window with its own text given: the logits of every next token."""
     audio, tokens = window_of(clip, suite.dims)
     ours = max_plain(suite, suite.own_graphs, audio, tokens)["decoder"]
-    oracle = pytorch_chain(suite.model.oracle, audio, tokens, torch.float64)["decoder"]
-    peer = pytorch_chain(suite.peer, audio, tokens, suite.dtype)["decoder"]
+    oracle = pytorch_logits(suite.model.oracle, audio, tokens, torch.float64)
+    peer = pytorch_logits(suite.peer, audio, tokens, suite.dtype)
     comparison = Comparison(suite.model.size, suite.dtype, "decoder.prefill", 0, clip["file"], suite.device)
     return judge_chained(suite, comparison, oracle, peer, ours)
 
@@ -143,7 +143,7 @@ def capture_effect(output: str, plain: Tensor, captured: Tensor) -> CaptureEffec
 @torch.no_grad()
 def pytorch_chain(model: Whisper, audio: Tensor, tokens: Tensor, dtype: torch.dtype) -> Outputs:
     """Every submodule's output under its name, with STEP before it for what the step computes."""
-    mel = log_mel(model, 0, audio.to(torch.promote_types(dtype, torch.float32)))[0]
+    mel = pytorch_mel(model, audio, dtype)
     values: Outputs = {"log_mel": mel}
 
     def part(prefix: str, run: Callable[[], list[Tensor]]) -> list[Tensor]:
@@ -162,6 +162,19 @@ def pytorch_chain(model: Whisper, audio: Tensor, tokens: Tensor, dtype: torch.dt
     kv = {"offset": length_of(cache)} | layers("cache", cache) | layers("cross", cross)
     values[STEP + "decoder"] = part(STEP, lambda: decoder_twin(model, 0, tokens[:, -1:], **kv))[0]
     return {name: value.cpu() for name, value in values.items()}
+
+
+@torch.no_grad()
+def pytorch_logits(model: Whisper, audio: Tensor, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    """The logits behind all tokens but the last."""
+    features = model.encoder(pytorch_mel(model, audio, dtype)[None].to(model.device, dtype))
+    cross = layers("cross", decoder_keys_values(model, 0, features))
+    return decoder_twin(model, 0, tokens[:, :-1].to(model.device), **cross)[0].cpu()
+
+
+def pytorch_mel(model: Whisper, audio: Tensor, dtype: torch.dtype) -> Tensor:
+    """In float32 at least."""
+    return log_mel(model, 0, audio.to(torch.promote_types(dtype, torch.float32)))[0]
 
 
 def length_of(cache: list[Tensor]) -> Tensor:

@@ -39,6 +39,8 @@ K = 4.0
 UNIT_ROUNDOFF = {dtype: torch.finfo(dtype).eps / 2 for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 DRAWS = 4
 """How many roundings of the inputs a condition is found from."""
+SOME_POSITIONS = 4
+"""Whose logits are computed with at a time."""
 MAP_SHAPE = (48, 96)
 """Most rows and columns of a map of errors."""
 
@@ -376,6 +378,19 @@ def expected_maximum(n: int) -> float:
     return max(1.0, math.sqrt(2 * math.log(n)))
 
 
+def divergences(right: Tensor, *others: Tensor) -> list[Tensor]:
+    """KL divergence of the probabilities of others at every position, all (position, token); computed for a few
+    positions at a time, which then stay in the processor's cache."""
+    found: list[list[Tensor]] = [[] for _ in others]
+    for first in range(0, len(right), SOME_POSITIONS):
+        some = slice(first, first + SOME_POSITIONS)
+        exact = right[some].log_softmax(-1)
+        probability = exact.exp()
+        for logits, of_this in zip(others, found, strict=True):
+            of_this.append((probability * (exact - logits[some].log_softmax(-1))).sum(-1).clamp(min=0))
+    return [torch.cat(each) for each in found]
+
+
 def measure_logits(
     oracle: Tensor, peer: Tensor, subject: Tensor, size: Norms, peer_error: Norms, floor: float
 ) -> list[Measure]:
@@ -384,11 +399,7 @@ def measure_logits(
     KL divergence grows with the square of an error e of the logits, at most as e**2 / 2, so its budget is that of its
     root. Where two tokens' logits are nearer than twice the error of each, either may be the first choice.
     """
-    right = rows(oracle).log_softmax(-1)
-    probability = right.exp()
-    their_kl, our_kl = (
-        (probability * (right - rows(logits).log_softmax(-1))).sum(-1).clamp(min=0) for logits in (peer, subject)
-    )
+    their_kl, our_kl = divergences(rows(oracle), rows(peer), rows(subject))
     measures = []
     for name, of in (("KL mean", Tensor.mean), ("KL max", Tensor.max)):
         budget = (K * float(of(their_kl)) ** 0.5 + floor * size.rms / 2**0.5) ** 2

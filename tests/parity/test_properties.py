@@ -139,16 +139,22 @@ def test_cached_is_uncached_at_every_position(suite: Suite) -> None:
 
 def check_steps(suite: Suite, tokens: Tensor, n_prompt: int) -> None:
     cross = cross_keys_values(suite, slice(0, 1))
-    logits, *cache = run(suite, "decoder.prefill", tokens[:, :n_prompt], *cross)
-    found = [logits]
+    logits, *prompt = run(suite, "decoder.prefill", tokens[:, :n_prompt], *cross)
+    found, cache = [logits], [kv.new_empty(*kv.shape[:2], tokens.shape[1], kv.shape[3]) for kv in prompt]
+    put(prompt, cache, 0)
     for position in range(n_prompt, tokens.shape[1]):
         step = tokens[:, position : position + 1], torch.tensor(position), *cache, *cross
         logits, *new = run(suite, "decoder.step", *step)
-        cache = [torch.cat(pair, 2) for pair in zip(cache, new, strict=True)]
+        put(new, cache, position)
         found.append(logits)
     ours = [torch.cat(found, 1), *cache]
     judgement = expected(suite, "decoder.prefill", prefill_names(suite), [tokens, *cross], ours)
     assert judgement.passed, f"\n{judgement}"
+
+
+def put(new: list[Tensor], cache: list[Tensor], position: int) -> None:
+    for kv, there in zip(new, cache, strict=True):
+        there[:, :, position : position + kv.shape[2]] = kv
 
 
 @examples
