@@ -379,8 +379,7 @@ class ResidualAttentionBlock(Module):
         return y, *kv
 
     def by_kernel(self, x: TensorValue, cross_kv: KeyValue, cache: Cache) -> tuple[TensorValue, ...]:
-        """As `step`, by a kernel of our own, for CPUs, which computes in float32: with a kernel for each submodule,
-        threads would take longer to start than to compute."""
+        """As `step`, by one kernel of our own, for CPUs, in float32: threads start once for all of it."""
         y, outputs = self.kernel_outputs(x, cross_kv, cache)
         shape = (x.shape[0], self.attn.n_head, 1, self.attn.n_channel)
         return y, *(outputs[project].reshape(shape) for project in (self.attn.key, self.attn.value))
@@ -392,35 +391,19 @@ class ResidualAttentionBlock(Module):
         assert x.shape[1] == 1, "the kernel would compute the first token alone"
         assert self.cross_attn is not None and self.cross_attn_ln is not None
         attn, cross_attn, (hidden, active, mlp_out) = self.attn, self.cross_attn, self.mlp
-        outputs = [
-            None, self.attn_ln, attn.query, attn.key, attn.value, None, attn.out, None,
-            self.cross_attn_ln, cross_attn.query, None, cross_attn.out, None, self.mlp_ln, hidden, active, mlp_out,
+        layers = [
+            self.attn_ln, attn.query, attn.key, attn.value, attn.out,
+            self.cross_attn_ln, cross_attn.query, cross_attn.out, self.mlp_ln, hidden, mlp_out,
         ]  # fmt: skip
-        weights = [
-            weight
-            for module in (
-                self.attn_ln,
-                attn.query,
-                attn.key,
-                attn.value,
-                attn.out,
-                self.cross_attn_ln,
-                cross_attn.query,
-                cross_attn.out,
-                self.mlp_ln,
-                hidden,
-                mlp_out,
-            )  # fmt: skip
-            for weight in (module.weight, module.bias)
-            if weight is not None
-        ]
+        weights = [weight for layer in layers for weight in (layer.weight, layer.bias) if weight is not None]
         narrow, wide = (TensorType(DType.float32, [x.shape[0], 1, n], x.device) for n in hidden.weight.shape[::-1])
-        types = [wide if module in (hidden, active) else narrow for module in outputs]
+        in_between = [narrow] * 4
+        types = [narrow, *(wide if layer is hidden else narrow for layer in layers), wide, *in_between]
         inputs = [x.cast(DType.float32), *cache.for_kernel(x.shape[0]), *cross_kv, *weights]
         parameters = {"n_channel": attn.n_channel}
         results = ops.custom("maxwhisper.decoder_block", x.device, inputs, types, parameters=parameters)
         y, *values = (result.tensor.cast(x.dtype) for result in results)
-        found = {module: value for module, value in zip(outputs[1:], values, strict=True) if module is not None}
+        found = dict(zip([*layers, active], values, strict=False))
         return y, found | {attn: found[attn.out], cross_attn: found[cross_attn.out], self.mlp: found[mlp_out]}
 
     def align(self, x: TensorValue, k_cross: TensorValue, v_cross: TensorValue) -> tuple[TensorValue, ...]:

@@ -57,11 +57,12 @@ def normalise(
 struct DecoderBlock:
     """Computes a decoder's layer for one token of each text.
 
-    Outputs, each (batch, 1, width): the layer's, then what its submodules put out, and the two sums in between.
+    Outputs, each (batch, 1, width): the layer's, those of its submodules with weights in their order, GELU's, and what
+    is computed in between.
     x: (batch, 1, state).
     k, v, n_past, sources: as for maxwhisper.cached_attention.
     k_cross, v_cross: as for maxwhisper.attention.
-    Then the layer's weights, in the order of its submodules; matrices are (n_out, n_in).
+    Then the weights, in the order of the submodules; matrices are (n_out, n_in).
     """
 
     @staticmethod
@@ -73,18 +74,18 @@ struct DecoderBlock:
         query: OutputTensor[dtype=DType.float32, rank=3, ...],
         key: OutputTensor[dtype=DType.float32, rank=3, ...],
         value: OutputTensor[dtype=DType.float32, rank=3, ...],
-        attended: OutputTensor[dtype=DType.float32, rank=3, ...],
         attn: OutputTensor[dtype=DType.float32, rank=3, ...],
-        attn_sum: OutputTensor[dtype=DType.float32, rank=3, ...],
         cross_attn_ln: OutputTensor[dtype=DType.float32, rank=3, ...],
         cross_query: OutputTensor[dtype=DType.float32, rank=3, ...],
-        cross_attended: OutputTensor[dtype=DType.float32, rank=3, ...],
         cross_attn: OutputTensor[dtype=DType.float32, rank=3, ...],
-        cross_attn_sum: OutputTensor[dtype=DType.float32, rank=3, ...],
         mlp_ln: OutputTensor[dtype=DType.float32, rank=3, ...],
         hidden: OutputTensor[dtype=DType.float32, rank=3, ...],
-        active: OutputTensor[dtype=DType.float32, rank=3, ...],
         mlp: OutputTensor[dtype=DType.float32, rank=3, ...],
+        active: OutputTensor[dtype=DType.float32, rank=3, ...],
+        attended: OutputTensor[dtype=DType.float32, rank=3, ...],
+        attn_sum: OutputTensor[dtype=DType.float32, rank=3, ...],
+        cross_attended: OutputTensor[dtype=DType.float32, rank=3, ...],
+        cross_attn_sum: OutputTensor[dtype=DType.float32, rank=3, ...],
         x: InputTensor[dtype=DType.float32, rank=3, ...],
         k: InputTensor[rank=4, ...],
         v: InputTensor[dtype=k.dtype, rank=4, ...],

@@ -173,5 +173,12 @@ def test_the_order_of_keys_does_not_matter(suite: Suite, block: str, seed: int, 
 @given(seed=seeds, batch=st.integers(1, 3), length=st.integers(1, 30))
 def test_a_run_repeats_itself_bitwise(suite: Suite, seed: int, batch: int, length: int) -> None:
     tokens, cross = random_tokens(suite, seed, batch, length), cross_keys_values(suite, slice(0, 1))
-    first, second = (run(suite, "decoder.prefill", tokens, *cross) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    (_, *cache), *_ = repeated(suite, "decoder.prefill", 2, tokens, *cross)
+    # A step's threads share out its work anew each time.
+    repeated(suite, "decoder.step", 10, tokens[:, -1:], torch.tensor(length), *cache, *cross)
+
+
+def repeated(suite: Suite, block: str, times: int, *inputs: Tensor) -> list[list[Tensor]]:
+    first, *others = found = [run(suite, block, *inputs) for _ in range(times)]
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+    return found
