@@ -1,8 +1,11 @@
 """BLOCKS: the one table of what is compiled on its own.
 
-The network that transcribes is made of the entries of unit "network"; the others take that network apart. From its
-entry a block gets its isolated parity test in every size and precision, its benchmark and its row in every report.
-Adding a block is adding an entry, as long as `reference/blocks.py` knows its PyTorch class.
+The network that transcribes is made of the entries of unit "network"; the others take that network apart. On a CPU one
+kernel computes the whole of `decoder.block.step`; what it consists of has kernels of its own here, made of the same
+functions.
+
+From its entry a block gets its isolated parity test in every size and precision, its benchmark and its row in every
+report. Adding a block is adding an entry, as long as `reference/blocks.py` knows its PyTorch class.
 
 Names of inputs mean the same everywhere:
 

@@ -56,8 +56,8 @@ class KeyValueCache:
     own: keys and values of the text so far, layer by layer, each (batch, head, place, channel), with a place for every
         token that a text may have. The first n_token of them are filled.
     cross: keys and values of the audio, layer by layer, each (audio, head, n_audio_ctx, channel).
-    sources: (batch, place), the row, counted from `first_row` on, in which a text's keys and values of a place are.
-        What is new goes into a text's own row.
+    sources: (batch, place), the row of memory in which a text's keys and values of a place are; the first row of `own`
+        is row `first_row` of that memory. What is new goes into a text's own row.
     """
 
     own: KV = field(default_factory=list)
@@ -74,7 +74,7 @@ class KeyValueCache:
         """Puts keys and values of the next tokens, each (batch, head, token, channel), behind what is filled."""
         if not self.own:
             self.own = [kv.new_empty((*kv.shape[:2], n_place, kv.shape[3])) for kv in new]
-            self.sources = own_rows(len(new[0]), n_place)
+            self.sources, self.first_row = own_rows(len(new[0]), n_place), 0
             self._inputs = []
         end = self.n_token + new[0].shape[2]
         for cached, kv in zip(self.own, new, strict=True):
@@ -82,8 +82,7 @@ class KeyValueCache:
         self.n_token = end
 
     def repeat(self, times: int) -> None:
-        """As many copies of every text, side by side."""
-        self.settle()
+        """As many copies of every text, side by side; the texts are still in their own rows."""
         own, n_token, n_place = self.own, self.n_token, self.own[0].shape[2]
         self.own, self.n_token = [], 0
         self.append([kv[:, :, :n_token].repeat_interleave(times, 0) for kv in own], n_place)
@@ -260,10 +259,6 @@ class Candidates:
 
     tokens: Tensor
     logprobs: Tensor
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.tokens.shape
 
     def float(self) -> "Candidates":
         return self

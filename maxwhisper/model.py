@@ -523,8 +523,7 @@ class TextDecoder(Module):
         caches, as of a `Cache`.
         """
         cache, cross_kv = grouped(kv[: len(kv) // 2], 2), grouped(kv[len(kv) // 2 :], 2)
-        others = () if sources is None else (sources,)
-        inputs = [(offset, *own, *cross, *others) for own, cross in zip(cache, cross_kv, strict=True)]
+        inputs = [(offset, *own, *cross, sources) for own, cross in zip(cache, cross_kv, strict=True)]
         x, *new = self._layers(ResidualAttentionBlock.step, tokens, offset, inputs)
         return [self.logits(x), *new]
 
@@ -538,7 +537,7 @@ class TextDecoder(Module):
         method: Callable[..., Sequence[TensorValue]],
         tokens: TensorValue,
         offset: TensorValue | int,
-        inputs: Sequence[Sequence[TensorValue]],
+        inputs: Sequence[Sequence[TensorValue | None]],
     ) -> list[TensorValue]:
         """x after every layer's `method`, each with its own inputs, and what the layers return beside x."""
         x = self.embed(tokens, offset)

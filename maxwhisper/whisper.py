@@ -265,7 +265,8 @@ class TextDecoder(torch.nn.Module):
 
     def pick(self, x: torch.Tensor, cache: KeyValueCache, rules: Rules) -> tuple[torch.Tensor, torch.Tensor]:
         """The likeliest tokens behind one more token x (batch, 1) for each text of the cache, on a CPU, and their
-        log-probabilities, each (batch, candidate)."""
+        log-probabilities, each (batch, candidate). Raises OptionError where the cache is full."""
+        self._check_room(cache.n_token + 1)
         if self.together is not None:
             return self.together.pick(x, cache, rules)
         lengths = torch.full((len(x),), cache.n_token)
@@ -297,15 +298,17 @@ class TextDecoder(torch.nn.Module):
     def _cross_attentions(self) -> list[CrossAttention]:
         return [module for module in self.modules() if isinstance(module, CrossAttention)]
 
+    def _check_room(self, n_token: int) -> None:
+        if n_token > self.dims.n_text_ctx:
+            raise OptionError(f"the text has {n_token} tokens, the model has places for {self.dims.n_text_ctx}")
+
     def _check(self, x: torch.Tensor, xa: torch.Tensor, cache: KeyValueCache) -> None:
         dims = self.dims
         if x.ndim != 2 or 0 in x.shape:
             raise OptionError(f"tokens are {tuple(x.shape)}, expected (batch, token)")
         if not 0 <= x.min() <= x.max() < dims.n_vocab:
             raise OptionError(f"tokens reach from {x.min()} to {x.max()}, the vocabulary from 0 to {dims.n_vocab - 1}")
-        n_token = cache.n_token + x.shape[1]
-        if n_token > dims.n_text_ctx:
-            raise OptionError(f"the text has {n_token} tokens, the model has places for {dims.n_text_ctx}")
+        self._check_room(cache.n_token + x.shape[1])
         if cache:
             if x.shape != (len(cache.own[0]), 1):
                 raise OptionError(f"tokens are {tuple(x.shape)}, expected {(len(cache.own[0]), 1)} behind this cache")

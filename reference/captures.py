@@ -34,24 +34,18 @@ def layer_outputs(module: Module, path: str) -> Iterator[dict[str, TensorValue]]
             found[SUMS[name]] = inputs[0]
         found[name] = outputs[0] if isinstance(outputs, tuple | list) else outputs
 
-    by_kernel, kernel_outputs = ResidualAttentionBlock.by_kernel, ResidualAttentionBlock.kernel_outputs
-
-    def step(block: ResidualAttentionBlock, x: TensorValue, *others: Any) -> tuple[TensorValue, ...]:
-        # A block's kernel calls no submodule, but puts out what each of them computes.
-        with patch.object(ResidualAttentionBlock, "kernel_outputs", outputs_seen):
-            y, *kv = by_kernel(block, x, *others)
-        hook(block, (x,), {}, y)
-        return y, *kv
+    kernel_outputs = ResidualAttentionBlock.kernel_outputs
 
     def outputs_seen(block: ResidualAttentionBlock, x: TensorValue, *others: Any) -> Any:
+        # A block's kernel calls no submodule, but puts out what each of them computes.
         y, outputs = kernel_outputs(block, x, *others)
-        for layer, value in outputs.items():
+        for layer, value in [*outputs.items(), (block, y)]:
             hook(layer, (x,), {}, value)
         return y, outputs
 
     add_layer_hook(hook)
     try:
-        with patch.object(ResidualAttentionBlock, "by_kernel", step):
+        with patch.object(ResidualAttentionBlock, "kernel_outputs", outputs_seen):
             yield found
     finally:
         clear_hooks()

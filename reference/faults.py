@@ -433,7 +433,7 @@ def graph_faults() -> Iterator[Fault]:
     )
     late = mistakes.cached(lambda c: c._replace(length=c.length + 1))
     yield fault("place behind the cached ones heard, in the block's kernel", "decoder.block.step", late)
-    yield fault("another text's cache", "decoder.block.step", mistakes.cached(mistakes.of_other_rows))
+    yield fault("another text's cache", "decoder.block.step", mistakes.cached(mistakes.of_next_text))
     no_ln = lambda self, x: model.linear(x, self.token_embedding.weight).cast(DType.float32)  # noqa: E731
     yield fault(
         "last norm left out, decoder",

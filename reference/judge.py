@@ -39,8 +39,8 @@ K = 4.0
 UNIT_ROUNDOFF = {dtype: torch.finfo(dtype).eps / 2 for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 DRAWS = 4
 """How many roundings of the inputs a condition is found from."""
-SOME_POSITIONS = 4
-"""Whose logits are computed with at a time."""
+POSITIONS_AT_A_TIME = 4
+"""Of which KL divergences are computed."""
 MAP_SHAPE = (48, 96)
 """Most rows and columns of a map of errors."""
 
@@ -378,12 +378,12 @@ def expected_maximum(n: int) -> float:
     return max(1.0, math.sqrt(2 * math.log(n)))
 
 
-def divergences(right: Tensor, *others: Tensor) -> list[Tensor]:
+def kl_divergences(right: Tensor, *others: Tensor) -> list[Tensor]:
     """KL divergence of the probabilities of others at every position, all (position, token); computed for a few
     positions at a time, which then stay in the processor's cache."""
     found: list[list[Tensor]] = [[] for _ in others]
-    for first in range(0, len(right), SOME_POSITIONS):
-        some = slice(first, first + SOME_POSITIONS)
+    for first in range(0, len(right), POSITIONS_AT_A_TIME):
+        some = slice(first, first + POSITIONS_AT_A_TIME)
         exact = right[some].log_softmax(-1)
         probability = exact.exp()
         for logits, of_this in zip(others, found, strict=True):
@@ -399,7 +399,7 @@ def measure_logits(
     KL divergence grows with the square of an error e of the logits, at most as e**2 / 2, so its budget is that of its
     root. Where two tokens' logits are nearer than twice the error of each, either may be the first choice.
     """
-    their_kl, our_kl = divergences(rows(oracle), rows(peer), rows(subject))
+    their_kl, our_kl = kl_divergences(rows(oracle), rows(peer), rows(subject))
     measures = []
     for name, of in (("KL mean", Tensor.mean), ("KL max", Tensor.max)):
         budget = (K * float(of(their_kl)) ** 0.5 + floor * size.rms / 2**0.5) ** 2

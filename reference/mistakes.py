@@ -109,17 +109,23 @@ def interleaved_heads(self: model.MultiHeadAttention, x: TensorValue) -> model.K
 
 
 def cached(change: Callable[[model.Cache], model.Cache]) -> Patch:
-    """Kernels that read another cache: attention of one token, and the block around it."""
-    for_kernel = model.Cache.for_kernel
-    return method(model.Cache, "for_kernel", lambda cache, batch: for_kernel(change(cache), batch))
+    """Attention of one token, alone or in its block, over another cache."""
+    for_kernel, followed_by = model.Cache.for_kernel, model.Cache.followed_by
+
+    @contextmanager
+    def patched() -> Iterator[None]:
+        with (
+            patch.object(model.Cache, "for_kernel", lambda cache, batch: for_kernel(change(cache), batch)),
+            patch.object(model.Cache, "followed_by", lambda cache, new: followed_by(change(cache), new)),
+        ):
+            yield
+
+    return patched
 
 
-def of_other_rows(cache: model.Cache) -> model.Cache:
-    """Every text's cache is read from the row of the text behind it, the last one's from the first."""
-    batch, place = cache.k.shape[0], cache.k.shape[2]
-    rows = model.indices(batch, cache.k.device)
-    behind = ops.concat([rows[1:], rows[:1]]).rebind([batch])
-    return cache._replace(sources=ops.unsqueeze(behind, 1).broadcast_to((batch, place)))
+def of_next_text(cache: model.Cache) -> model.Cache:
+    k, v = of_next_row(model.KeyValue(cache.k, cache.v))
+    return cache._replace(k=k, v=v)
 
 
 def without_newest(kv: model.KeyValue) -> model.KeyValue:

@@ -1,4 +1,4 @@
-"""Attention of one query per text, over keys and values that are read once and not copied."""
+"""Attention of one query per text, over keys and values that are read once and not copied; and the cache of those."""
 
 from max.algorithm import sync_parallelize
 from max.gpu.host import DeviceContext
@@ -23,15 +23,12 @@ trait Keys(Sized, TrivialRegisterPassable):
         ...
 
 
+@fieldwise_init
 struct Rows[dtype: DType, origin: Origin[mut=False]](Keys):
     """One behind the other."""
 
     var first: Pointer[Scalar[Self.dtype], Self.origin]
     var number: Int
-
-    def __init__(out self, first: Pointer[Scalar[Self.dtype], Self.origin], number: Int):
-        self.first = first
-        self.number = number
 
     @always_inline
     def __len__(self) -> Int:
@@ -42,25 +39,15 @@ struct Rows[dtype: DType, origin: Origin[mut=False]](Keys):
         return self.first.unsafe_load[width=WIDTH](key * n_channel + channel).cast[DType.float32]()
 
 
+@fieldwise_init
 struct ScatteredRows[dtype: DType, origin: Origin[mut=False], source_origin: Origin[mut=False]](Keys):
-    """The one of a place in row sources[place] of a cache, whose rows are `row_size` numbers apart."""
+    """That of a place lies in row sources[place] of a cache, whose rows are `row_size` numbers apart; `first` is where
+    the head begins in row 0."""
 
     var first: Pointer[Scalar[Self.dtype], Self.origin]
     var number: Int
     var sources: Pointer[Int64, Self.source_origin]
     var row_size: Int
-
-    def __init__(
-        out self,
-        first: Pointer[Scalar[Self.dtype], Self.origin],
-        number: Int,
-        sources: Pointer[Int64, Self.source_origin],
-        row_size: Int,
-    ):
-        self.first = first
-        self.number = number
-        self.sources = sources
-        self.row_size = row_size
 
     @always_inline
     def __len__(self) -> Int:
@@ -312,7 +299,7 @@ struct CachedAttention:
         var qs, ys = q.unsafe_ptr(), y.unsafe_ptr()
         var ks, vs = k.unsafe_ptr(), v.unsafe_ptr()
         var ks_new, vs_new = k_new.unsafe_ptr(), v_new.unsafe_ptr()
-        var lengths, rows = n_past.unsafe_ptr(), sources.unsafe_ptr()
+        var lengths, all_sources = n_past.unsafe_ptr(), sources.unsafe_ptr()
         var row_size = n_head * n_place * n_channel
         var n_key, longest = 0, 0
         for text in range(n_text):
@@ -327,12 +314,12 @@ struct CachedAttention:
                 var text, head = divmod(each, n_head)
                 var at = head * n_place * n_channel
                 var length = Int(lengths[unsafe_offset=text])
-                var own_rows = rows.unsafe_offset(text * n_place)
+                var its_sources = all_sources.unsafe_offset(text * n_place)
                 attend_to_text[n_channel](
                     ys.unsafe_offset(each * n_channel),
                     qs.unsafe_offset(each * n_channel),
-                    ScatteredRows(ks.unsafe_offset(at), length, own_rows, row_size),
-                    ScatteredRows(vs.unsafe_offset(at), length, own_rows, row_size),
+                    ScatteredRows(ks.unsafe_offset(at), length, its_sources, row_size),
+                    ScatteredRows(vs.unsafe_offset(at), length, its_sources, row_size),
                     ks_new.unsafe_offset(each * n_channel),
                     vs_new.unsafe_offset(each * n_channel),
                     scores.unsafe_ptr(),
@@ -359,11 +346,12 @@ struct Append:
         ctx: DeviceContext,
     ) raises:
         var n_head, n_place, n_channel = k.dim_size(1), k.dim_size(2), k.dim_size(3)
+        var ks, vs = k.unsafe_ptr(), v.unsafe_ptr()
+        var ks_new, vs_new = k_new.unsafe_ptr(), v_new.unsafe_ptr()
         for text in range(k_new.dim_size(0)):
-            for head in range(n_head):
-                var row = text * n_head + head
-                var place = Int(n_past.unsafe_ptr()[unsafe_offset=text])
+            var place = Int(n_past.unsafe_ptr()[unsafe_offset=text])
+            for row in range(text * n_head, (text + 1) * n_head):
                 for channel in range(n_channel):
                     var at = (row * n_place + place) * n_channel + channel
-                    k.unsafe_ptr()[unsafe_offset=at] = k_new.unsafe_ptr()[unsafe_offset=row * n_channel + channel]
-                    v.unsafe_ptr()[unsafe_offset=at] = v_new.unsafe_ptr()[unsafe_offset=row * n_channel + channel]
+                    ks[unsafe_offset=at] = ks_new[unsafe_offset=row * n_channel + channel]
+                    vs[unsafe_offset=at] = vs_new[unsafe_offset=row * n_channel + channel]

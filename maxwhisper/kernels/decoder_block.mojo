@@ -10,7 +10,7 @@ from extensibility import InputTensor, ManagedTensorSlice, OutputTensor
 
 from .attention import QUERIES, Rows, ScatteredRows, attend_to_text, attend_to_window
 from .linear import COLUMNS, multiply
-from .team import Phases, phase
+from .team import COUNTERS, phase
 from .tiles import WIDTH
 
 comptime EPSILON = 1e-5  # of a layer norm
@@ -122,7 +122,7 @@ struct DecoderBlock:
         var n_audio, n_audio_ctx = k_cross.dim_size(0), k_cross.dim_size(2)
         var n_query = n_text // n_audio
         var n_thread = parallelism_level(None)
-        var lengths, rows = n_past.unsafe_ptr(), sources.unsafe_ptr()
+        var lengths, all_sources = n_past.unsafe_ptr(), sources.unsafe_ptr()
         var n_key = n_audio_ctx * QUERIES
         for text in range(n_text):
             n_key = max(n_key, Int(lengths[unsafe_offset=text]) + 1)
@@ -131,8 +131,8 @@ struct DecoderBlock:
         var n_piece = ceildiv(n_state, share)
         var n_hidden = hidden.dim_size(2)
         var hidden_share = align_up(ceildiv(n_hidden, PIECES * n_thread), COLUMNS)
-        var phases = Phases(N_PHASE)
-        var counters = phases.counters.unsafe_ptr().as_unsafe_any_origin()
+        var phases = List[Int64](length=N_PHASE * COUNTERS, fill=0)
+        var counters = phases.unsafe_ptr().as_unsafe_any_origin()
 
         @always_inline
         @__parameter
@@ -220,13 +220,13 @@ struct DecoderBlock:
                 var text, head = divmod(piece, n_head)
                 var at = head * n_place * n_channel
                 var length = Int(lengths[unsafe_offset=text])
-                var own_rows = rows.unsafe_offset(text * n_place)
+                var its_sources = all_sources.unsafe_offset(text * n_place)
                 var row_size = n_head * n_place * n_channel
                 attend_to_text[n_channel](
                     numbers(attended).unsafe_offset(piece * n_channel),
                     numbers(query).unsafe_offset(piece * n_channel),
-                    ScatteredRows(k.unsafe_ptr().unsafe_offset(at), length, own_rows, row_size),
-                    ScatteredRows(v.unsafe_ptr().unsafe_offset(at), length, own_rows, row_size),
+                    ScatteredRows(k.unsafe_ptr().unsafe_offset(at), length, its_sources, row_size),
+                    ScatteredRows(v.unsafe_ptr().unsafe_offset(at), length, its_sources, row_size),
                     numbers(key).unsafe_offset(piece * n_channel),
                     numbers(value).unsafe_offset(piece * n_channel),
                     scores.unsafe_ptr(),

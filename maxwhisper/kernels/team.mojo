@@ -1,6 +1,6 @@
 """Work in phases, for as many threads as come to it.
 
-Starting a parallel operation costs as much as the products of one token with a small matrix, so the layers of a step
+Starting a parallel operation costs as much as the product of one token with a small matrix, so the parts of a layer
 share one start. The pieces of a phase are taken by whoever is free, and a phase waits for pieces that somebody has
 taken, never for a thread to come: so one thread is enough, and threads that are busy elsewhere hold up nobody.
 """
@@ -10,7 +10,7 @@ from std.sys import llvm_intrinsic
 from std.sys.info import CompilationTarget
 
 comptime APART = 16  # Int64s between counters, so that no two share a cache line
-comptime TAKEN, DONE = 0, APART  # of a phase
+comptime COUNTERS = 2 * APART  # of a phase, of its pieces taken and of those done
 
 
 @always_inline
@@ -20,23 +20,14 @@ def pause():
         llvm_intrinsic["llvm.x86.sse2.pause", NoneType]()
 
 
-struct Phases(Movable):
-    """How much of every phase is taken and done."""
-
-    var counters: List[Int64]
-
-    def __init__(out self, number: Int):
-        self.counters = List[Int64](length=number * 2 * APART, fill=0)
-
-
 @always_inline
 def phase[work: def(Int) capturing -> None](counters: Pointer[mut=True, Int64, _], number: Int, n_piece: Int):
     """Takes pieces of a phase until none is left, and returns when all are done.
 
-    counters: of `Phases`. work: is called with the number of every piece, once.
+    counters: COUNTERS zeros for each phase. work: is called with the number of every piece, once.
     """
-    var taken = counters.unsafe_offset(number * 2 * APART + TAKEN)
-    var done = counters.unsafe_offset(number * 2 * APART + DONE)
+    var taken = counters.unsafe_offset(number * COUNTERS)
+    var done = taken.unsafe_offset(APART)
     while True:
         var piece = Int(Atomic[Int64].fetch_add(taken, 1))
         if piece >= n_piece:

@@ -224,6 +224,16 @@ def test_texts_picked_for_may_be_read_from_each_others_rows(
         assert ours[:, :, n_start:].equal(theirs[:, :, n_start:])
 
 
+def test_nothing_is_picked_for_a_full_cache(model: Whisper, features: torch.Tensor, tokens: torch.Tensor) -> None:
+    n_place = model.dims.n_text_ctx
+    inference = MaxInference(model, n_place)
+    inference.logits(torch.zeros(1, n_place, dtype=torch.int64), features[:1])
+    rules = DecodingTask(model, whisper.DecodingOptions(fp16=False, language="en"))._rules()
+    assert rules is not None
+    with pytest.raises(OptionError, match=f"{n_place + 1} tokens, the model has places for {n_place}"):
+        inference.pick(tokens[:1], rules.inputs(tokens[:1], 1))
+
+
 def filled(cache: KeyValueCache) -> list[torch.Tensor]:
     return [kv[:, :, : cache.n_token] for kv in cache.own]
 
