@@ -29,7 +29,7 @@ def times_nothing(arguments: Sequence[str]) -> bool:
 if times_nothing(sys.argv[1:]):
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # glibc gives large pieces of memory back as soon as they are freed, and the system clears each page that it hands
-    # out again: a tenth of the time of a comparison.
+    # out again.
     if sys.platform == "linux":
         M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
         for threshold in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
