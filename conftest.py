@@ -109,20 +109,21 @@ def pytest_configure(config: pytest.Config) -> None:
 class Progress(logging.Handler):
     """Shows what is being compiled, and for how long, which pytest would keep to itself."""
 
-    def __init__(self, reporter: pytest.TerminalReporter):
+    def __init__(self, plugins: pytest.PytestPluginManager):
         super().__init__(logging.INFO)
-        self.reporter = reporter
+        self.reporter, self.capture = plugins.get_plugin("terminalreporter"), plugins.get_plugin("capturemanager")
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.reporter.ensure_newline()
-        self.reporter.write_line(record.getMessage())
+        with self.capture.global_and_fixture_disabled():  # a test runs, and its output is kept
+            self.reporter.ensure_newline()
+            self.reporter.write_line(record.getMessage(), flush=True)
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    plugins = session.config.pluginmanager
     logging.getLogger("maxwhisper").setLevel(logging.INFO)
-    if reporter and session.config.option.verbose >= 0:
-        logging.getLogger("maxwhisper").addHandler(Progress(reporter))
+    if plugins.has_plugin("terminalreporter") and session.config.option.verbose >= 0:
+        logging.getLogger("maxwhisper").addHandler(Progress(plugins))
 
 
 def chosen(config: pytest.Config, option: str, known: tuple[str, ...], default: tuple[str, ...]) -> tuple[str, ...]:

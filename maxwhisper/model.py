@@ -84,16 +84,18 @@ def text_product(x: TensorValue, weight: TensorValue) -> TensorValue:
     return custom_product("maxwhisper.linear", x, weight, x.shape[1])
 
 
-def convolution(x: TensorValue, weight: TensorValue, stride: int = 1) -> TensorValue:
+def convolution(x: TensorValue, weight: TensorValue, stride: int = 1, n_y: Dim | None = None) -> TensorValue:
     """Convolution over time, without padding and bias, added up in float32, on a CPU: x (batch, frame, n_in) by weight
-    (n_out, n_in, taps), or (n_out, n_in) for one tap, to (batch, frame, n_out).
+    (n_out, n_in, taps), or (n_out, n_in) for one tap, to (batch, n_y, n_out).
 
-    By a kernel of our own for the many rows that audio has.
+    By a kernel of our own for the many rows that audio has. n_y: as many frames as that makes, where the number of x's
+    is symbolic.
     """
     n_out, taps = weight.shape[0], int(weight.shape[2]) if weight.rank == 3 else 1
-    n_frame = (int(x.shape[1]) - taps) // stride + 1
+    if n_y is None:
+        n_y = Dim((int(x.shape[1]) - taps) // stride + 1)
     parameters = {"taps": taps, "stride": stride}
-    return custom_product("maxwhisper.convolution", x, weight.reshape((n_out, -1)), Dim(n_frame), parameters)
+    return custom_product("maxwhisper.convolution", x, weight.reshape((n_out, -1)), n_y, parameters)
 
 
 def image_convolution(x: TensorValue, weight: TensorValue, stride: int = 1) -> TensorValue:
@@ -248,9 +250,17 @@ class MultiHeadAttention(Module):
         return self.out(attend(self.query(x), kv, mask, cache))
 
     def with_scores(self, x: TensorValue, kv: KeyValue) -> tuple[TensorValue, TensorValue]:
-        """Attend from x to kv; also the scores before softmax (kv batch, head, token, key)."""
-        wv, qk = self.heads_attention(self.query(x), kv, None)
+        """Attend from x to kv; also the scores before softmax (batch, head, token, key)."""
+        q = self.query(x)
+        wv, qk = self.scores_by_kernel(q, kv) if x.device.is_cpu() else self.heads_attention(q, kv, None)
         return self.out(wv), qk
+
+    def scores_by_kernel(self, q: TensorValue, kv: KeyValue) -> tuple[TensorValue, TensorValue]:
+        """As `by_kernel`, and the scores before softmax."""
+        qk = TensorType(DType.float32, [q.shape[0], kv.k.shape[1], q.shape[1], kv.k.shape[2]], q.device)
+        parameters = {"n_channel": self.n_channel}
+        scores = ops.custom("maxwhisper.attention_scores", q.device, [q, kv.k], [qk], parameters=parameters)
+        return self.by_kernel(q, kv), scores[0].tensor
 
     def by_kernel(
         self, q: TensorValue, kv: KeyValue, mask: TensorValue | None = None, cache: Cache | None = None
@@ -283,13 +293,14 @@ class MultiHeadAttention(Module):
     def heads_attention(
         self, q: TensorValue, kv: KeyValue, mask: TensorValue | None
     ) -> tuple[TensorValue, TensorValue]:
-        """Attention of q (batch, token, state), whose texts stand side by side where they share a row of kv; and the
-        scores before softmax (kv batch, head, token, key)."""
+        """Attention of q (batch, token, state), and the scores before softmax (batch, head, token, key). Where texts
+        share a row of kv they stand side by side meanwhile."""
         rows = split_rows(q, kv.k.shape[0])
         rows = rows.reshape((*rows.shape[:2], self.n_head, self.n_channel))
         wv, qk = self.qkv_attention(ops.permute(rows, [0, 2, 1, 3]), kv, mask)
-        wv = ops.permute(wv, [0, 2, 1, 3])
-        return join_rows(wv.reshape((*wv.shape[:2], -1)), *q.shape[:2]), qk
+        wv, qk = (ops.permute(x, [0, 2, 1, 3]) for x in (wv, qk))
+        wv, qk = (join_rows(x.reshape((*x.shape[:2], -1)), *q.shape[:2]) for x in (wv, qk))
+        return wv, ops.permute(qk.reshape((*q.shape[:2], self.n_head, kv.k.shape[2])), [0, 2, 1, 3])
 
     def qkv_attention(self, q: TensorValue, kv: KeyValue, mask: TensorValue | None) -> tuple[TensorValue, TensorValue]:
         # MAX replaces exactly this form, with the scale as right operand, by a fused kernel. It adds up in the dtype it
@@ -407,7 +418,7 @@ class ResidualAttentionBlock(Module):
         return y, found | {attn: found[attn.out], cross_attn: found[cross_attn.out], self.mlp: found[mlp_out]}
 
     def align(self, x: TensorValue, k_cross: TensorValue, v_cross: TensorValue) -> tuple[TensorValue, ...]:
-        """As `prefill`, but returns the cross-attention's scores (audio, head, token, n_audio_ctx) beside x."""
+        """As `prefill`, but returns the cross-attention's scores (batch, head, token, n_audio_ctx) beside x."""
         kv = KeyValue(k_cross, v_cross)
         y, _, scores = self(x, kv, causal_mask(x.shape[1], self.policy), with_scores=True)
         assert scores is not None

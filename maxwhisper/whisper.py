@@ -291,8 +291,7 @@ class TextDecoder(torch.nn.Module):
     def _aligned(self, x: torch.Tensor, cross: list[torch.Tensor]) -> torch.Tensor:
         logits, *scores = self.network["decoder.alignment"](x, *cross)
         for cross_attn, qk in zip(self._cross_attentions(), scores, strict=True):
-            # Texts that share a row of audio stand side by side along the token axis.
-            cross_attn(qk.float().unflatten(2, (-1, x.shape[1])).transpose(1, 2).flatten(0, 1))
+            cross_attn(qk.float())
         return logits
 
     def _cross_attentions(self) -> list[CrossAttention]:

@@ -193,15 +193,14 @@ def decoder_start(model: Whisper, layer: int, tokens: Tensor, positions: Tensor,
 
 
 def cross_scores(attn: MultiHeadAttention, x: Tensor, k_cross: Tensor) -> Tensor:
-    """Scores before softmax (audio, head, token, n_audio_ctx), scaled as OpenAI scales them; texts that share a row of
-    audio stand side by side.
+    """Scores before softmax (batch, head, token, n_audio_ctx), scaled as OpenAI scales them.
 
     OpenAI's own method rounds them to float32, which would not do for the oracle.
     """
     q = split_heads(attn.query(x), attn.n_head)
-    q = q.unflatten(0, (len(k_cross), -1)).transpose(1, 2).flatten(2, 3)
+    k = k_cross.repeat_interleave(len(q) // len(k_cross), 0)
     scale = q.shape[-1] ** -0.25
-    scores = (q * scale) @ (k_cross * scale).transpose(-1, -2)
+    scores = (q * scale) @ (k * scale).transpose(-1, -2)
     return scores if scores.dtype == torch.float64 else scores.float()
 
 

@@ -247,10 +247,8 @@ def log_mel(form: str) -> Patch:
     """A log-mel spectrogram scaled in another way."""
 
     def call(self: audio.LogMelSpectrogram, waveform: TensorValue) -> TensorValue:
-        frames = self.frames(waveform)
-        real, imaginary = frames @ self.cosine, frames @ self.sine
-        power = real * real + imaginary * imaginary
-        mel = (ops.sqrt(power) if form == "magnitude for power" else power) @ self.filters
+        power = self.power(waveform)
+        mel = self.mel(ops.sqrt(power) if form == "magnitude for power" else power)
         if form != "clamp left out":
             mel = ops.max(mel, ops.constant(1e-10, DType.float32, waveform.device))
         log = ops.log(mel) * (1.0 if form == "ln for log10" else math.log10(math.e))

@@ -4,6 +4,7 @@ from max.algorithm import sync_parallelize
 from max.gpu.host import DeviceContext
 from max.runtime.asyncrt import parallelism_level
 from std.math import align_up, ceildiv
+from std.memory import unsafe_memcpy
 
 import extensibility
 from extensibility import InputTensor, OutputTensor
@@ -241,3 +242,53 @@ struct MaskedAttention:
         ctx: DeviceContext,
     ) raises:
         attention[n_channel=n_channel](y, q, k, v, mask.unsafe_ptr())
+
+
+@extensibility.register("maxwhisper.attention_scores")
+struct AttentionScores:
+    """Computes q @ k.T / sqrt(n_channel), added up in float32.
+
+    qk: (batch, head, token, key).
+    q: (batch, token, head * channel).
+    k: (row, head, key, channel), rounded to the dtype of q; batch / row consecutive texts share a row.
+    """
+
+    @staticmethod
+    def execute[
+        dtype: DType, //, n_channel: Int
+    ](
+        qk: OutputTensor[dtype=DType.float32, rank=4, ...],
+        q: InputTensor[dtype=dtype, rank=3, ...],
+        k: InputTensor[rank=4, ...],
+        ctx: DeviceContext,
+    ) raises:
+        comptime assert n_channel % WIDTH == 0, "channels must fill vectors"
+        var n_query = q.dim_size(1)
+        var n_state = q.dim_size(2)
+        var n_head = k.dim_size(1)
+        var n_key = k.dim_size(2)
+        var n_text = q.dim_size(0) // k.dim_size(0)  # that share a row
+        var n_place = align_up(n_key, PANEL)
+        var qs, ks, qks = q.unsafe_ptr(), k.unsafe_ptr(), qk.unsafe_ptr()
+
+        def task(number: Int) raises {imm}:
+            var text, head = divmod(number, n_head)
+            var own_qs = qs.unsafe_offset(text * n_query * n_state + head * n_channel)
+            var own_ks = ks.unsafe_offset((text // n_text * n_head + head) * n_key * n_channel)
+            var keys = List[Scalar[dtype]](length=n_place * n_channel, fill=0)
+            var scores = List[Float32](length=n_place, fill=0)
+            pack_keys[n_channel=n_channel](keys.unsafe_ptr(), own_ks, n_key)
+            for query in range(n_query):
+                for key in range(0, n_key, PANEL):
+                    score[dtype, n_channel, 1](
+                        scores.unsafe_ptr().unsafe_offset(key),
+                        n_place,
+                        own_qs.unsafe_offset(query * n_state),
+                        n_state,
+                        keys.unsafe_ptr().unsafe_offset(key * n_channel),
+                    )
+                unsafe_memcpy(
+                    dest=qks.unsafe_offset((number * n_query + query) * n_key), src=scores.unsafe_ptr(), count=n_key
+                )
+
+        sync_parallelize(task, q.dim_size(0) * n_head)

@@ -210,6 +210,9 @@ class Attention(Module):
     def cross(self, q: TensorValue, k: TensorValue, v: TensorValue) -> list[TensorValue]:
         return [self.attn.by_kernel(q, KeyValue(k, v))]
 
+    def scores(self, q: TensorValue, k: TensorValue, v: TensorValue) -> tuple[TensorValue, ...]:
+        return self.attn.scores_by_kernel(q, KeyValue(k, v))
+
     def cached(
         self, q: TensorValue, k: TensorValue, v: TensorValue, length: TensorValue, *new: TensorValue
     ) -> list[TensorValue]:
@@ -223,9 +226,9 @@ class Attention(Module):
 
     def written_out(
         self, q: TensorValue, k: TensorValue, v: TensorValue, length: TensorValue, *new: TensorValue
-    ) -> list[TensorValue]:
-        """What takes the kernel's place on a GPU."""
-        return [self.attn.written_out(q, KeyValue(*new), cache=Cache(k, v, length))]
+    ) -> tuple[TensorValue, ...]:
+        """What takes the kernels' place on a GPU."""
+        return self.attn.heads_attention(q, Cache(k, v, length).followed_by(KeyValue(*new)), None)
 
     def causal(self, q: TensorValue, k: TensorValue, v: TensorValue) -> list[TensorValue]:
         return [self.attn.by_kernel(q, KeyValue(k, v), causal_mask(q.shape[1], self.attn.policy))]
@@ -263,8 +266,8 @@ def attentions() -> dict[str, Executable]:
     half = {name: TensorType(DType.bfloat16, kind.shape, cpu) for name, kind in many.items()}
     causal = {**many, **dict.fromkeys(("k", "v"), heads("row", "token"))}
     programs = [
-        Program("many", "", Attention(), Attention.cross, many),
-        Program("many, bfloat16", "", Attention(), Attention.cross, half),
+        Program("many", "", Attention(), Attention.scores, many),
+        Program("many, bfloat16", "", Attention(), Attention.scores, half),
         Program("causal", "", Attention(), Attention.causal, causal),
         Program("cross", "", Attention(), Attention.cross, cross),
         Program("cached", "", Attention(), Attention.cached, cached),
@@ -275,22 +278,23 @@ def attentions() -> dict[str, Executable]:
     return Artifact("attentions", programs, "cpu").init({})
 
 
-def expected(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> Tensor:
-    """Attention; k and v are repeated for the texts that share them."""
+def expected(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> list[Tensor]:
+    """Attention, and its scores; k and v are repeated for the texts that share them."""
     n_head, shared = k.shape[1], len(q) // len(k)
     k, v = (x.repeat_interleave(shared, 0) for x in (k, v))
     split = q.unflatten(2, (n_head, N_CHANNEL)).transpose(1, 2)
     scores = split @ k.transpose(2, 3) * N_CHANNEL**-0.5
     if causal:
         scores = scores + torch.full(scores.shape[2:], float("-inf")).triu(1)
-    return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+    return [(scores.softmax(-1) @ v).transpose(1, 2).flatten(2), scores if k.dtype == torch.float64 else scores.float()]
 
 
-def check(name: str, ours: Tensor, q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> None:
+def check(name: str, ours: list[Tensor], q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> None:
+    """Judges attention, and its scores if they are among the outputs."""
     comparison = Comparison("a kernel", q.dtype, name, 0, "random", "cpu")
     oracle, peer = expected(q.double(), k.double(), v.double(), causal), expected(q, k, v, causal)
-    terms = max(k.shape[2], N_CHANNEL)
-    found = judge(comparison, [oracle], [peer], [ours], longest_reduction=terms, roundings=1, n_vocab=0)
+    terms, n = max(k.shape[2], N_CHANNEL), len(ours)
+    found = judge(comparison, oracle[:n], peer[:n], ours, longest_reduction=terms, roundings=1, n_vocab=0)
     assert found.passed, f"\n{found}"
 
 
@@ -303,7 +307,7 @@ def test_attention_of_texts_that_share_keys(rows: int, shared: int, n_head: int,
     generator = torch.Generator().manual_seed(seed)
     q = torch.randn(rows * shared, 1, n_head * N_CHANNEL, generator=generator)
     k, v = torch.randn(2, rows, n_head, n_key, N_CHANNEL, generator=generator)
-    check("cross", attentions()["cross"](q, k, v)[0], q, k, v)
+    check("cross", attentions()["cross"](q, k, v), q, k, v)
 
 
 @settings(max_examples=60, deadline=None)
@@ -321,7 +325,7 @@ def test_attention_of_many_queries(
     q = torch.randn(rows * shared, n_token, n_head * N_CHANNEL, generator=generator).to(dtype)
     k, v = torch.randn(2, rows, n_head, n_key, N_CHANNEL, generator=generator).to(dtype)
     name = "many" if dtype == torch.float32 else "many, bfloat16"
-    check(name, attentions()[name](q, k, v)[0], q, k, v)
+    check(name, attentions()[name](q, k, v), q, k, v)
 
 
 @settings(max_examples=60, deadline=None)
@@ -330,7 +334,7 @@ def test_causal_attention(rows: int, n_head: int, n_token: int, seed: int) -> No
     generator = torch.Generator().manual_seed(seed)
     q = torch.randn(rows, n_token, n_head * N_CHANNEL, generator=generator)
     k, v = torch.randn(2, rows, n_head, n_token, N_CHANNEL, generator=generator)
-    check("causal", attentions()["causal"](q, k, v)[0], q, k, v, causal=True)
+    check("causal", attentions()["causal"](q, k, v), q, k, v, causal=True)
 
 
 @settings(max_examples=60, deadline=None)
@@ -353,7 +357,7 @@ def check_cached(graph: str, rows: int, n_head: int, n_past: int, n_free: int, s
     k, v = torch.randn(2, rows, n_head, n_past + 1, N_CHANNEL, generator=generator)
     nothing = torch.full((rows, n_head, n_free, N_CHANNEL), float("nan"))
     caches = (torch.cat([x[:, :, :n_past], nothing], 2) for x in (k, v))
-    (ours,) = attentions()[graph](q, *caches, torch.tensor(n_past), k[:, :, n_past:], v[:, :, n_past:])
+    ours = attentions()[graph](q, *caches, torch.tensor(n_past), k[:, :, n_past:], v[:, :, n_past:])
     check(graph, ours, q, k, v)
 
 
@@ -365,9 +369,9 @@ def test_attention_of_a_text_is_bitwise_the_same_among_any_others() -> None:
 
 def test_a_query_is_bitwise_the_same_among_any_others() -> None:
     q, (k, v) = torch.randn(3, 400, 2 * N_CHANNEL), torch.randn(2, 3, 2, 131, N_CHANNEL)
-    (together,) = attentions()["many"](q, k, v)
+    together, _ = attentions()["many"](q, k, v)
     for text, n_token in ((0, 400), (1, 399), (2, 5)):
-        (alone,) = attentions()["many"](q[text : text + 1, -n_token:], k[text : text + 1], v[text : text + 1])
+        alone, _ = attentions()["many"](q[text : text + 1, -n_token:], k[text : text + 1], v[text : text + 1])
         assert together[text : text + 1, -n_token:].equal(alone)
 
 
