@@ -2,6 +2,7 @@
 
 Where tokens are not drawn at random, its loop needs only the few likeliest tokens of each step. On a CPU these are
 found inside a graph, rules included, so that Python sees a handful of numbers in the place of a vocabulary of logits.
+Without beams the likeliest token is the next one, and the graph goes on by itself until a text ends.
 """
 
 import inspect
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from max.driver import Buffer
 from max.dtype import DType
-from max.graph import BufferType, DeviceRef, TensorType, TensorValue, ops
+from max.graph import BufferType, BufferValue, DeviceRef, TensorType, TensorValue, ops
 from max.nn.layer import Module
 from torch import Tensor
 from torch.nn import functional
@@ -148,9 +149,10 @@ class MaxInference(decoding.Inference):
             logits = logits.repeat_interleave(n_same, 0)
         return list(logits.unbind(1))
 
-    def pick(self, tokens: torch.Tensor, rules: "Rules") -> "Candidates":
-        """The likeliest tokens behind the last of `tokens`, under rules as `TokenRules.inputs` gives them."""
-        return picked(*self.model.decoder.pick(tokens[:, -1:], self.cache, rules))
+    def pick(self, tokens: torch.Tensor, totals: torch.Tensor, rules: "Rules", n_step: int = 1) -> "Picked":
+        """What follows the texts `tokens`, by as many steps as `TextDecoder.pick` takes; rules: as `TokenRules.inputs`
+        gives them."""
+        return checked(self.model.decoder.pick(tokens, totals, self.cache, rules, n_step))
 
     def rearrange_kv_cache(self, source_indices: list[int]) -> None:
         # The audio's keys and values stay: all beams of a window share them.
@@ -166,23 +168,30 @@ class MaxInference(decoding.Inference):
 TOKEN_RULES, PICK = "token_rules", "decoder.pick"
 """Units of the decode loop, a graph each: the rules alone, and behind a step of the decoder."""
 
-NOTHING = (0, 0)  # a range that holds no token
-
 
 def likeliest(
-    module: Module,
     logits: TensorValue,
+    texts: BufferValue,
+    lengths: TensorValue,
+    totals: TensorValue,
     suppressed: TensorValue,
-    forbidden: TensorValue,
-    timestamp_begin: TensorValue,
+    begins: TensorValue,
+    limits: TensorValue,
     places: TensorValue,
-) -> Sequence[TensorValue]:
-    """The graph of `maxwhisper.candidates`, whose Mojo source says what goes in and out; places: (candidate,), of which
-    only the length counts."""
-    shape = [logits.shape[0], places.shape[0]]
-    types = [TensorType(dtype, shape, logits.device) for dtype in (DType.int64, DType.float32)]
-    values = [logits, suppressed, forbidden, timestamp_begin]
-    return [value.tensor for value in ops.custom("maxwhisper.candidates", logits.device, values, types)]
+) -> list[TensorValue]:
+    """The graph of `maxwhisper.pick`, whose Mojo source says what goes in and out; places: (candidate,), of which only
+    the length counts."""
+    batch, device = logits.shape[0], logits.device
+    shapes: list[tuple[DType, list[Any]]] = [
+        (DType.int64, [batch, places.shape[0]]),
+        (DType.float32, [batch, places.shape[0]]),
+        (DType.int64, [batch, 1]),
+        (DType.float32, [batch]),
+        (DType.bool, [1]),
+    ]
+    types = [TensorType(dtype, shape, device) for dtype, shape in shapes]
+    values = [texts, logits, lengths, begins, totals, suppressed, limits]
+    return [value.tensor for value in ops.inplace_custom("maxwhisper.pick", device, values, types)]
 
 
 class NoWeights(Module):
@@ -194,43 +203,84 @@ class NoWeights(Module):
 
 def rules_program() -> Program:
     """The graph, for any vocabulary."""
+
+    def pick(_: Module, logits: TensorValue, *others: Any) -> Sequence[TensorValue]:
+        candidates, logprobs, _, totals, _ = likeliest(logits, *others)
+        return candidates, logprobs, totals
+
     logits = TensorType(DType.float32, ["batch", "vocab"], DeviceRef.CPU())
-    return Program(TOKEN_RULES, "", NoWeights(), likeliest, {"logits": logits, **rules_inputs()})
+    return Program(TOKEN_RULES, "", NoWeights(), pick, {"logits": logits, **texts_inputs(), **rules_inputs("vocab")})
 
 
-def rules_inputs() -> dict[str, TensorType]:
-    """What `likeliest` takes beside logits."""
+def texts_inputs() -> dict[str, TensorType | BufferType]:
+    """Texts, to which `likeliest` adds."""
     cpu = DeviceRef.CPU()
     return {
-        "suppressed": TensorType(DType.bool, ["vocab"], cpu),
-        "forbidden": TensorType(DType.int64, ["batch", 2, 2], cpu),
-        "timestamp_begin": TensorType(DType.int64, [1], cpu),
+        "texts": BufferType(DType.int64, ["batch", "text_place"], cpu),
+        "lengths": TensorType(DType.int64, ["batch"], cpu),
+        "totals": TensorType(DType.float32, ["batch"], cpu),
+    }
+
+
+def rules_inputs(n_vocab: int | str) -> dict[str, TensorType | BufferType]:
+    """What `likeliest` takes beside logits and texts."""
+    cpu = DeviceRef.CPU()
+    return {
+        "suppressed": TensorType(DType.bool, [n_vocab], cpu),
+        "begins": TensorType(DType.int64, ["batch"], cpu),
+        "limits": TensorType(DType.int64, [2], cpu),
         "places": TensorType(DType.int64, ["candidate"], cpu),
     }
 
 
 def pick_program(dims: ModelDimensions, policy: Policy) -> Program:
-    """A step of the decoder that gives the likeliest next tokens and their log-probabilities in the place of logits,
-    and puts keys and values into the cache itself.
+    """Steps of the decoder, each of which puts the likeliest token behind every text, and its keys and values into the
+    cache: `n_step` of them, or until a text ends. Gives the likeliest tokens of the last step and their
+    log-probabilities, the texts' totals, and their lengths.
 
-    The texts may be of different lengths: in the place of `offset` it takes offsets (batch,). The caches of the texts
-    are given twice, to be read and to be written: what is written is a place that is not read.
+    The texts may be of different lengths. Their caches are given twice, to be read and to be written: what is written
+    is a place that is not read in the same step.
     """
-    n_rule, n_own = len(rules_inputs()), 2 * dims.n_text_layer
+    n_own = 2 * dims.n_text_layer
+    n_rule = len(rules_inputs(dims.n_vocab))
 
-    def pick(decoder: TextDecoder, tokens: TensorValue, offsets: TensorValue, *others: Any) -> Sequence[TensorValue]:
+    def pick(
+        decoder: TextDecoder,
+        tokens: TensorValue,
+        n_step: TensorValue,
+        texts: BufferValue,
+        lengths: TensorValue,
+        totals: TensorValue,
+        *others: Any,
+    ) -> Sequence[TensorValue]:
         rules, (sources, *kv), caches = others[:n_rule], others[n_rule:-n_own], others[-n_own:]
-        logits, *new = decoder.step(tokens, offsets, *kv, sources=sources)
-        for layer in range(0, n_own, 2):
-            values = [*caches[layer : layer + 2], *new[layer : layer + 2], offsets]
-            ops.inplace_custom("maxwhisper.append", tokens.device, values)
-        return likeliest(decoder, ops.squeeze(logits, 1), *rules)
+        none_left = ops.constant(0, DType.int64, tokens.device)
+
+        def step(
+            left: TensorValue, tokens: TensorValue, lengths: TensorValue, totals: TensorValue, *_: TensorValue
+        ) -> list[TensorValue]:
+            offsets = lengths - 1
+            logits, *new = decoder.step(tokens, offsets, *kv, sources=sources)
+            for layer in range(0, n_own, 2):
+                values = [*caches[layer : layer + 2], *new[layer : layer + 2], offsets]
+                ops.inplace_custom("maxwhisper.append", tokens.device, values)
+            candidates, logprobs, tokens, totals, stopped = likeliest(
+                ops.squeeze(logits, 1), texts, lengths, totals, *rules
+            )
+            left = ops.where(stopped.reshape(()), none_left, left - 1)
+            return [left, tokens, lengths + 1, totals, candidates, logprobs]
+
+        shape = (tokens.shape[0], rules[-1].shape[0])
+        nothing = [ops.constant(0, dtype, tokens.device).broadcast_to(shape) for dtype in (DType.int64, DType.float32)]
+        given = [n_step, tokens, lengths, totals, *nothing]
+        _, _, lengths, totals, *found = ops.while_loop(given, lambda left, *_: left > none_left, step)
+        return [*found, totals, lengths]
 
     given = BLOCKS["decoder.step"].inputs(dims, policy)
     given.pop("offset")
     inputs: dict[str, TensorType | BufferType] = {"tokens": given.pop("tokens")}
-    inputs["offsets"] = TensorType(DType.int64, ["batch"], DeviceRef.CPU())
-    inputs |= {**rules_inputs(), "suppressed": TensorType(DType.bool, [dims.n_vocab], policy.device)}
+    inputs["n_step"] = TensorType(DType.int64, [], DeviceRef.CPU())
+    inputs |= {**texts_inputs(), **rules_inputs(dims.n_vocab)}
     inputs["sources"] = TensorType(DType.int64, ["batch", "place"], policy.device)
     written = {f"{name} written": type.as_buffer() for name, type in list(given.items())[:n_own]}
     return Program(PICK, "decoder", TextDecoder(dims, policy), pick, {**inputs, **given, **written})
@@ -271,11 +321,25 @@ class Candidates:
         return self.logprobs, self.tokens
 
 
-def picked(tokens: Tensor, logprobs: Tensor) -> Candidates:
-    """What a graph found. Raises DecodingError if a logit was NaN, or no token is left."""
-    if not all(map(math.isfinite, logprobs[:, 0].tolist())):
+class Picked(NamedTuple):
+    """What a graph has picked.
+
+    tokens: (batch, token), the texts with the likeliest token of each step behind them; behind a text that has ended,
+        the end of text once more.
+    totals: (batch,), the sum of the log-probabilities of a text's tokens.
+    candidates: of the last step.
+    """
+
+    tokens: Tensor
+    totals: Tensor
+    candidates: Candidates
+
+
+def checked(picked: Picked) -> Picked:
+    """Raises DecodingError if a logit was NaN, or no token is left."""
+    if not all(map(math.isfinite, picked.candidates.logprobs[:, 0].tolist())):
         raise DecodingError("logits are not finite, or the rules of decoding exclude every token")
-    return Candidates(tokens, logprobs)
+    return picked
 
 
 def log_softmax(logits: Tensor | Candidates, dim: int) -> Tensor | Candidates:
@@ -284,21 +348,6 @@ def log_softmax(logits: Tensor | Candidates, dim: int) -> Tensor | Candidates:
 
 
 OF_CANDIDATES = SimpleNamespace(log_softmax=log_softmax)
-
-
-class GreedyDecoder(decoding.GreedyDecoder):
-    """openai-whisper's, of logits or of candidates."""
-
-    def update(self, tokens: Tensor, logits: Tensor | Candidates, sum_logprobs: Tensor) -> tuple[Tensor, bool | Tensor]:
-        if isinstance(logits, Tensor):
-            return super().update(tokens, logits, sum_logprobs)
-        likeliest, logprobs = logits.tokens[:, :1], logits.logprobs[:, 0]
-        ended = tokens[:, -1] == self.eot
-        if ended.any():
-            likeliest = likeliest.masked_fill(ended[:, None], self.eot)
-            logprobs = logprobs.masked_fill(ended, 0)
-        sum_logprobs += logprobs
-        return torch.cat([tokens, likeliest], dim=1), (likeliest == self.eot).all()
 
 
 class BeamSearchDecoder(decoding.BeamSearchDecoder):
@@ -311,8 +360,8 @@ class Rules(NamedTuple):
     """The values of `rules_inputs`."""
 
     suppressed: Tensor
-    forbidden: Tensor
-    timestamp_begin: Tensor
+    begins: Tensor
+    limits: Tensor
     places: Tensor
 
     @classmethod
@@ -320,7 +369,7 @@ class Rules(NamedTuple):
         """Those of several tasks with the same filters, for all their texts."""
         first = rules[0]
         assert all(each.suppressed.equal(first.suppressed) and len(each.places) == len(first.places) for each in rules)
-        return first._replace(forbidden=torch.cat([each.forbidden for each in rules]))
+        return first._replace(begins=torch.cat([each.begins for each in rules]))
 
 
 class TokenRules:
@@ -358,32 +407,22 @@ class TokenRules:
         if rule.max_initial_timestamp_index is not None:
             self.suppressed_first[self.timestamp_begin + rule.max_initial_timestamp_index + 1 :] = True
 
-    def forbidden(self, sampled: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Two ranges of tokens, each as first and end, that cannot follow the tokens sampled so far."""
-        begin = self.timestamp_begin
-        timestamps = [token for token in sampled if token >= begin]
-        if not timestamps:
-            return NOTHING, NOTHING
-        if sampled[-1] < begin:
-            return NOTHING, (begin, timestamps[-1] + 1)
-        if len(sampled) < 2 or sampled[-2] >= begin:
-            return (begin, self.n_vocab), NOTHING
-        return (0, self.eot), (begin, timestamps[-1])
-
     def inputs(self, tokens: Tensor, n_best: int) -> Rules:
-        """What graphs take beside logits to find the `n_best` likeliest tokens behind the tokens (batch, token)."""
-        sampled = tokens[:, self.sample_begin :].tolist()
-        forbidden = torch.tensor([self.forbidden(each) for each in sampled])
-        suppressed = self.suppressed if sampled[0] else self.suppressed_first
-        places = torch.zeros(n_best, dtype=torch.int64)
-        return Rules(suppressed, forbidden, torch.tensor([self.timestamp_begin]), places)
+        """What graphs take beside logits and texts to find the `n_best` likeliest tokens behind the tokens (batch,
+        token)."""
+        suppressed = self.suppressed if tokens.shape[1] > self.sample_begin else self.suppressed_first
+        begins = torch.full((len(tokens),), self.sample_begin)
+        limits = torch.tensor([self.timestamp_begin, self.eot])
+        return Rules(suppressed, begins, limits, torch.zeros(n_best, dtype=torch.int64))
 
-    def candidates(self, logits: Tensor, tokens: Tensor, n_best: int) -> Candidates:
-        """The `n_best` likeliest tokens behind the tokens (batch, token), by their logits (batch, vocab).
+    def pick(self, logits: Tensor, tokens: Tensor, totals: Tensor, n_best: int) -> Picked:
+        """What follows the tokens (batch, token) by their logits (batch, vocab), the `n_best` likeliest among it.
 
         Raises DecodingError if a logit is NaN, or none is left.
         """
-        return picked(*compiled_rules()(logits, *self.inputs(tokens, n_best)))
+        texts, lengths = functional.pad(tokens, (0, 1)), torch.full((len(tokens),), tokens.shape[1])
+        candidates, logprobs, totals = compiled_rules()(logits, texts, lengths, totals, *self.inputs(tokens, n_best))
+        return checked(Picked(texts, totals, Candidates(candidates, logprobs)))
 
 
 @cache
@@ -398,7 +437,6 @@ class DecodingTask(decoding.DecodingTask):
     __init__ = rebind(
         decoding.DecodingTask.__init__,
         PyTorchInference=MaxInference,
-        GreedyDecoder=GreedyDecoder,
         BeamSearchDecoder=BeamSearchDecoder,
     )
 
@@ -407,20 +445,26 @@ class DecodingTask(decoding.DecodingTask):
         rules = self._rules()
         if rules is None:
             return super()._main_loop(audio_features, tokens)
-        n_best = self.options.beam_size + 1 if self.options.beam_size else 1
+        beams = self.options.beam_size
+        n_best = beams + 1 if beams else 1
+        n_end = min(tokens.shape[1] + self.sample_len, self.n_ctx + 1)
         sum_logprobs, no_speech_probs = torch.zeros(len(tokens)), [math.nan] * len(tokens)
         try:
-            for i in range(self.sample_len):
-                if i == 0:
-                    at_sot, logits = self.inference.start(tokens, audio_features, self.sot_index)
-                    if self.tokenizer.no_speech is not None:
-                        no_speech_probs = at_sot.softmax(dim=-1)[:, self.tokenizer.no_speech].tolist()
-                    candidates = rules.candidates(logits, tokens, n_best)
+            at_sot, logits = self.inference.start(tokens, audio_features, self.sot_index)
+            if self.tokenizer.no_speech is not None:
+                no_speech_probs = at_sot.softmax(dim=-1)[:, self.tokenizer.no_speech].tolist()
+            picked = rules.pick(logits, tokens, sum_logprobs, n_best)
+            while True:
+                if beams:
+                    tokens, completed = self.decoder.update(tokens, picked.candidates, sum_logprobs)
                 else:
-                    candidates = self.inference.pick(tokens, rules.inputs(tokens, n_best))
-                tokens, completed = self.decoder.update(tokens, candidates, sum_logprobs)
-                if completed or tokens.shape[-1] > self.n_ctx:
+                    tokens, sum_logprobs, _ = picked
+                    completed = bool((tokens[:, -1] == self.tokenizer.eot).all())
+                n_left = n_end - tokens.shape[1]
+                if completed or n_left <= 0:
                     break
+                given = rules.inputs(tokens, n_best)
+                picked = self.inference.pick(tokens, sum_logprobs, given, 1 if beams else n_left)
         finally:
             self.inference.cleanup_caching()
         return tokens, sum_logprobs, no_speech_probs

@@ -1,9 +1,9 @@
 """Several recordings at once: their texts advance together, one execution for the next token of all.
 
 Every recording is transcribed by openai-whisper's own loop, in a thread of its own, of which only one runs at a time: a
-thread that needs its next token waits, and when all wait, the last one has the step computed for all. Encoder and the
-start of a text are computed for one window at a time, since they wait for arithmetic and not for memory. A text's row
-of a step is bitwise what it is alone, so no transcript depends on its company.
+thread that needs its next tokens waits, and when all wait, the last one has steps computed for all, until a text ends.
+Encoder and the start of a text are computed for one window at a time, since they wait for arithmetic and not for
+memory. A text's row of a step is bitwise what it is alone, so no transcript depends on its company.
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -19,9 +19,10 @@ import torch
 from max._mlir_context import ensure_default_mlir_context
 from max.driver import Buffer
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .audio import load_audio
-from .decoding import KeyValueCache, Rules
+from .decoding import Candidates, KeyValueCache, Picked, Rules
 from .errors import OptionError
 from .runtime import buffer
 
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
 Waveform = np.ndarray | Tensor
 Audio = str | PathLike[str] | Waveform
 Result = dict[str, Any] | Exception
-Step = Callable[[Tensor, Tensor, Rules, Tensor, Sequence[Buffer]], tuple[Tensor, Tensor]]
-"""`TextDecoder.step_and_pick`."""
+Steps = Callable[[Tensor, Tensor, Tensor, Rules, int, Tensor, Sequence[Buffer]], tuple[int, Tensor, Candidates]]
+"""`TextDecoder.steps`."""
 
 
 class Seats:
@@ -77,12 +78,14 @@ class Seats:
 
 @dataclass(frozen=True)
 class Request:
-    """One text's wish for its next token, or that of a window's beams."""
+    """One text's wish for its next tokens, or that of a window's beams: what `TextDecoder.pick` takes."""
 
     tokens: Tensor
+    totals: Tensor
     cache: KeyValueCache
     rules: Rules
-    found: Future[tuple[Tensor, Tensor]]
+    n_step: int
+    found: Future[Picked]
 
 
 class Stopped(Exception):
@@ -92,17 +95,18 @@ class Stopped(Exception):
 class Together:
     """The threads that decode together. A thread holds `turn` whenever it does not wait for a token."""
 
-    def __init__(self, n_thread: int, step: Step):
+    def __init__(self, n_thread: int, steps: Steps):
         self.turn = Condition()
         self.n_thread = n_thread
-        self.step = step
+        self.steps = steps
         self.seats = Seats(n_thread)
         self.waiting: list[Request] = []
         self.stopped = False
 
-    def pick(self, tokens: Tensor, cache: KeyValueCache, rules: Rules) -> tuple[Tensor, Tensor]:
-        """As `TextDecoder.pick`, once all threads have asked."""
-        request = Request(tokens, cache, rules, Future())
+    def pick(self, tokens: Tensor, totals: Tensor, cache: KeyValueCache, rules: Rules, n_step: int) -> Picked:
+        """As `TextDecoder.pick`, once all threads have asked: as many steps as all want, or until a text of theirs
+        ends."""
+        request = Request(tokens, totals, cache, rules, n_step, Future())
         self.waiting.append(request)
         self._step_if_all_wait()
         while not request.found.done():
@@ -130,19 +134,27 @@ class Together:
                 request.found.set_result(found[id(request.cache)])
         self.turn.notify_all()
 
-    def _compute(self, requests: list[Request]) -> dict[int, tuple[Tensor, Tensor]]:
-        """Tokens and log-probabilities for every request, by the id of its cache, which is one token longer then."""
+    def _compute(self, requests: list[Request]) -> dict[int, Picked]:
+        """What every request gets, by the id of its cache, which is as much longer then."""
         by_cache = {id(request.cache): request for request in requests}
         order = [by_cache[id(cache)] for cache in self.seats.place([request.cache for request in requests])]
-        lengths = torch.tensor([each.cache.n_token for each in order for _ in each.tokens])
-        rules = Rules.joined([each.rules for each in order])
-        tokens = torch.cat([each.tokens for each in order])
-        found = self.step(tokens, lengths, rules, *self.seats.inputs(len(order)))
-        for each in order:
-            each.cache.n_token += 1
+        n_step = min(each.n_step for each in order)
+        lengths = torch.tensor([each.tokens.shape[1] for each in order for _ in each.tokens])
+        n_place = int(lengths.max()) + n_step
+        texts = torch.cat([pad(each.tokens, (0, n_place - each.tokens.shape[1])) for each in order])
+        totals, rules = torch.cat([each.totals for each in order]), Rules.joined([each.rules for each in order])
+        sources, kv = self.seats.inputs(len(order))
+        n_done, totals, candidates = self.steps(texts, lengths, totals, rules, n_step, sources, kv)
         sizes = [len(each.tokens) for each in order]
-        rows = zip(*(x.split(sizes) for x in found), strict=True)
-        return {id(each.cache): its for each, its in zip(order, rows, strict=True)}
+        found = {}
+        for each, *rows in zip(
+            order, *(x.split(sizes) for x in (texts, totals, candidates.tokens, candidates.logprobs)), strict=True
+        ):
+            own, own_totals, *best = rows
+            each.cache.n_token += n_done
+            tokens = own[:, : each.tokens.shape[1] + n_done]
+            found[id(each.cache)] = Picked(tokens, own_totals, Candidates(*best))
+        return found
 
 
 def loaded(audio: Iterable[Audio]) -> Generator[tuple[int, Waveform | Exception], None, None]:
@@ -200,7 +212,7 @@ def in_threads(
     n_thread: int,
     options: dict[str, Any],
 ) -> Iterator[tuple[int, Result]]:
-    together = Together(n_thread, model.decoder.step_and_pick)
+    together = Together(n_thread, model.decoder.steps)
     results: SimpleQueue[tuple[int, Result]] = SimpleQueue()
 
     def work() -> None:

@@ -30,7 +30,9 @@ from .checkpoint import Checkpoint, StrPath, load_checkpoint
 from .decoding import (
     PICK,
     TOKEN_RULES,
+    Candidates,
     KeyValueCache,
+    Picked,
     Rules,
     compiled_rules,
     decode,
@@ -263,30 +265,41 @@ class TextDecoder(torch.nn.Module):
         cache.append(new, self.dims.n_text_ctx)
         return logits
 
-    def pick(self, x: torch.Tensor, cache: KeyValueCache, rules: Rules) -> tuple[torch.Tensor, torch.Tensor]:
-        """The likeliest tokens behind one more token x (batch, 1) for each text of the cache, on a CPU, and their
-        log-probabilities, each (batch, candidate). Raises OptionError where the cache is full."""
-        self._check_room(cache.n_token + 1)
-        if self.together is not None:
-            return self.together.pick(x, cache, rules)
-        lengths = torch.full((len(x),), cache.n_token)
-        found = self.step_and_pick(x, lengths, rules, cache.sources, cache.inputs())
-        cache.n_token += 1
-        return found
+    def pick(
+        self, tokens: torch.Tensor, totals: torch.Tensor, cache: KeyValueCache, rules: Rules, n_step: int = 1
+    ) -> Picked:
+        """What follows texts (batch, token), all but the last token of which are in the cache, on a CPU: `n_step` more
+        tokens, or as many as until a text ends or as there are steps for others that decode together with it.
 
-    def step_and_pick(
+        totals: (batch,), the sums of log-probabilities so far. Raises OptionError where the cache has no room.
+        """
+        self._check_room(cache.n_token + n_step)
+        if self.together is not None:
+            return self.together.pick(tokens, totals, cache, rules, n_step)
+        texts = torch.nn.functional.pad(tokens, (0, n_step))
+        lengths = torch.full((len(tokens),), tokens.shape[1])
+        n_done, totals, candidates = self.steps(texts, lengths, totals, rules, n_step, cache.sources, cache.inputs())
+        cache.n_token += n_done
+        return Picked(texts[:, : tokens.shape[1] + n_done], totals, candidates)
+
+    def steps(
         self,
-        x: torch.Tensor,
+        texts: torch.Tensor,
         lengths: torch.Tensor,
+        totals: torch.Tensor,
         rules: Rules,
+        n_step: int,
         sources: torch.Tensor,
         kv: Sequence[Buffer],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `pick`, for texts with as many tokens before x as `lengths` (batch,) says; sources and kv: as of a
-        `KeyValueCache`, which is written into."""
+    ) -> tuple[int, torch.Tensor, Candidates]:
+        """As `pick`, for texts (batch, place) of `lengths` (batch,), which are written into; sources and kv: as of a
+        `KeyValueCache`, which is too. Returns how many tokens each text got, new totals, and candidates."""
+        last = texts.gather(1, lengths[:, None] - 1)
         own = kv[: 2 * self.dims.n_text_layer]
-        tokens, logprobs = self.network[PICK](x, lengths, *rules, sources, *kv, *own)
-        return tokens, logprobs
+        candidates, logprobs, totals, ends = self.network[PICK](
+            last, torch.tensor(n_step), texts, lengths, totals, *rules, sources, *kv, *own
+        )
+        return int(ends[0] - lengths[0]), totals, Candidates(candidates, logprobs)
 
     def _aligned(self, x: torch.Tensor, cross: list[torch.Tensor]) -> torch.Tensor:
         logits, *scores = self.network["decoder.alignment"](x, *cross)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from whisper import decoding
 from whisper.tokenizer import get_tokenizer
 
-from maxwhisper.decoding import BeamSearchDecoder, GreedyDecoder, TokenRules
+from maxwhisper.decoding import BeamSearchDecoder, Picked, TokenRules
 from maxwhisper.errors import DecodingError
 
 TOKENIZER = get_tokenizer(True, num_languages=99, language="en", task="transcribe")
@@ -60,20 +60,22 @@ OPTIONS = {
 }
 
 
-def updated(decoder, logits: torch.Tensor, tokens: torch.Tensor, chosen: list, n_best: int | None):  # noqa: ANN001, ANN201
-    """What a decoder makes of the logits: of all of them, filtered by openai-whisper, or of the `n_best`."""
-    sums = torch.arange(len(tokens)).float().neg()
-    if n_best is None:
-        logits = logits.clone()
-        for each in chosen:
-            each.apply(logits, tokens)
-        given = logits
-    else:
-        rules = TokenRules.of(chosen, N_VOCAB, SAMPLE_BEGIN, EOT)
-        assert rules is not None
-        given = rules.candidates(logits, tokens, n_best)
-    tokens, completed = decoder.update(tokens, given, sums)
-    return tokens.tolist(), completed, sums
+def picked(logits: torch.Tensor, tokens: torch.Tensor, chosen: list, n_best: int) -> Picked:
+    rules = TokenRules.of(chosen, N_VOCAB, SAMPLE_BEGIN, EOT)
+    assert rules is not None
+    return rules.pick(logits, tokens, totals(tokens), n_best)
+
+
+def totals(tokens: torch.Tensor) -> torch.Tensor:
+    return torch.arange(len(tokens)).float().neg()
+
+
+def filtered(logits: torch.Tensor, tokens: torch.Tensor, chosen: list) -> torch.Tensor:
+    """The logits that openai-whisper's filters leave."""
+    logits = logits.clone()
+    for each in chosen:
+        each.apply(logits, tokens)
+    return logits
 
 
 @settings(max_examples=60, deadline=None)
@@ -81,10 +83,11 @@ def updated(decoder, logits: torch.Tensor, tokens: torch.Tensor, chosen: list, n
 def test_greedy_picks_what_openai_picks(sampled, seed, lean, **options) -> None:  # noqa: ANN001, ANN003
     logits, chosen = random_logits(3, seed, lean), filters(**options)
     tokens = torch.tensor([PROMPT + each for each in sampled])
-    *ours, our_sums = updated(GreedyDecoder(0.0, EOT), logits, tokens, chosen, 1)
-    *theirs, their_sums = updated(decoding.GreedyDecoder(0.0, EOT), logits, tokens, chosen, None)
-    assert ours == theirs
-    assert close(our_sums, their_sums)
+    ours = picked(logits, tokens, chosen, 1)
+    sums = totals(tokens)
+    theirs, _ = decoding.GreedyDecoder(0.0, EOT).update(tokens, filtered(logits, tokens, chosen), sums)
+    assert ours.tokens.equal(theirs)
+    assert close(ours.totals, sums)
 
 
 @settings(max_examples=60, deadline=None)
@@ -93,11 +96,13 @@ def test_beam_search_picks_what_openai_picks(sampled, seed, lean, **options) -> 
     logits, chosen = random_logits(3, seed, lean), filters(**options)
     tokens = torch.tensor([PROMPT + each for each in sampled])
     ours, theirs = (each(3, EOT, NoCache()) for each in (BeamSearchDecoder, decoding.BeamSearchDecoder))
-    our_tokens, our_completed, our_sums = updated(ours, logits, tokens, chosen, 4)
-    their_tokens, their_completed, their_sums = updated(theirs, logits, tokens, chosen, None)
+    our_sums, their_sums = totals(tokens), totals(tokens)
+    candidates = picked(logits, tokens, chosen, 4).candidates
+    our_tokens, our_completed = ours.update(tokens, candidates, our_sums)
+    their_tokens, their_completed = theirs.update(tokens, filtered(logits, tokens, chosen), their_sums)
     possible = their_sums.isfinite()  # where the rules leave fewer than the beams, the rest may be anything
     assert possible.equal(our_sums.isfinite())
-    assert our_tokens[: possible.sum()] == their_tokens[: possible.sum()]
+    assert our_tokens[: possible.sum()].equal(their_tokens[: possible.sum()])
     assert our_completed == their_completed
     assert close(our_sums, their_sums)
     assert finished(ours) == finished(theirs)
@@ -116,27 +121,22 @@ def close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
 
 
 def test_equal_logits_go_to_the_lower_token() -> None:
-    rules = TokenRules.of([], N_VOCAB, SAMPLE_BEGIN, EOT)
-    assert rules is not None
     logits = torch.zeros(1, N_VOCAB)
     logits[0, [70, 900, 40000]] = 1
-    assert rules.candidates(logits, torch.tensor([PROMPT]), 5).tokens.tolist() == [[70, 900, 40000, 0, 1]]
+    assert picked(logits, torch.tensor([PROMPT]), [], 5).candidates.tokens.tolist() == [[70, 900, 40000, 0, 1]]
 
 
 def test_where_the_rules_leave_too_few_excluded_tokens_follow_with_no_probability() -> None:
-    rules = TokenRules.of([decoding.SuppressTokens(list(range(2, N_VOCAB)))], N_VOCAB, SAMPLE_BEGIN, EOT)
-    assert rules is not None
-    found = rules.candidates(torch.zeros(1, N_VOCAB), torch.tensor([PROMPT]), 4)
+    suppressed = decoding.SuppressTokens(list(range(2, N_VOCAB)))
+    found = picked(torch.zeros(1, N_VOCAB), torch.tensor([PROMPT]), [suppressed], 4).candidates
     assert found.tokens.tolist() == [[0, 1, 2, 3]]
     assert found.logprobs[0, 2:].tolist() == [-float("inf")] * 2
 
 
 @pytest.mark.parametrize("value", [float("nan"), -float("inf"), float("inf")])
 def test_logits_that_nothing_can_be_picked_from_are_an_error(value: float) -> None:
-    rules = TokenRules.of([], N_VOCAB, SAMPLE_BEGIN, EOT)
-    assert rules is not None
     with pytest.raises(DecodingError, match="not finite"):
-        rules.candidates(torch.full((1, N_VOCAB), value), torch.tensor([PROMPT]), 1)
+        picked(torch.full((1, N_VOCAB), value), torch.tensor([PROMPT]), [], 1)
 
 
 def test_an_unknown_filter_is_left_to_openai() -> None:
@@ -148,10 +148,9 @@ def test_an_unknown_filter_is_left_to_openai() -> None:
 
 @pytest.mark.parametrize("n_best", [1, 6])
 def test_candidates_of_a_text_are_bitwise_the_same_among_any_others(n_best: int) -> None:
-    rules = TokenRules.of(filters(True, True, [5], 50), N_VOCAB, SAMPLE_BEGIN, EOT)
-    assert rules is not None
+    chosen = filters(True, True, [5], 50)
     logits, tokens = random_logits(7, 0, 0.0), torch.tensor([[*PROMPT, BEGIN + i, 40 + i] for i in range(7)])
-    together = rules.candidates(logits, tokens, n_best)
+    together = picked(logits, tokens, chosen, n_best).candidates
     for i in range(7):
-        alone = rules.candidates(logits[i : i + 1], tokens[i : i + 1], n_best)
+        alone = picked(logits[i : i + 1], tokens[i : i + 1], chosen, n_best).candidates
         assert alone.tokens[0].equal(together.tokens[i]) and alone.logprobs[0].equal(together.logprobs[i])

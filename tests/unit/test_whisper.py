@@ -16,7 +16,7 @@ from whisper.model import Whisper as OpenAIWhisper
 import maxwhisper
 from maxwhisper import cli
 from maxwhisper.audio import load_audio, log_mel_spectrogram
-from maxwhisper.decoding import DecodingTask, KeyValueCache, MaxInference
+from maxwhisper.decoding import DecodingTask, KeyValueCache, MaxInference, Picked, TokenRules
 from maxwhisper.errors import AudioError, DeviceError, OptionError
 from maxwhisper.whisper import DTYPES, TextDecoder, Whisper, load_model, within
 
@@ -165,22 +165,72 @@ def test_tokens_picked_in_the_graph_are_those_of_openais_loop(
     assert ours.no_speech_prob == theirs.no_speech_prob
 
 
+def token_rules(model: Whisper) -> TokenRules:
+    rules = DecodingTask(model, whisper.DecodingOptions(fp16=False, language="en"))._rules()
+    assert rules is not None
+    return rules
+
+
 @pytest.mark.parametrize("n_best", [1, 6])
 def test_a_step_that_picks_gives_what_the_rules_make_of_its_logits(
     model: Whisper, features: torch.Tensor, tokens: torch.Tensor, n_best: int
 ) -> None:
-    rules = DecodingTask(model, whisper.DecodingOptions(fp16=False, language="en"))._rules()
-    assert rules is not None
+    rules = token_rules(model)
     texts = torch.cat([tokens, tokens.roll(1, dims=1)])
+    totals = torch.tensor([-1.0, -2.0])
     inference = MaxInference(model, texts.shape[1] - 1)
     inference.logits(texts[:, :-1], features[:1])
     other = model.install_kv_cache_hooks(inference.cache)[0]
     logits = inference.logits(texts, features[:1])[:, -1]
-    expected = rules.candidates(logits, texts, n_best)
+    expected = rules.pick(logits, texts, totals, n_best)
     inference.cache = other
-    found = inference.pick(texts, rules.inputs(texts, n_best))
-    assert found.tokens.equal(expected.tokens) and found.logprobs.equal(expected.logprobs)
+    found = inference.pick(texts, totals, rules.inputs(texts, n_best))
+    assert equal(found, expected)
     assert other.n_token == texts.shape[1]
+
+
+def equal(ours: Picked, theirs: Picked) -> bool:
+    """Bitwise."""
+    pairs = zip(
+        (*ours[:2], *vars(ours.candidates).values()), (*theirs[:2], *vars(theirs.candidates).values()), strict=True
+    )
+    return all(one.equal(other) for one, other in pairs)
+
+
+def started(model: Whisper, texts: torch.Tensor, features: torch.Tensor) -> MaxInference:
+    """The cache of texts without their last token."""
+    inference = MaxInference(model, texts.shape[1] - 1)
+    inference.logits(texts[:, :-1], features[:1])
+    return inference
+
+
+def test_many_steps_at_once_are_as_many_single_ones(
+    model: Whisper, features: torch.Tensor, tokens: torch.Tensor
+) -> None:
+    rules, totals = token_rules(model), torch.tensor([-1.0, -2.0])
+    texts = torch.stack([tokens[0, :6], tokens[0, :6].flip(0)])
+    at_once, one_by_one = started(model, texts, features), started(model, texts, features)
+    found = at_once.pick(texts, totals, rules.inputs(texts, 1), 20)
+    n_step = found.tokens.shape[1] - texts.shape[1]
+    assert n_step > 1
+    for _ in range(n_step):
+        expected = one_by_one.pick(texts, totals, rules.inputs(texts, 1))
+        texts, totals, _ = expected
+    assert equal(found, expected)
+    assert at_once.cache.n_token == one_by_one.cache.n_token
+    for ours, theirs in zip(filled(at_once.cache), filled(one_by_one.cache), strict=True):
+        assert ours.equal(theirs)
+
+
+def test_steps_end_where_a_text_ends(model: Whisper, features: torch.Tensor, tokens: torch.Tensor) -> None:
+    rules, ended = token_rules(model), tokens.roll(1, dims=1)
+    ended[:, -1] = rules.eot
+    texts, totals = torch.cat([tokens, ended]), torch.zeros(2)
+    alone = started(model, tokens, features).pick(tokens, totals[:1], rules.inputs(tokens, 1), 200)
+    assert alone.tokens[0, -1] == rules.eot and rules.eot not in alone.tokens[0, :-1]
+    together = started(model, texts, features).pick(texts, totals, rules.inputs(texts, 1), 200)
+    assert together.tokens[:1].equal(alone.tokens) and together.totals[:1].equal(alone.totals)
+    assert (together.tokens[1, texts.shape[1] :] == rules.eot).all() and together.totals[1] == 0
 
 
 def test_rearranged_cache_continues_the_chosen_texts(
@@ -188,12 +238,11 @@ def test_rearranged_cache_continues_the_chosen_texts(
 ) -> None:
     other = tokens.roll(1, dims=1)
     texts, chosen = torch.cat([tokens, other, other]), [2, 0, 0]
-    inference = MaxInference(model, texts.shape[1] - 1)
-    inference.logits(texts[:, :-1], features[:1])
+    inference = started(model, texts, features)
     inference.rearrange_kv_cache(chosen)
-    continued = inference.logits(texts[chosen], features[:1])[:, -1].argmax(-1)
-    assert torch.equal(continued, model.decoder(texts[chosen], features[:1])[:, -1].argmax(-1))
-    assert continued[0] != continued[1]
+    continued = inference.logits(texts[chosen], features[:1])
+    assert continued.equal(started(model, texts[chosen], features).logits(texts[chosen], features[:1]))
+    assert not continued[0].equal(continued[1])
     inference.cleanup_caching()
     assert not inference.cache
 
@@ -201,8 +250,7 @@ def test_rearranged_cache_continues_the_chosen_texts(
 def test_texts_picked_for_may_be_read_from_each_others_rows(
     model: Whisper, features: torch.Tensor, tokens: torch.Tensor
 ) -> None:
-    rules = DecodingTask(model, whisper.DecodingOptions(fp16=False, language="en"))._rules()
-    assert rules is not None
+    rules, totals = token_rules(model), torch.zeros(3)
     texts = torch.cat([tokens, tokens.roll(1, dims=1), tokens.roll(2, dims=1)])
     n_start = texts.shape[1] - 3
     moved = MaxInference(model, n_start)
@@ -211,12 +259,12 @@ def test_texts_picked_for_may_be_read_from_each_others_rows(
         moved.rearrange_kv_cache(chosen)
         texts = texts[chosen].clone()
         texts[:, n - 1] = torch.arange(3) + 100 * n  # what follows differs, where the texts before are the same
-        found = moved.pick(texts[:, :n], rules.inputs(texts[:, :n], 3))
+        found = moved.pick(texts[:, :n], totals, rules.inputs(texts[:, :n], 3))
     still = MaxInference(model, n_start)
     still.logits(texts[:, :n_start], features[:1])
     for n in range(n_start + 1, texts.shape[1] + 1):
-        expected = still.pick(texts[:, :n], rules.inputs(texts[:, :n], 3))
-    assert found.tokens.equal(expected.tokens)
+        expected = still.pick(texts[:, :n], totals, rules.inputs(texts[:, :n], 3))
+    assert equal(found, expected)
     assert not moved.cache.sources.equal(still.cache.sources)
     moved.cache.settle()
     assert moved.cache.sources.equal(still.cache.sources)
@@ -227,11 +275,10 @@ def test_texts_picked_for_may_be_read_from_each_others_rows(
 def test_nothing_is_picked_for_a_full_cache(model: Whisper, features: torch.Tensor, tokens: torch.Tensor) -> None:
     n_place = model.dims.n_text_ctx
     inference = MaxInference(model, n_place)
-    inference.logits(torch.zeros(1, n_place, dtype=torch.int64), features[:1])
-    rules = DecodingTask(model, whisper.DecodingOptions(fp16=False, language="en"))._rules()
-    assert rules is not None
+    inference.logits(torch.zeros(1, n_place - 1, dtype=torch.int64), features[:1])
+    texts = torch.zeros(1, n_place, dtype=torch.int64)
     with pytest.raises(OptionError, match=f"{n_place + 1} tokens, the model has places for {n_place}"):
-        inference.pick(tokens[:1], rules.inputs(tokens[:1], 1))
+        inference.pick(texts, torch.zeros(1), token_rules(model).inputs(texts, 1), n_step=2)
 
 
 def filled(cache: KeyValueCache) -> list[torch.Tensor]:

@@ -4,10 +4,10 @@ from max.algorithm import sync_parallelize
 from max.gpu.host import DeviceContext
 from max.runtime.asyncrt import parallelism_level
 from std.math import ceildiv, exp, iota, log
-from std.utils.numerics import neg_inf
+from std.utils.numerics import isfinite, neg_inf
 
 import extensibility
-from extensibility import InputTensor, OutputTensor
+from extensibility import InputTensor, OutputTensor, _MutableInputTensor
 
 from .tiles import WIDTH
 
@@ -56,22 +56,41 @@ struct LogSumExp(TrivialRegisterPassable):
         return self.base() + log(self.total)
 
 
+def forbidden(
+    sampled: Pointer[Int64, _], number: Int, timestamp_begin: Int, end_of_text: Int, n_vocab: Int
+) -> Array[Int, 4]:
+    """Returns two ranges of tokens, each as first and end, that cannot follow the tokens sampled so far."""
+    var latest = number - 1  # timestamp
+    while latest >= 0 and Int(sampled[unsafe_offset=latest]) < timestamp_begin:
+        latest -= 1
+    var ranges = Array[Int, 4](fill=0)
+    if latest < 0:
+        return ranges^
+    var timestamp = Int(sampled[unsafe_offset=latest])
+    ranges[0] = timestamp_begin
+    if latest < number - 1:
+        ranges[1] = timestamp + 1
+    elif latest == 0 or Int(sampled[unsafe_offset=latest - 1]) >= timestamp_begin:
+        ranges[1] = n_vocab
+    else:
+        ranges[1] = timestamp
+        ranges[3] = end_of_text
+    return ranges^
+
+
 @always_inline
 def permitted[
     width: Int
-](
-    token: Int,
-    logits: Pointer[Float32, _],
-    suppressed: Pointer[UInt8, _],
-    forbidden: Pointer[Int64, _],
-) -> SIMD[DType.float32, width]:
-    """Returns the logits from `token` on, minus infinity where it is suppressed or in one of two forbidden ranges:
-    first, end, first, end."""
+](token: Int, logits: Pointer[Float32, _], suppressed: Pointer[UInt8, _], ranges: Pointer[Int, _]) -> SIMD[
+    DType.float32, width
+]:
+    """Returns the logits from `token` on, minus infinity where it is suppressed or in one of two ranges: first, end,
+    first, end."""
     var tokens = iota[DType.int32, width](Int32(token))
     var out = suppressed.unsafe_load[width=width](token).ne(0)
     comptime for i in range(2):
-        var first = SIMD[DType.int32, width](Int32(forbidden[unsafe_offset=2 * i]))
-        var end = SIMD[DType.int32, width](Int32(forbidden[unsafe_offset=2 * i + 1]))
+        var first = SIMD[DType.int32, width](Int32(ranges[unsafe_offset=2 * i]))
+        var end = SIMD[DType.int32, width](Int32(ranges[unsafe_offset=2 * i + 1]))
         out = out | (tokens.ge(first) & tokens.lt(end))
     return out.select(SIMD[DType.float32, width](NEVER), logits.unsafe_load[width=width](token))
 
@@ -126,40 +145,65 @@ def insert(
     tokens[unsafe_offset=place] = Int64(token)
 
 
-@extensibility.register("maxwhisper.candidates")
-struct Candidates:
-    """Finds the likeliest next tokens of every text and their log-probabilities.
+@extensibility.register("maxwhisper.pick")
+struct Pick:
+    """Finds the likeliest next tokens of every text and their log-probabilities, and puts the likeliest behind the
+    text; behind one that has ended, the end of text once more.
 
-    tokens, logprobs: (batch, candidate), in falling order.
+    candidates, logprobs: (batch, candidate), in falling order.
+    tokens: (batch, 1), what was put behind each text.
+    new_totals: (batch,), totals and the log-probability of that token, of texts that had not ended.
+    stopped: (1,), whether a text ended now, or has no next token: logits are not finite or all excluded.
+    texts: (batch, place), of which the first `lengths` hold tokens.
     logits: (batch, vocab).
+    lengths, begins: (batch,), how many tokens a text has, and where those begin that were sampled.
+    totals: (batch,), the sum of the log-probabilities of a text's tokens.
     suppressed: (vocab,), tokens that no text may have next.
-    forbidden: (batch, 2, 2), two ranges of tokens that a text may not have next, as first and end.
-    timestamp_begin: (1,), the first timestamp; text is excluded where all timestamps together are likelier than the
-        likeliest token of text. The size of the vocabulary where there are no timestamps.
+    limits: (2,), the first timestamp and the end of text. Text is excluded where all timestamps together are likelier
+        than the likeliest token of text. The size of the vocabulary where there are no timestamps.
     """
 
     @staticmethod
     def execute(
-        tokens: OutputTensor[dtype=DType.int64, rank=2, ...],
+        candidates: OutputTensor[dtype=DType.int64, rank=2, ...],
         logprobs: OutputTensor[dtype=DType.float32, rank=2, ...],
+        tokens: OutputTensor[dtype=DType.int64, rank=2, ...],
+        new_totals: OutputTensor[dtype=DType.float32, rank=1, ...],
+        stopped: OutputTensor[dtype=DType.bool, rank=1, ...],
+        texts: _MutableInputTensor[dtype=DType.int64, rank=2, ...],
         logits: InputTensor[dtype=DType.float32, rank=2, ...],
+        lengths: InputTensor[dtype=DType.int64, rank=1, ...],
+        begins: InputTensor[dtype=DType.int64, rank=1, ...],
+        totals: InputTensor[dtype=DType.float32, rank=1, ...],
         suppressed: InputTensor[dtype=DType.bool, rank=1, ...],
-        forbidden: InputTensor[dtype=DType.int64, rank=3, ...],
-        timestamp_begin: InputTensor[dtype=DType.int64, rank=1, ...],
+        limits: InputTensor[dtype=DType.int64, rank=1, ...],
         ctx: DeviceContext,
     ) raises:
+        var n_text = logits.dim_size(0)
         var n_vocab = logits.dim_size(1)
-        var n_best = tokens.dim_size(1)
+        var n_place = texts.dim_size(1)
+        var n_best = candidates.dim_size(1)
         var given = logits.unsafe_ptr()
         var excluded = suppressed.unsafe_ptr().unsafe_bitcast[UInt8]()
-        var ranges = forbidden.unsafe_ptr()
-        var found, scores = tokens.unsafe_ptr(), logprobs.unsafe_ptr()
-        var begin = Int(timestamp_begin.unsafe_ptr()[unsafe_offset=0])
-        var n_part = logits.dim_size(0) * PARTS
+        var found, scores = candidates.unsafe_ptr(), logprobs.unsafe_ptr()
+        var begin = Int(limits.unsafe_ptr()[unsafe_offset=0])
+        var end_of_text = Int(limits.unsafe_ptr()[unsafe_offset=1])
+        var n_part = n_text * PARTS
         var part_size = ceildiv(n_vocab, PARTS)
-        var left = List[Float32](length=logits.dim_size(0) * n_vocab, fill=0)  # the logits that the rules leave
+        var left = List[Float32](length=n_text * n_vocab, fill=0)  # the logits that the rules leave
         var sums = List[LogSumExp](length=n_part * 2, fill=LogSumExp())  # of text, of timestamps
         var permitted_logits, parts = left.unsafe_ptr(), sums.unsafe_ptr()
+        var ranges = List[Int](length=n_text * 4, fill=0)
+        for text in range(n_text):
+            var length = Int(lengths.unsafe_ptr()[unsafe_offset=text])
+            var first = Int(begins.unsafe_ptr()[unsafe_offset=text])
+            if length >= n_place:
+                raise Error("maxwhisper.pick: a text has no place for another token")
+            var sampled = texts.unsafe_ptr().unsafe_offset(text * n_place + first)
+            var of_text = forbidden(sampled, length - first, begin, end_of_text, n_vocab)
+            for i in range(4):
+                ranges[text * 4 + i] = of_text[i]
+        var all_ranges = ranges.unsafe_ptr()
 
         @always_inline
         @__parameter
@@ -167,13 +211,14 @@ struct Candidates:
             var text, part = divmod(number, PARTS)
             var own = given.unsafe_offset(text * n_vocab)
             var into = permitted_logits.unsafe_offset(text * n_vocab)
+            var of_text = all_ranges.unsafe_offset(text * 4)
             var first, end = min(part * part_size, n_vocab), min((part + 1) * part_size, n_vocab)
             var token = first
             while token + WIDTH <= end:
-                into.unsafe_store(token, permitted[WIDTH](token, own, excluded, ranges.unsafe_offset(text * 4)))
+                into.unsafe_store(token, permitted[WIDTH](token, own, excluded, of_text))
                 token += WIDTH
             for rest in range(token, end):
-                into[unsafe_offset=rest] = permitted[1](rest, own, excluded, ranges.unsafe_offset(text * 4))
+                into[unsafe_offset=rest] = permitted[1](rest, own, excluded, of_text)
             var middle = max(first, min(begin, end))
             parts[unsafe_offset=2 * number] = LogSumExp(into.unsafe_offset(first), middle - first)
             parts[unsafe_offset=2 * number + 1] = LogSumExp(into.unsafe_offset(middle), end - middle)
@@ -204,4 +249,18 @@ struct Candidates:
                 own_scores[unsafe_offset=place] -= total
 
         sync_parallelize(some, ceildiv(n_part, share))
-        sync_parallelize(one, logits.dim_size(0))
+        sync_parallelize(one, n_text)
+
+        stopped.unsafe_ptr()[unsafe_offset=0] = False
+        for text in range(n_text):
+            var last = texts.unsafe_ptr().unsafe_offset(
+                text * n_place + Int(lengths.unsafe_ptr()[unsafe_offset=text]) - 1
+            )
+            var token, logprob = found[unsafe_offset=text * n_best], scores[unsafe_offset=text * n_best]
+            if not isfinite(logprob) or (Int(token) == end_of_text and last[unsafe_offset=0] != token):
+                stopped.unsafe_ptr()[unsafe_offset=0] = True
+            if Int(last[unsafe_offset=0]) == end_of_text:
+                token, logprob = Int64(end_of_text), 0
+            last[unsafe_offset=1] = token
+            tokens.unsafe_ptr()[unsafe_offset=text] = token
+            new_totals.unsafe_ptr()[unsafe_offset=text] = totals.unsafe_ptr()[unsafe_offset=text] + logprob
