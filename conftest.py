@@ -45,7 +45,7 @@ from maxwhisper.cache import cache_folder
 from maxwhisper.errors import ArtifactError, MaxWhisperError
 from maxwhisper.runtime import COMPILE_LOG
 from reference.activations import KINDS, RANDOM
-from reference.ahead import CompileAhead
+from reference.ahead import TRANSCRIBING, CompileAhead, suite_job
 from reference.judge import Comparison, dtype_name
 from reference.lowering import GRAPHS, Lowering
 from reference.results import Run
@@ -208,8 +208,7 @@ def model_of(config: pytest.Config, size: str) -> Model:
 
 @lru_cache(maxsize=2)
 def suite_of(config: pytest.Config, size: str, dtype: torch.dtype) -> Suite:
-    if AHEAD:
-        AHEAD[0].wait(size, dtype)
+    wait_for(suite_job(size, dtype))
     return Suite(model_of(config, size), dtype, device(config), artifacts(config))
 
 
@@ -302,13 +301,25 @@ def models_of(item: pytest.Item) -> list[tuple[str, torch.dtype]]:
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Has the models of later tests compiled by another process while the first one compiles here; not for benchmarks,
-    which it would disturb."""
+    """Has what later tests need compiled by other processes while the first model compiles here; not for benchmarks,
+    which they would disturb."""
+    config = session.config
+    if config.getoption("collectonly") or artifacts(config):
+        return
     judged = [item for item in session.items if not item.get_closest_marker("benchmarked")]
     models = list(dict.fromkeys(model for item in judged for model in models_of(item)))
-    if len(models) > 1 and not session.config.getoption("collectonly") and not artifacts(session.config):
-        AHEAD.append(CompileAhead(models[1:], session.config.getoption("--checkpoint"), device(session.config)))
-        logging.getLogger("maxwhisper").addHandler(AHEAD[0])
+    jobs = [suite_job(*model) for model in models[1:]]
+    transcribing = any("checkpoint_path" in item.fixturenames for item in judged)  # type: ignore[attr-defined]
+    if transcribing and device(config) == "cpu":
+        jobs.append(TRANSCRIBING)
+    for some in filter(None, (jobs[::2], jobs[1::2])):
+        AHEAD.append(CompileAhead(some, config.getoption("--checkpoint"), device(config)))
+        logging.getLogger("maxwhisper").addHandler(AHEAD[-1])
+
+
+def wait_for(job: str) -> None:
+    for ahead in AHEAD:
+        ahead.wait(job)
 
 
 def wanted(config: pytest.Config, item: pytest.Item) -> bool:
@@ -378,6 +389,7 @@ def own_artifacts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def checkpoint_path(request: pytest.FixtureRequest) -> str:
     """The checkpoint that whole transcripts are made with: the user's, or the trained fixture."""
+    wait_for(TRANSCRIBING)
     return request.config.getoption("--checkpoint") or str(Path(__file__).parent / "fixtures" / "nano.pt")
 
 

@@ -1,9 +1,11 @@
-"""Compiling ahead: a second process fills MAX's compile cache with what this one will need later.
+"""Compiling ahead: other processes fill MAX's compile cache with what this one will need later.
 
 MAX compiles one artifact at a time in a process, on little more than one core. While the first model is compiled and
-compared here, the other process compiles the next ones, and this one then finds them in the cache.
+compared here, the other processes compile the next ones, and this one then finds them in the cache.
 
-    python -m reference.ahead SIZE:DTYPE ... [--checkpoint PATH] [--device cpu]
+    python -m reference.ahead JOB ... [--checkpoint PATH] [--device cpu]
+
+A job is a suite's model as SIZE:DTYPE, or "transcribing": what transcribes with the checkpoint, or else the fixture.
 """
 
 import argparse
@@ -13,27 +15,37 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from tempfile import TemporaryDirectory
 
 import torch
 
+from maxwhisper.artifacts import HOST
+from maxwhisper.whisper import compile_model
+
+from .activations import FIXTURES
 from .judge import dtype_name
 from .suite import DTYPES, Suite, load
 
+TRANSCRIBING = "transcribing"
+
+
+def suite_job(size: str, dtype: torch.dtype) -> str:
+    return f"{size}:{dtype_name(dtype)}"
+
 
 class CompileAhead(logging.Handler):
-    """The other process, for models by (size, dtype) in the order in which they will be needed.
+    """One other process, for jobs in the order in which they will be needed.
 
     As a handler of the logger "maxwhisper" it starts when a compilation of this process is announced, which is when it
     takes longer than one from the cache: where the cache is full there is nothing to be done ahead.
     """
 
-    def __init__(self, models: Sequence[tuple[str, torch.dtype]], checkpoint: str | None, device: str):
+    def __init__(self, jobs: Sequence[str], checkpoint: str | None, device: str):
         super().__init__(logging.INFO)
-        names = [f"{size}:{dtype_name(dtype)}" for size, dtype in models]
-        self.command = [sys.executable, "-m", "reference.ahead", *names, "--device", device]
+        self.command = [sys.executable, "-m", "reference.ahead", *jobs, "--device", device]
         if checkpoint:
             self.command += ["--checkpoint", checkpoint]
-        self.ready = {model: threading.Event() for model in models}
+        self.ready = {job: threading.Event() for job in jobs}
         self.process: subprocess.Popen[str] | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -45,16 +57,16 @@ class CompileAhead(logging.Handler):
             )
             threading.Thread(target=self._listen, args=(list(self.ready),), daemon=True).start()
 
-    def _listen(self, models: list[tuple[str, torch.dtype]]) -> None:
+    def _listen(self, jobs: list[str]) -> None:
         assert self.process is not None and self.process.stdout is not None
-        for model, _ in zip(models, self.process.stdout, strict=False):
-            self.ready[model].set()
+        for job, _ in zip(jobs, self.process.stdout, strict=False):
+            self.ready[job].set()
         for event in self.ready.values():  # should the process have failed, this one compiles for itself
             event.set()
 
-    def wait(self, size: str, dtype: torch.dtype) -> None:
-        """Until the model is compiled, if that is the other process's task."""
-        event = self.ready.get((size, dtype))
+    def wait(self, job: str) -> None:
+        """Until the job is done, if it is the other process's."""
+        event = self.ready.get(job)
         if self.process and event:
             event.wait()
 
@@ -66,16 +78,20 @@ class CompileAhead(logging.Handler):
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m reference.ahead", description=__doc__)
-    parser.add_argument("models", nargs="+", metavar="SIZE:DTYPE")
+    parser.add_argument("jobs", nargs="+", metavar="JOB")
     parser.add_argument("--checkpoint")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    for name in options.models:
-        size, _, dtype = name.partition(":")
-        suite = Suite(load(size, options.checkpoint), DTYPES[dtype], options.device)
-        for unit in suite.units:
-            suite.artifact(unit)
-        print(name, flush=True)
+    for job in options.jobs:
+        if job == TRANSCRIBING:
+            with TemporaryDirectory() as folder:
+                compile_model(options.checkpoint or FIXTURES / "nano.pt", HOST, folder)
+        else:
+            size, _, dtype = job.partition(":")
+            suite = Suite(load(size, options.checkpoint), DTYPES[dtype], options.device)
+            for unit in suite.units:
+                suite.artifact(unit)
+        print(job, flush=True)
     return 0
 
 
