@@ -304,14 +304,14 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """Has what later tests need compiled by other processes while the first model compiles here; not for benchmarks,
     which they would disturb."""
     config = session.config
-    if config.getoption("collectonly") or artifacts(config):
-        return
     judged = [item for item in session.items if not item.get_closest_marker("benchmarked")]
     models = list(dict.fromkeys(model for item in judged for model in models_of(item)))
     jobs = [suite_job(*model) for model in models[1:]]
     transcribing = any("checkpoint_path" in item.fixturenames for item in judged)  # type: ignore[attr-defined]
     if transcribing and device(config) == "cpu":
         jobs.append(TRANSCRIBING)
+    if not jobs or config.getoption("collectonly") or artifacts(config):
+        return
     for some in filter(None, (jobs[::2], jobs[1::2])):
         AHEAD.append(CompileAhead(some, config.getoption("--checkpoint"), device(config)))
         logging.getLogger("maxwhisper").addHandler(AHEAD[-1])

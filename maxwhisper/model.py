@@ -298,9 +298,10 @@ class MultiHeadAttention(Module):
         rows = split_rows(q, kv.k.shape[0])
         rows = rows.reshape((*rows.shape[:2], self.n_head, self.n_channel))
         wv, qk = self.qkv_attention(ops.permute(rows, [0, 2, 1, 3]), kv, mask)
+        _, n_head, _, n_key = qk.shape
         wv, qk = (ops.permute(x, [0, 2, 1, 3]) for x in (wv, qk))
         wv, qk = (join_rows(x.reshape((*x.shape[:2], -1)), *q.shape[:2]) for x in (wv, qk))
-        return wv, ops.permute(qk.reshape((*q.shape[:2], self.n_head, kv.k.shape[2])), [0, 2, 1, 3])
+        return wv, ops.permute(qk.reshape((*q.shape[:2], n_head, n_key)), [0, 2, 1, 3])
 
     def qkv_attention(self, q: TensorValue, kv: KeyValue, mask: TensorValue | None) -> tuple[TensorValue, TensorValue]:
         # MAX replaces exactly this form, with the scale as right operand, by a fused kernel. It adds up in the dtype it
