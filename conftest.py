@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -111,10 +112,11 @@ class Progress(logging.Handler):
 
     def __init__(self, plugins: pytest.PytestPluginManager):
         super().__init__(logging.INFO)
-        self.reporter, self.capture = plugins.get_plugin("terminalreporter"), plugins.get_plugin("capturemanager")
+        self.reporter, capture = plugins.get_plugin("terminalreporter"), plugins.get_plugin("capturemanager")
+        self.uncaptured = capture.global_and_fixture_disabled if capture else nullcontext
 
     def emit(self, record: logging.LogRecord) -> None:
-        with self.capture.global_and_fixture_disabled():  # a test runs, and its output is kept
+        with self.uncaptured():  # a test runs, and its output is kept
             self.reporter.ensure_newline()
             self.reporter.write_line(record.getMessage(), flush=True)
 
@@ -308,7 +310,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     models = list(dict.fromkeys(model for item in judged for model in models_of(item)))
     jobs = [suite_job(*model) for model in models[1:]]
     transcribing = any("checkpoint_path" in item.fixturenames for item in judged)  # type: ignore[attr-defined]
-    if transcribing and device(config) == "cpu":
+    if transcribing and models and device(config) == "cpu":
         jobs.append(TRANSCRIBING)
     if not jobs or config.getoption("collectonly") or artifacts(config):
         return

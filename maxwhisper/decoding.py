@@ -1,8 +1,8 @@
-"""openai-whisper's decode loop over MAX: its sampling, beam search and rules untouched, the forward pass ours.
+"""openai-whisper's decode loop over MAX: its sampling and beam search untouched, the forward pass ours.
 
-Where tokens are not drawn at random, its loop needs only the few likeliest tokens of each step. On a CPU these are
+Where tokens are not drawn at random, the loop needs only the few likeliest tokens of each step. On a CPU these are
 found inside a graph, rules included, so that Python sees a handful of numbers in the place of a vocabulary of logits.
-Without beams the likeliest token is the next one, and the graph goes on by itself until a text ends.
+Without beams the likeliest token is the next one, and the graph takes many steps, or all until a text ends.
 """
 
 import inspect
@@ -126,7 +126,7 @@ def own_rows(n_text: int, n_place: int) -> Tensor:
 
 
 class MaxInference(decoding.Inference):
-    """The forward pass of the decode loop: the first call takes the whole prompt, later ones the last token."""
+    """The forward pass of the decode loop: the first call takes the whole prompt; later `logits`, the last token."""
 
     def __init__(self, model: Any, initial_token_length: int):
         self.model = model
@@ -166,7 +166,10 @@ class MaxInference(decoding.Inference):
 # ---- the rules, in the graph ---------------------------------------------------------------------------------------
 
 TOKEN_RULES, PICK = "token_rules", "decoder.pick"
-"""Units of the decode loop, a graph each: the rules alone, and behind a step of the decoder."""
+"""Units of the decode loop, a graph each: the rules alone, and behind steps of the decoder."""
+
+MAX_STEPS = 32
+"""Of greedy decoding in one execution, during which Python does nothing else, Ctrl-C included."""
 
 
 def likeliest(
@@ -239,7 +242,8 @@ def pick_program(dims: ModelDimensions, policy: Policy) -> Program:
     log-probabilities, the texts' totals, and their lengths.
 
     The texts may be of different lengths. Their caches are given twice, to be read and to be written: what is written
-    is a place that is not read in the same step.
+    is a place that is not read in the same step. The next step reads it, and comes after: its tokens are those of
+    `maxwhisper.pick`, which as an in-place operation follows all that write into the caches.
     """
     n_own = 2 * dims.n_text_layer
     n_rule = len(rules_inputs(dims.n_vocab))
@@ -272,8 +276,8 @@ def pick_program(dims: ModelDimensions, policy: Policy) -> Program:
 
         shape = (tokens.shape[0], rules[-1].shape[0])
         nothing = [ops.constant(0, dtype, tokens.device).broadcast_to(shape) for dtype in (DType.int64, DType.float32)]
-        given = [n_step, tokens, lengths, totals, *nothing]
-        _, _, lengths, totals, *found = ops.while_loop(given, lambda left, *_: left > none_left, step)
+        start = [n_step, tokens, lengths, totals, *nothing]
+        _, _, lengths, totals, *found = ops.while_loop(start, lambda left, *_: left > none_left, step)
         return [*found, totals, lengths]
 
     given = BLOCKS["decoder.step"].inputs(dims, policy)
@@ -368,7 +372,9 @@ class Rules(NamedTuple):
     def joined(cls, rules: Sequence["Rules"]) -> "Rules":
         """Those of several tasks with the same filters, for all their texts."""
         first = rules[0]
-        assert all(each.suppressed.equal(first.suppressed) and len(each.places) == len(first.places) for each in rules)
+        for each in rules:
+            assert each.suppressed.equal(first.suppressed) and each.limits.equal(first.limits)
+            assert len(each.places) == len(first.places)
         return first._replace(begins=torch.cat([each.begins for each in rules]))
 
 
@@ -441,7 +447,7 @@ class DecodingTask(decoding.DecodingTask):
     )
 
     def _main_loop(self, audio_features: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, list[float]]:
-        """openai-whisper's loop, with candidates in the place of logits where the graph can find them."""
+        """What openai-whisper's loop does, with tokens from a graph where it can find them."""
         rules = self._rules()
         if rules is None:
             return super()._main_loop(audio_features, tokens)
@@ -463,16 +469,20 @@ class DecodingTask(decoding.DecodingTask):
                 n_left = n_end - tokens.shape[1]
                 if completed or n_left <= 0:
                     break
-                given = rules.inputs(tokens, n_best)
-                picked = self.inference.pick(tokens, sum_logprobs, given, 1 if beams else n_left)
+                n_step = 1 if beams else min(n_left, MAX_STEPS)
+                picked = self.inference.pick(tokens, sum_logprobs, rules.inputs(tokens, n_best), n_step)
         finally:
             self.inference.cleanup_caching()
         return tokens, sum_logprobs, no_speech_probs
 
     def _rules(self) -> TokenRules | None:
-        """None where all logits are needed: to draw tokens at random, or off the CPU, or for filters not known."""
+        """None where all logits are needed: to draw tokens at random, or off the CPU, or for a decoder or filters not
+        known."""
         if self.options.temperature != 0 or self.model.device.type != "cpu":
             not_in_graph("tokens are drawn at random" if self.options.temperature else "not on a CPU")
+            return None
+        if type(self.decoder) not in (decoding.GreedyDecoder, BeamSearchDecoder):
+            not_in_graph("unknown decoder")
             return None
         rules = TokenRules.of(self.logit_filters, self.model.dims.n_vocab, self.sample_begin, self.tokenizer.eot)
         if rules is None:

@@ -1,4 +1,4 @@
-"""Several recordings at once: their texts advance together, one execution for the next token of all.
+"""Several recordings at once: their texts advance together, one execution for the next tokens of all.
 
 Every recording is transcribed by openai-whisper's own loop, in a thread of its own, of which only one runs at a time: a
 thread that needs its next tokens waits, and when all wait, the last one has steps computed for all, until a text ends.
@@ -93,7 +93,7 @@ class Stopped(Exception):
 
 
 class Together:
-    """The threads that decode together. A thread holds `turn` whenever it does not wait for a token."""
+    """The threads that decode together. A thread holds `turn` whenever it does not wait for tokens."""
 
     def __init__(self, n_thread: int, steps: Steps):
         self.turn = Condition()

@@ -1,7 +1,7 @@
 """The drop-in: openai-whisper's `Whisper` object with its network on MAX.
 
-Transcription, decoding, language identification and word timestamps are openai-whisper's own code. Only what that code
-calls is replaced: the encoder, the decoder, its cache, and the log-mel spectrogram.
+Transcription, beam search, sampling, language identification and word timestamps are openai-whisper's own code. What
+that code calls is replaced: the encoder, the decoder, its cache, the log-mel spectrogram, and greedy decoding.
 """
 
 import math

@@ -15,12 +15,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Sequence
-from tempfile import TemporaryDirectory
 
 import torch
 
-from maxwhisper.artifacts import HOST
-from maxwhisper.whisper import compile_model
+from maxwhisper.checkpoint import load_checkpoint
+from maxwhisper.runtime import Artifact
+from maxwhisper.whisper import policy_of, programs_of, units_on
 
 from .activations import FIXTURES
 from .judge import dtype_name
@@ -84,8 +84,10 @@ def main() -> int:
     options = parser.parse_args()
     for job in options.jobs:
         if job == TRANSCRIBING:
-            with TemporaryDirectory() as folder:
-                compile_model(options.checkpoint or FIXTURES / "nano.pt", HOST, folder)
+            checkpoint = load_checkpoint(options.checkpoint or FIXTURES / "nano.pt")
+            policy = policy_of(checkpoint.tensors, options.device, "float32")
+            for unit in units_on(options.device):
+                Artifact(unit, programs_of(unit, checkpoint.dims, policy), options.device)
         else:
             size, _, dtype = job.partition(":")
             suite = Suite(load(size, options.checkpoint), DTYPES[dtype], options.device)

@@ -204,6 +204,7 @@ def test_kernels_are_known_by_one_path_however_they_are_reached() -> None:
 # ---- attention -----------------------------------------------------------------------------------------------------
 
 N_CHANNEL = 64
+ATTENTION, SCORES = 0, 1
 
 
 class Attention(Module):
@@ -228,7 +229,9 @@ class Attention(Module):
         self, q: TensorValue, k: TensorValue, v: TensorValue, length: TensorValue, *new: TensorValue
     ) -> tuple[TensorValue, ...]:
         """What takes the kernels' place on a GPU."""
-        return self.attn.heads_attention(q, Cache(k, v, length).followed_by(KeyValue(*new)), None)
+        kv, cache = KeyValue(*new), Cache(k, v, length)
+        scores = self.attn.heads_attention(q, cache.followed_by(kv), None)[SCORES]
+        return self.attn.written_out(q, kv, cache=cache), scores
 
     def causal(self, q: TensorValue, k: TensorValue, v: TensorValue) -> list[TensorValue]:
         return [self.attn.by_kernel(q, KeyValue(k, v), causal_mask(q.shape[1], self.attn.policy))]
@@ -287,9 +290,6 @@ def expected(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> list[Tens
     if causal:
         scores = scores + torch.full(scores.shape[2:], float("-inf")).triu(1)
     return [(scores.softmax(-1) @ v).transpose(1, 2).flatten(2), scores if k.dtype == torch.float64 else scores.float()]
-
-
-ATTENTION, SCORES = 0, 1
 
 
 def check(

@@ -151,11 +151,23 @@ def test_positions_that_are_not_there_are_refused(model: Whisper, features: torc
         model.decoder(tokens[:, -1:], features[:1], kv_cache=cache, positions=torch.tensor([0]))
 
 
-@pytest.mark.parametrize("beam_size", [None, 5])
+EOT = 50257
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {},
+        {"beam_size": 5},
+        *({"sample_len": n} for n in (1, 2, 7)),
+        {"prompt": [440] * 223, "sample_len": 448, "suppress_tokens": [EOT]},  # to the end of the context
+    ],
+    ids=str,
+)
 def test_tokens_picked_in_the_graph_are_those_of_openais_loop(
-    model: Whisper, mels: torch.Tensor, beam_size: int | None, monkeypatch: pytest.MonkeyPatch
+    model: Whisper, mels: torch.Tensor, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = whisper.DecodingOptions(fp16=False, language="en", beam_size=beam_size)
+    options = whisper.DecodingOptions(fp16=False, language="en", **given)
     ours = model.decode(mels[0], options)
     asked = []
     monkeypatch.setattr(DecodingTask, "_rules", lambda self: asked.append(self))
@@ -163,6 +175,8 @@ def test_tokens_picked_in_the_graph_are_those_of_openais_loop(
     assert asked
     assert ours.tokens == theirs.tokens
     assert ours.no_speech_prob == theirs.no_speech_prob
+    rounding = torch.finfo(torch.float32).eps * model.dims.n_vocab**0.5  # of sums over the vocabulary
+    assert abs(ours.avg_logprob - theirs.avg_logprob) <= rounding * max(1, abs(theirs.avg_logprob))
 
 
 def token_rules(model: Whisper) -> TokenRules:
@@ -223,11 +237,13 @@ def test_many_steps_at_once_are_as_many_single_ones(
 
 
 def test_steps_end_where_a_text_ends(model: Whisper, features: torch.Tensor, tokens: torch.Tensor) -> None:
-    rules, ended = token_rules(model), tokens.roll(1, dims=1)
+    rules, tokens = token_rules(model), tokens[:, :-4]
+    ended = tokens.roll(1, dims=1)
     ended[:, -1] = rules.eot
     texts, totals = torch.cat([tokens, ended]), torch.zeros(2)
     alone = started(model, tokens, features).pick(tokens, totals[:1], rules.inputs(tokens, 1), 200)
     assert alone.tokens[0, -1] == rules.eot and rules.eot not in alone.tokens[0, :-1]
+    assert alone.tokens.shape[1] > tokens.shape[1] + 1
     together = started(model, texts, features).pick(texts, totals, rules.inputs(texts, 1), 200)
     assert together.tokens[:1].equal(alone.tokens) and together.totals[:1].equal(alone.totals)
     assert (together.tokens[1, texts.shape[1] :] == rules.eot).all() and together.totals[1] == 0
@@ -276,9 +292,10 @@ def test_nothing_is_picked_for_a_full_cache(model: Whisper, features: torch.Tens
     n_place = model.dims.n_text_ctx
     inference = MaxInference(model, n_place)
     inference.logits(torch.zeros(1, n_place - 1, dtype=torch.int64), features[:1])
-    texts = torch.zeros(1, n_place, dtype=torch.int64)
+    texts, rules = torch.zeros(1, n_place, dtype=torch.int64), token_rules(model)
     with pytest.raises(OptionError, match=f"{n_place + 1} tokens, the model has places for {n_place}"):
-        inference.pick(texts, torch.zeros(1), token_rules(model).inputs(texts, 1), n_step=2)
+        inference.pick(texts, torch.zeros(1), rules.inputs(texts, 1), n_step=2)
+    assert inference.pick(texts, torch.zeros(1), rules.inputs(texts, 1)).tokens.shape == (1, n_place + 1)
 
 
 def filled(cache: KeyValueCache) -> list[torch.Tensor]:
@@ -356,7 +373,8 @@ def test_languages(model: Whisper, mels: torch.Tensor) -> None:
 def test_windows_decode_together_as_they_do_alone(model: Whisper, mels: torch.Tensor, beam_size: int | None) -> None:
     together = model.decode(mels, fp16=False, beam_size=beam_size)
     assert [result.language for result in together] == ["en", "de"]
-    assert [result.text for result in together] == [model.decode(m, fp16=False, beam_size=beam_size).text for m in mels]
+    alone = [model.decode(mel, fp16=False, beam_size=beam_size) for mel in mels]
+    assert [(each.text, each.avg_logprob) for each in together] == [(each.text, each.avg_logprob) for each in alone]
 
 
 def test_converted_checkpoint_says_the_same(model: Whisper, mels: torch.Tensor, tmp_path: Path) -> None:
