@@ -160,9 +160,9 @@ EOT = 50257
         {},
         {"beam_size": 5},
         *({"sample_len": n} for n in (1, 2, 7)),
-        {"prompt": [440] * 223, "sample_len": 448, "suppress_tokens": [EOT]},  # to the end of the context
+        {"prompt": [440] * 223, "sample_len": 448, "suppress_tokens": [EOT]},
     ],
-    ids=str,
+    ids=["greedy", "beams", "one token", "two tokens", "seven tokens", "to the end of the context"],
 )
 def test_tokens_picked_in_the_graph_are_those_of_openais_loop(
     model: Whisper, mels: torch.Tensor, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
