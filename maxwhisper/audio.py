@@ -148,9 +148,8 @@ class LogMelSpectrogram(Module):
         fourier  (2 * N_ROWS, PIECE, N_FFT // PIECE)  Hann window times Fourier basis, cosines before sines
         filters  (n_mels, N_ROWS)                     mel filter bank
 
-    The Fourier transform is a convolution over pieces of the waveform with its matrix. Measured against float64, its
-    error on speech is about half that of torch.stft, in float32 both; it is largest, three times torch.stft's in the
-    worst frame, where a constant offset is hundreds of times louder than the sound.
+    The Fourier transform is a convolution over pieces of the waveform with its matrix. It rounds like a sum of N_FFT
+    terms, a fast transform like one of log2(N_FFT).
     """
 
     def __init__(self, n_mels: int, device: DeviceRef):
