@@ -40,6 +40,9 @@ __all__ = [
 MAX_DAMAGED = 2 / 3
 """Share of packets that do not decode above which a file counts as undecodable: ffmpeg's default -max_error_rate."""
 
+JOINED = 2**16
+"""Samples that are converted at a time."""
+
 N_BINS = N_FFT // 2 + 1
 """Frequencies of the Fourier transform of a frame, from 0 to SAMPLE_RATE / 2."""
 N_ROWS = -(-N_BINS // 16) * 16
@@ -68,7 +71,7 @@ def load_audio(file: str | os.PathLike[str], sr: int = SAMPLE_RATE) -> np.ndarra
     pcm = bytearray()
     try:
         with _open(name) as container:
-            for frame in _resample(_all_finite(_decode(container, name), name), sr):
+            for frame in _resample(_all_finite(_joined(_decode(container, name)), name), sr):
                 pcm += frame.to_ndarray().tobytes()
     except av.FFmpegError as error:
         raise AudioError(f"{name}: cannot be read as audio: {error.strerror}") from error
@@ -114,7 +117,20 @@ def _decode(container: av.container.InputContainer, name: str) -> Iterator[av.Au
         raise AudioError(f"{name}: {len(damage)} packets do not decode and only {decoded} do: {damage[-1]}")
     if damage:
         message = f"{name}: {len(damage)} damaged packets left out, {decoded} decoded: {damage[-1]}"
-        warnings.warn(message, RuntimeWarning, stacklevel=5)
+        warnings.warn(message, RuntimeWarning, stacklevel=6)
+
+
+def _joined(frames: Iterable[av.AudioFrame]) -> Iterator[av.AudioFrame]:
+    """The same samples in frames of JOINED: those of many codecs are so short that each costs more in Python than in
+    libav."""
+    for _, section in groupby(frames, lambda frame: (frame.format.name, frame.layout.name, frame.sample_rate)):
+        fifo = av.AudioFifo()
+        for frame in section:
+            frame.pts = None  # the queue would insist that they follow each other without gaps
+            fifo.write(frame)
+            yield from fifo.read_many(JOINED)
+        if rest := fifo.read():
+            yield rest
 
 
 def _all_finite(frames: Iterable[av.AudioFrame], name: str) -> Iterator[av.AudioFrame]:

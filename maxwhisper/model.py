@@ -62,12 +62,16 @@ class Cache(NamedTuple):
 
 
 def linear(x: TensorValue, weight: TensorValue, bias: TensorValue | None = None) -> TensorValue:
-    """x @ weight.T + bias in the dtype of x: (batch, token, n_in) by (n_out, n_in) to (batch, token, n_out)."""
+    """x @ weight.T + bias in the dtype of x: (batch, token, n_in) by (n_out, n_in) to (batch, token, n_out).
+
+    On a CPU it is rounded once, the bias added, as PyTorch does. A product that is rounded before its bias is added is
+    wrong by nearly the same at every position: by how far the bias is from a multiple of the product's last digit.
+    """
     if not x.device.is_cpu():
         return shared(matrix_product, *((x, weight) if bias is None else (x, weight, bias)))
     audio = isinstance(x.shape[1], StaticDim) and not one_token_on_cpu(x)
     y = (convolution if audio else text_product)(x, weight)
-    return y if bias is None else y + bias.cast(x.dtype)
+    return (y if bias is None else y + bias).cast(x.dtype)
 
 
 def one_token_on_cpu(x: TensorValue) -> bool:
@@ -76,7 +80,7 @@ def one_token_on_cpu(x: TensorValue) -> bool:
 
 
 def text_product(x: TensorValue, weight: TensorValue) -> TensorValue:
-    """x @ weight.T for as many rows as a text has tokens, added up in float32, on a CPU.
+    """x @ weight.T in float32 for as many rows as a text has tokens, on a CPU.
 
     By a kernel of our own, which reads the weights as they are stored, once: MAX's matrix product would first copy them
     all into another layout, which takes longer than the product itself.
@@ -85,8 +89,8 @@ def text_product(x: TensorValue, weight: TensorValue) -> TensorValue:
 
 
 def convolution(x: TensorValue, weight: TensorValue, stride: int = 1, n_y: Dim | None = None) -> TensorValue:
-    """Convolution over time, without padding and bias, added up in float32, on a CPU: x (batch, frame, n_in) by weight
-    (n_out, n_in, taps), or (n_out, n_in) for one tap, to (batch, n_y, n_out).
+    """Convolution over time in float32, without padding and bias, on a CPU: x (batch, frame, n_in) by weight (n_out,
+    n_in, taps), or (n_out, n_in) for one tap, to (batch, n_y, n_out).
 
     By a kernel of our own for the many rows that audio has. n_y: as many frames as that makes, where the number of x's
     is symbolic.
@@ -99,23 +103,23 @@ def convolution(x: TensorValue, weight: TensorValue, stride: int = 1, n_y: Dim |
 
 
 def image_convolution(x: TensorValue, weight: TensorValue, stride: int = 1) -> TensorValue:
-    """As `convolution`, by MAX's: it convolves images, here one pixel high, and adds up in the dtype it is given."""
+    """As `convolution`, by MAX's, which convolves images, here one pixel high."""
     taps = ops.permute(weight.cast(x.dtype), [2, 1, 0])  # (tap, n_in, n_out)
     image, kernel = ops.unsqueeze(x, 1).cast(DType.float32), ops.unsqueeze(taps, 0).cast(DType.float32)
-    return ops.squeeze(ops.conv2d(image, kernel, stride=(1, stride)), 1).cast(x.dtype)
+    return ops.squeeze(ops.conv2d(image, kernel, stride=(1, stride)), 1)
 
 
 def custom_product(
     name: str, x: TensorValue, weight: TensorValue, n_row: Dim, parameters: dict[str, Any] | None = None
 ) -> TensorValue:
-    """A product of x (batch, row, n_in) with a matrix by a kernel of ours, (batch, n_row, n_out) in the dtype of x, to
-    which the kernel rounds the weights, as PyTorch does."""
+    """A product of x (batch, row, n_in) with a matrix by a kernel of ours, float32 (batch, n_row, n_out); the kernel
+    rounds the weights to the dtype of x, as PyTorch does."""
     y = TensorType(DType.float32, [x.shape[0], n_row, weight.shape[0]], x.device)
-    return ops.custom(name, x.device, [x, weight], [y], parameters=parameters)[0].tensor.cast(x.dtype)
+    return ops.custom(name, x.device, [x, weight], [y], parameters=parameters)[0].tensor
 
 
 def matrix_product(x: TensorValue, weight: TensorValue, bias: TensorValue | None = None) -> TensorValue:
-    """As `linear`, by MAX's."""
+    """As `linear`, by MAX's, which rounds to the dtype of x what a bias is then added to."""
     y = x @ ops.transpose(weight.cast(x.dtype), 0, 1)
     return y if bias is None else y + bias.cast(x.dtype)
 
@@ -218,7 +222,7 @@ class Conv1d(Module):
         """(batch, time, n_in) to (batch, time / stride, n_out)."""
         padded = ops.pad(x, [0, 0, self.padding, self.padding, 0, 0])
         convolve = convolution if x.device.is_cpu() else image_convolution
-        return convolve(padded, self.weight, self.stride) + self.bias.cast(x.dtype)
+        return (convolve(padded, self.weight, self.stride) + self.bias).cast(x.dtype)
 
 
 class MultiHeadAttention(Module):

@@ -17,7 +17,8 @@ the root of their number (N. Higham, T. Mary, "A new approach to probabilistic r
 the m values in a row that a block rounds to the dtype, u * sqrt(m), and those of a running sum in float32 as long as
 the block's longest reduction, u32 * sqrt(length). Both implementations accumulate in float32 whatever the dtype. A
 measure that is the maximum over n positions, channels or values has n chances of a large error, so its floor is larger
-by what the maximum of n normal numbers is to be expected.
+by what the maximum of n normal numbers is to be expected. Where a measure is the mean over n positions, the errors of
+rounded values cancel out but for one part in the root of n. Those of running sums need not.
 
 What is rounded inside a block reaches its output amplified by the block's *condition* on its inputs: how many times
 larger the oracle's answer to one rounding of the inputs is than that rounding. It is about 1 nearly everywhere, and
@@ -196,10 +197,12 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Norms:
-    """Squared norms of a tensor's positions (rows of its last axis) and channels, and its largest absolute value."""
+    """Squared norms of a tensor's positions (rows of its last axis) and channels, the channels' means, and its largest
+    absolute value."""
 
     positions: Tensor
     channels: Tensor
+    means: Tensor
     largest: float
 
     @property
@@ -234,7 +237,7 @@ def judge(
     if not len(oracle) == len(peer) == len(subject):
         defects.append(f"number of outputs: oracle {len(oracle)}, peer {len(peer)}, subject {len(subject)}")
     u, u32 = UNIT_ROUNDOFF[comparison.dtype], UNIT_ROUNDOFF[torch.float32]
-    floor = condition * (u * math.sqrt(roundings) + u32 * math.sqrt(longest_reduction))
+    values, sums = condition * u * math.sqrt(roundings), condition * u32 * math.sqrt(longest_reduction)
     for index, (right, theirs, ours) in enumerate(zip(oracle, peer, subject, strict=False)):
         found = output_defects(right, theirs, ours)
         if not found:
@@ -244,9 +247,9 @@ def judge(
         if found:
             defects += [f"output {index}: {defect}" for defect in found]
             continue
-        measures = measure_values(size, peer_error, subject_error, floor)
+        measures = measure_values(size, peer_error, subject_error, values, sums)
         if right.shape[-1] == n_vocab:
-            measures += measure_logits(right, theirs, ours, size, peer_error, floor)
+            measures += measure_logits(right, theirs, ours, size, peer_error, values + sums)
         outputs.append(Output(index, tuple(right.shape), tuple(measures)))
     return Judgement(comparison, tuple(outputs), tuple(defects), condition)
 
@@ -323,7 +326,7 @@ def rows(x: Tensor) -> Tensor:
 
 def norms(x: Tensor) -> Norms:
     square = rows(x).square()
-    return Norms(square.sum(1), square.sum(0), float(square.max().sqrt()))
+    return Norms(square.sum(1), square.sum(0), rows(x).mean(0), float(square.max().sqrt()))
 
 
 def over(error: float, size: float) -> float:
@@ -347,29 +350,38 @@ def worst_channel(error: Norms, oracle: Norms) -> float:
     return over(math.sqrt(float(error.channels.max()) / len(error.positions)), oracle.rms)
 
 
+def worst_mean(error: Norms, oracle: Norms) -> float:
+    """The largest mean error of any one channel, over the RMS of the oracle: what is wrong in the same way at every
+    position remains, and roundings cancel out."""
+    return over(float(error.means.abs().max()), oracle.rms)
+
+
 def largest_error(error: Norms, oracle: Norms) -> float:
     """The largest absolute error, over the RMS of the oracle."""
     return over(error.largest, oracle.rms)
 
 
-def measure_values(oracle: Norms, peer: Norms, subject: Norms, floor: float) -> list[Measure]:
-    """Of the errors of peer and subject."""
-    n_position, n_channel = len(oracle.positions), len(oracle.channels)
+def measure_values(oracle: Norms, peer: Norms, subject: Norms, values: float, sums: float) -> list[Measure]:
+    """Of the errors of peer and subject. values, sums: the floor's shares for rounded values and for running sums."""
+    n_position, n_channel, floor = len(oracle.positions), len(oracle.channels), values + sums
+    # A rounding error is relative to its own value, so a channel's follows that channel, and the largest error the
+    # largest value where that is further out than the largest of so many normal errors.
+    of_channels = expected_maximum(n_channel) * worst_channel(oracle, oracle)
     measures = []
-    for name, measure, spread in (
-        ("relative L2", relative_l2, 1.0),
-        ("worst position", worst_position, expected_maximum(n_position)),
-        # A rounding error is relative to its own value, so a channel's follows that channel, and the largest error the
-        # largest value where that is further out than the largest of so many normal errors.
-        ("worst channel", worst_channel, expected_maximum(n_channel) * worst_channel(oracle, oracle)),
+    for name, measure, least in (
+        ("relative L2", relative_l2, floor),
+        ("worst position", worst_position, floor * expected_maximum(n_position)),
+        ("worst channel", worst_channel, floor * of_channels),
+        # Sums of nearly the same terms are rounded in nearly the same way at every position.
+        ("worst channel's mean", worst_mean, (values / math.sqrt(n_position) + sums) * of_channels),
         (
             "largest error / RMS",
             largest_error,
-            max(expected_maximum(n_position * n_channel), largest_error(oracle, oracle)),
+            floor * max(expected_maximum(n_position * n_channel), largest_error(oracle, oracle)),
         ),
     ):
         theirs, ours = measure(peer, oracle), measure(subject, oracle)
-        measures.append(Measure(name, ours, theirs, K * theirs + floor * spread))
+        measures.append(Measure(name, ours, theirs, K * theirs + least))
     return measures
 
 

@@ -23,6 +23,7 @@ from maxwhisper.model import (
     causal_mask,
     convolution,
     image_convolution,
+    linear,
     matrix_product,
     shared,
     text_product,
@@ -158,9 +159,8 @@ def test_convolution_in_bfloat16(name: str) -> None:
     (y,) = convolutions()[f"{name}, bfloat16"](x, weight)
     rounded = weight.bfloat16().double()
     expected, terms = exact(x.double(), rounded), exact(x.double().abs(), rounded.abs())
-    # As above, and one rounding of the sum to bfloat16.
-    added = N_IN * taps * torch.finfo(torch.float32).eps / 2 * terms
-    assert ((y - expected).abs() <= added + torch.finfo(torch.bfloat16).eps / 2 * (expected.abs() + added)).all()
+    assert y.dtype == torch.float32
+    assert ((y - expected).abs() <= N_IN * taps * torch.finfo(torch.float32).eps / 2 * terms).all()
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -199,6 +199,44 @@ def test_a_folder_that_cannot_keep_kernels_is_named(tmp_path: Path) -> None:
 def test_kernels_are_known_by_one_path_however_they_are_reached() -> None:
     [package] = runtime.kernel_library().library_paths()
     assert cache_folder("kernels").is_symlink() and package == package.resolve()
+
+
+# ---- products with a bias ------------------------------------------------------------------------------------------
+
+HALVES = (DType.float16, DType.bfloat16)
+
+
+class Affine(Module):
+    def __call__(self, x: TensorValue, weight: TensorValue, bias: TensorValue) -> list[TensorValue]:
+        return [linear(x, weight, bias)]
+
+
+@cache
+def affine() -> dict[str, Executable]:
+    """In each dtype, for texts, whose length is symbolic, and for audio."""
+    cpu = DeviceRef.CPU()
+    weights = {"weight": TensorType(DType.float16, [N_OUT, N_IN], cpu), "bias": TensorType(DType.float32, [N_OUT], cpu)}
+
+    def program(dtype: DType, name: str, n_row: str | int) -> Program:
+        x = TensorType(dtype, ["batch", n_row, N_IN], cpu)
+        return Program(f"{name}, {dtype.name}", "", Affine(), Affine.__call__, {"x": x, **weights})
+
+    rows: list[tuple[str, str | int]] = [("text", "token"), ("audio", N_FRAME)]
+    return Artifact("products with a bias", [program(dtype, *row) for dtype in HALVES for row in rows], "cpu").init({})
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=lambda dtype: dtype.name)
+@pytest.mark.parametrize("rows", ["text", "audio"])
+def test_a_product_is_rounded_once_with_its_bias(rows: str, dtype: DType) -> None:
+    half = TORCH_DTYPE[dtype]
+    x, weight, bias = torch.randn(2, N_FRAME, N_IN).to(half), torch.randn(N_OUT, N_IN).half(), torch.randn(N_OUT)
+    (y,) = affine()[f"{rows}, {dtype.name}"](x, weight, bias)
+    exact, terms = (
+        f(x.double()) @ f(weight.to(half).double()).T + f(bias.double()) for f in (torch.positive, torch.abs)
+    )
+    added = (N_IN + 1) * torch.finfo(torch.float32).eps / 2 * terms
+    assert y.dtype == half
+    assert ((y - exact).abs() <= added + torch.finfo(half).eps / 2 * (exact.abs() + added)).all()
 
 
 # ---- attention -----------------------------------------------------------------------------------------------------

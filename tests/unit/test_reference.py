@@ -139,6 +139,16 @@ def test_one_wrong_channel_fails() -> None:
     assert "worst channel" in failed(verdict(oracle, oracle.float(), subject))
 
 
+def test_an_error_below_rounding_fails_where_every_position_has_it() -> None:
+    oracle = torch.randn(1, 1500, 16, dtype=torch.float64)
+    peer, constant = oracle.bfloat16(), torch.zeros(16)
+    constant[3] = torch.finfo(torch.bfloat16).eps / 2
+    subject = (oracle + constant).bfloat16()
+    comparison = replace(COMPARISON, dtype=torch.bfloat16)
+    right, wrong = (judge(comparison, [oracle], [peer], [x], longest_reduction=64) for x in (peer, subject))
+    assert right.passed and failed(wrong) == {"worst channel's mean"}
+
+
 def test_probabilities_that_differ_fail() -> None:
     """A logit that is raised makes another first choice, and other probabilities."""
     oracle = torch.randn(1, 20, 100, dtype=torch.float64)
