@@ -208,8 +208,7 @@ def rules_program() -> Program:
     """The graph, for any vocabulary."""
 
     def pick(_: Module, logits: TensorValue, *others: Any) -> Sequence[TensorValue]:
-        candidates, logprobs, _, totals, _ = likeliest(logits, *others)
-        return candidates, logprobs, totals
+        return likeliest(logits, *others)
 
     logits = TensorType(DType.float32, ["batch", "vocab"], DeviceRef.CPU())
     return Program(TOKEN_RULES, "", NoWeights(), pick, {"logits": logits, **texts_inputs(), **rules_inputs("vocab")})
@@ -427,7 +426,8 @@ class TokenRules:
         Raises DecodingError if a logit is NaN, or none is left.
         """
         texts, lengths = functional.pad(tokens, (0, 1)), torch.full((len(tokens),), tokens.shape[1])
-        candidates, logprobs, totals = compiled_rules()(logits, texts, lengths, totals, *self.inputs(tokens, n_best))
+        given = logits, texts, lengths, totals, *self.inputs(tokens, n_best)
+        candidates, logprobs, _, totals, _ = compiled_rules()(*given)
         return checked(Picked(texts, totals, Candidates(candidates, logprobs)))
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from whisper import decoding
 from whisper.tokenizer import get_tokenizer
 
-from maxwhisper.decoding import BeamSearchDecoder, Picked, TokenRules
+from maxwhisper.decoding import BeamSearchDecoder, Picked, Rules, TokenRules, compiled_rules
 from maxwhisper.errors import DecodingError
 
 TOKENIZER = get_tokenizer(True, num_languages=99, language="en", task="transcribe")
@@ -137,6 +137,38 @@ def test_where_the_rules_leave_too_few_excluded_tokens_follow_with_no_probabilit
 def test_logits_that_nothing_can_be_picked_from_are_an_error(value: float) -> None:
     with pytest.raises(DecodingError, match="not finite"):
         picked(torch.full((1, N_VOCAB), value), torch.tensor([PROMPT]), [], 1)
+
+
+ENDED, SPEAKING = [*PROMPT, 40, EOT], [*PROMPT, 40, 50]
+
+
+@pytest.mark.parametrize(
+    ("texts", "likeliest", "expected"),
+    [
+        ([SPEAKING, SPEAKING], [60, 60], False),
+        ([SPEAKING, SPEAKING], [60, EOT], True),
+        ([ENDED, SPEAKING], [EOT, 60], False),  # over already
+        ([ENDED, SPEAKING], [60, EOT], True),
+    ],
+)
+def test_steps_stop_where_a_text_ends_for_the_first_time(
+    texts: list[list[int]], likeliest: list[int], expected: bool
+) -> None:
+    logits, tokens = torch.zeros(2, N_VOCAB), torch.tensor(texts)
+    logits[[0, 1], likeliest] = 9
+    rules = TokenRules(N_VOCAB, SAMPLE_BEGIN, EOT).inputs(tokens, 1)
+    lengths = torch.full((2,), tokens.shape[1])
+    *_, stopped = compiled_rules()(logits, torch.nn.functional.pad(tokens, (0, 1)), lengths, totals(tokens), *rules)
+    assert stopped.tolist() == [expected]
+
+
+def test_rules_of_tasks_decoded_together_must_be_the_same() -> None:
+    tokens = torch.tensor([SPEAKING])
+    one, same = (TokenRules(N_VOCAB, SAMPLE_BEGIN, EOT).inputs(tokens, 1) for _ in range(2))
+    assert Rules.joined([one, same]).begins.tolist() == [SAMPLE_BEGIN] * 2
+    for other in (TokenRules(N_VOCAB, SAMPLE_BEGIN, EOT - 1).inputs(tokens, 1), same._replace(places=torch.zeros(2))):
+        with pytest.raises(AssertionError):
+            Rules.joined([one, other])
 
 
 def test_an_unknown_filter_is_left_to_openai() -> None:

@@ -64,11 +64,14 @@ def test_an_error_is_one_line_of_a_process_that_fails() -> None:
     assert "--size huge is not known" in done.stderr
 
 
-def test_what_compiles_is_shown_while_the_test_runs(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("options", ["", "-s", "-p no:capture"])
+def test_what_compiles_is_shown_while_the_test_runs(
+    options: str, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     pytester.makeconftest((ROOT / "conftest.py").read_text())
     pytester.makepyfile("def test(): __import__('logging').getLogger('maxwhisper').info('compiling everything')")
-    done = pytester.runpytest_subprocess("-p", "no:cacheprovider")
+    done = pytester.runpytest_subprocess("-p", "no:cacheprovider", *options.split())
     assert done.ret == 0
     assert "compiling everything" in done.stdout.str()
 

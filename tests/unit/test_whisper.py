@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import whisper
+from whisper import decoding
 from whisper.audio import N_SAMPLES, pad_or_trim
 from whisper.decoding import DecodingTask as OpenAIDecodingTask
 from whisper.model import Whisper as OpenAIWhisper
@@ -177,6 +178,17 @@ def test_tokens_picked_in_the_graph_are_those_of_openais_loop(
     assert ours.no_speech_prob == theirs.no_speech_prob
     rounding = torch.finfo(torch.float32).eps * model.dims.n_vocab**0.5  # of sums over the vocabulary
     assert abs(ours.avg_logprob - theirs.avg_logprob) <= rounding * max(1, abs(theirs.avg_logprob))
+
+
+def test_an_unknown_decoder_is_left_to_openais_loop(model: Whisper, mels: torch.Tensor) -> None:
+    class Another(decoding.GreedyDecoder):
+        pass
+
+    options = whisper.DecodingOptions(fp16=False, language="en")
+    task = DecodingTask(model, options)
+    task.decoder = Another(0.0, EOT)
+    assert task._rules() is None
+    assert task.run(mels[:1])[0].tokens == model.decode(mels[0], options).tokens
 
 
 def token_rules(model: Whisper) -> TokenRules:
