@@ -7,8 +7,9 @@ that code calls is replaced: the encoder, the decoder, its cache, the log-mel sp
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from max.driver import Buffer
 from max.dtype import DType
 from max.graph import DeviceRef
+from whisper import timing
 from whisper.audio import FRAMES_PER_SECOND
 from whisper.model import ModelDimensions
 from whisper.model import Whisper as OpenAIWhisper
@@ -346,6 +348,15 @@ def within(timestamps: str | Sequence[float], n_samples: int) -> list[float]:
     return [min(each, end) for each in clips]
 
 
+@cache
+def keep_alignment_compiled() -> None:
+    """Has numba keep the search for word timestamps, which openai-whisper has it compile in every process, in seconds;
+    in its own folder of caches, if there is one that can be written to."""
+    for function in (timing.dtw_cpu, timing.backtrace):
+        with suppress(RuntimeError):
+            function.enable_caching()
+
+
 class Frames:
     """What openai-whisper's loop takes for its progress bar."""
 
@@ -420,6 +431,8 @@ class Whisper(OpenAIWhisper):
         """
         if isinstance(audio, str | os.PathLike):
             audio = load_audio(audio)
+        if options.get("word_timestamps"):
+            keep_alignment_compiled()
         clips = within(options.pop("clip_timestamps", "0"), len(audio))
         names: dict[str, Any] = {"log_mel_spectrogram": log_mel_spectrogram}
         if progress:

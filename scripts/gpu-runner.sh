@@ -57,10 +57,7 @@ perf() {
 }
 
 compare() {
-  if ! .venv/bin/maxwhisper compare --help >/dev/null 2>&1; then
-    echo "this maxwhisper has no command compare"
-    return 1
-  fi
+  .venv/bin/pip install --quiet --constraint constraints.txt --editable '.[peers]' || return
   .venv/bin/maxwhisper compare "$CLIP" --model "$CHECKPOINT" --json "$out/compare.json"
 }
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import whisper
-from whisper import decoding
+from whisper import decoding, timing
 from whisper.audio import N_SAMPLES, pad_or_trim
 from whisper.decoding import DecodingTask as OpenAIDecodingTask
 from whisper.model import Whisper as OpenAIWhisper
@@ -408,6 +408,11 @@ def test_clips_end_with_the_audio(model: Whisper) -> None:
 def test_clips_that_are_no_times(model: Whisper, clips: str | list[float]) -> None:
     with pytest.raises(OptionError, match="clip_timestamps must be seconds"):
         model.transcribe(torch.zeros(N_SAMPLES), clip_timestamps=clips)
+
+
+def test_what_words_are_aligned_by_is_compiled_for_later_processes_too(model: Whisper) -> None:
+    model.transcribe(torch.zeros(N_SAMPLES), language="en", word_timestamps=True)
+    assert timing.dtw_cpu.stats.cache_path and timing.backtrace.stats.cache_path
 
 
 # ---- loading -------------------------------------------------------------------------------------------------------
