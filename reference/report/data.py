@@ -141,4 +141,4 @@ def fault_data(found: FaultVerdict) -> dict[str, Any]:
 
 
 def fault_total_data(total: FaultTotals) -> dict[str, int]:
-    return picked(total, "n", "caught", "right_block", "below", "missed", "only_one", "published")
+    return picked(total, "n", "caught", "right_block", "below", "between", "missed", "only_one", "published")

@@ -261,12 +261,13 @@ def largest_effect(fault: FaultVerdict) -> tuple[str, float, float] | None:
 
 @dataclass(frozen=True)
 class FaultTotals:
-    """Of one dtype."""
+    """Of one dtype. below: not caught, and below PyTorch's rounding; between: that and the budget."""
 
     n: int
     caught: int
     right_block: int
     below: int
+    between: int
     missed: int
     only_one: int
     published: int
@@ -281,7 +282,8 @@ def fault_totals(faults: Sequence[FaultVerdict]) -> dict[str, FaultTotals]:
             n=len(of),
             caught=sum(fault.caught for fault in of),
             right_block=outcomes.count(CAUGHT),
-            below=outcomes.count(BELOW),
+            below=(below := sum(not fault.caught and fault.below_rounding for fault in of)),
+            between=outcomes.count(BELOW) - below,
             missed=outcomes.count(MISSED),
             only_one=sum(fault.only_check is not None for fault in of),
             published=sum(fault.fault.published for fault in of),

@@ -42,7 +42,7 @@ def fault_section(run: Run) -> Html:
             "most): one whose effect is below that rounding need not be caught.",
         ),
         totals_table(fault_totals(run.faults)),
-        element("h3", "Missed, below rounding, or caught by one check alone") if notable else "",
+        element("h3", "Not caught, or caught by one check alone") if notable else "",
         table(header, [fault_row(of, dtypes) for of in notable], class_="faults") if notable else "",
         folded(
             f"{len(rest)} faults that several checks catch in every dtype",
@@ -71,13 +71,15 @@ def totals_table(totals: dict[str, FaultTotals]) -> Html:
             f"{t.caught} of {t.n}",
             t.right_block,
             t.below,
+            t.between,
             mark(not t.missed, "0", str(t.missed)),
             t.only_one,
             t.published,
         )
         for dtype, t in totals.items()
     ]
-    header = ("dtype", "caught", "in the right block", BELOW, "missed", "by one check alone", "published")
+    uncaught = "below rounding", "between that and the budget", "missed"
+    header = ("dtype", "caught", "in the right block", *uncaught, "by one check alone", "published")
     return table(header, rows, class_="figures")
 
 

@@ -48,7 +48,7 @@ def total_lines(run: Run, machine: dict[str, str]) -> list[str]:
     for dtype, t in fault_totals(run.faults).items():
         lines.append(
             f"faults, {dtype}: {share(t.caught, t.n, 'caught')}, {t.right_block} in the right block; {t.below} below "
-            f"PyTorch's rounding; {t.missed} missed"
+            f"PyTorch's rounding, {t.between} between that and the budget; {t.missed} missed"
         )
     if run.transcripts:
         equal = sum(transcript.equal for transcript in run.transcripts)

@@ -221,6 +221,16 @@ def test_charts_name_their_points_and_are_drawn_in_the_colours_of_the_page(tmp_p
     assert "var(--max)" in drawn and "#0101" not in drawn and "#000000" not in drawn
 
 
+def test_uncaught_faults_are_told_apart_by_pytorchs_rounding(tmp_path: Path) -> None:
+    run = passing()
+    run.faults.append(fault("twice the rounding", torch.bfloat16, checks=(), effect={"speech": 2e-3}, used=0.5))
+    _, data, summary = written(run, tmp_path)
+    assert data["passed"]
+    totals = data["totals"]["faults"]["bfloat16"]
+    assert [totals[name] for name in ("caught", "below", "between", "missed")] == [1, 1, 1, 0]
+    assert "1 below PyTorch's rounding, 1 between that and the budget; 0 missed" in summary
+
+
 def test_faults_carry_their_marks(tmp_path: Path) -> None:
     text = " ".join(read(written(failing(), tmp_path)[0]).text.split())
     for said in ("published", "only one check", "missed", "caught, in the wrong block", "not caught, below the budget"):
