@@ -1,10 +1,12 @@
 """The suite's options: a selection that would show nothing is an error, not a success."""
 
+import logging
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -64,16 +66,22 @@ def test_an_error_is_one_line_of_a_process_that_fails() -> None:
     assert "--size huge is not known" in done.stderr
 
 
-@pytest.mark.parametrize("options", ["", "-s", "-p no:capture"])
-def test_what_compiles_is_shown_while_the_test_runs(
-    options: str, pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_compiles_is_shown_while_the_test_runs(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     pytester.makeconftest((ROOT / "conftest.py").read_text())
     pytester.makepyfile("def test(): __import__('logging').getLogger('maxwhisper').info('compiling everything')")
-    done = pytester.runpytest_subprocess("-p", "no:cacheprovider", *options.split())
+    done = pytester.runpytest_subprocess("-p", "no:cacheprovider")
     assert done.ret == 0
     assert "compiling everything" in done.stdout.str()
+
+
+def test_what_compiles_is_shown_where_nothing_is_captured() -> None:
+    from conftest import Progress
+
+    reporter = Mock()
+    plugins = Mock(get_plugin={"terminalreporter": reporter, "capturemanager": None}.get)
+    Progress(plugins).handle(logging.makeLogRecord({"msg": "compiling everything"}))
+    reporter.write_line.assert_called_once_with("compiling everything", flush=True)
 
 
 def test_a_selection_that_selects_nothing_fails(run: Run) -> None:
