@@ -56,19 +56,21 @@ def main() -> int:
 
 
 def soak(suite: Suite, repetitions: int) -> int:
-    """Prints every false alarm and how near to its budget each subject came; returns how many alarms there were."""
+    """Prints every false alarm and where each subject came nearest to its budget; returns how many alarms."""
     alarms, judged = 0, 0
-    nearest = {"MAX": 0.0, "PyTorch": 0.0}
+    nearest: dict[str, Judgement] = {}
     for seed in range(1, repetitions + 1):
         for subject, judgement in repetition(suite, seed):
             judged += 1
-            nearest[subject] = max(nearest[subject], judgement.worst.used if judgement.pairs else 0.0)
+            if judgement.pairs and (subject not in nearest or judgement.worst.used > nearest[subject].worst.used):
+                nearest[subject] = judgement
             if not judgement.passed:
                 alarms += 1
                 print(f"{subject} in the subject's place: {judgement}", flush=True)
-    used = ", ".join(f"{subject} {share:.2f}" for subject, share in nearest.items())
-    name = f"{suite.model.size}, {dtype_name(suite.dtype)}"
-    print(f"{name}: {alarms} alarms in {judged} comparisons; most of a budget used: {used}", flush=True)
+    print(f"{suite.model.size}, {dtype_name(suite.dtype)}: {alarms} alarms in {judged} comparisons", flush=True)
+    for subject, judgement in nearest.items():
+        worst = judgement.worst
+        print(f"  {subject} used {worst.used:.2f} of a budget, {worst.name}: {judgement.comparison}", flush=True)
     return alarms
 
 
