@@ -284,7 +284,7 @@ class MultiHeadAttention(Module):
             name, inputs = "maxwhisper.tiled_attention", [q, *kv]
         else:
             name, inputs = "maxwhisper.masked_attention", [q, *kv, mask]
-        wv = TensorType(DType.float32, q.shape, q.device)
+        wv = TensorType(inputs[0].dtype, q.shape, q.device)
         parameters = {"n_channel": self.n_channel}
         return ops.custom(name, q.device, inputs, [wv], parameters=parameters)[0].tensor.cast(q.dtype)
 

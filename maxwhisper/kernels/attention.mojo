@@ -4,6 +4,7 @@ from max.algorithm import sync_parallelize
 from max.gpu.host import DeviceContext
 from max.runtime.asyncrt import parallelism_level
 from std.math import ceildiv, exp
+from std.utils.numerics import isnan, min_or_neg_inf, nan
 
 import extensibility
 from extensibility import InputTensor, OutputTensor, _MutableInputTensor
@@ -12,6 +13,7 @@ from .tiles import WIDTH
 
 comptime QUERIES = 4  # at a time, or else one: their sums fit the registers
 comptime KEYS = 64  # added up at a time: a sum of sums rounds less than one long sum
+comptime AT_ONCE = 4  # vectors of scores, so that exponentials do not wait for one another
 comptime TASK = 1 << 17  # numbers in keys and values that are worth a task of their own
 
 
@@ -84,28 +86,71 @@ def score[
 
 
 @always_inline
+def greatest(numbers: Pointer[Float32, _], n: Int) -> Float32:
+    """Returns the greatest of some numbers; a NaN is passed over."""
+    # By comparing, not by `max`, which minds a NaN and takes several times as long for it.
+    comptime together = AT_ONCE * WIDTH
+    var highest = Array[SIMD[DType.float32, WIDTH], AT_ONCE](fill=min_or_neg_inf[DType.float32]())
+    for first in range(0, n - together + 1, together):
+        comptime for i in range(AT_ONCE):
+            var some = numbers.unsafe_load[width=WIDTH](first + i * WIDTH)
+            highest[i] = some.gt(highest[i]).select(some, highest[i])
+    # What is left, and some of the numbers before again.
+    if n >= together:
+        comptime for i in range(AT_ONCE):
+            var some = numbers.unsafe_load[width=WIDTH](n - together + i * WIDTH)
+            highest[i] = some.gt(highest[i]).select(some, highest[i])
+    comptime for i in range(1, AT_ONCE):
+        highest[0] = highest[i].gt(highest[0]).select(highest[i], highest[0])
+    var found = highest[0].reduce_max()
+    if n < together:
+        for i in range(n):
+            found = max(found, numbers[unsafe_offset=i])
+    return found
+
+
+@always_inline
 def exponentials[
     dtype: DType
 ](scores: Pointer[Float32, _], weights: Pointer[mut=True, Scalar[dtype], _], n_key: Int) -> Float32:
-    """Writes softmax's weights before they are divided by their sum, which it returns."""
-    var whole = n_key // WIDTH * WIDTH
-    var highest = SIMD[DType.float32, WIDTH](scores[unsafe_offset=0])
-    for key in range(0, whole, WIDTH):
-        highest = max(highest, scores.unsafe_load[width=WIDTH](key))
-    var greatest = highest.reduce_max()
-    for key in range(whole, n_key):
-        greatest = max(greatest, scores[unsafe_offset=key])
-    var sums = SIMD[DType.float32, WIDTH](0)
-    for key in range(0, whole, WIDTH):
-        var some = exp(scores.unsafe_load[width=WIDTH](key) - greatest)
-        weights.unsafe_store(key, some.cast[dtype]())
-        sums += some
-    var total = sums.reduce_add()
-    for key in range(whole, n_key):
-        var weight = exp(scores[unsafe_offset=key] - greatest)
-        weights[unsafe_offset=key] = weight.cast[dtype]()
-        total += weight
-    return total
+    """Writes softmax's weights before they are divided by their sum, which it returns: NaN if a score is one, whose
+    exponential MAX gives as a number."""
+    var highest = greatest(scores, n_key)
+    var sums = Array[SIMD[DType.float32, WIDTH], AT_ONCE](fill=0)
+    var no_numbers = SIMD[DType.bool, WIDTH](fill=False)
+
+    @always_inline
+    @__parameter
+    def write[vectors: Int](key: Int):
+        var some = Array[SIMD[DType.float32, WIDTH], vectors](fill=0)
+        comptime for i in range(vectors):
+            var below = scores.unsafe_load[width=WIDTH](key + i * WIDTH) - highest
+            some[i] = exp(below)
+            no_numbers |= isnan(below)
+        comptime for i in range(vectors):
+            weights.unsafe_store(key + i * WIDTH, some[i].cast[dtype]())
+            sums[i] += some[i]
+
+    var key = 0
+    while key + AT_ONCE * WIDTH <= n_key:
+        write[AT_ONCE](key)
+        key += AT_ONCE * WIDTH
+    while key + WIDTH <= n_key:
+        write[1](key)
+        key += WIDTH
+    comptime for i in range(1, AT_ONCE):
+        sums[0] += sums[i]
+    var total = sums[0].reduce_add()
+    var last = SIMD[DType.float32, WIDTH](highest)
+    for rest in range(key, n_key):
+        last[rest - key] = scores[unsafe_offset=rest]
+    last -= highest
+    no_numbers |= isnan(last)
+    last = exp(last)
+    for rest in range(key, n_key):
+        weights[unsafe_offset=rest] = last[rest - key].cast[dtype]()
+        total += last[rest - key]
+    return nan[DType.float32]() if no_numbers.reduce_or() else total
 
 
 @always_inline

@@ -16,6 +16,7 @@ from extensibility import InputTensor, _FusedOutputTensor
 
 from .tiles import PANEL, ROWS, VECTORS, WIDTH, long_tile, place, side_by_side
 
+comptime BLOCK = 2 * WIDTH  # channels of a row that are copied at a time: a line of the cache or two
 comptime CHUNK = 128  # rows of the input that are worth another copy of a panel
 
 
@@ -24,22 +25,23 @@ def pack[
     taps: Int, dtype: DType, stored: DType
 ](panel: Pointer[mut=True, Scalar[dtype], _], weights: Pointer[Scalar[stored], _], n_weight: Int, n_in: Int):
     """Copies `n_weight` rows of weights, each (n_in, taps), to the columns of a panel (taps * n_in, PANEL)."""
-    comptime if taps == 1:
-        var whole = n_in // WIDTH * WIDTH
-        for k in range(0, whole, WIDTH):  # of all rows, whose columns then stay in the cache
+    comptime together = BLOCK * taps  # numbers in a row that are read and then written
+    var whole = n_in // BLOCK * BLOCK
+    for first in range(0, whole, BLOCK):  # of all rows, whose columns then stay in the cache
+        for j in range(n_weight):
+            var row = weights.unsafe_offset((j * n_in + first) * taps)
+            comptime for v in range(0, together, WIDTH):
+                var ws = row.unsafe_load[width=WIDTH](v).cast[dtype]()
+                # Numbers of a pair lie side by side where they came so.
+                comptime side = side_by_side[dtype]() if taps == 1 else 1
+                comptime for i in range(0, WIDTH, side):
+                    var term = (v + i) % taps * n_in + first + (v + i) // taps
+                    panel.unsafe_store(place[dtype](term, j, PANEL), ws.slice[side, offset=i]())
+    for c in range(whole, n_in):
+        comptime for tap in range(taps):
             for j in range(n_weight):
-                var ws = weights.unsafe_load[width=WIDTH](j * n_in + k).cast[dtype]()
-                comptime for i in range(WIDTH):
-                    panel[unsafe_offset=place[dtype](k + i, j, PANEL)] = ws[i]
-        for k in range(whole, n_in):
-            for j in range(n_weight):
-                panel[unsafe_offset=place[dtype](k, j, PANEL)] = weights[unsafe_offset=j * n_in + k].cast[dtype]()
-    else:
-        for c in range(n_in):
-            comptime for tap in range(taps):
-                for j in range(n_weight):
-                    var w = weights[unsafe_offset=(j * n_in + c) * taps + tap].cast[dtype]()
-                    panel[unsafe_offset=place[dtype](tap * n_in + c, j, PANEL)] = w
+                var w = weights[unsafe_offset=(j * n_in + c) * taps + tap].cast[dtype]()
+                panel[unsafe_offset=place[dtype](tap * n_in + c, j, PANEL)] = w
 
 
 @extensibility.register("maxwhisper.convolution")
@@ -72,7 +74,7 @@ struct Convolution:
         var weights = weight.unsafe_ptr()
         var n_panel = ceildiv(n_out, PANEL)
         # Enough tasks for every thread to be done at the same time, of as many rows as possible.
-        var n_chunk = max(1, min(ceildiv(8 * parallelism_level(None), n_panel), n_y // CHUNK))
+        var n_chunk = max(1, min(ceildiv(4 * parallelism_level(None), n_panel), n_y // CHUNK))
         var share = align_up(ceildiv(n_y, n_chunk), ROWS)
 
         @always_inline
@@ -93,7 +95,7 @@ struct Convolution:
             var column = number % n_panel * PANEL
             var first = number // n_panel * share
             var end = min(first + share, n_y)
-            var panel = List[Scalar[dtype]](length=n_term * PANEL, fill=0)
+            var panel = List[Scalar[dtype]](unsafe_uninit_length=n_term * PANEL)
             var n_weight = min(PANEL, n_out - column)
             pack[taps](panel.unsafe_ptr(), weights.unsafe_offset(column * n_term), n_weight, n_in)
             for window in range(x.dim_size(0)):

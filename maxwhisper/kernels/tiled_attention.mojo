@@ -22,27 +22,31 @@ def pack_keys[
     dtype: DType, stored: DType, //, n_channel: Int
 ](panels: Pointer[mut=True, Scalar[dtype], _], keys: Pointer[Scalar[stored], _], n_key: Int):
     """Copies keys (n_key, n_channel) to panels (panel, n_channel, PANEL), whose last columns stay as they are."""
+    comptime side = side_by_side[dtype]()
     for key in range(n_key):
         var panel = panels.unsafe_offset(key // PANEL * n_channel * PANEL)
         comptime for c in range(0, n_channel, WIDTH):
             var ks = keys.unsafe_load[width=WIDTH](key * n_channel + c).cast[dtype]()
-            comptime for i in range(WIDTH):
-                panel[unsafe_offset=place[dtype](c + i, key % PANEL, PANEL)] = ks[i]
+            comptime for i in range(0, WIDTH, side):
+                panel.unsafe_store(place[dtype](c + i, key % PANEL, PANEL), ks.slice[side, offset=i]())
 
 
 @always_inline
 def pack_values[
     dtype: DType, stored: DType, //, n_channel: Int
 ](panel: Pointer[mut=True, Scalar[dtype], _], values: Pointer[Scalar[stored], _], n_key: Int):
-    """Copies values (n_key, n_channel) to a panel of them, whose last terms stay as they are."""
-    for key in range(n_key):
+    """Copies values (n_key, n_channel) to a panel of them, whose last terms are 0."""
+    comptime side = side_by_side[dtype]()
+    for key in range(0, n_key, side):
         comptime for c in range(0, n_channel, WIDTH):
-            var vs = values.unsafe_load[width=WIDTH](key * n_channel + c).cast[dtype]()
-            comptime if side_by_side[dtype]() == 1:
-                panel.unsafe_store(key * n_channel + c, vs)
+            var some = values.unsafe_load[width=WIDTH](key * n_channel + c).cast[dtype]()
+            comptime if side == 1:
+                panel.unsafe_store(key * n_channel + c, some)
             else:
-                comptime for i in range(WIDTH):
-                    panel[unsafe_offset=place[dtype](key, c + i, n_channel)] = vs[i]
+                var others = SIMD[dtype, WIDTH](0)
+                if key + 1 < n_key:
+                    others = values.unsafe_load[width=WIDTH]((key + 1) * n_channel + c).cast[dtype]()
+                panel.unsafe_store(place[dtype](key, c, n_channel), some.interleave(others))
 
 
 @always_inline
@@ -69,14 +73,13 @@ def score[
 def add_weighted[
     dtype: DType, n_channel: Int, rows: Int
 ](
-    y: Pointer[mut=True, Float32, _],
-    n_state: Int,
+    totals: Pointer[mut=True, Float32, _],
     weights: Pointer[Scalar[dtype], _],
     n_place: Int,
     values: Pointer[Scalar[dtype], _],
     n_value: Int,
 ):
-    """Adds values (n_value, n_channel) times the weights of some queries, `n_place` apart, to y, `n_state` apart."""
+    """Adds values (n_value, n_channel) times the weights of some queries, `n_place` apart, to their totals."""
     comptime vectors = VECTORS if n_channel % PANEL == 0 else 1
     var offsets = Array[Int, rows](fill=0)
     comptime for r in range(rows):
@@ -86,15 +89,15 @@ def add_weighted[
         var sums = tile[dtype, rows, vectors](weights, offsets, some, n_value, n_channel)
         comptime for r in range(rows):
             comptime for v in range(vectors):
-                var at = r * n_state + c + v * WIDTH
-                y.unsafe_store(at, y.unsafe_load[width=WIDTH](at) + sums[r * vectors + v])
+                var at = r * n_channel + c + v * WIDTH
+                totals.unsafe_store(at, totals.unsafe_load[width=WIDTH](at) + sums[r * vectors + v])
 
 
 @always_inline
 def attend[
     dtype: DType, //, n_channel: Int
 ](
-    y: Pointer[mut=True, Float32, _],
+    y: Pointer[mut=True, Scalar[dtype], _],
     q: Pointer[Scalar[dtype], _],
     n_query: Int,
     n_state: Int,
@@ -104,9 +107,11 @@ def attend[
     mask: Optional[Pointer[Float32, MutAnyOrigin]],
     scores: Pointer[mut=True, Float32, _],
     weights: Pointer[mut=True, Scalar[dtype], _],
+    totals: Pointer[mut=True, Float32, _],
 ):
     """The attention of at most QUERIES queries, `n_state` apart, over all keys; scores and weights have as many places
-    for each as the panels have keys. Keys and values are taken a panel and a block at a time, for all these queries."""
+    for each as the panels have keys, totals n_channel. Keys and values are taken a panel and a block at a time, for all
+    these queries."""
     var n_place = align_up(n_key, PANEL)
     var whole = n_query // ROWS * ROWS
     for key in range(0, n_key, PANEL):
@@ -128,30 +133,30 @@ def attend[
                 of_query[unsafe_offset=key] += mask.value()[unsafe_offset=row * n_key + key]
         sums[row] = exponentials(of_query, weights.unsafe_offset(row * n_place), n_key)
         comptime for c in range(0, n_channel, WIDTH):
-            y.unsafe_store(row * n_state + c, SIMD[DType.float32, WIDTH](0))
+            totals.unsafe_store(row * n_channel + c, SIMD[DType.float32, WIDTH](0))
     for key in range(0, n_key, KEYS):
         var some = values.unsafe_offset(key * n_channel)
         var n_value = min(KEYS, align_up(n_key, side_by_side[dtype]()) - key)
         var of_some = weights.unsafe_offset(key)
         for row in range(0, whole, ROWS):
             add_weighted[dtype, n_channel, ROWS](
-                y.unsafe_offset(row * n_state), n_state, of_some.unsafe_offset(row * n_place), n_place, some, n_value
+                totals.unsafe_offset(row * n_channel), of_some.unsafe_offset(row * n_place), n_place, some, n_value
             )
         for row in range(whole, n_query):
             add_weighted[dtype, n_channel, 1](
-                y.unsafe_offset(row * n_state), n_state, of_some.unsafe_offset(row * n_place), n_place, some, n_value
+                totals.unsafe_offset(row * n_channel), of_some.unsafe_offset(row * n_place), n_place, some, n_value
             )
     for row in range(n_query):
         comptime for c in range(0, n_channel, WIDTH):
-            var at = row * n_state + c
-            y.unsafe_store(at, y.unsafe_load[width=WIDTH](at) / sums[row])
+            var total = totals.unsafe_load[width=WIDTH](row * n_channel + c)
+            y.unsafe_store(row * n_state + c, (total / sums[row]).cast[dtype]())
 
 
 @always_inline
 def attention[
     dtype: DType, //, n_channel: Int
 ](
-    y: OutputTensor[dtype=DType.float32, rank=3, ...],
+    y: OutputTensor[dtype=dtype, rank=3, ...],
     q: InputTensor[dtype=dtype, rank=3, ...],
     k: InputTensor[rank=4, ...],
     v: InputTensor[rank=4, ...],
@@ -182,8 +187,9 @@ def attention[
         var kv = (text // n_text * n_head + head) * n_key * n_channel
         var keys = List[Scalar[dtype]](length=n_place * n_channel, fill=0)
         var values = List[Scalar[dtype]](length=n_place * n_channel, fill=0)
-        var scores = List[Float32](length=QUERIES * n_place, fill=0)
+        var scores = List[Float32](unsafe_uninit_length=QUERIES * n_place)
         var weights = List[Scalar[dtype]](length=QUERIES * n_place, fill=0)
+        var totals = List[Float32](unsafe_uninit_length=QUERIES * n_channel)
         pack_keys[n_channel=n_channel](keys.unsafe_ptr(), ks.unsafe_offset(kv), n_key)
         pack_values[n_channel=n_channel](values.unsafe_ptr(), vs.unsafe_offset(kv), n_key)
         for query in range(first, end, QUERIES):
@@ -199,6 +205,7 @@ def attention[
                 mask.value().unsafe_offset(query * n_key) if mask else mask,
                 scores.unsafe_ptr(),
                 weights.unsafe_ptr(),
+                totals.unsafe_ptr(),
             )
 
     sync_parallelize(task, n_pair * n_share)
@@ -215,10 +222,10 @@ struct TiledAttention:
 
     @staticmethod
     def execute[
-        n_channel: Int
+        dtype: DType, //, n_channel: Int
     ](
-        y: OutputTensor[dtype=DType.float32, rank=3, ...],
-        q: InputTensor[rank=3, ...],
+        y: OutputTensor[dtype=dtype, rank=3, ...],
+        q: InputTensor[dtype=dtype, rank=3, ...],
         k: InputTensor[rank=4, ...],
         v: InputTensor[rank=4, ...],
         ctx: DeviceContext,
@@ -232,10 +239,10 @@ struct MaskedAttention:
 
     @staticmethod
     def execute[
-        n_channel: Int
+        dtype: DType, //, n_channel: Int
     ](
-        y: OutputTensor[dtype=DType.float32, rank=3, ...],
-        q: InputTensor[rank=3, ...],
+        y: OutputTensor[dtype=dtype, rank=3, ...],
+        q: InputTensor[dtype=dtype, rank=3, ...],
         k: InputTensor[rank=4, ...],
         v: InputTensor[rank=4, ...],
         mask: InputTensor[dtype=DType.float32, rank=2, ...],

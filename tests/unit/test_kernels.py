@@ -425,6 +425,21 @@ def test_a_query_is_bitwise_the_same_among_any_others() -> None:
         assert together[text : text + 1, -n_token:].equal(alone)
 
 
+@pytest.mark.parametrize("n_key", [5, 100, 131])
+@pytest.mark.parametrize("name", ["cross", "many", "many, bfloat16"])
+def test_a_key_that_is_no_number_is_seen(name: str, n_key: int) -> None:
+    """Wherever it stands among those that are compared with each other for the greatest score."""
+    dtype = torch.bfloat16 if "bfloat16" in name else torch.float32
+    q, (k, v) = (
+        torch.ones(1, 1 if name == "cross" else 7, N_CHANNEL, dtype=dtype),
+        torch.ones(2, 1, 1, n_key, N_CHANNEL),
+    )
+    for place in (0, n_key // 2, n_key - 1):
+        broken = k.to(dtype)
+        broken[:, :, place] = float("nan")
+        assert attentions()[name](q, broken, v.to(dtype))[0].isnan().all()
+
+
 def test_texts_of_other_lengths_attend_as_they_do_alone() -> None:
     q, lengths = torch.randn(4, 1, 3 * N_CHANNEL), [5, 0, 17, 1]
     k, v, k_new, v_new = (torch.randn(4, 3, n, N_CHANNEL) for n in (20, 20, 1, 1))
