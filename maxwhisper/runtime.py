@@ -202,6 +202,25 @@ def long_timer_slack(seconds: float = 1.0) -> Iterator[None]:
         libc.prctl(PR_SET_TIMERSLACK, ctypes.c_ulong(before))
 
 
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Has PyTorch compute in the calling thread alone, for operations that are small beside the graphs around them.
+
+    Threads that have helped it wait for more at full load, for milliseconds, on the cores that MAX computes on: tiny's
+    encoder took a sixth longer behind a check of its input. OMP_WAIT_POLICY=passive would prevent that, but must be set
+    before PyTorch is imported. A Python thread that is started meanwhile keeps the number.
+    """
+    before = torch.get_num_threads()
+    if before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 @dataclass(frozen=True)
 class CompileRecord:
     """What one compilation held and how long it took, cache hits included."""

@@ -43,7 +43,7 @@ from .decoding import (
     rules_program,
 )
 from .errors import AudioError, DeviceError, OptionError
-from .runtime import TORCH_DTYPE, Artifact, Executable, Policy, Program, find_device
+from .runtime import TORCH_DTYPE, Artifact, Executable, Policy, Program, find_device, one_torch_thread
 from .together import Audio, Result, Together, transcribe_many
 
 STORAGE = {torch.float16: DType.float16, torch.bfloat16: DType.bfloat16}
@@ -185,6 +185,7 @@ class AudioEncoder(torch.nn.Module):
         super().__init__()
         self.dims, self.network, self.device = dims, network, device
 
+    @one_torch_thread()
     def forward(self, mel: torch.Tensor) -> torch.Tensor:
         """([batch,] n_mels, 2 * n_audio_ctx) to ([batch,] n_audio_ctx, state), in the dtype of mel.
 
@@ -193,7 +194,7 @@ class AudioEncoder(torch.nn.Module):
         expected = (self.dims.n_mels, 2 * self.dims.n_audio_ctx)
         if mel.ndim not in (2, 3) or mel.shape[-2:] != expected:
             raise AudioError(f"mel is {tuple(mel.shape)}, expected {expected} or a batch of these")
-        if not mel.isfinite().all():
+        if not all(extreme.isfinite() for extreme in mel.aminmax()):
             raise AudioError("mel holds values that are not finite")
         if mel.ndim == 2:
             return self(mel[None])[0]
@@ -225,6 +226,7 @@ class TextDecoder(torch.nn.Module):
         self.blocks = torch.nn.ModuleList([TextBlock() for _ in range(dims.n_text_layer)])
         self.together: Together | None = None  # where the texts of several recordings advance together
 
+    @one_torch_thread()
     def forward(
         self,
         x: torch.Tensor,
@@ -382,7 +384,7 @@ class Whisper(OpenAIWhisper):
     is_multilingual, num_languages.
     """
 
-    decode = decode
+    decode = one_torch_thread()(decode)
 
     def __init__(
         self,
@@ -416,6 +418,7 @@ class Whisper(OpenAIWhisper):
         """Where its inputs and outputs are."""
         return self._device
 
+    @one_torch_thread()
     def transcribe(
         self,
         audio: StrPath | np.ndarray | torch.Tensor,
