@@ -91,15 +91,12 @@ def greatest(numbers: Pointer[Float32, _], n: Int) -> Float32:
     # By comparing, not by `max`, which minds a NaN and takes several times as long for it.
     comptime together = AT_ONCE * WIDTH
     var highest = Array[SIMD[DType.float32, WIDTH], AT_ONCE](fill=min_or_neg_inf[DType.float32]())
-    for first in range(0, n - together + 1, together):
-        comptime for i in range(AT_ONCE):
-            var some = numbers.unsafe_load[width=WIDTH](first + i * WIDTH)
-            highest[i] = some.gt(highest[i]).select(some, highest[i])
-    # What is left, and some of the numbers before again.
     if n >= together:
-        comptime for i in range(AT_ONCE):
-            var some = numbers.unsafe_load[width=WIDTH](n - together + i * WIDTH)
-            highest[i] = some.gt(highest[i]).select(some, highest[i])
+        for first in range(0, n, together):
+            var at = min(first, n - together)  # the last ones with some of those before
+            comptime for i in range(AT_ONCE):
+                var some = numbers.unsafe_load[width=WIDTH](at + i * WIDTH)
+                highest[i] = some.gt(highest[i]).select(some, highest[i])
     comptime for i in range(1, AT_ONCE):
         highest[0] = highest[i].gt(highest[0]).select(highest[i], highest[0])
     var found = highest[0].reduce_max()
