@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.metadata import version
 from typing import Any, Protocol
 from unittest.mock import patch
@@ -97,9 +97,15 @@ class Yardstick:
         return known
 
 
+@cache
+def decoded(clip: str) -> np.ndarray:
+    """The samples of a clip of fixtures/, which every way to decode hears."""
+    return load_audio(FIXTURES / clip)
+
+
 def compare(subject: Whisper, peer: OpenAIWhisper | Yardstick, clip: str, decoding: str) -> Transcript:
     """Transcribes a clip of fixtures/ with both."""
-    audio = load_audio(FIXTURES / clip)
+    audio = decoded(clip)
     options = {"temperature": 0.0, "fp16": False, **DECODING[decoding]}
     ours, theirs = (parts(model.transcribe(audio, **options), decoding) for model in (subject, peer))
     n_compared = sum(len(part[-1]) if decoding != "words" else 1 for part in theirs[1:])

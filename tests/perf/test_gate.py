@@ -11,6 +11,19 @@ from reference.perf.gate import Trees, compare
 pytestmark = pytest.mark.clock
 
 SLOWED = "encoder.attention"
+FIVE_TIMES = f"""
+
+once = Executable.__call__
+
+
+def five_times(self, *inputs):
+    for _ in range(4 if self.name == {SLOWED!r} else 0):
+        once(self, *inputs)
+    return once(self, *inputs)
+
+
+Executable.__call__ = five_times
+"""
 
 
 @pytest.fixture
@@ -21,11 +34,7 @@ def slowed_tree(tmp_path: Path) -> Path:
         shutil.copytree(ROOT / package, tree / package, ignore=shutil.ignore_patterns("__pycache__"))
     (tree / "fixtures").symlink_to(ROOT / "fixtures")
     runtime = tree / "maxwhisper" / "runtime.py"
-    call = "    def __call__(self, *inputs: torch.Tensor) -> list[torch.Tensor]:\n"
-    source = runtime.read_text()
-    assert call in source
-    more = f"        for _ in range(4 if self.name == {SLOWED!r} else 0):\n            self.model.execute(*inputs)\n"
-    runtime.write_text(source.replace(call, call + more))
+    runtime.write_text(runtime.read_text() + FIVE_TIMES)
     return tree
 
 
