@@ -2,10 +2,12 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,9 +43,10 @@ class Worker:
         """The answer to a request; raises EngineError if the engine fails or its process ends."""
         assert self.process.stdin and self.process.stdout
         try:
-            self.process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
-            self.process.stdin.flush()
-            line = self.process.stdout.readline()
+            with awake(self.process):
+                self.process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
+                self.process.stdin.flush()
+                line = self.process.stdout.readline()
         except BrokenPipeError:
             line = ""
         if not line:
@@ -62,6 +65,20 @@ class Worker:
         self.process.kill()
         self.process.communicate()
         self.messages.close()
+
+
+@contextmanager
+def awake(process: subprocess.Popen[str]) -> Iterator[None]:
+    """Lets a process run, and stops it afterwards where the system can: what an engine's threads do while nobody asks
+    it anything would take time from the engine that is asked."""
+    if not hasattr(signal, "SIGSTOP"):
+        yield
+        return
+    process.send_signal(signal.SIGCONT)
+    try:
+        yield
+    finally:
+        process.send_signal(signal.SIGSTOP)
 
 
 def available_cpus() -> list[int]:

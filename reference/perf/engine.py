@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from maxwhisper.compare.process import awake
 from maxwhisper.errors import MaxWhisperError
 
 ROOT = Path(__file__).parents[2]
@@ -74,12 +75,13 @@ class Worker:
     def ask(self, do: str, **arguments: Any) -> Any:
         """What the worker's method `do` returns for the arguments. Raises WorkerError for what it raises."""
         assert self.process.stdin is not None
-        try:
-            self.process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            raise WorkerError(self._ended()) from None
-        return self._reply()
+        with awake(self.process):
+            try:
+                self.process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
+                self.process.stdin.flush()
+            except BrokenPipeError:
+                raise WorkerError(self._ended()) from None
+            return self._reply()
 
     def _reply(self) -> Any:
         assert self.process.stdout is not None

@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
@@ -141,6 +143,23 @@ def test_a_process_that_fails_or_ends_is_an_error_of_one_line(tmp_path: Path) ->
         worker.process.wait()
         with pytest.raises(EngineError, match="its process ended with status -9"):
             worker.ask("load")
+    finally:
+        worker.close()
+
+
+def state_of(process: int) -> str:
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_an_engine_that_is_not_asked_is_stopped(folder: Path) -> None:
+    worker = Worker(named("openai-whisper"), folder, task_for(load_checkpoint(NANO).dims, None, 1))
+    try:
+        worker.ask("memory")
+        deadline = time.monotonic() + 10  # a signal takes its time
+        while state_of(worker.process.pid) != "T":
+            assert time.monotonic() < deadline
+        assert worker.ask("memory")["bytes"] > 0
     finally:
         worker.close()
 
