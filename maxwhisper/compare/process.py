@@ -43,10 +43,9 @@ class Worker:
         """The answer to a request; raises EngineError if the engine fails or its process ends."""
         assert self.process.stdin and self.process.stdout
         try:
-            with awake(self.process):
-                self.process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
-                self.process.stdin.flush()
-                line = self.process.stdout.readline()
+            self.process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
         except BrokenPipeError:
             line = ""
         if not line:
@@ -69,8 +68,8 @@ class Worker:
 
 @contextmanager
 def awake(process: subprocess.Popen[str]) -> Iterator[None]:
-    """Lets a process run, and stops it afterwards where the system can: what an engine's threads do while nobody asks
-    it anything would take time from the engine that is asked."""
+    """Lets a process run, and stops it afterwards where the system can: what an engine's threads do while it is not its
+    turn would take time from the engine whose turn it is."""
     if not hasattr(signal, "SIGSTOP"):
         yield
         return

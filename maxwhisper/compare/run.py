@@ -20,7 +20,7 @@ from ..errors import MaxWhisperError, OptionError
 from .convert import store
 from .engines import REFERENCE, SPECS, SUBJECT, Spec, Task, missing, versions
 from .material import Recording, checkpoint_for, recordings
-from .process import EngineError, Worker
+from .process import EngineError, Worker, awake
 from .results import Results, Row
 from .scores import agreement, word_error_rate
 from .tokens import task_for, tokenizer_of
@@ -148,21 +148,23 @@ class Comparison:
         with contextlib.closing(Worker(spec, self.folder, self.task)) as preparing:
             preparing.ask("prepare")
         worker = stack.enter_context(contextlib.closing(Worker(spec, self.folder, self.task)))
-        time.sleep(PAUSE)
-        row.load_s = worker.ask("load")["seconds"]
+        with awake(worker.process):
+            time.sleep(PAUSE)
+            row.load_s = worker.ask("load")["seconds"]
         return worker
 
     def measure(self, worker: Worker, row: Row, spoken: list[list[int]]) -> None:
         """One round of an engine; raises EngineError."""
-        time.sleep(PAUSE)
-        if not row.total_s:
-            # The first call of anything is slower, and users of a loaded model do not wait for it.
-            tokens = [answer["tokens"] for answer in self.transcribed(worker)]
-            row.peak_bytes = worker.ask("memory")["bytes"]
-            self.score(row, spoken, tokens)
-        row.total_s.append(sum(answer["seconds"] for answer in self.transcribed(worker)))
-        if not worker.spec.batched:
-            self.measure_window(worker, row)
+        with awake(worker.process):
+            time.sleep(PAUSE)
+            if not row.total_s:
+                # The first call of anything is slower, and users of a loaded model do not wait for it.
+                tokens = [answer["tokens"] for answer in self.transcribed(worker)]
+                row.peak_bytes = worker.ask("memory")["bytes"]
+                self.score(row, spoken, tokens)
+            row.total_s.append(sum(answer["seconds"] for answer in self.transcribed(worker)))
+            if not worker.spec.batched:
+                self.measure_window(worker, row)
 
     def measure_window(self, worker: Worker, row: Row) -> None:
         """The times of one window and one token; raises EngineError."""

@@ -9,6 +9,7 @@ from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from maxwhisper.cli import main
 from maxwhisper.compare import convert, engines, run, stepwise
 from maxwhisper.compare.engines import SPECS, Engine, Spec, missing
 from maxwhisper.compare.material import SIZES, checkpoint_for, recordings
-from maxwhisper.compare.process import EngineError, Worker
+from maxwhisper.compare.process import EngineError, Worker, awake
 from maxwhisper.compare.results import Row
 from maxwhisper.compare.scores import agreement, word_error_rate
 from maxwhisper.compare.table import cells as figures
@@ -152,14 +153,15 @@ def state_of(process: int) -> str:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_an_engine_that_is_not_asked_is_stopped(folder: Path) -> None:
+def test_an_engine_is_stopped_when_its_turn_is_over(folder: Path) -> None:
     worker = Worker(named("openai-whisper"), folder, task_for(load_checkpoint(NANO).dims, None, 1))
     try:
-        worker.ask("memory")
-        deadline = time.monotonic() + 10  # a signal takes its time
-        while state_of(worker.process.pid) != "T":
-            assert time.monotonic() < deadline
-        assert worker.ask("memory")["bytes"] > 0
+        for _ in range(2):
+            with awake(worker.process):
+                assert worker.ask("memory")["bytes"] > 0
+            deadline = time.monotonic() + 10  # a signal takes its time
+            while state_of(worker.process.pid) != "T":
+                assert time.monotonic() < deadline
     finally:
         worker.close()
 
@@ -296,7 +298,7 @@ class StubWorker:
     broken = ""
 
     def __init__(self, spec: Spec, *_: Any):
-        self.name, self.spec = spec.name, spec
+        self.name, self.spec, self.process = spec.name, spec, Mock()
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
         if do == "transcribe":
