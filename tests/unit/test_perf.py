@@ -1,7 +1,10 @@
 """The gate's verdict and what surrounds it, the counts of a block's work, and processes that do not start."""
 
+import os
 import random
 import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +17,7 @@ from maxwhisper.blocks import BLOCKS
 from maxwhisper.errors import MaxWhisperError, OptionError
 from reference.perf import gate
 from reference.perf.costs import Cost, costs
-from reference.perf.engine import Setting, Worker, WorkerError
+from reference.perf.engine import ROOT, Setting, Worker, WorkerError
 from reference.perf.gate import Report, Trees, checked_out, compare
 from reference.perf.table import Row, table
 from reference.perf.verdict import FACTOR, P, Verdict, verdict
@@ -177,6 +180,24 @@ def test_a_tree_without_the_api_is_named(tmp_path: Path) -> None:
     (tmp_path / "maxwhisper" / "blocks.py").touch()
     with pytest.raises(WorkerError, match=r"^base v0: .* ImportError: cannot import name 'BLOCKS' from"):
         Worker(SETTING, tmp_path, "base v0")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a process can ask for that on Linux alone")
+def test_a_stopped_process_ends_with_the_one_that_started_it() -> None:
+    program = f"""
+import os, signal
+from reference.perf.engine import Setting, Worker
+worker = Worker(Setting{tuple(vars(SETTING).values())})
+worker.ask("takes")
+print(worker.process.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    # MAX sets PYTHONEXECUTABLE without os.environ knowing, and with it a child would miss its virtual environment.
+    env = dict(os.environ)
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
+    state, deadline = Path(f"/proc/{int(done.stdout)}/stat"), time.monotonic() + 10
+    while state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < deadline
 
 
 # ---- costs and their table -----------------------------------------------------------------------------------------
