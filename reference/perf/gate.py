@@ -1,7 +1,7 @@
 """python -m reference.perf.gate BASE: has a block become slower on MAX since the git revision BASE?
 
 Head is the working tree, base a checkout of BASE that is removed afterwards. Each is timed by a process of its own,
-round by round in random order, with a pause before each for the threads of the other to stop spinning. A block fails if
+round by round in random order, with a pause before each; the other process is stopped meanwhile. A block fails if
 the rounds differ by a Mann-Whitney test at p < 0.002 and head's median is more than 10 percent above base's, and both
 again with fresh processes, twice: a process may be slow as a whole, for where its memory lies or its threads run.
 
