@@ -22,6 +22,7 @@ from max.graph import DeviceRef, Dim, Graph, StaticDim, TensorType, TensorValue,
 from max.nn.layer import LayerList, Module
 from whisper.model import ModelDimensions
 
+from .gelu import gelu
 from .runtime import Policy
 
 
@@ -318,10 +319,8 @@ class MultiHeadAttention(Module):
 
 
 class GELU(Module):
-    """x times the standard normal's distribution function at x: the exact form, not the tanh approximation."""
-
     def __call__(self, x: TensorValue) -> TensorValue:
-        return ops.gelu(x)
+        return gelu(x)
 
 
 def mlp(n_state: int, policy: Policy) -> LayerList:
@@ -450,8 +449,8 @@ class AudioEncoder(Module):
     def stem(self, mel: TensorValue) -> TensorValue:
         """Convolutions and positional table: (batch, n_mels, 2 * n_audio_ctx) to (batch, n_audio_ctx, state)."""
         x = ops.transpose(mel, 1, 2)
-        x = ops.gelu(self.conv1(x))
-        x = ops.gelu(self.conv2(x))
+        x = gelu(self.conv1(x))
+        x = gelu(self.conv2(x))
         return (x.cast(DType.float32) + self.positional_embedding).cast(self.policy.compute)
 
     def __call__(self, mel: TensorValue) -> TensorValue:

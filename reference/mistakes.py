@@ -10,6 +10,7 @@ from max.dtype import DType
 from max.graph import DeviceRef, TensorValue, ops
 
 from maxwhisper import audio, model
+from maxwhisper.gelu import gelu
 
 Patch = Callable[[], AbstractContextManager[Any]]
 """Puts a wrong layer in the place of the right one while it is entered."""
@@ -183,12 +184,12 @@ def conv(padding: tuple[int, int] = (1, 1), reverse: bool = False) -> Patch:
 
 def stem(form: str) -> Patch:
     def call(self: model.AudioEncoder, mel: TensorValue) -> TensorValue:
-        x = ops.gelu(self.conv1(ops.transpose(mel, 1, 2)))
+        x = gelu(self.conv1(ops.transpose(mel, 1, 2)))
         x = self.conv2(x).cast(DType.float32)
         if form == "positions before GELU":
-            return ops.gelu(x + self.positional_embedding).cast(self.policy.compute)
+            return gelu(x + self.positional_embedding).cast(self.policy.compute)
         if form == "no positions":
-            return ops.gelu(x).cast(self.policy.compute)
+            return gelu(x).cast(self.policy.compute)
         return (x + self.positional_embedding).cast(self.policy.compute)
 
     return lambda: patch.object(model.AudioEncoder, "stem", call)
