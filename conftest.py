@@ -211,7 +211,7 @@ def model_of(config: pytest.Config, size: str) -> Model:
 @lru_cache(maxsize=2)
 def suite_of(config: pytest.Config, size: str, dtype: torch.dtype) -> Suite:
     wait_for(suite_job(size, dtype))
-    return Suite(model_of(config, size), dtype, device(config), artifacts(config))
+    return Suite(model_of(config, size), dtype, device(config), artifacts(config), getattr(config, "cache", None))
 
 
 def kinds_of(size: str) -> tuple[str, ...]:

@@ -77,9 +77,11 @@ def run_chain(suite: Suite, kind: str = "speech") -> Chain:
     graphs = suite.own_graphs
     ours = max_chain(suite, graphs, AUDIO[kind](audio), tokens)
     plain = max_plain(suite, graphs, AUDIO[kind](audio), tokens)
-    judgements = dict(judge_chain(suite, kind, ours))
+    comparison = Comparison(suite.model.size, suite.dtype, "chain", 0, kind, suite.device)
+    tensors = {"audio": AUDIO[kind](audio), "tokens": tokens, **ours}
+    judgements = suite.recalled(comparison, tensors, lambda: [each for _, each in judge_chain(suite, kind, ours)])
     effects = tuple(capture_effect(name, value, ours[name]) for name, value in plain.items())
-    return Chain(Comparison(suite.model.size, suite.dtype, "chain", 0, kind, suite.device), judgements, effects)
+    return Chain(comparison, {each.comparison.block: each for each in judgements}, effects)
 
 
 def first_divergence(suite: Suite, graphs: Mapping[str, Executable]) -> str | None:
@@ -101,10 +103,15 @@ def teacher_forced(suite: Suite, clip: dict[str, Any]) -> Judgement:
     """The chain over a clip's first window with its own text given: the logits of every next token."""
     audio, tokens = window_of(clip, suite.dims)
     ours = max_plain(suite, suite.own_graphs, audio, tokens)["decoder"]
-    oracle = pytorch_logits(suite.model.oracle, audio, tokens, torch.float64)
-    peer = pytorch_logits(suite.peer, audio, tokens, suite.dtype)
     comparison = Comparison(suite.model.size, suite.dtype, "decoder.prefill", 0, clip["file"], suite.device)
-    return judge_chained(suite, comparison, oracle, peer, ours)
+
+    def judged() -> list[Judgement]:
+        oracle = pytorch_logits(suite.model.oracle, audio, tokens, torch.float64)
+        peer = pytorch_logits(suite.peer, audio, tokens, suite.dtype)
+        return [judge_chained(suite, comparison, oracle, peer, ours)]
+
+    (judgement,) = suite.recalled(comparison, {"audio": audio, "tokens": tokens, "logits": ours}, judged)
+    return judgement
 
 
 def judge_chained(suite: Suite, comparison: Comparison, oracle: Tensor, peer: Tensor, ours: Tensor | None) -> Judgement:

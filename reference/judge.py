@@ -153,6 +153,7 @@ class Judgement:
     defects: tuple[str, ...]
     condition: float = 1.0
     explanations: tuple[Explanation, ...] = ()
+    recalled: bool = False
 
     @property
     def measures(self) -> list[tuple[Output, Measure]]:

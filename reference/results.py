@@ -40,10 +40,24 @@ class Run:
     command: str = field(default_factory=lambda: shlex.join(["pytest", *sys.argv[1:]]))
 
     @property
+    def verdicts(self) -> list[Judgement]:
+        """Isolated and chained."""
+        return [*self.judgements, *(judgement for chain in self.chains for judgement in chain.judgements.values())]
+
+    @property
     def pairs(self) -> int:
         """Pairs of measures compared, isolated and chained, and whole transcripts."""
-        chained = sum(judgement.pairs for chain in self.chains for judgement in chain.judgements.values())
-        return sum(judgement.pairs for judgement in self.judgements) + chained + len(self.transcripts)
+        return sum(judgement.pairs for judgement in self.verdicts) + len(self.transcripts)
+
+    @property
+    def recalled_pairs(self) -> int:
+        """Those of outputs of MAX that an earlier run judged."""
+        return sum(judgement.pairs for judgement in self.verdicts if judgement.recalled)
+
+    @property
+    def recalled_note(self) -> str:
+        """Behind how many pairs were compared."""
+        return f", {self.recalled_pairs:,} of them as MAX's outputs are those of before" if self.recalled_pairs else ""
 
     @property
     def passed(self) -> bool:
@@ -63,7 +77,7 @@ class Run:
         """The last lines of a run."""
         lines = []
         if self.pairs:
-            lines.append(f"parity: {self.pairs} pairs compared in {self.compare_seconds:.1f} s")
+            lines.append(f"parity: {self.pairs} pairs compared in {self.compare_seconds:.1f} s{self.recalled_note}")
         if compared := [judgement for judgement in self.judgements if judgement.pairs]:
             worst = max(compared, key=lambda judgement: judgement.relative_l2.ratio)
             nearest = max(compared, key=lambda judgement: judgement.worst.used)

@@ -25,6 +25,7 @@ from .activations import FIXTURES, Activations, is_step
 from .blocks import TWINS, pytorch_whisper
 from .captures import CAPTURED, captured
 from .judge import UNIT_ROUNDOFF, Comparison, Explanation, Judgement, condition, dtype_name, explain, judge
+from .verdicts import Memory, Verdicts, fingerprint
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MAX_DTYPE = {theirs: ours for ours, theirs in TORCH_DTYPE.items()}
@@ -66,6 +67,11 @@ class Model:
         return f"Model({self.size})"
 
     @cached_property
+    def fingerprint(self) -> str:
+        """Of the weights and dimensions."""
+        return fingerprint(self.tensors, repr(self.dims))
+
+    @cached_property
     def oracle(self) -> Whisper:
         return pytorch_whisper(self.dims, self.tensors, torch.float64)
 
@@ -82,12 +88,14 @@ class Suite:
     """A model in one dtype on one device ("cpu" or "gpu"): oracle, peer and subject of every block.
 
     held: what was compiled ahead of time, if anything was.
+    memory: of verdicts, on a CPU; without one they are all found anew.
     """
 
     model: Model
     dtype: torch.dtype
     device: str = "cpu"
     held: Artifacts | None = None
+    memory: Memory | None = None
 
     def __repr__(self) -> str:
         return f"Suite({self.model.size}, {self.dtype}, {self.device})"
@@ -212,35 +220,61 @@ class Suite:
         return {name: x.to(TORCH_DTYPE[types[name].dtype]) for name, x in given.items()}
 
     @torch.no_grad()
-    def outputs(
-        self, comparison: Comparison, executable: Callable[..., list[Tensor]] | None = None
-    ) -> list[list[Tensor]]:
-        """What oracle, peer and subject make of the same inputs, the oracle's own.
+    def subject(
+        self, comparison: Comparison, given: dict[str, Tensor], executable: Callable[..., list[Tensor]] | None = None
+    ) -> list[Tensor]:
+        """What MAX makes of the inputs. executable: the block on MAX, if it is not to be the suite's own."""
+        run = executable or self.executable(BLOCKS[comparison.block], comparison.layer)
+        return [x.cpu() for x in run(*self.there(comparison, given).values())]
 
-        executable: the block on MAX, if it is not to be the suite's own.
-        """
-        block, layer = BLOCKS[comparison.block], comparison.layer
-        given = self.inputs(block, comparison)
-        exact = in_float64(given)
-        device = torch.device("cpu") if block.name == "log_mel" else self.torch_device
-        there = {name: x.to(device) if x.ndim else x for name, x in given.items()}
-        run, twin = executable or self.executable(block, layer), TWINS[block.name]
-        three = twin(self.model.oracle, layer, **exact), twin(self.peer, layer, **there), run(*there.values())
-        return [[x.cpu() for x in outputs] for outputs in three]
+    @torch.no_grad()
+    def references(self, comparison: Comparison, given: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """What oracle and peer make of the inputs."""
+        twin, layer = TWINS[comparison.block], comparison.layer
+        oracle = twin(self.model.oracle, layer, **in_float64(given))
+        peer = twin(self.peer, layer, **self.there(comparison, given))
+        return [x.cpu() for x in oracle], [x.cpu() for x in peer]
+
+    def there(self, comparison: Comparison, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The inputs where peer and subject compute."""
+        device = torch.device("cpu") if comparison.block == "log_mel" else self.torch_device
+        return {name: x.to(device) if x.ndim else x for name, x in given.items()}
 
     def judge(self, comparison: Comparison, executable: Callable[..., list[Tensor]] | None = None) -> Judgement:
-        """The isolated verdict: all three computations of the block are given the same inputs."""
+        """The isolated verdict: all three computations of the block are given the same inputs, the oracle's own.
+
+        executable: as of `subject`; what is said of another than the suite's own is not kept.
+        """
+        given = self.inputs(BLOCKS[comparison.block], comparison)
+        ours = self.subject(comparison, given, executable)
+        if executable:
+            return self.judged(comparison, given, ours)
+        tensors = given | {f"output {index}": x for index, x in enumerate(ours)}
+        (judgement,) = self.recalled(comparison, tensors, lambda: [self.judged(comparison, given, ours)])
+        return judgement
+
+    def judged(self, comparison: Comparison, given: dict[str, Tensor], ours: list[Tensor]) -> Judgement:
+        """The verdict on what MAX made of the inputs."""
         block = BLOCKS[comparison.block]
         verdict = partial(
             judge,
             comparison,
-            *self.outputs(comparison, executable),
+            *self.references(comparison, given),
+            ours,
             longest_reduction=longest_reduction(block, self.dims),
             roundings=roundings(block, self.dims),
             n_vocab=self.dims.n_vocab,
         )
         first = verdict()
         return first if first.passed or first.defects else verdict(condition=self.condition(comparison))
+
+    def recalled(
+        self, comparison: Comparison, tensors: Mapping[str, Tensor], judge: Callable[[], list[Judgement]]
+    ) -> list[Judgement]:
+        """What `judge` gives, or gave in an earlier run: see `reference.verdicts`."""
+        if self.memory is None or self.device != "cpu":
+            return judge()
+        return Verdicts(self.memory, self.model.fingerprint).recalled(str(comparison), tensors, judge)
 
     @torch.no_grad()
     def condition(self, comparison: Comparison) -> float:
@@ -251,7 +285,8 @@ class Suite:
 
     def explain(self, comparison: Comparison) -> tuple[Explanation, ...]:
         """Where and how MAX errs in the comparison."""
-        return explain(*self.outputs(comparison))
+        given = self.inputs(BLOCKS[comparison.block], comparison)
+        return explain(*self.references(comparison, given), self.subject(comparison, given))
 
 
 def in_float64(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

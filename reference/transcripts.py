@@ -1,13 +1,11 @@
 """Whole transcripts: the same tokens, times and words as PyTorch Whisper's, over every clip."""
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
-from importlib.metadata import version
-from typing import Any, Protocol
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -19,6 +17,7 @@ from maxwhisper.audio import load_audio
 from maxwhisper.whisper import AudioEncoder, TextDecoder, Whisper
 
 from .activations import FIXTURES
+from .verdicts import Memory, circumstances, fingerprint
 
 DECODING: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -49,14 +48,6 @@ MAKERS = ("torch", "openai-whisper", "numpy", "numba", "tiktoken")
 """Packages that make a transcript."""
 
 
-class Memory(Protocol):
-    """What outlives a run, as pytest's cache does; a value that cannot be read is one that is not there."""
-
-    def get(self, key: str, default: Any) -> Any: ...
-
-    def set(self, key: str, value: object) -> None: ...
-
-
 @dataclass(frozen=True)
 class Yardstick:
     """PyTorch Whisper with a memory for its transcripts: nothing that they depend on is under test.
@@ -70,20 +61,13 @@ class Yardstick:
 
     @cached_property
     def weights(self) -> str:
-        """Hash of everything that makes up the model."""
-        digest = hashlib.sha256(repr(self.model.dims).encode())
+        """Of everything that makes up the model."""
         heads = self.model.alignment_heads.to_dense()
-        for name, tensor in [*self.model.state_dict().items(), ("alignment_heads", heads)]:
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.contiguous().cpu().numpy())
-        return digest.hexdigest()
+        return fingerprint(self.model.state_dict() | {"alignment_heads": heads}, repr(self.model.dims))
 
     def key(self, audio: np.ndarray, options: dict[str, Any]) -> str:
-        versions = {name: version(name) for name in MAKERS}
-        machine = (torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(), str(self.model.device))
-        samples = hashlib.sha256(audio.tobytes()).hexdigest()
-        everything = json.dumps([self.weights, samples, options, versions, machine], sort_keys=True)
-        return f"maxwhisper/transcripts/{hashlib.sha256(everything.encode()).hexdigest()}"
+        others = json.dumps(options, sort_keys=True), *circumstances(MAKERS), str(self.model.device)
+        return f"maxwhisper/transcripts/{fingerprint({'audio': torch.from_numpy(audio)}, self.weights, *others)}"
 
     def transcribe(self, audio: np.ndarray, **options: Any) -> dict[str, Any]:
         """As openai-whisper's, from memory where it is known."""

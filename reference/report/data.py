@@ -62,6 +62,7 @@ def totals(run: Run) -> dict[str, Any]:
     graphs, artifacts = compile_log()
     return {
         "pairs": run.pairs,
+        "pairs_recalled": run.recalled_pairs,
         "comparisons": len(run.judgements),
         "comparisons_failed": sum(not judgement.passed for judgement in run.judgements),
         "chains": len(run.chains),

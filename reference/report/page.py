@@ -75,7 +75,7 @@ def tiles(run: Run) -> Html:
     graphs, artifacts = compile_log()
     values = [
         (f"{run.pairs:,}", "pairs compared", f"{len(run.judgements)} comparisons, {len(run.chains)} chains"),
-        (f"{run.compare_seconds:.1f} s", "comparing", "in tests, without compiling"),
+        (f"{run.compare_seconds:.1f} s", "comparing", f"in tests, without compiling{run.recalled_note}"),
         (f"{run.compile_seconds:.1f} s", "compiling", f"{graphs} graphs in {artifacts} artifacts"),
     ]
     compared = [judgement for judgement in run.judgements if judgement.pairs]

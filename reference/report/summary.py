@@ -42,7 +42,7 @@ def total_lines(run: Run, machine: dict[str, str]) -> list[str]:
     graphs, artifacts = compile_log()
     compiled = f"{graphs} graphs in {artifacts} artifacts compiled in {run.compile_seconds:.1f} s"
     lines = [
-        f"{run.pairs:,} pairs compared in {run.compare_seconds:.1f} s; {compiled}",
+        f"{run.pairs:,} pairs compared in {run.compare_seconds:.1f} s{run.recalled_note}; {compiled}",
         ", ".join(f"{name} {machine[name]}" for name in SHOWN_IN_HEADING if name in machine),
     ]
     for dtype, t in fault_totals(run.faults).items():

@@ -239,7 +239,7 @@ CHANGES: dict[str, Callable[[Yardstick, pytest.MonkeyPatch], object]] = {
     "audio": lambda y, patch: patch.setattr(f"{__name__}.AUDIO", AUDIO + 1e-7),
     "weight": lambda y, patch: y.model.decoder.ln.bias.data[0].add_(1e-7),
     "alignment heads": lambda y, patch: y.model.set_alignment_heads(heads_dump()),
-    "version": lambda y, patch: patch.setattr("reference.transcripts.version", lambda name: f"{name} 0"),
+    "version": lambda y, patch: patch.setattr("reference.verdicts.version", lambda name: f"{name} 0"),
     "threads": lambda y, patch: patch.setattr(torch, "get_num_threads", lambda: 77),
     "instructions": lambda y, patch: patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "none"),
 }

@@ -1,0 +1,98 @@
+"""Verdicts of earlier runs on the very same outputs of MAX.
+
+Most of a run's time goes into PyTorch's computations, in float64 above all. MAX computes everything in every run; but
+where its outputs are bitwise what they were when a comparison was last judged, and so is all else that the verdict
+depends on, the verdict is the same and is not found again. Only verdicts that passed are kept.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+import maxwhisper.blocks
+
+from .judge import Comparison, Judgement, Measure, Output, dtype_name
+
+JUDGES = ("torch", "openai-whisper", "numpy")
+"""Packages that a verdict depends on."""
+JUDGE, TABLE = Path(__file__).parent, Path(maxwhisper.blocks.__file__)
+
+
+class Memory(Protocol):
+    """What outlives a run, as pytest's cache does; a value that cannot be read is one that is not there."""
+
+    def get(self, key: str, default: Any) -> Any: ...
+
+    def set(self, key: str, value: object) -> None: ...
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """Those on one model, on this machine's CPU. model: a fingerprint of its weights."""
+
+    memory: Memory
+    model: str
+
+    def recalled(
+        self, name: str, tensors: Mapping[str, Tensor], judge: Callable[[], list[Judgement]]
+    ) -> list[Judgement]:
+        """What `judge` gives, or gave for what is called `name` when it last passed, if nothing has changed since.
+
+        tensors: what oracle and peer are given beside the weights, and what MAX made of it.
+        """
+        key = f"maxwhisper/verdicts/{name}"
+        now = fingerprint(tensors, self.model, sources(), *circumstances(JUDGES))
+        known = self.memory.get(key, None)
+        if known is not None and known["of"] == now:
+            return [from_data(data) for data in known["judgements"]]
+        judgements = judge()
+        if judgements and all(judgement.passed for judgement in judgements):
+            self.memory.set(key, {"of": now, "judgements": [as_data(judgement) for judgement in judgements]})
+        return judgements
+
+
+def fingerprint(tensors: Mapping[str, Tensor], *others: str) -> str:
+    """Hash of tensors' names, dtypes, shapes and values, and of the others."""
+    digest = hashlib.sha256(repr(others).encode())
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def circumstances(packages: Iterable[str]) -> list[str]:
+    """What PyTorch's results depend on beside what it is given: packages, and how it computes here."""
+    versions = [f"{name} {version(name)}" for name in packages]
+    return [*versions, torch.backends.cpu.get_cpu_capability(), str(torch.get_num_threads())]
+
+
+@cache
+def sources() -> str:
+    """Hash of the judge's own sources, and of the table of blocks."""
+    digest = hashlib.sha256()
+    for path in [*sorted(JUDGE.glob("*.py")), TABLE]:
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def as_data(judgement: Judgement) -> dict[str, Any]:
+    """A verdict that passed, as JSON."""
+    data = asdict(judgement)
+    data["comparison"]["dtype"] = dtype_name(judgement.comparison.dtype)
+    return data
+
+
+def from_data(data: dict[str, Any]) -> Judgement:
+    comparison = Comparison(**{**data["comparison"], "dtype": getattr(torch, data["comparison"]["dtype"])})
+    outputs = (
+        Output(output["index"], tuple(output["shape"]), tuple(Measure(**measure) for measure in output["measures"]))
+        for output in data["outputs"]
+    )
+    return Judgement(comparison, tuple(outputs), (), data["condition"], recalled=True)

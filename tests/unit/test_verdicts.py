@@ -1,0 +1,122 @@
+"""What is kept of a verdict, and when it is found anew."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from maxwhisper.blocks import BLOCKS
+from reference import verdicts
+from reference.judge import Comparison, Judgement
+from reference.soak import pytorch_in_the_subjects_place
+from reference.suite import FIXTURE, Model, Suite, load
+from reference.verdicts import Memory
+
+BLOCK = BLOCKS["decoder.mlp.step"]
+Outputs = list[Tensor]
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return load(FIXTURE)
+
+
+@pytest.fixture
+def memory(tmp_path: Path, pytestconfig: pytest.Config) -> Memory:
+    return pytest.Cache(tmp_path, pytestconfig, _ispytest=True)
+
+
+def comparison(model: Model, inputs: str = "speech") -> Comparison:
+    return next(Suite(model, torch.float32).comparisons(BLOCK, [inputs]))
+
+
+def judged(
+    model: Model,
+    memory: Memory | None,
+    change: Callable[[Outputs], Outputs] = lambda outputs: outputs,
+    of: Comparison | None = None,
+) -> Judgement:
+    """What a run says of PyTorch in the place of MAX, its outputs changed."""
+    of = of or comparison(model)
+    suite = Suite(model, torch.float32, memory=memory)
+    right = pytorch_in_the_subjects_place(suite, of)
+    suite.executables[suite.unit(BLOCK), of.layer] = {BLOCK.name: lambda *inputs: change(right(*inputs))}
+    return suite.judge(of)
+
+
+def test_a_verdict_is_that_of_the_earlier_run(model: Model, memory: Memory) -> None:
+    first, again = judged(model, memory), judged(model, memory)
+    assert (first.passed, first.recalled, again.recalled) == (True, False, True)
+    assert replace(again, recalled=False) == first
+    assert not judged(model, None).recalled
+
+
+@pytest.mark.parametrize("place", [0, -1])
+def test_outputs_of_which_one_bit_changed_are_judged(model: Model, memory: Memory, place: int) -> None:
+    def one_bit_off(outputs: Outputs) -> Outputs:
+        outputs[0].view(torch.int32).view(-1)[place] ^= 1
+        return outputs
+
+    judged(model, memory)
+    changed = judged(model, memory, one_bit_off)
+    assert changed.passed and not changed.recalled
+    assert judged(model, memory, one_bit_off).recalled
+
+
+def test_a_verdict_that_did_not_pass_is_not_kept(model: Model, memory: Memory) -> None:
+    judged(model, memory)
+    for _ in range(2):
+        wrong = judged(model, memory, lambda outputs: [outputs[0] * 2])
+        assert not wrong.passed and not wrong.recalled
+
+
+def test_other_inputs_are_another_comparison(model: Model, memory: Memory) -> None:
+    judged(model, memory)
+    assert not judged(model, memory, of=replace(comparison(model, "random"), inputs="random.first")).recalled
+
+
+CHANGES: dict[str, Callable[[pytest.MonkeyPatch], object]] = {
+    "version": lambda patch: patch.setattr(verdicts, "version", lambda name: f"{name} 0"),
+    "sources": lambda patch: patch.setattr(verdicts, "sources", lambda: "others"),
+    "threads": lambda patch: patch.setattr(torch, "get_num_threads", lambda: 77),
+    "instructions": lambda patch: patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "none"),
+}
+
+
+@pytest.mark.parametrize("changed", [*CHANGES, "weight", "input", "entry"])
+def test_a_verdict_is_found_again_when_it_may_have_changed(
+    model: Model, memory: Memory, changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = judged(model, memory)
+    outputs: Outputs = []
+    judged(model, memory, lambda right: outputs.extend(right) or right)
+    if changed in CHANGES:
+        CHANGES[changed](monkeypatch)
+    if changed == "weight":  # of the block itself, whose inputs stay
+        name = "decoder.blocks.0.mlp.2.bias"
+        model = replace(model, tensors=model.tensors | {name: model.tensors[name] + 1}, known={})
+    if changed == "input":  # and no output
+        before = Suite.inputs
+        monkeypatch.setattr(Suite, "inputs", lambda *of: {name: x * 1.001 for name, x in before(*of).items()})
+    if changed == "entry":
+        (entry,) = (path for path in tmp_path.rglob("verdicts/*") if path.is_file())
+        entry.write_text(entry.read_text()[:-5])
+    again = judged(model, memory, lambda _: outputs)
+    assert kept.passed and not again.recalled
+
+
+def test_nothing_is_kept_of_a_gpu(model: Model, memory: Memory) -> None:
+    verdict, calls = judged(model, None), []
+    suite = Suite(model, torch.float32, "gpu", memory=memory)
+    for _ in range(2):
+        suite.recalled(verdict.comparison, {}, lambda: calls.append(1) or [verdict])
+    assert len(calls) == 2
+
+
+def test_sources_are_all_of_the_judges() -> None:
+    names = {path.name for path in verdicts.JUDGE.glob("*.py")}
+    assert {"judge.py", "suite.py", "blocks.py", "activations.py", "chain.py", "verdicts.py"} <= names
+    assert verdicts.TABLE.name == "blocks.py"
