@@ -86,9 +86,9 @@ def notes(results: Results) -> list[str]:
         )
     lines += [
         f"Each engine in its own process, {options['rounds']} rounds in turn, medians; a pause before each. Load: from"
-        " the first import to a model that is ready, converted and compiled before. Encoder: one window of 30 s. Per"
-        " token: from texts of 1 and of many tokens without an end, the fastest of 3 each. Peak: resident memory after"
-        " transcribing once.",
+        " the first import to a model that is ready, converted and compiled before. Encoder: one window of 30 s."
+        " Per token: from texts of 1 and of many tokens without an end. Of all three the fastest of 3. Peak: resident"
+        " memory after transcribing once.",
         "Agreement: share of tokens equal to PyTorch Whisper's in the best alignment, timestamps left out; WER: word"
         " error rate to its transcript, and to the known text, after openai-whisper's normalizers.",
     ]
