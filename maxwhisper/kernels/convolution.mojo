@@ -7,13 +7,13 @@ whatever the rows around it, so that a window of a batch is bitwise what it is a
 
 from max.algorithm import sync_parallelize
 from max.gpu.host import DeviceContext
-from max.runtime.asyncrt import parallelism_level
 from std.math import align_up, ceildiv
 from std.utils.index import IndexList
 
 import extensibility
 from extensibility import InputTensor, _FusedOutputTensor
 
+from .team import even_shares
 from .tiles import PANEL, ROWS, VECTORS, WIDTH, long_tile, place, side_by_side
 
 comptime BLOCK = 2 * WIDTH  # channels of a row that are copied at a time: a line of the cache or two
@@ -73,8 +73,8 @@ struct Convolution:
         var xs = x.unsafe_ptr()
         var weights = weight.unsafe_ptr()
         var n_panel = ceildiv(n_out, PANEL)
-        # Enough tasks for every thread to be done at the same time, of as many rows as possible.
-        var n_chunk = max(1, min(ceildiv(4 * parallelism_level(None), n_panel), n_y // CHUNK))
+        # Each copies its panel anew.
+        var n_chunk = even_shares(n_panel, n_y // CHUNK)
         var share = align_up(ceildiv(n_y, n_chunk), ROWS)
 
         @always_inline

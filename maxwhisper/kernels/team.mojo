@@ -5,11 +5,13 @@ share one start. The pieces of a phase are taken by whoever is free, and a phase
 taken, never for a thread to come: so one thread is enough, and threads that are busy elsewhere hold up nobody.
 """
 
+from max.runtime.asyncrt import parallelism_level
 from std.atomic import Atomic
 from std.sys import llvm_intrinsic
 from std.sys.info import CompilationTarget
 
 comptime APART = 16  # Int64s between counters, so that no two share a cache line
+comptime ENOUGH = 8  # shares for every thread
 comptime COUNTERS = 2 * APART  # of a phase, of its pieces taken and of those done
 
 
@@ -36,3 +38,13 @@ def phase[work: def(Int) capturing -> None](counters: Pointer[mut=True, Int64, _
         _ = Atomic[Int64].fetch_add(done, 1)
     while Int(Atomic[Int64].load(done)) < n_piece:
         pause()
+
+
+def even_shares(n_piece: Int, most: Int) -> Int:
+    """Returns into how many shares each of some pieces of work is to be cut, `most` at most: as few as give every
+    thread as many shares, or else enough of them that one more or less is little."""
+    var n_thread = parallelism_level(None)
+    var n_share = 1
+    while n_share < most and n_share * n_piece % n_thread != 0 and n_share * n_piece < ENOUGH * n_thread:
+        n_share += 1
+    return n_share

@@ -2,7 +2,6 @@
 
 from max.algorithm import sync_parallelize
 from max.gpu.host import DeviceContext
-from max.runtime.asyncrt import parallelism_level
 from std.math import align_up, ceildiv
 from std.memory import unsafe_memcpy
 
@@ -10,6 +9,7 @@ import extensibility
 from extensibility import InputTensor, OutputTensor
 
 from .attention import exponentials, scale
+from .team import even_shares
 from .tiles import PANEL, ROWS, VECTORS, WIDTH, place, side_by_side, tile
 
 comptime QUERIES = 4 * ROWS  # for which a panel of keys, or a block of values, is read from the cache
@@ -173,9 +173,8 @@ def attention[
     var n_place = align_up(n_key, PANEL)
     var qs, ys = q.unsafe_ptr(), y.unsafe_ptr()
     var ks, vs = k.unsafe_ptr(), v.unsafe_ptr()
-    # Enough tasks for every thread to be done at the same time, of as many queries as possible.
     var n_pair = q.dim_size(0) * n_head
-    var n_share = max(1, min(ceildiv(8 * parallelism_level(None), n_pair), n_query // SHARE))
+    var n_share = even_shares(n_pair, n_query // SHARE)  # each copies its keys and values anew
     var share = align_up(ceildiv(n_query, n_share), ROWS)
     n_share = ceildiv(n_query, share)
 
