@@ -15,6 +15,8 @@ from reference.soak import pytorch_in_the_subjects_place
 from reference.suite import FIXTURE, Model, Suite, load
 from reference.verdicts import Memory
 
+pytestmark = pytest.mark.filterwarnings("ignore:TF32 acceleration")  # of PyTorch, where oneDNN's flags are set
+
 BLOCK = BLOCKS["decoder.mlp.step"]
 Outputs = list[Tensor]
 
