@@ -429,7 +429,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if session.config.getoption("collectonly"):
         return
     parity = any("parity" in item.nodeid for item in session.items)
-    if parity and not RUN.pairs and not LOWERING and session.exitstatus == 0:
+    if parity and not RUN.compared and not LOWERING and session.exitstatus == 0:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
     if folder := session.config.getoption("--report"):
         RUN.exit_status = int(session.exitstatus)

@@ -50,6 +50,11 @@ class Run:
         return sum(judgement.pairs for judgement in self.verdicts) + len(self.transcripts)
 
     @property
+    def compared(self) -> bool:
+        """Whether anything was: what is said of wrong models counts, for it is of the judge, but not as pairs."""
+        return bool(self.pairs or self.faults)
+
+    @property
     def recalled_pairs(self) -> int:
         """Those of outputs of MAX that an earlier run judged."""
         return sum(judgement.pairs for judgement in self.verdicts if judgement.recalled)
@@ -63,7 +68,7 @@ class Run:
     def passed(self) -> bool:
         judged = all(judgement.passed for judgement in self.judgements) and all(chain.passed for chain in self.chains)
         caught = all(fault.accepted for fault in self.faults)
-        return self.pairs > 0 and judged and caught and all(transcript.equal for transcript in self.transcripts)
+        return self.compared and judged and caught and all(transcript.equal for transcript in self.transcripts)
 
     @property
     def compile_seconds(self) -> float:

@@ -57,7 +57,7 @@ class Verdict:
 
 def verdict(run: Run) -> Verdict:
     """Of the comparisons and of pytest: a test that compares nothing can fail too."""
-    if not run.pairs:
+    if not run.compared:
         return Verdict(False, "nothing was compared")
     if failed := list(what_failed(run)):
         return Verdict(False, "; ".join(failed))

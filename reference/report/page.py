@@ -99,7 +99,7 @@ def tiles(run: Run) -> Html:
 def failure_section(run: Run) -> Html:
     found = failures(run)
     if not found:
-        return element("p", "None." if run.pairs else "Nothing was compared.", class_="quiet")
+        return element("p", "None." if run.compared else "Nothing was compared.", class_="quiet")
     texts = [
         folded(failure.title, element("pre", failure.text, tabindex=0), opened=number == 0)
         for number, failure in enumerate(found)

@@ -95,6 +95,15 @@ def test_a_parity_run_that_compares_nothing_fails(run: Run) -> None:
     assert status == pytest.ExitCode.TESTS_FAILED
 
 
+def test_a_run_of_faults_alone_succeeds(run: Run) -> None:
+    """What it shows is of the judge."""
+    status, output = run(
+        PARITY / "test_faults.py", "-k", "query_bias_dropped", "--size", "fixture", "--dtype", "float32"
+    )
+    assert "1 passed" in output
+    assert status == pytest.ExitCode.OK
+
+
 @pytest.mark.parametrize(
     ("arguments", "nothing"),
     [

@@ -294,6 +294,11 @@ def test_every_field_is_documented(tmp_path: Path) -> None:
 # ---- the verdict and the summary -----------------------------------------------------------------------------------
 
 
+def test_faults_alone_are_a_report(tmp_path: Path) -> None:
+    _, data, _ = written(Run(faults=passing().faults), tmp_path)
+    assert data["passed"] and "caught in the right block" in data["reason"]
+
+
 def test_nothing_compared_has_failed(tmp_path: Path) -> None:
     page, data, summary = written(Run(), tmp_path)
     assert "FAILED" in read(page).text and "Nothing was compared" in read(page).text
