@@ -1,4 +1,4 @@
-"""GELU, with an error function of our own: MAX's has one form for small and one for large numbers, and computes both."""
+"""GELU, with an error function of our own: MAX's has one form for small numbers and one for large, and computes both."""
 
 from collections.abc import Sequence
 
