@@ -1,4 +1,4 @@
-"""GELU, with an error function of our own: MAX's has one form for small numbers and one for large, and computes both."""
+"""GELU, with an error function of our own: MAX computes two forms of it, for small numbers and for large, and picks."""
 
 from collections.abc import Sequence
 
