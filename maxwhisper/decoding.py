@@ -66,6 +66,7 @@ class KeyValueCache:
     n_token: int = 0
     sources: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
     first_row: int = 0
+    rough_cross: list[Tensor] = field(default_factory=list)
     _inputs: list[Buffer] = field(default_factory=list)
 
     def __bool__(self) -> bool:
@@ -182,14 +183,18 @@ def likeliest(
     limits: TensorValue,
     places: TensorValue,
 ) -> list[TensorValue]:
-    """The graph of `maxwhisper.pick`, whose Mojo source says what goes in and out; places: (candidate,), of which only
-    the length counts."""
+    """The graph of `maxwhisper.pick`, whose Mojo source says what goes in and out: logits (batch, token, vocab) and the
+    rest, to candidates, their log-probabilities, tokens, totals, lengths, and whether a text stopped.
+
+    places: (candidate,), of which only the length counts.
+    """
     batch, device = logits.shape[0], logits.device
     shapes: list[tuple[DType, list[Any]]] = [
         (DType.int64, [batch, places.shape[0]]),
         (DType.float32, [batch, places.shape[0]]),
         (DType.int64, [batch, 1]),
         (DType.float32, [batch]),
+        (DType.int64, [batch]),
         (DType.bool, [1]),
     ]
     types = [TensorType(dtype, shape, device) for dtype, shape in shapes]
@@ -208,7 +213,7 @@ def rules_program() -> Program:
     """The graph, for any vocabulary."""
 
     def pick(_: Module, logits: TensorValue, *others: Any) -> Sequence[TensorValue]:
-        return likeliest(logits, *others)
+        return likeliest(ops.unsqueeze(logits, 1), *others)
 
     logits = TensorType(DType.float32, ["batch", "vocab"], DeviceRef.CPU())
     return Program(TOKEN_RULES, "", NoWeights(), pick, {"logits": logits, **texts_inputs(), **rules_inputs("vocab")})
@@ -233,6 +238,14 @@ def rules_inputs(n_vocab: int | str) -> dict[str, TensorType | BufferType]:
         "limits": TensorType(DType.int64, [2], cpu),
         "places": TensorType(DType.int64, ["candidate"], cpu),
     }
+
+
+def append(caches: Sequence[BufferValue], new: Sequence[TensorValue], offsets: TensorValue) -> None:
+    """Puts every layer's new keys and values, each (batch, token, state), into its cache, behind `offsets` (batch,)
+    places."""
+    for layer in range(0, len(new), 2):
+        values = [*caches[layer : layer + 2], *new[layer : layer + 2], offsets]
+        ops.inplace_custom("maxwhisper.append", offsets.device, values)
 
 
 def pick_program(dims: ModelDimensions, policy: Policy) -> Program:
@@ -263,15 +276,11 @@ def pick_program(dims: ModelDimensions, policy: Policy) -> Program:
             left: TensorValue, tokens: TensorValue, lengths: TensorValue, totals: TensorValue, *_: TensorValue
         ) -> list[TensorValue]:
             offsets = lengths - 1
-            logits, *new = decoder.step(tokens, offsets, *kv, sources=sources)
-            for layer in range(0, n_own, 2):
-                values = [*caches[layer : layer + 2], *new[layer : layer + 2], offsets]
-                ops.inplace_custom("maxwhisper.append", tokens.device, values)
-            candidates, logprobs, tokens, totals, stopped = likeliest(
-                ops.squeeze(logits, 1), texts, lengths, totals, *rules
-            )
+            logits, *new = decoder.steps(decoder.embed(tokens, offsets), offsets, kv, sources)
+            append(caches, new, offsets)
+            candidates, logprobs, tokens, totals, lengths, stopped = likeliest(logits, texts, lengths, totals, *rules)
             left = ops.where(stopped.reshape(()), none_left, left - 1)
-            return [left, tokens, lengths + 1, totals, candidates, logprobs]
+            return [left, tokens, lengths, totals, candidates, logprobs]
 
         shape = (tokens.shape[0], rules[-1].shape[0])
         nothing = [ops.constant(0, dtype, tokens.device).broadcast_to(shape) for dtype in (DType.int64, DType.float32)]
@@ -279,14 +288,19 @@ def pick_program(dims: ModelDimensions, policy: Policy) -> Program:
         _, _, lengths, totals, *found = ops.while_loop(start, lambda left, *_: left > none_left, step)
         return [*found, totals, lengths]
 
+    return Program(PICK, "decoder", TextDecoder(dims, policy), pick, picking_inputs(dims, policy))
+
+
+def picking_inputs(dims: ModelDimensions, policy: Policy) -> dict[str, TensorType | BufferType]:
+    """What graphs take that decode several steps."""
     given = BLOCKS["decoder.step"].inputs(dims, policy)
     given.pop("offset")
     inputs: dict[str, TensorType | BufferType] = {"tokens": given.pop("tokens")}
     inputs["n_step"] = TensorType(DType.int64, [], DeviceRef.CPU())
     inputs |= {**texts_inputs(), **rules_inputs(dims.n_vocab)}
     inputs["sources"] = TensorType(DType.int64, ["batch", "place"], policy.device)
-    written = {f"{name} written": type.as_buffer() for name, type in list(given.items())[:n_own]}
-    return Program(PICK, "decoder", TextDecoder(dims, policy), pick, {**inputs, **given, **written})
+    written = {f"{name} written": type.as_buffer() for name, type in list(given.items())[: 2 * dims.n_text_layer]}
+    return {**inputs, **given, **written}
 
 
 _RULES: list[Executable] = []
@@ -427,7 +441,7 @@ class TokenRules:
         """
         texts, lengths = functional.pad(tokens, (0, 1)), torch.full((len(tokens),), tokens.shape[1])
         given = logits, texts, lengths, totals, *self.inputs(tokens, n_best)
-        candidates, logprobs, _, totals, _ = compiled_rules()(*given)
+        candidates, logprobs, _, totals, *_ = compiled_rules()(*given)
         return checked(Picked(texts, totals, Candidates(candidates, logprobs)))
 
 

@@ -62,6 +62,10 @@ class Cache(NamedTuple):
         return KeyValue(*(ops.concat(pair, axis=2) for pair in zip(past, new, strict=True)))
 
 
+FEW_TOKENS = 16
+"""As many rows as wait for memory, not for arithmetic, when they are multiplied with a matrix; audio has more."""
+
+
 def linear(x: TensorValue, weight: TensorValue, bias: TensorValue | None = None) -> TensorValue:
     """x @ weight.T + bias in the dtype of x: (batch, token, n_in) by (n_out, n_in) to (batch, token, n_out).
 
@@ -70,14 +74,9 @@ def linear(x: TensorValue, weight: TensorValue, bias: TensorValue | None = None)
     """
     if not x.device.is_cpu():
         return shared(matrix_product, *((x, weight) if bias is None else (x, weight, bias)))
-    audio = isinstance(x.shape[1], StaticDim) and not one_token_on_cpu(x)
+    audio = isinstance(x.shape[1], StaticDim) and int(x.shape[1]) > FEW_TOKENS
     y = (convolution if audio else text_product)(x, weight)
     return (y if bias is None else y + bias).cast(x.dtype)
-
-
-def one_token_on_cpu(x: TensorValue) -> bool:
-    """Whether x (batch, token, state) is one token per text, on a CPU: what some kernels of ours are for."""
-    return x.device.is_cpu() and x.shape[1] == 1
 
 
 def text_product(x: TensorValue, weight: TensorValue) -> TensorValue:
@@ -195,12 +194,17 @@ class LayerNorm(Module):
         return ops.layer_norm(x.cast(DType.float32), self.weight, self.bias, self.epsilon).cast(x.dtype)
 
 
+def row_size(n_in: int, storage: DType) -> int:
+    """How many numbers a row of a matrix takes: in int8 the float32 that they are multiples of stands behind them."""
+    return n_in + DType.float32.size_in_bytes if storage == DType.int8 else n_in
+
+
 class Linear(Module):
-    """x @ weight.T + bias; weight is (n_out, n_in) as in PyTorch."""
+    """x @ weight.T + bias; weight is (n_out, n_in) as in PyTorch, with rows of `row_size`."""
 
     def __init__(self, n_in: int, n_out: int, policy: Policy, bias: bool = True):
         super().__init__()
-        self.weight = Weight("weight", policy.storage, [n_out, n_in], policy.device)
+        self.weight = Weight("weight", policy.storage, [n_out, row_size(n_in, policy.storage)], policy.device)
         self.bias = Weight("bias", DType.float32, [n_out], policy.device) if bias else None
 
     def __call__(self, x: TensorValue) -> TensorValue:
@@ -381,12 +385,11 @@ class ResidualAttentionBlock(Module):
         v_cache: TensorValue,
         k_cross: TensorValue,
         v_cross: TensorValue,
-        sources: TensorValue | None = None,
     ) -> tuple[TensorValue, ...]:
         """The block in the decoder for one token behind `offset` cached ones; also returns the token's keys and values,
         which the caller puts into the cache."""
         follow = self.by_kernel if x.device.is_cpu() else self.written_out
-        return follow(x, KeyValue(k_cross, v_cross), Cache(k_cache, v_cache, offset, sources))
+        return follow(x, KeyValue(k_cross, v_cross), Cache(k_cache, v_cache, offset))
 
     def written_out(self, x: TensorValue, cross_kv: KeyValue, cache: Cache) -> tuple[TensorValue, ...]:
         """As `step`, submodule by submodule."""
@@ -395,15 +398,20 @@ class ResidualAttentionBlock(Module):
 
     def by_kernel(self, x: TensorValue, cross_kv: KeyValue, cache: Cache) -> tuple[TensorValue, ...]:
         """As `step`, by one kernel of our own, for CPUs, in float32: threads start once for all of it."""
-        y, outputs = self.kernel_outputs(x, cross_kv, cache)
+        assert x.shape[1] == 1, "the keys and values of several tokens would need another order"
+        y, *new = self.steps(x, cross_kv, cache)
         shape = (x.shape[0], self.attn.n_head, 1, self.attn.n_channel)
-        return y, *(outputs[project].reshape(shape) for project in (self.attn.key, self.attn.value))
+        return y, *(each.reshape(shape) for each in new)
+
+    def steps(self, x: TensorValue, cross_kv: KeyValue, cache: Cache) -> tuple[TensorValue, ...]:
+        """As `by_kernel`, for a few tokens x (batch, token, state); their keys and values are of that shape too."""
+        y, outputs = self.kernel_outputs(x, cross_kv, cache)
+        return y, outputs[self.attn.key], outputs[self.attn.value]
 
     def kernel_outputs(
         self, x: TensorValue, cross_kv: KeyValue, cache: Cache
     ) -> tuple[TensorValue, dict[Module, TensorValue]]:
-        """The block's output and that of each submodule, all (batch, 1, width), in the dtype of x."""
-        assert x.shape[1] == 1, "the kernel would compute the first token alone"
+        """The block's output and that of each submodule, all (batch, token, width), in the dtype of x."""
         assert self.cross_attn is not None and self.cross_attn_ln is not None
         attn, cross_attn, (hidden, active, mlp_out) = self.attn, self.cross_attn, self.mlp
         layers = [
@@ -411,7 +419,8 @@ class ResidualAttentionBlock(Module):
             self.cross_attn_ln, cross_attn.query, cross_attn.out, self.mlp_ln, hidden, mlp_out,
         ]  # fmt: skip
         weights = [weight for layer in layers for weight in (layer.weight, layer.bias) if weight is not None]
-        narrow, wide = (TensorType(DType.float32, [x.shape[0], 1, n], x.device) for n in hidden.weight.shape[::-1])
+        widths = (x.shape[2], hidden.weight.shape[0])
+        narrow, wide = (TensorType(DType.float32, [*x.shape[:2], width], x.device) for width in widths)
         in_between = [narrow] * 4
         types = [narrow, *(wide if layer is hidden else narrow for layer in layers), wide, *in_between]
         inputs = [x.cast(DType.float32), *cache.for_kernel(x.shape[0]), *cross_kv, *weights]
@@ -462,11 +471,11 @@ class AudioEncoder(Module):
 
 
 class Embedding(Module):
-    """A table of vectors, (n_rows, n_state)."""
+    """A table of vectors, (n_rows, n_state), with rows of `row_size`."""
 
     def __init__(self, n_rows: int, n_state: int, policy: Policy):
         super().__init__()
-        self.weight = Weight("weight", policy.storage, [n_rows, n_state], policy.device)
+        self.weight = Weight("weight", policy.storage, [n_rows, row_size(n_state, policy.storage)], policy.device)
 
     def __call__(self, indices: TensorValue) -> TensorValue:
         """Indices of any shape to float32 vectors, in one more dimension."""
@@ -520,42 +529,54 @@ class TextDecoder(Module):
 
     def __call__(self, tokens: TensorValue, *cross_kv: TensorValue) -> list[TensorValue]:
         """A whole text: tokens (batch, token) to logits (batch, token, n_vocab), and every layer's keys and values."""
-        x, *kv = self._layers(ResidualAttentionBlock.prefill, tokens, START, grouped(cross_kv, 2))
+        x, *kv = self._layers(ResidualAttentionBlock.prefill, self.embed(tokens, START), grouped(cross_kv, 2))
         return [self.logits(x), *kv]
 
     def start(self, tokens: TensorValue, positions: TensorValue, *cross_kv: TensorValue) -> list[TensorValue]:
         """As `__call__`, but logits (batch, position, n_vocab) at some `positions` (position,) of the text alone."""
-        x, *kv = self._layers(ResidualAttentionBlock.prefill, tokens, START, grouped(cross_kv, 2))
+        x, *kv = self._layers(ResidualAttentionBlock.prefill, self.embed(tokens, START), grouped(cross_kv, 2))
         return [self.logits(ops.gather(x, positions, axis=1)), *kv]
 
-    def step(
-        self, tokens: TensorValue, offset: TensorValue, *kv: TensorValue, sources: TensorValue | None = None
-    ) -> list[TensorValue]:
+    def step(self, tokens: TensorValue, offset: TensorValue, *kv: TensorValue) -> list[TensorValue]:
         """One token (batch, 1) behind `offset` cached ones: logits (batch, 1, n_vocab), and every layer's keys and
         values of the token, which the caller puts into the cache.
 
-        kv: every layer's cache, keys and values, then every layer's cross-attention keys and values. sources: of all
-        caches, as of a `Cache`.
+        kv: every layer's cache, keys and values, then every layer's cross-attention keys and values.
         """
         cache, cross_kv = grouped(kv[: len(kv) // 2], 2), grouped(kv[len(kv) // 2 :], 2)
-        inputs = [(offset, *own, *cross, sources) for own, cross in zip(cache, cross_kv, strict=True)]
-        x, *new = self._layers(ResidualAttentionBlock.step, tokens, offset, inputs)
+        inputs = [(offset, *own, *cross) for own, cross in zip(cache, cross_kv, strict=True)]
+        x, *new = self._layers(ResidualAttentionBlock.step, self.embed(tokens, offset), inputs)
         return [self.logits(x), *new]
+
+    def steps(
+        self, x: TensorValue, offset: TensorValue, kv: Sequence[TensorValue], sources: TensorValue
+    ) -> list[TensorValue]:
+        """As `step`, for a few tokens that are embedded already, x (batch, token, state), on a CPU: logits (batch,
+        token, n_vocab), and every layer's keys and values, each (batch, token, state). sources: of all caches, as of a
+        `Cache`."""
+        x, *new = self.behind(x, offset, kv, sources)
+        return [self.logits(x), *new]
+
+    def behind(
+        self, x: TensorValue, offset: TensorValue, kv: Sequence[TensorValue], sources: TensorValue
+    ) -> list[TensorValue]:
+        """As `steps`, but x (batch, token, state) in the place of logits."""
+        own, cross = grouped(kv[: len(kv) // 2], 2), grouped(kv[len(kv) // 2 :], 2)
+        inputs = [(KeyValue(*c), Cache(o[0], o[1], offset, sources)) for o, c in zip(own, cross, strict=True)]
+        return self._layers(ResidualAttentionBlock.steps, x, inputs)
 
     def align(self, tokens: TensorValue, *cross_kv: TensorValue) -> list[TensorValue]:
         """As `__call__`, but every layer's cross-attention scores stand behind the logits."""
-        x, *scores = self._layers(ResidualAttentionBlock.align, tokens, START, grouped(cross_kv, 2))
+        x, *scores = self._layers(ResidualAttentionBlock.align, self.embed(tokens, START), grouped(cross_kv, 2))
         return [self.logits(x), *scores]
 
     def _layers(
         self,
         method: Callable[..., Sequence[TensorValue]],
-        tokens: TensorValue,
-        offset: TensorValue | int,
-        inputs: Sequence[Sequence[TensorValue | None]],
+        x: TensorValue,
+        inputs: Sequence[Sequence[Any]],
     ) -> list[TensorValue]:
         """x after every layer's `method`, each with its own inputs, and what the layers return beside x."""
-        x = self.embed(tokens, offset)
         others: list[TensorValue] = []
         for block, own in zip(self.blocks, inputs, strict=True):
             x, *new = method(block, x, *own)

@@ -49,6 +49,8 @@ TORCH_DTYPE = {
     DType.bfloat16: torch.bfloat16,
     DType.float32: torch.float32,
     DType.int64: torch.int64,
+    DType.int8: torch.int8,
+    DType.uint8: torch.uint8,
 }
 
 
@@ -138,7 +140,8 @@ class Program:
 
     def trace(self, into: GraphModule) -> dict[str, DType]:
         """Adds the graph to `into` and returns its weights, by name."""
-        weights = {f"{self.path}.{name}": weight for name, weight in self.module.raw_state_dict().items()}
+        path = f"{self.path}." if self.path else ""
+        weights = {path + name: weight for name, weight in self.module.raw_state_dict().items()}
         dtypes = {name: weight.dtype for name, weight in weights.items()}
         for name, weight in weights.items():
             weight.name = name

@@ -43,7 +43,8 @@ from .decoding import (
     rules_program,
 )
 from .errors import AudioError, DeviceError, OptionError
-from .runtime import TORCH_DTYPE, Artifact, Executable, Policy, Program, find_device, one_torch_thread
+from .runtime import TORCH_DTYPE, Artifact, Executable, Policy, Program, buffer, find_device, one_torch_thread
+from .speculation import N_GUESS, ROUGH_KEYS, SPECULATE, drafted, rough_keys_program, speculation_program
 from .together import Audio, Result, Together, transcribe_many
 
 STORAGE = {torch.float16: DType.float16, torch.bfloat16: DType.bfloat16}
@@ -129,7 +130,7 @@ def programs_of(unit: str, dims: ModelDimensions, policy: Policy) -> list[Progra
     if unit == TOKEN_RULES:
         return [rules_program()]
     if unit == PICK:
-        return [pick_program(dims, policy)]
+        return [program(dims, policy) for program in (pick_program, speculation_program, rough_keys_program)]
     return [block.program(dims, policy) for block in BLOCKS.values() if block.unit == unit]
 
 
@@ -147,13 +148,15 @@ class Network:
 
     def __getitem__(self, name: str) -> Executable:
         if name not in self.executables:
-            self.executables |= self._load(PICK if name == PICK else BLOCKS[name].unit)
+            self.executables |= self._load(BLOCKS[name].unit if name in BLOCKS else PICK)
         return self.executables[name]
 
     def _load(self, unit: str) -> dict[str, Executable]:
         dims, tensors, name = self.checkpoint.dims, self.checkpoint.tensors, self.checkpoint.name
         load = self.artifacts.loader(unit, dims, self.policy) if self.artifacts else None
         programs = programs_of(unit, dims, self.policy)
+        if unit == PICK:
+            tensors = drafted(tensors, [key for key, tensor in tensors.items() if is_matrix(key, tensor)])
         return Artifact(f"{unit} of {name}", programs, self.device, load).init(tensors)
 
 
@@ -282,7 +285,11 @@ class TextDecoder(torch.nn.Module):
             return self.together.pick(tokens, totals, cache, rules, n_step)
         texts = torch.nn.functional.pad(tokens, (0, n_step))
         lengths = torch.full((len(tokens),), tokens.shape[1])
-        n_done, totals, candidates = self.steps(texts, lengths, totals, rules, n_step, cache.sources, cache.inputs())
+        name, kv = PICK, cache.inputs()
+        if len(tokens) == len(rules.places) == 1 and n_step > N_GUESS:
+            cache.rough_cross = cache.rough_cross or self.network[ROUGH_KEYS](*cache.cross)
+            name, kv = SPECULATE, [*kv, *kv[: 2 * self.dims.n_text_layer], *map(buffer, cache.rough_cross)]
+        n_done, totals, candidates = self.steps(texts, lengths, totals, rules, n_step, cache.sources, kv, name)
         cache.n_token += n_done
         return Picked(texts[:, : tokens.shape[1] + n_done], totals, candidates)
 
@@ -295,12 +302,13 @@ class TextDecoder(torch.nn.Module):
         n_step: int,
         sources: torch.Tensor,
         kv: Sequence[Buffer],
+        name: str = PICK,
     ) -> tuple[int, torch.Tensor, Candidates]:
         """As `pick`, for texts (batch, place) of `lengths` (batch,), which are written into; sources and kv: as of a
         `KeyValueCache`, which is too. Returns how many tokens each text got, new totals, and candidates."""
         last = texts.gather(1, lengths[:, None] - 1)
-        own = kv[: 2 * self.dims.n_text_layer]
-        candidates, logprobs, totals, ends = self.network[PICK](
+        own = kv[: 2 * self.dims.n_text_layer] if name == PICK else []
+        candidates, logprobs, totals, ends = self.network[name](
             last, torch.tensor(n_step), texts, lengths, totals, *rules, sources, *kv, *own
         )
         return int(ends[0] - lengths[0]), totals, Candidates(candidates, logprobs)

@@ -393,18 +393,30 @@ def graph_faults() -> Iterator[Fault]:
         lambda: patch.object(model, "grouped", mistakes.keys_then_values),
         True,
     )
-    yield fault("position one too far", "decoder.step", mistakes.decode(lambda offset, inputs: (offset + 1, inputs)))
+    embed, layers = model.TextDecoder.embed, model.TextDecoder._layers
+    yield fault(
+        "position one too far",
+        "decoder.step",
+        mistakes.method(model.TextDecoder, "embed", lambda self, tokens, offset: embed(self, tokens, offset + 1)),
+    )
     yield fault(
         "position stays at the prompt's end",
         "decoder.step",
-        mistakes.decode(lambda offset, inputs: (ops.min(offset, mistakes.cpu_int(4)), inputs)),
+        mistakes.method(
+            model.TextDecoder,
+            "embed",
+            lambda self, tokens, offset: embed(self, tokens, ops.min(offset, mistakes.cpu_int(4))),
+        ),
     )
     yield fault(
         "audio of the layer before",
         "decoder.prefill",
-        mistakes.decode(lambda offset, inputs: (offset, [*inputs[-1:], *inputs[:-1]])),
+        mistakes.method(
+            model.TextDecoder,
+            "_layers",
+            lambda self, method, x, inputs: layers(self, method, x, [*inputs[-1:], *inputs[:-1]]),
+        ),
     )
-    embed = model.TextDecoder.embed
     yield fault(
         "offset ignored",
         "decoder.embedding",

@@ -224,16 +224,6 @@ def residual(form: str) -> Patch:
     return written_out(method(model.ResidualAttentionBlock, "__call__", call))
 
 
-def decode(change: Callable[[Any, Any], tuple[Any, Any]]) -> Patch:
-    """A decoder whose position offset or whose layers' inputs are not what they should be."""
-    right = model.TextDecoder._layers
-
-    def call(self: model.TextDecoder, method: Any, tokens: TensorValue, offset: Any, inputs: Any) -> list[TensorValue]:
-        return right(self, method, tokens, *change(offset, inputs))
-
-    return lambda: patch.object(model.TextDecoder, "_layers", call)
-
-
 def cpu_int(value: int) -> TensorValue:
     return ops.constant(value, DType.int64, DeviceRef.CPU())
 

@@ -10,6 +10,7 @@ from std.utils.numerics import min_or_neg_inf
 import extensibility
 from extensibility import InputTensor, OutputTensor, _MutableInputTensor
 
+from .linear import row_size
 from .tiles import WIDTH
 
 comptime QUERIES = 4  # at a time, or else one: their sums fit the registers
@@ -28,7 +29,7 @@ trait Keys(Sized, TrivialRegisterPassable):
 
 @fieldwise_init
 struct Rows[dtype: DType, origin: Origin[mut=False]](Keys):
-    """One behind the other."""
+    """One behind the other; behind each in int8 stands the float32 that its channels are multiples of."""
 
     var first: Pointer[Scalar[Self.dtype], Self.origin]
     var number: Int
@@ -39,7 +40,12 @@ struct Rows[dtype: DType, origin: Origin[mut=False]](Keys):
 
     @always_inline
     def load[n_channel: Int](self, key: Int, channel: Int) -> SIMD[DType.float32, WIDTH]:
-        return self.first.unsafe_load[width=WIDTH](key * n_channel + channel).cast[DType.float32]()
+        comptime size = row_size[Self.dtype](n_channel)
+        var its_own = self.first.unsafe_offset(key * size)
+        var values = its_own.unsafe_load[width=WIDTH](channel).cast[DType.float32]()
+        comptime if Self.dtype == DType.int8:
+            values *= its_own.unsafe_offset(n_channel).unsafe_bitcast[Float32]()[unsafe_offset=0]
+        return values
 
 
 @fieldwise_init
@@ -60,6 +66,30 @@ struct ScatteredRows[dtype: DType, origin: Origin[mut=False], source_origin: Ori
     def load[n_channel: Int](self, key: Int, channel: Int) -> SIMD[DType.float32, WIDTH]:
         var at = Int(self.sources[unsafe_offset=key]) * self.row_size + key * n_channel + channel
         return self.first.unsafe_load[width=WIDTH](at).cast[DType.float32]()
+
+
+@fieldwise_init
+struct ContinuedRows[
+    dtype: DType, origin: Origin[mut=False], source_origin: Origin[mut=False], new_origin: Origin[mut=True]
+](Keys):
+    """Those of a cache, then `n_new` that are not in it yet, `new_row_size` numbers apart, as if they were."""
+
+    var cached: ScatteredRows[Self.dtype, Self.origin, Self.source_origin]
+    var new: Pointer[Float32, Self.new_origin]
+    var n_new: Int
+    var new_row_size: Int
+
+    @always_inline
+    def __len__(self) -> Int:
+        return len(self.cached) + self.n_new
+
+    @always_inline
+    def load[n_channel: Int](self, key: Int, channel: Int) -> SIMD[DType.float32, WIDTH]:
+        var number = key - len(self.cached)
+        if number < 0:
+            return self.cached.load[n_channel](key, channel)
+        var values = self.new.unsafe_load[width=WIDTH](number * self.new_row_size + channel)
+        return values.cast[Self.dtype]().cast[DType.float32]()
 
 
 def scale[n_channel: Int]() -> Float32:
@@ -387,27 +417,31 @@ struct CachedAttention:
 
 @extensibility.register("maxwhisper.append")
 struct Append:
-    """Puts one new key and value of each text into its own row of a cache, behind those that are filled.
+    """Puts new keys and values of each text into its own row of a cache, behind those that are filled.
 
-    k, v, n_past, k_new, v_new: as for maxwhisper.cached_attention.
+    k, v, n_past: as for maxwhisper.cached_attention.
+    k_new, v_new: (batch, token, head * channel).
     """
 
     @staticmethod
     def execute(
         k: _MutableInputTensor[rank=4, ...],
         v: _MutableInputTensor[dtype=k.dtype, rank=4, ...],
-        k_new: InputTensor[dtype=k.dtype, rank=4, ...],
-        v_new: InputTensor[dtype=k.dtype, rank=4, ...],
+        k_new: InputTensor[dtype=k.dtype, rank=3, ...],
+        v_new: InputTensor[dtype=k.dtype, rank=3, ...],
         n_past: InputTensor[dtype=DType.int64, rank=1, ...],
         ctx: DeviceContext,
     ) raises:
         var n_head, n_place, n_channel = k.dim_size(1), k.dim_size(2), k.dim_size(3)
         var ks, vs = k.unsafe_ptr(), v.unsafe_ptr()
         var ks_new, vs_new = k_new.unsafe_ptr(), v_new.unsafe_ptr()
-        for text in range(k_new.dim_size(0)):
-            var place = Int(n_past.unsafe_ptr()[unsafe_offset=text])
-            for row in range(text * n_head, (text + 1) * n_head):
+        var n_token = k_new.dim_size(1)
+        for row in range(k_new.dim_size(0) * n_token):
+            var text, token = divmod(row, n_token)
+            var place = Int(n_past.unsafe_ptr()[unsafe_offset=text]) + token
+            for head in range(n_head):
                 for channel in range(n_channel):
-                    var at = (row * n_place + place) * n_channel + channel
-                    ks[unsafe_offset=at] = ks_new[unsafe_offset=row * n_channel + channel]
-                    vs[unsafe_offset=at] = vs_new[unsafe_offset=row * n_channel + channel]
+                    var at = ((text * n_head + head) * n_place + place) * n_channel + channel
+                    var new_at = (row * n_head + head) * n_channel + channel
+                    ks[unsafe_offset=at] = ks_new[unsafe_offset=new_at]
+                    vs[unsafe_offset=at] = vs_new[unsafe_offset=new_at]

@@ -1,4 +1,4 @@
-"""A layer of the decoder for one token of every text, with one start of threads for all of it."""
+"""A layer of the decoder for a few tokens of every text, with one start of threads for all of it."""
 
 from max.algorithm import sync_parallelize
 from max.gpu.host import DeviceContext
@@ -8,7 +8,7 @@ from std.math import align_up, ceildiv, erf, sqrt
 import extensibility
 from extensibility import InputTensor, ManagedTensorSlice, OutputTensor
 
-from .attention import QUERIES, Rows, ScatteredRows, attend_to_text, attend_to_window
+from .attention import QUERIES, ContinuedRows, Rows, ScatteredRows, attend_to_text, attend_to_window
 from .linear import COLUMNS, multiply
 from .team import COUNTERS, phase
 from .tiles import WIDTH
@@ -55,11 +55,12 @@ def normalise(
 
 @extensibility.register("maxwhisper.decoder_block")
 struct DecoderBlock:
-    """Computes a decoder's layer for one token of each text.
+    """Computes a decoder's layer for the next tokens of each text: for several, bitwise what it computes for one at a
+    time.
 
-    Outputs, each (batch, 1, width): the layer's, those of its submodules with weights in their order, GELU's, and what
-    is computed in between.
-    x: (batch, 1, state).
+    Outputs, each (batch, token, width): the layer's, those of its submodules with weights in their order, GELU's, and
+    what is computed in between.
+    x: (batch, token, state).
     k, v, n_past, sources: as for maxwhisper.cached_attention.
     k_cross, v_cross: as for maxwhisper.attention.
     Then the weights, in the order of the submodules; matrices are (n_out, n_in).
@@ -117,15 +118,17 @@ struct DecoderBlock:
         ctx: DeviceContext,
     ) raises:
         comptime assert n_channel % WIDTH == 0, "channels must fill vectors"
-        var n_text, n_state = x.dim_size(0), x.dim_size(2)
+        var n_text, n_token, n_state = x.dim_size(0), x.dim_size(1), x.dim_size(2)
+        var n_row = n_text * n_token
         var n_head, n_place = k.dim_size(1), k.dim_size(2)
         var n_audio, n_audio_ctx = k_cross.dim_size(0), k_cross.dim_size(2)
-        var n_query = n_text // n_audio
+        var window_size = n_audio_ctx * k_cross.dim_size(3)
+        var n_query = n_row // n_audio
         var n_thread = parallelism_level(None)
         var lengths, all_sources = n_past.unsafe_ptr(), sources.unsafe_ptr()
         var n_key = n_audio_ctx * QUERIES
         for text in range(n_text):
-            n_key = max(n_key, Int(lengths[unsafe_offset=text]) + 1)
+            n_key = max(n_key, Int(lengths[unsafe_offset=text]) + n_token)
 
         var share = align_up(ceildiv(n_state, PIECES * n_thread), COLUMNS)  # of the columns of a product
         var n_piece = ceildiv(n_state, share)
@@ -141,13 +144,13 @@ struct DecoderBlock:
         ](into: OutputTensor[rank=3, ...], of: Numbers, weight: InputTensor[rank=1, ...], bias: InputTensor[rank=1, ...]):
             @always_inline
             @__parameter
-            def one(text: Int):
-                var at = text * n_state
+            def one(row: Int):
+                var at = row * n_state
                 normalise(
                     numbers(into).unsafe_offset(at), of.unsafe_offset(at), numbers(weight), numbers(bias), n_state
                 )
 
-            phase[one](counters, number, n_text)
+            phase[one](counters, number, n_row)
 
         @always_inline
         @__parameter
@@ -163,7 +166,7 @@ struct DecoderBlock:
                 numbers(into).unsafe_store(row * n_state + column, sum)
 
             multiply[put](
-                of, weight.unsafe_ptr(), n_text, n_state, piece * share, min((piece + 1) * share, n_state)
+                of, weight.unsafe_ptr(), n_row, n_state, piece * share, min((piece + 1) * share, n_state)
             )
 
         @always_inline
@@ -193,7 +196,7 @@ struct DecoderBlock:
             @__parameter
             def some(piece: Int):
                 multiply[put](
-                    of, weight.unsafe_ptr(), n_text, n_in, piece * share, min((piece + 1) * share, n_state)
+                    of, weight.unsafe_ptr(), n_row, n_in, piece * share, min((piece + 1) * share, n_state)
                 )
 
             phase[some](counters, number, n_piece)
@@ -217,16 +220,28 @@ struct DecoderBlock:
             @always_inline
             @__parameter
             def head_of_text(piece: Int):
-                var text, head = divmod(piece, n_head)
+                var row, head = divmod(piece, n_head)
+                var text, n_new = divmod(row, n_token)
                 var at = head * n_place * n_channel
                 var length = Int(lengths[unsafe_offset=text])
                 var its_sources = all_sources.unsafe_offset(text * n_place)
                 var row_size = n_head * n_place * n_channel
+                var first_new = text * n_token * n_state + head * n_channel
                 attend_to_text[n_channel](
                     numbers(attended).unsafe_offset(piece * n_channel),
                     numbers(query).unsafe_offset(piece * n_channel),
-                    ScatteredRows(k.unsafe_ptr().unsafe_offset(at), length, its_sources, row_size),
-                    ScatteredRows(v.unsafe_ptr().unsafe_offset(at), length, its_sources, row_size),
+                    ContinuedRows(
+                        ScatteredRows(k.unsafe_ptr().unsafe_offset(at), length, its_sources, row_size),
+                        numbers(key).unsafe_offset(first_new),
+                        n_new,
+                        n_state,
+                    ),
+                    ContinuedRows(
+                        ScatteredRows(v.unsafe_ptr().unsafe_offset(at), length, its_sources, row_size),
+                        numbers(value).unsafe_offset(first_new),
+                        n_new,
+                        n_state,
+                    ),
                     numbers(key).unsafe_offset(piece * n_channel),
                     numbers(value).unsafe_offset(piece * n_channel),
                     scores.unsafe_ptr(),
@@ -248,8 +263,8 @@ struct DecoderBlock:
                     numbers(cross_query).unsafe_offset(at),
                     n_query,
                     n_state,
-                    Rows(k_cross.unsafe_ptr().unsafe_offset(piece * n_audio_ctx * n_channel), n_audio_ctx),
-                    Rows(v_cross.unsafe_ptr().unsafe_offset(piece * n_audio_ctx * n_channel), n_audio_ctx),
+                    Rows(k_cross.unsafe_ptr().unsafe_offset(piece * window_size), n_audio_ctx),
+                    Rows(v_cross.unsafe_ptr().unsafe_offset(piece * window_size), n_audio_ctx),
                     scores.unsafe_ptr(),
                     weights.unsafe_ptr(),
                 )
@@ -268,7 +283,7 @@ struct DecoderBlock:
                 multiply[put](
                     numbers(mlp_ln),
                     hidden_weight.unsafe_ptr(),
-                    n_text,
+                    n_row,
                     n_state,
                     piece * hidden_share,
                     min((piece + 1) * hidden_share, n_hidden),
@@ -276,7 +291,7 @@ struct DecoderBlock:
 
             norm[0](attn_ln, numbers(x), attn_ln_weight, attn_ln_bias)
             phase[query_key_value](counters, 1, 3 * n_piece)
-            phase[head_of_text](counters, 2, n_text * n_head)
+            phase[head_of_text](counters, 2, n_row * n_head)
             project_and_add[3](attn, attn_sum, numbers(x), numbers(attended), out_weight, out_bias, n_state)
             norm[4](cross_attn_ln, numbers(attn_sum), cross_attn_ln_weight, cross_attn_ln_bias)
             phase[cross_query_columns](counters, 5, n_piece)

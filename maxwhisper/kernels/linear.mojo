@@ -2,6 +2,8 @@
 
 One row of weights at a time, from its beginning to its end, so that a thread reads memory in one direction: processors
 fetch ahead along few directions only.
+
+A row of int8 weights ends with the float32 that they are multiples of, in four more bytes.
 """
 
 from max.algorithm import sync_parallelize
@@ -21,6 +23,12 @@ comptime ROWS = 4  # of x at a time, or else one: every number in between would 
 comptime UNROLL = 8  # vectors of weights
 comptime COLUMNS = 8  # of y at a time, so that they are stored as a vector
 comptime TASK = 1 << 18  # multiplications that are worth a task of their own
+
+
+@always_inline
+def row_size[stored: DType](n_in: Int) -> Int:
+    """Returns how many numbers a row of n_in takes."""
+    return n_in + 4 if stored == DType.int8 else n_in
 
 
 @always_inline
@@ -55,6 +63,8 @@ def products[
         for rest in range(k, n_in):
             var w = weights[unsafe_offset=rest].cast[dtype]().cast[DType.float32]()
             y[r] += x[unsafe_offset=r * n_in + rest].cast[DType.float32]() * w
+        comptime if stored == DType.int8:
+            y[r] *= weights.unsafe_offset(n_in).unsafe_bitcast[Float32]()[unsafe_offset=0]
     return y^
 
 
@@ -82,7 +92,8 @@ def multiply[
     def block[rows: Int, columns: Int](row: Int, column: Int):
         var values = Array[SIMD[DType.float32, columns], rows](fill=0)
         for c in range(columns):
-            var one = products[rows](x.unsafe_offset(row * n_in), weights.unsafe_offset((column + c) * n_in), n_in)
+            var its_weights = weights.unsafe_offset((column + c) * row_size[stored](n_in))
+            var one = products[rows](x.unsafe_offset(row * n_in), its_weights, n_in)
             comptime for r in range(rows):
                 values[r][c] = one[r]
         comptime for r in range(rows):

@@ -150,12 +150,16 @@ struct Pick:
     """Finds the likeliest next tokens of every text and their log-probabilities, and puts the likeliest behind the
     text; behind one that has ended, the end of text once more.
 
-    candidates, logprobs: (batch, candidate), in falling order.
-    tokens: (batch, 1), what was put behind each text.
-    new_totals: (batch,), totals and the log-probability of that token, of texts that had not ended.
+    Where logits are of several tokens, all but the first of which were only guessed and stand behind the text, goes on
+    as long as each guess is what would have been put there.
+
+    candidates, logprobs: (batch, candidate), in falling order, of the last place that was filled.
+    tokens: (batch, 1), what was put there.
+    new_totals: (batch,), totals and the log-probabilities of what was put behind texts that had not ended.
+    new_lengths: (batch,), of the texts with what was put behind them.
     stopped: (1,), whether a text ended now, or has no next token: logits are not finite or all excluded.
-    texts: (batch, place), of which the first `lengths` hold tokens.
-    logits: (batch, vocab).
+    texts: (batch, place), of which the first `lengths` hold tokens, and the next ones guesses.
+    logits: (batch, token, vocab), of each text's last token and of the guesses behind it.
     lengths, begins: (batch,), how many tokens a text has, and where those begin that were sampled.
     totals: (batch,), the sum of the log-probabilities of a text's tokens.
     suppressed: (vocab,), tokens that no text may have next.
@@ -169,9 +173,10 @@ struct Pick:
         logprobs: OutputTensor[dtype=DType.float32, rank=2, ...],
         tokens: OutputTensor[dtype=DType.int64, rank=2, ...],
         new_totals: OutputTensor[dtype=DType.float32, rank=1, ...],
+        new_lengths: OutputTensor[dtype=DType.int64, rank=1, ...],
         stopped: OutputTensor[dtype=DType.bool, rank=1, ...],
         texts: _MutableInputTensor[dtype=DType.int64, rank=2, ...],
-        logits: InputTensor[dtype=DType.float32, rank=2, ...],
+        logits: InputTensor[dtype=DType.float32, rank=3, ...],
         lengths: InputTensor[dtype=DType.int64, rank=1, ...],
         begins: InputTensor[dtype=DType.int64, rank=1, ...],
         totals: InputTensor[dtype=DType.float32, rank=1, ...],
@@ -179,46 +184,49 @@ struct Pick:
         limits: InputTensor[dtype=DType.int64, rank=1, ...],
         ctx: DeviceContext,
     ) raises:
-        var n_text = logits.dim_size(0)
-        var n_vocab = logits.dim_size(1)
+        var n_text, n_token, n_vocab = logits.dim_size(0), logits.dim_size(1), logits.dim_size(2)
+        var n_row = n_text * n_token
         var n_place = texts.dim_size(1)
         var n_best = candidates.dim_size(1)
         var given = logits.unsafe_ptr()
         var excluded = suppressed.unsafe_ptr().unsafe_bitcast[UInt8]()
-        var found, scores = candidates.unsafe_ptr(), logprobs.unsafe_ptr()
         var begin = Int(limits.unsafe_ptr()[unsafe_offset=0])
         var end_of_text = Int(limits.unsafe_ptr()[unsafe_offset=1])
-        var n_part = n_text * PARTS
+        var n_part = n_row * PARTS
         var part_size = ceildiv(n_vocab, PARTS)
-        var left = List[Float32](length=n_text * n_vocab, fill=0)  # the logits that the rules leave
+        var left = List[Float32](length=n_row * n_vocab, fill=0)  # the logits that the rules leave
         var sums = List[LogSumExp](length=n_part * 2, fill=LogSumExp())  # of text, of timestamps
         var permitted_logits, parts = left.unsafe_ptr(), sums.unsafe_ptr()
-        var ranges = List[Int](length=n_text * 4, fill=0)
-        for text in range(n_text):
-            var length = Int(lengths.unsafe_ptr()[unsafe_offset=text])
+        var best_tokens = List[Int64](length=n_row * n_best, fill=0)
+        var best_scores = List[Float32](length=n_row * n_best, fill=0)
+        var found, scores = best_tokens.unsafe_ptr(), best_scores.unsafe_ptr()
+        var ranges = List[Int](length=n_row * 4, fill=0)
+        for row in range(n_row):
+            var text, guess = divmod(row, n_token)
+            var length = Int(lengths.unsafe_ptr()[unsafe_offset=text]) + guess
             var first = Int(begins.unsafe_ptr()[unsafe_offset=text])
             if length >= n_place:
                 raise Error("maxwhisper.pick: a text has no place for another token")
             var sampled = texts.unsafe_ptr().unsafe_offset(text * n_place + first)
-            var of_text = forbidden(sampled, length - first, begin, end_of_text, n_vocab)
+            var of_row = forbidden(sampled, length - first, begin, end_of_text, n_vocab)
             for i in range(4):
-                ranges[text * 4 + i] = of_text[i]
+                ranges[row * 4 + i] = of_row[i]
         var all_ranges = ranges.unsafe_ptr()
 
         @always_inline
         @__parameter
         def one_part(number: Int):
-            var text, part = divmod(number, PARTS)
-            var own = given.unsafe_offset(text * n_vocab)
-            var into = permitted_logits.unsafe_offset(text * n_vocab)
-            var of_text = all_ranges.unsafe_offset(text * 4)
+            var row, part = divmod(number, PARTS)
+            var own = given.unsafe_offset(row * n_vocab)
+            var into = permitted_logits.unsafe_offset(row * n_vocab)
+            var of_row = all_ranges.unsafe_offset(row * 4)
             var first, end = min(part * part_size, n_vocab), min((part + 1) * part_size, n_vocab)
             var token = first
             while token + WIDTH <= end:
-                into.unsafe_store(token, permitted[WIDTH](token, own, excluded, of_text))
+                into.unsafe_store(token, permitted[WIDTH](token, own, excluded, of_row))
                 token += WIDTH
             for rest in range(token, end):
-                into[unsafe_offset=rest] = permitted[1](rest, own, excluded, of_text)
+                into[unsafe_offset=rest] = permitted[1](rest, own, excluded, of_row)
             var middle = max(first, min(begin, end))
             parts[unsafe_offset=2 * number] = LogSumExp(into.unsafe_offset(first), middle - first)
             parts[unsafe_offset=2 * number + 1] = LogSumExp(into.unsafe_offset(middle), end - middle)
@@ -229,38 +237,55 @@ struct Pick:
             for part in range(number * share, min((number + 1) * share, n_part)):
                 one_part(part)
 
-        def one(text: Int) raises {imm}:
+        def one(row: Int) raises {imm}:
             var words, timestamps = LogSumExp(), LogSumExp()
-            for part in range(text * PARTS, (text + 1) * PARTS):
+            for part in range(row * PARTS, (row + 1) * PARTS):
                 words = words.joined(parts[unsafe_offset=2 * part])
                 timestamps = timestamps.joined(parts[unsafe_offset=2 * part + 1])
             var timestamp_is_next = timestamps.value() > words.greatest
             var total = timestamps.value() if timestamp_is_next else words.joined(timestamps).value()
-            var own_scores = scores.unsafe_offset(text * n_best)
+            var own_scores = scores.unsafe_offset(row * n_best)
             write_best(
-                permitted_logits.unsafe_offset(text * n_vocab),
+                permitted_logits.unsafe_offset(row * n_vocab),
                 begin if timestamp_is_next else 0,
                 n_vocab,
                 n_best,
-                found.unsafe_offset(text * n_best),
+                found.unsafe_offset(row * n_best),
                 own_scores,
             )
             for place in range(n_best):
                 own_scores[unsafe_offset=place] -= total
 
         sync_parallelize(some, ceildiv(n_part, share))
-        sync_parallelize(one, n_text)
+        sync_parallelize(one, n_row)
 
         stopped.unsafe_ptr()[unsafe_offset=0] = False
         for text in range(n_text):
-            var last = texts.unsafe_ptr().unsafe_offset(
-                text * n_place + Int(lengths.unsafe_ptr()[unsafe_offset=text]) - 1
-            )
-            var token, logprob = found[unsafe_offset=text * n_best], scores[unsafe_offset=text * n_best]
-            if not isfinite(logprob) or (Int(token) == end_of_text and last[unsafe_offset=0] != token):
-                stopped.unsafe_ptr()[unsafe_offset=0] = True
-            if Int(last[unsafe_offset=0]) == end_of_text:
-                token, logprob = Int64(end_of_text), 0
-            last[unsafe_offset=1] = token
+            var length = Int(lengths.unsafe_ptr()[unsafe_offset=text])
+            var total = totals.unsafe_ptr()[unsafe_offset=text]
+            var token = Int64(0)
+            var row = text * n_token
+            for end_row in range(row, row + n_token):
+                row = end_row
+                token = found[unsafe_offset=row * n_best]
+                var logprob = scores[unsafe_offset=row * n_best]
+                var next = texts.unsafe_ptr().unsafe_offset(text * n_place + length)
+                var had_ended = Int(next[unsafe_offset=-1]) == end_of_text
+                var ends = Int(token) == end_of_text and not had_ended
+                if had_ended:
+                    token, logprob = Int64(end_of_text), 0
+                var guessed = next[unsafe_offset=0] == token
+                next[unsafe_offset=0] = token
+                total += logprob
+                length += 1
+                if ends or not isfinite(scores[unsafe_offset=row * n_best]):
+                    stopped.unsafe_ptr()[unsafe_offset=0] = True
+                    break
+                if not guessed:
+                    break
+            for place in range(n_best):
+                candidates.unsafe_ptr()[unsafe_offset=text * n_best + place] = found[unsafe_offset=row * n_best + place]
+                logprobs.unsafe_ptr()[unsafe_offset=text * n_best + place] = scores[unsafe_offset=row * n_best + place]
             tokens.unsafe_ptr()[unsafe_offset=text] = token
-            new_totals.unsafe_ptr()[unsafe_offset=text] = totals.unsafe_ptr()[unsafe_offset=text] + logprob
+            new_totals.unsafe_ptr()[unsafe_offset=text] = total
+            new_lengths.unsafe_ptr()[unsafe_offset=text] = Int64(length)
