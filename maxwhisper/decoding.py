@@ -59,6 +59,8 @@ class KeyValueCache:
     cross: keys and values of the audio, layer by layer, each (audio, head, n_audio_ctx, channel).
     sources: (batch, place), the row of memory in which a text's keys and values of a place are; the first row of `own`
         is row `first_row` of that memory. What is new goes into a text's own row.
+    memory: `own` in one, where nobody else's are between them.
+    rough_cross: `cross` in int8, as `maxwhisper.speculation` takes it, once it has been asked for.
     """
 
     own: KV = field(default_factory=list)
@@ -66,7 +68,8 @@ class KeyValueCache:
     n_token: int = 0
     sources: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
     first_row: int = 0
-    rough_cross: list[Tensor] = field(default_factory=list)
+    memory: Tensor | None = None
+    rough_cross: Tensor | None = None
     _inputs: list[Buffer] = field(default_factory=list)
 
     def __bool__(self) -> bool:
@@ -75,7 +78,9 @@ class KeyValueCache:
     def append(self, new: KV, n_place: int) -> None:
         """Puts keys and values of the next tokens, each (batch, head, token, channel), behind what is filled."""
         if not self.own:
-            self.own = [kv.new_empty((*kv.shape[:2], n_place, kv.shape[3])) for kv in new]
+            n_text, n_head, _, n_channel = new[0].shape
+            self.memory = new[0].new_empty((len(new), n_text, n_head, n_place, n_channel))
+            self.own = list(self.memory)
             self.sources, self.first_row = own_rows(len(new[0]), n_place), 0
             self._inputs = []
         end = self.n_token + new[0].shape[2]
@@ -109,6 +114,7 @@ class KeyValueCache:
             there.copy_(kv)
         sources.copy_(self.sources - self.first_row + first_row)
         self.own, self.cross, self.sources, self.first_row, self._inputs = own, cross, sources, first_row, []
+        self.memory = None
 
     def inputs(self) -> list[Buffer]:
         """`own` and `cross` as MAX takes them, in the same memory."""
@@ -117,8 +123,9 @@ class KeyValueCache:
         return self._inputs
 
     def copy(self) -> "KeyValueCache":
-        own = [kv.clone() for kv in self.own]
-        return KeyValueCache(own, list(self.cross), self.n_token, self.sources - self.first_row)
+        memory = torch.stack(self.own) if self.own else None
+        own = [] if memory is None else list(memory)
+        return KeyValueCache(own, list(self.cross), self.n_token, self.sources - self.first_row, memory=memory)
 
 
 def own_rows(n_text: int, n_place: int) -> Tensor:

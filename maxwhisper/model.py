@@ -194,17 +194,12 @@ class LayerNorm(Module):
         return ops.layer_norm(x.cast(DType.float32), self.weight, self.bias, self.epsilon).cast(x.dtype)
 
 
-def row_size(n_in: int, storage: DType) -> int:
-    """How many numbers a row of a matrix takes: in int8 the float32 that they are multiples of stands behind them."""
-    return n_in + DType.float32.size_in_bytes if storage == DType.int8 else n_in
-
-
 class Linear(Module):
-    """x @ weight.T + bias; weight is (n_out, n_in) as in PyTorch, with rows of `row_size`."""
+    """x @ weight.T + bias; weight is (n_out, n_in) as in PyTorch."""
 
     def __init__(self, n_in: int, n_out: int, policy: Policy, bias: bool = True):
         super().__init__()
-        self.weight = Weight("weight", policy.storage, [n_out, row_size(n_in, policy.storage)], policy.device)
+        self.weight = Weight("weight", policy.storage, [n_out, n_in], policy.device)
         self.bias = Weight("bias", DType.float32, [n_out], policy.device) if bias else None
 
     def __call__(self, x: TensorValue) -> TensorValue:
@@ -471,11 +466,11 @@ class AudioEncoder(Module):
 
 
 class Embedding(Module):
-    """A table of vectors, (n_rows, n_state), with rows of `row_size`."""
+    """A table of vectors, (n_rows, n_state)."""
 
     def __init__(self, n_rows: int, n_state: int, policy: Policy):
         super().__init__()
-        self.weight = Weight("weight", policy.storage, [n_rows, row_size(n_state, policy.storage)], policy.device)
+        self.weight = Weight("weight", policy.storage, [n_rows, n_state], policy.device)
 
     def __call__(self, indices: TensorValue) -> TensorValue:
         """Indices of any shape to float32 vectors, in one more dimension."""
@@ -554,16 +549,10 @@ class TextDecoder(Module):
         """As `step`, for a few tokens that are embedded already, x (batch, token, state), on a CPU: logits (batch,
         token, n_vocab), and every layer's keys and values, each (batch, token, state). sources: of all caches, as of a
         `Cache`."""
-        x, *new = self.behind(x, offset, kv, sources)
-        return [self.logits(x), *new]
-
-    def behind(
-        self, x: TensorValue, offset: TensorValue, kv: Sequence[TensorValue], sources: TensorValue
-    ) -> list[TensorValue]:
-        """As `steps`, but x (batch, token, state) in the place of logits."""
         own, cross = grouped(kv[: len(kv) // 2], 2), grouped(kv[len(kv) // 2 :], 2)
         inputs = [(KeyValue(*c), Cache(o[0], o[1], offset, sources)) for o, c in zip(own, cross, strict=True)]
-        return self._layers(ResidualAttentionBlock.steps, x, inputs)
+        x, *new = self._layers(ResidualAttentionBlock.steps, x, inputs)
+        return [self.logits(x), *new]
 
     def align(self, tokens: TensorValue, *cross_kv: TensorValue) -> list[TensorValue]:
         """As `__call__`, but every layer's cross-attention scores stand behind the logits."""

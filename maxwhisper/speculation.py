@@ -1,19 +1,18 @@
-"""Greedy decoding by speculation: a rough copy of the decoder guesses the next tokens one by one, and the decoder
-checks them all at once.
+"""Greedy decoding by speculation: a rough copy of the decoder, the draft, guesses the next tokens of a text one by one,
+and the decoder checks them all at once.
 
 A step of the decoder waits for memory: for its weights, and for the keys and values of the audio. Several tokens in one
-step read these once, but all except the first have to be guessed. The rough copy reads a third as much, and guesses
-right nearly always. A text gets nothing but what the decoder itself finds likeliest behind the tokens before, bit for
-bit: behind the first wrong guess the others are dropped.
+step read these once, but all except the first have to be guessed. The draft reads a third as much, and guesses right
+nearly always. A text gets nothing but what the decoder itself finds likeliest behind the tokens before, bit for bit:
+behind the first wrong guess the others are dropped.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from max.dtype import DType
-from max.graph import BufferType, BufferValue, Dim, Shape, TensorType, TensorValue, Weight, ops
+from max.graph import BufferType, BufferValue, TensorType, TensorValue, Weight, ops
 from max.nn.layer import Module
 from torch import Tensor
 from whisper.model import ModelDimensions
@@ -26,32 +25,43 @@ SPECULATE, ROUGH_KEYS = "decoder.speculate", "decoder.rough_keys"
 """Graphs that compile together with `maxwhisper.decoding.PICK`."""
 
 N_GUESS = 7
-"""Tokens that are guessed and then checked together with the one before: eight rows of a product in all, four of which
-wait no longer for memory than one does."""
+"""Tokens that are guessed and then checked together with the one before: eight rows of a product in all."""
+
+MATRICES = ("attn.query", "attn.key", "attn.value", "attn.out", "cross_attn.query", "cross_attn.out", "mlp.0", "mlp.2")
+VECTORS = (
+    *("attn_ln.weight", "attn_ln.bias", "attn.query.bias", "attn.value.bias", "attn.out.bias"),
+    *("cross_attn_ln.weight", "cross_attn_ln.bias", "cross_attn.query.bias", "cross_attn.out.bias"),
+    *("mlp_ln.weight", "mlp_ln.bias", "mlp.0.bias", "mlp.2.bias"),
+)
+"""Of a layer, as `maxwhisper.guess` takes them one behind the other."""
 
 UNIT_SIZE = DType.float32.size_in_bytes
 ROWS = 4096
 """Of a matrix that are made rough at a time, so that little more memory is needed than for the outcome."""
 
 
-class Draft(TextDecoder):
-    """The rough copy of a decoder: matrices of int8, and logits by a matrix of four bits a number, which the decoder's
-    own makes exact where they are highest."""
+# ---- the draft -----------------------------------------------------------------------------------------------------
+
+
+class Draft(Module):
+    """Weights of a decoder's rough copy: matrices of int8, and one of four bits a number in the place of the token
+    embedding, which itself computes the highest logits."""
 
     def __init__(self, dims: ModelDimensions, policy: Policy):
-        super().__init__(dims, replace(policy, storage=DType.int8))
-        shape = [dims.n_vocab, dims.n_text_state // 2 + UNIT_SIZE]
-        self.token_embedding.weight = Weight("weight", DType.uint8, shape, policy.device)
+        super().__init__()
+        n_layer, n_state = dims.n_text_layer, dims.n_text_state
+        n_matrix = 10 * n_state * (n_state + UNIT_SIZE) + n_state * (4 * n_state + UNIT_SIZE)
+        self.matrices = Weight("matrices", DType.int8, [n_layer, n_matrix], policy.device)
+        self.vectors = Weight("vectors", DType.float32, [n_layer, 16 * n_state], policy.device)
+        shape = [dims.n_vocab, n_state // 2 + UNIT_SIZE]
+        self.token_embedding = Weight("token_embedding", DType.uint8, shape, policy.device)
 
-    def rough_logits(self, x: TensorValue, token_embedding: Weight) -> TensorValue:
-        """(batch, 1, state) to float32 logits (batch, 1, n_vocab)."""
-        y = TensorType(DType.float32, [*x.shape[:2], token_embedding.shape[0]], x.device)
-        inputs = [self.ln(x).cast(DType.float32), self.token_embedding.weight, token_embedding]
-        return ops.custom("maxwhisper.rough_logits", x.device, inputs, [y])[0].tensor
+    def __call__(self) -> None:
+        raise NotImplementedError
 
 
 class SpeculativeDecoder(Module):
-    """The decoder and its rough copy."""
+    """The decoder and its draft."""
 
     def __init__(self, dims: ModelDimensions, policy: Policy):
         super().__init__()
@@ -60,6 +70,25 @@ class SpeculativeDecoder(Module):
 
     def __call__(self) -> None:
         raise NotImplementedError
+
+    def guess(
+        self,
+        texts: BufferValue,
+        lengths: TensorValue,
+        rules: Sequence[TensorValue],
+        sources: TensorValue,
+        cache: TensorValue,
+        rough_cross: TensorValue,
+    ) -> TensorValue:
+        """The last token of a text and `N_GUESS` guesses, (1, 1 + N_GUESS); the guesses stand behind the text then."""
+        decoder, draft, device = self.decoder, self.draft, lengths.device
+        suppressed, begins, limits, _ = rules
+        values = [texts, lengths, begins, suppressed, limits, sources, cache, rough_cross]
+        values += [draft.matrices, draft.vectors, draft.token_embedding, decoder.token_embedding.weight]
+        values += [decoder.positional_embedding, decoder.ln.weight, decoder.ln.bias]
+        tokens = TensorType(DType.int64, [1, 1 + N_GUESS], device)
+        parameters = {"n_channel": int(cache.shape[-1])}
+        return ops.inplace_custom("maxwhisper.guess", device, values, [tokens], parameters=parameters)[0].tensor
 
 
 def rough(matrix: Tensor, bits: int) -> Tensor:
@@ -82,83 +111,89 @@ def rough(matrix: Tensor, bits: int) -> Tensor:
     return packed
 
 
-def drafted(tensors: Mapping[str, Tensor], matrices: Sequence[str]) -> dict[str, Tensor]:
-    """The tensors of a decoder, and those of its rough copy."""
-    every = dict(tensors)
-    for name, tensor in tensors.items():
-        if name.startswith("decoder."):
-            bits = 4 if "token_embedding" in name else 8
-            every[f"draft.{name.removeprefix('decoder.')}"] = rough(tensor, bits) if name in matrices else tensor
-    return every
+def draft_of(tensors: Mapping[str, Tensor], n_layer: int) -> dict[str, Tensor]:
+    """The weights of `Draft`, from those of a checkpoint."""
+    layers = [f"decoder.blocks.{layer}." for layer in range(n_layer)]
+    matrices = [[rough(tensors[f"{layer}{name}.weight"], 8).flatten() for name in MATRICES] for layer in layers]
+    vectors = [[tensors[layer + name].float() for name in VECTORS] for layer in layers]
+    return {
+        "draft.matrices": torch.stack([torch.cat(each) for each in matrices]),
+        "draft.vectors": torch.stack([torch.cat(each) for each in vectors]),
+        "draft.token_embedding": rough(tensors["decoder.token_embedding.weight"], 4),
+    }
+
+
+# ---- its graphs ----------------------------------------------------------------------------------------------------
+
+
+def draft_inputs(dims: ModelDimensions, policy: Policy) -> tuple[TensorType, TensorType]:
+    """The caches of a text, all in one, and the keys and values of the audio in int8."""
+    n_channel = dims.n_text_state // dims.n_text_head
+    n_kv = 2 * dims.n_text_layer
+    cache = TensorType(policy.compute, [n_kv, 1, dims.n_text_head, "place", n_channel], policy.device)
+    shape = [n_kv, 1, dims.n_text_head, dims.n_audio_ctx, n_channel + UNIT_SIZE]
+    return cache, TensorType(DType.int8, shape, policy.device)
+
+
+def of_one_text(inputs: Mapping[str, TensorType | BufferType]) -> dict[str, TensorType | BufferType]:
+    """Inputs for any number of texts and windows, of one."""
+    one = {"batch": 1, "audio": 1}
+    return {
+        name: type(each)(each.dtype, [one.get(str(size), size) for size in each.shape], each.device)
+        for name, each in inputs.items()
+    }
 
 
 def rough_keys_program(dims: ModelDimensions, policy: Policy) -> Program:
-    """The keys and values of the audio in int8, as the draft takes them."""
+    """Puts the keys and values of the audio into memory in int8, as the draft takes them."""
 
-    def round_them(_: Module, *cross: TensorValue) -> list[TensorValue]:
-        types = [TensorType(DType.int8, rough_shape(kv.shape), kv.device) for kv in cross]
-        return [
-            ops.custom("maxwhisper.rough_keys", kv.device, [kv], [type])[0].tensor
-            for kv, type in zip(cross, types, strict=True)
-        ]
+    def round_them(_: Module, into: BufferValue, *cross: TensorValue) -> list[TensorValue]:
+        for number, kv in enumerate(cross):
+            ops.inplace_custom("maxwhisper.rough_keys", kv.device, [into, kv], [], parameters={"number": number})
+        return []
 
-    inputs = {name: type for name, type in picking_inputs(dims, policy).items() if "cross" in name}
+    inputs: dict[str, TensorType | BufferType] = {"into": draft_inputs(dims, policy)[1].as_buffer()}
+    inputs |= {name: each for name, each in of_one_text(picking_inputs(dims, policy)).items() if "cross" in name}
     return Program(ROUGH_KEYS, "", NoWeights(), round_them, inputs)
 
 
-def rough_shape(shape: Shape) -> list[Dim]:
-    return [*shape[:-1], shape[-1] + UNIT_SIZE]
-
-
 def speculation_program(dims: ModelDimensions, policy: Policy) -> Program:
-    """As `maxwhisper.decoding.pick_program`, for the likeliest token of each step alone: as many times as there is
-    room for them `N_GUESS` guesses, and what the decoder puts in their place, which is one token more if all are right.
+    """As `maxwhisper.decoding.pick_program`, for one text and the likeliest token of each step alone: as many times as
+    there is room for them `N_GUESS` guesses, and what the decoder puts in their place, which is one token more if all
+    are right. `tokens` is not looked at.
 
-    Takes the keys and values of the audio once more, as `rough_keys_program` gives them.
+    Takes `draft_inputs` besides: the same caches once more.
     """
     n_own, n_rule = 2 * dims.n_text_layer, len(rules_inputs(dims.n_vocab))
 
     def speculate(
         both: SpeculativeDecoder,
-        tokens: TensorValue,
+        _: TensorValue,
         n_step: TensorValue,
         texts: BufferValue,
         lengths: TensorValue,
         totals: TensorValue,
         *others: Any,
     ) -> Sequence[TensorValue]:
-        rules, sources, others = others[:n_rule], others[n_rule], others[n_rule + 1 :]
-        kv, caches, rough_cross = others[: 2 * n_own], others[2 * n_own : 3 * n_own], others[3 * n_own :]
-        rough_kv = [*kv[:n_own], *rough_cross]
-        none_left, n_row = (ops.constant(value, DType.int64, tokens.device) for value in (0, N_GUESS + 1))
+        rules, (sources, *kv), caches = others[:n_rule], others[n_rule : -n_own - 2], others[-n_own - 2 : -2]
+        none_left, n_row = (ops.constant(value, DType.int64, lengths.device) for value in (0, N_GUESS + 1))
 
         def guess_and_check(
-            left: TensorValue, tokens: TensorValue, lengths: TensorValue, totals: TensorValue, *_: TensorValue
+            left: TensorValue, lengths: TensorValue, totals: TensorValue, *_: TensorValue
         ) -> list[TensorValue]:
-            rows, ends = [tokens], lengths
-            for _ in range(N_GUESS):
-                x = both.decoder.embed(rows[-1], ends - 1)
-                x, *new = both.draft.behind(x, ends - 1, rough_kv, sources)
-                logits = both.draft.rough_logits(x, both.decoder.token_embedding.weight)
-                append(caches, new, ends - 1)
-                _, _, guess, _, ends, _ = likeliest(logits, texts, ends, totals, *rules)
-                rows.append(guess)
-            x = both.decoder.embed(ops.concat(rows, axis=1), lengths - 1)
-            logits, *new = both.decoder.steps(x, lengths - 1, kv, sources)
-            append(caches, new, lengths - 1)
-            candidates, logprobs, tokens, totals, ends, stopped = likeliest(logits, texts, lengths, totals, *rules)
-            left = ops.where(stopped.reshape(()), none_left, left - ops.max(ends - lengths, axis=0).reshape(()))
-            return [left, tokens, ends, totals, candidates, logprobs]
+            tokens, offsets = both.guess(texts, lengths, rules, sources, *others[-2:]), lengths - 1
+            logits, *new = both.decoder.steps(both.decoder.embed(tokens, offsets), offsets, kv, sources)
+            append(caches, new, offsets)
+            candidates, logprobs, _, totals, ends, stopped = likeliest(logits, texts, lengths, totals, *rules)
+            left = ops.where(stopped.reshape(()), none_left, left - (ends - lengths).reshape(()))
+            return [left, ends, totals, candidates, logprobs]
 
-        shape = (tokens.shape[0], rules[-1].shape[0])
-        nothing = [ops.constant(0, dtype, tokens.device).broadcast_to(shape) for dtype in (DType.int64, DType.float32)]
-        start = [n_step, tokens, lengths, totals, *nothing]
-        _, _, lengths, totals, *found = ops.while_loop(start, lambda left, *_: left >= n_row, guess_and_check)
+        shape = (1, rules[-1].shape[0])
+        nothing = [ops.constant(0, dtype, lengths.device).broadcast_to(shape) for dtype in (DType.int64, DType.float32)]
+        start = [n_step, lengths, totals, *nothing]
+        _, lengths, totals, *found = ops.while_loop(start, lambda left, *_: left >= n_row, guess_and_check)
         return [*found, totals, lengths]
 
-    inputs: dict[str, TensorType | BufferType] = picking_inputs(dims, policy)
-    cross = {name: type for name, type in inputs.items() if "cross" in name}
-    rough_inputs = {
-        f"{name} rough": TensorType(DType.int8, rough_shape(type.shape), type.device) for name, type in cross.items()
-    }
-    return Program(SPECULATE, "", SpeculativeDecoder(dims, policy), speculate, inputs | rough_inputs)
+    inputs = of_one_text(picking_inputs(dims, policy))
+    inputs |= dict(zip(("cache", "rough cross"), draft_inputs(dims, policy), strict=True))
+    return Program(SPECULATE, "", SpeculativeDecoder(dims, policy), speculate, inputs)

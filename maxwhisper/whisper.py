@@ -44,7 +44,7 @@ from .decoding import (
 )
 from .errors import AudioError, DeviceError, OptionError
 from .runtime import TORCH_DTYPE, Artifact, Executable, Policy, Program, buffer, find_device, one_torch_thread
-from .speculation import N_GUESS, ROUGH_KEYS, SPECULATE, drafted, rough_keys_program, speculation_program
+from .speculation import N_GUESS, ROUGH_KEYS, SPECULATE, draft_inputs, draft_of, rough_keys_program, speculation_program
 from .together import Audio, Result, Together, transcribe_many
 
 STORAGE = {torch.float16: DType.float16, torch.bfloat16: DType.bfloat16}
@@ -156,7 +156,7 @@ class Network:
         load = self.artifacts.loader(unit, dims, self.policy) if self.artifacts else None
         programs = programs_of(unit, dims, self.policy)
         if unit == PICK:
-            tensors = drafted(tensors, [key for key, tensor in tensors.items() if is_matrix(key, tensor)])
+            tensors = {**tensors, **draft_of(tensors, dims.n_text_layer)}
         return Artifact(f"{unit} of {name}", programs, self.device, load).init(tensors)
 
 
@@ -285,11 +285,9 @@ class TextDecoder(torch.nn.Module):
             return self.together.pick(tokens, totals, cache, rules, n_step)
         texts = torch.nn.functional.pad(tokens, (0, n_step))
         lengths = torch.full((len(tokens),), tokens.shape[1])
-        name, kv = PICK, cache.inputs()
-        if len(tokens) == len(rules.places) == 1 and n_step > N_GUESS:
-            cache.rough_cross = cache.rough_cross or self.network[ROUGH_KEYS](*cache.cross)
-            name, kv = SPECULATE, [*kv, *kv[: 2 * self.dims.n_text_layer], *map(buffer, cache.rough_cross)]
-        n_done, totals, candidates = self.steps(texts, lengths, totals, rules, n_step, cache.sources, kv, name)
+        kv = cache.inputs()
+        others = self._for_draft(cache) if len(tokens) == len(rules.places) == 1 and n_step > N_GUESS else []
+        n_done, totals, candidates = self.steps(texts, lengths, totals, rules, n_step, cache.sources, kv, others)
         cache.n_token += n_done
         return Picked(texts[:, : tokens.shape[1] + n_done], totals, candidates)
 
@@ -302,16 +300,25 @@ class TextDecoder(torch.nn.Module):
         n_step: int,
         sources: torch.Tensor,
         kv: Sequence[Buffer],
-        name: str = PICK,
+        others: Sequence[Buffer] = (),
     ) -> tuple[int, torch.Tensor, Candidates]:
         """As `pick`, for texts (batch, place) of `lengths` (batch,), which are written into; sources and kv: as of a
         `KeyValueCache`, which is too. Returns how many tokens each text got, new totals, and candidates."""
         last = texts.gather(1, lengths[:, None] - 1)
-        own = kv[: 2 * self.dims.n_text_layer] if name == PICK else []
-        candidates, logprobs, totals, ends = self.network[name](
-            last, torch.tensor(n_step), texts, lengths, totals, *rules, sources, *kv, *own
+        own = kv[: 2 * self.dims.n_text_layer]
+        candidates, logprobs, totals, ends = self.network[SPECULATE if others else PICK](
+            last, torch.tensor(n_step), texts, lengths, totals, *rules, sources, *kv, *own, *others
         )
         return int(ends[0] - lengths[0]), totals, Candidates(candidates, logprobs)
+
+    def _for_draft(self, cache: KeyValueCache) -> list[Buffer]:
+        """What the graph takes besides where tokens are guessed first."""
+        assert cache.memory is not None
+        if cache.rough_cross is None:
+            _, rough = draft_inputs(self.dims, self.network.policy)
+            cache.rough_cross = torch.empty([int(size) for size in rough.shape], dtype=torch.int8)
+            self.network[ROUGH_KEYS](cache.rough_cross, *cache.cross)
+        return [buffer(cache.memory), buffer(cache.rough_cross)]
 
     def _aligned(self, x: torch.Tensor, cross: list[torch.Tensor]) -> torch.Tensor:
         logits, *scores = self.network["decoder.alignment"](x, *cross)

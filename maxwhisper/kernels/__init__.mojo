@@ -3,7 +3,7 @@
 from .attention import Append, Attention, CachedAttention
 from .convolution import Convolution
 from .decoder_block import DecoderBlock
-from .draft import RoughKeys, RoughLogits
+from .draft import Guess, RoughKeys
 from .linear import Linear
 from .pick import Pick
 from .tiled_attention import AttentionScores, MaskedAttention, TiledAttention

@@ -28,7 +28,7 @@ trait Keys(Sized, TrivialRegisterPassable):
 
 
 @fieldwise_init
-struct Rows[dtype: DType, origin: Origin[mut=False]](Keys):
+struct Rows[dtype: DType, origin: Origin](Keys):
     """One behind the other; behind each in int8 stands the float32 that its channels are multiples of."""
 
     var first: Pointer[Scalar[Self.dtype], Self.origin]
@@ -49,7 +49,7 @@ struct Rows[dtype: DType, origin: Origin[mut=False]](Keys):
 
 
 @fieldwise_init
-struct ScatteredRows[dtype: DType, origin: Origin[mut=False], source_origin: Origin[mut=False]](Keys):
+struct ScatteredRows[dtype: DType, origin: Origin, source_origin: Origin](Keys):
     """That of a place lies in row sources[place] of a cache, whose rows are `row_size` numbers apart; `first` is where
     the head begins in row 0."""
 
@@ -70,7 +70,7 @@ struct ScatteredRows[dtype: DType, origin: Origin[mut=False], source_origin: Ori
 
 @fieldwise_init
 struct ContinuedRows[
-    dtype: DType, origin: Origin[mut=False], source_origin: Origin[mut=False], new_origin: Origin[mut=True]
+    dtype: DType, origin: Origin, source_origin: Origin, new_origin: Origin
 ](Keys):
     """Those of a cache, then `n_new` that are not in it yet, `new_row_size` numbers apart, as if they were."""
 

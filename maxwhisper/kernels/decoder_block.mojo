@@ -9,7 +9,7 @@ import extensibility
 from extensibility import InputTensor, ManagedTensorSlice, OutputTensor
 
 from .attention import QUERIES, ContinuedRows, Rows, ScatteredRows, attend_to_text, attend_to_window
-from .linear import COLUMNS, multiply
+from .linear import COLUMNS, multiply, row_size
 from .team import COUNTERS, phase
 from .tiles import WIDTH
 
@@ -17,13 +17,98 @@ comptime EPSILON = 1e-5  # of a layer norm
 comptime PIECES = 4  # of a product for every thread, so that they end at the same time
 comptime N_PHASE = 11
 
-comptime Numbers = Pointer[Float32, MutUnsafeAnyOrigin]
+comptime Numbers = Pointer[Float32, UntrackedOrigin[mut=True]]
+comptime Stored[dtype: DType] = Pointer[Scalar[dtype], UntrackedOrigin[mut=True]]
 
 
 @always_inline
 def numbers(tensor: ManagedTensorSlice) -> Numbers:
     """What a tensor of float32 holds; threads write and read it in turn."""
-    return rebind[Numbers](tensor.unsafe_ptr().as_unsafe_any_origin())
+    return rebind[Numbers](tensor.unsafe_ptr().unsafe_origin_cast[UntrackedOrigin[mut=True]]())
+
+
+@always_inline
+def stored[dtype: DType](tensor: ManagedTensorSlice) -> Stored[dtype]:
+    return rebind[Stored[dtype]](tensor.unsafe_ptr().unsafe_origin_cast[UntrackedOrigin[mut=True]]())
+
+
+@fieldwise_init
+struct Sizes(TrivialRegisterPassable):
+    """Of a layer of the decoder, for some texts with as many new tokens each."""
+
+    var n_text: Int
+    var n_token: Int
+    var n_state: Int
+    var n_hidden: Int
+    var n_head: Int
+    var n_place: Int
+    var n_audio: Int
+    var n_audio_ctx: Int
+
+
+@fieldwise_init
+struct Weights[dtype: DType](TrivialRegisterPassable):
+    """Of a layer; matrices are (n_out, n_in)."""
+
+    var attn_ln_weight: Numbers
+    var attn_ln_bias: Numbers
+    var query_weight: Stored[Self.dtype]
+    var query_bias: Numbers
+    var key_weight: Stored[Self.dtype]
+    var value_weight: Stored[Self.dtype]
+    var value_bias: Numbers
+    var out_weight: Stored[Self.dtype]
+    var out_bias: Numbers
+    var cross_attn_ln_weight: Numbers
+    var cross_attn_ln_bias: Numbers
+    var cross_query_weight: Stored[Self.dtype]
+    var cross_query_bias: Numbers
+    var cross_out_weight: Stored[Self.dtype]
+    var cross_out_bias: Numbers
+    var mlp_ln_weight: Numbers
+    var mlp_ln_bias: Numbers
+    var hidden_weight: Stored[Self.dtype]
+    var hidden_bias: Numbers
+    var mlp_weight: Stored[Self.dtype]
+    var mlp_bias: Numbers
+
+
+@fieldwise_init
+struct Context[cached: DType, crossed: DType](TrivialRegisterPassable):
+    """What a layer attends to: keys and values of the texts, of which `lengths` places are filled, and of the audio."""
+
+    var k: Stored[Self.cached]
+    var v: Stored[Self.cached]
+    var lengths: Stored[DType.int64]
+    var sources: Stored[DType.int64]
+    var k_cross: Stored[Self.crossed]
+    var v_cross: Stored[Self.crossed]
+
+
+@fieldwise_init
+struct Values(TrivialRegisterPassable):
+    """What a layer computes, from x: each (text, token, width). Before `key` and `value` there may be those of
+    `n_before` tokens that are not in the cache yet, if there is one text."""
+
+    var x: Numbers
+    var y: Numbers
+    var attn_ln: Numbers
+    var query: Numbers
+    var key: Numbers
+    var value: Numbers
+    var attn: Numbers
+    var cross_attn_ln: Numbers
+    var cross_query: Numbers
+    var cross_attn: Numbers
+    var mlp_ln: Numbers
+    var hidden: Numbers
+    var mlp: Numbers
+    var active: Numbers
+    var attended: Numbers
+    var attn_sum: Numbers
+    var cross_attended: Numbers
+    var cross_attn_sum: Numbers
+    var n_before: Int
 
 
 @always_inline
@@ -51,6 +136,183 @@ def normalise(
     for i in range(0, number, WIDTH):
         var normed = (x.unsafe_load[width=WIDTH](i) - mean) / deviation
         y.unsafe_store(i, normed.fma(weight.unsafe_load[width=WIDTH](i), bias.unsafe_load[width=WIDTH](i)))
+
+
+@always_inline
+def compute_layer[
+    n_channel: Int, dtype: DType, cached: DType, crossed: DType
+](
+    counters: Pointer[mut=True, Int64, _],
+    scores: Pointer[mut=True, Float32, _],
+    weights: Pointer[mut=True, Float32, _],
+    sizes: Sizes,
+    its: Weights[dtype],
+    context: Context[cached, crossed],
+    values: Values,
+):
+    """Computes a layer together with the other threads that call this.
+
+    counters: zeros for N_PHASE phases, the same for all threads. scores, weights: a thread's own room for as many
+    numbers as there are keys to attend to, QUERIES times as many for those of the audio.
+    """
+    comptime assert n_channel % WIDTH == 0, "channels must fill vectors"
+    var n_state, n_head, n_token = sizes.n_state, sizes.n_head, sizes.n_token
+    var n_row = sizes.n_text * n_token
+    var n_thread = parallelism_level(None)
+    var share = align_up(ceildiv(n_state, PIECES * n_thread), COLUMNS)  # of the columns of a product
+    var hidden_share = align_up(ceildiv(sizes.n_hidden, PIECES * n_thread), COLUMNS)
+    var n_piece = ceildiv(n_state, share)
+
+    @always_inline
+    @__parameter
+    def norm[number: Int](into: Numbers, of: Numbers, weight: Numbers, bias: Numbers):
+        @always_inline
+        @__parameter
+        def one(row: Int):
+            normalise(into.unsafe_offset(row * n_state), of.unsafe_offset(row * n_state), weight, bias, n_state)
+
+        phase[one](counters, number, n_row)
+
+    @always_inline
+    @__parameter
+    def project(piece: Int, into: Numbers, of: Numbers, weight: Stored[dtype], bias: Optional[Numbers]):
+        """Some columns of a linear layer from state to state."""
+
+        @always_inline
+        @__parameter
+        def put[width: Int](row: Int, column: Int, products: SIMD[DType.float32, width]):
+            var sum = products + bias.value().unsafe_load[width=width](column) if bias else products
+            into.unsafe_store(row * n_state + column, sum)
+
+        var first, end = piece * share, min((piece + 1) * share, n_state)
+        multiply[put](of, weight, n_row, n_state, first, end)
+
+    @always_inline
+    @__parameter
+    def project_and_add[
+        number: Int
+    ](into: Numbers, sum: Numbers, to: Numbers, of: Numbers, weight: Stored[dtype], bias: Numbers, n_in: Int):
+        """A linear layer to state, and the residual around it."""
+
+        @always_inline
+        @__parameter
+        def put[width: Int](row: Int, column: Int, products: SIMD[DType.float32, width]):
+            var at = row * n_state + column
+            var update = products + bias.unsafe_load[width=width](column)
+            into.unsafe_store(at, update)
+            sum.unsafe_store(at, to.unsafe_load[width=width](at) + update)
+
+        @always_inline
+        @__parameter
+        def some(piece: Int):
+            var first, end = piece * share, min((piece + 1) * share, n_state)
+            multiply[put](of, weight, n_row, n_in, first, end)
+
+        phase[some](counters, number, n_piece)
+
+    @always_inline
+    @__parameter
+    def query_key_value(piece: Int):
+        var matrix, part = divmod(piece, n_piece)
+        if matrix == 0:
+            project(part, values.query, values.attn_ln, its.query_weight, its.query_bias)
+        elif matrix == 1:
+            project(part, values.key, values.attn_ln, its.key_weight, None)
+        else:
+            project(part, values.value, values.attn_ln, its.value_weight, its.value_bias)
+
+    @always_inline
+    @__parameter
+    def head_of_text(piece: Int):
+        var row, head = divmod(piece, n_head)
+        var text, token = divmod(row, n_token)
+        var at = head * sizes.n_place * n_channel
+        var length = Int(context.lengths[unsafe_offset=text])
+        var sources = context.sources.unsafe_offset(text * sizes.n_place)
+        var cache_row = n_head * sizes.n_place * n_channel
+        var n_new = values.n_before + token
+        var first_new = (text * n_token - values.n_before) * n_state + head * n_channel
+        attend_to_text[n_channel](
+            values.attended.unsafe_offset(piece * n_channel),
+            values.query.unsafe_offset(piece * n_channel),
+            ContinuedRows(
+                ScatteredRows(context.k.unsafe_offset(at), length, sources, cache_row),
+                values.key.unsafe_offset(first_new),
+                n_new,
+                n_state,
+            ),
+            ContinuedRows(
+                ScatteredRows(context.v.unsafe_offset(at), length, sources, cache_row),
+                values.value.unsafe_offset(first_new),
+                n_new,
+                n_state,
+            ),
+            values.key.unsafe_offset(piece * n_channel),
+            values.value.unsafe_offset(piece * n_channel),
+            scores,
+            weights,
+        )
+
+    @always_inline
+    @__parameter
+    def cross_query_columns(piece: Int):
+        project(piece, values.cross_query, values.cross_attn_ln, its.cross_query_weight, its.cross_query_bias)
+
+    @always_inline
+    @__parameter
+    def head_of_window(piece: Int):
+        var window, head = divmod(piece, n_head)
+        var n_query = n_row // sizes.n_audio
+        var at = window * n_query * n_state + head * n_channel
+        var first = piece * sizes.n_audio_ctx * row_size[crossed](n_channel)
+        attend_to_window[n_channel](
+            values.cross_attended.unsafe_offset(at),
+            values.cross_query.unsafe_offset(at),
+            n_query,
+            n_state,
+            Rows(context.k_cross.unsafe_offset(first), sizes.n_audio_ctx),
+            Rows(context.v_cross.unsafe_offset(first), sizes.n_audio_ctx),
+            scores,
+            weights,
+        )
+
+    @always_inline
+    @__parameter
+    def hidden_columns(piece: Int):
+        @always_inline
+        @__parameter
+        def put[width: Int](row: Int, column: Int, products: SIMD[DType.float32, width]):
+            var at = row * sizes.n_hidden + column
+            var sum = products + its.hidden_bias.unsafe_load[width=width](column)
+            values.hidden.unsafe_store(at, sum)
+            values.active.unsafe_store(at, gelu(sum))
+
+        var first, end = piece * hidden_share, min((piece + 1) * hidden_share, sizes.n_hidden)
+        multiply[put](values.mlp_ln, its.hidden_weight, n_row, n_state, first, end)
+
+    norm[0](values.attn_ln, values.x, its.attn_ln_weight, its.attn_ln_bias)
+    phase[query_key_value](counters, 1, 3 * n_piece)
+    phase[head_of_text](counters, 2, n_row * n_head)
+    project_and_add[3](
+        values.attn, values.attn_sum, values.x, values.attended, its.out_weight, its.out_bias, n_state
+    )
+    norm[4](values.cross_attn_ln, values.attn_sum, its.cross_attn_ln_weight, its.cross_attn_ln_bias)
+    phase[cross_query_columns](counters, 5, n_piece)
+    phase[head_of_window](counters, 6, sizes.n_audio * n_head)
+    project_and_add[7](
+        values.cross_attn,
+        values.cross_attn_sum,
+        values.attn_sum,
+        values.cross_attended,
+        its.cross_out_weight,
+        its.cross_out_bias,
+        n_state,
+    )
+    norm[8](values.mlp_ln, values.cross_attn_sum, its.mlp_ln_weight, its.mlp_ln_bias)
+    phase[hidden_columns](counters, 9, ceildiv(sizes.n_hidden, hidden_share))
+    project_and_add[10](
+        values.mlp, values.y, values.cross_attn_sum, values.active, its.mlp_weight, its.mlp_bias, sizes.n_hidden
+    )
 
 
 @extensibility.register("maxwhisper.decoder_block")
@@ -117,196 +379,81 @@ struct DecoderBlock:
         mlp_bias: InputTensor[dtype=DType.float32, rank=1, ...],
         ctx: DeviceContext,
     ) raises:
-        comptime assert n_channel % WIDTH == 0, "channels must fill vectors"
-        var n_text, n_token, n_state = x.dim_size(0), x.dim_size(1), x.dim_size(2)
-        var n_row = n_text * n_token
-        var n_head, n_place = k.dim_size(1), k.dim_size(2)
-        var n_audio, n_audio_ctx = k_cross.dim_size(0), k_cross.dim_size(2)
-        var window_size = n_audio_ctx * k_cross.dim_size(3)
-        var n_query = n_row // n_audio
-        var n_thread = parallelism_level(None)
-        var lengths, all_sources = n_past.unsafe_ptr(), sources.unsafe_ptr()
-        var n_key = n_audio_ctx * QUERIES
-        for text in range(n_text):
-            n_key = max(n_key, Int(lengths[unsafe_offset=text]) + n_token)
-
-        var share = align_up(ceildiv(n_state, PIECES * n_thread), COLUMNS)  # of the columns of a product
-        var n_piece = ceildiv(n_state, share)
-        var n_hidden = hidden.dim_size(2)
-        var hidden_share = align_up(ceildiv(n_hidden, PIECES * n_thread), COLUMNS)
+        var sizes = Sizes(
+            n_text=x.dim_size(0),
+            n_token=x.dim_size(1),
+            n_state=x.dim_size(2),
+            n_hidden=hidden.dim_size(2),
+            n_head=k.dim_size(1),
+            n_place=k.dim_size(2),
+            n_audio=k_cross.dim_size(0),
+            n_audio_ctx=k_cross.dim_size(2),
+        )
+        var context = Context[k.dtype, k_cross.dtype](
+            k=stored[k.dtype](k),
+            v=stored[k.dtype](v),
+            lengths=stored[DType.int64](n_past),
+            sources=stored[DType.int64](sources),
+            k_cross=stored[k_cross.dtype](k_cross),
+            v_cross=stored[k_cross.dtype](v_cross),
+        )
+        comptime dtype = query_weight.dtype
+        var its = Weights[dtype](
+            attn_ln_weight=numbers(attn_ln_weight),
+            attn_ln_bias=numbers(attn_ln_bias),
+            query_weight=stored[dtype](query_weight),
+            query_bias=numbers(query_bias),
+            key_weight=stored[dtype](key_weight),
+            value_weight=stored[dtype](value_weight),
+            value_bias=numbers(value_bias),
+            out_weight=stored[dtype](out_weight),
+            out_bias=numbers(out_bias),
+            cross_attn_ln_weight=numbers(cross_attn_ln_weight),
+            cross_attn_ln_bias=numbers(cross_attn_ln_bias),
+            cross_query_weight=stored[dtype](cross_query_weight),
+            cross_query_bias=numbers(cross_query_bias),
+            cross_out_weight=stored[dtype](cross_out_weight),
+            cross_out_bias=numbers(cross_out_bias),
+            mlp_ln_weight=numbers(mlp_ln_weight),
+            mlp_ln_bias=numbers(mlp_ln_bias),
+            hidden_weight=stored[dtype](hidden_weight),
+            hidden_bias=numbers(hidden_bias),
+            mlp_weight=stored[dtype](mlp_weight),
+            mlp_bias=numbers(mlp_bias),
+        )
+        var values = Values(
+            x=numbers(x),
+            y=numbers(y),
+            attn_ln=numbers(attn_ln),
+            query=numbers(query),
+            key=numbers(key),
+            value=numbers(value),
+            attn=numbers(attn),
+            cross_attn_ln=numbers(cross_attn_ln),
+            cross_query=numbers(cross_query),
+            cross_attn=numbers(cross_attn),
+            mlp_ln=numbers(mlp_ln),
+            hidden=numbers(hidden),
+            mlp=numbers(mlp),
+            active=numbers(active),
+            attended=numbers(attended),
+            attn_sum=numbers(attn_sum),
+            cross_attended=numbers(cross_attended),
+            cross_attn_sum=numbers(cross_attn_sum),
+            n_before=0,
+        )
+        var n_key = sizes.n_audio_ctx * QUERIES
+        for text in range(sizes.n_text):
+            n_key = max(n_key, Int(context.lengths[unsafe_offset=text]) + sizes.n_token)
         var phases = List[Int64](length=N_PHASE * COUNTERS, fill=0)
         var counters = phases.unsafe_ptr().as_unsafe_any_origin()
-
-        @always_inline
-        @__parameter
-        def norm[
-            number: Int
-        ](into: OutputTensor[rank=3, ...], of: Numbers, weight: InputTensor[rank=1, ...], bias: InputTensor[rank=1, ...]):
-            @always_inline
-            @__parameter
-            def one(row: Int):
-                var at = row * n_state
-                normalise(
-                    numbers(into).unsafe_offset(at), of.unsafe_offset(at), numbers(weight), numbers(bias), n_state
-                )
-
-            phase[one](counters, number, n_row)
-
-        @always_inline
-        @__parameter
-        def project(
-            piece: Int, into: OutputTensor[rank=3, ...], of: Numbers, weight: InputTensor[rank=2, ...], bias: Numbers
-        ):
-            """Some columns of a linear layer from state to state."""
-
-            @always_inline
-            @__parameter
-            def put[width: Int](row: Int, column: Int, values: SIMD[DType.float32, width]):
-                var sum = values + bias.unsafe_load[width=width](column)
-                numbers(into).unsafe_store(row * n_state + column, sum)
-
-            multiply[put](
-                of, weight.unsafe_ptr(), n_row, n_state, piece * share, min((piece + 1) * share, n_state)
-            )
-
-        @always_inline
-        @__parameter
-        def project_and_add[
-            number: Int
-        ](
-            into: OutputTensor[rank=3, ...],
-            sum: OutputTensor[rank=3, ...],
-            to: Numbers,
-            of: Numbers,
-            weight: InputTensor[rank=2, ...],
-            bias: InputTensor[rank=1, ...],
-            n_in: Int,
-        ):
-            """A linear layer to state, and the residual around it."""
-
-            @always_inline
-            @__parameter
-            def put[width: Int](row: Int, column: Int, values: SIMD[DType.float32, width]):
-                var at = row * n_state + column
-                var update = values + numbers(bias).unsafe_load[width=width](column)
-                numbers(into).unsafe_store(at, update)
-                numbers(sum).unsafe_store(at, to.unsafe_load[width=width](at) + update)
-
-            @always_inline
-            @__parameter
-            def some(piece: Int):
-                multiply[put](
-                    of, weight.unsafe_ptr(), n_row, n_in, piece * share, min((piece + 1) * share, n_state)
-                )
-
-            phase[some](counters, number, n_piece)
 
         def member(number: Int) raises {imm}:
             var scores = List[Float32](length=n_key, fill=0)
             var weights = List[Float32](length=n_key, fill=0)
-            var no_bias = List[Float32](length=n_state, fill=0)
-
-            @always_inline
-            @__parameter
-            def query_key_value(piece: Int):
-                var matrix, part = divmod(piece, n_piece)
-                if matrix == 0:
-                    project(part, query, numbers(attn_ln), query_weight, numbers(query_bias))
-                elif matrix == 1:
-                    project(part, key, numbers(attn_ln), key_weight, no_bias.unsafe_ptr().as_unsafe_any_origin())
-                else:
-                    project(part, value, numbers(attn_ln), value_weight, numbers(value_bias))
-
-            @always_inline
-            @__parameter
-            def head_of_text(piece: Int):
-                var row, head = divmod(piece, n_head)
-                var text, n_new = divmod(row, n_token)
-                var at = head * n_place * n_channel
-                var length = Int(lengths[unsafe_offset=text])
-                var its_sources = all_sources.unsafe_offset(text * n_place)
-                var row_size = n_head * n_place * n_channel
-                var first_new = text * n_token * n_state + head * n_channel
-                attend_to_text[n_channel](
-                    numbers(attended).unsafe_offset(piece * n_channel),
-                    numbers(query).unsafe_offset(piece * n_channel),
-                    ContinuedRows(
-                        ScatteredRows(k.unsafe_ptr().unsafe_offset(at), length, its_sources, row_size),
-                        numbers(key).unsafe_offset(first_new),
-                        n_new,
-                        n_state,
-                    ),
-                    ContinuedRows(
-                        ScatteredRows(v.unsafe_ptr().unsafe_offset(at), length, its_sources, row_size),
-                        numbers(value).unsafe_offset(first_new),
-                        n_new,
-                        n_state,
-                    ),
-                    numbers(key).unsafe_offset(piece * n_channel),
-                    numbers(value).unsafe_offset(piece * n_channel),
-                    scores.unsafe_ptr(),
-                    weights.unsafe_ptr(),
-                )
-
-            @always_inline
-            @__parameter
-            def cross_query_columns(piece: Int):
-                project(piece, cross_query, numbers(cross_attn_ln), cross_query_weight, numbers(cross_query_bias))
-
-            @always_inline
-            @__parameter
-            def head_of_window(piece: Int):
-                var window, head = divmod(piece, n_head)
-                var at = window * n_query * n_state + head * n_channel
-                attend_to_window[n_channel](
-                    numbers(cross_attended).unsafe_offset(at),
-                    numbers(cross_query).unsafe_offset(at),
-                    n_query,
-                    n_state,
-                    Rows(k_cross.unsafe_ptr().unsafe_offset(piece * window_size), n_audio_ctx),
-                    Rows(v_cross.unsafe_ptr().unsafe_offset(piece * window_size), n_audio_ctx),
-                    scores.unsafe_ptr(),
-                    weights.unsafe_ptr(),
-                )
-
-            @always_inline
-            @__parameter
-            def hidden_columns(piece: Int):
-                @always_inline
-                @__parameter
-                def put[width: Int](row: Int, column: Int, values: SIMD[DType.float32, width]):
-                    var at = row * n_hidden + column
-                    var sum = values + numbers(hidden_bias).unsafe_load[width=width](column)
-                    numbers(hidden).unsafe_store(at, sum)
-                    numbers(active).unsafe_store(at, gelu(sum))
-
-                multiply[put](
-                    numbers(mlp_ln),
-                    hidden_weight.unsafe_ptr(),
-                    n_row,
-                    n_state,
-                    piece * hidden_share,
-                    min((piece + 1) * hidden_share, n_hidden),
-                )
-
-            norm[0](attn_ln, numbers(x), attn_ln_weight, attn_ln_bias)
-            phase[query_key_value](counters, 1, 3 * n_piece)
-            phase[head_of_text](counters, 2, n_row * n_head)
-            project_and_add[3](attn, attn_sum, numbers(x), numbers(attended), out_weight, out_bias, n_state)
-            norm[4](cross_attn_ln, numbers(attn_sum), cross_attn_ln_weight, cross_attn_ln_bias)
-            phase[cross_query_columns](counters, 5, n_piece)
-            phase[head_of_window](counters, 6, n_audio * n_head)
-            project_and_add[7](
-                cross_attn,
-                cross_attn_sum,
-                numbers(attn_sum),
-                numbers(cross_attended),
-                cross_out_weight,
-                cross_out_bias,
-                n_state,
+            compute_layer[n_channel](
+                counters, scores.unsafe_ptr(), weights.unsafe_ptr(), sizes, its, context, values
             )
-            norm[8](mlp_ln, numbers(cross_attn_sum), mlp_ln_weight, mlp_ln_bias)
-            phase[hidden_columns](counters, 9, ceildiv(n_hidden, hidden_share))
-            project_and_add[10](mlp, y, numbers(cross_attn_sum), numbers(active), mlp_weight, mlp_bias, n_hidden)
 
-        sync_parallelize(member, n_thread)
+        sync_parallelize(member, parallelism_level(None))
+        _ = phases^  # which nothing else says is still used

@@ -1,5 +1,7 @@
-"""What a decoder's rough copy needs beside the decoder's own operations: logits by a matrix of four bits a number, and
-keys and values in int8."""
+"""A rough copy of the decoder, the draft: it guesses a text's next tokens, which the decoder then checks.
+
+All guesses share one start of threads. Nothing that the draft computes is kept.
+"""
 
 from max.algorithm import sync_parallelize
 from max.gpu.host import DeviceContext
@@ -7,21 +9,25 @@ from max.runtime.asyncrt import parallelism_level
 from std.math import align_up, ceildiv, round
 from std.memory import bitcast
 from std.sys import llvm_intrinsic
-from std.sys.info import CompilationTarget, simd_width_of
+from std.sys.info import CompilationTarget
 
 import extensibility
-from extensibility import InputTensor, OutputTensor
+from extensibility import InputTensor, OutputTensor, _MutableInputTensor
 
-from .linear import products
-from .pick import write_best
+from .attention import QUERIES
+from .decoder_block import N_PHASE, Context, Numbers, Sizes, Stored, Values, Weights, compute_layer, normalise
+from .decoder_block import numbers, stored
+from .linear import products, row_size
+from .pick import NEVER, LogSumExp, forbidden, permitted, write_best
+from .team import COUNTERS, phase
 from .tiles import WIDTH
 
 comptime BYTES = 4 * WIDTH  # in a vector
 comptime INT8_MAX = 127
 comptime MIDDLE = 8  # stands for zero in four bits
-comptime SURE = 4  # tokens of a part whose logits are computed exactly
-comptime PARTS_OF_THREAD = 8  # so that they end at the same time
-comptime TOGETHER = 8  # rows of keys for a task at least, which reads and writes them
+comptime SURE = 4  # tokens of a part, of text and of timestamps, whose logits are computed exactly
+comptime PARTS = 8  # of the logits, for every thread, so that they end at the same time
+comptime N_STEP = 4  # phases of a guess beside those of the layers
 
 comptime Bytes = SIMD[DType.uint8, BYTES]
 comptime Sums = SIMD[DType.int32, WIDTH]
@@ -52,106 +58,342 @@ def quantise(x: Pointer[Float32, _], into: Pointer[mut=True, Int8, _], number: I
     return greatest / INT8_MAX
 
 
-@extensibility.register("maxwhisper.rough_logits")
-struct RoughLogits:
-    """Computes logits nearly, and exactly where they are highest.
+@fieldwise_init
+struct Rounded(TrivialRegisterPassable):
+    """Numbers in int8: multiples of `unit`, `total` together."""
 
-    y: (batch, 1, vocab). x: (batch, 1, state).
-    rough: (vocab, state / 2 + 4), in a byte the numbers of the first half of a row, and above them those of the second
-        half, each from 0 to 15 for -8 to 7; then the float32 that they are multiples of.
-    weight: (vocab, state).
+    var numbers: Stored[DType.int8]
+    var unit: Float32
+    var total: Int32
+
+
+@always_inline
+def rough_logit(row: Stored[DType.uint8], x: Rounded, half: Int) -> Float32:
+    """Returns the product of a row in four bits a number with x, nearly."""
+    var sums, others = Sums(0), Sums(0)
+    var i = 0
+    while i + BYTES <= half:
+        var pairs = row.unsafe_load[width=BYTES](i)
+        sums = multiply_add(pairs & 15, x.numbers.unsafe_load[width=BYTES](i), sums)
+        others = multiply_add(pairs >> 4, x.numbers.unsafe_load[width=BYTES](half + i), others)
+        i += BYTES
+    var sum = (sums + others).reduce_add() - MIDDLE * x.total
+    for rest in range(i, half):
+        var pair = row[unsafe_offset=rest]
+        sum += (pair & 15).cast[DType.int32]() * x.numbers[unsafe_offset=rest].cast[DType.int32]()
+        sum += (pair >> 4).cast[DType.int32]() * x.numbers[unsafe_offset=half + rest].cast[DType.int32]()
+    return sum.cast[DType.float32]() * x.unit * row.unsafe_offset(half).unsafe_bitcast[Float32]()[unsafe_offset=0]
+
+
+def layer_weights(matrices: Stored[DType.int8], vectors: Numbers, n_state: Int, n_hidden: Int) -> Weights[DType.int8]:
+    """Returns a layer's weights, which stand one behind the other."""
+    var square = n_state * row_size[DType.int8](n_state)
+    var hidden = 6 * square
+    var mlp = hidden + n_hidden * row_size[DType.int8](n_state)
+    return Weights[DType.int8](
+        attn_ln_weight=vectors,
+        attn_ln_bias=vectors.unsafe_offset(n_state),
+        query_weight=matrices,
+        query_bias=vectors.unsafe_offset(2 * n_state),
+        key_weight=matrices.unsafe_offset(square),
+        value_weight=matrices.unsafe_offset(2 * square),
+        value_bias=vectors.unsafe_offset(3 * n_state),
+        out_weight=matrices.unsafe_offset(3 * square),
+        out_bias=vectors.unsafe_offset(4 * n_state),
+        cross_attn_ln_weight=vectors.unsafe_offset(5 * n_state),
+        cross_attn_ln_bias=vectors.unsafe_offset(6 * n_state),
+        cross_query_weight=matrices.unsafe_offset(4 * square),
+        cross_query_bias=vectors.unsafe_offset(7 * n_state),
+        cross_out_weight=matrices.unsafe_offset(5 * square),
+        cross_out_bias=vectors.unsafe_offset(8 * n_state),
+        mlp_ln_weight=vectors.unsafe_offset(9 * n_state),
+        mlp_ln_bias=vectors.unsafe_offset(10 * n_state),
+        hidden_weight=matrices.unsafe_offset(hidden),
+        hidden_bias=vectors.unsafe_offset(11 * n_state),
+        mlp_weight=matrices.unsafe_offset(mlp),
+        mlp_bias=vectors.unsafe_offset(11 * n_state + n_hidden),
+    )
+
+
+def layer_values(room: Numbers, new: Numbers, n_state: Int, n_hidden: Int, n_guess: Int, n_before: Int) -> Values:
+    """Returns where a layer puts what it computes, which the next one overwrites, but for the keys and values of all
+    guesses in `new`. It puts out where it found x."""
+    return Values(
+        x=room,
+        y=room,
+        attn_ln=room.unsafe_offset(n_state),
+        query=room.unsafe_offset(2 * n_state),
+        key=new.unsafe_offset(n_before * n_state),
+        value=new.unsafe_offset((n_guess + n_before) * n_state),
+        attn=room.unsafe_offset(3 * n_state),
+        cross_attn_ln=room.unsafe_offset(4 * n_state),
+        cross_query=room.unsafe_offset(5 * n_state),
+        cross_attn=room.unsafe_offset(6 * n_state),
+        mlp_ln=room.unsafe_offset(7 * n_state),
+        mlp=room.unsafe_offset(8 * n_state),
+        attended=room.unsafe_offset(9 * n_state),
+        attn_sum=room.unsafe_offset(10 * n_state),
+        cross_attended=room.unsafe_offset(11 * n_state),
+        cross_attn_sum=room.unsafe_offset(12 * n_state),
+        hidden=room.unsafe_offset(13 * n_state),
+        active=room.unsafe_offset(13 * n_state + n_hidden),
+        n_before=n_before,
+    )
+
+
+@extensibility.register("maxwhisper.guess")
+struct Guess:
+    """Guesses the next tokens of a text: each one the likeliest under the rules of maxwhisper.pick, as far as the draft
+    knows.
+
+    guesses: (1, 1 + guess), the text's last token, and the guesses, which are put behind the text too.
+    texts, lengths, begins, suppressed, limits: as for maxwhisper.pick, of one text.
+    cache: (2 * layer, 1, head, place, channel), keys and values in turn; sources: as for maxwhisper.cached_attention.
+    cross: (2 * layer, 1, head, n_audio_ctx, channel + 4), as maxwhisper.rough_keys writes them.
+    matrices: (layer, number), those of a layer one behind the other, in the order of the submodules; vectors too.
+    rough_embedding: (vocab, state / 2 + 4), in a byte the numbers of the first half of a row, and above them those of
+        the second half, each from 0 to 15 for -8 to 7; then the float32 that they are multiples of.
+    token_embedding, positional_embedding, ln_weight, ln_bias: the decoder's own.
     """
 
     @staticmethod
-    def execute(
-        y: OutputTensor[dtype=DType.float32, rank=3, ...],
-        x: InputTensor[dtype=DType.float32, rank=3, ...],
-        rough: InputTensor[dtype=DType.uint8, rank=2, ...],
-        weight: InputTensor[rank=2, ...],
+    def execute[
+        n_channel: Int
+    ](
+        guesses: OutputTensor[dtype=DType.int64, rank=2, ...],
+        texts: _MutableInputTensor[dtype=DType.int64, rank=2, ...],
+        lengths: InputTensor[dtype=DType.int64, rank=1, ...],
+        begins: InputTensor[dtype=DType.int64, rank=1, ...],
+        suppressed: InputTensor[dtype=DType.bool, rank=1, ...],
+        limits: InputTensor[dtype=DType.int64, rank=1, ...],
+        sources: InputTensor[dtype=DType.int64, rank=2, ...],
+        cache: InputTensor[rank=5, ...],
+        cross: InputTensor[dtype=DType.int8, rank=5, ...],
+        matrices: InputTensor[dtype=DType.int8, rank=2, ...],
+        vectors: InputTensor[dtype=DType.float32, rank=2, ...],
+        rough_embedding: InputTensor[dtype=DType.uint8, rank=2, ...],
+        token_embedding: InputTensor[rank=2, ...],
+        positional_embedding: InputTensor[dtype=DType.float32, rank=2, ...],
+        ln_weight: InputTensor[dtype=DType.float32, rank=1, ...],
+        ln_bias: InputTensor[dtype=DType.float32, rank=1, ...],
         ctx: DeviceContext,
     ) raises:
-        var n_text, n_in = x.dim_size(0), x.dim_size(2)
-        var n_vocab = rough.dim_size(0)
-        var half = n_in // 2
-        var xs, ys = x.unsafe_ptr(), y.unsafe_ptr()
-        var nearly, exactly = rough.unsafe_ptr(), weight.unsafe_ptr()
-        var int8s = List[Int8](length=n_text * align_up(n_in, BYTES), fill=0)
-        var rounded = int8s.unsafe_ptr()
-        var units = List[Float32](length=n_text, fill=0)
-        var totals = List[Int32](length=n_text, fill=0)
-        for text in range(n_text):
-            units[text] = quantise(xs.unsafe_offset(text * n_in), rounded.unsafe_offset(text * n_in), n_in)
-            for i in range(n_in):
-                totals[text] += rounded[unsafe_offset=text * n_in + i].cast[DType.int32]()
-        var all_units, all_totals = units.unsafe_ptr(), totals.unsafe_ptr()
+        var n_guess = guesses.dim_size(1) - 1
+        var n_layer, n_vocab, n_state = matrices.dim_size(0), token_embedding.dim_size(0), token_embedding.dim_size(1)
+        var n_hidden = vectors.dim_size(1) - 12 * n_state
+        var sizes = Sizes(
+            n_text=1,
+            n_token=1,
+            n_state=n_state,
+            n_hidden=n_hidden,
+            n_head=cache.dim_size(2),
+            n_place=cache.dim_size(3),
+            n_audio=1,
+            n_audio_ctx=cross.dim_size(3),
+        )
+        var cache_size = sizes.n_head * sizes.n_place * n_channel
+        var cross_size = sizes.n_head * sizes.n_audio_ctx * row_size[DType.int8](n_channel)
+        var length = Int(lengths.unsafe_ptr()[unsafe_offset=0])
+        if length + n_guess > min(texts.dim_size(1), positional_embedding.dim_size(0)):
+            raise Error("maxwhisper.guess: the text has no place for as many tokens")
+        var text, found = stored[DType.int64](texts), stored[DType.int64](guesses)
+        var first_sampled = Int(begins.unsafe_ptr()[unsafe_offset=0])
+        var excluded = stored[DType.uint8](suppressed)
+        var begin = Int(limits.unsafe_ptr()[unsafe_offset=0])
+        var end_of_text = Int(limits.unsafe_ptr()[unsafe_offset=1])
+        var n_part = PARTS * parallelism_level(None)
+        var part_size = ceildiv(n_vocab, n_part)
 
-        @always_inline
-        @__parameter
-        def logit(text: Int, token: Int) -> Float32:
-            var row = nearly.unsafe_offset(token * (half + 4))
-            var own = rounded.unsafe_offset(text * n_in)
-            var sums = Sums(0)
-            var others = Sums(0)
-            var i = 0
-            while i + BYTES <= half:
-                var pairs = row.unsafe_load[width=BYTES](i)
-                sums = multiply_add(pairs & 15, own.unsafe_load[width=BYTES](i), sums)
-                others = multiply_add(pairs >> 4, own.unsafe_load[width=BYTES](half + i), others)
-                i += BYTES
-            var sum = (sums + others).reduce_add()
-            for rest in range(i, half):
-                var pair = row[unsafe_offset=rest]
-                sum += (pair & 15).cast[DType.int32]() * own[unsafe_offset=rest].cast[DType.int32]()
-                sum += (pair >> 4).cast[DType.int32]() * own[unsafe_offset=half + rest].cast[DType.int32]()
-            var unit = row.unsafe_offset(half).unsafe_bitcast[Float32]()[unsafe_offset=0]
-            var whole = (sum - MIDDLE * all_totals[unsafe_offset=text]).cast[DType.float32]()
-            return whole * unit * all_units[unsafe_offset=text]
+        comptime Untracked = UntrackedOrigin[mut=True]
+        var all_room = List[Float32](unsafe_uninit_length=14 * n_state + 2 * n_hidden)
+        var room = all_room.unsafe_ptr().unsafe_origin_cast[Untracked]()
+        var all_new = List[Float32](unsafe_uninit_length=n_layer * 2 * n_guess * n_state)
+        var new = all_new.unsafe_ptr().unsafe_origin_cast[Untracked]()
+        var all_logits = List[Float32](unsafe_uninit_length=n_vocab)
+        var logits = all_logits.unsafe_ptr().unsafe_origin_cast[Untracked]()
+        var all_rounded = List[Int8](length=align_up(n_state, BYTES), fill=0)
+        var states = List[Rounded](
+            length=1, fill=Rounded(all_rounded.unsafe_ptr().unsafe_origin_cast[Untracked](), 0, 0)
+        )
+        var state = states.unsafe_ptr().unsafe_origin_cast[Untracked]()
+        var all_ranges = List[Int](length=4, fill=0)
+        var ranges = all_ranges.unsafe_ptr().unsafe_origin_cast[Untracked]()
+        var all_sums = List[LogSumExp](length=n_part, fill=LogSumExp())
+        var sums = all_sums.unsafe_ptr().unsafe_origin_cast[Untracked]()
+        var all_tokens = List[Int64](length=n_part * 2, fill=0)  # the likeliest of text, of timestamps
+        var best_tokens = all_tokens.unsafe_ptr().unsafe_origin_cast[Untracked]()
+        var all_scores = List[Float32](length=n_part * 2, fill=NEVER)
+        var best_scores = all_scores.unsafe_ptr().unsafe_origin_cast[Untracked]()
+        var phases = List[Int64](length=n_guess * (N_STEP + n_layer * N_PHASE) * COUNTERS, fill=0)
+        var counters = phases.unsafe_ptr().unsafe_origin_cast[Untracked]()
+        var all_past = List[Int64](length=1, fill=Int64(length - 1))
+        var past = all_past.unsafe_ptr().unsafe_origin_cast[Untracked]()
+        found[unsafe_offset=0] = text[unsafe_offset=length - 1]
 
-        var n_task = PARTS_OF_THREAD * parallelism_level(None)
-        var share = ceildiv(n_vocab, n_task)
+        def member(number: Int) raises {imm}:
+            var n_key = max(sizes.n_audio_ctx * QUERIES, length + n_guess)
+            var scores = List[Float32](length=n_key, fill=0)
+            var weights = List[Float32](length=n_key, fill=0)
+            for guess in range(n_guess):
+                var own = counters.unsafe_offset(guess * (N_STEP + n_layer * N_PHASE) * COUNTERS)
+                var end = length + guess
 
-        def task(number: Int) raises {imm}:
-            var first, end = number * share, min((number + 1) * share, n_vocab)
-            var tokens = Array[Int64, SURE](fill=0)
-            var scores = Array[Float32, SURE](fill=0)
-            for text in range(n_text):
-                var own = ys.unsafe_offset(text * n_vocab)
-                for token in range(first, end):
-                    own[unsafe_offset=token] = logit(text, token)
-                write_best(own, first, end, SURE, tokens.unsafe_ptr(), scores.unsafe_ptr())
-                for place in range(min(SURE, end - first)):
-                    var token = Int(tokens[place])
-                    own[unsafe_offset=token] = products[1](
-                        xs.unsafe_offset(text * n_in), exactly.unsafe_offset(token * n_in), n_in
-                    )[0]
+                @always_inline
+                @__parameter
+                def embed(_piece: Int):
+                    var token = Int(text[unsafe_offset=end - 1])
+                    var row = token_embedding.unsafe_ptr().unsafe_offset(token * n_state)
+                    var at = numbers(positional_embedding).unsafe_offset((end - 1) * n_state)
+                    for i in range(0, n_state, WIDTH):
+                        var values = row.unsafe_load[width=WIDTH](i).cast[DType.float32]()
+                        room.unsafe_store(i, values + at.unsafe_load[width=WIDTH](i))
 
-        sync_parallelize(task, n_task)
+                @always_inline
+                @__parameter
+                def finish(_piece: Int):
+                    var normed = room.unsafe_offset(n_state)
+                    normalise(normed, room, numbers(ln_weight), numbers(ln_bias), n_state)
+                    var into = state[unsafe_offset=0].numbers
+                    var unit = quantise(normed, into, n_state)
+                    var total = Int32(0)
+                    for i in range(n_state):
+                        total += into[unsafe_offset=i].cast[DType.int32]()
+                    state[unsafe_offset=0] = Rounded(into, unit, total)
+                    var sampled = text.unsafe_offset(first_sampled)
+                    var cannot = forbidden(sampled, end - first_sampled, begin, end_of_text, n_vocab)
+                    for i in range(4):
+                        ranges[unsafe_offset=i] = cannot[i]
+
+                @always_inline
+                @__parameter
+                def part(piece: Int):
+                    var first, last = min(piece * part_size, n_vocab), min((piece + 1) * part_size, n_vocab)
+                    var half = n_state // 2
+                    var x = state[unsafe_offset=0]
+                    for token in range(first, last):
+                        var row = stored[DType.uint8](rough_embedding).unsafe_offset(token * (half + 4))
+                        logits[unsafe_offset=token] = rough_logit(row, x, half)
+                    var token = first
+                    while token + WIDTH <= last:
+                        logits.unsafe_store(token, permitted[WIDTH](token, logits, excluded, ranges))
+                        token += WIDTH
+                    for rest in range(token, last):
+                        logits[unsafe_offset=rest] = permitted[1](rest, logits, excluded, ranges)
+                    var middle = max(first, min(begin, last))
+                    sums[unsafe_offset=piece] = LogSumExp(logits.unsafe_offset(middle), last - middle)
+                    for kind in range(2):
+                        var tokens = Array[Int64, SURE](fill=0)
+                        var highest = Array[Float32, SURE](fill=0)
+                        write_best(
+                            logits,
+                            middle if kind else first,
+                            last if kind else middle,
+                            SURE,
+                            tokens.unsafe_ptr(),
+                            highest.unsafe_ptr(),
+                        )
+                        var best, best_token = NEVER, Int64(0)
+                        for place in range(SURE):
+                            if highest[place] > NEVER:
+                                var exact = products[1](
+                                    room.unsafe_offset(n_state),
+                                    token_embedding.unsafe_ptr().unsafe_offset(Int(tokens[place]) * n_state),
+                                    n_state,
+                                )[0]
+                                if exact > best:
+                                    best, best_token = exact, tokens[place]
+                        best_scores[unsafe_offset=2 * piece + kind] = best
+                        best_tokens[unsafe_offset=2 * piece + kind] = best_token
+
+                @always_inline
+                @__parameter
+                def choose(_piece: Int):
+                    var timestamps = LogSumExp()
+                    var best = Array[Float32, 2](fill=NEVER)
+                    var tokens = Array[Int64, 2](fill=0)
+                    for each in range(n_part):
+                        timestamps = timestamps.joined(sums[unsafe_offset=each])
+                        for kind in range(2):
+                            if best_scores[unsafe_offset=2 * each + kind] > best[kind]:
+                                best[kind] = best_scores[unsafe_offset=2 * each + kind]
+                                tokens[kind] = best_tokens[unsafe_offset=2 * each + kind]
+                    var kind = 1 if timestamps.value() > best[0] or best[1] > best[0] else 0
+                    text[unsafe_offset=end] = tokens[kind]
+                    found[unsafe_offset=guess + 1] = tokens[kind]
+
+                phase[embed](own, 0, 1)
+                for layer in range(n_layer):
+                    compute_layer[n_channel](
+                        own.unsafe_offset((N_STEP + layer * N_PHASE) * COUNTERS),
+                        scores.unsafe_ptr(),
+                        weights.unsafe_ptr(),
+                        sizes,
+                        layer_weights(
+                            stored[DType.int8](matrices).unsafe_offset(layer * matrices.dim_size(1)),
+                            numbers(vectors).unsafe_offset(layer * vectors.dim_size(1)),
+                            n_state,
+                            n_hidden,
+                        ),
+                        Context[cache.dtype, DType.int8](
+                            k=stored[cache.dtype](cache).unsafe_offset(2 * layer * cache_size),
+                            v=stored[cache.dtype](cache).unsafe_offset((2 * layer + 1) * cache_size),
+                            lengths=past,
+                            sources=stored[DType.int64](sources),
+                            k_cross=stored[DType.int8](cross).unsafe_offset(2 * layer * cross_size),
+                            v_cross=stored[DType.int8](cross).unsafe_offset((2 * layer + 1) * cross_size),
+                        ),
+                        layer_values(
+                            room, new.unsafe_offset(layer * 2 * n_guess * n_state), n_state, n_hidden, n_guess, guess
+                        ),
+                    )
+                phase[finish](own, 1, 1)
+                phase[part](own, 2, n_part)
+                phase[choose](own, 3, 1)
+            _ = scores^
+            _ = weights^
+
+        sync_parallelize(member, parallelism_level(None))
+        # Nothing else says that these are still used.
+        _ = all_past^
+        _ = all_room^
+        _ = all_new^
+        _ = all_logits^
+        _ = all_rounded^
+        _ = states^
+        _ = all_ranges^
+        _ = all_sums^
+        _ = all_tokens^
+        _ = all_scores^
+        _ = phases^
 
 
 @extensibility.register("maxwhisper.rough_keys")
 struct RoughKeys:
-    """Rounds keys or values (row, head, key, channel) to int8, (row, head, key, channel + 4): behind the channels of
-    each stands the float32 that they are multiples of."""
+    """Rounds keys or values x (row, head, key, channel) to int8, into y[number] of y (number, row, head, key, channel +
+    4): behind the channels of each stands the float32 that they are multiples of."""
 
     @staticmethod
-    def execute(
-        y: OutputTensor[dtype=DType.int8, rank=4, ...],
+    def execute[
+        number: Int
+    ](
+        y: _MutableInputTensor[dtype=DType.int8, rank=5, ...],
         x: InputTensor[rank=4, ...],
         ctx: DeviceContext,
     ) raises:
         var n_channel = x.dim_size(3)
+        var size = row_size[DType.int8](n_channel)
         var n_row = x.dim_size(0) * x.dim_size(1) * x.dim_size(2)
-        var xs, ys = x.unsafe_ptr(), y.unsafe_ptr()
-        var share = max(TOGETHER, ceildiv(n_row, parallelism_level(None)))
+        var xs, ys = x.unsafe_ptr(), y.unsafe_ptr().unsafe_offset(number * n_row * size)
+        var share = ceildiv(n_row, parallelism_level(None))
 
-        def task(number: Int) raises {imm}:
+        def task(part: Int) raises {imm}:
             var exact = List[Float32](length=n_channel, fill=0)
-            for row in range(number * share, min((number + 1) * share, n_row)):
+            for row in range(part * share, min((part + 1) * share, n_row)):
                 for channel in range(0, n_channel, WIDTH):
                     var some = xs.unsafe_load[width=WIDTH](row * n_channel + channel)
                     exact.unsafe_ptr().unsafe_store(channel, some.cast[DType.float32]())
-                var into = ys.unsafe_offset(row * (n_channel + 4))
+                var into = ys.unsafe_offset(row * size)
                 var unit = quantise(exact.unsafe_ptr(), into, n_channel)
                 into.unsafe_offset(n_channel).unsafe_bitcast[Float32]()[unsafe_offset=0] = unit
 
-        sync_parallelize(task, ceildiv(n_row, share))
+        sync_parallelize(task, parallelism_level(None))

@@ -194,7 +194,7 @@ struct Pick:
         var end_of_text = Int(limits.unsafe_ptr()[unsafe_offset=1])
         var n_part = n_row * PARTS
         var part_size = ceildiv(n_vocab, PARTS)
-        var left = List[Float32](length=n_row * n_vocab, fill=0)  # the logits that the rules leave
+        var left = List[Float32](unsafe_uninit_length=n_row * n_vocab)  # the logits that the rules leave
         var sums = List[LogSumExp](length=n_part * 2, fill=LogSumExp())  # of text, of timestamps
         var permitted_logits, parts = left.unsafe_ptr(), sums.unsafe_ptr()
         var best_tokens = List[Int64](length=n_row * n_best, fill=0)

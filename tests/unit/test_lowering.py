@@ -15,6 +15,7 @@ from max.nn.layer import Module
 from maxwhisper.artifacts import HOST, MANIFEST, Artifacts
 from maxwhisper.decoding import PICK, TOKEN_RULES
 from maxwhisper.runtime import Program
+from maxwhisper.speculation import ROUGH_KEYS, SPECULATE
 from maxwhisper.whisper import load_model
 from reference.lowering import GRAPHS, Lowering, lower
 from reference.suite import FIXTURE
@@ -58,7 +59,7 @@ def test_a_gate_compiles_every_graph_and_leaves_artifacts(tmp_path: Path) -> Non
     assert f"{len(GRAPHS)} passed" in output
     assert f"host: 1 of 1 models compiled, 0 graphs do not lower; artifacts in {tmp_path / HOST}" in output
     held = Artifacts(tmp_path / HOST, "cpu").held
-    assert {name for each in held for name in each.identity.blocks} == {*GRAPHS, TOKEN_RULES, PICK}
+    assert {name for each in held for name in each.identity.blocks} == {*GRAPHS, TOKEN_RULES, PICK, SPECULATE, ROUGH_KEYS}
     assert load_model(NANO, artifacts=tmp_path / HOST).dims.n_audio_state == 128
 
 
