@@ -2,7 +2,8 @@
 
 Where tokens are not drawn at random, the loop needs only the few likeliest tokens of each step. On a CPU these are
 found inside a graph, rules included, so that Python sees a handful of numbers in the place of a vocabulary of logits.
-Without beams the likeliest token is the next one, and the graph takes many steps, or all until a text ends.
+Without beams the likeliest token is the next one, and the graph takes many steps, or all until a text ends; of a single
+text it checks several tokens in one step, which `maxwhisper.speculation` guesses.
 """
 
 import inspect

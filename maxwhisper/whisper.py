@@ -276,7 +276,8 @@ class TextDecoder(torch.nn.Module):
         self, tokens: torch.Tensor, totals: torch.Tensor, cache: KeyValueCache, rules: Rules, n_step: int = 1
     ) -> Picked:
         """What follows texts (batch, token), all but the last token of which are in the cache, on a CPU: `n_step` more
-        tokens, or as many as until a text ends or as there are steps for others that decode together with it.
+        tokens, or fewer: as many as until a text ends, as there are steps for others that decode together with it, or,
+        where tokens are guessed first, as come out of whole rounds.
 
         totals: (batch,), the sums of log-probabilities so far. Raises OptionError where the cache has no room.
         """
@@ -285,9 +286,9 @@ class TextDecoder(torch.nn.Module):
             return self.together.pick(tokens, totals, cache, rules, n_step)
         texts = torch.nn.functional.pad(tokens, (0, n_step))
         lengths = torch.full((len(tokens),), tokens.shape[1])
-        kv = cache.inputs()
-        others = self._for_draft(cache) if len(tokens) == len(rules.places) == 1 and n_step > N_GUESS else []
-        n_done, totals, candidates = self.steps(texts, lengths, totals, rules, n_step, cache.sources, kv, others)
+        draft = self._for_draft(cache) if len(tokens) == len(rules.places) == 1 and n_step > N_GUESS else []
+        given = texts, lengths, totals, rules, n_step, cache.sources, cache.inputs(), draft
+        n_done, totals, candidates = self.steps(*given)
         cache.n_token += n_done
         return Picked(texts[:, : tokens.shape[1] + n_done], totals, candidates)
 
@@ -300,19 +301,20 @@ class TextDecoder(torch.nn.Module):
         n_step: int,
         sources: torch.Tensor,
         kv: Sequence[Buffer],
-        others: Sequence[Buffer] = (),
+        draft: Sequence[Buffer] = (),
     ) -> tuple[int, torch.Tensor, Candidates]:
         """As `pick`, for texts (batch, place) of `lengths` (batch,), which are written into; sources and kv: as of a
-        `KeyValueCache`, which is too. Returns how many tokens each text got, new totals, and candidates."""
+        `KeyValueCache`, which is too. draft: for one text whose tokens are guessed first, what that takes besides.
+        Returns how many tokens each text got, new totals, and candidates."""
         last = texts.gather(1, lengths[:, None] - 1)
         own = kv[: 2 * self.dims.n_text_layer]
-        candidates, logprobs, totals, ends = self.network[SPECULATE if others else PICK](
-            last, torch.tensor(n_step), texts, lengths, totals, *rules, sources, *kv, *own, *others
+        candidates, logprobs, totals, ends = self.network[SPECULATE if draft else PICK](
+            last, torch.tensor(n_step), texts, lengths, totals, *rules, sources, *kv, *own, *draft
         )
         return int(ends[0] - lengths[0]), totals, Candidates(candidates, logprobs)
 
     def _for_draft(self, cache: KeyValueCache) -> list[Buffer]:
-        """What the graph takes besides where tokens are guessed first."""
+        """What `draft_inputs` names, of a text."""
         assert cache.memory is not None
         if cache.rough_cross is None:
             _, rough = draft_inputs(self.dims, self.network.policy)

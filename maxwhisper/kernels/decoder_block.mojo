@@ -17,6 +17,7 @@ comptime EPSILON = 1e-5  # of a layer norm
 comptime PIECES = 4  # of a product for every thread, so that they end at the same time
 comptime N_PHASE = 11
 
+# Of memory that somebody else keeps until all threads are done.
 comptime Numbers = Pointer[Float32, UntrackedOrigin[mut=True]]
 comptime Stored[dtype: DType] = Pointer[Scalar[dtype], UntrackedOrigin[mut=True]]
 

@@ -236,14 +236,13 @@ struct Guess:
             var weights = List[Float32](length=n_key, fill=0)
             for guess in range(n_guess):
                 var own = counters.unsafe_offset(guess * (N_STEP + n_layer * N_PHASE) * COUNTERS)
-                var end = length + guess
 
                 @always_inline
                 @__parameter
                 def embed(_piece: Int):
-                    var token = Int(text[unsafe_offset=end - 1])
+                    var token = Int(text[unsafe_offset=length + guess - 1])
                     var row = token_embedding.unsafe_ptr().unsafe_offset(token * n_state)
-                    var at = numbers(positional_embedding).unsafe_offset((end - 1) * n_state)
+                    var at = numbers(positional_embedding).unsafe_offset((length + guess - 1) * n_state)
                     for i in range(0, n_state, WIDTH):
                         var values = row.unsafe_load[width=WIDTH](i).cast[DType.float32]()
                         room.unsafe_store(i, values + at.unsafe_load[width=WIDTH](i))
@@ -260,7 +259,7 @@ struct Guess:
                         total += into[unsafe_offset=i].cast[DType.int32]()
                     state[unsafe_offset=0] = Rounded(into, unit, total)
                     var sampled = text.unsafe_offset(first_sampled)
-                    var cannot = forbidden(sampled, end - first_sampled, begin, end_of_text, n_vocab)
+                    var cannot = forbidden(sampled, length + guess - first_sampled, begin, end_of_text, n_vocab)
                     for i in range(4):
                         ranges[unsafe_offset=i] = cannot[i]
 
@@ -318,7 +317,7 @@ struct Guess:
                                 best[kind] = best_scores[unsafe_offset=2 * each + kind]
                                 tokens[kind] = best_tokens[unsafe_offset=2 * each + kind]
                     var kind = 1 if timestamps.value() > best[0] or best[1] > best[0] else 0
-                    text[unsafe_offset=end] = tokens[kind]
+                    text[unsafe_offset=length + guess] = tokens[kind]
                     found[unsafe_offset=guess + 1] = tokens[kind]
 
                 phase[embed](own, 0, 1)

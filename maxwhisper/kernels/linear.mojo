@@ -10,6 +10,7 @@ from max.algorithm import sync_parallelize
 from max.gpu.host import DeviceContext
 from max.runtime.asyncrt import parallelism_level
 from std.math import ceildiv
+from std.sys.intrinsics import PrefetchOptions, prefetch
 from std.utils.index import IndexList
 
 import extensibility
@@ -33,15 +34,22 @@ def row_size[stored: DType](n_in: Int) -> Int:
 
 @always_inline
 def products[
-    rows: Int, dtype: DType, stored: DType
+    rows: Int, dtype: DType, stored: DType, ahead: Bool = False
 ](x: Pointer[Scalar[dtype], _], weights: Pointer[Scalar[stored], _], n_in: Int) -> Array[Float32, rows]:
-    """Returns the products of a row of weights with some rows of x, each (n_in,), one behind the other."""
+    """Returns the products of a row of weights with some rows of x, each (n_in,), one behind the other.
+
+    ahead: fetches the weights COLUMNS rows further on meanwhile.
+    """
     var sums = Array[SIMD[DType.float32, WIDTH], rows * SUMS](fill=0)
 
     @always_inline
     @__parameter
     def add[count: Int](k: Int):
         comptime for u in range(count):
+            comptime if ahead and u % 2 == 0:
+                prefetch[PrefetchOptions().for_read().high_locality().to_data_cache()](
+                    weights.unsafe_offset(COLUMNS * row_size[stored](n_in) + k + u * WIDTH)
+                )
             var ws = weights.unsafe_load[width=WIDTH](k + u * WIDTH).cast[dtype]().cast[DType.float32]()
             comptime for r in range(rows):
                 comptime i = r * SUMS + u % SUMS
@@ -89,11 +97,11 @@ def multiply[
 
     @always_inline
     @__parameter
-    def block[rows: Int, columns: Int](row: Int, column: Int):
+    def block[rows: Int, columns: Int, ahead: Bool = False](row: Int, column: Int):
         var values = Array[SIMD[DType.float32, columns], rows](fill=0)
         for c in range(columns):
             var its_weights = weights.unsafe_offset((column + c) * row_size[stored](n_in))
-            var one = products[rows](x.unsafe_offset(row * n_in), its_weights, n_in)
+            var one = products[rows, ahead=ahead](x.unsafe_offset(row * n_in), its_weights, n_in)
             comptime for r in range(rows):
                 values[r][c] = one[r]
         comptime for r in range(rows):
@@ -104,7 +112,10 @@ def multiply[
         # The weights of these columns come from memory once, and then from the cache.
         var row = 0
         while row + ROWS <= n_row:
-            block[ROWS, COLUMNS](row, column)
+            if row == 0:
+                block[ROWS, COLUMNS](row, column)
+            else:  # which is arithmetic alone, so that memory has time for the next columns
+                block[ROWS, COLUMNS, ahead=True](row, column)
             row += ROWS
         for rest in range(row, n_row):
             block[1, COLUMNS](rest, column)

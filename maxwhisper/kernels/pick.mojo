@@ -264,9 +264,9 @@ struct Pick:
             var length = Int(lengths.unsafe_ptr()[unsafe_offset=text])
             var total = totals.unsafe_ptr()[unsafe_offset=text]
             var token = Int64(0)
-            var row = text * n_token
-            for end_row in range(row, row + n_token):
-                row = end_row
+            var row = text * n_token - 1
+            for _ in range(n_token):
+                row += 1
                 token = found[unsafe_offset=row * n_best]
                 var logprob = scores[unsafe_offset=row * n_best]
                 var next = texts.unsafe_ptr().unsafe_offset(text * n_place + length)

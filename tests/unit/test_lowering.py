@@ -59,7 +59,8 @@ def test_a_gate_compiles_every_graph_and_leaves_artifacts(tmp_path: Path) -> Non
     assert f"{len(GRAPHS)} passed" in output
     assert f"host: 1 of 1 models compiled, 0 graphs do not lower; artifacts in {tmp_path / HOST}" in output
     held = Artifacts(tmp_path / HOST, "cpu").held
-    assert {name for each in held for name in each.identity.blocks} == {*GRAPHS, TOKEN_RULES, PICK, SPECULATE, ROUGH_KEYS}
+    names = {name for each in held for name in each.identity.blocks}
+    assert names == {*GRAPHS, TOKEN_RULES, PICK, SPECULATE, ROUGH_KEYS}
     assert load_model(NANO, artifacts=tmp_path / HOST).dims.n_audio_state == 128
 
 

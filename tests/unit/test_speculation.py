@@ -18,8 +18,11 @@ from whisper.audio import N_SAMPLES, pad_or_trim
 import maxwhisper.decoding
 import maxwhisper.whisper
 from maxwhisper.audio import load_audio, log_mel_spectrogram
-from maxwhisper.decoding import NoWeights, likeliest, rules_inputs, texts_inputs
-from maxwhisper.runtime import Artifact, Executable, Program
+from maxwhisper.blocks import BLOCKS
+from maxwhisper.checkpoint import load_checkpoint
+from maxwhisper.decoding import NoWeights, likeliest, own_rows, rules_inputs, texts_inputs
+from maxwhisper.model import Cache, KeyValue
+from maxwhisper.runtime import Artifact, Executable, Policy, Program
 from maxwhisper.speculation import N_GUESS, UNIT_SIZE, draft_of, rough
 from maxwhisper.whisper import DTYPES, Whisper, load_model
 
@@ -160,6 +163,39 @@ def test_guesses_are_taken_as_far_as_they_are_right(
     assert text == expected
     for ours, theirs in zip(found, others, strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+def test_several_tokens_of_a_layer_are_bitwise_as_many_steps() -> None:
+    checkpoint = load_checkpoint(NANO)
+    dims, policy = checkpoint.dims, Policy(DeviceRef.CPU(), DType.float16, DType.float32)
+    n_text, n_token, n_place, n_past = 2, 5, 100, [70, 3]
+    _, _, *cached = BLOCKS["decoder.block.step"].inputs(dims, policy).values()
+    cpu = DeviceRef.CPU()
+    inputs = {
+        "x": TensorType(DType.float32, ["batch", "token", dims.n_text_state], cpu),
+        "offset": TensorType(DType.int64, ["batch"], cpu),
+        "sources": TensorType(DType.int64, ["batch", "place"], cpu),
+        **{str(number): each for number, each in enumerate(cached)},
+    }
+
+    def steps(block: Any, x: Any, offset: Any, sources: Any, *kv: Any) -> Any:
+        return block.steps(x, KeyValue(*kv[2:]), Cache(*kv[:2], offset, sources))
+
+    block = BLOCKS["decoder.block.step"]
+    program = Program("steps", block.path, block.module(dims, policy), steps, inputs)
+    graph = Artifact("several tokens", [program], "cpu").init(checkpoint.tensors, text_layer=1)["steps"]
+    n_head, n_channel = dims.n_text_head, dims.n_text_state // dims.n_text_head
+    own = [torch.randn(n_text, n_head, n_place, n_channel) for _ in range(2)]
+    cross = [torch.randn(n_text, n_head, dims.n_audio_ctx, n_channel) for _ in range(2)]
+    x, lengths, sources = torch.randn(n_text, n_token, dims.n_text_state), torch.tensor(n_past), own_rows(2, n_place)
+    at_once = graph(x, lengths, sources, *own, *cross)
+    for token in range(n_token):
+        one = graph(x[:, token : token + 1], lengths + token, sources, *own, *cross)
+        for ours, theirs in zip(at_once, one, strict=True):
+            assert ours[:, token : token + 1].equal(theirs)
+        for kv, new in zip(own, one[1:], strict=True):
+            for text in range(n_text):
+                kv[text, :, n_past[text] + token] = new[text].reshape(n_head, n_channel)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
