@@ -115,7 +115,7 @@ class KeyValueCache:
             there.copy_(kv)
         sources.copy_(self.sources - self.first_row + first_row)
         self.own, self.cross, self.sources, self.first_row, self._inputs = own, cross, sources, first_row, []
-        self.memory = None
+        self.memory = self.rough_cross = None
 
     def inputs(self) -> list[Buffer]:
         """`own` and `cross` as MAX takes them, in the same memory."""

@@ -2,9 +2,9 @@
 and the decoder checks them all at once.
 
 A step of the decoder waits for memory: for its weights, and for the keys and values of the audio. Several tokens in one
-step read these once, but all except the first have to be guessed. The draft reads a third as much, and guesses right
-nearly always. A text gets nothing but what the decoder itself finds likeliest behind the tokens before, bit for bit:
-behind the first wrong guess the others are dropped.
+step read these once, but all except the first have to be guessed. The draft reads less than half as much, and guesses
+right nearly always. A text gets nothing but what the decoder itself finds likeliest behind the tokens before, bit for
+bit: behind the first wrong guess the others are dropped.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ from .model import TextDecoder
 from .runtime import Policy, Program
 
 SPECULATE, ROUGH_KEYS = "decoder.speculate", "decoder.rough_keys"
-"""Graphs that compile together with `maxwhisper.decoding.PICK`."""
+"""Graphs that compile together, as the unit of the first one's name."""
 
 N_GUESS = 7
 """Tokens that are guessed and then checked together with the one before: eight rows of a product in all."""
@@ -43,6 +43,11 @@ ROWS = 4096
 # ---- the draft -----------------------------------------------------------------------------------------------------
 
 
+def matrices_size(n_state: int) -> int:
+    """Of a layer in int8, in bytes: six from state to state, and both of the MLP."""
+    return 10 * n_state * (n_state + UNIT_SIZE) + n_state * (4 * n_state + UNIT_SIZE)
+
+
 class Draft(Module):
     """Weights of a decoder's rough copy: matrices of int8, and one of four bits a number in the place of the token
     embedding, which itself computes the highest logits."""
@@ -50,8 +55,7 @@ class Draft(Module):
     def __init__(self, dims: ModelDimensions, policy: Policy):
         super().__init__()
         n_layer, n_state = dims.n_text_layer, dims.n_text_state
-        n_matrix = 10 * n_state * (n_state + UNIT_SIZE) + n_state * (4 * n_state + UNIT_SIZE)
-        self.matrices = Weight("matrices", DType.int8, [n_layer, n_matrix], policy.device)
+        self.matrices = Weight("matrices", DType.int8, [n_layer, matrices_size(n_state)], policy.device)
         self.vectors = Weight("vectors", DType.float32, [n_layer, 16 * n_state], policy.device)
         shape = [dims.n_vocab, n_state // 2 + UNIT_SIZE]
         self.token_embedding = Weight("token_embedding", DType.uint8, shape, policy.device)
@@ -91,35 +95,41 @@ class SpeculativeDecoder(Module):
         return ops.inplace_custom("maxwhisper.guess", device, values, [tokens], parameters=parameters)[0].tensor
 
 
-def rough(matrix: Tensor, bits: int) -> Tensor:
-    """A matrix (n_out, n_in) in 8 or 4 bits a number, as int8 or uint8; behind each row stands the float32 that its
-    numbers are multiples of. In 4 bits a byte holds a number of the first half of the row, and above it one of the
-    second half, both 8 too high."""
-    n_out, n_in = matrix.shape
-    greatest = 2 ** (bits - 1) - 1
-    width = n_in * bits // 8
-    packed = torch.empty(n_out, width + UNIT_SIZE, dtype=torch.int8 if bits == 8 else torch.uint8)
-    for into, rows in zip(packed.split(ROWS), matrix.split(ROWS), strict=True):
+def make_rough(matrix: Tensor, bits: int, into: Tensor) -> None:
+    """Writes a matrix (n_out, n_in) in 8 or 4 bits a number into int8 or uint8 (n_out, n_in * bits / 8 + UNIT_SIZE):
+    behind each row stands the float32 that its numbers are multiples of. In 4 bits a byte holds a number of the first
+    half of the row, and above it one of the second half, both 8 too high."""
+    width = into.shape[1] - UNIT_SIZE
+    for packed, rows in zip(into.split(ROWS), matrix.split(ROWS), strict=True):
         exact = rows.float()
-        unit = exact.abs().amax(1, True).clamp_min(torch.finfo(torch.float32).tiny) / greatest
-        whole = exact.div_(unit).round_()
+        unit = exact.abs().amax(1, True).clamp_min(torch.finfo(torch.float32).tiny) / (2 ** (bits - 1) - 1)
+        whole = exact.div(unit).round_()
         if bits == 4:
             first, second = whole.add_(8).to(torch.uint8).split(width, dim=1)
             whole = first + 16 * second
-        into[:, :width] = whole
-        into[:, width:] = unit.view(packed.dtype)
-    return packed
+        packed[:, :width] = whole
+        packed[:, width:] = unit.view(into.dtype)
 
 
-def draft_of(tensors: Mapping[str, Tensor], n_layer: int) -> dict[str, Tensor]:
+def draft_of(tensors: Mapping[str, Tensor], dims: ModelDimensions) -> dict[str, Tensor]:
     """The weights of `Draft`, from those of a checkpoint."""
-    layers = [f"decoder.blocks.{layer}." for layer in range(n_layer)]
-    matrices = [[rough(tensors[f"{layer}{name}.weight"], 8).flatten() for name in MATRICES] for layer in layers]
-    vectors = [[tensors[layer + name].float() for name in VECTORS] for layer in layers]
+    matrices = torch.empty(dims.n_text_layer, matrices_size(dims.n_text_state), dtype=torch.int8)
+    layers = [f"decoder.blocks.{layer}." for layer in range(dims.n_text_layer)]
+    for layer, row in zip(layers, matrices, strict=True):
+        end = 0
+        for name in MATRICES:
+            matrix = tensors[f"{layer}{name}.weight"]
+            n_out, width = len(matrix), matrix.shape[1] + UNIT_SIZE
+            start, end = end, end + n_out * width
+            make_rough(matrix, 8, row[start:end].view(n_out, width))
+    token_embedding = torch.empty(dims.n_vocab, dims.n_text_state // 2 + UNIT_SIZE, dtype=torch.uint8)
+    make_rough(tensors["decoder.token_embedding.weight"], 4, token_embedding)
     return {
-        "draft.matrices": torch.stack([torch.cat(each) for each in matrices]),
-        "draft.vectors": torch.stack([torch.cat(each) for each in vectors]),
-        "draft.token_embedding": rough(tensors["decoder.token_embedding.weight"], 4),
+        "draft.matrices": matrices,
+        "draft.vectors": torch.stack(
+            [torch.cat([tensors[layer + name].float() for name in VECTORS]) for layer in layers]
+        ),
+        "draft.token_embedding": token_embedding,
     }
 
 
@@ -160,15 +170,14 @@ def rough_keys_program(dims: ModelDimensions, policy: Policy) -> Program:
 def speculation_program(dims: ModelDimensions, policy: Policy) -> Program:
     """As `maxwhisper.decoding.pick_program`, for one text and the likeliest token of each step alone: as many times as
     there is room for them `N_GUESS` guesses, and what the decoder puts in their place, which is one token more if all
-    are right. `tokens` is not looked at.
+    are right.
 
-    Takes `draft_inputs` besides: the same caches once more.
+    Takes `draft_inputs` besides, the same caches once more, and not the texts' last tokens.
     """
     n_own, n_rule = 2 * dims.n_text_layer, len(rules_inputs(dims.n_vocab))
 
     def speculate(
         both: SpeculativeDecoder,
-        _: TensorValue,
         n_step: TensorValue,
         texts: BufferValue,
         lengths: TensorValue,
@@ -195,5 +204,6 @@ def speculation_program(dims: ModelDimensions, policy: Policy) -> Program:
         return [*found, totals, lengths]
 
     inputs = of_one_text(picking_inputs(dims, policy))
+    del inputs["tokens"]
     inputs |= dict(zip(("cache", "rough cross"), draft_inputs(dims, policy), strict=True))
     return Program(SPECULATE, "", SpeculativeDecoder(dims, policy), speculate, inputs)

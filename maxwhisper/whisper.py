@@ -106,7 +106,7 @@ UNITS = ("log_mel", "network", "alignment")
 
 def units_on(device: str) -> tuple[str, ...]:
     """What transcribes on a device: tokens are picked in a graph on a CPU alone."""
-    return (*UNITS, TOKEN_RULES, PICK) if device == "cpu" else UNITS
+    return (*UNITS, TOKEN_RULES, PICK, SPECULATE) if device == "cpu" else UNITS
 
 
 DTYPES = {"float32": DType.float32, "bfloat16": DType.bfloat16}
@@ -130,8 +130,17 @@ def programs_of(unit: str, dims: ModelDimensions, policy: Policy) -> list[Progra
     if unit == TOKEN_RULES:
         return [rules_program()]
     if unit == PICK:
-        return [program(dims, policy) for program in (pick_program, speculation_program, rough_keys_program)]
+        return [pick_program(dims, policy)]
+    if unit == SPECULATE:
+        return [speculation_program(dims, policy), rough_keys_program(dims, policy)]
     return [block.program(dims, policy) for block in BLOCKS.values() if block.unit == unit]
+
+
+def unit_of(name: str) -> str:
+    """What the graph of this name compiles together with."""
+    if name in BLOCKS:
+        return BLOCKS[name].unit
+    return SPECULATE if name == ROUGH_KEYS else name
 
 
 class Network:
@@ -148,15 +157,15 @@ class Network:
 
     def __getitem__(self, name: str) -> Executable:
         if name not in self.executables:
-            self.executables |= self._load(BLOCKS[name].unit if name in BLOCKS else PICK)
+            self.executables |= self._load(unit_of(name))
         return self.executables[name]
 
     def _load(self, unit: str) -> dict[str, Executable]:
         dims, tensors, name = self.checkpoint.dims, self.checkpoint.tensors, self.checkpoint.name
         load = self.artifacts.loader(unit, dims, self.policy) if self.artifacts else None
         programs = programs_of(unit, dims, self.policy)
-        if unit == PICK:
-            tensors = {**tensors, **draft_of(tensors, dims.n_text_layer)}
+        if unit == SPECULATE:
+            tensors = {**tensors, **draft_of(tensors, dims)}
         return Artifact(f"{unit} of {name}", programs, self.device, load).init(tensors)
 
 
@@ -306,11 +315,12 @@ class TextDecoder(torch.nn.Module):
         """As `pick`, for texts (batch, place) of `lengths` (batch,), which are written into; sources and kv: as of a
         `KeyValueCache`, which is too. draft: for one text whose tokens are guessed first, what that takes besides.
         Returns how many tokens each text got, new totals, and candidates."""
-        last = texts.gather(1, lengths[:, None] - 1)
-        own = kv[: 2 * self.dims.n_text_layer]
-        candidates, logprobs, totals, ends = self.network[SPECULATE if draft else PICK](
-            last, torch.tensor(n_step), texts, lengths, totals, *rules, sources, *kv, *own, *draft
-        )
+        given = torch.tensor(n_step), texts, lengths, totals, *rules, sources, *kv, *kv[: 2 * self.dims.n_text_layer]
+        if draft:
+            found = self.network[SPECULATE](*given, *draft)
+        else:
+            found = self.network[PICK](texts.gather(1, lengths[:, None] - 1), *given)
+        candidates, logprobs, totals, ends = found
         return int(ends[0] - lengths[0]), totals, Candidates(candidates, logprobs)
 
     def _for_draft(self, cache: KeyValueCache) -> list[Buffer]:

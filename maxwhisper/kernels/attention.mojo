@@ -50,13 +50,13 @@ struct Rows[dtype: DType, origin: Origin](Keys):
 
 @fieldwise_init
 struct ScatteredRows[dtype: DType, origin: Origin, source_origin: Origin](Keys):
-    """That of a place lies in row sources[place] of a cache, whose rows are `row_size` numbers apart; `first` is where
+    """That of a place lies in row sources[place] of a cache, whose rows are `cache_row` numbers apart; `first` is where
     the head begins in row 0."""
 
     var first: Pointer[Scalar[Self.dtype], Self.origin]
     var number: Int
     var sources: Pointer[Int64, Self.source_origin]
-    var row_size: Int
+    var cache_row: Int
 
     @always_inline
     def __len__(self) -> Int:
@@ -64,7 +64,7 @@ struct ScatteredRows[dtype: DType, origin: Origin, source_origin: Origin](Keys):
 
     @always_inline
     def load[n_channel: Int](self, key: Int, channel: Int) -> SIMD[DType.float32, WIDTH]:
-        var at = Int(self.sources[unsafe_offset=key]) * self.row_size + key * n_channel + channel
+        var at = Int(self.sources[unsafe_offset=key]) * self.cache_row + key * n_channel + channel
         return self.first.unsafe_load[width=WIDTH](at).cast[DType.float32]()
 
 
@@ -386,7 +386,7 @@ struct CachedAttention:
         var ks, vs = k.unsafe_ptr(), v.unsafe_ptr()
         var ks_new, vs_new = k_new.unsafe_ptr(), v_new.unsafe_ptr()
         var lengths, all_sources = n_past.unsafe_ptr(), sources.unsafe_ptr()
-        var row_size = n_head * n_place * n_channel
+        var cache_row = n_head * n_place * n_channel
         var n_key, longest = 0, 0
         for text in range(n_text):
             n_key += n_head * (Int(lengths[unsafe_offset=text]) + 1)
@@ -404,8 +404,8 @@ struct CachedAttention:
                 attend_to_text[n_channel](
                     ys.unsafe_offset(each * n_channel),
                     qs.unsafe_offset(each * n_channel),
-                    ScatteredRows(ks.unsafe_offset(at), length, its_sources, row_size),
-                    ScatteredRows(vs.unsafe_offset(at), length, its_sources, row_size),
+                    ScatteredRows(ks.unsafe_offset(at), length, its_sources, cache_row),
+                    ScatteredRows(vs.unsafe_offset(at), length, its_sources, cache_row),
                     ks_new.unsafe_offset(each * n_channel),
                     vs_new.unsafe_offset(each * n_channel),
                     scores.unsafe_ptr(),

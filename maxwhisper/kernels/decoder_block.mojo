@@ -17,20 +17,20 @@ comptime EPSILON = 1e-5  # of a layer norm
 comptime PIECES = 4  # of a product for every thread, so that they end at the same time
 comptime N_PHASE = 11
 
-# Of memory that somebody else keeps until all threads are done.
-comptime Numbers = Pointer[Float32, UntrackedOrigin[mut=True]]
-comptime Stored[dtype: DType] = Pointer[Scalar[dtype], UntrackedOrigin[mut=True]]
-
-
-@always_inline
-def numbers(tensor: ManagedTensorSlice) -> Numbers:
-    """What a tensor of float32 holds; threads write and read it in turn."""
-    return rebind[Numbers](tensor.unsafe_ptr().unsafe_origin_cast[UntrackedOrigin[mut=True]]())
+comptime Untracked = UntrackedOrigin[mut=True]
+comptime Stored[dtype: DType] = Pointer[Scalar[dtype], Untracked]
+comptime Numbers = Stored[DType.float32]
 
 
 @always_inline
 def stored[dtype: DType](tensor: ManagedTensorSlice) -> Stored[dtype]:
-    return rebind[Stored[dtype]](tensor.unsafe_ptr().unsafe_origin_cast[UntrackedOrigin[mut=True]]())
+    """What a tensor holds, as numbers of that many bytes; threads write and read it in turn."""
+    return rebind[Stored[dtype]](tensor.unsafe_ptr().unsafe_origin_cast[Untracked]())
+
+
+@always_inline
+def numbers(tensor: ManagedTensorSlice) -> Numbers:
+    return stored[DType.float32](tensor)
 
 
 @fieldwise_init
@@ -45,6 +45,7 @@ struct Sizes(TrivialRegisterPassable):
     var n_place: Int
     var n_audio: Int
     var n_audio_ctx: Int
+    var n_thread: Int
 
 
 @fieldwise_init
@@ -159,9 +160,8 @@ def compute_layer[
     comptime assert n_channel % WIDTH == 0, "channels must fill vectors"
     var n_state, n_head, n_token = sizes.n_state, sizes.n_head, sizes.n_token
     var n_row = sizes.n_text * n_token
-    var n_thread = parallelism_level(None)
-    var share = align_up(ceildiv(n_state, PIECES * n_thread), COLUMNS)  # of the columns of a product
-    var hidden_share = align_up(ceildiv(sizes.n_hidden, PIECES * n_thread), COLUMNS)
+    var share = align_up(ceildiv(n_state, PIECES * sizes.n_thread), COLUMNS)  # of the columns of a product
+    var hidden_share = align_up(ceildiv(sizes.n_hidden, PIECES * sizes.n_thread), COLUMNS)
     var n_piece = ceildiv(n_state, share)
 
     @always_inline
@@ -389,6 +389,7 @@ struct DecoderBlock:
             n_place=k.dim_size(2),
             n_audio=k_cross.dim_size(0),
             n_audio_ctx=k_cross.dim_size(2),
+            n_thread=parallelism_level(None),
         )
         var context = Context[k.dtype, k_cross.dtype](
             k=stored[k.dtype](k),
@@ -456,5 +457,5 @@ struct DecoderBlock:
                 counters, scores.unsafe_ptr(), weights.unsafe_ptr(), sizes, its, context, values
             )
 
-        sync_parallelize(member, parallelism_level(None))
+        sync_parallelize(member, sizes.n_thread)
         _ = phases^  # which nothing else says is still used

@@ -10,13 +10,14 @@ from std.math import align_up, ceildiv, round
 from std.memory import bitcast
 from std.sys import llvm_intrinsic
 from std.sys.info import CompilationTarget
+from std.utils.numerics import isfinite
 
 import extensibility
 from extensibility import InputTensor, OutputTensor, _MutableInputTensor
 
 from .attention import QUERIES
-from .decoder_block import N_PHASE, Context, Numbers, Sizes, Stored, Values, Weights, compute_layer, normalise
-from .decoder_block import numbers, stored
+from .decoder_block import N_PHASE, Context, Numbers, Sizes, Stored, Untracked, Values, Weights
+from .decoder_block import compute_layer, normalise, numbers, stored
 from .linear import products, row_size
 from .pick import NEVER, LogSumExp, forbidden, permitted, write_best
 from .team import COUNTERS, phase
@@ -47,12 +48,17 @@ def multiply_add(a: Bytes, b: SIMD[DType.int8, BYTES], sums: Sums) -> Sums:
 
 
 def quantise(x: Pointer[Float32, _], into: Pointer[mut=True, Int8, _], number: Int) -> Float32:
-    """Writes numbers, which fill vectors, as multiples of a number between -127 and 127, and returns that."""
+    """Writes numbers, which fill vectors, as multiples of a number between -127 and 127, and returns that; zeros where
+    they are not all finite."""
     var highest = SIMD[DType.float32, WIDTH](0)
     for i in range(0, number, WIDTH):
         highest = max(highest, abs(x.unsafe_load[width=WIDTH](i)))
     var greatest = highest.reduce_max()
-    var factor = INT8_MAX / greatest if greatest > 0 else Float32(0)
+    if not (greatest > 0 and isfinite(INT8_MAX / greatest)):
+        for i in range(0, number, WIDTH):
+            into.unsafe_store(i, SIMD[DType.int8, WIDTH](0))
+        return 0
+    var factor = INT8_MAX / greatest
     for i in range(0, number, WIDTH):
         into.unsafe_store(i, round(x.unsafe_load[width=WIDTH](i) * factor).cast[DType.int8]())
     return greatest / INT8_MAX
@@ -65,6 +71,40 @@ struct Rounded(TrivialRegisterPassable):
     var numbers: Stored[DType.int8]
     var unit: Float32
     var total: Int32
+
+
+struct Room(Movable):
+    """What the threads that guess share."""
+
+    var layer: List[Float32]  # what a layer computes, as `layer_values` has it
+    var new: List[Float32]  # keys and values of the guesses
+    var rounded: List[Int8]  # the state that logits are computed from
+    var state: List[Rounded]
+    var ranges: List[Int]  # of tokens that cannot follow
+    var logits: List[Float32]
+    var sums: List[LogSumExp]  # of each part's timestamps
+    var best_tokens: List[Int64]  # the likeliest of each part's text, and of its timestamps
+    var best_scores: List[Float32]
+    var past: List[Int64]
+    var phases: List[Int64]
+
+    def __init__(out self, sizes: Sizes, n_layer: Int, n_guess: Int, n_vocab: Int, n_part: Int, n_past: Int):
+        self.layer = List[Float32](unsafe_uninit_length=14 * sizes.n_state + 2 * sizes.n_hidden)
+        self.new = List[Float32](unsafe_uninit_length=n_layer * 2 * n_guess * sizes.n_state)
+        self.rounded = List[Int8](length=align_up(sizes.n_state, BYTES), fill=0)
+        self.state = List[Rounded](length=1, fill=Rounded(untracked(self.rounded), 0, 0))
+        self.ranges = List[Int](length=4, fill=0)
+        self.logits = List[Float32](unsafe_uninit_length=n_vocab)
+        self.sums = List[LogSumExp](length=n_part, fill=LogSumExp())
+        self.best_tokens = List[Int64](length=n_part * 2, fill=0)
+        self.best_scores = List[Float32](length=n_part * 2, fill=NEVER)
+        self.past = List[Int64](length=1, fill=Int64(n_past))
+        self.phases = List[Int64](length=n_guess * (N_STEP + n_layer * N_PHASE) * COUNTERS, fill=0)
+
+
+def untracked[T: Copyable](mut list: List[T]) -> Pointer[T, Untracked]:
+    """Returns where a list's items are, as long as it lives."""
+    return list.unsafe_ptr().unsafe_origin_cast[Untracked]()
 
 
 @always_inline
@@ -190,6 +230,7 @@ struct Guess:
             n_place=cache.dim_size(3),
             n_audio=1,
             n_audio_ctx=cross.dim_size(3),
+            n_thread=parallelism_level(None),
         )
         var cache_size = sizes.n_head * sizes.n_place * n_channel
         var cross_size = sizes.n_head * sizes.n_audio_ctx * row_size[DType.int8](n_channel)
@@ -201,33 +242,14 @@ struct Guess:
         var excluded = stored[DType.uint8](suppressed)
         var begin = Int(limits.unsafe_ptr()[unsafe_offset=0])
         var end_of_text = Int(limits.unsafe_ptr()[unsafe_offset=1])
-        var n_part = PARTS * parallelism_level(None)
+        var n_part = PARTS * sizes.n_thread
         var part_size = ceildiv(n_vocab, n_part)
 
-        comptime Untracked = UntrackedOrigin[mut=True]
-        var all_room = List[Float32](unsafe_uninit_length=14 * n_state + 2 * n_hidden)
-        var room = all_room.unsafe_ptr().unsafe_origin_cast[Untracked]()
-        var all_new = List[Float32](unsafe_uninit_length=n_layer * 2 * n_guess * n_state)
-        var new = all_new.unsafe_ptr().unsafe_origin_cast[Untracked]()
-        var all_logits = List[Float32](unsafe_uninit_length=n_vocab)
-        var logits = all_logits.unsafe_ptr().unsafe_origin_cast[Untracked]()
-        var all_rounded = List[Int8](length=align_up(n_state, BYTES), fill=0)
-        var states = List[Rounded](
-            length=1, fill=Rounded(all_rounded.unsafe_ptr().unsafe_origin_cast[Untracked](), 0, 0)
-        )
-        var state = states.unsafe_ptr().unsafe_origin_cast[Untracked]()
-        var all_ranges = List[Int](length=4, fill=0)
-        var ranges = all_ranges.unsafe_ptr().unsafe_origin_cast[Untracked]()
-        var all_sums = List[LogSumExp](length=n_part, fill=LogSumExp())
-        var sums = all_sums.unsafe_ptr().unsafe_origin_cast[Untracked]()
-        var all_tokens = List[Int64](length=n_part * 2, fill=0)  # the likeliest of text, of timestamps
-        var best_tokens = all_tokens.unsafe_ptr().unsafe_origin_cast[Untracked]()
-        var all_scores = List[Float32](length=n_part * 2, fill=NEVER)
-        var best_scores = all_scores.unsafe_ptr().unsafe_origin_cast[Untracked]()
-        var phases = List[Int64](length=n_guess * (N_STEP + n_layer * N_PHASE) * COUNTERS, fill=0)
-        var counters = phases.unsafe_ptr().unsafe_origin_cast[Untracked]()
-        var all_past = List[Int64](length=1, fill=Int64(length - 1))
-        var past = all_past.unsafe_ptr().unsafe_origin_cast[Untracked]()
+        var kept = Room(sizes, n_layer, n_guess, n_vocab, n_part, length - 1)
+        var room, new, logits = untracked(kept.layer), untracked(kept.new), untracked(kept.logits)
+        var state, ranges = untracked(kept.state), untracked(kept.ranges)
+        var sums, counters, past = untracked(kept.sums), untracked(kept.phases), untracked(kept.past)
+        var best_tokens, best_scores = untracked(kept.best_tokens), untracked(kept.best_scores)
         found[unsafe_offset=0] = text[unsafe_offset=length - 1]
 
         def member(number: Int) raises {imm}:
@@ -351,19 +373,8 @@ struct Guess:
             _ = scores^
             _ = weights^
 
-        sync_parallelize(member, parallelism_level(None))
-        # Nothing else says that these are still used.
-        _ = all_past^
-        _ = all_room^
-        _ = all_new^
-        _ = all_logits^
-        _ = all_rounded^
-        _ = states^
-        _ = all_ranges^
-        _ = all_sums^
-        _ = all_tokens^
-        _ = all_scores^
-        _ = phases^
+        sync_parallelize(member, sizes.n_thread)
+        _ = kept^  # which nothing else says is still used
 
 
 @extensibility.register("maxwhisper.rough_keys")

@@ -10,6 +10,7 @@ from max.algorithm import sync_parallelize
 from max.gpu.host import DeviceContext
 from max.runtime.asyncrt import parallelism_level
 from std.math import ceildiv
+from std.sys.info import size_of
 from std.sys.intrinsics import PrefetchOptions, prefetch
 from std.utils.index import IndexList
 
@@ -23,6 +24,7 @@ comptime SUMS = 4  # vectors of running sums for a row: as many for any number o
 comptime ROWS = 4  # of x at a time, or else one: every number in between would be code of its own to compile
 comptime UNROLL = 8  # vectors of weights
 comptime COLUMNS = 8  # of y at a time, so that they are stored as a vector
+comptime CACHE_LINE = 64  # bytes
 comptime TASK = 1 << 18  # multiplications that are worth a task of their own
 
 
@@ -46,7 +48,7 @@ def products[
     @__parameter
     def add[count: Int](k: Int):
         comptime for u in range(count):
-            comptime if ahead and u % 2 == 0:
+            comptime if ahead and u * WIDTH * size_of[stored]() % CACHE_LINE == 0:
                 prefetch[PrefetchOptions().for_read().high_locality().to_data_cache()](
                     weights.unsafe_offset(COLUMNS * row_size[stored](n_in) + k + u * WIDTH)
                 )
@@ -112,10 +114,10 @@ def multiply[
         # The weights of these columns come from memory once, and then from the cache.
         var row = 0
         while row + ROWS <= n_row:
-            if row == 0:
-                block[ROWS, COLUMNS](row, column)
-            else:  # which is arithmetic alone, so that memory has time for the next columns
+            if row == ROWS:  # which is arithmetic alone, so that memory has time for the next columns
                 block[ROWS, COLUMNS, ahead=True](row, column)
+            else:
+                block[ROWS, COLUMNS](row, column)
             row += ROWS
         for rest in range(row, n_row):
             block[1, COLUMNS](rest, column)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from maxwhisper.checkpoint import load_checkpoint
 from maxwhisper.decoding import NoWeights, likeliest, own_rows, rules_inputs, texts_inputs
 from maxwhisper.model import Cache, KeyValue
 from maxwhisper.runtime import Artifact, Executable, Policy, Program
-from maxwhisper.speculation import N_GUESS, UNIT_SIZE, draft_of, rough
+from maxwhisper.speculation import N_GUESS, UNIT_SIZE, draft_of, make_rough
 from maxwhisper.whisper import DTYPES, Whisper, load_model
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
@@ -36,17 +37,22 @@ Draft = dict[str, torch.Tensor]
 DRAFTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "another one": lambda weights: weights.roll(1, dims=0),
     "zeros": torch.zeros_like,
-    "anything": lambda weights: (
-        torch.randint(0, 128, weights.shape, dtype=torch.uint8).view(weights.dtype)
+    "other vectors": lambda weights: torch.randn_like(weights) if weights.is_floating_point() else weights,
+    "not finite": lambda weights: torch.full_like(weights, torch.nan) if weights.is_floating_point() else weights,
+    "any bits": lambda weights: (
+        torch.randint(0, 256, weights.shape, dtype=torch.uint8).view(weights.dtype)
         if weights.element_size() == 1
-        else torch.full_like(weights, torch.nan)
+        else weights
     ),
 }
 
 
-@pytest.fixture(scope="module", params=DTYPES)
+@pytest.fixture(scope="module", params=[*DTYPES, "stored in float32"])
 def model(request: pytest.FixtureRequest) -> Whisper:
-    return load_model(NANO, dtype=request.param)
+    if request.param in DTYPES:
+        return load_model(NANO, dtype=request.param)
+    checkpoint = load_checkpoint(NANO)
+    return Whisper(replace(checkpoint, tensors={name: each.float() for name, each in checkpoint.tensors.items()}))
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +103,8 @@ def test_nearly_all_guesses_are_right(model: Whisper, mels: dict[str, torch.Tens
     def counted(*given: Any) -> Any:
         nonlocal n_round, n_token
         found = steps(*given)
-        n_round, n_token = n_round + 1, n_token + found[0]
+        if given[-1]:  # what the draft takes
+            n_round, n_token = n_round + 1, n_token + found[0]
         return found
 
     with pytest.MonkeyPatch.context() as patch:
@@ -105,7 +112,25 @@ def test_nearly_all_guesses_are_right(model: Whisper, mels: dict[str, torch.Tens
         patch.setattr(model.decoder, "steps", counted)
         for mel in mels.values():
             decoded(model, mel, suppress_tokens=[EOT], sample_len=1 + 5 * (N_GUESS + 1))
+    assert n_round >= 5 * len(mels)
     assert n_token / n_round > 0.8 * (N_GUESS + 1)
+
+
+@pytest.mark.parametrize("n_token", [1, N_GUESS, N_GUESS + 1, N_GUESS + 2, N_GUESS + 3, 2 * N_GUESS + 3])
+def test_a_text_may_end_anywhere_in_a_round(model: Whisper, mels: dict[str, torch.Tensor], n_token: int) -> None:
+    options = {"suppress_tokens": [EOT], "sample_len": n_token}
+    for mel in list(mels.values())[:2]:
+        found = decoded(model, mel, **options)
+        assert found == one_by_one(model, mel, **options) and len(found[0]) == n_token
+
+
+def test_a_cache_is_one_memory_for_the_draft(model: Whisper, mels: dict[str, torch.Tensor]) -> None:
+    cache, _ = model.install_kv_cache_hooks()
+    tokens = torch.arange(10)[None]
+    model.decoder(tokens, model.encoder(next(iter(mels.values()))[None]), kv_cache=cache)
+    for each in (cache, cache.copy()):
+        assert each.memory is not None
+        assert [kv.data_ptr() for kv in each.own] == [kv.data_ptr() for kv in each.memory]
 
 
 @pytest.fixture(scope="module")
@@ -199,14 +224,21 @@ def test_several_tokens_of_a_layer_are_bitwise_as_many_steps() -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_rough_matrix_is_near(bits: int) -> None:
-    matrix = torch.randn(5000, 64).half()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_a_rough_matrix_is_near(bits: int, dtype: torch.dtype) -> None:
+    matrix = torch.randn(5000, 64).to(dtype)
     matrix[7] = 0
-    packed = rough(matrix, bits)
+    before, packed = matrix.clone(), rough_like(matrix, bits)
+    make_rough(matrix, bits, packed)
+    assert matrix.equal(before)
     whole, unit = packed[:, :-UNIT_SIZE], packed[:, -UNIT_SIZE:].contiguous().view(torch.float32)
     if bits == 4:
-        assert whole.dtype == torch.uint8
         whole = torch.cat([whole & 15, whole >> 4], 1).to(torch.int8) - 8
     assert whole.shape == matrix.shape
     assert ((whole * unit - matrix.float()).abs() <= 0.5001 * unit).all()
     assert (unit == matrix.float().abs().amax(1, True) / (2 ** (bits - 1) - 1))[:7].all()
+
+
+def rough_like(matrix: torch.Tensor, bits: int) -> torch.Tensor:
+    dtype = torch.int8 if bits == 8 else torch.uint8
+    return torch.empty(len(matrix), matrix.shape[1] * bits // 8 + UNIT_SIZE, dtype=dtype)

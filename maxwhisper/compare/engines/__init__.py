@@ -40,9 +40,16 @@ class Spec:
 OPENAI_LOOP = "the loop over windows and tokens, and its rules, are openai-whisper's own Python code"
 STEPS = "encoder and decoder step exported from PyTorch, one graph of the step for any number of tokens"
 
+GUESSES = "without beams a rough copy of the decoder guesses tokens, which the decoder checks"
+
 SPECS = (
     Spec(
-        SUBJECT, "", "maxwhisper", ("max",), "openai", "weights as stored, float32 arithmetic; graphs compiled before"
+        SUBJECT,
+        "",
+        "maxwhisper",
+        ("max",),
+        "openai",
+        f"weights as stored, float32 arithmetic; graphs compiled before; {GUESSES}",
     ),
     Spec(
         SUBJECT,
@@ -50,7 +57,8 @@ SPECS = (
         "maxwhisper",
         ("max",),
         "openai",
-        "--dtype bfloat16: weights and activations rounded to bfloat16, added up in float32: not the same arithmetic",
+        "--dtype bfloat16: weights and activations rounded to bfloat16, added up in float32: not the same arithmetic;"
+        f" {GUESSES}",
     ),
     Spec(
         SUBJECT,
