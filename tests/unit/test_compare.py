@@ -23,6 +23,7 @@ from maxwhisper.checkpoint import load_checkpoint
 from maxwhisper.cli import main
 from maxwhisper.compare import convert, engines, run, stepwise
 from maxwhisper.compare.engines import SPECS, Engine, Spec, missing
+from maxwhisper.compare.engines import maxwhisper as maxwhisper_engine
 from maxwhisper.compare.material import SIZES, checkpoint_for, recordings
 from maxwhisper.compare.process import EngineError, Worker, awake
 from maxwhisper.compare.results import Row
@@ -431,3 +432,14 @@ def test_unusable_options(options: list[str], message: str, capsys: pytest.Captu
 def test_what_cannot_be_used(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", *arguments]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_whatever_greedy_decoding_uses_is_compiled_beforehand(tmp_path: Path) -> None:
+    """Else the engine's peak memory would be the compiler's."""
+    (tmp_path / "model.pt").symlink_to(NANO)
+    engine = maxwhisper_engine.Adapter("", task_for(load_checkpoint(NANO).dims, None, 2))
+    engine.prepare(tmp_path)
+    network = engine.model.decoder.network
+    loaded = set(network.executables)
+    engine.generate(engine.encode(np.zeros((network.checkpoint.dims.n_mels, 3000), np.float32)), 100)
+    assert set(network.executables) == loaded

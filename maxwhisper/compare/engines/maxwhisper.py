@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 from whisper.audio import SAMPLE_RATE
 
+from ...speculation import N_GUESS
 from ...whisper import load_model
 from .openai_like import OpenAILike
 
@@ -16,6 +17,7 @@ class Adapter(OpenAILike):
     def prepare(self, folder: Path) -> None:
         """Compiles every graph that is used, into the folder where `load_model` keeps them."""
         self.load(folder)
-        self.generate(self.encode(np.zeros((self.model.dims.n_mels, 2 * self.model.dims.n_audio_ctx), np.float32)), 2)
+        silence = np.zeros((self.model.dims.n_mels, 2 * self.model.dims.n_audio_ctx), np.float32)
+        self.generate(self.encode(silence), 2 * (N_GUESS + 1))  # some guessed first, and some not
         # The spectrogram compiles when it is first used. Nothing follows the 30 s of zeros appended to the audio.
         self.model.transcribe(np.zeros(SAMPLE_RATE, np.float32), language="en", temperature=0.0, sample_len=2)
