@@ -225,18 +225,23 @@ def test_several_tokens_of_a_layer_are_bitwise_as_many_steps() -> None:
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_a_rough_matrix_is_near(bits: int, dtype: torch.dtype) -> None:
-    matrix = torch.randn(5000, 64).to(dtype)
-    matrix[7] = 0
+def test_a_rough_matrix_has_the_nearest_multiples(bits: int, dtype: torch.dtype) -> None:
+    """Of a unit that is a power of two, so that all of this is exact in every dtype."""
+    unit, greatest = 2.0**-6, 2 ** (bits - 1) - 1
+    expected = torch.randint(-greatest, greatest + 1, (5000, 64))
+    expected[:, 5] = greatest
+    expected[7] = 0
+    between = torch.randint(-1, 2, expected.shape) / 4 * (expected.abs() < min(greatest, 32))
+    between[7] = 0
+    matrix = ((expected + between) * unit).to(dtype)
     before, packed = matrix.clone(), rough_like(matrix, bits)
     make_rough(matrix, bits, packed)
     assert matrix.equal(before)
-    whole, unit = packed[:, :-UNIT_SIZE], packed[:, -UNIT_SIZE:].contiguous().view(torch.float32)
+    whole, units = packed[:, :-UNIT_SIZE], packed[:, -UNIT_SIZE:].contiguous().view(torch.float32)
     if bits == 4:
         whole = torch.cat([whole & 15, whole >> 4], 1).to(torch.int8) - 8
-    assert whole.shape == matrix.shape
-    assert ((whole * unit - matrix.float()).abs() <= 0.5001 * unit).all()
-    assert (unit == matrix.float().abs().amax(1, True) / (2 ** (bits - 1) - 1))[:7].all()
+    assert whole.equal(expected.to(torch.int8))
+    assert (units[torch.arange(5000) != 7] == unit).all()
 
 
 def rough_like(matrix: torch.Tensor, bits: int) -> torch.Tensor:
