@@ -2,8 +2,8 @@
 
 Where tokens are not drawn at random, the loop needs only the few likeliest tokens of each step. On a CPU these are
 found inside a graph, rules included, so that Python sees a handful of numbers in the place of a vocabulary of logits.
-Without beams the likeliest token is the next one, and the graph takes many steps, or all until a text ends; of a single
-text it checks several tokens in one step, which `maxwhisper.speculation` guesses.
+Without beams the likeliest token is the next one, and the graph takes many steps, or all until a text ends, in each of
+which it checks several tokens of every text, which `maxwhisper.speculation` guesses.
 """
 
 import inspect
@@ -158,10 +158,9 @@ class MaxInference(decoding.Inference):
             logits = logits.repeat_interleave(n_same, 0)
         return list(logits.unbind(1))
 
-    def pick(self, tokens: torch.Tensor, totals: torch.Tensor, rules: "Rules", n_step: int = 1) -> "Picked":
-        """What follows the texts `tokens`, by as many steps as `TextDecoder.pick` takes; rules: as `TokenRules.inputs`
-        gives them."""
-        return checked(self.model.decoder.pick(tokens, totals, self.cache, rules, n_step))
+    def pick(self, texts: "Texts", rules: "Rules", n_token: torch.Tensor) -> "Picked":
+        """What follows the texts, as `TextDecoder.pick` finds it; rules: as `TokenRules.inputs` gives them."""
+        return checked(self.model.decoder.pick(texts, self.cache, rules, n_token))
 
     def rearrange_kv_cache(self, source_indices: list[int]) -> None:
         # The audio's keys and values stay: all beams of a window share them.
@@ -185,6 +184,7 @@ def likeliest(
     logits: TensorValue,
     texts: BufferValue,
     lengths: TensorValue,
+    ends: TensorValue,
     totals: TensorValue,
     suppressed: TensorValue,
     begins: TensorValue,
@@ -192,7 +192,7 @@ def likeliest(
     places: TensorValue,
 ) -> list[TensorValue]:
     """The graph of `maxwhisper.pick`, whose Mojo source says what goes in and out: logits (batch, token, vocab) and the
-    rest, to candidates, their log-probabilities, tokens, totals, lengths, and whether a text stopped.
+    rest, to candidates, their log-probabilities, tokens, totals, lengths, and how many more tokens the texts may have.
 
     places: (candidate,), of which only the length counts.
     """
@@ -203,10 +203,10 @@ def likeliest(
         (DType.int64, [batch, 1]),
         (DType.float32, [batch]),
         (DType.int64, [batch]),
-        (DType.bool, [1]),
+        (DType.int64, [1]),
     ]
     types = [TensorType(dtype, shape, device) for dtype, shape in shapes]
-    values = [texts, logits, lengths, begins, totals, suppressed, limits]
+    values = [texts, logits, lengths, ends, begins, totals, suppressed, limits]
     return [value.tensor for value in ops.inplace_custom("maxwhisper.pick", device, values, types)]
 
 
@@ -228,11 +228,12 @@ def rules_program() -> Program:
 
 
 def texts_inputs() -> dict[str, TensorType | BufferType]:
-    """Texts, to which `likeliest` adds."""
+    """Texts, to which `likeliest` adds, and how long they may get."""
     cpu = DeviceRef.CPU()
     return {
         "texts": BufferType(DType.int64, ["batch", "text_place"], cpu),
         "lengths": TensorType(DType.int64, ["batch"], cpu),
+        "ends": TensorType(DType.int64, ["batch"], cpu),
         "totals": TensorType(DType.float32, ["batch"], cpu),
     }
 
@@ -257,9 +258,9 @@ def append(caches: Sequence[BufferValue], new: Sequence[TensorValue], offsets: T
 
 
 def pick_program(dims: ModelDimensions, policy: Policy) -> Program:
-    """Steps of the decoder, each of which puts the likeliest token behind every text, and its keys and values into the
-    cache: `n_step` of them, or until a text ends. Gives the likeliest tokens of the last step and their
-    log-probabilities, the texts' totals, and their lengths.
+    """Steps of the decoder, each of which puts the likeliest token behind every text that has not ended, and its keys
+    and values into the cache, until a text ends or is as long as it may get, which none is yet. Gives the likeliest
+    tokens of the last step and their log-probabilities, the texts' totals, and their lengths.
 
     The texts may be of different lengths. Their caches are given twice, to be read and to be written: what is written
     is a place that is not read in the same step. The next step reads it, and comes after: its tokens are those of
@@ -271,14 +272,14 @@ def pick_program(dims: ModelDimensions, policy: Policy) -> Program:
     def pick(
         decoder: TextDecoder,
         tokens: TensorValue,
-        n_step: TensorValue,
         texts: BufferValue,
         lengths: TensorValue,
+        ends: TensorValue,
         totals: TensorValue,
         *others: Any,
     ) -> Sequence[TensorValue]:
         rules, (sources, *kv), caches = others[:n_rule], others[n_rule:-n_own], others[-n_own:]
-        none_left = ops.constant(0, DType.int64, tokens.device)
+        none_left, some_left = (ops.constant(value, DType.int64, tokens.device) for value in (0, 1))
 
         def step(
             left: TensorValue, tokens: TensorValue, lengths: TensorValue, totals: TensorValue, *_: TensorValue
@@ -286,13 +287,13 @@ def pick_program(dims: ModelDimensions, policy: Policy) -> Program:
             offsets = lengths - 1
             logits, *new = decoder.steps(decoder.embed(tokens, offsets), offsets, kv, sources)
             append(caches, new, offsets)
-            candidates, logprobs, tokens, totals, lengths, stopped = likeliest(logits, texts, lengths, totals, *rules)
-            left = ops.where(stopped.reshape(()), none_left, left - 1)
-            return [left, tokens, lengths, totals, candidates, logprobs]
+            given = logits, texts, lengths, ends, totals, *rules
+            candidates, logprobs, tokens, totals, lengths, left = likeliest(*given)
+            return [left.reshape(()), tokens, lengths, totals, candidates, logprobs]
 
         shape = (tokens.shape[0], rules[-1].shape[0])
         nothing = [ops.constant(0, dtype, tokens.device).broadcast_to(shape) for dtype in (DType.int64, DType.float32)]
-        start = [n_step, tokens, lengths, totals, *nothing]
+        start = [some_left, tokens, lengths, totals, *nothing]
         _, _, lengths, totals, *found = ops.while_loop(start, lambda left, *_: left > none_left, step)
         return [*found, totals, lengths]
 
@@ -304,7 +305,6 @@ def picking_inputs(dims: ModelDimensions, policy: Policy) -> dict[str, TensorTyp
     given = BLOCKS["decoder.step"].inputs(dims, policy)
     given.pop("offset")
     inputs: dict[str, TensorType | BufferType] = {"tokens": given.pop("tokens")}
-    inputs["n_step"] = TensorType(DType.int64, [], DeviceRef.CPU())
     inputs |= {**texts_inputs(), **rules_inputs(dims.n_vocab)}
     inputs["sources"] = TensorType(DType.int64, ["batch", "place"], policy.device)
     written = {f"{name} written": type.as_buffer() for name, type in list(given.items())[: 2 * dims.n_text_layer]}
@@ -346,17 +346,38 @@ class Candidates:
         return self.logprobs, self.tokens
 
 
-class Picked(NamedTuple):
-    """What a graph has picked.
+class Texts(NamedTuple):
+    """Texts that decode together.
 
-    tokens: (batch, token), the texts with the likeliest token of each step behind them; behind a text that has ended,
-        the end of text once more.
+    tokens: (batch, token), as many of which as `lengths` (batch,) says are a text's, and behind them the end of text.
     totals: (batch,), the sum of the log-probabilities of a text's tokens.
-    candidates: of the last step.
     """
 
     tokens: Tensor
+    lengths: Tensor
     totals: Tensor
+
+    @classmethod
+    def of(cls, tokens: Tensor, totals: Tensor) -> "Texts":
+        """Texts of the same length."""
+        return cls(tokens, torch.full((len(tokens),), tokens.shape[1]), totals)
+
+    @classmethod
+    def joined(cls, texts: Sequence["Texts"], eot: int) -> "Texts":
+        width = max(each.tokens.shape[1] for each in texts)
+        tokens = [functional.pad(each.tokens, (0, width - each.tokens.shape[1]), value=eot) for each in texts]
+        return cls(torch.cat(tokens), *(torch.cat(each) for each in list(zip(*texts, strict=True))[1:]))
+
+    def last(self) -> Tensor:
+        """The last token of each, (batch, 1)."""
+        return self.tokens.gather(1, self.lengths[:, None] - 1)
+
+
+class Picked(NamedTuple):
+    """What a graph has picked: texts with the likeliest token of each step behind them, and the candidates of the last
+    step."""
+
+    texts: Texts
     candidates: Candidates
 
 
@@ -447,10 +468,10 @@ class TokenRules:
 
         Raises DecodingError if a logit is NaN, or none is left.
         """
-        texts, lengths = functional.pad(tokens, (0, 1)), torch.full((len(tokens),), tokens.shape[1])
-        given = logits, texts, lengths, totals, *self.inputs(tokens, n_best)
-        candidates, logprobs, _, totals, *_ = compiled_rules()(*given)
-        return checked(Picked(texts, totals, Candidates(candidates, logprobs)))
+        texts, lengths, totals = Texts.of(functional.pad(tokens, (0, 1), value=self.eot), totals)
+        given = logits, texts, lengths - 1, lengths, totals, *self.inputs(tokens, n_best)
+        candidates, logprobs, _, totals, lengths, _ = compiled_rules()(*given)
+        return checked(Picked(Texts(texts, lengths, totals), Candidates(candidates, logprobs)))
 
 
 @cache
@@ -482,20 +503,33 @@ class DecodingTask(decoding.DecodingTask):
             if self.tokenizer.no_speech is not None:
                 no_speech_probs = at_sot.softmax(dim=-1)[:, self.tokenizer.no_speech].tolist()
             picked = rules.pick(logits, tokens, sum_logprobs, n_best)
-            while True:
-                if beams:
-                    tokens, completed = self.decoder.update(tokens, picked.candidates, sum_logprobs)
-                else:
-                    tokens, sum_logprobs, _ = picked
-                    completed = bool((tokens[:, -1] == self.tokenizer.eot).all())
-                n_left = n_end - tokens.shape[1]
-                if completed or n_left <= 0:
-                    break
-                n_step = 1 if beams else min(n_left, MAX_STEPS)
-                picked = self.inference.pick(tokens, sum_logprobs, rules.inputs(tokens, n_best), n_step)
+            if beams:
+                tokens, sum_logprobs = self._beams(tokens, sum_logprobs, picked.candidates, rules, n_end)
+            else:
+                tokens, _, sum_logprobs = self._greedy(picked.texts, rules, n_end)
         finally:
             self.inference.cleanup_caching()
         return tokens, sum_logprobs, no_speech_probs
+
+    def _beams(
+        self, tokens: Tensor, sum_logprobs: Tensor, candidates: Candidates, rules: "TokenRules", n_end: int
+    ) -> tuple[Tensor, Tensor]:
+        """Beams of up to `n_end` tokens, and their sums of log-probabilities."""
+        while True:
+            tokens, completed = self.decoder.update(tokens, candidates, sum_logprobs)
+            if completed or tokens.shape[1] >= n_end:
+                return tokens, sum_logprobs
+            one = torch.ones(len(tokens), dtype=torch.int64)
+            inputs = rules.inputs(tokens, candidates.tokens.shape[1])
+            candidates = self.inference.pick(Texts.of(tokens, sum_logprobs), inputs, one).candidates
+
+    def _greedy(self, texts: "Texts", rules: "TokenRules", n_end: int) -> "Texts":
+        """The texts until each has ended, or has `n_end` tokens."""
+        while True:
+            left = (n_end - texts.lengths).masked_fill(texts.last()[:, 0] == self.tokenizer.eot, 0)
+            if not left.any():
+                return texts
+            texts = self.inference.pick(texts, rules.inputs(texts.tokens, 1), left.clamp(max=MAX_STEPS)).texts
 
     def _rules(self) -> TokenRules | None:
         """None where all logits are needed: to draw tokens at random, or off the CPU, or for a decoder or filters not

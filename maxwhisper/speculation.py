@@ -1,4 +1,4 @@
-"""Greedy decoding by speculation: a rough copy of the decoder, the draft, guesses the next tokens of a text one by one,
+"""Greedy decoding by speculation: a rough copy of the decoder, the draft, guesses the next tokens of texts one by one,
 and the decoder checks them all at once.
 
 A step of the decoder waits for memory: for its weights, and for the keys and values of the audio. Several tokens in one
@@ -26,6 +26,10 @@ SPECULATE, ROUGH_KEYS = "decoder.speculate", "decoder.rough_keys"
 
 N_GUESS = 7
 """Tokens that are guessed and then checked together with the one before: eight rows of a product in all."""
+
+WORTH_GUESSING = 4
+"""Tokens of every text for which a round of guesses takes less time than as many steps: if fewer are wanted, or came of
+a round, steps are better."""
 
 MATRICES = ("attn.query", "attn.key", "attn.value", "attn.out", "cross_attn.query", "cross_attn.out", "mlp.0", "mlp.2")
 VECTORS = (
@@ -84,13 +88,13 @@ class SpeculativeDecoder(Module):
         cache: TensorValue,
         rough_cross: TensorValue,
     ) -> TensorValue:
-        """The last token of a text and `N_GUESS` guesses, (1, 1 + N_GUESS); the guesses stand behind the text then."""
+        """The last token of each text and `N_GUESS` guesses, (batch, 1 + N_GUESS), which stand behind the text then."""
         decoder, draft, device = self.decoder, self.draft, lengths.device
         suppressed, begins, limits, _ = rules
         values = [texts, lengths, begins, suppressed, limits, sources, cache, rough_cross]
         values += [draft.matrices, draft.vectors, draft.token_embedding, decoder.token_embedding.weight]
         values += [decoder.positional_embedding, decoder.ln.weight, decoder.ln.bias]
-        tokens = TensorType(DType.int64, [1, 1 + N_GUESS], device)
+        tokens = TensorType(DType.int64, [lengths.shape[0], 1 + N_GUESS], device)
         parameters = {"n_channel": int(cache.shape[-1])}
         return ops.inplace_custom("maxwhisper.guess", device, values, [tokens], parameters=parameters)[0].tensor
 
@@ -137,73 +141,74 @@ def draft_of(tensors: Mapping[str, Tensor], dims: ModelDimensions) -> dict[str, 
 
 
 def draft_inputs(dims: ModelDimensions, policy: Policy) -> tuple[TensorType, TensorType]:
-    """The caches of a text, all in one, and the keys and values of the audio in int8."""
+    """The caches of texts, all in one, and the keys and values of their audio in int8; there may be more rows than
+    texts."""
     n_channel = dims.n_text_state // dims.n_text_head
     n_kv = 2 * dims.n_text_layer
-    cache = TensorType(policy.compute, [n_kv, 1, dims.n_text_head, "place", n_channel], policy.device)
-    shape = [n_kv, 1, dims.n_text_head, dims.n_audio_ctx, n_channel + UNIT_SIZE]
+    cache = TensorType(policy.compute, [n_kv, "row", dims.n_text_head, "place", n_channel], policy.device)
+    shape: list[int | str] = [n_kv, "rough_row", dims.n_text_head, dims.n_audio_ctx, n_channel + UNIT_SIZE]
     return cache, TensorType(DType.int8, shape, policy.device)
 
 
-def of_one_text(inputs: Mapping[str, TensorType | BufferType]) -> dict[str, TensorType | BufferType]:
-    """Inputs for any number of texts and windows, of one."""
-    one = {"batch": 1, "audio": 1}
-    return {
-        name: type(each)(each.dtype, [one.get(str(size), size) for size in each.shape], each.device)
-        for name, each in inputs.items()
-    }
+def rough_room(cross: Sequence[Tensor], n_row: int) -> Tensor:
+    """For as many windows' keys and values in int8."""
+    _, n_head, n_key, n_channel = cross[0].shape
+    return torch.empty((len(cross), n_row, n_head, n_key, n_channel + UNIT_SIZE), dtype=torch.int8)
 
 
 def rough_keys_program(dims: ModelDimensions, policy: Policy) -> Program:
-    """Puts the keys and values of the audio into memory in int8, as the draft takes them."""
+    """Puts the keys and values of the audio into memory in int8, as the draft takes them, from a row on."""
 
-    def round_them(_: Module, into: BufferValue, *cross: TensorValue) -> list[TensorValue]:
+    def round_them(_: Module, into: BufferValue, row: TensorValue, *cross: TensorValue) -> list[TensorValue]:
         for number, kv in enumerate(cross):
-            ops.inplace_custom("maxwhisper.rough_keys", kv.device, [into, kv], [], parameters={"number": number})
+            values, parameters = [into, kv, row], {"number": number}
+            ops.inplace_custom("maxwhisper.rough_keys", kv.device, values, [], parameters=parameters)
         return []
 
     inputs: dict[str, TensorType | BufferType] = {"into": draft_inputs(dims, policy)[1].as_buffer()}
-    inputs |= {name: each for name, each in of_one_text(picking_inputs(dims, policy)).items() if "cross" in name}
+    inputs["row"] = TensorType(DType.int64, [1], policy.device)
+    inputs |= {name: each for name, each in picking_inputs(dims, policy).items() if "cross" in name}
     return Program(ROUGH_KEYS, "", NoWeights(), round_them, inputs)
 
 
 def speculation_program(dims: ModelDimensions, policy: Policy) -> Program:
-    """As `maxwhisper.decoding.pick_program`, for one text and the likeliest token of each step alone: as many times as
-    there is room for them `N_GUESS` guesses, and what the decoder puts in their place, which is one token more if all
-    are right.
+    """As `maxwhisper.decoding.pick_program`, for the likeliest token of each step alone: `N_GUESS` guesses behind every
+    text, and what the decoder puts in their place, which is one token more if all are right, as long as every text may
+    have `WORTH_GUESSING` more, and the texts got as many on average.
 
-    Takes `draft_inputs` besides, the same caches once more, and not the texts' last tokens.
+    Takes `draft_inputs` besides, the same caches once more, and not the texts' last tokens. Every text has audio of its
+    own, and all have places for `N_GUESS` tokens more than they may have.
     """
     n_own, n_rule = 2 * dims.n_text_layer, len(rules_inputs(dims.n_vocab))
 
     def speculate(
         both: SpeculativeDecoder,
-        n_step: TensorValue,
         texts: BufferValue,
         lengths: TensorValue,
+        ends: TensorValue,
         totals: TensorValue,
         *others: Any,
     ) -> Sequence[TensorValue]:
         rules, (sources, *kv), caches = others[:n_rule], others[n_rule : -n_own - 2], others[-n_own - 2 : -2]
-        none_left, n_row = (ops.constant(value, DType.int64, lengths.device) for value in (0, N_GUESS + 1))
+        fewest = ops.constant(WORTH_GUESSING, DType.int64, lengths.device)
 
-        def guess_and_check(
-            left: TensorValue, lengths: TensorValue, totals: TensorValue, *_: TensorValue
-        ) -> list[TensorValue]:
-            tokens, offsets = both.guess(texts, lengths, rules, sources, *others[-2:]), lengths - 1
+        def guess_and_check(*state: TensorValue) -> list[TensorValue]:
+            _, before, totals, *_ = state
+            tokens, offsets = both.guess(texts, before, rules, sources, *others[-2:]), before - 1
             logits, *new = both.decoder.steps(both.decoder.embed(tokens, offsets), offsets, kv, sources)
             append(caches, new, offsets)
-            candidates, logprobs, _, totals, ends, stopped = likeliest(logits, texts, lengths, totals, *rules)
-            left = ops.where(stopped.reshape(()), none_left, left - (ends - lengths).reshape(()))
-            return [left, ends, totals, candidates, logprobs]
+            given = logits, texts, before, ends, totals, *rules
+            candidates, logprobs, _, totals, lengths, left = likeliest(*given)
+            paid = ops.sum(lengths - before - fewest, axis=0) >= 0
+            return [ops.where(paid, left, 0).reshape(()), lengths, totals, candidates, logprobs]
 
-        shape = (1, rules[-1].shape[0])
+        shape = (lengths.shape[0], rules[-1].shape[0])
         nothing = [ops.constant(0, dtype, lengths.device).broadcast_to(shape) for dtype in (DType.int64, DType.float32)]
-        start = [n_step, lengths, totals, *nothing]
-        _, lengths, totals, *found = ops.while_loop(start, lambda left, *_: left >= n_row, guess_and_check)
+        start = [fewest, lengths, totals, *nothing]
+        _, lengths, totals, *found = ops.while_loop(start, lambda left, *_: left >= fewest, guess_and_check)
         return [*found, totals, lengths]
 
-    inputs = of_one_text(picking_inputs(dims, policy))
+    inputs = picking_inputs(dims, policy)
     del inputs["tokens"]
     inputs |= dict(zip(("cache", "rough cross"), draft_inputs(dims, policy), strict=True))
     return Program(SPECULATE, "", SpeculativeDecoder(dims, policy), speculate, inputs)

@@ -9,6 +9,7 @@ memory. A text's row of a step is bitwise what it is alone, so no transcript dep
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from queue import SimpleQueue
 from threading import Condition, Thread
@@ -19,21 +20,19 @@ import torch
 from max._mlir_context import ensure_default_mlir_context
 from max.driver import Buffer
 from torch import Tensor
-from torch.nn.functional import pad
 
 from .audio import load_audio
-from .decoding import Candidates, KeyValueCache, Picked, Rules
+from .decoding import Candidates, KeyValueCache, Picked, Rules, Texts
 from .errors import OptionError
 from .runtime import buffer
+from .speculation import rough_room
 
 if TYPE_CHECKING:
-    from .whisper import Whisper
+    from .whisper import TextDecoder, Whisper
 
 Waveform = np.ndarray | Tensor
 Audio = str | PathLike[str] | Waveform
 Result = dict[str, Any] | Exception
-Steps = Callable[[Tensor, Tensor, Tensor, Rules, int, Tensor, Sequence[Buffer]], tuple[int, Tensor, Candidates]]
-"""`TextDecoder.steps`."""
 
 
 class Seats:
@@ -43,7 +42,7 @@ class Seats:
         self.taken: list[KeyValueCache | None] = [None] * n_seat
         self.own: list[Tensor] = []
         self.cross: list[Tensor] = []
-        self.sources = torch.empty(0)
+        self.sources = self.memory = self.rough_cross = torch.empty(0)
 
     def place(self, caches: Sequence[KeyValueCache]) -> list[KeyValueCache]:
         """The caches in the order of their seats, which are the first ones; nobody else keeps one."""
@@ -57,7 +56,9 @@ class Seats:
 
     def _move(self, cache: KeyValueCache, seat: int) -> None:
         if not self.own:
-            self.own, self.cross = ([self._room(kv) for kv in kvs] for kvs in (cache.own, cache.cross))
+            n_row = len(self.taken) * len(cache.own[0])
+            self.memory = cache.own[0].new_empty((len(cache.own), n_row, *cache.own[0].shape[1:]))
+            self.own, self.cross = list(self.memory), [self._room(kv) for kv in cache.cross]
             self.sources = self._room(cache.sources)
         own, cross = ([self._rows(kv, seat) for kv in kvs] for kvs in (self.own, self.cross))
         cache.move(own, cross, self._rows(self.sources, seat), seat * len(cache.sources))
@@ -75,16 +76,25 @@ class Seats:
         sources, *kv = (x[: len(x) // len(self.taken) * n] for x in (self.sources, *self.own, *self.cross))
         return sources, [buffer(x) for x in kv]
 
+    def draft(self, n: int, make_rough: Callable[[Sequence[Tensor], Tensor, int], None]) -> list[Buffer]:
+        """Of the same caches, what `maxwhisper.speculation` takes besides. make_rough: as `TextDecoder.make_rough`."""
+        if not len(self.rough_cross):
+            self.rough_cross = rough_room(self.cross, len(self.taken))
+        for seat, cache in enumerate(self.taken[:n]):
+            if cache is not None and cache.rough_cross is None:
+                make_rough(cache.cross, self.rough_cross, seat)
+                cache.rough_cross = self.rough_cross[:, seat : seat + 1]
+        return [buffer(self.memory), buffer(self.rough_cross)]
+
 
 @dataclass(frozen=True)
 class Request:
     """One text's wish for its next tokens, or that of a window's beams: what `TextDecoder.pick` takes."""
 
-    tokens: Tensor
-    totals: Tensor
+    texts: Texts
     cache: KeyValueCache
     rules: Rules
-    n_step: int
+    n_token: Tensor
     found: Future[Picked]
 
 
@@ -95,18 +105,17 @@ class Stopped(Exception):
 class Together:
     """The threads that decode together. A thread holds `turn` whenever it does not wait for tokens."""
 
-    def __init__(self, n_thread: int, steps: Steps):
+    def __init__(self, n_thread: int, decoder: "TextDecoder"):
         self.turn = Condition()
         self.n_thread = n_thread
-        self.steps = steps
+        self.decoder = decoder
         self.seats = Seats(n_thread)
         self.waiting: list[Request] = []
         self.stopped = False
 
-    def pick(self, tokens: Tensor, totals: Tensor, cache: KeyValueCache, rules: Rules, n_step: int) -> Picked:
-        """As `TextDecoder.pick`, once all threads have asked: as many steps as all want, or until a text of theirs
-        ends."""
-        request = Request(tokens, totals, cache, rules, n_step, Future())
+    def pick(self, texts: Texts, cache: KeyValueCache, rules: Rules, n_token: Tensor) -> Picked:
+        """As `TextDecoder.pick`, once all threads have asked."""
+        request = Request(texts, cache, rules, n_token, Future())
         self.waiting.append(request)
         self._step_if_all_wait()
         while not request.found.done():
@@ -138,22 +147,19 @@ class Together:
         """What every request gets, by the id of its cache, which is as much longer then."""
         by_cache = {id(request.cache): request for request in requests}
         order = [by_cache[id(cache)] for cache in self.seats.place([request.cache for request in requests])]
-        n_step = min(each.n_step for each in order)
-        lengths = torch.tensor([each.tokens.shape[1] for each in order for _ in each.tokens])
-        n_place = int(lengths.max()) + n_step
-        texts = torch.cat([pad(each.tokens, (0, n_place - each.tokens.shape[1])) for each in order])
-        totals, rules = torch.cat([each.totals for each in order]), Rules.joined([each.rules for each in order])
-        sources, kv = self.seats.inputs(len(order))
-        n_done, totals, candidates = self.steps(texts, lengths, totals, rules, n_step, sources, kv)
-        sizes = [len(each.tokens) for each in order]
+        texts = [each.texts for each in order]
+        rules = Rules.joined([each.rules for each in order])
+        n_token = torch.cat([each.n_token for each in order])
+        draft = partial(self.seats.draft, len(order), self.decoder.make_rough)
+        together = Texts.joined(texts, int(rules.limits[1]))
+        picked = self.decoder.steps(together, rules, n_token, *self.seats.inputs(len(order)), draft)
+        sizes = [len(each.tokens) for each in texts]
+        parts = [x.split(sizes) for x in (*picked.texts, picked.candidates.tokens, picked.candidates.logprobs)]
         found = {}
-        for each, *rows in zip(
-            order, *(x.split(sizes) for x in (texts, totals, candidates.tokens, candidates.logprobs)), strict=True
-        ):
-            own, own_totals, *best = rows
-            each.cache.n_token += n_done
-            tokens = own[:, : each.tokens.shape[1] + n_done]
-            found[id(each.cache)] = Picked(tokens, own_totals, Candidates(*best))
+        for each, tokens, lengths, totals, *best in zip(order, *parts, strict=True):
+            longest = int(lengths.max())
+            each.cache.n_token = longest - 1
+            found[id(each.cache)] = Picked(Texts(tokens[:, :longest], lengths, totals), Candidates(*best))
         return found
 
 
@@ -212,7 +218,7 @@ def in_threads(
     n_thread: int,
     options: dict[str, Any],
 ) -> Iterator[tuple[int, Result]]:
-    together = Together(n_thread, model.decoder.steps)
+    together = Together(n_thread, model.decoder)
     results: SimpleQueue[tuple[int, Result]] = SimpleQueue()
 
     def work() -> None:

@@ -36,6 +36,7 @@ from .decoding import (
     KeyValueCache,
     Picked,
     Rules,
+    Texts,
     compiled_rules,
     decode,
     pick_program,
@@ -44,7 +45,16 @@ from .decoding import (
 )
 from .errors import AudioError, DeviceError, OptionError
 from .runtime import TORCH_DTYPE, Artifact, Executable, Policy, Program, buffer, find_device, one_torch_thread
-from .speculation import N_GUESS, ROUGH_KEYS, SPECULATE, draft_inputs, draft_of, rough_keys_program, speculation_program
+from .speculation import (
+    N_GUESS,
+    ROUGH_KEYS,
+    SPECULATE,
+    WORTH_GUESSING,
+    draft_of,
+    rough_keys_program,
+    rough_room,
+    speculation_program,
+)
 from .together import Audio, Result, Together, transcribe_many
 
 STORAGE = {torch.float16: DType.float16, torch.bfloat16: DType.bfloat16}
@@ -281,56 +291,66 @@ class TextDecoder(torch.nn.Module):
         cache.append(new, self.dims.n_text_ctx)
         return logits
 
-    def pick(
-        self, tokens: torch.Tensor, totals: torch.Tensor, cache: KeyValueCache, rules: Rules, n_step: int = 1
-    ) -> Picked:
-        """What follows texts (batch, token), all but the last token of which are in the cache, on a CPU: `n_step` more
-        tokens, or fewer: as many as until a text ends, as there are steps for others that decode together with it, or,
-        where tokens are guessed first, as come out of whole rounds.
+    def pick(self, texts: Texts, cache: KeyValueCache, rules: Rules, n_token: torch.Tensor) -> Picked:
+        """What follows texts, all but the last tokens of which are in the cache, on a CPU: of each at most as many
+        tokens as `n_token` (batch,) says, until one ends, has as many, or, where others decode together with these, one
+        of theirs does; or until so few are left that steps of another kind take less time.
 
-        totals: (batch,), the sums of log-probabilities so far. Raises OptionError where the cache has no room.
+        A text that gets none stays as it is, but its cache is lost. Raises OptionError where the cache has no room.
         """
-        self._check_room(cache.n_token + n_step)
+        self._check_room(int((texts.lengths + n_token).max()) - 1)
         if self.together is not None:
-            return self.together.pick(tokens, totals, cache, rules, n_step)
-        texts = torch.nn.functional.pad(tokens, (0, n_step))
-        lengths = torch.full((len(tokens),), tokens.shape[1])
-        draft = self._for_draft(cache) if len(tokens) == len(rules.places) == 1 and n_step > N_GUESS else []
-        given = texts, lengths, totals, rules, n_step, cache.sources, cache.inputs(), draft
-        n_done, totals, candidates = self.steps(*given)
-        cache.n_token += n_done
-        return Picked(texts[:, : tokens.shape[1] + n_done], totals, candidates)
+            return self.together.pick(texts, cache, rules, n_token)
+
+        def draft() -> list[Buffer]:
+            assert cache.memory is not None
+            if cache.rough_cross is None:
+                cache.rough_cross = rough_room(cache.cross, len(texts.tokens))
+                self.make_rough(cache.cross, cache.rough_cross, 0)
+            return [buffer(cache.memory), buffer(cache.rough_cross)]
+
+        picked = self.steps(texts, rules, n_token, cache.sources, cache.inputs(), draft)
+        cache.n_token = int(picked.texts.lengths.max()) - 1
+        return picked
 
     def steps(
         self,
-        texts: torch.Tensor,
-        lengths: torch.Tensor,
-        totals: torch.Tensor,
+        texts: Texts,
         rules: Rules,
-        n_step: int,
+        n_token: torch.Tensor,
         sources: torch.Tensor,
         kv: Sequence[Buffer],
-        draft: Sequence[Buffer] = (),
-    ) -> tuple[int, torch.Tensor, Candidates]:
-        """As `pick`, for texts (batch, place) of `lengths` (batch,), which are written into; sources and kv: as of a
-        `KeyValueCache`, which is too. draft: for one text whose tokens are guessed first, what that takes besides.
-        Returns how many tokens each text got, new totals, and candidates."""
-        given = torch.tensor(n_step), texts, lengths, totals, *rules, sources, *kv, *kv[: 2 * self.dims.n_text_layer]
-        if draft:
-            found = self.network[SPECULATE](*given, *draft)
-        else:
-            found = self.network[PICK](texts.gather(1, lengths[:, None] - 1), *given)
-        candidates, logprobs, totals, ends = found
-        return int(ends[0] - lengths[0]), totals, Candidates(candidates, logprobs)
+        draft: Callable[[], Sequence[Buffer]],
+    ) -> Picked:
+        """As `pick`; sources and kv: as of a `KeyValueCache`. draft: gives what guesses take besides, where tokens are
+        guessed first: if only the likeliest are wanted, of texts with room for guesses and audio of their own."""
+        eot, idle = int(rules.limits[1]), n_token == 0
+        tokens = torch.nn.functional.pad(texts.tokens, (0, int(n_token.max()) + N_GUESS), value=eot)
+        # An idle text takes part as the end of text alone, to which nothing is added.
+        now = Texts(tokens.masked_fill(idle[:, None], eot), texts.lengths.masked_fill(idle, 1), texts.totals)
+        ends, most = now.lengths + n_token, self.dims.n_text_ctx + 1 - N_GUESS
+        ends_of_guesses = torch.where(idle, ends + WORTH_GUESSING, ends.clamp(max=most))
+        others = *rules, sources, *kv, *kv[: 2 * self.dims.n_text_layer]
 
-    def _for_draft(self, cache: KeyValueCache) -> list[Buffer]:
-        """What `draft_inputs` names, of a text."""
-        assert cache.memory is not None
-        if cache.rough_cross is None:
-            _, rough = draft_inputs(self.dims, self.network.policy)
-            cache.rough_cross = torch.empty([int(size) for size in rough.shape], dtype=torch.int8)
-            self.network[ROUGH_KEYS](cache.rough_cross, *cache.cross)
-        return [buffer(cache.memory), buffer(cache.rough_cross)]
+        def worth_guessing() -> bool:
+            return int((ends_of_guesses - now.lengths).min()) >= WORTH_GUESSING
+
+        guess = len(rules.places) == 1 and kv[-1].shape[0] == len(tokens) and worth_guessing()
+        if guess:
+            given = *now[:2], ends_of_guesses, now.totals, *others, *draft()
+            *found, totals, lengths = self.network[SPECULATE](*given)
+            now = Texts(now.tokens, lengths, totals)
+        if not guess or worth_guessing() and not (now.last()[~idle] == eot).any():
+            *found, totals, lengths = self.network[PICK](now.last(), *now[:2], ends, now.totals, *others)
+            now = Texts(now.tokens, lengths, totals)
+        lengths = torch.where(idle, texts.lengths, now.lengths)
+        tokens = torch.where(idle[:, None], tokens, now.tokens)[:, : int(lengths.max())]
+        tokens[torch.arange(tokens.shape[1]) >= lengths[:, None]] = eot  # where guesses were
+        return Picked(Texts(tokens, lengths, now.totals), Candidates(*found))
+
+    def make_rough(self, cross: Sequence[torch.Tensor], into: torch.Tensor, row: int) -> None:
+        """Puts keys and values of audio into some of `rough_room`, from a row on."""
+        self.network[ROUGH_KEYS](into, torch.tensor([row]), *cross)
 
     def _aligned(self, x: torch.Tensor, cross: list[torch.Tensor]) -> torch.Tensor:
         logits, *scores = self.network["decoder.alignment"](x, *cross)

@@ -90,7 +90,7 @@ struct Context[cached: DType, crossed: DType](TrivialRegisterPassable):
 @fieldwise_init
 struct Values(TrivialRegisterPassable):
     """What a layer computes, from x: each (text, token, width). Before `key` and `value` there may be those of
-    `n_before` tokens that are not in the cache yet, if there is one text."""
+    `n_before` tokens that are not in the cache yet, of all texts together, if every text has one token."""
 
     var x: Numbers
     var y: Numbers
@@ -232,7 +232,8 @@ def compute_layer[
         var sources = context.sources.unsafe_offset(text * sizes.n_place)
         var cache_row = n_head * sizes.n_place * n_channel
         var n_new = values.n_before + token
-        var first_new = (text * n_token - values.n_before) * n_state + head * n_channel
+        var apart = sizes.n_text * n_state if values.n_before else n_state  # a text's tokens
+        var first_new = text * n_token * n_state - values.n_before * apart + head * n_channel
         attend_to_text[n_channel](
             values.attended.unsafe_offset(piece * n_channel),
             values.query.unsafe_offset(piece * n_channel),
@@ -240,13 +241,13 @@ def compute_layer[
                 ScatteredRows(context.k.unsafe_offset(at), length, sources, cache_row),
                 values.key.unsafe_offset(first_new),
                 n_new,
-                n_state,
+                apart,
             ),
             ContinuedRows(
                 ScatteredRows(context.v.unsafe_offset(at), length, sources, cache_row),
                 values.value.unsafe_offset(first_new),
                 n_new,
-                n_state,
+                apart,
             ),
             values.key.unsafe_offset(piece * n_channel),
             values.value.unsafe_offset(piece * n_channel),

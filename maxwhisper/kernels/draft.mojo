@@ -1,4 +1,4 @@
-"""A rough copy of the decoder, the draft: it guesses a text's next tokens, which the decoder then checks.
+"""A rough copy of the decoder, the draft: it guesses the next tokens of texts, which the decoder then checks.
 
 All guesses share one start of threads. Nothing that the draft computes is kept.
 """
@@ -28,6 +28,7 @@ comptime INT8_MAX = 127
 comptime MIDDLE = 8  # stands for zero in four bits
 comptime SURE = 4  # tokens of a part, of text and of timestamps, whose logits are computed exactly
 comptime PARTS = 8  # of the logits, for every thread, so that they end at the same time
+comptime TEXTS = 4  # whose logits are computed from the same numbers, or else one
 comptime N_STEP = 4  # phases of a guess beside those of the layers
 
 comptime Bytes = SIMD[DType.uint8, BYTES]
@@ -79,26 +80,29 @@ struct Room(Movable):
     var layer: List[Float32]  # what a layer computes, as `layer_values` has it
     var new: List[Float32]  # keys and values of the guesses
     var rounded: List[Int8]  # the state that logits are computed from
-    var state: List[Rounded]
+    var state: List[Rounded]  # of each text
     var ranges: List[Int]  # of tokens that cannot follow
     var logits: List[Float32]
-    var sums: List[LogSumExp]  # of each part's timestamps
-    var best_tokens: List[Int64]  # the likeliest of each part's text, and of its timestamps
+    var sums: List[LogSumExp]  # of each text's timestamps, part by part
+    var best_tokens: List[Int64]  # the likeliest of each of these parts' text, and of its timestamps
     var best_scores: List[Float32]
     var past: List[Int64]
     var phases: List[Int64]
 
-    def __init__(out self, sizes: Sizes, n_layer: Int, n_guess: Int, n_vocab: Int, n_part: Int, n_past: Int):
-        self.layer = List[Float32](unsafe_uninit_length=14 * sizes.n_state + 2 * sizes.n_hidden)
-        self.new = List[Float32](unsafe_uninit_length=n_layer * 2 * n_guess * sizes.n_state)
-        self.rounded = List[Int8](length=align_up(sizes.n_state, BYTES), fill=0)
-        self.state = List[Rounded](length=1, fill=Rounded(untracked(self.rounded), 0, 0))
-        self.ranges = List[Int](length=4, fill=0)
-        self.logits = List[Float32](unsafe_uninit_length=n_vocab)
-        self.sums = List[LogSumExp](length=n_part, fill=LogSumExp())
-        self.best_tokens = List[Int64](length=n_part * 2, fill=0)
-        self.best_scores = List[Float32](length=n_part * 2, fill=NEVER)
-        self.past = List[Int64](length=1, fill=Int64(n_past))
+    def __init__(out self, sizes: Sizes, n_layer: Int, n_guess: Int, n_vocab: Int, n_part: Int):
+        var n_text = sizes.n_text
+        var width = align_up(sizes.n_state, BYTES)
+        self.layer = List[Float32](unsafe_uninit_length=n_text * (14 * sizes.n_state + 2 * sizes.n_hidden))
+        self.new = List[Float32](unsafe_uninit_length=n_layer * 2 * n_guess * n_text * sizes.n_state)
+        self.rounded = List[Int8](length=n_text * width, fill=0)
+        var rounded = untracked(self.rounded)
+        self.state = [Rounded(rounded.unsafe_offset(text * width), 0, 0) for text in range(n_text)]
+        self.ranges = List[Int](length=n_text * 4, fill=0)
+        self.logits = List[Float32](unsafe_uninit_length=n_text * n_vocab)
+        self.sums = List[LogSumExp](length=n_text * n_part, fill=LogSumExp())
+        self.best_tokens = List[Int64](length=n_text * n_part * 2, fill=0)
+        self.best_scores = List[Float32](length=n_text * n_part * 2, fill=NEVER)
+        self.past = List[Int64](length=n_text, fill=0)
         self.phases = List[Int64](length=n_guess * (N_STEP + n_layer * N_PHASE) * COUNTERS, fill=0)
 
 
@@ -108,21 +112,31 @@ def untracked[T: Copyable](mut list: List[T]) -> Pointer[T, Untracked]:
 
 
 @always_inline
-def rough_logit(row: Stored[DType.uint8], x: Rounded, half: Int) -> Float32:
-    """Returns the product of a row in four bits a number with x, nearly."""
-    var sums, others = Sums(0), Sums(0)
+def rough_logits[
+    texts: Int
+](
+    logits: Pointer[mut=True, Float32, _], n_vocab: Int, row: Stored[DType.uint8], states: Pointer[Rounded, _], half: Int
+):
+    """Writes the products of a row in four bits a number with the states of some texts, nearly, n_vocab apart."""
+    var sums = Array[Sums, 2 * texts](fill=0)
     var i = 0
     while i + BYTES <= half:
         var pairs = row.unsafe_load[width=BYTES](i)
-        sums = multiply_add(pairs & 15, x.numbers.unsafe_load[width=BYTES](i), sums)
-        others = multiply_add(pairs >> 4, x.numbers.unsafe_load[width=BYTES](half + i), others)
+        var first, second = pairs & 15, pairs >> 4
+        comptime for text in range(texts):
+            var x = states[unsafe_offset=text].numbers
+            sums[2 * text] = multiply_add(first, x.unsafe_load[width=BYTES](i), sums[2 * text])
+            sums[2 * text + 1] = multiply_add(second, x.unsafe_load[width=BYTES](half + i), sums[2 * text + 1])
         i += BYTES
-    var sum = (sums + others).reduce_add() - MIDDLE * x.total
-    for rest in range(i, half):
-        var pair = row[unsafe_offset=rest]
-        sum += (pair & 15).cast[DType.int32]() * x.numbers[unsafe_offset=rest].cast[DType.int32]()
-        sum += (pair >> 4).cast[DType.int32]() * x.numbers[unsafe_offset=half + rest].cast[DType.int32]()
-    return sum.cast[DType.float32]() * x.unit * row.unsafe_offset(half).unsafe_bitcast[Float32]()[unsafe_offset=0]
+    var unit = row.unsafe_offset(half).unsafe_bitcast[Float32]()[unsafe_offset=0]
+    comptime for text in range(texts):
+        var x = states[unsafe_offset=text]
+        var sum = (sums[2 * text] + sums[2 * text + 1]).reduce_add() - MIDDLE * x.total
+        for rest in range(i, half):
+            var pair = row[unsafe_offset=rest]
+            sum += (pair & 15).cast[DType.int32]() * x.numbers[unsafe_offset=rest].cast[DType.int32]()
+            sum += (pair >> 4).cast[DType.int32]() * x.numbers[unsafe_offset=half + rest].cast[DType.int32]()
+        logits[unsafe_offset=text * n_vocab] = sum.cast[DType.float32]() * x.unit * unit
 
 
 def layer_weights(matrices: Stored[DType.int8], vectors: Numbers, n_state: Int, n_hidden: Int) -> Weights[DType.int8]:
@@ -155,41 +169,42 @@ def layer_weights(matrices: Stored[DType.int8], vectors: Numbers, n_state: Int, 
     )
 
 
-def layer_values(room: Numbers, new: Numbers, n_state: Int, n_hidden: Int, n_guess: Int, n_before: Int) -> Values:
+def layer_values(room: Numbers, new: Numbers, sizes: Sizes, n_guess: Int, n_before: Int) -> Values:
     """Returns where a layer puts what it computes, which the next one overwrites, but for the keys and values of all
     guesses in `new`. It puts out where it found x."""
+    var size, hidden_size = sizes.n_text * sizes.n_state, sizes.n_text * sizes.n_hidden
     return Values(
         x=room,
         y=room,
-        attn_ln=room.unsafe_offset(n_state),
-        query=room.unsafe_offset(2 * n_state),
-        key=new.unsafe_offset(n_before * n_state),
-        value=new.unsafe_offset((n_guess + n_before) * n_state),
-        attn=room.unsafe_offset(3 * n_state),
-        cross_attn_ln=room.unsafe_offset(4 * n_state),
-        cross_query=room.unsafe_offset(5 * n_state),
-        cross_attn=room.unsafe_offset(6 * n_state),
-        mlp_ln=room.unsafe_offset(7 * n_state),
-        mlp=room.unsafe_offset(8 * n_state),
-        attended=room.unsafe_offset(9 * n_state),
-        attn_sum=room.unsafe_offset(10 * n_state),
-        cross_attended=room.unsafe_offset(11 * n_state),
-        cross_attn_sum=room.unsafe_offset(12 * n_state),
-        hidden=room.unsafe_offset(13 * n_state),
-        active=room.unsafe_offset(13 * n_state + n_hidden),
+        attn_ln=room.unsafe_offset(size),
+        query=room.unsafe_offset(2 * size),
+        key=new.unsafe_offset(n_before * size),
+        value=new.unsafe_offset((n_guess + n_before) * size),
+        attn=room.unsafe_offset(3 * size),
+        cross_attn_ln=room.unsafe_offset(4 * size),
+        cross_query=room.unsafe_offset(5 * size),
+        cross_attn=room.unsafe_offset(6 * size),
+        mlp_ln=room.unsafe_offset(7 * size),
+        mlp=room.unsafe_offset(8 * size),
+        attended=room.unsafe_offset(9 * size),
+        attn_sum=room.unsafe_offset(10 * size),
+        cross_attended=room.unsafe_offset(11 * size),
+        cross_attn_sum=room.unsafe_offset(12 * size),
+        hidden=room.unsafe_offset(13 * size),
+        active=room.unsafe_offset(13 * size + hidden_size),
         n_before=n_before,
     )
 
 
 @extensibility.register("maxwhisper.guess")
 struct Guess:
-    """Guesses the next tokens of a text: each one the likeliest under the rules of maxwhisper.pick, as far as the draft
+    """Guesses the next tokens of texts: each one the likeliest under the rules of maxwhisper.pick, as far as the draft
     knows.
 
-    guesses: (1, 1 + guess), the text's last token, and the guesses, which are put behind the text too.
-    texts, lengths, begins, suppressed, limits: as for maxwhisper.pick, of one text.
-    cache: (2 * layer, 1, head, place, channel), keys and values in turn; sources: as for maxwhisper.cached_attention.
-    cross: (2 * layer, 1, head, n_audio_ctx, channel + 4), as maxwhisper.rough_keys writes them.
+    guesses: (batch, 1 + guess), each text's last token, and the guesses, which are put behind the text too.
+    texts, lengths, begins, suppressed, limits: as for maxwhisper.pick.
+    cache: (2 * layer, row, head, place, channel), keys and values in turn; sources: as for maxwhisper.cached_attention.
+    cross: (2 * layer, row, head, n_audio_ctx, channel + 4), as maxwhisper.rough_keys writes them, of each text its own.
     matrices: (layer, number), those of a layer one behind the other, in the order of the submodules; vectors too.
     rough_embedding: (vocab, state / 2 + 4), in a byte the numbers of the first half of a row, and above them those of
         the second half, each from 0 to 15 for -8 to 7; then the float32 that they are multiples of.
@@ -218,42 +233,47 @@ struct Guess:
         ln_bias: InputTensor[dtype=DType.float32, rank=1, ...],
         ctx: DeviceContext,
     ) raises:
-        var n_guess = guesses.dim_size(1) - 1
+        var n_text, n_guess = guesses.dim_size(0), guesses.dim_size(1) - 1
         var n_layer, n_vocab, n_state = matrices.dim_size(0), token_embedding.dim_size(0), token_embedding.dim_size(1)
-        var n_hidden = vectors.dim_size(1) - 12 * n_state
         var sizes = Sizes(
-            n_text=1,
+            n_text=n_text,
             n_token=1,
             n_state=n_state,
-            n_hidden=n_hidden,
+            n_hidden=vectors.dim_size(1) - 12 * n_state,
             n_head=cache.dim_size(2),
             n_place=cache.dim_size(3),
-            n_audio=1,
+            n_audio=n_text,
             n_audio_ctx=cross.dim_size(3),
             n_thread=parallelism_level(None),
         )
-        var cache_size = sizes.n_head * sizes.n_place * n_channel
-        var cross_size = sizes.n_head * sizes.n_audio_ctx * row_size[DType.int8](n_channel)
-        var length = Int(lengths.unsafe_ptr()[unsafe_offset=0])
-        if length + n_guess > min(texts.dim_size(1), positional_embedding.dim_size(0)):
-            raise Error("maxwhisper.guess: the text has no place for as many tokens")
-        var text, found = stored[DType.int64](texts), stored[DType.int64](guesses)
-        var first_sampled = Int(begins.unsafe_ptr()[unsafe_offset=0])
+        var cache_size = cache.dim_size(1) * sizes.n_head * sizes.n_place * n_channel
+        var cross_size = cross.dim_size(1) * sizes.n_head * sizes.n_audio_ctx * row_size[DType.int8](n_channel)
+        var text_place = texts.dim_size(1)
+        var all_texts, found = stored[DType.int64](texts), stored[DType.int64](guesses)
+        var all_lengths, first_sampled = stored[DType.int64](lengths), stored[DType.int64](begins)
         var excluded = stored[DType.uint8](suppressed)
         var begin = Int(limits.unsafe_ptr()[unsafe_offset=0])
         var end_of_text = Int(limits.unsafe_ptr()[unsafe_offset=1])
         var n_part = PARTS * sizes.n_thread
         var part_size = ceildiv(n_vocab, n_part)
 
-        var kept = Room(sizes, n_layer, n_guess, n_vocab, n_part, length - 1)
-        var room, new, logits = untracked(kept.layer), untracked(kept.new), untracked(kept.logits)
-        var state, ranges = untracked(kept.state), untracked(kept.ranges)
+        var kept = Room(sizes, n_layer, n_guess, n_vocab, n_part)
+        var room, new, all_logits = untracked(kept.layer), untracked(kept.new), untracked(kept.logits)
+        var normed = room.unsafe_offset(n_text * n_state)
+        var states, ranges = untracked(kept.state), untracked(kept.ranges)
         var sums, counters, past = untracked(kept.sums), untracked(kept.phases), untracked(kept.past)
         var best_tokens, best_scores = untracked(kept.best_tokens), untracked(kept.best_scores)
-        found[unsafe_offset=0] = text[unsafe_offset=length - 1]
+        var longest = 0
+        for text in range(n_text):
+            var length = Int(all_lengths[unsafe_offset=text])
+            longest = max(longest, length)
+            past[unsafe_offset=text] = Int64(length - 1)
+            found[unsafe_offset=text * (1 + n_guess)] = all_texts[unsafe_offset=text * text_place + length - 1]
+        if longest + n_guess > min(text_place, positional_embedding.dim_size(0)):
+            raise Error("maxwhisper.guess: a text has no place for as many tokens")
 
         def member(number: Int) raises {imm}:
-            var n_key = max(sizes.n_audio_ctx * QUERIES, length + n_guess)
+            var n_key = max(sizes.n_audio_ctx * QUERIES, longest + n_guess)
             var scores = List[Float32](length=n_key, fill=0)
             var weights = List[Float32](length=n_key, fill=0)
             for guess in range(n_guess):
@@ -261,47 +281,49 @@ struct Guess:
 
                 @always_inline
                 @__parameter
-                def embed(_piece: Int):
-                    var token = Int(text[unsafe_offset=length + guess - 1])
+                def embed(text: Int):
+                    var place = Int(all_lengths[unsafe_offset=text]) + guess - 1
+                    var token = Int(all_texts[unsafe_offset=text * text_place + place])
                     var row = token_embedding.unsafe_ptr().unsafe_offset(token * n_state)
-                    var at = numbers(positional_embedding).unsafe_offset((length + guess - 1) * n_state)
+                    var at = numbers(positional_embedding).unsafe_offset(place * n_state)
                     for i in range(0, n_state, WIDTH):
                         var values = row.unsafe_load[width=WIDTH](i).cast[DType.float32]()
-                        room.unsafe_store(i, values + at.unsafe_load[width=WIDTH](i))
+                        room.unsafe_store(text * n_state + i, values + at.unsafe_load[width=WIDTH](i))
 
                 @always_inline
                 @__parameter
-                def finish(_piece: Int):
-                    var normed = room.unsafe_offset(n_state)
-                    normalise(normed, room, numbers(ln_weight), numbers(ln_bias), n_state)
-                    var into = state[unsafe_offset=0].numbers
-                    var unit = quantise(normed, into, n_state)
+                def finish(text: Int):
+                    var its_own = normed.unsafe_offset(text * n_state)
+                    var x = room.unsafe_offset(text * n_state)
+                    normalise(its_own, x, numbers(ln_weight), numbers(ln_bias), n_state)
+                    var into = states[unsafe_offset=text].numbers
+                    var unit = quantise(its_own, into, n_state)
                     var total = Int32(0)
                     for i in range(n_state):
                         total += into[unsafe_offset=i].cast[DType.int32]()
-                    state[unsafe_offset=0] = Rounded(into, unit, total)
-                    var sampled = text.unsafe_offset(first_sampled)
-                    var cannot = forbidden(sampled, length + guess - first_sampled, begin, end_of_text, n_vocab)
+                    states[unsafe_offset=text] = Rounded(into, unit, total)
+                    var first = Int(first_sampled[unsafe_offset=text])
+                    var n_sampled = Int(all_lengths[unsafe_offset=text]) + guess - first
+                    var sampled = all_texts.unsafe_offset(text * text_place + first)
+                    var cannot = forbidden(sampled, n_sampled, begin, end_of_text, n_vocab)
                     for i in range(4):
-                        ranges[unsafe_offset=i] = cannot[i]
+                        ranges[unsafe_offset=text * 4 + i] = cannot[i]
 
                 @always_inline
                 @__parameter
-                def part(piece: Int):
-                    var first, last = min(piece * part_size, n_vocab), min((piece + 1) * part_size, n_vocab)
-                    var half = n_state // 2
-                    var x = state[unsafe_offset=0]
-                    for token in range(first, last):
-                        var row = stored[DType.uint8](rough_embedding).unsafe_offset(token * (half + 4))
-                        logits[unsafe_offset=token] = rough_logit(row, x, half)
+                def find_best(text: Int, piece: Int, first: Int, last: Int):
+                    """The likeliest of a part of the vocabulary, of text and of timestamps."""
+                    var logits = all_logits.unsafe_offset(text * n_vocab)
+                    var cannot = ranges.unsafe_offset(text * 4)
                     var token = first
                     while token + WIDTH <= last:
-                        logits.unsafe_store(token, permitted[WIDTH](token, logits, excluded, ranges))
+                        logits.unsafe_store(token, permitted[WIDTH](token, logits, excluded, cannot))
                         token += WIDTH
                     for rest in range(token, last):
-                        logits[unsafe_offset=rest] = permitted[1](rest, logits, excluded, ranges)
+                        logits[unsafe_offset=rest] = permitted[1](rest, logits, excluded, cannot)
                     var middle = max(first, min(begin, last))
-                    sums[unsafe_offset=piece] = LogSumExp(logits.unsafe_offset(middle), last - middle)
+                    var its_own = text * n_part + piece
+                    sums[unsafe_offset=its_own] = LogSumExp(logits.unsafe_offset(middle), last - middle)
                     for kind in range(2):
                         var tokens = Array[Int64, SURE](fill=0)
                         var highest = Array[Float32, SURE](fill=0)
@@ -317,32 +339,52 @@ struct Guess:
                         for place in range(SURE):
                             if highest[place] > NEVER:
                                 var exact = products[1](
-                                    room.unsafe_offset(n_state),
+                                    normed.unsafe_offset(text * n_state),
                                     token_embedding.unsafe_ptr().unsafe_offset(Int(tokens[place]) * n_state),
                                     n_state,
                                 )[0]
                                 if exact > best:
                                     best, best_token = exact, tokens[place]
-                        best_scores[unsafe_offset=2 * piece + kind] = best
-                        best_tokens[unsafe_offset=2 * piece + kind] = best_token
+                        best_scores[unsafe_offset=2 * its_own + kind] = best
+                        best_tokens[unsafe_offset=2 * its_own + kind] = best_token
 
                 @always_inline
                 @__parameter
-                def choose(_piece: Int):
+                def part(piece: Int):
+                    var first, last = min(piece * part_size, n_vocab), min((piece + 1) * part_size, n_vocab)
+                    var half = n_state // 2
+                    for token in range(first, last):
+                        var row = stored[DType.uint8](rough_embedding).unsafe_offset(token * (half + 4))
+                        var logits = all_logits.unsafe_offset(token)
+                        var text = 0
+                        while text + TEXTS <= n_text:
+                            var some, into = states.unsafe_offset(text), logits.unsafe_offset(text * n_vocab)
+                            rough_logits[TEXTS](into, n_vocab, row, some, half)
+                            text += TEXTS
+                        for rest in range(text, n_text):
+                            var some, into = states.unsafe_offset(rest), logits.unsafe_offset(rest * n_vocab)
+                            rough_logits[1](into, n_vocab, row, some, half)
+                    for text in range(n_text):
+                        find_best(text, piece, first, last)
+
+                @always_inline
+                @__parameter
+                def choose(text: Int):
                     var timestamps = LogSumExp()
                     var best = Array[Float32, 2](fill=NEVER)
                     var tokens = Array[Int64, 2](fill=0)
-                    for each in range(n_part):
+                    for each in range(text * n_part, (text + 1) * n_part):
                         timestamps = timestamps.joined(sums[unsafe_offset=each])
                         for kind in range(2):
                             if best_scores[unsafe_offset=2 * each + kind] > best[kind]:
                                 best[kind] = best_scores[unsafe_offset=2 * each + kind]
                                 tokens[kind] = best_tokens[unsafe_offset=2 * each + kind]
                     var kind = 1 if timestamps.value() > best[0] or best[1] > best[0] else 0
-                    text[unsafe_offset=length + guess] = tokens[kind]
-                    found[unsafe_offset=guess + 1] = tokens[kind]
+                    var place = Int(all_lengths[unsafe_offset=text]) + guess
+                    all_texts[unsafe_offset=text * text_place + place] = tokens[kind]
+                    found[unsafe_offset=text * (1 + n_guess) + guess + 1] = tokens[kind]
 
-                phase[embed](own, 0, 1)
+                phase[embed](own, 0, n_text)
                 for layer in range(n_layer):
                     compute_layer[n_channel](
                         own.unsafe_offset((N_STEP + layer * N_PHASE) * COUNTERS),
@@ -353,7 +395,7 @@ struct Guess:
                             stored[DType.int8](matrices).unsafe_offset(layer * matrices.dim_size(1)),
                             numbers(vectors).unsafe_offset(layer * vectors.dim_size(1)),
                             n_state,
-                            n_hidden,
+                            sizes.n_hidden,
                         ),
                         Context[cache.dtype, DType.int8](
                             k=stored[cache.dtype](cache).unsafe_offset(2 * layer * cache_size),
@@ -364,12 +406,12 @@ struct Guess:
                             v_cross=stored[DType.int8](cross).unsafe_offset((2 * layer + 1) * cross_size),
                         ),
                         layer_values(
-                            room, new.unsafe_offset(layer * 2 * n_guess * n_state), n_state, n_hidden, n_guess, guess
+                            room, new.unsafe_offset(layer * 2 * n_guess * n_text * n_state), sizes, n_guess, guess
                         ),
                     )
-                phase[finish](own, 1, 1)
+                phase[finish](own, 1, n_text)
                 phase[part](own, 2, n_part)
-                phase[choose](own, 3, 1)
+                phase[choose](own, 3, n_text)
             _ = scores^
             _ = weights^
 
@@ -380,7 +422,7 @@ struct Guess:
 @extensibility.register("maxwhisper.rough_keys")
 struct RoughKeys:
     """Rounds keys or values x (row, head, key, channel) to int8, into y[number] of y (number, row, head, key, channel +
-    4): behind the channels of each stands the float32 that they are multiples of."""
+    4), from the row `first` (1,) on: behind the channels of each stands the float32 that they are multiples of."""
 
     @staticmethod
     def execute[
@@ -388,12 +430,15 @@ struct RoughKeys:
     ](
         y: _MutableInputTensor[dtype=DType.int8, rank=5, ...],
         x: InputTensor[rank=4, ...],
+        first: InputTensor[dtype=DType.int64, rank=1, ...],
         ctx: DeviceContext,
     ) raises:
         var n_channel = x.dim_size(3)
         var size = row_size[DType.int8](n_channel)
-        var n_row = x.dim_size(0) * x.dim_size(1) * x.dim_size(2)
-        var xs, ys = x.unsafe_ptr(), y.unsafe_ptr().unsafe_offset(number * n_row * size)
+        var n_each = x.dim_size(1) * x.dim_size(2)
+        var n_row = x.dim_size(0) * n_each
+        var first_row = (number * y.dim_size(1) + Int(first.unsafe_ptr()[unsafe_offset=0])) * n_each
+        var xs, ys = x.unsafe_ptr(), y.unsafe_ptr().unsafe_offset(first_row * size)
         var share = ceildiv(n_row, parallelism_level(None))
 
         def task(part: Int) raises {imm}:

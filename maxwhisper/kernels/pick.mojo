@@ -148,19 +148,21 @@ def insert(
 @extensibility.register("maxwhisper.pick")
 struct Pick:
     """Finds the likeliest next tokens of every text and their log-probabilities, and puts the likeliest behind the
-    text; behind one that has ended, the end of text once more.
+    text. A text that has ended stays as it is.
 
     Where logits are of several tokens, all but the first of which were only guessed and stand behind the text, goes on
-    as long as each guess is what would have been put there.
+    as long as each guess is what would have been put there, and the text is short of its limit.
 
     candidates, logprobs: (batch, candidate), in falling order, of the last place that was filled.
-    tokens: (batch, 1), what was put there.
-    new_totals: (batch,), totals and the log-probabilities of what was put behind texts that had not ended.
+    tokens: (batch, 1), the last of each text.
+    new_totals: (batch,), totals and the log-probabilities of what was put behind.
     new_lengths: (batch,), of the texts with what was put behind them.
-    stopped: (1,), whether a text ended now, or has no next token: logits are not finite or all excluded.
+    left: (1,), how many more tokens every text may have that has not ended; 0 if one ended now, or has no next token:
+        logits are not finite or all excluded.
     texts: (batch, place), of which the first `lengths` hold tokens, and the next ones guesses.
     logits: (batch, token, vocab), of each text's last token and of the guesses behind it.
     lengths, begins: (batch,), how many tokens a text has, and where those begin that were sampled.
+    ends: (batch,), how many tokens a text may have.
     totals: (batch,), the sum of the log-probabilities of a text's tokens.
     suppressed: (vocab,), tokens that no text may have next.
     limits: (2,), the first timestamp and the end of text. Text is excluded where all timestamps together are likelier
@@ -174,10 +176,11 @@ struct Pick:
         tokens: OutputTensor[dtype=DType.int64, rank=2, ...],
         new_totals: OutputTensor[dtype=DType.float32, rank=1, ...],
         new_lengths: OutputTensor[dtype=DType.int64, rank=1, ...],
-        stopped: OutputTensor[dtype=DType.bool, rank=1, ...],
+        left: OutputTensor[dtype=DType.int64, rank=1, ...],
         texts: _MutableInputTensor[dtype=DType.int64, rank=2, ...],
         logits: InputTensor[dtype=DType.float32, rank=3, ...],
         lengths: InputTensor[dtype=DType.int64, rank=1, ...],
+        ends: InputTensor[dtype=DType.int64, rank=1, ...],
         begins: InputTensor[dtype=DType.int64, rank=1, ...],
         totals: InputTensor[dtype=DType.float32, rank=1, ...],
         suppressed: InputTensor[dtype=DType.bool, rank=1, ...],
@@ -194,9 +197,9 @@ struct Pick:
         var end_of_text = Int(limits.unsafe_ptr()[unsafe_offset=1])
         var n_part = n_row * PARTS
         var part_size = ceildiv(n_vocab, PARTS)
-        var left = List[Float32](unsafe_uninit_length=n_row * n_vocab)  # the logits that the rules leave
+        var allowed = List[Float32](unsafe_uninit_length=n_row * n_vocab)  # the logits that the rules leave
         var sums = List[LogSumExp](length=n_part * 2, fill=LogSumExp())  # of text, of timestamps
-        var permitted_logits, parts = left.unsafe_ptr(), sums.unsafe_ptr()
+        var permitted_logits, parts = allowed.unsafe_ptr(), sums.unsafe_ptr()
         var best_tokens = List[Int64](length=n_row * n_best, fill=0)
         var best_scores = List[Float32](length=n_row * n_best, fill=0)
         var found, scores = best_tokens.unsafe_ptr(), best_scores.unsafe_ptr()
@@ -259,33 +262,33 @@ struct Pick:
         sync_parallelize(some, ceildiv(n_part, share))
         sync_parallelize(one, n_row)
 
-        stopped.unsafe_ptr()[unsafe_offset=0] = False
+        var least = Int64.MAX
+        var stopped = False
         for text in range(n_text):
             var length = Int(lengths.unsafe_ptr()[unsafe_offset=text])
+            var end = Int(ends.unsafe_ptr()[unsafe_offset=text])
             var total = totals.unsafe_ptr()[unsafe_offset=text]
-            var token = Int64(0)
-            var row = text * n_token - 1
-            for _ in range(n_token):
-                row += 1
-                token = found[unsafe_offset=row * n_best]
-                var logprob = scores[unsafe_offset=row * n_best]
-                var next = texts.unsafe_ptr().unsafe_offset(text * n_place + length)
-                var had_ended = Int(next[unsafe_offset=-1]) == end_of_text
-                var ends = Int(token) == end_of_text and not had_ended
-                if had_ended:
-                    token, logprob = Int64(end_of_text), 0
-                var guessed = next[unsafe_offset=0] == token
-                next[unsafe_offset=0] = token
-                total += logprob
-                length += 1
-                if ends or not isfinite(scores[unsafe_offset=row * n_best]):
-                    stopped.unsafe_ptr()[unsafe_offset=0] = True
-                    break
-                if not guessed:
-                    break
+            var its_text = texts.unsafe_ptr().unsafe_offset(text * n_place)
+            var row = text * n_token
+            var goes_on = Int(its_text[unsafe_offset=length - 1]) != end_of_text
+            if goes_on:
+                for guess in range(n_token):
+                    row = text * n_token + guess
+                    var token, logprob = found[unsafe_offset=row * n_best], scores[unsafe_offset=row * n_best]
+                    var guessed = its_text[unsafe_offset=length] == token
+                    its_text[unsafe_offset=length] = token
+                    total += logprob
+                    length += 1
+                    if Int(token) == end_of_text or not isfinite(logprob):
+                        stopped = True
+                        break
+                    if not guessed or length == end:
+                        break
+                least = min(least, Int64(end - length))
             for place in range(n_best):
                 candidates.unsafe_ptr()[unsafe_offset=text * n_best + place] = found[unsafe_offset=row * n_best + place]
                 logprobs.unsafe_ptr()[unsafe_offset=text * n_best + place] = scores[unsafe_offset=row * n_best + place]
-            tokens.unsafe_ptr()[unsafe_offset=text] = token
+            tokens.unsafe_ptr()[unsafe_offset=text] = its_text[unsafe_offset=length - 1]
             new_totals.unsafe_ptr()[unsafe_offset=text] = total
             new_lengths.unsafe_ptr()[unsafe_offset=text] = Int64(length)
+        left.unsafe_ptr()[unsafe_offset=0] = 0 if stopped or least == Int64.MAX else least

@@ -86,8 +86,8 @@ def test_greedy_picks_what_openai_picks(sampled, seed, lean, **options) -> None:
     ours = picked(logits, tokens, chosen, 1)
     sums = totals(tokens)
     theirs, _ = decoding.GreedyDecoder(0.0, EOT).update(tokens, filtered(logits, tokens, chosen), sums)
-    assert ours.tokens.equal(theirs)
-    assert close(ours.totals, sums)
+    assert ours.texts.tokens.equal(theirs)
+    assert close(ours.texts.totals, sums)
 
 
 @settings(max_examples=60, deadline=None)
@@ -156,10 +156,29 @@ def test_steps_stop_where_a_text_ends_for_the_first_time(
 ) -> None:
     logits, tokens = torch.zeros(2, N_VOCAB), torch.tensor(texts)
     logits[[0, 1], likeliest] = 9
+    assert picked_by_graph(logits, tokens, [9, 8])[-1].tolist() == [0 if expected else 2]
+
+
+def picked_by_graph(logits: torch.Tensor, tokens: torch.Tensor, ends: list[int]) -> list[torch.Tensor]:
+    """What the graph gives for texts of the same length, and the texts with a place more."""
     rules = TokenRules(N_VOCAB, SAMPLE_BEGIN, EOT).inputs(tokens, 1)
-    lengths = torch.full((2,), tokens.shape[1])
-    *_, stopped = compiled_rules()(logits, torch.nn.functional.pad(tokens, (0, 1)), lengths, totals(tokens), *rules)
-    assert stopped.tolist() == [expected]
+    texts = torch.nn.functional.pad(tokens, (0, 1))
+    lengths = torch.full((len(tokens),), tokens.shape[1])
+    return [texts, *compiled_rules()(logits, texts, lengths, torch.tensor(ends), totals(tokens), *rules)]
+
+
+def test_a_text_that_has_ended_stays_as_it_is() -> None:
+    logits, tokens = torch.zeros(2, N_VOCAB), torch.tensor([ENDED, SPEAKING])
+    logits[:, 60] = 9
+    texts, _, _, last, sums, lengths, left = picked_by_graph(logits, tokens, [6, 9])
+    assert texts[:, -1].tolist() == [0, 60] and last[:, 0].tolist() == [EOT, 60]
+    assert lengths.tolist() == [5, 6] and left.tolist() == [3]
+    assert sums[0] == totals(tokens)[0] and sums[1] < totals(tokens)[1]
+
+
+def test_nothing_is_left_where_all_texts_have_ended() -> None:
+    """Or steps would go on for ever."""
+    assert picked_by_graph(torch.zeros(1, N_VOCAB), torch.tensor([ENDED]), [9])[-1].tolist() == [0]
 
 
 def test_rules_of_tasks_decoded_together_must_be_the_same() -> None:

@@ -21,10 +21,10 @@ import maxwhisper.whisper
 from maxwhisper.audio import load_audio, log_mel_spectrogram
 from maxwhisper.blocks import BLOCKS
 from maxwhisper.checkpoint import load_checkpoint
-from maxwhisper.decoding import NoWeights, likeliest, own_rows, rules_inputs, texts_inputs
+from maxwhisper.decoding import MAX_STEPS, NoWeights, likeliest, own_rows, rules_inputs, texts_inputs
 from maxwhisper.model import Cache, KeyValue
 from maxwhisper.runtime import Artifact, Executable, Policy, Program
-from maxwhisper.speculation import N_GUESS, UNIT_SIZE, draft_of, make_rough
+from maxwhisper.speculation import N_GUESS, SPECULATE, UNIT_SIZE, WORTH_GUESSING, draft_of, make_rough
 from maxwhisper.whisper import DTYPES, Whisper, load_model
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
@@ -56,78 +56,141 @@ def model(request: pytest.FixtureRequest) -> Whisper:
 
 
 @pytest.fixture(scope="module")
-def mels() -> dict[str, torch.Tensor]:
-    return {
-        clip: log_mel_spectrogram(pad_or_trim(load_audio(FIXTURES / "clips" / clip), N_SAMPLES), 80) for clip in CLIPS
-    }
+def mels() -> torch.Tensor:
+    """Of every clip, (clip, n_mels, frame)."""
+    waveforms = [pad_or_trim(load_audio(FIXTURES / "clips" / clip), N_SAMPLES) for clip in CLIPS]
+    return torch.stack([log_mel_spectrogram(waveform, 80) for waveform in waveforms])
 
 
-def decoded(model: Whisper, mel: torch.Tensor, **options: Any) -> tuple[Any, ...]:
-    result = model.decode(mel, whisper.DecodingOptions(fp16=False, language="en", **options))
-    return result.tokens, result.avg_logprob, result.no_speech_prob
+Found = list[tuple[Any, ...]]
 
 
-def one_by_one(model: Whisper, mel: torch.Tensor, **options: Any) -> tuple[Any, ...]:
+def decoded(model: Whisper, mels: torch.Tensor, **options: Any) -> Found:
+    """What is found in windows that decode together."""
+    results = model.decode(mels, whisper.DecodingOptions(fp16=False, language="en", **options))
+    return [(result.tokens, result.avg_logprob, result.no_speech_prob) for result in results]
+
+
+def by_steps(model: Whisper, mels: torch.Tensor, **options: Any) -> Found:
     """What is decoded without guesses."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(maxwhisper.whisper, "N_GUESS", model.dims.n_text_ctx)
-        return decoded(model, mel, **options)
+        patch.setattr(maxwhisper.whisper, "WORTH_GUESSING", model.dims.n_text_ctx)
+        return decoded(model, mels, **options)
 
 
-@pytest.mark.parametrize("options", [{}, {"without_timestamps": True}, {"suppress_tokens": [EOT]}], ids=str)
-def test_a_text_is_what_it_is_without_guesses(
-    model: Whisper, mels: dict[str, torch.Tensor], options: dict[str, Any]
+class Counted:
+    """The graph that guesses, and how many tokens each of its executions puts behind each text that goes on."""
+
+    def __init__(self, model: Whisper):
+        self.gained: list[list[int]] = []
+        self.executable = model.decoder.network[SPECULATE]
+        model.decoder.network.executables[SPECULATE] = self  # type: ignore[assignment]
+
+    def __call__(self, texts: torch.Tensor, before: torch.Tensor, *others: Any) -> list[torch.Tensor]:
+        found = self.executable(texts, before, *others)
+        self.gained.append((found[-1] - before)[before > 1].tolist())
+        return found
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"without_timestamps": True}, {"suppress_tokens": [EOT]}, {"prompt": list(range(1000, 1223))}],
+    ids=["timestamps", "no timestamps", "no end", "long prompt"],
+)
+def test_a_text_is_what_it_is_without_guesses(model: Whisper, mels: torch.Tensor, options: dict[str, Any]) -> None:
+    for mel in mels:
+        assert decoded(model, mel[None], **options) == by_steps(model, mel[None], **options)
+
+
+def test_a_text_of_all_the_models_places_is_what_it_is_without_guesses(model: Whisper, mels: torch.Tensor) -> None:
+    options = {"prompt": list(range(1000, 1223)), "suppress_tokens": [EOT]}
+    n_token = model.dims.n_text_ctx + 1 - len((50361, *options["prompt"], 50258, 50259, 50359))
+    for some in (mels[:1], mels[:3]):
+        found = decoded(model, some, **options)
+        assert found == by_steps(model, some, **options)
+        assert [len(tokens) for tokens, *_ in found] == [n_token] * len(some)
+
+
+@pytest.mark.parametrize("options", [{}, {"suppress_tokens": [EOT], "sample_len": 70}], ids=["ends", "no end"])
+def test_texts_together_are_what_they_are_without_guesses(
+    model: Whisper, mels: torch.Tensor, options: dict[str, Any]
 ) -> None:
-    for mel in mels.values():
-        assert decoded(model, mel, **options) == one_by_one(model, mel, **options)
+    counted = Counted(model)
+    found = decoded(model, mels, **options)
+    assert found == by_steps(model, mels, **options)
+    assert max(map(len, counted.gained)) == len(mels)
+    if not options:
+        assert len({len(tokens) for tokens, *_ in found}) > 3  # so that some wait for others
 
 
 @pytest.mark.parametrize("draft", DRAFTS)
-def test_wrong_guesses_change_nothing(
-    mels: dict[str, torch.Tensor], draft: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_guesses_change_nothing(mels: torch.Tensor, draft: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def of(*given: Any) -> Draft:
         return {name: DRAFTS[draft](tensor) for name, tensor in draft_of(*given).items()}
 
     monkeypatch.setattr(maxwhisper.whisper, "draft_of", of)
     model, right = load_model(NANO), load_model(NANO)
-    for mel in list(mels.values())[:4]:
-        assert decoded(model, mel) == one_by_one(right, mel)
+    for some in (mels[:1], mels[1:2], mels[:4]):
+        assert decoded(model, some) == by_steps(right, some)
 
 
-def test_nearly_all_guesses_are_right(model: Whisper, mels: dict[str, torch.Tensor]) -> None:
+def test_guesses_that_fail_are_given_up(mels: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For as many tokens as are computed in a call, or decoding would take several times as long as by steps."""
+
+    def of(*given: Any) -> Draft:
+        return {name: torch.zeros_like(tensor) for name, tensor in draft_of(*given).items()}
+
+    monkeypatch.setattr(maxwhisper.whisper, "draft_of", of)
+    model = load_model(NANO)
+    counted = Counted(model)
+    n_token = 3 * MAX_STEPS
+    decoded(model, mels[:1], suppress_tokens=[EOT], sample_len=1 + n_token)
+    assert [len(gained) for gained in counted.gained] == [1] * 3
+    assert all(gained[0] < WORTH_GUESSING for gained in counted.gained)
+
+
+@pytest.mark.parametrize("n_text", [1, 5, len(CLIPS)])
+def test_nearly_all_guesses_are_right(model: Whisper, mels: torch.Tensor, n_text: int) -> None:
     """Else decoding would be slower with them."""
-    n_round, n_token = 0, 0
-    steps = model.decoder.steps
-
-    def counted(*given: Any) -> Any:
-        nonlocal n_round, n_token
-        found = steps(*given)
-        if given[-1]:  # what the draft takes
-            n_round, n_token = n_round + 1, n_token + found[0]
-        return found
-
+    counted = Counted(model)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(maxwhisper.decoding, "MAX_STEPS", N_GUESS + 1)  # so that each execution is one round
-        patch.setattr(model.decoder, "steps", counted)
-        for mel in mels.values():
-            decoded(model, mel, suppress_tokens=[EOT], sample_len=1 + 5 * (N_GUESS + 1))
-    assert n_round >= 5 * len(mels)
-    assert n_token / n_round > 0.8 * (N_GUESS + 1)
+        patch.setattr(maxwhisper.decoding, "MAX_STEPS", N_GUESS)  # so that each execution is one round
+        for some in mels.split(n_text):
+            decoded(model, some, suppress_tokens=[EOT], sample_len=1 + 5 * N_GUESS)
+    assert_nearly_all_right(counted, 5 * len(mels))
 
 
-@pytest.mark.parametrize("n_token", [1, N_GUESS, N_GUESS + 1, N_GUESS + 2, N_GUESS + 3, 2 * N_GUESS + 3])
-def test_a_text_may_end_anywhere_in_a_round(model: Whisper, mels: dict[str, torch.Tensor], n_token: int) -> None:
+def test_nearly_all_guesses_are_right_for_recordings_together(model: Whisper) -> None:
+    counted = Counted(model)
+    paths = [FIXTURES / "clips" / clip for clip in CLIPS]
+    options = {"suppress_tokens": [EOT], "sample_len": 1 + 5 * N_GUESS, "temperature": 0.0, "language": "en"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(maxwhisper.decoding, "MAX_STEPS", N_GUESS)
+        found = dict(model.transcribe_many(paths, 3, **options))
+    assert not any(isinstance(result, Exception) for result in found.values())
+    assert max(map(len, counted.gained)) == 3
+    assert_nearly_all_right(counted, 5 * len(paths))
+
+
+def assert_nearly_all_right(counted: Counted, n_round: int) -> None:
+    gained = [n for each in counted.gained for n in each]
+    assert len(gained) >= n_round
+    assert sum(gained) / len(gained) > 0.8 * N_GUESS
+
+
+@pytest.mark.parametrize("n_token", [1, WORTH_GUESSING, N_GUESS, N_GUESS + 1, N_GUESS + 2, 2 * N_GUESS + 3])
+def test_a_text_may_end_anywhere_in_a_round(model: Whisper, mels: torch.Tensor, n_token: int) -> None:
     options = {"suppress_tokens": [EOT], "sample_len": n_token}
-    for mel in list(mels.values())[:2]:
-        found = decoded(model, mel, **options)
-        assert found == one_by_one(model, mel, **options) and len(found[0]) == n_token
+    for some in (mels[:1], mels[:3]):
+        found = decoded(model, some, **options)
+        assert found == by_steps(model, some, **options)
+        assert [len(tokens) for tokens, *_ in found] == [n_token] * len(some)
 
 
-def test_a_cache_is_one_memory_for_the_draft(model: Whisper, mels: dict[str, torch.Tensor]) -> None:
+def test_a_cache_is_one_memory_for_the_draft(model: Whisper, mels: torch.Tensor) -> None:
     cache, _ = model.install_kv_cache_hooks()
     tokens = torch.arange(10)[None]
-    model.decoder(tokens, model.encoder(next(iter(mels.values()))[None]), kv_cache=cache)
+    model.decoder(tokens, model.encoder(mels[:1]), kv_cache=cache)
     for each in (cache, cache.copy()):
         assert each.memory is not None
         assert [kv.data_ptr() for kv in each.own] == [kv.data_ptr() for kv in each.memory]
@@ -143,15 +206,16 @@ def pick() -> Executable:
 
 
 def picked(
-    pick: Executable, logits: torch.Tensor, text: list[int], guesses: list[int], total: float
+    pick: Executable, logits: torch.Tensor, text: list[int], guesses: list[int], total: float, end: int
 ) -> tuple[list[int], list[torch.Tensor]]:
     """The text with what is put behind it, and what else the graph gives."""
     texts = torch.tensor([[*text, *guesses, 0]])
     limits, begins = torch.tensor([BEGIN, EOT]), torch.tensor([1])
     suppressed = torch.zeros(N_VOCAB, dtype=torch.bool)
     rules = (suppressed, begins, limits, torch.zeros(2, dtype=torch.int64))
-    *found, new_lengths, stopped = pick(logits, texts, torch.tensor([len(text)]), torch.tensor([total]), *rules)
-    return texts[0, : int(new_lengths)].tolist(), [*found, stopped]
+    lengths = torch.tensor([len(text)])
+    *found, new_lengths, left = pick(logits, texts, lengths, torch.tensor([end]), torch.tensor([total]), *rules)
+    return texts[0, : int(new_lengths)].tolist(), [*found, left]
 
 
 @settings(deadline=None, max_examples=60)
@@ -161,11 +225,13 @@ def picked(
     lean=st.sampled_from([-30.0, 0.0, 30.0]),
     n_end=st.integers(0, N_TOKEN),
     not_finite=st.integers(0, 2 * N_TOKEN),
+    n_wanted=st.integers(1, 2 * N_TOKEN),
 )
 def test_guesses_are_taken_as_far_as_they_are_right(
-    pick: Executable, seed: int, n_right: int, lean: float, n_end: int, not_finite: int
+    pick: Executable, seed: int, n_right: int, lean: float, n_end: int, not_finite: int, n_wanted: int
 ) -> None:
-    """Several tokens at once: what they are one at a time, until the first one that was not guessed."""
+    """Several tokens at once: what they are one at a time, until the first one that was not guessed, or as many as are
+    wanted."""
     generator = torch.Generator().manual_seed(seed)
     logits = 4 * torch.randn(1, N_TOKEN, N_VOCAB, generator=generator)
     logits[:, :, BEGIN:] += lean
@@ -173,18 +239,18 @@ def test_guesses_are_taken_as_far_as_they_are_right(
         logits[:, n_end, EOT] = 100
     if not_finite < N_TOKEN:
         logits[:, not_finite] = torch.nan
-    text, total, rows = [50258, 400], -1.0, []
+    text, total, rows, end = [50258, 400], -1.0, [], 2 + n_wanted
     for row in range(N_TOKEN):
-        text, found = picked(pick, logits[:, row : row + 1], text, [], total)
+        text, found = picked(pick, logits[:, row : row + 1], text, [], total, end)
         rows.append((text, found))
-        *_, totals, stopped = found
+        *_, totals, left = found
         total = float(totals)
-        if stopped:
+        if not left:
             break
     right = [*text[2:], *[0] * N_TOKEN]
     guesses = [*right[:n_right], *[(token + 1) % EOT for token in right[n_right : N_TOKEN - 1]]]
     expected, others = rows[min(n_right, len(rows) - 1)]
-    text, found = picked(pick, logits, [50258, 400], guesses, -1.0)
+    text, found = picked(pick, logits, [50258, 400], guesses, -1.0, end)
     assert text == expected
     for ours, theirs in zip(found, others, strict=True):
         np.testing.assert_array_equal(ours, theirs)

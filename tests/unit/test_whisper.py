@@ -17,7 +17,7 @@ from whisper.model import Whisper as OpenAIWhisper
 import maxwhisper
 from maxwhisper import cli
 from maxwhisper.audio import load_audio, log_mel_spectrogram
-from maxwhisper.decoding import DecodingTask, KeyValueCache, MaxInference, Picked, TokenRules
+from maxwhisper.decoding import DecodingTask, KeyValueCache, MaxInference, Picked, Texts, TokenRules
 from maxwhisper.errors import AudioError, DeviceError, OptionError
 from maxwhisper.whisper import DTYPES, TextDecoder, Whisper, load_model, within
 
@@ -210,15 +210,27 @@ def test_a_step_that_picks_gives_what_the_rules_make_of_its_logits(
     logits = inference.logits(texts, features[:1])[:, -1]
     expected = rules.pick(logits, texts, totals, n_best)
     inference.cache = other
-    found = inference.pick(texts, totals, rules.inputs(texts, n_best))
+    found = picked(inference, texts, totals, rules, n_best)
     assert equal(found, expected)
     assert other.n_token == texts.shape[1]
+
+
+def picked(
+    inference: MaxInference,
+    texts: torch.Tensor,
+    totals: torch.Tensor,
+    rules: TokenRules,
+    n_best: int = 1,
+    n_token: int = 1,
+) -> Picked:
+    wanted = torch.full((len(texts),), n_token)
+    return inference.pick(Texts.of(texts, totals), rules.inputs(texts, n_best), wanted)
 
 
 def equal(ours: Picked, theirs: Picked) -> bool:
     """Bitwise."""
     pairs = zip(
-        (*ours[:2], *vars(ours.candidates).values()), (*theirs[:2], *vars(theirs.candidates).values()), strict=True
+        (*ours.texts, *vars(ours.candidates).values()), (*theirs.texts, *vars(theirs.candidates).values()), strict=True
     )
     return all(one.equal(other) for one, other in pairs)
 
@@ -236,12 +248,12 @@ def test_many_steps_at_once_are_as_many_single_ones(
     rules, totals = token_rules(model), torch.tensor([-1.0, -2.0])
     texts = torch.stack([tokens[0, :6], tokens[0, :6].flip(0)])
     at_once, one_by_one = started(model, texts, features), started(model, texts, features)
-    found = at_once.pick(texts, totals, rules.inputs(texts, 1), 20)
-    n_step = found.tokens.shape[1] - texts.shape[1]
+    found = picked(at_once, texts, totals, rules, n_token=20)
+    n_step = found.texts.tokens.shape[1] - texts.shape[1]
     assert n_step > 1
     for _ in range(n_step):
-        expected = one_by_one.pick(texts, totals, rules.inputs(texts, 1))
-        texts, totals, _ = expected
+        expected = picked(one_by_one, texts, totals, rules)
+        texts, _, totals = expected.texts
     assert equal(found, expected)
     assert at_once.cache.n_token == one_by_one.cache.n_token
     for ours, theirs in zip(filled(at_once.cache), filled(one_by_one.cache), strict=True):
@@ -253,12 +265,16 @@ def test_steps_end_where_a_text_ends(model: Whisper, features: torch.Tensor, tok
     ended = tokens.roll(1, dims=1)
     ended[:, -1] = rules.eot
     texts, totals = torch.cat([tokens, ended]), torch.zeros(2)
-    alone = started(model, tokens, features).pick(tokens, totals[:1], rules.inputs(tokens, 1), 200)
-    assert alone.tokens[0, -1] == rules.eot and rules.eot not in alone.tokens[0, :-1]
-    assert alone.tokens.shape[1] > tokens.shape[1] + 1
-    together = started(model, texts, features).pick(texts, totals, rules.inputs(texts, 1), 200)
-    assert together.tokens[:1].equal(alone.tokens) and together.totals[:1].equal(alone.totals)
+    alone = started(model, tokens, features)
+    found = picked(alone, tokens, totals[:1], rules, n_token=200).texts
+    while found.tokens[0, -1] != rules.eot:
+        found = picked(alone, found.tokens, found.totals, rules, n_token=200).texts
+    assert rules.eot not in found.tokens[0, :-1]
+    assert found.tokens.shape[1] > tokens.shape[1] + 1
+    together = picked(started(model, texts, features), texts, totals, rules, n_token=200).texts
+    assert together.tokens[:1].equal(found.tokens) and together.totals[:1].equal(found.totals)
     assert (together.tokens[1, texts.shape[1] :] == rules.eot).all() and together.totals[1] == 0
+    assert together.lengths.tolist() == [found.tokens.shape[1], texts.shape[1]]
 
 
 def test_rearranged_cache_continues_the_chosen_texts(
@@ -287,11 +303,11 @@ def test_texts_picked_for_may_be_read_from_each_others_rows(
         moved.rearrange_kv_cache(chosen)
         texts = texts[chosen].clone()
         texts[:, n - 1] = torch.arange(3) + 100 * n  # what follows differs, where the texts before are the same
-        found = moved.pick(texts[:, :n], totals, rules.inputs(texts[:, :n], 3))
+        found = picked(moved, texts[:, :n], totals, rules, n_best=3)
     still = MaxInference(model, n_start)
     still.logits(texts[:, :n_start], features[:1])
     for n in range(n_start + 1, texts.shape[1] + 1):
-        expected = still.pick(texts[:, :n], totals, rules.inputs(texts[:, :n], 3))
+        expected = picked(still, texts[:, :n], totals, rules, n_best=3)
     assert equal(found, expected)
     assert not moved.cache.sources.equal(still.cache.sources)
     moved.cache.settle()
@@ -306,8 +322,8 @@ def test_nothing_is_picked_for_a_full_cache(model: Whisper, features: torch.Tens
     inference.logits(torch.zeros(1, n_place - 1, dtype=torch.int64), features[:1])
     texts, rules = torch.zeros(1, n_place, dtype=torch.int64), token_rules(model)
     with pytest.raises(OptionError, match=f"{n_place + 1} tokens, the model has places for {n_place}"):
-        inference.pick(texts, torch.zeros(1), rules.inputs(texts, 1), n_step=2)
-    assert inference.pick(texts, torch.zeros(1), rules.inputs(texts, 1)).tokens.shape == (1, n_place + 1)
+        picked(inference, texts, torch.zeros(1), rules, n_token=2)
+    assert picked(inference, texts, torch.zeros(1), rules).texts.tokens.shape == (1, n_place + 1)
 
 
 def filled(cache: KeyValueCache) -> list[torch.Tensor]:
