@@ -36,7 +36,7 @@ comptime Sums = SIMD[DType.int32, WIDTH]
 
 
 @always_inline
-def multiply_add(a: Bytes, b: SIMD[DType.int8, BYTES], sums: Sums) -> Sums:
+def add_products(a: Bytes, b: SIMD[DType.int8, BYTES], sums: Sums) -> Sums:
     """Adds four products to every sum; a is below 128."""
     comptime if WIDTH == 16 and CompilationTarget._has_feature["avx512vnni"]():
         return llvm_intrinsic["llvm.x86.avx512.vpdpbusd.512", Sums](sums, a, b)
@@ -125,8 +125,8 @@ def rough_logits[
         var first, second = pairs & 15, pairs >> 4
         comptime for text in range(texts):
             var x = states[unsafe_offset=text].numbers
-            sums[2 * text] = multiply_add(first, x.unsafe_load[width=BYTES](i), sums[2 * text])
-            sums[2 * text + 1] = multiply_add(second, x.unsafe_load[width=BYTES](half + i), sums[2 * text + 1])
+            sums[2 * text] = add_products(first, x.unsafe_load[width=BYTES](i), sums[2 * text])
+            sums[2 * text + 1] = add_products(second, x.unsafe_load[width=BYTES](half + i), sums[2 * text + 1])
         i += BYTES
     var unit = row.unsafe_offset(half).unsafe_bitcast[Float32]()[unsafe_offset=0]
     comptime for text in range(texts):
