@@ -10,18 +10,20 @@ COLUMNS = "MAX ms  PyTorch ms  ratio  GFLOP/s  % matmul   GB/s  % read"
 
 @dataclass(frozen=True)
 class Row:
-    """A block on an engine; seconds: the median."""
+    """A block or a decode loop on an engine; seconds: the median. cost: None of a loop, whose work is not counted."""
 
     block: str
     engine: str
     seconds: float
-    cost: Cost
+    cost: Cost | None
 
     def rates(self, ceilings: Mapping[str, float]) -> dict[str, float]:
-        """GFLOP/s and GB/s, and the ceilings that they are to be seen against.
+        """GFLOP/s and GB/s, and the ceilings that they are to be seen against; nothing without a cost.
 
         ceilings: FLOP/s of "matmul", bytes/s of "copy" and "read".
         """
+        if self.cost is None:
+            return {}
         return {
             "GFLOP/s": self.cost.flops / self.seconds / 1e9,
             "GB/s": self.cost.n_bytes / self.seconds / 1e9,
@@ -49,9 +51,8 @@ def figures(engines: Mapping[str, Row], ceilings: Mapping[str, float]) -> str:
     ours, theirs = engines.get("MAX"), engines.get("PyTorch")
     left = f"{milliseconds(ours):>6}  {milliseconds(theirs):>10}  "
     left += f"{ours.seconds / theirs.seconds:5.2f}" if ours and theirs else f"{'-':>5}"
-    if not ours:
+    if not ours or not (rates := ours.rates(ceilings)):
         return left
-    rates = ours.rates(ceilings)
     of_matmul, of_read = (
         rates["GFLOP/s"] / rates["matmul ceiling, GFLOP/s"],
         rates["GB/s"] / rates["read ceiling, GB/s"],

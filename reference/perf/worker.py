@@ -1,10 +1,10 @@
-"""A process that times the blocks of one source tree on one engine, told what to do line by line.
+"""A process that times the blocks and decode loops of one source tree on one engine, told what to do line by line.
 
     PYTHONPATH=TREE python -P worker.py SIZE DTYPE DEVICE [--checkpoint PATH] [--artifacts DIR]
 
 Requests and replies are JSON objects, one a line; reference/perf/engine.py is the other end. `maxwhisper` and
 `reference` are those of TREE, so that a gate has two revisions timed by the same lines, these. They rely on little of a
-tree, for it may be an old one: `BLOCKS`, and of `reference.suite` DTYPES, load and Suite.
+tree, for it may be an old one: `BLOCKS`; of `reference.suite` DTYPES, load and Suite; for loops Whisper and Checkpoint.
 
 Each engine gets a process of its own because the thread pools of two engines disturb each other: their threads spin for
 a while after every call, on the cores that the other wants.
@@ -18,11 +18,14 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from whisper.decoding import DecodingOptions, DecodingResult
+from whisper.tokenizer import get_tokenizer
 
 import maxwhisper
 from maxwhisper.blocks import BLOCKS
@@ -34,40 +37,68 @@ MATRIX, VECTOR = 2048, 2**26
 its caches hold."""
 
 
+N_TOKEN = 50
+"""Of every text of a decode loop, which does not end before."""
+
+
+@dataclass(frozen=True)
+class Loop:
+    """openai-whisper's `decode` of some windows at once, from their audio features on. beam_size: None is greedy."""
+
+    n_window: int = 1
+    beam_size: int | None = None
+
+
+LOOPS = {"decode.greedy": Loop(), "decode.beams": Loop(beam_size=5), "decode.batch": Loop(n_window=8)}
+"""What users wait for beside the encoder: more than a block, so none of `BLOCKS`."""
+FEATURES = "decoder.keys_values"
+"""The block that takes audio features."""
+
+
 class Blocks:
-    """The blocks of a suite, ready to be timed."""
+    """The blocks of a suite, and its decode loops in float32, ready to be timed."""
 
     def __init__(self, suite: Suite):
         self.suite = suite
         self.calls: dict[str, Callable[[], object]] = {}
 
     def takes(self) -> dict[str, list[str]]:
-        """By block, its inputs: names, dtypes and dimensions."""
+        """By block or loop, its inputs: names, dtypes and dimensions."""
         dims, policy = self.suite.dims, self.suite.policy
-        return {
+        taken = {
             name: [f"{given} {kind}" for given, kind in block.inputs(dims, policy).items()]
             for name, block in BLOCKS.items()
         }
+        if self.suite.dtype == torch.float32:
+            taken |= dict.fromkeys(LOOPS, taken[FEATURES])
+        return taken
 
     def save(self, block: str, path: str) -> None:
         """Writes the block's inputs, its true ones for speech in its last layer, at the end of the text.
 
         Contiguous, as a user's are: those that are views of a whole recording would be copied at every call.
         """
+        block = FEATURES if block in LOOPS else block
         inputs = self.suite.inputs(BLOCKS[block], self.comparison(block))
         torch.save({name: x.contiguous() for name, x in inputs.items()}, path)
 
     def prepare(self, block: str, path: str, engine: str) -> None:
         """Compiles the block, loads the inputs that `save` wrote, and runs it once."""
+        if block in LOOPS:
+            (features,) = torch.load(path).values()
+            self.calls[block] = self.decoding(LOOPS[block], features.to(self.suite.torch_device), engine)
+        else:
+            self.calls[block] = self.executing(block, path, engine)
+        self.time(block, 1)
+
+    def executing(self, block: str, path: str, engine: str) -> Callable[[], object]:
         comparison = self.comparison(block)
         device = torch.device("cpu") if comparison.device == "cpu" else self.suite.torch_device
         inputs = {name: x.to(device) if x.ndim else x for name, x in torch.load(path).items()}
         if engine == "PyTorch":
-            self.calls[block] = self.on_pytorch(block, comparison.layer, inputs)
-        else:
-            run = self.suite.executable(BLOCKS[block], comparison.layer)
-            self.calls[block] = lambda: run(*inputs.values())
-        self.time(block, 1)
+            return self.on_pytorch(block, comparison.layer, inputs)
+        run = self.suite.executable(BLOCKS[block], comparison.layer)
+        return lambda: run(*inputs.values())
 
     def on_pytorch(self, block: str, layer: int, inputs: dict[str, torch.Tensor]) -> Callable[[], object]:
         from reference.blocks import TWINS
@@ -77,6 +108,31 @@ class Blocks:
             return TWINS[block](self.suite.peer, layer, **inputs)
 
         return call
+
+    def decoding(self, loop: Loop, features: torch.Tensor, engine: str) -> Callable[[], list[DecodingResult]]:
+        """N_TOKEN tokens of each window; features: (window, n_audio_ctx, state), of which the first is taken, and for
+        more windows the same moved by a second each."""
+        model = self.suite.peer if engine == "PyTorch" else self.drop_in
+        options = DecodingOptions(
+            language="en",
+            beam_size=loop.beam_size,
+            sample_len=N_TOKEN,
+            suppress_tokens=[get_tokenizer(model.is_multilingual, num_languages=model.num_languages).eot],
+            without_timestamps=True,
+            fp16=False,
+        )
+        windows = torch.stack([features[0].roll(50 * i, dims=0) for i in range(loop.n_window)])
+        return lambda: model.decode(windows, options)
+
+    @cached_property
+    def drop_in(self) -> Any:
+        """The suite's weights as openai-whisper's object, on MAX."""
+        from maxwhisper.checkpoint import Checkpoint
+        from maxwhisper.whisper import Whisper
+
+        model = self.suite.model
+        checkpoint = Checkpoint(model.size, Path(model.size), model.dims, dict(model.tensors), None)
+        return Whisper(checkpoint, device=self.suite.device)
 
     def time(self, block: str, calls: int) -> list[float]:
         """Seconds of each of so many calls, after one that is not timed: threads are awake and caches are warm, as in

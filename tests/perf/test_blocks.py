@@ -1,4 +1,5 @@
-"""Every block under pytest-benchmark, MAX and PyTorch side by side, on the true inputs of one layer.
+"""Every block under pytest-benchmark, MAX and PyTorch side by side, on the true inputs of one layer; and whole decode
+loops.
 
     pytest tests/perf --benchmark-autosave
     pytest tests/perf --benchmark-compare --benchmark-compare-fail=median:10%
@@ -9,14 +10,17 @@ computes in a process of its own, which also reads the clock (reference/perf/wor
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from maxwhisper.blocks import BLOCKS
-from reference.perf.costs import costs
+from reference.perf.costs import Cost, costs
 from reference.perf.engine import ENGINES, Worker
 from reference.perf.table import Row
+from reference.perf.worker import LOOPS, N_TOKEN
 from reference.suite import Suite
 
 from .conftest import Timing
@@ -42,25 +46,50 @@ class EngineClock:
 CLOCK = EngineClock()
 
 
+class Timed:
+    """What is benchmarked of a suite on an engine, under pytest-benchmark."""
+
+    def __init__(self, benchmark: BenchmarkFixture, suite: Suite, timing: Timing, tmp_path: Path):
+        self.benchmark, self.timing, self.saved = benchmark, timing, str(tmp_path / "inputs.pt")
+        self.setting = timing.setting(suite)
+
+    def run(self, block: str, engine: str, cost: Cost | None, **extra_info: Any) -> None:
+        timing, setting, benchmark = self.timing, self.setting, self.benchmark
+        worker = timing.worker(setting, engine)
+        timing.worker(setting, "PyTorch").ask("save", block=block, path=self.saved)  # torch is to be at rest in MAX's
+        worker.ask("prepare", block=block, path=self.saved, engine=engine)
+        benchmark.group = f"{block}, {setting}"
+        benchmark.extra_info |= {"engine": engine, **extra_info}
+        benchmark(CLOCK.call, worker, block)
+        if benchmark.stats is None:  # --benchmark-disable
+            return
+        row = Row(block, engine, benchmark.stats.stats.median, cost)
+        benchmark.extra_info |= row.rates(timing.ceilings(setting))
+        timing.rows.setdefault(setting, []).append(row)
+
+
+@pytest.fixture
+def timed(benchmark: BenchmarkFixture, suite: Suite, timing: Timing, tmp_path: Path) -> Timed:
+    return Timed(benchmark, suite, timing, tmp_path)
+
+
 @pytest.mark.benchmarked
 @pytest.mark.benchmark(timer=CLOCK)
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("block", BLOCKS)
-def test_block(
-    benchmark: BenchmarkFixture, suite: Suite, timing: Timing, tmp_path: Path, block: str, engine: str
-) -> None:
+def test_block(timed: Timed, suite: Suite, block: str, engine: str) -> None:
     comparison = list(suite.comparisons(BLOCKS[block], ["speech"]))[-1]
     inputs = suite.inputs(BLOCKS[block], comparison)
-    cost, setting = costs(suite, comparison)[engine], timing.setting(suite)
-    worker, saved = timing.worker(setting, engine), str(tmp_path / "inputs.pt")
-    timing.worker(setting, "PyTorch").ask("save", block=block, path=saved)  # not MAX's, to leave torch at rest there
-    worker.ask("prepare", block=block, path=saved, engine=engine)
+    shapes = {name: list(x.shape) for name, x in inputs.items()}
+    timed.run(block, engine, costs(suite, comparison)[engine], shapes=shapes)
 
-    benchmark.group = f"{block}, {setting}"
-    benchmark.extra_info |= {"engine": engine, "shapes": {name: list(x.shape) for name, x in inputs.items()}}
-    benchmark(CLOCK.call, worker, block)
-    if benchmark.stats is None:  # --benchmark-disable
-        return
-    row = Row(block, engine, benchmark.stats.stats.median, cost)
-    benchmark.extra_info |= row.rates(timing.ceilings(setting))
-    timing.rows.setdefault(setting, []).append(row)
+
+@pytest.mark.benchmarked
+@pytest.mark.benchmark(timer=CLOCK)
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("loop", LOOPS)
+def test_decode_loop(timed: Timed, suite: Suite, loop: str, engine: str) -> None:
+    """N_TOKEN tokens by openai-whisper's `decode`, ours and its own."""
+    if suite.dtype != torch.float32:
+        pytest.skip("decode loops are timed in float32, openai-whisper's own arithmetic on a CPU")
+    timed.run(loop, engine, None, tokens=N_TOKEN, **vars(LOOPS[loop]))

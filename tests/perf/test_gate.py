@@ -1,4 +1,4 @@
-"""The gate on trial: a block that does its work over and over must fail it, and be the only one that does."""
+"""The gate on trial: what does its work over and over must fail it, and be the only one that does."""
 
 import shutil
 from pathlib import Path
@@ -10,14 +10,13 @@ from reference.perf.gate import Trees, compare
 
 pytestmark = pytest.mark.clock
 
-SLOWED = "encoder.attention"
-FIVE_TIMES = f"""
+FIVE_TIMES = """
 
 once = Executable.__call__
 
 
 def five_times(self, *inputs):
-    for _ in range(4 if self.name == {SLOWED!r} else 0):
+    for _ in range(4 if self.name == {graph!r} else 0):
         once(self, *inputs)
     return once(self, *inputs)
 
@@ -26,20 +25,26 @@ Executable.__call__ = five_times
 """
 
 
-@pytest.fixture
-def slowed_tree(tmp_path: Path) -> Path:
-    """This tree, with one block executed five times at each call, for a busy machine not to hide it."""
+def slowed(graph: str, tmp_path: Path) -> Path:
+    """This tree, with one graph executed five times at each call, for a busy machine not to hide it."""
     tree = tmp_path / "slowed"
     for package in ("maxwhisper", "reference"):
         shutil.copytree(ROOT / package, tree / package, ignore=shutil.ignore_patterns("__pycache__"))
     (tree / "fixtures").symlink_to(ROOT / "fixtures")
     runtime = tree / "maxwhisper" / "runtime.py"
-    runtime.write_text(runtime.read_text() + FIVE_TIMES)
+    runtime.write_text(runtime.read_text() + FIVE_TIMES.format(graph=graph))
     return tree
 
 
-def test_a_slowed_block_fails(slowed_tree: Path) -> None:
+@pytest.mark.parametrize(
+    ("graph", "slower", "other"),
+    [
+        ("encoder.attention", "encoder.attention", "encoder.layer_norm"),
+        ("decoder.speculate", "decode.greedy", "decode.beams"),
+    ],
+)
+def test_what_is_slowed_fails(graph: str, slower: str, other: str, tmp_path: Path) -> None:
     setting = Setting("fixture", "float32", "cpu")
-    report = compare(setting, Trees(slowed_tree, ROOT, "this tree"), [SLOWED, "encoder.layer_norm"], 40)
+    report = compare(setting, Trees(slowed(graph, tmp_path), ROOT, "this tree"), [slower, other], 40)
     assert len(report.verdicts) == 2
-    assert report.failed == [SLOWED], report.markdown()
+    assert report.failed == [slower], report.markdown()

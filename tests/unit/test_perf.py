@@ -17,11 +17,12 @@ from maxwhisper.blocks import BLOCKS
 from maxwhisper.errors import MaxWhisperError, OptionError
 from reference.perf import gate
 from reference.perf.costs import Cost, costs
-from reference.perf.engine import ROOT, Setting, Worker, WorkerError
+from reference.perf.engine import ENGINES, ROOT, Setting, Worker, WorkerError
 from reference.perf.gate import Report, Trees, checked_out, compare
 from reference.perf.table import Row, table
 from reference.perf.verdict import FACTOR, P, Verdict, verdict
-from reference.suite import SIZES, Suite, random_weights
+from reference.perf.worker import LOOPS, N_TOKEN, Blocks
+from reference.suite import SIZES, Suite, random_weights, trained
 
 SETTING = Setting("fixture", "float32", "cpu")
 SECONDS = st.floats(1e-6, 10, allow_nan=False)
@@ -200,6 +201,24 @@ os.kill(os.getpid(), signal.SIGKILL)
         assert time.monotonic() < deadline
 
 
+# ---- decode loops --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_decode_loops_are_timed_in_float32(dtype: torch.dtype) -> None:
+    taken = Blocks(Suite(random_weights("tiny"), dtype)).takes()
+    assert list(taken) == [*BLOCKS, *(LOOPS if dtype == torch.float32 else [])]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_decode_loop_finds_as_many_tokens_in_every_window(engine: str) -> None:
+    blocks = Blocks(Suite(trained(), torch.float32))
+    features = torch.randn(2, blocks.suite.dims.n_audio_ctx, blocks.suite.dims.n_audio_state)
+    for loop in LOOPS.values():
+        found = blocks.decoding(loop, features, engine)()
+        assert [len(result.tokens) for result in found] == [N_TOKEN] * loop.n_window
+
+
 # ---- costs and their table -----------------------------------------------------------------------------------------
 
 
@@ -243,7 +262,9 @@ def test_a_step_reads_every_weight_of_the_decoder_once(tiny: Suite) -> None:
 def test_table_shows_rates_against_ceilings() -> None:
     cost = Cost(flops=4_000_000_000, n_bytes=100_000_000)
     rows = [Row("encoder", "MAX", 0.1, cost), Row("encoder", "PyTorch", 0.2, cost), Row("log_mel", "PyTorch", 1, cost)]
-    *_, head, encoder, log_mel = table(rows, {"matmul": 400e9, "copy": 9e9, "read": 10e9})
+    rows += [Row("decode.greedy", "MAX", 0.5, None), Row("decode.greedy", "PyTorch", 1, None)]
+    *_, head, encoder, log_mel, decode = table(rows, {"matmul": 400e9, "copy": 9e9, "read": 10e9})
     assert head.split()[0] == "block"
+    assert decode.split() == ["decode.greedy", "500", "1e+03", "0.50"]
     assert encoder.split() == ["encoder", "100", "200", "0.50", "40.0", "10%", "1.0", "10%"]
     assert log_mel.split() == ["log_mel", "-", "1e+03", "-"]
