@@ -56,7 +56,8 @@ class KeyValueCache:
     """What the decoder keeps between calls; empty, and false, until the first one.
 
     own: keys and values of the text so far, layer by layer, each (batch, head, place, channel), with a place for every
-        token that a text may have. The first n_token of them are filled.
+        token that a text may have. The first n_token of them are filled; where texts are of different lengths, those of
+        the longest.
     cross: keys and values of the audio, layer by layer, each (audio, head, n_audio_ctx, channel).
     sources: (batch, place), the row of memory in which a text's keys and values of a place are; the first row of `own`
         is row `first_row` of that memory. What is new goes into a text's own row.
@@ -259,7 +260,7 @@ def append(caches: Sequence[BufferValue], new: Sequence[TensorValue], offsets: T
 
 def pick_program(dims: ModelDimensions, policy: Policy) -> Program:
     """Steps of the decoder, each of which puts the likeliest token behind every text that has not ended, and its keys
-    and values into the cache, until a text ends or is as long as it may get, which none is yet. Gives the likeliest
+    and values into the cache, until one of these ends or is as long as it may get. Gives the likeliest
     tokens of the last step and their log-probabilities, the texts' totals, and their lengths.
 
     The texts may be of different lengths. Their caches are given twice, to be read and to be written: what is written

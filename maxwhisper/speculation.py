@@ -25,11 +25,11 @@ SPECULATE, ROUGH_KEYS = "decoder.speculate", "decoder.rough_keys"
 """Graphs that compile together, as the unit of the first one's name."""
 
 N_GUESS = 7
-"""Tokens that are guessed and then checked together with the one before: eight rows of a product in all."""
+"""Tokens that are guessed and then checked together with the one before: eight rows of a product for each text."""
 
 WORTH_GUESSING = 4
-"""Tokens of every text for which a round of guesses takes less time than as many steps: if fewer are wanted, or came of
-a round, steps are better."""
+"""Tokens of every text for which a round of guesses takes less time than as many steps: if fewer are wanted, or come of
+rounds, steps are better."""
 
 MATRICES = ("attn.query", "attn.key", "attn.value", "attn.out", "cross_attn.query", "cross_attn.out", "mlp.0", "mlp.2")
 VECTORS = (
@@ -173,8 +173,9 @@ def rough_keys_program(dims: ModelDimensions, policy: Policy) -> Program:
 
 def speculation_program(dims: ModelDimensions, policy: Policy) -> Program:
     """As `maxwhisper.decoding.pick_program`, for the likeliest token of each step alone: `N_GUESS` guesses behind every
-    text, and what the decoder puts in their place, which is one token more if all are right, as long as every text may
-    have `WORTH_GUESSING` more, and the texts got as many on average.
+    text, and what the decoder puts in their place, which is one token more if all are right. It goes on as long as
+    every text may have `WORTH_GUESSING` more, and rounds are worth it: credit begins with as many tokens, and a round
+    adds what it gives and takes as many for each text that goes on.
 
     Takes `draft_inputs` besides, the same caches once more, and not the texts' last tokens. Every text has audio of its
     own, and all have places for `N_GUESS` tokens more than they may have.
@@ -193,19 +194,20 @@ def speculation_program(dims: ModelDimensions, policy: Policy) -> Program:
         fewest = ops.constant(WORTH_GUESSING, DType.int64, lengths.device)
 
         def guess_and_check(*state: TensorValue) -> list[TensorValue]:
-            _, before, totals, *_ = state
+            _, credit, before, totals, *_ = state
             tokens, offsets = both.guess(texts, before, rules, sources, *others[-2:]), before - 1
             logits, *new = both.decoder.steps(both.decoder.embed(tokens, offsets), offsets, kv, sources)
             append(caches, new, offsets)
-            given = logits, texts, before, ends, totals, *rules
-            candidates, logprobs, _, totals, lengths, left = likeliest(*given)
-            paid = ops.sum(lengths - before - fewest, axis=0) >= 0
-            return [ops.where(paid, left, 0).reshape(()), lengths, totals, candidates, logprobs]
+            candidates, logprobs, _, totals, lengths, left = likeliest(logits, texts, before, ends, totals, *rules)
+            given = lengths - before
+            credit += ops.sum(ops.where(given > 0, given - fewest, 0), axis=0).reshape(())
+            left = ops.where(credit >= 0, left.reshape(()), 0)
+            return [left, credit, lengths, totals, candidates, logprobs]
 
         shape = (lengths.shape[0], rules[-1].shape[0])
         nothing = [ops.constant(0, dtype, lengths.device).broadcast_to(shape) for dtype in (DType.int64, DType.float32)]
-        start = [fewest, lengths, totals, *nothing]
-        _, lengths, totals, *found = ops.while_loop(start, lambda left, *_: left >= fewest, guess_and_check)
+        start = [fewest, fewest, lengths, totals, *nothing]
+        _, _, lengths, totals, *found = ops.while_loop(start, lambda left, *_: left >= fewest, guess_and_check)
         return [*found, totals, lengths]
 
     inputs = picking_inputs(dims, policy)

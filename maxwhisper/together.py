@@ -81,7 +81,8 @@ class Seats:
         if not len(self.rough_cross):
             self.rough_cross = rough_room(self.cross, len(self.taken))
         for seat, cache in enumerate(self.taken[:n]):
-            if cache is not None and cache.rough_cross is None:
+            assert cache is not None
+            if cache.rough_cross is None:
                 make_rough(cache.cross, self.rough_cross, seat)
                 cache.rough_cross = self.rough_cross[:, seat : seat + 1]
         return [buffer(self.memory), buffer(self.rough_cross)]

@@ -340,7 +340,8 @@ class TextDecoder(torch.nn.Module):
             given = *now[:2], ends_of_guesses, now.totals, *others, *draft()
             *found, totals, lengths = self.network[SPECULATE](*given)
             now = Texts(now.tokens, lengths, totals)
-        if not guess or worth_guessing() and not (now.last()[~idle] == eot).any():
+        stopped = (now.last()[~idle] == eot).any() or not now.totals.isfinite().all()
+        if not guess or worth_guessing() and not stopped:
             *found, totals, lengths = self.network[PICK](now.last(), *now[:2], ends, now.totals, *others)
             now = Texts(now.tokens, lengths, totals)
         lengths = torch.where(idle, texts.lengths, now.lengths)

@@ -21,7 +21,18 @@ import maxwhisper.whisper
 from maxwhisper.audio import load_audio, log_mel_spectrogram
 from maxwhisper.blocks import BLOCKS
 from maxwhisper.checkpoint import load_checkpoint
-from maxwhisper.decoding import MAX_STEPS, NoWeights, likeliest, own_rows, rules_inputs, texts_inputs
+from maxwhisper.decoding import (
+    MAX_STEPS,
+    MaxInference,
+    NoWeights,
+    Texts,
+    TokenRules,
+    likeliest,
+    own_rows,
+    rules_inputs,
+    texts_inputs,
+)
+from maxwhisper.errors import DecodingError
 from maxwhisper.model import Cache, KeyValue
 from maxwhisper.runtime import Artifact, Executable, Policy, Program
 from maxwhisper.speculation import N_GUESS, SPECULATE, UNIT_SIZE, WORTH_GUESSING, draft_of, make_rough
@@ -81,10 +92,10 @@ def by_steps(model: Whisper, mels: torch.Tensor, **options: Any) -> Found:
 class Counted:
     """The graph that guesses, and how many tokens each of its executions puts behind each text that goes on."""
 
-    def __init__(self, model: Whisper):
+    def __init__(self, model: Whisper, monkeypatch: pytest.MonkeyPatch):
         self.gained: list[list[int]] = []
         self.executable = model.decoder.network[SPECULATE]
-        model.decoder.network.executables[SPECULATE] = self  # type: ignore[assignment]
+        monkeypatch.setitem(model.decoder.network.executables, SPECULATE, self)
 
     def __call__(self, texts: torch.Tensor, before: torch.Tensor, *others: Any) -> list[torch.Tensor]:
         found = self.executable(texts, before, *others)
@@ -113,9 +124,9 @@ def test_a_text_of_all_the_models_places_is_what_it_is_without_guesses(model: Wh
 
 @pytest.mark.parametrize("options", [{}, {"suppress_tokens": [EOT], "sample_len": 70}], ids=["ends", "no end"])
 def test_texts_together_are_what_they_are_without_guesses(
-    model: Whisper, mels: torch.Tensor, options: dict[str, Any]
+    model: Whisper, mels: torch.Tensor, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    counted = Counted(model)
+    counted = Counted(model, monkeypatch)
     found = decoded(model, mels, **options)
     assert found == by_steps(model, mels, **options)
     assert max(map(len, counted.gained)) == len(mels)
@@ -142,31 +153,67 @@ def test_guesses_that_fail_are_given_up(mels: torch.Tensor, monkeypatch: pytest.
 
     monkeypatch.setattr(maxwhisper.whisper, "draft_of", of)
     model = load_model(NANO)
-    counted = Counted(model)
+    counted = Counted(model, monkeypatch)
     n_token = 3 * MAX_STEPS
     decoded(model, mels[:1], suppress_tokens=[EOT], sample_len=1 + n_token)
     assert [len(gained) for gained in counted.gained] == [1] * 3
-    assert all(gained[0] < WORTH_GUESSING for gained in counted.gained)
+    assert all(gained[0] < MAX_STEPS / 4 for gained in counted.gained)
+
+
+def test_texts_that_have_ended_do_not_count(
+    model: Whisper, mels: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or guesses would be given up for the others."""
+    features = torch.cat([model.encoder(mel[None]) for mel in mels[:5]])
+    tokens = torch.tensor([[50258, 50259, 50359, 50363, 400]]).repeat(5, 1)
+    rules = TokenRules(N_VOCAB, 4, EOT)
+    rules.suppressed[EOT] = True
+    inference = MaxInference(model, tokens.shape[1] - 1)
+    inference.start(tokens[:, :-1], features, 0)
+    counted = Counted(model, monkeypatch)
+    inference.pick(Texts.of(tokens, torch.zeros(5)), rules.inputs(tokens, 1), torch.tensor([0, 0, MAX_STEPS, 0, 0]))
+    ((gained,),) = counted.gained
+    assert gained > MAX_STEPS - WORTH_GUESSING
+
+
+def test_a_round_that_cannot_go_on_is_an_error(
+    model: Whisper, mels: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the next step could."""
+
+    class NotFinite(Counted):
+        def __call__(self, texts: torch.Tensor, before: torch.Tensor, *others: Any) -> list[torch.Tensor]:
+            candidates, logprobs, totals, _ = super().__call__(texts, before, *others)
+            return [candidates, logprobs * torch.nan, totals * torch.nan, before + 1]
+
+    NotFinite(model, monkeypatch)
+    with pytest.raises(DecodingError, match="not finite"):
+        decoded(model, mels[:1], suppress_tokens=[EOT])
+
+
+WANTED = N_GUESS - 1
+"""Of each execution, which is then one round; or more, if rounds give one or two tokens, but these together give fewer
+than are wanted."""
 
 
 @pytest.mark.parametrize("n_text", [1, 5, len(CLIPS)])
-def test_nearly_all_guesses_are_right(model: Whisper, mels: torch.Tensor, n_text: int) -> None:
+def test_nearly_all_guesses_are_right(
+    model: Whisper, mels: torch.Tensor, n_text: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Else decoding would be slower with them."""
-    counted = Counted(model)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(maxwhisper.decoding, "MAX_STEPS", N_GUESS)  # so that each execution is one round
-        for some in mels.split(n_text):
-            decoded(model, some, suppress_tokens=[EOT], sample_len=1 + 5 * N_GUESS)
+    counted = Counted(model, monkeypatch)
+    monkeypatch.setattr(maxwhisper.decoding, "MAX_STEPS", WANTED)
+    for some in mels.split(n_text):
+        decoded(model, some, suppress_tokens=[EOT], sample_len=1 + 5 * WANTED)
     assert_nearly_all_right(counted, 5 * len(mels))
 
 
-def test_nearly_all_guesses_are_right_for_recordings_together(model: Whisper) -> None:
-    counted = Counted(model)
+def test_nearly_all_guesses_are_right_for_recordings_together(model: Whisper, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted = Counted(model, monkeypatch)
+    monkeypatch.setattr(maxwhisper.decoding, "MAX_STEPS", WANTED)
     paths = [FIXTURES / "clips" / clip for clip in CLIPS]
-    options = {"suppress_tokens": [EOT], "sample_len": 1 + 5 * N_GUESS, "temperature": 0.0, "language": "en"}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(maxwhisper.decoding, "MAX_STEPS", N_GUESS)
-        found = dict(model.transcribe_many(paths, 3, **options))
+    options = {"suppress_tokens": [EOT], "sample_len": 1 + 5 * WANTED, "temperature": 0.0, "language": "en"}
+    found = dict(model.transcribe_many(paths, 3, **options))
     assert not any(isinstance(result, Exception) for result in found.values())
     assert max(map(len, counted.gained)) == 3
     assert_nearly_all_right(counted, 5 * len(paths))
@@ -175,7 +222,7 @@ def test_nearly_all_guesses_are_right_for_recordings_together(model: Whisper) ->
 def assert_nearly_all_right(counted: Counted, n_round: int) -> None:
     gained = [n for each in counted.gained for n in each]
     assert len(gained) >= n_round
-    assert sum(gained) / len(gained) > 0.8 * N_GUESS
+    assert sum(gained) / len(gained) > 0.8 * WANTED
 
 
 @pytest.mark.parametrize("n_token", [1, WORTH_GUESSING, N_GUESS, N_GUESS + 1, N_GUESS + 2, 2 * N_GUESS + 3])

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,10 @@ def cache(value: float, n_text: int = 2) -> KeyValueCache:
     return made
 
 
+def make_rough(cross: Sequence[torch.Tensor], into: torch.Tensor, row: int) -> None:
+    into[:, row] = int(cross[0].max())
+
+
 def test_caches_keep_what_they_hold_from_seat_to_seat() -> None:
     seats, held = Seats(3), [cache(float(i)) for i in (1, 2, 3)]
     for present in ([0, 1, 2], [2, 1], [2], [2, 0, 1]):
@@ -111,9 +116,12 @@ def test_caches_keep_what_they_hold_from_seat_to_seat() -> None:
         own, cross = (torch.from_dlpack(x) for x in kv)
         assert sources.equal(own_rows(len(own), 8))
         assert len(own) == 2 * len(present) and len(cross) == len(present)
+        memory, rough = (torch.from_dlpack(x) for x in seats.draft(len(present), make_rough))
+        assert memory[0].data_ptr() == own.data_ptr()
         for seat, each in enumerate(placed):
             value = held.index(each) + 1
             assert (own[2 * seat : 2 * seat + 2, :, :value] == value).all() and (cross[seat] == value).all()
+            assert (rough[:, seat] == value).all()
             assert each.own[0].data_ptr() == own[2 * seat].data_ptr()
 
 
