@@ -139,15 +139,32 @@ class Blocks:
         a user's loop."""
         return self.seconds(self.calls[block], calls)
 
-    def ceilings(self) -> dict[str, float]:
-        """What the machine can do at most, in FLOP/s and bytes/s, best of ten: a large matrix product in the suite's
-        dtype, a large copy, which reads and writes, and a large read."""
-        device, dtype = self.suite.torch_device, self.suite.dtype
-        a = torch.ones(MATRIX, MATRIX, dtype=dtype, device=device)
+    def product(self, engine: str) -> dict[str, float]:
+        """FLOP/s of a large matrix product in the suite's dtype, best of ten."""
+        a = torch.ones(MATRIX, MATRIX, dtype=self.suite.dtype, device=self.suite.torch_device)
+        call = self.product_on_max(a) if engine == "MAX" else lambda: a @ a
+        return {"matmul": 2 * MATRIX**3 / min(self.seconds(call, 10))}
+
+    def product_on_max(self, a: torch.Tensor) -> Callable[[], list[torch.Tensor]]:
+        from max.graph import TensorType
+
+        from maxwhisper.decoding import NoWeights
+        from maxwhisper.model import linear
+        from maxwhisper.runtime import Artifact, Program
+
+        policy = self.suite.policy
+        shapes = {"x": [1, MATRIX, MATRIX], "weight": [MATRIX, MATRIX]}
+        inputs = {name: TensorType(policy.compute, shape, policy.device) for name, shape in shapes.items()}
+        program = Program("product", "", NoWeights(), lambda _, x, weight: [linear(x, weight)], inputs)
+        run = Artifact("a large product", [program], self.suite.device).init({})["product"]
+        return lambda: run(a[None], a)
+
+    def bandwidth(self) -> dict[str, float]:
+        """Bytes/s, best of ten, of a large copy, which reads and writes, and of a large read."""
+        device = self.suite.torch_device
         source = torch.ones(VECTOR, device=device)
         target, size = torch.empty_like(source), source.nbytes
         return {
-            "matmul": 2 * MATRIX**3 / min(self.seconds(lambda: a @ a, 10)),
             "copy": 2 * size / min(self.seconds(lambda: target.copy_(source), 10)),
             "read": size / min(self.seconds(source.sum, 10)),
         }

@@ -21,7 +21,7 @@ from reference.perf.engine import ENGINES, ROOT, Setting, Worker, WorkerError
 from reference.perf.gate import Report, Trees, checked_out, compare
 from reference.perf.table import Row, table
 from reference.perf.verdict import FACTOR, P, Verdict, verdict
-from reference.perf.worker import LOOPS, N_TOKEN, Blocks
+from reference.perf.worker import LOOPS, MATRIX, N_TOKEN, Blocks
 from reference.suite import SIZES, Suite, random_weights, trained
 
 SETTING = Setting("fixture", "float32", "cpu")
@@ -257,6 +257,14 @@ def test_a_step_reads_every_weight_of_the_decoder_once(tiny: Suite) -> None:
     )
     assert found["MAX"].n_bytes > 2 * (matrices - unread)
     assert 2 * (matrices - unread) < found["MAX"].flops < 2.5 * (matrices - unread)
+
+
+def test_the_ceiling_is_that_of_a_whole_product(tiny: Suite) -> None:
+    """Or a block would seem far from it that is near."""
+    blocks = Blocks(tiny)
+    (found,) = blocks.product_on_max(torch.ones(MATRIX, MATRIX))()
+    assert found.shape == (1, MATRIX, MATRIX) and (found == MATRIX).all()
+    assert all(blocks.product(engine)["matmul"] > 0 for engine in ENGINES)
 
 
 def test_table_shows_rates_against_ceilings() -> None:
