@@ -59,8 +59,9 @@ def messages_on_stderr() -> Iterator[None]:
     """Log messages and warnings go to standard error, one line each."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("maxwhisper: %(message)s"))
-    level = log.level
+    level, propagate = log.level, log.propagate
     log.addHandler(handler)
+    log.propagate = False  # to what a library may have given the root logger
     log.setLevel(min(level or logging.INFO, logging.INFO))
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: log.warning("warning: %s", " ".join(str(message).split()))
@@ -69,6 +70,7 @@ def messages_on_stderr() -> Iterator[None]:
         finally:
             log.removeHandler(handler)
             log.setLevel(level)
+            log.propagate = propagate
 
 
 # ---- options -------------------------------------------------------------------------------------------------------

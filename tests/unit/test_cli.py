@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -19,7 +20,7 @@ import pytest
 import whisper
 
 from maxwhisper import __version__, runtime
-from maxwhisper.cli import FORMATS, build_parser, main
+from maxwhisper.cli import FORMATS, build_parser, main, messages_on_stderr
 
 ROOT = Path(__file__).parents[2]
 NANO = ROOT / "fixtures" / "nano.pt"
@@ -334,6 +335,18 @@ def test_english_only_models_take_english(out: Path, model: StubModel, capsys: p
 
 
 # ---- what goes wrong -----------------------------------------------------------------------------------------------
+
+
+def test_messages_come_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """Also where a library has given the root logger a handler, as MAX does while it compiles."""
+    root = logging.StreamHandler(sys.stderr)
+    logging.getLogger().addHandler(root)
+    try:
+        with messages_on_stderr():
+            logging.getLogger("maxwhisper").info("compiling")
+    finally:
+        logging.getLogger().removeHandler(root)
+    assert capsys.readouterr().err == "maxwhisper: compiling\n"
 
 
 def assert_one_line(capsys: pytest.CaptureFixture[str], expected: str) -> None:
