@@ -51,7 +51,9 @@ HOST = "host"
 TARGETS = (HOST, "sm_80", "sm_90a")
 """What there is to compile for: this machine's CPU, or a GPU by its architecture."""
 
-GRAPH_SOURCES = ("audio.py", "blocks.py", "decoding.py", "gelu.py", "model.py", "runtime.py", "speculation.py")
+GRAPH_SOURCES = (
+    *("audio.py", "blocks.py", "decoding.py", "gelu.py", "model.py", "on_device.py", "runtime.py", "speculation.py"),
+)
 """The modules of this package that build graphs; kernels in Mojo count too, wherever in the package they are."""
 
 

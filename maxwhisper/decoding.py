@@ -500,7 +500,8 @@ class DecodingTask(decoding.DecodingTask):
         n_end = min(tokens.shape[1] + self.sample_len, self.n_ctx + 1)
         sum_logprobs, no_speech_probs = torch.zeros(len(tokens)), [math.nan] * len(tokens)
         try:
-            at_sot, logits = self.inference.start(tokens, audio_features, self.sot_index)
+            at_sot, logits = (x.cpu() for x in self.inference.start(tokens, audio_features, self.sot_index))
+            tokens = tokens.cpu()
             if self.tokenizer.no_speech is not None:
                 no_speech_probs = at_sot.softmax(dim=-1)[:, self.tokenizer.no_speech].tolist()
             picked = rules.pick(logits, tokens, sum_logprobs, n_best)
@@ -533,10 +534,13 @@ class DecodingTask(decoding.DecodingTask):
             texts = self.inference.pick(texts, rules.inputs(texts.tokens, 1), left.clamp(max=MAX_STEPS)).texts
 
     def _rules(self) -> TokenRules | None:
-        """None where all logits are needed: to draw tokens at random, or off the CPU, or for a decoder or filters not
-        known."""
-        if self.options.temperature != 0 or self.model.device.type != "cpu":
-            not_in_graph("tokens are drawn at random" if self.options.temperature else "not on a CPU")
+        """None where all logits are needed: to draw tokens at random, for beam search off the CPU, or for a decoder or
+        filters not known."""
+        if self.options.temperature != 0:
+            not_in_graph("tokens are drawn at random")
+            return None
+        if self.options.beam_size and self.model.device.type != "cpu":
+            not_in_graph("beam search, not on a CPU")
             return None
         if type(self.decoder) not in (decoding.GreedyDecoder, BeamSearchDecoder):
             not_in_graph("unknown decoder")

@@ -18,7 +18,9 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from max.dtype import DType
-from max.graph import DeviceRef, Dim, Graph, StaticDim, TensorType, TensorValue, Weight, ops
+from max.graph import BufferValue, DeviceRef, Dim, Graph, StaticDim, TensorType, TensorValue, Weight, ops
+from max.nn.attention import MHAMaskVariant
+from max.nn.kernels import flash_attention_gpu, masked_flash_attention_gpu
 from max.nn.layer import LayerList, Module
 from whisper.model import ModelDimensions
 
@@ -60,6 +62,32 @@ class Cache(NamedTuple):
         filled = (slice(0, self.length), "past")
         past = (x[:, :, filled] for x in (self.k, self.v))
         return KeyValue(*(ops.concat(pair, axis=2) for pair in zip(past, new, strict=True)))
+
+
+class Slots(NamedTuple):
+    """A cache on any device, for one token of each text, whose key and value are put into it before it is read.
+
+    k, v: (batch, place, head, channel), finite in every place. k_written, v_written: the same memory, to be written.
+    n_past: int64 (batch,), how many places of a text are filled.
+    mask: float32 (batch, 1, place), 0 for those and for the next one, minus infinity for the others.
+    """
+
+    k: TensorValue
+    v: TensorValue
+    k_written: BufferValue
+    v_written: BufferValue
+    n_past: TensorValue
+    mask: TensorValue
+
+    def filled(self, q: TensorValue, new: KeyValue) -> tuple[TensorValue, KeyValue]:
+        """The queries (batch, 1, state), and keys and values of every place, the new ones among them.
+
+        That they are there the graph only knows by the queries, which the operation returns that puts them there.
+        """
+        first = (ops.permute(x, [0, 2, 1, 3]).reshape(q.shape) for x in new)
+        values = [self.k_written, self.v_written, q, *first, self.n_past]
+        (queries,) = ops.inplace_custom("maxwhisper.store", q.device, values, [q.type])
+        return queries.tensor, KeyValue(*(ops.permute(x, [0, 2, 1, 3]) for x in (self.k, self.v)))
 
 
 FEW_TOKENS = 16
@@ -244,14 +272,19 @@ class MultiHeadAttention(Module):
         return KeyValue(*(ops.permute(project(x).reshape(shape), [0, 2, 1, 3]) for project in (self.key, self.value)))
 
     def __call__(
-        self, x: TensorValue, kv: KeyValue, mask: TensorValue | None = None, cache: Cache | None = None
+        self, x: TensorValue, kv: KeyValue, mask: TensorValue | None = None, cache: Cache | Slots | None = None
     ) -> TensorValue:
         """Attend from x (batch, token, state) to kv, and to what is cached before it, which takes one token.
 
         kv may have fewer rows than the batch: with several sequences per audio window, consecutive ones share a row.
         """
-        attend = self.by_kernel if x.device.is_cpu() else self.written_out
-        return self.out(attend(self.query(x), kv, mask, cache))
+        q = self.query(x)
+        if isinstance(cache, Slots):
+            q, kv = cache.filled(q, kv)
+            attend = self.written_out if x.device.is_cpu() else self.by_flash_attention
+            return self.out(attend(q, kv, cache.mask))
+        attend = self.by_kernel if x.device.is_cpu() else self.by_flash_attention
+        return self.out(attend(q, kv, mask, cache))
 
     def with_scores(self, x: TensorValue, kv: KeyValue) -> tuple[TensorValue, TensorValue]:
         """Attend from x to kv; also the scores before softmax (batch, head, token, key)."""
@@ -288,6 +321,21 @@ class MultiHeadAttention(Module):
         parameters = {"n_channel": self.n_channel}
         return ops.custom(name, q.device, inputs, [wv], parameters=parameters)[0].tensor.cast(q.dtype)
 
+    def by_flash_attention(
+        self, q: TensorValue, kv: KeyValue, mask: TensorValue | None = None, cache: Cache | None = None
+    ) -> TensorValue:
+        """As `by_kernel`, by MAX's kernels for GPUs, which know a causal mask, (token, token), without reading it."""
+        kv = kv if cache is None else cache.followed_by(kv)
+        rows = split_rows(q, kv.k.shape[0])
+        heads = rows.reshape((*rows.shape[:2], self.n_head, self.n_channel))
+        values, scale = (heads, *(ops.permute(x, [0, 2, 1, 3]) for x in kv)), self.n_channel**-0.5
+        if mask is not None and mask.rank > 2:
+            wv = masked_flash_attention_gpu(*values, mask, scale)
+        else:
+            variant = MHAMaskVariant.NULL_MASK if mask is None else MHAMaskVariant.CAUSAL_MASK
+            wv = flash_attention_gpu(*values, variant, scale)
+        return join_rows(wv.reshape(rows.shape), *q.shape[:2])
+
     def written_out(
         self, q: TensorValue, kv: KeyValue, mask: TensorValue | None = None, cache: Cache | None = None
     ) -> TensorValue:
@@ -313,7 +361,7 @@ class MultiHeadAttention(Module):
         q, k, v = (x.cast(DType.float32) for x in (q, *kv))
         qk = (q @ ops.transpose(k, 2, 3)) * ops.constant(self.n_channel**-0.5, DType.float32, q.device)
         if mask is not None:
-            qk = qk + mask
+            qk = qk + (mask if mask.rank == 2 else ops.unsqueeze(mask, 1))
         return (ops.softmax(qk) @ v).cast(self.policy.compute), qk
 
 
@@ -345,7 +393,7 @@ class ResidualAttentionBlock(Module):
         x: TensorValue,
         cross_kv: KeyValue | None = None,
         mask: TensorValue | None = None,
-        cache: Cache | None = None,
+        cache: Cache | Slots | None = None,
         with_scores: bool = False,
     ) -> tuple[TensorValue, KeyValue, TensorValue | None]:
         """x (batch, token, state) to the same shape; also the self-attention's keys and values of x, and the
@@ -390,6 +438,10 @@ class ResidualAttentionBlock(Module):
         """As `step`, submodule by submodule."""
         y, kv, _ = self(x, cross_kv, cache=cache)
         return y, *kv
+
+    def step_in_place(self, x: TensorValue, cross_kv: KeyValue, slots: Slots) -> tuple[TensorValue]:
+        """As `step`, submodule by submodule; the token's keys and values are in the cache afterwards."""
+        return (self(x, cross_kv, cache=slots)[0],)
 
     def by_kernel(self, x: TensorValue, cross_kv: KeyValue, cache: Cache) -> tuple[TensorValue, ...]:
         """As `step`, by one kernel of our own, for CPUs, in float32: threads start once for all of it."""
@@ -553,6 +605,13 @@ class TextDecoder(Module):
         inputs = [(KeyValue(*c), Cache(o[0], o[1], offset, sources)) for o, c in zip(own, cross, strict=True)]
         x, *new = self._layers(ResidualAttentionBlock.steps, x, inputs)
         return [self.logits(x), *new]
+
+    def step_in_place(self, tokens: TensorValue, cross: Sequence[KeyValue], slots: Sequence[Slots]) -> TensorValue:
+        """Logits (batch, 1, n_vocab) of one token of each text (batch, 1), by layer cross-attention's keys and values
+        and the cache."""
+        x = self.embed(tokens, slots[0].n_past)
+        (x,) = self._layers(ResidualAttentionBlock.step_in_place, x, list(zip(cross, slots, strict=True)))
+        return self.logits(x)
 
     def align(self, tokens: TensorValue, *cross_kv: TensorValue) -> list[TensorValue]:
         """As `__call__`, but every layer's cross-attention scores stand behind the logits."""

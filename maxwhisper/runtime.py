@@ -171,14 +171,16 @@ class Executable:
 
     def __call__(self, *inputs: torch.Tensor | Buffer) -> list[torch.Tensor]:
         # MAX would convert tensors itself, but checks each against a protocol first, which a decoder's step feels.
-        buffers = list(map(buffer, inputs))
+        return [torch.from_dlpack(output) for output in self.execute(*map(buffer, inputs))]
+
+    def execute(self, *inputs: Buffer) -> list[Buffer]:
+        """On MAX's own buffers; on a GPU it may still run afterwards."""
         if LOGGER_RUNS.is_set():
-            outputs = self.model.execute(*buffers)
-        else:
-            with long_timer_slack():
-                outputs = self.model.execute(*buffers)
-            LOGGER_RUNS.set()
-        return [torch.from_dlpack(output) for output in outputs]
+            return self.model.execute(*inputs)
+        with long_timer_slack():
+            outputs = self.model.execute(*inputs)
+        LOGGER_RUNS.set()
+        return outputs
 
 
 LOGGER_RUNS = threading.Event()

@@ -36,13 +36,18 @@ Result = dict[str, Any] | Exception
 
 
 class Seats:
-    """Room for the caches of several windows side by side, so that one execution reads them all."""
+    """Room for the caches of several windows side by side, so that one execution reads them all.
 
-    def __init__(self, n_seat: int):
+    on_device: the memory is (row, token, head, channel), as `maxwhisper.on_device` takes it.
+    """
+
+    def __init__(self, n_seat: int, on_device: bool = False):
+        self.on_device = on_device
         self.taken: list[KeyValueCache | None] = [None] * n_seat
         self.own: list[Tensor] = []
         self.cross: list[Tensor] = []
         self.sources = self.memory = self.rough_cross = torch.empty(0)
+        self.buffers: dict[int, list[Buffer]] = {}
 
     def place(self, caches: Sequence[KeyValueCache]) -> list[KeyValueCache]:
         """The caches in the order of their seats, which are the first ones; nobody else keeps one."""
@@ -51,21 +56,26 @@ class Seats:
         for cache in caches:
             if cache not in self.taken[:n]:
                 self._move(cache, free.pop())
+                if cache.own[0].is_cuda:  # MAX does not wait for what PyTorch does
+                    torch.cuda.synchronize()
         self.taken[n:] = [None] * (len(self.taken) - n)
         return [cache for cache in self.taken[:n] if cache is not None]
 
     def _move(self, cache: KeyValueCache, seat: int) -> None:
         if not self.own:
-            n_row = len(self.taken) * len(cache.own[0])
-            self.memory = cache.own[0].new_empty((len(cache.own), n_row, *cache.own[0].shape[1:]))
-            self.own, self.cross = list(self.memory), [self._room(kv) for kv in cache.cross]
-            self.sources = self._room(cache.sources)
+            self._make_room(cache)
         own, cross = ([self._rows(kv, seat) for kv in kvs] for kvs in (self.own, self.cross))
         cache.move(own, cross, self._rows(self.sources, seat), seat * len(cache.sources))
         self.taken[seat] = cache
 
-    def _room(self, of_one: Tensor) -> Tensor:
-        return of_one.new_empty((len(self.taken) * len(of_one), *of_one.shape[1:]))
+    def _make_room(self, cache: KeyValueCache) -> None:
+        n, first = len(self.taken), cache.own[0]
+        self.sources = cache.sources.repeat(n, 1)
+        if self.on_device:
+            self.own, self.cross = ([tokens_first(kv, n) for kv in kvs] for kvs in (cache.own, cache.cross))
+            return
+        self.memory = first.new_empty((len(cache.own), n * len(first), *first.shape[1:]))
+        self.own, self.cross = list(self.memory), [kv.new_empty((n * len(kv), *kv.shape[1:])) for kv in cache.cross]
 
     def _rows(self, x: Tensor, seat: int) -> Tensor:
         n = len(x) // len(self.taken)
@@ -74,7 +84,9 @@ class Seats:
     def inputs(self, n: int) -> tuple[Tensor, list[Buffer]]:
         """Sources, and keys and values, of the caches in the first `n` seats, in the same memory."""
         sources, *kv = (x[: len(x) // len(self.taken) * n] for x in (self.sources, *self.own, *self.cross))
-        return sources, [buffer(x) for x in kv]
+        if n not in self.buffers:
+            self.buffers[n] = [buffer(x.transpose(1, 2) if self.on_device else x) for x in kv]
+        return sources, self.buffers[n]
 
     def draft(self, n: int, make_rough: Callable[[Sequence[Tensor], Tensor, int], None]) -> list[Buffer]:
         """Of the same caches, what `maxwhisper.speculation` takes besides. make_rough: as `TextDecoder.make_rough`."""
@@ -86,6 +98,13 @@ class Seats:
                 make_rough(cache.cross, self.rough_cross, seat)
                 cache.rough_cross = self.rough_cross[:, seat : seat + 1]
         return [buffer(self.memory), buffer(self.rough_cross)]
+
+
+def tokens_first(kv: Tensor, n: int) -> Tensor:
+    """Zeros of the shape of `kv`, (row, head, token, channel), with n times as many rows; in memory the tokens of a row
+    come before its heads."""
+    n_row, n_head, n_token, n_channel = kv.shape
+    return kv.new_zeros((n * n_row, n_token, n_head, n_channel)).transpose(1, 2)
 
 
 @dataclass(frozen=True)
@@ -110,7 +129,7 @@ class Together:
         self.turn = Condition()
         self.n_thread = n_thread
         self.decoder = decoder
-        self.seats = Seats(n_thread)
+        self.seats = Seats(n_thread, decoder.on_device)
         self.waiting: list[Request] = []
         self.stopped = False
 

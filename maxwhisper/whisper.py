@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from max.driver import Buffer
+from max.driver import CPU, Buffer
 from max.dtype import DType
 from max.graph import DeviceRef
 from whisper import timing
@@ -44,6 +44,7 @@ from .decoding import (
     rules_program,
 )
 from .errors import AudioError, DeviceError, OptionError
+from .on_device import STEPS_AT_ONCE, step_program
 from .runtime import TORCH_DTYPE, Artifact, Executable, Policy, Program, buffer, find_device, one_torch_thread
 from .speculation import (
     N_GUESS,
@@ -55,7 +56,7 @@ from .speculation import (
     rough_room,
     speculation_program,
 )
-from .together import Audio, Result, Together, transcribe_many
+from .together import Audio, Result, Seats, Together, transcribe_many
 
 STORAGE = {torch.float16: DType.float16, torch.bfloat16: DType.bfloat16}
 
@@ -104,19 +105,20 @@ def compile_model(
         device = aim_at(target)
         checkpoint = rounded(load_checkpoint(name_or_path, download_root), dtype)
         for unit in units_on(device):
-            policy = policy_of(checkpoint.tensors, "cpu" if unit == "log_mel" else device, dtype)
+            policy = policy_of(checkpoint.tensors, "cpu" if unit in ON_CPU else device, dtype)
             programs = programs_of(unit, checkpoint.dims, policy)
             artifact = Artifact(f"{unit} of {checkpoint.name}", programs, policy.device.device_type.value)
             writer.add(Identity.of(unit, checkpoint.dims, policy, programs), artifact.stored)
 
 
-UNITS = ("log_mel", "network", "alignment")
-"""What transcribes on any device, by the unit of `BLOCKS` that compiles together."""
+ON_CPU = ("log_mel", TOKEN_RULES)
+"""What runs on the CPU whatever the device: the spectrogram, as openai-whisper's, and the pick of a first token."""
 
 
 def units_on(device: str) -> tuple[str, ...]:
-    """What transcribes on a device: tokens are picked in a graph on a CPU alone."""
-    return (*UNITS, TOKEN_RULES, PICK, SPECULATE) if device == "cpu" else UNITS
+    """What transcribes on a device, by the unit that compiles together: tokens are guessed on a CPU alone."""
+    units = (*ON_CPU, "network", "alignment", PICK)
+    return (*units, SPECULATE) if device == "cpu" else units
 
 
 DTYPES = {"float32": DType.float32, "bfloat16": DType.bfloat16}
@@ -136,11 +138,11 @@ def policy_of(tensors: Mapping[str, torch.Tensor], device: str, dtype: str) -> P
 
 
 def programs_of(unit: str, dims: ModelDimensions, policy: Policy) -> list[Program]:
-    """The graphs of one of UNITS, or one of those that pick tokens."""
+    """The graphs of one of `units_on`."""
     if unit == TOKEN_RULES:
         return [rules_program()]
     if unit == PICK:
-        return [pick_program(dims, policy)]
+        return [pick_program(dims, policy) if policy.device.is_cpu() else step_program(dims, policy)]
     if unit == SPECULATE:
         return [speculation_program(dims, policy), rough_keys_program(dims, policy)]
     return [block.program(dims, policy) for block in BLOCKS.values() if block.unit == unit]
@@ -246,6 +248,8 @@ class TextDecoder(torch.nn.Module):
         super().__init__()
         self.dims, self.network, self.device = dims, network, device
         self.blocks = torch.nn.ModuleList([TextBlock() for _ in range(dims.n_text_layer)])
+        self.on_device = device.type != "cpu"
+        self.seats = Seats(1, self.on_device)
         self.together: Together | None = None  # where the texts of several recordings advance together
 
     @one_torch_thread()
@@ -292,9 +296,9 @@ class TextDecoder(torch.nn.Module):
         return logits
 
     def pick(self, texts: Texts, cache: KeyValueCache, rules: Rules, n_token: torch.Tensor) -> Picked:
-        """What follows texts, all but the last tokens of which are in the cache, on a CPU: of each at most as many
-        tokens as `n_token` (batch,) says, until one ends, has as many, or, where others decode together with these, one
-        of theirs does; or until so few are left that steps of another kind take less time.
+        """What follows texts, all but the last tokens of which are in the cache: of each at most as many tokens as
+        `n_token` (batch,) says, until one ends, has as many, or, where others decode together with these, one of theirs
+        does; or until so few are left that steps of another kind take less time, or, off the CPU, STEPS_AT_ONCE.
 
         A text that gets none stays as it is, but its cache is lost. Raises OptionError where the cache has no room.
         """
@@ -309,7 +313,8 @@ class TextDecoder(torch.nn.Module):
                 self.make_rough(cache.cross, cache.rough_cross, 0)
             return [buffer(cache.memory), buffer(cache.rough_cross)]
 
-        picked = self.steps(texts, rules, n_token, cache.sources, cache.inputs(), draft)
+        sources, kv = self._seated(cache).inputs(1) if self.on_device else (cache.sources, cache.inputs())
+        picked = self.steps(texts, rules, n_token, sources, kv, draft)
         cache.n_token = int(picked.texts.lengths.max()) - 1
         return picked
 
@@ -324,6 +329,8 @@ class TextDecoder(torch.nn.Module):
     ) -> Picked:
         """As `pick`; sources and kv: as of a `KeyValueCache`. draft: gives what guesses take besides, where tokens are
         guessed first: if only the likeliest are wanted, of texts with room for guesses and audio of their own."""
+        if self.on_device:
+            return self._steps_on_device(texts, rules, n_token, kv)
         eot, idle = int(rules.limits[1]), n_token == 0
         tokens = torch.nn.functional.pad(texts.tokens, (0, int(n_token.max()) + N_GUESS), value=eot)
         # An idle text takes part as the end of text alone, to which nothing is added.
@@ -348,6 +355,30 @@ class TextDecoder(torch.nn.Module):
         tokens = torch.where(idle[:, None], tokens, now.tokens)[:, : int(lengths.max())]
         tokens[torch.arange(tokens.shape[1]) >= lengths[:, None]] = eot  # where guesses were
         return Picked(Texts(tokens, lengths, now.totals), Candidates(*found))
+
+    def _seated(self, cache: KeyValueCache) -> Seats:
+        """Where a cache is in memory as `_steps_on_device` takes it: in that of the one before, if it fits."""
+        if self.seats.own and self.seats.own[0].shape != cache.own[0].shape:
+            self.seats = Seats(1, on_device=True)
+        self.seats.place([cache])
+        return self.seats
+
+    def _steps_on_device(self, texts: Texts, rules: Rules, n_token: torch.Tensor, kv: Sequence[Buffer]) -> Picked:
+        """As `steps`, for the likeliest tokens alone, and at most STEPS_AT_ONCE."""
+        device, step = self.network.policy.device.to_device(), self.network[PICK]
+
+        def there(x: torch.Tensor) -> Buffer:
+            return buffer(x).to(device)
+
+        eot, n_free = int(rules.limits[1]), self.dims.n_text_ctx + 1 - texts.tokens.shape[1]
+        tokens = torch.nn.functional.pad(texts.tokens, (0, n_free), value=eot)
+        state = [there(x) for x in (tokens, texts.lengths, texts.totals, torch.zeros(len(tokens)))]
+        fixed = [there(x) for x in (texts.lengths + n_token, rules.suppressed, rules.begins, rules.limits)]
+        for _ in range(min(int(n_token.max()), STEPS_AT_ONCE)):
+            state = step.execute(*state, *fixed, *kv, *kv[: len(kv) // 2])
+        tokens, lengths, totals, logprobs = (torch.from_dlpack(x.to(CPU())) for x in state)
+        now = Texts(tokens[:, : int(lengths.max())], lengths, totals)
+        return Picked(now, Candidates(now.last(), logprobs[:, None]))
 
     def make_rough(self, cross: Sequence[torch.Tensor], into: torch.Tensor, row: int) -> None:
         """Puts keys and values of audio into some of `rough_room`, from a row on."""
@@ -451,8 +482,7 @@ class Whisper(OpenAIWhisper):
             policy = policy_of(checkpoint.tensors, "cpu", dtype)
             if self.dims.n_mels in N_MELS:  # for others there is no spectrogram
                 compiled_spectrogram(self.dims.n_mels, artifacts.loader("log_mel", self.dims, policy))
-            if device == "cpu":
-                compiled_rules(artifacts.loader(TOKEN_RULES, self.dims, policy))
+            compiled_rules(artifacts.loader(TOKEN_RULES, self.dims, policy))
         self.encoder = AudioEncoder(self.dims, network, self._device)
         self.decoder = TextDecoder(self.dims, network, self._device)
         heads = torch.zeros(self.dims.n_text_layer, self.dims.n_text_head, dtype=torch.bool)

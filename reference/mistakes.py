@@ -41,14 +41,22 @@ def half(dtype: DType) -> DType:
     return dtype if dtype != DType.float32 else DType.float16
 
 
+KERNELS = (
+    (model.MultiHeadAttention, "by_kernel"),
+    (model.MultiHeadAttention, "by_flash_attention"),
+    (model.ResidualAttentionBlock, "by_kernel"),
+)
+"""Methods that `written_out` can stand in for."""
+
+
 def written_out(right: Patch) -> Patch:
     """A patch of attention or of a block that also applies where a kernel would compute that."""
 
     @contextmanager
     def patched() -> Iterator[None]:
         with ExitStack() as stack:
-            for owner in (model.MultiHeadAttention, model.ResidualAttentionBlock):
-                stack.enter_context(patch.object(owner, "by_kernel", owner.written_out))
+            for owner, name in KERNELS:
+                stack.enter_context(patch.object(owner, name, owner.written_out))
             stack.enter_context(right())
             yield
 

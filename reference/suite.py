@@ -18,7 +18,7 @@ from maxwhisper.audio import log_mel_weights
 from maxwhisper.blocks import BLOCKS, Block
 from maxwhisper.checkpoint import load_checkpoint
 from maxwhisper.runtime import TORCH_DTYPE, Artifact, Executable, Policy, Program, find_device
-from maxwhisper.whisper import storage_dtype
+from maxwhisper.whisper import ON_CPU, storage_dtype
 
 from . import activations
 from .activations import FIXTURES, Activations, is_step
@@ -171,8 +171,7 @@ class Suite:
         return f"{self.model.size}, {dtype_name(self.dtype)}, {unit}"
 
     def device_of(self, unit: str) -> str:
-        """The log-mel spectrogram is computed on the CPU, as openai-whisper's."""
-        return "cpu" if unit == "log_mel" else self.device
+        return "cpu" if unit in ON_CPU else self.device
 
     def initialised(self, unit: str, layer: int, tensors: Mapping[str, Tensor]) -> dict[str, Executable]:
         """The unit's graphs with the weights of a layer; of a layer that only encoder or decoder has, the other is

@@ -1,4 +1,4 @@
-"""Operations that maxwhisper brings itself, for CPUs."""
+"""Operations that maxwhisper brings itself: for CPUs, but for `Store`, which is for any device."""
 
 from .attention import Append, Attention, CachedAttention
 from .convolution import Convolution
@@ -6,4 +6,5 @@ from .decoder_block import DecoderBlock
 from .draft import Guess, RoughKeys
 from .linear import Linear
 from .pick import Pick
+from .store import Store
 from .tiled_attention import AttentionScores, MaskedAttention, TiledAttention

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from maxwhisper.model import (
     Cache,
     KeyValue,
     MultiHeadAttention,
+    Slots,
     causal_mask,
     convolution,
     image_convolution,
@@ -28,6 +30,7 @@ from maxwhisper.model import (
     shared,
     text_product,
 )
+from maxwhisper.on_device import mask_behind
 from maxwhisper.runtime import TORCH_DTYPE, Artifact, Executable, Policy, Program
 from reference.judge import Comparison, judge
 
@@ -266,10 +269,16 @@ class Attention(Module):
     def written_out(
         self, q: TensorValue, k: TensorValue, v: TensorValue, length: TensorValue, *new: TensorValue
     ) -> tuple[TensorValue, ...]:
-        """What takes the kernels' place on a GPU."""
+        """What takes the kernels' place in faults."""
         kv, cache = KeyValue(*new), Cache(k, v, length)
         scores = self.attn.heads_attention(q, cache.followed_by(kv), None)[SCORES]
         return self.attn.written_out(q, kv, cache=cache), scores
+
+    def in_place(self, q: TensorValue, *others: Any) -> list[TensorValue]:
+        k, v, n_past, k_new, v_new, k_written, v_written = others
+        slots = Slots(k, v, k_written, v_written, n_past, mask_behind(n_past, k))
+        queries, kv = slots.filled(q, KeyValue(k_new, v_new))
+        return [self.attn.written_out(queries, kv, slots.mask)]
 
     def causal(self, q: TensorValue, k: TensorValue, v: TensorValue) -> list[TensorValue]:
         return [self.attn.by_kernel(q, KeyValue(k, v), causal_mask(q.shape[1], self.attn.policy))]
@@ -303,6 +312,9 @@ def attentions() -> dict[str, Executable]:
     cached = {**queries("state"), **behind_a_cache("head")}
     scattered = {**cached, "sources": TensorType(DType.int64, ["batch", "place"], cpu)}
     written_out = {**queries(2 * N_CHANNEL), **behind_a_cache(2)}
+    slot = TensorType(DType.float32, ["batch", "place", 2, N_CHANNEL], cpu)
+    in_place = {**written_out, "k": slot, "v": slot, "length": lengths}
+    in_place |= {f"{name} written": slot.as_buffer() for name in "kv"}
     many = {**cross, **queries("state", "token")}
     half = {name: TensorType(DType.bfloat16, kind.shape, cpu) for name, kind in many.items()}
     causal = {**many, **dict.fromkeys(("k", "v"), heads("row", "token"))}
@@ -315,6 +327,7 @@ def attentions() -> dict[str, Executable]:
         Program("of other lengths", "", Attention(), Attention.cached, {**cached, "length": lengths}),
         Program("of other rows", "", Attention(), Attention.scattered, scattered),
         Program("written out", "", Attention(), Attention.written_out, written_out),
+        Program("in place", "", Attention(), Attention.in_place, in_place),
     ]
     return Artifact("attentions", programs, "cpu").init({})
 
@@ -392,9 +405,24 @@ def test_attention_behind_a_cache_reads_nothing_that_is_not_filled(
 
 @pytest.mark.parametrize("n_past", [1, 17])
 @pytest.mark.parametrize("n_free", [0, 3])
-def test_attention_behind_a_cache_written_out_as_for_a_gpu(n_past: int, n_free: int) -> None:
+def test_attention_behind_a_cache_written_out(n_past: int, n_free: int) -> None:
     check_cached("written out", 3, 2, n_past, n_free, seed=0)
     check_cached("written out", 3, 2, n_past, n_free, seed=0, output=SCORES)
+
+
+@settings(max_examples=60, deadline=None)
+@given(n_place=st.integers(1, 300), rows=st.integers(1, 4), data=st.data())
+def test_attention_behind_a_cache_in_place(n_place: int, rows: int, data: st.DataObject) -> None:
+    n_past = torch.tensor([data.draw(st.integers(0, n_place - 1)) for _ in range(rows)])
+    q, k_new, v_new = torch.randn(rows, 1, 2 * N_CHANNEL), *torch.randn(2, rows, 2, 1, N_CHANNEL)
+    caches = torch.randn(2, rows, n_place, 2, N_CHANNEL)
+    before = caches.clone()
+    (ours,) = attentions()["in place"](q, *caches, n_past, k_new, v_new, *caches)
+    for row, place in enumerate(n_past.tolist()):
+        before[:, row, place] = torch.stack([k_new, v_new])[:, row, :, 0]
+        k, v = before[:, row : row + 1, : place + 1].transpose(2, 3)
+        check("in place", [ours[row : row + 1]], q[row : row + 1], k, v)
+    assert caches.equal(before)
 
 
 def check_cached(

@@ -1,0 +1,180 @@
+"""Greedy decoding in the memory of a device, on a CPU: the same operations as on a GPU, but for its attention."""
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from max.dtype import DType
+from max.graph import DeviceRef, TensorType
+from whisper import DecodingOptions, decoding
+from whisper.audio import SAMPLE_RATE, pad_or_trim
+
+import maxwhisper.whisper
+from maxwhisper.audio import load_audio, log_mel_spectrogram
+from maxwhisper.checkpoint import Checkpoint, load_checkpoint
+from maxwhisper.decoding import PICK, MaxInference, NoWeights, TokenRules
+from maxwhisper.errors import DecodingError
+from maxwhisper.on_device import STEPS_AT_ONCE, likeliest_token, step_program
+from maxwhisper.runtime import Artifact, Executable, Program
+from maxwhisper.together import Seats
+from maxwhisper.whisper import Whisper, load_model
+
+from .test_decoding import (
+    EOT,
+    N_VOCAB,
+    OPTIONS,
+    PROMPT,
+    SAMPLE_BEGIN,
+    close,
+    filtered,
+    filters,
+    histories,
+    random_logits,
+    totals,
+)
+from .test_together import FIXTURES, SOME
+
+NANO = FIXTURES / "nano.pt"
+
+
+@cache
+def rules() -> Executable:
+    """`likeliest_token` alone."""
+    cpu = DeviceRef.CPU()
+    inputs = {
+        "logits": TensorType(DType.float32, ["batch", "vocab"], cpu),
+        "texts": TensorType(DType.int64, ["batch", "place"], cpu),
+        "lengths": TensorType(DType.int64, ["batch"], cpu),
+        "begins": TensorType(DType.int64, ["batch"], cpu),
+        "suppressed": TensorType(DType.bool, ["vocab"], cpu),
+        "limits": TensorType(DType.int64, [2], cpu),
+    }
+    program = Program("rules", "", NoWeights(), lambda _, *given: likeliest_token(*given), inputs)
+    return Artifact("rules by MAX's operations", [program], "cpu").init({})["rules"]
+
+
+def picked(logits: torch.Tensor, tokens: torch.Tensor, chosen: list) -> tuple[torch.Tensor, torch.Tensor]:
+    """The likeliest token of each text (batch, 1), and its log-probability; behind the texts stands what no rule may
+    look at."""
+    known = TokenRules.of(chosen, N_VOCAB, SAMPLE_BEGIN, EOT)
+    assert known is not None
+    given = known.inputs(tokens, 1)
+    texts = torch.nn.functional.pad(tokens, (0, 3), value=N_VOCAB - 1)
+    lengths = torch.full((len(tokens),), tokens.shape[1])
+    token, logprob = rules()(logits, texts, lengths, given.begins, given.suppressed, given.limits)
+    return token, logprob
+
+
+@settings(max_examples=100, deadline=None)
+@given(sampled=histories(n_text=3), **OPTIONS)
+def test_operations_pick_what_openai_picks(sampled, seed, lean, **options) -> None:  # noqa: ANN001, ANN003
+    logits, chosen = random_logits(3, seed, lean), filters(**options)
+    tokens = torch.tensor([PROMPT + each for each in sampled])
+    token, logprob = picked(logits, tokens, chosen)
+    sums = totals(tokens)
+    theirs, _ = decoding.GreedyDecoder(0.0, EOT).update(tokens, filtered(logits, tokens, chosen), sums)
+    going_on = tokens[:, -1] != EOT
+    assert token[going_on].equal(theirs[going_on, -1:])
+    assert close((totals(tokens) + logprob)[going_on], sums[going_on])
+
+
+@pytest.mark.parametrize("value", [float("nan"), -float("inf"), float("inf")])
+def test_the_log_probability_tells_that_nothing_can_be_picked(value: float) -> None:
+    _, logprob = picked(torch.full((1, N_VOCAB), value), torch.tensor([PROMPT]), [])
+    assert not logprob.isfinite().any()
+
+
+def test_a_single_logit_that_is_nan_tells_so_too() -> None:
+    logits = torch.zeros(1, N_VOCAB)
+    logits[0, 70] = float("nan")
+    assert not picked(logits, torch.tensor([PROMPT]), [])[1].isfinite().any()
+
+
+# ---- whole texts ---------------------------------------------------------------------------------------------------
+
+
+def on_device(checkpoint: Checkpoint) -> Whisper:
+    """A model on the CPU that decodes as on a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(maxwhisper.whisper, "pick_program", step_program)
+        model = Whisper(checkpoint)
+        assert model.decoder.network[PICK]  # compiled while patched
+    model.decoder.on_device, model.decoder.seats = True, Seats(1, on_device=True)
+    return model
+
+
+@pytest.fixture(scope="module")
+def model() -> Whisper:
+    return on_device(load_checkpoint(NANO))
+
+
+@pytest.fixture(scope="module")
+def usual() -> Whisper:
+    return load_model(NANO)
+
+
+def texts(result: dict[str, Any]) -> list[tuple[Any, ...]]:
+    return [(s["start"], s["end"], s["tokens"], s["no_speech_prob"]) for s in result["segments"]]
+
+
+def test_transcripts(model: Whisper, usual: Whisper) -> None:
+    """Of several windows each, which follow each other in the same memory."""
+    for clip in SOME:
+        ours, theirs = (each.transcribe(clip, temperature=0.0) for each in (model, usual))
+        assert texts(ours) == texts(theirs) and (texts(ours) or clip.stem == "silence")
+
+
+@pytest.mark.parametrize("batch_size", [2, 9])
+def test_together_as_alone(model: Whisper, batch_size: int) -> None:
+    """Texts of different lengths, in memory that others have left."""
+    together = dict(model.transcribe_many(SOME, batch_size, temperature=0.0))
+    assert together == {number: model.transcribe(clip, temperature=0.0) for number, clip in enumerate(SOME)}
+
+
+def windows(n: int) -> torch.Tensor:
+    audio = load_audio(SOME[1])
+    return torch.stack([log_mel_spectrogram(pad_or_trim(audio[i * SAMPLE_RATE :]), 80) for i in range(n)])
+
+
+def test_windows_of_a_batch_as_alone(model: Whisper, usual: Whisper) -> None:
+    """Of other batches than before, too: there is room for each."""
+    mel = windows(3)
+    for n in (3, 1, 2):
+        ours, theirs = (each.decode(mel[:n], DecodingOptions(language="en", fp16=False)) for each in (model, usual))
+        assert [each.tokens for each in ours] == [each.tokens for each in theirs]
+    sums = [torch.tensor([each.avg_logprob * (len(each.tokens) + 1) for each in some]) for some in (ours, theirs)]
+    assert close(*sums)
+
+
+def test_a_text_that_fills_the_cache(model: Whisper, usual: Whisper) -> None:
+    options = DecodingOptions(language="en", without_timestamps=True, suppress_tokens=[EOT], sample_len=500, fp16=False)
+    ours, theirs = (each.decode(windows(2), options) for each in (model, usual))
+    assert [each.tokens for each in ours] == [each.tokens for each in theirs]
+    assert {len(each.tokens) for each in ours} == {model.dims.n_text_ctx + 1 - SAMPLE_BEGIN - 1}
+
+
+def test_as_many_tokens_as_asked_for(model: Whisper) -> None:
+    """Of each text, and none of one of which none are wanted, nor of one that has ended."""
+    inference, start = MaxInference(model, SAMPLE_BEGIN), torch.tensor([PROMPT] * 4)
+    logits = inference.start(start, model.embed_audio(windows(4)), 0)[1]
+    known = TokenRules(N_VOCAB, SAMPLE_BEGIN, EOT)
+    now = known.pick(logits, start, torch.zeros(4), 1).texts
+    now.tokens[3, -1] = EOT
+    n_token = torch.tensor([0, 1, STEPS_AT_ONCE + 1, 5])
+    then = inference.pick(now, known.inputs(now.tokens, 1), n_token).texts
+    assert (then.lengths - now.lengths).tolist() == [0, 1, STEPS_AT_ONCE, 0]
+    assert then.tokens[[0, 3], now.lengths[0] :].eq(EOT).all()
+    assert then.totals[[0, 3]].equal(now.totals[[0, 3]]) and (then.totals < now.totals).tolist()[1:3] == [True, True]
+
+
+def test_what_is_not_finite_is_an_error() -> None:
+    """At a place behind the start, which nothing else looks at."""
+    checkpoint = load_checkpoint(NANO)
+    positions = checkpoint.tensors["decoder.positional_embedding"].clone()
+    positions[SAMPLE_BEGIN + 2] = float("nan")
+    model = on_device(replace(checkpoint, tensors={**checkpoint.tensors, "decoder.positional_embedding": positions}))
+    with pytest.raises(DecodingError, match="not finite"):
+        model.decode(windows(1), DecodingOptions(language="en", fp16=False))
