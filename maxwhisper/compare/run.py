@@ -179,11 +179,17 @@ class Comparison:
     def measure_window(self, worker: Worker, row: Row) -> None:
         """The times of one window and one token; raises EngineError."""
         # Of several, as an engine's memory was given back while others had their turn, and its threads slept.
-        row.encode_s.append(min(worker.ask("encode", mel=self.window)["seconds"] for _ in range(REPEATS)))
+        encoded = [worker.ask("encode", mel=self.window) for _ in range(REPEATS)]
         steps = self.tokens or STEPS
         one, many = (self.generated(worker, count) for count in (1, steps))
-        if one is not None and many is not None:
-            row.token_s.append((many - one) / (steps - 1))
+        for clock, encode, token in (
+            ("seconds", row.encode_s, row.token_s),
+            ("device_seconds", row.encode_device_s, row.token_device_s),
+        ):
+            if clock in encoded[0]:
+                encode.append(fastest(encoded, clock))
+                if one and many:
+                    token.append((fastest(many, clock) - fastest(one, clock)) / (steps - 1))
 
     def transcribed(self, worker: Worker) -> list[dict[str, Any]]:
         """The answers for each recording."""
@@ -192,16 +198,16 @@ class Comparison:
         pairs = zip(self.audio, self.languages, strict=True)
         return [worker.ask("transcribe", audio=path, language=language) for path, language in pairs]
 
-    def generated(self, worker: Worker, count: int) -> float | None:
-        """The least seconds of generating `count` tokens, None if the engine cannot; raises EngineError if it gives
-        another number of them."""
+    def generated(self, worker: Worker, count: int) -> list[dict[str, Any]]:
+        """The answers with `count` tokens, none if the engine cannot; raises EngineError if it gives another number of
+        them."""
         answers = [worker.ask("generate", n_tokens=count) for _ in range(REPEATS)]
         for answer in answers:
             if answer["tokens"] is None:
-                return None
+                return []
             if len(answer["tokens"]) != count:
                 raise EngineError(f"asked for {count} tokens, it gave {len(answer['tokens'])}")
-        return min(answer["seconds"] for answer in answers)
+        return answers
 
     def score(self, row: Row, spoken: list[list[int]], tokens: list[list[int]]) -> None:
         row.tokens = sum(map(len, tokens))
@@ -230,6 +236,10 @@ def reported(row: Row) -> Iterator[None]:
         yield
     except EngineError as error:
         row.error = str(error)
+
+
+def fastest(answers: list[dict[str, Any]], clock: str) -> float:
+    return min(answer[clock] for answer in answers)
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:

@@ -23,7 +23,7 @@ from maxwhisper.batched import transcribe_batched
 from maxwhisper.checkpoint import load_checkpoint
 from maxwhisper.cli import main
 from maxwhisper.compare import convert, engines, run, stepwise
-from maxwhisper.compare.engines import SPECS, Engine, Spec, missing, rows
+from maxwhisper.compare.engines import SPECS, Engine, Spec, Task, missing, rows
 from maxwhisper.compare.engines import maxwhisper as maxwhisper_engine
 from maxwhisper.compare.engines.on_pytorch import OnPyTorch
 from maxwhisper.compare.material import SIZES, checkpoint_for, recordings
@@ -32,6 +32,7 @@ from maxwhisper.compare.results import Row
 from maxwhisper.compare.scores import agreement, word_error_rate
 from maxwhisper.compare.table import cells as figures
 from maxwhisper.compare.tokens import task_for, tokenizer_of
+from maxwhisper.compare.worker import Requests
 
 ROOT = Path(__file__).parents[2]
 NANO = ROOT / "fixtures" / "nano.pt"
@@ -267,6 +268,23 @@ def test_events_are_on_the_queue_of_the_engine(monkeypatch: pytest.MonkeyPatch) 
     assert synchronize.call_count == 2, "maxwhisper computes in PyTorch too"
 
 
+def test_a_time_ends_when_the_device_is_done(folder: Path) -> None:
+    steps: list[str] = []
+    event = Mock(elapsed_time=Mock(return_value=250.0))
+    requests = Requests("openai-whisper", folder, task_for(load_checkpoint(NANO).dims, None, 2))
+    requests.engine = Mock(
+        event=lambda: steps.append("event") or event,
+        generate=lambda features, n_tokens: steps.append("generate") or [1] * n_tokens,
+        synchronize=lambda: steps.append("synchronize"),
+    )
+    requests.features = None
+    answer = requests.generate(2)
+    assert steps == ["event", "generate", "event", "synchronize"]
+    assert (answer["tokens"], answer["device_seconds"]) == ([1, 1], 0.25)
+    requests.engine.event = lambda: None
+    assert requests.generate(2).keys() == {"tokens", "seconds"}
+
+
 # ---- conversions ---------------------------------------------------------------------------------------------------
 
 
@@ -392,16 +410,24 @@ def test_the_batched_row_needs_a_detector_of_speech(monkeypatch: pytest.MonkeyPa
 
 
 class StubWorker:
-    """Answers at once: PyTorch Whisper says a b, the others the same, whisper.cpp says a c and fails if told to."""
+    """Answers at once: PyTorch Whisper says a b, the others the same, whisper.cpp says a c and fails if told to. On a
+    GPU half of the time is the device's, which faster-whisper does not tell."""
 
     asked: list[tuple[str, str]] = []
     timed: set[str] = set()
     broken = ""
 
-    def __init__(self, spec: Spec, *_: Any):
+    def __init__(self, spec: Spec, _: Path, task: Task):
         self.name, self.spec, self.process = spec.name, spec, Mock()
+        self.tells = task.device == "gpu" and spec.engine != "faster-whisper"
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
+        answer = self.answer(do, **arguments)
+        if self.tells and do in ("encode", "generate"):
+            answer["device_seconds"] = answer["seconds"] / 2
+        return answer
+
+    def answer(self, do: str, **arguments: Any) -> dict[str, Any]:
         if do == "transcribe":
             self.asked.append((self.name, arguments["language"]))
             if self.name == self.broken:
@@ -476,6 +502,35 @@ def test_the_table(stub: type[StubWorker], tmp_path: Path, capsys: pytest.Captur
     assert found["openvino float32"]["total_s"] == [] and found["openvino float32"]["not_installed"] == ["openvino"]
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert {path.name for path in tmp_path.iterdir()} == {"text", "report.json", "picture.png"}
+
+
+def test_the_table_of_a_gpu(
+    stub: type[StubWorker], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    probes: dict[str, dict[str, Any]] = {
+        "driver": {"version": "580.1", "cuda": [13, 0]},
+        "torch": {"version": "2.13", "cuda": "13.0", "gpus": [{"name": "NVIDIA Z1"}], "error": None},
+    }
+    monkeypatch.setattr(run, "ask", probes.get)
+    monkeypatch.setattr(run, "accelerator_count", lambda: 1)
+    monkeypatch.setattr(run, "find_device", {"gpu": Mock()}.get)
+    report = tmp_path / "report.json"
+    against = ["--against", "openai-whisper,faster-whisper"]
+    status, out = compared(capsys, "--device", "auto", *against, "--rounds", "2", "--json", str(report))
+    assert status == 0
+    assert cells(out, "engine")[4:7] == ["encoder device ms", "device ms per token", "total s"]
+    assert cells(out, "openai-whisper float16")[2:7] == ["20.0", "3.00", "10.0", "1.50", "0.50"]
+    assert cells(out, "faster-whisper float16")[2:7] == ["20.0", "3.00", "-", "-", "0.50"]
+    assert cells(out, "faster-whisper float16 batched")[2:7] == ["-", "-", "-", "-", "0.50"]
+    assert "On one NVIDIA Z1, driver 580.1, PyTorch for CUDA 13.0." in out
+    found = json.loads(report.read_text())
+    assert found["options"]["device"] == "gpu"
+    assert {"gpu": "NVIDIA Z1", "driver": "580.1", "cuda": "13.0"}.items() <= found["machine"].items()
+    encoded = {row["name"]: row["encode_device_s"] for row in found["rows"]}
+    assert encoded["maxwhisper"] == [0.01, 0.01] and encoded["faster-whisper float16"] == []
+    probes["torch"] |= {"gpus": [], "error": "no luck"}
+    assert main(["compare", str(CLIP), "--device", "gpu"]) == 1
+    assert "PyTorch finds no GPU: no luck" in capsys.readouterr().err
 
 
 def test_a_time_below_zero_is_noise_and_not_shown() -> None:
