@@ -145,8 +145,10 @@ def add_compare(commands: Any) -> None:
     add = parser.add_argument
     add("audio", nargs="+", metavar="AUDIO", help="audio or video files; a .txt beside one holds what is said in it")
     add("--model", default="tiny", help="as of transcribe, or random:SIZE for random weights, with --tokens")
-    known = f"engines, comma-separated, of {', '.join(ENGINES)} (default: all)"
-    add("--against", type=engines, default=ENGINES, metavar="ENGINES", help=known)
+    device = "what to compute on; auto is a GPU if MAX finds one (default: cpu)"
+    add("--device", default="cpu", choices=["cpu", "gpu", "auto"], help=device)
+    known = f"engines, comma-separated, of {', '.join(ENGINES)} (default: all that have a row for --device)"
+    add("--against", type=engines, metavar="ENGINES", help=known)
     add("--text", action="append", metavar="FILE", help="what is said, once for each AUDIO and in their order")
     add("--tokens", type=above_zero, metavar="N", help="decode N tokens for every 30 s, in place of transcribing")
     add("--beam_size", type=above_zero, metavar="N", help="how many texts to pursue; greedy if not given")

@@ -57,8 +57,8 @@ perf() {
 }
 
 compare() {
-  .venv/bin/pip install --quiet --constraint constraints.txt --editable '.[peers]' || return
-  .venv/bin/maxwhisper compare "$CLIP" --model "$CHECKPOINT" --json "$out/compare.json"
+  .venv/bin/pip install --quiet --constraint constraints.txt --editable '.[peers,cuda12]' || return
+  .venv/bin/maxwhisper compare "$CLIP" --model "$CHECKPOINT" --device gpu --json "$out/compare.json"
 }
 
 doctor() {

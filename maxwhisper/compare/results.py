@@ -12,9 +12,9 @@ class Row:
 
     error: why it failed, in one line. not_installed: packages to install first. load_s: from the first import to a
     model that is ready. Each list has one entry per round: encode_s of one window of 30 s, token_s of one token in a
-    text of a fixed number, total_s of all recordings. peak_bytes: resident memory after everything was transcribed
-    once. tokens: all that were produced, timestamps among them. agreement, wer: to PyTorch Whisper's transcript; the
-    former of text tokens. wer_text: to the known text.
+    text of a fixed number, both also between events on a device, total_s of all recordings. peak_bytes: resident memory
+    after everything was transcribed once. tokens: all that were produced, timestamps among them. agreement, wer: to
+    PyTorch Whisper's transcript; the former of text tokens. wer_text: to the known text.
     """
 
     name: str
@@ -25,6 +25,8 @@ class Row:
     load_s: float | None = None
     encode_s: list[float] = field(default_factory=list)
     token_s: list[float] = field(default_factory=list)
+    encode_device_s: list[float] = field(default_factory=list)
+    token_device_s: list[float] = field(default_factory=list)
     total_s: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
     tokens: int | None = None

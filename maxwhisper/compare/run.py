@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from max.driver import accelerator_count
 from whisper.audio import log_mel_spectrogram, pad_or_trim
 
 from ..checkpoint import Checkpoint
-from ..errors import MaxWhisperError, OptionError
+from ..doctor import ProbeError, ask
+from ..errors import DeviceError, MaxWhisperError, OptionError
+from ..runtime import find_device
 from .convert import store
-from .engines import REFERENCE, SPECS, SUBJECT, Spec, Task, missing, versions
+from .engines import REFERENCE, SPECS, Spec, Task, missing, rows, versions
 from .material import Recording, checkpoint_for, recordings
 from .process import EngineError, Worker, awake
 from .results import Results, Row
@@ -38,38 +41,45 @@ log = logging.getLogger("maxwhisper")
 def compare(
     audio: list[str],
     model: str,
-    against: Sequence[str],
+    against: Sequence[str] | None,
     *,
+    device: str,
     texts: list[str] | None = None,
     tokens: int | None = None,
     beam_size: int | None = None,
     threads: int,
     rounds: int,
 ) -> Results:
-    """Runs maxwhisper and the engines in `against` on `audio`.
+    """Runs maxwhisper and the engines in `against`, None for all, on `audio`.
 
+    device: "cpu", "gpu", or "auto" for a GPU where MAX finds one.
     tokens: decode this many for every window of 30 s, in place of transcribing.
 
-    Raises AudioError, CheckpointError, OptionError, and MaxWhisperError if PyTorch Whisper, which the others are
-    compared with, fails.
+    Raises AudioError, CheckpointError, DeviceError, OptionError, and MaxWhisperError if PyTorch Whisper, which the
+    others are compared with, fails.
     """
+    if device == "auto":
+        device = "gpu" if accelerator_count() else "cpu"
+    specs = rows(against, device)
+    find_device(device)
+    found = machine(device)
     heard = recordings(audio, texts)
     checkpoint = checkpoint_for(model)
     longest = checkpoint.dims.n_text_ctx // 2
     if tokens is not None and not 2 <= tokens <= longest:
         raise OptionError(f"--tokens must be from 2 to {longest}, which is where Whisper ends a text, not {tokens}")
-    task = task_for(checkpoint.dims, beam_size, threads)
+    task = task_for(checkpoint.dims, beam_size, threads, device)
     folder = store(checkpoint)
     with tempfile.TemporaryDirectory(prefix="maxwhisper-compare-") as scratch:
         comparison = Comparison(checkpoint, heard, task, tokens, rounds, folder, Path(scratch))
-        rows = comparison.run([spec for spec in SPECS if spec.engine in (SUBJECT, *against)])
+        measured = comparison.run(specs)
     return Results(
         model=model,
         options={**asdict(task), "tokens": tokens, "rounds": rounds, "languages": comparison.languages},
-        machine=machine(),
+        machine=found,
         recordings=[{"name": each.name, "seconds": each.seconds, "text": each.text} for each in heard],
         audio_s=sum(each.seconds for each in heard),
-        rows=rows,
+        rows=measured,
     )
 
 
@@ -169,11 +179,17 @@ class Comparison:
     def measure_window(self, worker: Worker, row: Row) -> None:
         """The times of one window and one token; raises EngineError."""
         # Of several, as an engine's memory was given back while others had their turn, and its threads slept.
-        row.encode_s.append(min(worker.ask("encode", mel=self.window)["seconds"] for _ in range(REPEATS)))
+        encoded = [worker.ask("encode", mel=self.window) for _ in range(REPEATS)]
         steps = self.tokens or STEPS
         one, many = (self.generated(worker, count) for count in (1, steps))
-        if one is not None and many is not None:
-            row.token_s.append((many - one) / (steps - 1))
+        for clock, encode, token in (
+            ("seconds", row.encode_s, row.token_s),
+            ("device_seconds", row.encode_device_s, row.token_device_s),
+        ):
+            if clock in encoded[0]:
+                encode.append(fastest(encoded, clock))
+                if one and many:
+                    token.append((fastest(many, clock) - fastest(one, clock)) / (steps - 1))
 
     def transcribed(self, worker: Worker) -> list[dict[str, Any]]:
         """The answers for each recording."""
@@ -182,16 +198,16 @@ class Comparison:
         pairs = zip(self.audio, self.languages, strict=True)
         return [worker.ask("transcribe", audio=path, language=language) for path, language in pairs]
 
-    def generated(self, worker: Worker, count: int) -> float | None:
-        """The least seconds of generating `count` tokens, None if the engine cannot; raises EngineError if it gives
-        another number of them."""
+    def generated(self, worker: Worker, count: int) -> list[dict[str, Any]]:
+        """The answers with `count` tokens, none if the engine cannot; raises EngineError if it gives another number of
+        them."""
         answers = [worker.ask("generate", n_tokens=count) for _ in range(REPEATS)]
         for answer in answers:
             if answer["tokens"] is None:
-                return None
+                return []
             if len(answer["tokens"]) != count:
                 raise EngineError(f"asked for {count} tokens, it gave {len(answer['tokens'])}")
-        return min(answer["seconds"] for answer in answers)
+        return answers
 
     def score(self, row: Row, spoken: list[list[int]], tokens: list[list[int]]) -> None:
         row.tokens = sum(map(len, tokens))
@@ -222,13 +238,30 @@ def reported(row: Row) -> Iterator[None]:
         row.error = str(error)
 
 
-def machine() -> dict[str, Any]:
-    return {
+def fastest(answers: list[dict[str, Any]], clock: str) -> float:
+    return min(answer[clock] for answer in answers)
+
+
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """Raises DeviceError if what there is to say of a GPU cannot be found out."""
+    found = {
         "processor": processor(),
         "cpus": os.cpu_count(),
         "system": platform.platform(),
         "python": platform.python_version(),
     }
+    return found | gpu() if device == "gpu" else found
+
+
+def gpu() -> dict[str, Any]:
+    """Its name and driver, and the CUDA that PyTorch was built with, as `maxwhisper doctor` finds them."""
+    try:
+        driver, torch = ask("driver"), ask("torch")
+    except ProbeError as error:
+        raise DeviceError(f"the GPU cannot be used, `maxwhisper doctor` says why: {error}") from error
+    if not torch["gpus"]:
+        raise DeviceError(f"PyTorch finds no GPU: {torch['error']}")
+    return {"gpu": torch["gpus"][0]["name"], "driver": driver["version"], "cuda": torch["cuda"]}
 
 
 def processor() -> str:

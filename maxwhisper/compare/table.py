@@ -15,13 +15,17 @@ COLUMNS = (
     "WER",
     "WER to text",
 )
+DEVICE_COLUMNS = ("encoder device ms", "device ms per token")
+"""Of a GPU, behind the fourth."""
 
 
 def table(results: Results) -> str:
     """The table, a line for each engine that has no figures, and the fairness notes."""
-    rows = [cells(row, results.audio_s) for row in results.rows if row.total_s and not row.error]
-    widths = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
-    lines = [line(COLUMNS, widths), "|" + "|".join("-" * (width + 2) for width in widths) + "|"]
+    on_gpu = results.options["device"] == "gpu"
+    columns = (*COLUMNS[:4], *DEVICE_COLUMNS, *COLUMNS[4:]) if on_gpu else COLUMNS
+    rows = [cells(row, results.audio_s, on_gpu) for row in results.rows if row.total_s and not row.error]
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    lines = [line(columns, widths), "|" + "|".join("-" * (width + 2) for width in widths) + "|"]
     lines += [line(row, widths) for row in rows]
     return "\n".join([*lines, "", *without_figures(results), *notes(results)])
 
@@ -34,13 +38,13 @@ def line(values: tuple[str, ...] | list[str], widths: list[int]) -> str:
     return "| " + " | ".join([first, *others]) + " |"
 
 
-def cells(row: Row, audio_s: float) -> list[str]:
-    encode, token, total = map(middle, (row.encode_s, row.token_s, row.total_s))
+def cells(row: Row, audio_s: float, on_gpu: bool = False) -> list[str]:
+    total = middle(row.total_s)
     return [
         row.name,
         number(row.load_s, 2),
-        number(encode, 1, 1000),
-        number(token if token and token > 0 else None, 2, 1000),  # a difference, which noise can turn around
+        *window_cells(row.encode_s, row.token_s),
+        *(window_cells(row.encode_device_s, row.token_device_s) if on_gpu else []),
         number(total, 2),
         number(total and audio_s / total, 1),
         number(row.peak_bytes, 0, 1e-6),
@@ -48,6 +52,14 @@ def cells(row: Row, audio_s: float) -> list[str]:
         number(row.agreement, 2, 100, " %"),
         number(row.wer, 2, 100, " %"),
         number(row.wer_text, 2, 100, " %"),
+    ]
+
+
+def window_cells(encode_s: list[float], token_s: list[float]) -> list[str]:
+    token = middle(token_s)
+    return [
+        number(middle(encode_s), 1, 1000),
+        number(token if token and token > 0 else None, 2, 1000),  # a difference, which noise can turn around
     ]
 
 
@@ -72,6 +84,12 @@ def notes(results: Results) -> list[str]:
         f" {search}, {options['threads']} threads; {machine['processor']}, {machine['cpus']} CPUs,"
         f" Python {machine['python']}.",
     ]
+    if options["device"] == "gpu":
+        lines.append(
+            f"On one {machine['gpu']}, driver {machine['driver']}, PyTorch for CUDA {machine['cuda']}. Every time ends"
+            " when the device is done. Device: between two events on the engine's queue, one before the work and one"
+            " behind it, pauses in which it waits for Python included. Peak: memory of the host."
+        )
     if options["tokens"] is None:
         lines.append(
             "Given: the same samples at 16 kHz; the language that PyTorch Whisper hears"

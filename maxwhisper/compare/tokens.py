@@ -25,7 +25,7 @@ def suppressed_first(tokenizer: Tokenizer) -> list[int]:
     return [*tokenizer.encode(" "), tokenizer.eot]
 
 
-def task_for(dims: ModelDimensions, beam_size: int | None, threads: int) -> Task:
+def task_for(dims: ModelDimensions, beam_size: int | None, threads: int, device: str = "cpu") -> Task:
     """The options that all engines get."""
     tokenizer = tokenizer_of(dims)
     return Task(
@@ -36,4 +36,5 @@ def task_for(dims: ModelDimensions, beam_size: int | None, threads: int) -> Task
         suppress=suppressed(tokenizer),
         suppress_first=suppressed_first(tokenizer),
         eot=tokenizer.eot,
+        device=device,
     )

@@ -39,6 +39,7 @@ class Requests:
     def load(self) -> dict[str, Any]:
         self.engine = self.make()
         self.engine.load(converted(self.spec.conversion, self.folder))
+        self.engine.synchronize()
         return {}
 
     def make(self) -> Engine:
@@ -49,11 +50,14 @@ class Requests:
         return {"language": self.engine.detect_language(np.load(mel))}
 
     def transcribe(self, audio: str, language: str) -> dict[str, Any]:
-        return {"tokens": [int(token) for token in self.engine.transcribe(np.load(audio), language)]}
+        tokens = self.engine.transcribe(np.load(audio), language)
+        self.engine.synchronize()
+        return {"tokens": [int(token) for token in tokens]}
 
     def windows(self, mel: str, n_tokens: int) -> dict[str, Any]:
         """A fixed number of tokens for every window of (window, n_mels, 3000)."""
         generated = self.engine.windows(np.load(mel), n_tokens)
+        self.engine.synchronize()
         return {"tokens": [int(token) for tokens in generated for token in tokens]}
 
     def generate_batch(self, mel: str, n_tokens: int) -> dict[str, Any]:
@@ -68,16 +72,28 @@ class Requests:
     def encode(self, mel: str) -> dict[str, Any]:
         """Encodes one window (n_mels, 3000), which `generate` then uses."""
         window = np.load(mel)
-        start = time.perf_counter()
-        self.features = self.engine.encode(window)
-        return {"seconds": time.perf_counter() - start}
+        self.features, times = self.timed(lambda: self.engine.encode(window))
+        return times
 
     def generate(self, n_tokens: int) -> dict[str, Any]:
         """The tokens are None where the engine cannot do this with these options."""
         try:
-            return {"tokens": [int(token) for token in self.engine.generate(self.features, n_tokens)]}
+            tokens, times = self.timed(lambda: self.engine.generate(self.features, n_tokens))
         except NotImplementedError:
             return {"tokens": None}
+        return {"tokens": [int(token) for token in tokens], **times}
+
+    def timed(self, call: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
+        """What `call` returns, and the fields of its time: by the clock, and on the device where there are events."""
+        first, start = self.engine.event(), time.perf_counter()
+        result = call()
+        last = self.engine.event()
+        self.engine.synchronize()
+        times = {"seconds": time.perf_counter() - start}
+        if last:
+            last.synchronize()
+            times["device_seconds"] = first.elapsed_time(last) / 1000
+        return result, times
 
     def memory(self) -> dict[str, Any]:
         return {"bytes": peak_memory()}

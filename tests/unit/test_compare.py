@@ -17,19 +17,22 @@ import torch
 import whisper
 from whisper.tokenizer import get_tokenizer
 
+from maxwhisper import runtime
 from maxwhisper.audio import load_audio
 from maxwhisper.batched import transcribe_batched
 from maxwhisper.checkpoint import load_checkpoint
 from maxwhisper.cli import main
 from maxwhisper.compare import convert, engines, run, stepwise
-from maxwhisper.compare.engines import SPECS, Engine, Spec, missing
+from maxwhisper.compare.engines import SPECS, Engine, Spec, Task, missing, rows
 from maxwhisper.compare.engines import maxwhisper as maxwhisper_engine
+from maxwhisper.compare.engines.on_pytorch import OnPyTorch
 from maxwhisper.compare.material import SIZES, checkpoint_for, recordings
 from maxwhisper.compare.process import EngineError, Worker, awake
 from maxwhisper.compare.results import Row
 from maxwhisper.compare.scores import agreement, word_error_rate
 from maxwhisper.compare.table import cells as figures
 from maxwhisper.compare.tokens import task_for, tokenizer_of
+from maxwhisper.compare.worker import Requests
 
 ROOT = Path(__file__).parents[2]
 NANO = ROOT / "fixtures" / "nano.pt"
@@ -75,7 +78,7 @@ def spoken() -> list[int]:
     return [token for segment in result["segments"] for token in segment["tokens"] if token < 50257]
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", rows(None, "cpu"), ids=lambda spec: spec.name)
 def test_an_engine_finds_what_pytorch_whisper_finds(
     spec: Spec, folder: Path, material: tuple[str, str], spoken: list[int]
 ) -> None:
@@ -107,7 +110,7 @@ def adapter(spec: Spec, folder: Path, batch_size: int) -> Engine:
     return engine
 
 
-@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.batched], ids=lambda spec: spec.name)
+@pytest.mark.parametrize("spec", [spec for spec in rows(None, "cpu") if spec.batched], ids=lambda spec: spec.name)
 def test_a_window_has_the_same_tokens_in_a_batch(spec: Spec, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = adapter(spec, folder, 2)
     mels = recordings([str(LONG)], None)[0].windows(80)
@@ -165,6 +168,121 @@ def test_an_engine_is_stopped_when_its_turn_is_over(folder: Path) -> None:
                 assert time.monotonic() < deadline
     finally:
         worker.close()
+
+
+# ---- the engines of a GPU, as far as they show without one ----------------------------------------------------------
+
+
+def on_gpu(name: str) -> Any:
+    """The engine of a row, not loaded."""
+    spec = named(name)
+    require(spec)
+    task = task_for(load_checkpoint(NANO).dims, None, 2, "gpu")
+    return importlib.import_module(f"maxwhisper.compare.engines.{spec.module}").Adapter(spec.variant, task)
+
+
+@pytest.fixture
+def no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's engines stay on the CPU."""
+    assert on_gpu("openai-whisper").device == torch.device("cuda")
+    monkeypatch.setattr(OnPyTorch, "device", torch.device("cpu"))
+
+
+def test_rows_of_each_device() -> None:
+    ours = ["maxwhisper", "maxwhisper bfloat16", "maxwhisper batched", "openai-whisper"]
+    assert [spec.name for spec in rows(None, "cpu")] == [
+        *ours,
+        *("faster-whisper float32", "faster-whisper int8", "faster-whisper batched", "transformers", "whisper.cpp"),
+        *("openvino float32", "openvino bfloat16", "onnxruntime"),
+    ]
+    float16 = ["openai-whisper float16", "faster-whisper float16", "faster-whisper float16 batched"]
+    assert [spec.name for spec in rows(None, "gpu")] == [*ours, *float16, "transformers float16"]
+    assert [spec.name for spec in rows(["transformers"], "gpu")] == [*ours[:3], "transformers float16"]
+
+
+@pytest.mark.parametrize("variant", ["", "float16"])
+def test_openai_whisper_on_a_gpu(variant: str, folder: Path, no_cuda: None) -> None:
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    engine = on_gpu(f"openai-whisper {variant}".strip())
+    engine.load(folder / "openai")
+    assert not torch.backends.cuda.matmul.allow_tf32 and not torch.backends.cudnn.allow_tf32
+    assert next(engine.model.parameters()).dtype == torch.float32
+    features = engine.encode(np.zeros((80, 3000), np.float32))
+    assert features.dtype == (torch.float16 if variant else torch.float32)
+    assert len(engine.generate(features, 3)) == 3  # which refuses features of another dtype than its options'
+    engine.model = Mock(transcribe=Mock(return_value={"segments": []}))
+    engine.transcribe(np.zeros(16000, np.float32), "en")
+    assert engine.model.transcribe.call_args.kwargs["fp16"] == bool(variant)
+
+
+@pytest.mark.parametrize("name", ["faster-whisper float16", "faster-whisper float16 batched"])
+def test_faster_whisper_on_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = on_gpu(name)
+    module = importlib.import_module("maxwhisper.compare.engines.faster_whisper")
+    model, load = Mock(), Mock()
+    sets = [Mock(major=major, usable=usable) for major, usable in ((13, True), (12, False), (12, True))]
+    for attribute, value in {"WhisperModel": model, "load": load, "find": lambda _: sets}.items():
+        monkeypatch.setattr(module, attribute, value)
+    engine.load(Path("there"))
+    assert model.call_args.args == ("there",)
+    assert {"device": "cuda", "compute_type": "float16"}.items() <= model.call_args.kwargs.items()
+    load.assert_called_once_with(sets[2])
+    assert engine.event() is None
+
+
+def test_transformers_on_a_gpu(folder: Path, no_cuda: None, spoken: list[int]) -> None:
+    engine = on_gpu("transformers float16")
+    engine.load(convert.convert("hugging-face", folder))
+    assert engine.model.dtype == torch.float16
+    engine.model._prepare_static_cache = made = Mock(wraps=engine.model._prepare_static_cache)
+    tokens = engine.transcribe(load_audio(CLIP), "en")
+    assert [token for token in tokens if token < 50257] == spoken
+    assert made.call_count == 1
+    assert len(engine.generate(engine.encode(np.zeros((80, 3000), np.float32)), 3)) == 3
+    assert made.call_count == 2
+
+
+@pytest.mark.parametrize(("variant", "dtype"), [("", "float32"), ("bfloat16", "bfloat16"), ("batched", "float32")])
+def test_maxwhisper_on_a_gpu(variant: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    load_model = Mock()
+    monkeypatch.setattr(maxwhisper_engine, "load_model", load_model)
+    on_gpu(f"maxwhisper {variant}".strip()).load(Path("there"))
+    load_model.assert_called_once_with(Path("there/model.pt"), "gpu", dtype=dtype)
+
+
+def test_events_are_on_the_queue_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, of_max, of_torch, synchronize = Mock(), Mock(), Mock(), Mock()
+    monkeypatch.setattr(maxwhisper_engine, "find_device", {"gpu": device}.get)
+    monkeypatch.setattr(maxwhisper_engine, "DeviceEvent", of_max)
+    monkeypatch.setattr(torch.cuda, "Event", of_torch)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    ours, theirs = on_gpu("maxwhisper"), on_gpu("openai-whisper")
+    assert ours.event() == of_max.return_value and theirs.event() == of_torch.return_value
+    of_max.assert_called_once_with(device, enable_timing=True)
+    device.default_queue.record_event.assert_called_once_with(of_max.return_value)
+    of_torch.assert_called_once_with(enable_timing=True)
+    of_torch.return_value.record.assert_called_once_with()
+    ours.synchronize()
+    device.synchronize.assert_called_once_with()
+    theirs.synchronize()
+    assert synchronize.call_count == 2, "maxwhisper computes in PyTorch too"
+
+
+def test_a_time_ends_when_the_device_is_done(folder: Path) -> None:
+    steps: list[str] = []
+    event = Mock(elapsed_time=Mock(return_value=250.0))
+    requests = Requests("openai-whisper", folder, task_for(load_checkpoint(NANO).dims, None, 2))
+    requests.engine = Mock(
+        event=lambda: steps.append("event") or event,
+        generate=lambda features, n_tokens: steps.append("generate") or [1] * n_tokens,
+        synchronize=lambda: steps.append("synchronize"),
+    )
+    requests.features = None
+    answer = requests.generate(2)
+    assert steps == ["event", "generate", "event", "synchronize"]
+    assert (answer["tokens"], answer["device_seconds"]) == ([1, 1], 0.25)
+    requests.engine.event = lambda: None
+    assert requests.generate(2).keys() == {"tokens", "seconds"}
 
 
 # ---- conversions ---------------------------------------------------------------------------------------------------
@@ -292,16 +410,24 @@ def test_the_batched_row_needs_a_detector_of_speech(monkeypatch: pytest.MonkeyPa
 
 
 class StubWorker:
-    """Answers at once: PyTorch Whisper says a b, the others the same, whisper.cpp says a c and fails if told to."""
+    """Answers at once: PyTorch Whisper says a b, the others the same, whisper.cpp says a c and fails if told to. On a
+    GPU half of the time is the device's, which faster-whisper does not tell."""
 
     asked: list[tuple[str, str]] = []
     timed: set[str] = set()
     broken = ""
 
-    def __init__(self, spec: Spec, *_: Any):
+    def __init__(self, spec: Spec, _: Path, task: Task):
         self.name, self.spec, self.process = spec.name, spec, Mock()
+        self.tells = task.device == "gpu" and spec.engine != "faster-whisper"
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
+        answer = self.answer(do, **arguments)
+        if self.tells and do in ("encode", "generate"):
+            answer["device_seconds"] = answer["seconds"] / 2
+        return answer
+
+    def answer(self, do: str, **arguments: Any) -> dict[str, Any]:
         if do == "transcribe":
             self.asked.append((self.name, arguments["language"]))
             if self.name == self.broken:
@@ -378,6 +504,35 @@ def test_the_table(stub: type[StubWorker], tmp_path: Path, capsys: pytest.Captur
     assert {path.name for path in tmp_path.iterdir()} == {"text", "report.json", "picture.png"}
 
 
+def test_the_table_of_a_gpu(
+    stub: type[StubWorker], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    probes: dict[str, dict[str, Any]] = {
+        "driver": {"version": "580.1", "cuda": [13, 0]},
+        "torch": {"version": "2.13", "cuda": "13.0", "gpus": [{"name": "NVIDIA Z1"}], "error": None},
+    }
+    monkeypatch.setattr(run, "ask", probes.get)
+    monkeypatch.setattr(run, "accelerator_count", lambda: 1)
+    monkeypatch.setattr(run, "find_device", {"gpu": Mock()}.get)
+    report = tmp_path / "report.json"
+    against = ["--against", "openai-whisper,faster-whisper"]
+    status, out = compared(capsys, "--device", "auto", *against, "--rounds", "2", "--json", str(report))
+    assert status == 0
+    assert cells(out, "engine")[4:7] == ["encoder device ms", "device ms per token", "total s"]
+    assert cells(out, "openai-whisper float16")[2:7] == ["20.0", "3.00", "10.0", "1.50", "0.50"]
+    assert cells(out, "faster-whisper float16")[2:7] == ["20.0", "3.00", "-", "-", "0.50"]
+    assert cells(out, "faster-whisper float16 batched")[2:7] == ["-", "-", "-", "-", "0.50"]
+    assert "On one NVIDIA Z1, driver 580.1, PyTorch for CUDA 13.0." in out
+    found = json.loads(report.read_text())
+    assert found["options"]["device"] == "gpu"
+    assert {"gpu": "NVIDIA Z1", "driver": "580.1", "cuda": "13.0"}.items() <= found["machine"].items()
+    encoded = {row["name"]: row["encode_device_s"] for row in found["rows"]}
+    assert encoded["maxwhisper"] == [0.01, 0.01] and encoded["faster-whisper float16"] == []
+    probes["torch"] |= {"gpus": [], "error": "no luck"}
+    assert main(["compare", str(CLIP), "--device", "gpu"]) == 1
+    assert "PyTorch finds no GPU: no luck" in capsys.readouterr().err
+
+
 def test_a_time_below_zero_is_noise_and_not_shown() -> None:
     row = Row("x", "", {}, total_s=[1.0], encode_s=[0.02], token_s=[-0.001, 0.002, -0.003])
     assert figures(row, 10.0)[:5] == ["x", "-", "20.0", "-", "1.00"]
@@ -410,6 +565,7 @@ def test_a_fixed_number_of_tokens(stub: type[StubWorker], capsys: pytest.Capture
         (["--against", "openvino,whisperx"], "argument --against: unknown engine 'whisperx': expected some of openai-"),
         (["--model", "random:tiny"], "argument --model: random weights never end a text, say how long with --tokens"),
         (["--text", "a", "--text", "b"], "argument --text: given 2 times for 1 AUDIO"),
+        (["--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
         (["--rounds", "0"], "argument --rounds: must be a whole number above 0, not '0'"),
     ],
 )
@@ -427,9 +583,19 @@ def test_unusable_options(options: list[str], message: str, capsys: pytest.Captu
         ([str(CLIP), "--json", "no/such/folder.json"], "there is no folder 'no/such' that can be written to"),
         ([str(CLIP), "--model", "random:huge", "--tokens", "9"], "random weights are of tiny, base"),
         ([str(CLIP), "--model", str(NANO), "--tokens", "225"], "--tokens must be from 2 to 224"),
+        (["nothing.wav", "--device", "gpu"], "device 'gpu' was asked for, but MAX finds no GPU on this machine"),
+        (["nothing.wav", "--device", "auto"], "nothing.wav: no such file"),
+        (
+            ["nothing.wav", "--device", "gpu", "--against", "openvino"],
+            "--against openvino: it is not compared on a gpu",
+        ),
     ],
 )
-def test_what_cannot_be_used(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_used(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in (run, runtime):
+        monkeypatch.setattr(module, "accelerator_count", lambda: 0)
     assert main(["compare", *arguments]) == 1
     assert message in capsys.readouterr().err
 

@@ -4,12 +4,14 @@ An adapter is a module of this package with a class `Adapter`, an `Engine`. Adap
 imported themselves, which only a worker process does.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
+from ...errors import OptionError
 from .base import Engine, Task
 
-__all__ = ["ENGINES", "REFERENCE", "SPECS", "SUBJECT", "Engine", "Spec", "Task", "missing", "versions"]
+__all__ = ["ENGINES", "REFERENCE", "SPECS", "SUBJECT", "Engine", "Spec", "Task", "missing", "rows", "versions"]
 
 SUBJECT, REFERENCE = "maxwhisper", "openai-whisper"
 
@@ -21,7 +23,7 @@ class Spec:
     engine: its name in --against. variant: the precision or the mode, where an engine has several. module: of its
     adapter. packages: distributions that it needs, beside what maxwhisper itself needs. conversion: a key of
     CONVERSIONS. note: what it was given and what it does differently. batched: it decodes several windows at a time, so
-    that the time of one window or of one token says nothing about it.
+    that the time of one window or of one token says nothing about it. devices: what it is compared on.
     """
 
     engine: str
@@ -31,6 +33,7 @@ class Spec:
     conversion: str
     note: str
     batched: bool = False
+    devices: tuple[str, ...] = ("cpu",)
 
     @property
     def name(self) -> str:
@@ -40,7 +43,9 @@ class Spec:
 OPENAI_LOOP = "the loop over windows and tokens, and its rules, are openai-whisper's own Python code"
 STEPS = "encoder and decoder step exported from PyTorch, one graph of the step for any number of tokens"
 
-GUESSES = "without beams a rough copy of the decoder guesses tokens, which the decoder checks"
+GUESSES = "without beams, on a CPU, a rough copy of the decoder guesses tokens, which the decoder checks"
+
+BOTH, GPU = ("cpu", "gpu"), ("gpu",)
 
 SPECS = (
     Spec(
@@ -50,6 +55,7 @@ SPECS = (
         ("max",),
         "openai",
         f"weights as stored, float32 arithmetic; graphs compiled before; {GUESSES}",
+        devices=BOTH,
     ),
     Spec(
         SUBJECT,
@@ -59,6 +65,7 @@ SPECS = (
         "openai",
         "--dtype bfloat16: weights and activations rounded to bfloat16, added up in float32: not the same arithmetic;"
         f" {GUESSES}",
+        devices=BOTH,
     ),
     Spec(
         SUBJECT,
@@ -70,8 +77,26 @@ SPECS = (
         " together, none given the text before it; with --tokens, up to 8 windows by one decode(), which takes those of"
         " beam search one at a time",
         batched=True,
+        devices=BOTH,
     ),
-    Spec(REFERENCE, "", "openai_whisper", ("openai-whisper", "torch"), "openai", "float32 (fp16=False), eager PyTorch"),
+    Spec(
+        REFERENCE,
+        "",
+        "openai_whisper",
+        ("openai-whisper", "torch"),
+        "openai",
+        "float32 (fp16=False), eager PyTorch",
+        devices=BOTH,
+    ),
+    Spec(
+        REFERENCE,
+        "float16",
+        "openai_whisper",
+        ("openai-whisper", "torch"),
+        "openai",
+        "its default on a GPU (fp16=True), eager PyTorch: weights in float32, rounded to float16 in every call",
+        devices=GPU,
+    ),
     Spec(
         "faster-whisper",
         "float32",
@@ -100,6 +125,26 @@ SPECS = (
         batched=True,
     ),
     Spec(
+        "faster-whisper",
+        "float16",
+        "faster_whisper",
+        ("faster-whisper", "ctranslate2", "transformers"),
+        "ctranslate2",
+        "WhisperModel.transcribe, compute_type float16, vad_filter False; its own loop over windows; no time on the"
+        " device, as CTranslate2 does not tell it",
+        devices=GPU,
+    ),
+    Spec(
+        "faster-whisper",
+        "float16 batched",
+        "faster_whisper_batched",
+        ("faster-whisper", "ctranslate2", "transformers", "onnxruntime"),
+        "ctranslate2",
+        "BatchedInferencePipeline.transcribe, compute_type float16, else as faster-whisper batched on a CPU",
+        batched=True,
+        devices=GPU,
+    ),
+    Spec(
         "transformers",
         "",
         "transformers",
@@ -107,6 +152,16 @@ SPECS = (
         "hugging-face",
         "float32, generate() with condition_on_prev_tokens; its own loop over windows, which cuts audio"
         " differently; per token and with --tokens, the plain loop below it (GenerationMixin.generate), not Whisper's",
+    ),
+    Spec(
+        "transformers",
+        "float16",
+        "transformers",
+        ("transformers",),
+        "hugging-face",
+        "float16, static cache, the step of the decoder compiled by torch.compile (reduce-overhead) when it is first"
+        " used, which no time counts but its peak memory; else as transformers on a CPU",
+        devices=GPU,
     ),
     Spec(
         "whisper.cpp",
@@ -139,6 +194,15 @@ SPECS = (
 
 ENGINES = tuple(dict.fromkeys(spec.engine for spec in SPECS if spec.engine != SUBJECT))
 """What --against accepts."""
+
+
+def rows(against: Sequence[str] | None, device: str) -> list[Spec]:
+    """Those of the subject and of some engines, None for all; raises OptionError for an engine without any."""
+    there = [spec for spec in SPECS if device in spec.devices]
+    known = dict.fromkeys(spec.engine for spec in there)
+    if without := [engine for engine in against or () if engine not in known]:
+        raise OptionError(f"--against {without[0]}: it is not compared on a {device}, as {', '.join(known)} are")
+    return [spec for spec in there if spec.engine in (SUBJECT, *(against or known))]
 
 
 def versions(spec: Spec) -> dict[str, str | None]:

@@ -15,7 +15,7 @@ class Task:
 
     beam_size: None is greedy. batch_size: windows that decode together, where the row is one of batches. prompt: what a
     text without timestamps begins with. suppress: tokens that are never written, OpenAI's default list.
-    suppress_first: those that are not written first. eot: the token that ends a text.
+    suppress_first: those that are not written first. eot: the token that ends a text. device: "cpu" or "gpu".
     """
 
     beam_size: int | None
@@ -25,6 +25,7 @@ class Task:
     suppress: list[int]
     suppress_first: list[int]
     eot: int
+    device: str
 
 
 class Engine(ABC):
@@ -68,6 +69,13 @@ class Engine(ABC):
     def batches(self, mels: "np.ndarray") -> "list[np.ndarray]":
         """The windows that decode together, each (at most batch_size, n_mels, 3000)."""
         return [mels[start : start + self.task.batch_size] for start in range(0, len(mels), self.task.batch_size)]
+
+    def synchronize(self) -> None:  # noqa: B027
+        """Waits until the device has done what it was given; for most, every call does."""
+
+    def event(self) -> Any:
+        """An event, put on the queue of a GPU now, with `elapsed_time` in ms to a later one; None for most."""
+        return None
 
     def prepare(self, folder: Path) -> None:  # noqa: B027
         """What is to be done once, before loading is timed; nothing for most."""

@@ -7,14 +7,26 @@ import numpy as np
 from faster_whisper import WhisperModel
 from faster_whisper.transcribe import get_ctranslate2_storage
 
+from ...cuda import find, load, places
 from .base import Engine
+
+
+def load_cublas() -> None:
+    """CTranslate2 opens libcublas.so.12 by its name, which pip puts where the dynamic loader does not look."""
+    for libraries in find(places()):
+        if libraries.major == 12 and libraries.usable:
+            load(libraries)
+            return
 
 
 class Adapter(Engine):
     def load(self, folder: Path) -> None:
-        threads = self.task.threads
+        threads, device = self.task.threads, "cpu"
+        if self.task.device == "gpu":
+            device = "cuda"
+            load_cublas()
         self.model = WhisperModel(
-            str(folder), device="cpu", compute_type=self.variant, cpu_threads=threads, local_files_only=True
+            str(folder), device=device, compute_type=self.variant, cpu_threads=threads, local_files_only=True
         )
 
     def encode(self, mel: np.ndarray) -> Any:

@@ -11,7 +11,7 @@ from .base import Task
 
 class Adapter(faster_whisper.Adapter):
     def __init__(self, variant: str, task: Task):
-        super().__init__("float32", task)
+        super().__init__("float16" if task.device == "gpu" else "float32", task)
 
     def load(self, folder: Path) -> None:
         super().load(folder)

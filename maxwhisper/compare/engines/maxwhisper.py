@@ -1,10 +1,14 @@
 """This package."""
 
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from max.driver import Device, DeviceEvent
 from whisper.audio import SAMPLE_RATE
 
+from ...runtime import find_device
 from ...speculation import WORTH_GUESSING
 from ...whisper import load_model
 from .openai_like import OpenAILike
@@ -12,7 +16,24 @@ from .openai_like import OpenAILike
 
 class Adapter(OpenAILike):
     def load(self, folder: Path) -> None:
-        self.model = load_model(folder / "model.pt", dtype="bfloat16" if self.variant == "bfloat16" else "float32")
+        dtype = "bfloat16" if self.variant == "bfloat16" else "float32"
+        self.model = load_model(folder / "model.pt", self.task.device, dtype=dtype)
+
+    @cached_property
+    def max_device(self) -> Device:
+        return find_device(self.task.device)
+
+    def synchronize(self) -> None:
+        self.max_device.synchronize()
+        super().synchronize()
+
+    def event(self) -> Any:
+        """On MAX's queue, where the network runs: PyTorch has one of its own."""
+        if self.task.device == "cpu":
+            return None
+        event = DeviceEvent(self.max_device, enable_timing=True)
+        self.max_device.default_queue.record_event(event)
+        return event
 
     def prepare(self, folder: Path) -> None:
         """Compiles every graph that is used, into the folder where `load_model` keeps them."""

@@ -6,17 +6,22 @@ import numpy as np
 import torch
 from whisper.decoding import DecodingOptions
 
-from .base import Engine
+from .on_pytorch import OnPyTorch
 
 
-class OpenAILike(Engine):
+class OpenAILike(OnPyTorch):
     """`load` sets `model`."""
 
     model: Any
 
+    @property
+    def fp16(self) -> bool:
+        return self.variant == "float16"
+
     def encode(self, mel: np.ndarray) -> torch.Tensor:
+        window = torch.from_numpy(mel)[None].to(self.device)
         with torch.inference_mode():
-            return self.model.encoder(torch.from_numpy(mel)[None])
+            return self.model.encoder(window.half() if self.fp16 else window)
 
     def generate(self, features: torch.Tensor, n_tokens: int) -> list[int]:
         return self.decoded(features, n_tokens)[0]
@@ -33,12 +38,12 @@ class OpenAILike(Engine):
             beam_size=self.task.beam_size,
             suppress_tokens=[*self.task.suppress, self.task.eot],
             without_timestamps=True,
-            fp16=False,
+            fp16=self.fp16,
         )
         return [result.tokens for result in self.model.decode(windows, options)]
 
     def transcribe(self, audio: np.ndarray, language: str) -> list[int]:
-        options = {"temperature": 0.0, "beam_size": self.task.beam_size, "fp16": False}
+        options = {"temperature": 0.0, "beam_size": self.task.beam_size, "fp16": self.fp16}
         result = self.result(audio, language=language, verbose=None, **options)
         return [token for segment in result["segments"] for token in segment["tokens"]]
 
