@@ -4,7 +4,7 @@ GPUs multiply faster in TF32, so libraries may use it where float32 was asked fo
 product's operands are then shortened, and its sum is float32. The result errs as much as one of float16, which no
 budget of float32 allows. What tells it from other errors is that the oracle errs in the same way when its operands are
 shortened. That wears off where products follow on products, for values that differ in their last bits may be rounded
-to either side: an encoder or a decoder as a whole may go unrecognised where the blocks inside it do not.
+to either side: an encoder, or a layer of it, may go unrecognised where the attention and the MLP inside it do not.
 """
 
 import math
