@@ -21,6 +21,10 @@ from whisper.model import (
     Whisper,
 )
 
+# In float32 the peer computes in float32. On a GPU PyTorch would convolve in TF32, whose mantissa has 10 bits.
+torch.backends.cuda.matmul.allow_tf32 = False
+torch.backends.cudnn.allow_tf32 = False
+
 Named = dict[str, Tensor]
 
 

@@ -1,6 +1,6 @@
 """What a failure looks like: common mistakes, tried on the right values, and what error each leaves unexplained."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 
 HEAD_WIDTH = 64
 """Channels of a head in every Whisper model."""
-EXPLAINED = 0.1
+EXPLAINED = 0.2
 """A mistake explains a failure if it leaves less than this share of the error."""
 
 
@@ -27,10 +27,14 @@ class Cause:
         return f"{self.name} (relative L2 {self.before:.1e}, with this mistake in the oracle {self.after:.1e})"
 
 
-def likely_causes(oracle: Tensor, subject: Tensor) -> tuple[Cause, ...]:
-    """The mistakes that explain the difference, the best explanation first."""
+def likely_causes(oracle: Tensor, subject: Tensor, inside: Mapping[str, Tensor] | None = None) -> tuple[Cause, ...]:
+    """The mistakes that explain the difference, the best explanation first.
+
+    inside: what the oracle makes of its inputs with mistakes that its values do not show, by their names.
+    """
     before = distance(oracle, subject)
-    causes = [Cause(name, before, distance(mistaken, subject)) for name, mistaken in mistakes(oracle, subject)]
+    tried = [*mistakes(oracle, subject), *(inside or {}).items()]
+    causes = [Cause(name, before, distance(mistaken, subject)) for name, mistaken in tried]
     return tuple(sorted((c for c in causes if c.after < EXPLAINED * before), key=lambda c: c.after))
 
 

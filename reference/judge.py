@@ -300,13 +300,21 @@ def roughly(x: Tensor, unit: float, generator: torch.Generator) -> Tensor:
     return x * (1 + unit * signs)
 
 
-def explain(oracle: list[Tensor], peer: list[Tensor], subject: list[Tensor]) -> tuple[Explanation, ...]:
-    """Of every output whose shapes agree."""
+def explain(
+    oracle: list[Tensor], peer: list[Tensor], subject: list[Tensor], inside: Mapping[str, list[Tensor]] | None = None
+) -> tuple[Explanation, ...]:
+    """Of every output whose shapes agree. inside: the oracle's outputs with mistakes made inside it, by their names."""
     threes = enumerate(zip(oracle, peer, subject, strict=False))
-    return tuple(explain_output(index, *three) for index, three in threes if three[0].shape == three[2].shape)
+    return tuple(
+        explain_output(index, *three, {name: outputs[index] for name, outputs in (inside or {}).items()})
+        for index, three in threes
+        if three[0].shape == three[2].shape
+    )
 
 
-def explain_output(index: int, oracle: Tensor, peer: Tensor, subject: Tensor) -> Explanation:
+def explain_output(
+    index: int, oracle: Tensor, peer: Tensor, subject: Tensor, inside: Mapping[str, Tensor]
+) -> Explanation:
     ours = subject.double()
     error = (ours - oracle).abs()
     flat = int(error.argmax())
@@ -314,7 +322,7 @@ def explain_output(index: int, oracle: Tensor, peer: Tensor, subject: Tensor) ->
     shape = [min(most, n) for most, n in zip(MAP_SHAPE, rows(error).shape, strict=True)]
     errors = torch.nn.functional.adaptive_max_pool2d(rows(error).float()[None], shape)[0] / (norms(oracle).rms or 1)
     right, theirs, mine = (float(x.reshape(-1)[flat]) for x in (oracle, peer, subject))
-    return Explanation(index, worst, right, theirs, mine, errors, likely_causes(oracle, ours))
+    return Explanation(index, worst, right, theirs, mine, errors, likely_causes(oracle, ours, inside))
 
 
 # ---- measures ------------------------------------------------------------------------------------------------------

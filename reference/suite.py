@@ -20,7 +20,7 @@ from maxwhisper.checkpoint import load_checkpoint
 from maxwhisper.runtime import TORCH_DTYPE, Artifact, Executable, Policy, Program, find_device
 from maxwhisper.whisper import ON_CPU, storage_dtype
 
-from . import activations
+from . import activations, tf32
 from .activations import FIXTURES, Activations, is_step
 from .blocks import TWINS, pytorch_whisper
 from .captures import CAPTURED, captured
@@ -285,7 +285,18 @@ class Suite:
     def explain(self, comparison: Comparison) -> tuple[Explanation, ...]:
         """Where and how MAX errs in the comparison."""
         given = self.inputs(BLOCKS[comparison.block], comparison)
-        return explain(*self.references(comparison, given), self.subject(comparison, given))
+        references, ours = self.references(comparison, given), self.subject(comparison, given)
+        return explain(*references, ours, self.in_tf32(comparison, given))
+
+    @torch.no_grad()
+    def in_tf32(self, comparison: Comparison, given: dict[str, Tensor]) -> dict[str, list[Tensor]]:
+        """What the oracle makes of the inputs with products in TF32, by what a failure of float32 then looks like."""
+        found = {}
+        for rounding in tf32.ROUNDINGS if comparison.dtype == torch.float32 else ():
+            with tf32.TF32(rounding):
+                outputs = TWINS[comparison.block](self.model.oracle, comparison.layer, **in_float64(given))
+            found[tf32.name(rounding)] = outputs
+        return found
 
 
 def in_float64(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

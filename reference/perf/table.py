@@ -5,17 +5,20 @@ from dataclasses import dataclass
 
 from .costs import Cost
 
-COLUMNS = "MAX ms  PyTorch ms  ratio  GFLOP/s  % matmul   GB/s  % read"
+TIMES, RATES = "MAX ms  PyTorch ms  ratio", "GFLOP/s  % matmul   GB/s  % read"
+DEVICE_TIMES = "MAX on GPU  PyTorch on GPU  ratio"
 
 
 @dataclass(frozen=True)
 class Row:
-    """A block or a decode loop on an engine; seconds: the median. cost: None of a loop, whose work is not counted."""
+    """A block or a decode loop on an engine; seconds: the median. cost: None of a loop, whose work is not counted.
+    device_seconds: the median on a GPU's own clock, of a block that is computed there."""
 
     block: str
     engine: str
     seconds: float
     cost: Cost | None
+    device_seconds: float | None = None
 
     def rates(self, ceilings: Mapping[str, float]) -> dict[str, float]:
         """GFLOP/s and GB/s, and the ceilings that they are to be seen against; nothing without a cost.
@@ -42,15 +45,17 @@ def table(rows: Sequence[Row], ceilings: Mapping[str, float]) -> Iterator[str]:
     for row in rows:
         by_block.setdefault(row.block, {})[row.engine] = row
     width = max(map(len, by_block))
-    yield f"{'block':{width}}  {COLUMNS}"
+    on_gpu = any(row.device_seconds for row in rows)
+    yield "  ".join([f"{'block':{width}}", TIMES, *([DEVICE_TIMES] if on_gpu else []), RATES])
     for block, engines in by_block.items():
-        yield f"{block:{width}}  {figures(engines, ceilings)}"
+        yield f"{block:{width}}  {figures(engines, ceilings, on_gpu)}"
 
 
-def figures(engines: Mapping[str, Row], ceilings: Mapping[str, float]) -> str:
+def figures(engines: Mapping[str, Row], ceilings: Mapping[str, float], on_gpu: bool) -> str:
     ours, theirs = engines.get("MAX"), engines.get("PyTorch")
-    left = f"{milliseconds(ours):>6}  {milliseconds(theirs):>10}  "
-    left += f"{ours.seconds / theirs.seconds:5.2f}" if ours and theirs else f"{'-':>5}"
+    left = times(TIMES, *(row.seconds if row else None for row in (ours, theirs)))
+    if on_gpu:
+        left += "  " + times(DEVICE_TIMES, *(row.device_seconds if row else None for row in (ours, theirs)))
     if not ours or not (rates := ours.rates(ceilings)):
         return left
     of_matmul, of_read = (
@@ -60,5 +65,8 @@ def figures(engines: Mapping[str, Row], ceilings: Mapping[str, float]) -> str:
     return f"{left}  {rates['GFLOP/s']:7.1f}  {of_matmul:8.0%}  {rates['GB/s']:5.1f}  {of_read:6.0%}"
 
 
-def milliseconds(row: Row | None) -> str:
-    return f"{row.seconds * 1e3:.3g}" if row else "-"
+def times(columns: str, ours: float | None, theirs: float | None) -> str:
+    """Both in milliseconds, and their ratio, as wide as the columns."""
+    values = [f"{seconds * 1e3:.3g}" if seconds else "-" for seconds in (ours, theirs)]
+    values.append(f"{ours / theirs:.2f}" if ours and theirs else "-")
+    return "  ".join(f"{value:>{len(name)}}" for value, name in zip(values, columns.split("  "), strict=True))

@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -53,6 +53,16 @@ LOOPS = {"decode.greedy": Loop(), "decode.beams": Loop(beam_size=5), "decode.bat
 """What users wait for beside the encoder: more than a block, so none of `BLOCKS`."""
 FEATURES = "decoder.keys_values"
 """The block that takes audio features."""
+
+
+def gpu_queue(engine: str) -> tuple[Any, Callable[[], Any]]:
+    """What the engine computes on, and what makes events to be recorded there."""
+    if engine == "PyTorch":
+        return torch.cuda.current_stream(), partial(torch.cuda.Event, enable_timing=True)
+    from max.driver import Accelerator, DeviceEvent
+
+    device = Accelerator()
+    return device.default_queue, partial(DeviceEvent, device, enable_timing=True)
 
 
 class Blocks:
@@ -138,6 +148,24 @@ class Blocks:
         """Seconds of each of so many calls, after one that is not timed: threads are awake and caches are warm, as in
         a user's loop."""
         return self.seconds(self.calls[block], calls)
+
+    def device_time(self, block: str, engine: str, calls: int) -> list[float]:
+        """Seconds of each of so many calls, after one that is not counted, on the clock of the GPU: between two events
+        on the engine's queue.
+
+        Python waits for the last call alone, so that it is ahead of the GPU, unless a call takes Python longer. None
+        of a block that is computed on the CPU, nor of a loop, which waits after every token.
+        """
+        if block in LOOPS or self.comparison(block).device == "cpu":
+            return []
+        queue, event = gpu_queue(engine)
+        events = [(event(), event()) for _ in range(calls + 1)]
+        for start, end in events:
+            queue.record_event(start)
+            self.calls[block]()
+            queue.record_event(end)
+        events[-1][1].synchronize()
+        return [start.elapsed_time(end) / 1e3 for start, end in events[1:]]  # from milliseconds
 
     def product(self, engine: str) -> dict[str, float]:
         """FLOP/s of a large matrix product in the suite's dtype, best of ten."""

@@ -9,7 +9,9 @@ computes in a process of its own, which also reads the clock (reference/perf/wor
 """
 
 import time
+from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -44,6 +46,8 @@ class EngineClock:
 
 
 CLOCK = EngineClock()
+DEVICE_CALLS = 20
+"""Of which the median is the time on a GPU."""
 
 
 class Timed:
@@ -64,6 +68,9 @@ class Timed:
         if benchmark.stats is None:  # --benchmark-disable
             return
         row = Row(block, engine, benchmark.stats.stats.median, cost)
+        if device := worker.ask("device_time", block=block, engine=engine, calls=DEVICE_CALLS):
+            row = replace(row, device_seconds=median(device))
+            benchmark.extra_info["device seconds"] = row.device_seconds
         benchmark.extra_info |= row.rates(timing.ceilings(setting))
         timing.rows.setdefault(setting, []).append(row)
 

@@ -1,5 +1,6 @@
 """The gate's verdict and what surrounds it, the counts of a block's work, and processes that do not start."""
 
+import math
 import os
 import random
 import subprocess
@@ -7,6 +8,8 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ from hypothesis import strategies as st
 
 from maxwhisper.blocks import BLOCKS
 from maxwhisper.errors import MaxWhisperError, OptionError
-from reference.perf import gate
+from reference.perf import gate, worker
 from reference.perf.costs import Cost, costs
 from reference.perf.engine import ENGINES, ROOT, Setting, Worker, WorkerError
 from reference.perf.gate import Report, Trees, checked_out, compare
@@ -23,6 +26,8 @@ from reference.perf.table import Row, table
 from reference.perf.verdict import FACTOR, P, Verdict, verdict
 from reference.perf.worker import LOOPS, MATRIX, N_TOKEN, Blocks
 from reference.suite import SIZES, Suite, random_weights, trained
+from tests.perf.conftest import Timing
+from tests.perf.test_blocks import Timed
 
 SETTING = Setting("fixture", "float32", "cpu")
 SECONDS = st.floats(1e-6, 10, allow_nan=False)
@@ -219,6 +224,82 @@ def test_a_decode_loop_finds_as_many_tokens_in_every_window(engine: str) -> None
         assert [len(result.tokens) for result in found] == [N_TOKEN] * loop.n_window
 
 
+# ---- time on a GPU -------------------------------------------------------------------------------------------------
+
+
+class Queue:
+    """In the place of a GPU's: events hold the milliseconds at which they were recorded."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def record_event(self, event: "Event") -> None:
+        event.at = self.now
+
+
+class Event:
+    """synchronized: those that somebody has waited for."""
+
+    synchronized: ClassVar[list["Event"]] = []
+    at = math.nan
+
+    def synchronize(self) -> None:
+        self.synchronized.append(self)
+
+    def elapsed_time(self, end: "Event") -> float:
+        assert self.synchronized, "the GPU is still at it"
+        return end.at - self.at
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_time_on_a_gpu_is_that_between_two_events(tiny: Suite, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    queue, asked = Queue(), []
+    monkeypatch.setattr(worker, "gpu_queue", lambda engine: asked.append(engine) or (queue, Event))
+    monkeypatch.setattr(Event, "synchronized", [])
+    blocks = Blocks(tiny)
+    on_gpu = replace(blocks.comparison("encoder"), device="gpu")
+    monkeypatch.setattr(blocks, "comparison", lambda block: on_gpu)
+
+    def call() -> None:
+        queue.now += 500 if queue.now == 0 else 4  # the first is slow
+
+    blocks.calls["encoder"] = call
+    assert blocks.device_time("encoder", engine, 3) == [0.004] * 3
+    assert asked == [engine] and len(Event.synchronized) == 1
+
+
+def test_nothing_on_a_cpu_is_timed_on_a_gpu(tiny: Suite) -> None:
+    blocks = Blocks(tiny)
+    assert all(blocks.device_time(block, "MAX", 3) == [] for block in (*BLOCKS, *LOOPS))
+
+
+class Benchmark:
+    """In the place of pytest-benchmark's: every call took two seconds."""
+
+    def __init__(self) -> None:
+        self.extra_info: dict[str, object] = {}
+        self.stats = SimpleNamespace(stats=SimpleNamespace(median=2.0))
+
+    def __call__(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("device", [[], [0.25, 0.5, 0.75]])
+def test_time_on_a_gpu_is_in_the_data_and_in_the_table(tiny: Suite, device: list[float], tmp_path: Path) -> None:
+    answers = {"device_time": device, "product": {"matmul": 1e12}, "bandwidth": {"copy": 1e9, "read": 1e9}}
+    timing, benchmark = Timing(None, None), Benchmark()
+    timing.worker = lambda *_: SimpleNamespace(ask=lambda do, **_: answers.get(do))  # type: ignore[method-assign]
+    timed = Timed(benchmark, tiny, timing, tmp_path)  # type: ignore[arg-type]
+    timed.run("encoder", "MAX", Cost(4_000_000_000, 1_000_000_000))
+    assert benchmark.extra_info.get("device seconds") == (0.5 if device else None)
+    assert benchmark.extra_info["GFLOP/s"] == 2
+    (setting,) = timing.rows
+    *_, head, encoder = table(timing.rows[setting], timing.ceilings(setting))
+    assert head.count("on GPU") == (2 if device else 0)
+    on_gpu = ["500", "-", "-"] if device else []
+    assert encoder.split() == ["encoder", "2e+03", "-", "-", *on_gpu, "2.0", "0%", "0.5", "50%"]
+
+
 # ---- costs and their table -----------------------------------------------------------------------------------------
 
 
@@ -276,3 +357,15 @@ def test_table_shows_rates_against_ceilings() -> None:
     assert decode.split() == ["decode.greedy", "500", "1e+03", "0.50"]
     assert encoder.split() == ["encoder", "100", "200", "0.50", "40.0", "10%", "1.0", "10%"]
     assert log_mel.split() == ["log_mel", "-", "1e+03", "-"]
+    assert not any("GPU" in line for line in table(rows, {"matmul": 400e9, "copy": 9e9, "read": 10e9}))
+
+
+def test_table_shows_times_on_a_gpu_beside_the_others() -> None:
+    cost = Cost(flops=4_000_000_000, n_bytes=100_000_000)
+    rows = [Row("encoder", "MAX", 0.1, cost, 0.05), Row("encoder", "PyTorch", 0.2, cost, 0.1)]
+    rows += [Row("log_mel", engine, 1, cost) for engine in ENGINES]
+    *_, head, encoder, log_mel = table(rows, {"matmul": 400e9, "copy": 9e9, "read": 10e9})
+    assert "ratio  MAX on GPU  PyTorch on GPU  ratio  GFLOP/s" in head
+    assert encoder.split() == ["encoder", "100", "200", "0.50", "50", "100", "0.50", "40.0", "10%", "1.0", "10%"]
+    assert log_mel.split() == ["log_mel", "1e+03", "1e+03", "1.00", "-", "-", "-", "4.0", "1%", "0.1", "1%"]
+    assert len(head) == len(encoder) == len(log_mel)

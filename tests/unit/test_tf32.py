@@ -1,0 +1,177 @@
+"""float32 on a GPU: PyTorch's stays float32, and what is computed in TF32 in its place is named."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from whisper.model import disable_sdpa
+
+from maxwhisper.blocks import BLOCKS
+from reference.blocks import TWINS
+from reference.judge import Comparison, Judgement
+from reference.report import write
+from reference.results import Run
+from reference.suite import FIXTURE, Suite, load
+from reference.tf32 import ROUNDINGS, TF32, name, operand
+
+LAST_BITS = 23 - 10
+
+
+@pytest.fixture(scope="module")
+def fixture() -> Suite:
+    return Suite(load(FIXTURE), torch.float32)
+
+
+def comparison(fixture: Suite, block: str) -> Comparison:
+    return list(fixture.comparisons(BLOCKS[block], ["speech"]))[-1]
+
+
+# ---- PyTorch -------------------------------------------------------------------------------------------------------
+
+
+def test_the_peer_computes_without_tf32(fixture: Suite) -> None:
+    seen = []
+
+    def look(*_: object) -> None:
+        seen.append((torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32))
+
+    of = comparison(fixture, "encoder.stem")
+    hook = fixture.peer.encoder.conv1.register_forward_hook(look)
+    fixture.references(of, fixture.inputs(BLOCKS[of.block], of))
+    hook.remove()
+    assert seen == [(False, False)]
+
+
+# ---- TF32 ----------------------------------------------------------------------------------------------------------
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.view(torch.int32)
+
+
+def test_operands_have_ten_bits_of_mantissa() -> None:
+    """As bits are rounded, ties to the even one, and cut off."""
+    x = torch.randn(10_000) * 2.0 ** torch.randint(-30, 30, (10_000,))
+    halfway = bits(x) >> LAST_BITS << LAST_BITS | 1 << LAST_BITS - 1
+    for values in (x, halfway.view(torch.float32), torch.tensor([0.0, 1.0, -1.0, 65504.0])):
+        even = bits(values) >> LAST_BITS & 1
+        rounded = bits(values) + (1 << LAST_BITS - 1) - 1 + even >> LAST_BITS << LAST_BITS
+        assert torch.equal(operand(values, "rounded to"), rounded.view(torch.float32))
+        assert torch.equal(
+            operand(values, "cut off after"), (bits(values) >> LAST_BITS << LAST_BITS).view(torch.float32)
+        )
+        assert torch.equal(operand(values.double(), "rounded to"), operand(values, "rounded to").double())
+
+
+PRODUCTS = {"mm": 0, "addmm": 1, "bmm": 0, "baddbmm": 1, "convolution": 0}
+"""Of ATen, and where the first of their two operands stands."""
+
+
+class Operands(TorchDispatchMode):
+    """While this is open, collects the operands of every product, and the names of other operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[Tensor] = []
+        self.others: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        operation = func._schema.name.removeprefix("aten::")
+        if operation in PRODUCTS:
+            self.found += args[PRODUCTS[operation] :][:2]
+        else:
+            self.others.add(operation)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+@torch.no_grad()
+def test_every_product_of_a_twin_has_operands_in_tf32(fixture: Suite, block: str) -> None:
+    of = comparison(fixture, block)
+    with Operands() as operands, TF32("rounded to"):
+        TWINS[block](fixture.peer, of.layer, **fixture.inputs(BLOCKS[block], of))
+    assert operands.found or "layer_norm" in block or "embedding" in block
+    assert all(torch.equal(x, operand(x, "rounded to")) for x in operands.found)
+    assert not [other for other in operands.others if "attention" in other or "linear" in other or "mv" in other]
+
+
+# ---- what a failure looks like -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def in_float16(fixture: Suite, module: str) -> Iterator[None]:
+    """What the submodules of a name make is rounded to float16, which has TF32's mantissa."""
+    modules = [each for path, each in fixture.peer.named_modules() if path.endswith(module)]
+    hooks = [each.register_forward_hook(lambda _, inputs, output: output.half().float()) for each in modules]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def judged(
+    fixture: Suite, block: str, around: Callable[[], Any], change: Callable[[Tensor], Tensor] = lambda x: x
+) -> Judgement:
+    """The explained verdict on PyTorch in float32 in the place of MAX, computing in a context, its outputs changed."""
+    of = comparison(fixture, block)
+
+    @torch.no_grad()
+    def subject(*inputs: Tensor) -> list[Tensor]:
+        with around():
+            given = dict(zip(BLOCKS[block].inputs(fixture.dims, fixture.policy), inputs, strict=True))
+            return [change(x) for x in TWINS[block](fixture.peer, of.layer, **given)]
+
+    mine = replace(fixture)  # with executables of its own
+    mine.executables[mine.unit(BLOCKS[block]), of.layer] = {block: subject}
+    return replace(mine.judge(of), explanations=mine.explain(of))
+
+
+def named(judgement: Judgement) -> list[str]:
+    """The best explanation of each output."""
+    return [e.causes[0].name if e.causes else "" for e in judgement.explanations]
+
+
+WITH_PRODUCTS = ("encoder.stem", "encoder.attention", "encoder.mlp", "decoder.attention.causal", "decoder.logits.step")
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+@pytest.mark.parametrize("block", WITH_PRODUCTS)
+def test_tf32_fails_and_is_named(fixture: Suite, block: str, rounding: str, tmp_path: Path) -> None:
+    judgement = judged(fixture, block, lambda: TF32(rounding))
+    assert not judgement.passed
+    assert set(named(judgement)) == {name(rounding)}
+    assert f"looks like: float32 products in TF32, operands {rounding}" in str(judgement)
+    write(Run(judgements=[judgement]), tmp_path)
+    (found,) = json.loads((tmp_path / "report.json").read_text())["judgements"]
+    assert found["explanations"][0]["causes"][0]["name"] == name(rounding)
+    assert not found["passed"]
+    assert name(rounding) in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("block", WITH_PRODUCTS)
+def test_what_is_scaled_or_rounded_at_the_end_is_not_taken_for_tf32(fixture: Suite, block: str) -> None:
+    for change in (lambda x: 1.56 * x, lambda x: x.half().float()):
+        judgement = judged(fixture, block, nullcontext, change)
+        assert not judgement.passed and "TF32" not in str(judgement)
+
+
+@pytest.mark.parametrize(
+    ("block", "module"), [("encoder.mlp", "mlp.0"), ("encoder.mlp", "mlp.1"), ("encoder.attention", "value")]
+)
+def test_one_activation_in_float16_is_not_taken_for_tf32(fixture: Suite, block: str, module: str) -> None:
+    judgement = judged(fixture, block, lambda: in_float16(fixture, module))
+    assert not judgement.passed and "TF32" not in str(judgement)
+
+
+@pytest.mark.parametrize("block", WITH_PRODUCTS)
+def test_a_right_subject_is_not_taken_for_tf32(fixture: Suite, block: str) -> None:
+    judgement = judged(fixture, block, disable_sdpa)
+    assert judgement.passed and "TF32" not in str(judgement)
