@@ -107,6 +107,7 @@ class KeyValueCache:
             for kv in self.own:
                 kv[:, :, : self.n_token] = kv[past, :, torch.arange(self.n_token)].transpose(1, 2)
             self.sources.copy_(rows + self.first_row)
+            wait_for_pytorch(self.own[0])
 
     def move(self, own: KV, cross: KV, sources: Tensor, first_row: int) -> None:
         """Continues in other memory, of the shapes of `own`, `cross` and `sources`."""
@@ -114,6 +115,7 @@ class KeyValueCache:
             there[:, :, : self.n_token] = kv[:, :, : self.n_token]
         for there, kv in zip(cross, self.cross, strict=True):
             there.copy_(kv)
+        wait_for_pytorch(own[0])
         sources.copy_(self.sources - self.first_row + first_row)
         self.own, self.cross, self.sources, self.first_row, self._inputs = own, cross, sources, first_row, []
         self.memory = self.rough_cross = None
@@ -128,6 +130,12 @@ class KeyValueCache:
         memory = torch.stack(self.own) if self.own else None
         own = [] if memory is None else list(memory)
         return KeyValueCache(own, list(self.cross), self.n_token, self.sources - self.first_row, memory=memory)
+
+
+def wait_for_pytorch(written: Tensor) -> None:
+    """For what it does to a tensor, which MAX does not wait for where it has a buffer of it already."""
+    if written.is_cuda:
+        torch.cuda.synchronize(written.device)
 
 
 def own_rows(n_text: int, n_place: int) -> Tensor:
@@ -179,6 +187,10 @@ TOKEN_RULES, PICK = "token_rules", "decoder.pick"
 
 MAX_STEPS = 32
 """Of greedy decoding in one execution, during which Python does nothing else, Ctrl-C included."""
+
+
+N_BEST = 8
+"""Candidates that are found on a device other than a CPU, and one more than it can pursue beams."""
 
 
 def likeliest(
@@ -534,13 +546,13 @@ class DecodingTask(decoding.DecodingTask):
             texts = self.inference.pick(texts, rules.inputs(texts.tokens, 1), left.clamp(max=MAX_STEPS)).texts
 
     def _rules(self) -> TokenRules | None:
-        """None where all logits are needed: to draw tokens at random, for beam search off the CPU, or for a decoder or
-        filters not known."""
+        """None where all logits are needed: to draw tokens at random, for more beams than a GPU has candidates for, or
+        for a decoder or filters not known."""
         if self.options.temperature != 0:
             not_in_graph("tokens are drawn at random")
             return None
-        if self.options.beam_size and self.model.device.type != "cpu":
-            not_in_graph("beam search, not on a CPU")
+        if (self.options.beam_size or 0) >= N_BEST and self.model.decoder.on_device:
+            not_in_graph(f"{N_BEST} beams or more, not on a CPU")
             return None
         if type(self.decoder) not in (decoding.GreedyDecoder, BeamSearchDecoder):
             not_in_graph("unknown decoder")

@@ -1,19 +1,24 @@
-"""Greedy decoding in the memory of a device: texts and caches stay there, and Python waits only now and then.
+"""Decoding in the memory of a device: rules and caches stay there, and Python waits only now and then.
 
 A GPU works on while Python goes on. One execution is one step of the decoder, which puts its token behind every text,
-and its key and value into the cache; several are sent at once, and only then is asked what became of the texts. A CPU
-gains nothing by that: there, `maxwhisper.decoding` takes the steps.
+and its key and value into the cache; several are sent at once, and only then is asked what became of the texts. Beam
+search asks after every step for the likeliest tokens, and which text goes on with which cache Python decides. On a CPU
+`maxwhisper.decoding` takes the steps, with kernels of its own.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from max.dtype import DType
 from max.graph import BufferType, TensorType, TensorValue, ops
 from whisper.model import ModelDimensions
 
-from .decoding import PICK
+from .decoding import N_BEST, PICK
 from .model import KeyValue, Slots, TextDecoder, grouped, indices
 from .runtime import Policy, Program
+
+CANDIDATES = "decoder.candidates"
+"""The graph of beam search, which compiles together with that of steps."""
 
 STEPS_AT_ONCE = 8
 """Before Python looks which texts have ended: what has ended meanwhile is computed on, half as many steps as a rule."""
@@ -23,18 +28,18 @@ EVERY_TOKEN = 2**31
 """More than any vocabulary has."""
 
 
-def likeliest_token(
+def log_probabilities(
     logits: TensorValue,
     texts: TensorValue,
     lengths: TensorValue,
     begins: TensorValue,
     suppressed: TensorValue,
     limits: TensorValue,
-) -> tuple[TensorValue, TensorValue]:
-    """The likeliest next token of every text by openai-whisper's rules, (batch, 1), and its log-probability (batch,),
-    which is not finite if a logit is NaN, or no token is left.
+) -> TensorValue:
+    """Of every next token (batch, vocab), by openai-whisper's rules: minus infinity for those excluded; not finite if a
+    logit is NaN, or no token is left.
 
-    By MAX's operations, for any device: what `maxwhisper.pick` finds, whose Mojo source says what goes in. logits:
+    By MAX's operations, for any device: what `maxwhisper.pick` has inside, whose Mojo source says what goes in. logits:
     (batch, vocab).
     """
     begin, eot = limits[0:1], limits[1:2]
@@ -47,8 +52,7 @@ def likeliest_token(
         ops.where(is_timestamp, NEVER, scores), axis=1
     )
     scores = ops.where(timestamp_is_next & ~is_timestamp, NEVER, scores)
-    logprobs = ops.max(scores, axis=1) - log_sum_exp(scores)
-    return ops.argmax(scores, axis=1), ops.squeeze(logprobs, 1)
+    return scores - log_sum_exp(scores)
 
 
 def log_sum_exp(x: TensorValue) -> TensorValue:
@@ -77,16 +81,32 @@ def rules_of_timestamps(
     return ops.where(ends_in_timestamp & ~of_two, eot, 0), timestamps_from
 
 
-def at(texts: TensorValue, place: TensorValue) -> TensorValue:
-    """The tokens at a place of each text, both (batch, 1); the first ones for places before them."""
-    return ops.unsqueeze(ops.gather_nd(texts, ops.max(place, 0), batch_dims=1), 1)
+def at(x: TensorValue, place: TensorValue) -> TensorValue:
+    """What is at a place of each row of (batch, place), both (batch, 1); the first for a place before it."""
+    return ops.unsqueeze(ops.gather_nd(x, ops.max(place, 0), batch_dims=1), 1)
+
+
+def next_logits(
+    decoder: TextDecoder, texts: TensorValue, lengths: TensorValue, kv: Sequence[Any]
+) -> tuple[TensorValue, TensorValue]:
+    """The last token of every text, (batch, 1), and the logits of the next, (batch, vocab). The key and value of the
+    last go into the cache, which is given twice, as `Slots` has it."""
+    n_own = len(kv) // 3
+    own, cross, written = (grouped(kv[i : i + n_own], 2) for i in range(0, len(kv), n_own))
+    # A text as long as the cache has ended, and it does not matter where its last token is computed again.
+    n_past = ops.min(lengths, int(decoder.positional_embedding.shape[0])) - 1
+    mask = mask_behind(n_past, own[0][0])
+    pairs = zip(own, written, strict=True)
+    slots = [Slots(k, v, k_written, v_written, n_past, mask) for (k, v), (k_written, v_written) in pairs]
+    last = at(texts, ops.unsqueeze(lengths - 1, 1))
+    cross_kv = [KeyValue(*(ops.permute(x, [0, 2, 1, 3]) for x in pair)) for pair in cross]
+    return last, ops.squeeze(decoder.step_in_place(last, cross_kv, slots), 1)
 
 
 def step_program(dims: ModelDimensions, policy: Policy) -> Program:
     """A step of the decoder, from texts, their lengths, the sums of their tokens' log-probabilities and the latest of
-    these to the same: a token more for every text that has not ended, is not as long as it may get, and has had no
-    log-probability that is not finite. Its key and value go into the cache, which is given twice, as `Slots` has it."""
-    n_own = 2 * dims.n_text_layer
+    these to the same: the likeliest token behind every text that has not ended, is not as long as it may get, and has
+    had no log-probability that is not finite."""
 
     def step(
         decoder: TextDecoder,
@@ -95,21 +115,13 @@ def step_program(dims: ModelDimensions, policy: Policy) -> Program:
         totals: TensorValue,
         logprobs: TensorValue,
         ends: TensorValue,
-        suppressed: TensorValue,
-        begins: TensorValue,
-        limits: TensorValue,
-        *kv: Any,
+        *others: Any,
     ) -> list[TensorValue]:
-        own, cross, written = (grouped(kv[i * n_own : (i + 1) * n_own], 2) for i in range(3))
-        # A text as long as the cache has ended, and it does not matter where its last token is computed again.
-        n_past = ops.min(lengths, dims.n_text_ctx) - 1
-        mask = mask_behind(n_past, own[0][0])
-        pairs = zip(own, written, strict=True)
-        slots = [Slots(k, v, k_written, v_written, n_past, mask) for (k, v), (k_written, v_written) in pairs]
-        last = at(texts, ops.unsqueeze(lengths - 1, 1))
-        cross_kv = [KeyValue(*(ops.permute(x, [0, 2, 1, 3]) for x in pair)) for pair in cross]
-        logits = ops.squeeze(decoder.step_in_place(last, cross_kv, slots), 1)
-        token, logprob = likeliest_token(logits, texts, lengths, begins, suppressed, limits)
+        (suppressed, begins, limits), kv = others[:3], others[3:]
+        last, logits = next_logits(decoder, texts, lengths, kv)
+        scores = log_probabilities(logits, texts, lengths, begins, suppressed, limits)
+        token = ops.argmax(scores, axis=1)
+        logprob = ops.squeeze(at(scores, token), 1)  # the greatest of what is not finite may be finite
         failed = ops.is_nan(logprobs) | ops.is_inf(logprobs)
         goes_on = (ops.squeeze(last, 1) != limits[1:2]) & (lengths < ends) & ~failed
         places = ops.unsqueeze(indices(texts.shape[1], texts.device), 0)
@@ -121,7 +133,25 @@ def step_program(dims: ModelDimensions, policy: Policy) -> Program:
             ops.where(goes_on, logprob, logprobs),
         ]
 
-    return Program(PICK, "decoder", TextDecoder(dims, policy), step, step_inputs(dims, policy))
+    state = ("texts", "lengths", "totals", "logprobs", "ends")
+    return Program(PICK, "decoder", TextDecoder(dims, policy), step, inputs(dims, policy, state))
+
+
+def candidates_program(dims: ModelDimensions, policy: Policy) -> Program:
+    """For beam search: the N_BEST likeliest tokens behind every text, and their log-probabilities, in falling order."""
+
+    def candidates(
+        decoder: TextDecoder, texts: TensorValue, lengths: TensorValue, *others: Any
+    ) -> tuple[TensorValue, TensorValue]:
+        (suppressed, begins, limits), kv = others[:3], others[3:]
+        _, logits = next_logits(decoder, texts, lengths, kv)
+        scores = log_probabilities(logits, texts, lengths, begins, suppressed, limits)
+        logprobs, tokens = ops.top_k(scores, N_BEST)
+        return tokens, logprobs
+
+    return Program(
+        CANDIDATES, "decoder", TextDecoder(dims, policy), candidates, inputs(dims, policy, ("texts", "lengths"))
+    )
 
 
 def mask_behind(n_past: TensorValue, cache: TensorValue) -> TensorValue:
@@ -131,23 +161,26 @@ def mask_behind(n_past: TensorValue, cache: TensorValue) -> TensorValue:
     return ops.where(visible, ops.constant(0, DType.float32, cache.device), NEVER)
 
 
-def step_inputs(dims: ModelDimensions, policy: Policy) -> dict[str, TensorType | BufferType]:
-    """Of `step_program`. Keys and values are (row, token, head, channel), as MAX's kernels for GPUs take them."""
+def inputs(dims: ModelDimensions, policy: Policy, state: Sequence[str]) -> dict[str, TensorType | BufferType]:
+    """Of both programs. Keys and values are (row, token, head, channel), as MAX's kernels for GPUs take them."""
     device, n_head = policy.device, dims.n_text_head
     n_channel = dims.n_text_state // n_head
     layers = range(2 * dims.n_text_layer)
     own = {f"cache.{i}": TensorType(policy.compute, ["batch", "place", n_head, n_channel], device) for i in layers}
-    shape = ["audio", dims.n_audio_ctx, n_head, n_channel]
-    return {
+    cross = TensorType(policy.compute, ["audio", dims.n_audio_ctx, n_head, n_channel], device)
+    of_texts = {
         "texts": TensorType(DType.int64, ["batch", "text_place"], device),
         "lengths": TensorType(DType.int64, ["batch"], device),
         "totals": TensorType(DType.float32, ["batch"], device),
         "logprobs": TensorType(DType.float32, ["batch"], device),
         "ends": TensorType(DType.int64, ["batch"], device),
+    }
+    return {
+        **{name: of_texts[name] for name in state},
         "suppressed": TensorType(DType.bool, [dims.n_vocab], device),
         "begins": TensorType(DType.int64, ["batch"], device),
         "limits": TensorType(DType.int64, [2], device),
         **own,
-        **{f"cross.{i}": TensorType(policy.compute, shape, device) for i in layers},
+        **{f"cross.{i}": cross for i in layers},
         **{f"{name} written": each.as_buffer() for name, each in own.items()},
     }

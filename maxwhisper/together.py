@@ -56,8 +56,6 @@ class Seats:
         for cache in caches:
             if cache not in self.taken[:n]:
                 self._move(cache, free.pop())
-                if cache.own[0].is_cuda:  # MAX does not wait for what PyTorch does
-                    torch.cuda.synchronize()
         self.taken[n:] = [None] * (len(self.taken) - n)
         return [cache for cache in self.taken[:n] if cache is not None]
 

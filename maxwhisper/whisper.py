@@ -44,7 +44,7 @@ from .decoding import (
     rules_program,
 )
 from .errors import AudioError, DeviceError, OptionError
-from .on_device import STEPS_AT_ONCE, step_program
+from .on_device import CANDIDATES, STEPS_AT_ONCE, candidates_program, step_program
 from .runtime import TORCH_DTYPE, Artifact, Executable, Policy, Program, buffer, find_device, one_torch_thread
 from .speculation import (
     N_GUESS,
@@ -142,17 +142,24 @@ def programs_of(unit: str, dims: ModelDimensions, policy: Policy) -> list[Progra
     if unit == TOKEN_RULES:
         return [rules_program()]
     if unit == PICK:
-        return [pick_program(dims, policy) if policy.device.is_cpu() else step_program(dims, policy)]
+        return picking_programs(dims, policy)
     if unit == SPECULATE:
         return [speculation_program(dims, policy), rough_keys_program(dims, policy)]
     return [block.program(dims, policy) for block in BLOCKS.values() if block.unit == unit]
+
+
+def picking_programs(dims: ModelDimensions, policy: Policy) -> list[Program]:
+    """The graphs that pick tokens, and do not guess them."""
+    if policy.device.is_cpu():
+        return [pick_program(dims, policy)]
+    return [step_program(dims, policy), candidates_program(dims, policy)]
 
 
 def unit_of(name: str) -> str:
     """What the graph of this name compiles together with."""
     if name in BLOCKS:
         return BLOCKS[name].unit
-    return SPECULATE if name == ROUGH_KEYS else name
+    return {ROUGH_KEYS: SPECULATE, CANDIDATES: PICK}.get(name, name)
 
 
 class Network:
@@ -303,6 +310,8 @@ class TextDecoder(torch.nn.Module):
         A text that gets none stays as it is, but its cache is lost. Raises OptionError where the cache has no room.
         """
         self._check_room(int((texts.lengths + n_token).max()) - 1)
+        if self.on_device:
+            cache.settle()
         if self.together is not None:
             return self.together.pick(texts, cache, rules, n_token)
 
@@ -364,21 +373,31 @@ class TextDecoder(torch.nn.Module):
         return self.seats
 
     def _steps_on_device(self, texts: Texts, rules: Rules, n_token: torch.Tensor, kv: Sequence[Buffer]) -> Picked:
-        """As `steps`, for the likeliest tokens alone, and at most STEPS_AT_ONCE."""
-        device, step = self.network.policy.device.to_device(), self.network[PICK]
+        """As `steps`: at most STEPS_AT_ONCE with the likeliest token alone, or one with several."""
+        device, n_best = self.network.policy.device.to_device(), len(rules.places)
 
-        def there(x: torch.Tensor) -> Buffer:
-            return buffer(x).to(device)
+        def there(*tensors: torch.Tensor) -> list[Buffer]:
+            return [buffer(x).to(device) for x in tensors]
+
+        def back(buffers: Sequence[Buffer]) -> list[torch.Tensor]:
+            return [torch.from_dlpack(x.to(CPU())) for x in buffers]
 
         eot, n_free = int(rules.limits[1]), self.dims.n_text_ctx + 1 - texts.tokens.shape[1]
         tokens = torch.nn.functional.pad(texts.tokens, (0, n_free), value=eot)
-        state = [there(x) for x in (tokens, texts.lengths, texts.totals, torch.zeros(len(tokens)))]
-        fixed = [there(x) for x in (texts.lengths + n_token, rules.suppressed, rules.begins, rules.limits)]
-        for _ in range(min(int(n_token.max()), STEPS_AT_ONCE)):
-            state = step.execute(*state, *fixed, *kv, *kv[: len(kv) // 2])
-        tokens, lengths, totals, logprobs = (torch.from_dlpack(x.to(CPU())) for x in state)
-        now = Texts(tokens[:, : int(lengths.max())], lengths, totals)
-        return Picked(now, Candidates(now.last(), logprobs[:, None]))
+        given = [*there(rules.suppressed, rules.begins, rules.limits), *kv, *kv[: len(kv) // 2]]
+        if n_best > 1:
+            found = back(self.network[CANDIDATES].execute(*there(tokens, texts.lengths), *given))
+            best, logprobs = (each[:, :n_best] for each in found)
+            tokens = tokens.scatter(1, texts.lengths[:, None], best[:, :1])
+            lengths, totals = texts.lengths + 1, texts.totals + logprobs[:, 0]
+        else:
+            state = there(tokens, texts.lengths, texts.totals, torch.zeros(len(tokens)))
+            (ends,) = there(texts.lengths + n_token)
+            for _ in range(min(int(n_token.max()), STEPS_AT_ONCE)):
+                state = self.network[PICK].execute(*state, ends, *given)
+            tokens, lengths, totals, latest = back(state)
+            best, logprobs = tokens.gather(1, lengths[:, None] - 1), latest[:, None]
+        return Picked(Texts(tokens[:, : int(lengths.max())], lengths, totals), Candidates(best, logprobs))
 
     def make_rough(self, cross: Sequence[torch.Tensor], into: torch.Tensor, row: int) -> None:
         """Puts keys and values of audio into some of `rough_room`, from a row on."""

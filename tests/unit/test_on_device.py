@@ -1,4 +1,4 @@
-"""Greedy decoding in the memory of a device, on a CPU: the same operations as on a GPU, but for its attention."""
+"""Decoding in the memory of a device, on a CPU: the same operations as on a GPU, but for its attention."""
 
 from dataclasses import replace
 from functools import cache
@@ -9,15 +9,15 @@ import torch
 from hypothesis import given, settings
 from max.dtype import DType
 from max.graph import DeviceRef, TensorType
-from whisper import DecodingOptions, decoding
+from whisper import DecodingOptions
 from whisper.audio import SAMPLE_RATE, pad_or_trim
 
 import maxwhisper.whisper
 from maxwhisper.audio import load_audio, log_mel_spectrogram
 from maxwhisper.checkpoint import Checkpoint, load_checkpoint
-from maxwhisper.decoding import PICK, MaxInference, NoWeights, TokenRules
+from maxwhisper.decoding import N_BEST, PICK, MaxInference, NoWeights, TokenRules
 from maxwhisper.errors import DecodingError
-from maxwhisper.on_device import STEPS_AT_ONCE, likeliest_token, step_program
+from maxwhisper.on_device import STEPS_AT_ONCE, candidates_program, log_probabilities, step_program
 from maxwhisper.runtime import Artifact, Executable, Program
 from maxwhisper.together import Seats
 from maxwhisper.whisper import Whisper, load_model
@@ -33,7 +33,6 @@ from .test_decoding import (
     filters,
     histories,
     random_logits,
-    totals,
 )
 from .test_together import FIXTURES, SOME
 
@@ -42,7 +41,7 @@ NANO = FIXTURES / "nano.pt"
 
 @cache
 def rules() -> Executable:
-    """`likeliest_token` alone."""
+    """`log_probabilities` alone."""
     cpu = DeviceRef.CPU()
     inputs = {
         "logits": TensorType(DType.float32, ["batch", "vocab"], cpu),
@@ -52,45 +51,40 @@ def rules() -> Executable:
         "suppressed": TensorType(DType.bool, ["vocab"], cpu),
         "limits": TensorType(DType.int64, [2], cpu),
     }
-    program = Program("rules", "", NoWeights(), lambda _, *given: likeliest_token(*given), inputs)
+    program = Program("rules", "", NoWeights(), lambda _, *given: [log_probabilities(*given)], inputs)
     return Artifact("rules by MAX's operations", [program], "cpu").init({})["rules"]
 
 
-def picked(logits: torch.Tensor, tokens: torch.Tensor, chosen: list) -> tuple[torch.Tensor, torch.Tensor]:
-    """The likeliest token of each text (batch, 1), and its log-probability; behind the texts stands what no rule may
-    look at."""
+def logprobs(logits: torch.Tensor, tokens: torch.Tensor, chosen: list) -> torch.Tensor:
+    """Of every next token; behind the texts stands what no rule may look at."""
     known = TokenRules.of(chosen, N_VOCAB, SAMPLE_BEGIN, EOT)
     assert known is not None
     given = known.inputs(tokens, 1)
     texts = torch.nn.functional.pad(tokens, (0, 3), value=N_VOCAB - 1)
     lengths = torch.full((len(tokens),), tokens.shape[1])
-    token, logprob = rules()(logits, texts, lengths, given.begins, given.suppressed, given.limits)
-    return token, logprob
+    (found,) = rules()(logits, texts, lengths, given.begins, given.suppressed, given.limits)
+    return found
 
 
 @settings(max_examples=100, deadline=None)
 @given(sampled=histories(n_text=3), **OPTIONS)
-def test_operations_pick_what_openai_picks(sampled, seed, lean, **options) -> None:  # noqa: ANN001, ANN003
+def test_log_probabilities_are_openais(sampled, seed, lean, **options) -> None:  # noqa: ANN001, ANN003
     logits, chosen = random_logits(3, seed, lean), filters(**options)
     tokens = torch.tensor([PROMPT + each for each in sampled])
-    token, logprob = picked(logits, tokens, chosen)
-    sums = totals(tokens)
-    theirs, _ = decoding.GreedyDecoder(0.0, EOT).update(tokens, filtered(logits, tokens, chosen), sums)
-    going_on = tokens[:, -1] != EOT
-    assert token[going_on].equal(theirs[going_on, -1:])
-    assert close((totals(tokens) + logprob)[going_on], sums[going_on])
+    ours, theirs = logprobs(logits, tokens, chosen), filtered(logits, tokens, chosen).log_softmax(1)
+    assert ours.isfinite().equal(theirs.isfinite())
+    assert close(ours, theirs)
 
 
 @pytest.mark.parametrize("value", [float("nan"), -float("inf"), float("inf")])
-def test_the_log_probability_tells_that_nothing_can_be_picked(value: float) -> None:
-    _, logprob = picked(torch.full((1, N_VOCAB), value), torch.tensor([PROMPT]), [])
-    assert not logprob.isfinite().any()
+def test_log_probabilities_tell_that_nothing_can_be_picked(value: float) -> None:
+    assert not logprobs(torch.full((1, N_VOCAB), value), torch.tensor([PROMPT]), []).isfinite().any()
 
 
 def test_a_single_logit_that_is_nan_tells_so_too() -> None:
     logits = torch.zeros(1, N_VOCAB)
     logits[0, 70] = float("nan")
-    assert not picked(logits, torch.tensor([PROMPT]), [])[1].isfinite().any()
+    assert not logprobs(logits, torch.tensor([PROMPT]), []).isfinite().any()
 
 
 # ---- whole texts ---------------------------------------------------------------------------------------------------
@@ -99,7 +93,8 @@ def test_a_single_logit_that_is_nan_tells_so_too() -> None:
 def on_device(checkpoint: Checkpoint) -> Whisper:
     """A model on the CPU that decodes as on a GPU."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(maxwhisper.whisper, "pick_program", step_program)
+        programs = [step_program, candidates_program]
+        patch.setattr(maxwhisper.whisper, "picking_programs", lambda *of: [program(*of) for program in programs])
         model = Whisper(checkpoint)
         assert model.decoder.network[PICK]  # compiled while patched
     model.decoder.on_device, model.decoder.seats = True, Seats(1, on_device=True)
@@ -120,18 +115,24 @@ def texts(result: dict[str, Any]) -> list[tuple[Any, ...]]:
     return [(s["start"], s["end"], s["tokens"], s["no_speech_prob"]) for s in result["segments"]]
 
 
-def test_transcripts(model: Whisper, usual: Whisper) -> None:
+BEAMS = pytest.mark.parametrize("beam_size", [None, 5])
+
+
+@BEAMS
+def test_transcripts(model: Whisper, usual: Whisper, beam_size: int | None) -> None:
     """Of several windows each, which follow each other in the same memory."""
     for clip in SOME:
-        ours, theirs = (each.transcribe(clip, temperature=0.0) for each in (model, usual))
+        ours, theirs = (each.transcribe(clip, temperature=0.0, beam_size=beam_size) for each in (model, usual))
         assert texts(ours) == texts(theirs) and (texts(ours) or clip.stem == "silence")
 
 
+@BEAMS
 @pytest.mark.parametrize("batch_size", [2, 9])
-def test_together_as_alone(model: Whisper, batch_size: int) -> None:
+def test_together_as_alone(model: Whisper, batch_size: int, beam_size: int | None) -> None:
     """Texts of different lengths, in memory that others have left."""
-    together = dict(model.transcribe_many(SOME, batch_size, temperature=0.0))
-    assert together == {number: model.transcribe(clip, temperature=0.0) for number, clip in enumerate(SOME)}
+    options = {"temperature": 0.0, "beam_size": beam_size}
+    together = dict(model.transcribe_many(SOME, batch_size, **options))
+    assert together == {number: model.transcribe(clip, **options) for number, clip in enumerate(SOME)}
 
 
 def windows(n: int) -> torch.Tensor:
@@ -170,11 +171,19 @@ def test_as_many_tokens_as_asked_for(model: Whisper) -> None:
     assert then.totals[[0, 3]].equal(now.totals[[0, 3]]) and (then.totals < now.totals).tolist()[1:3] == [True, True]
 
 
-def test_what_is_not_finite_is_an_error() -> None:
+@BEAMS
+def test_what_is_not_finite_is_an_error(beam_size: int | None) -> None:
     """At a place behind the start, which nothing else looks at."""
     checkpoint = load_checkpoint(NANO)
     positions = checkpoint.tensors["decoder.positional_embedding"].clone()
     positions[SAMPLE_BEGIN + 2] = float("nan")
     model = on_device(replace(checkpoint, tensors={**checkpoint.tensors, "decoder.positional_embedding": positions}))
     with pytest.raises(DecodingError, match="not finite"):
-        model.decode(windows(1), DecodingOptions(language="en", fp16=False))
+        model.decode(windows(1), DecodingOptions(language="en", beam_size=beam_size, fp16=False))
+
+
+@pytest.mark.parametrize("beam_size", [N_BEST - 1, N_BEST])
+def test_as_many_beams_as_there_are_candidates_for_and_more(model: Whisper, usual: Whisper, beam_size: int) -> None:
+    options = DecodingOptions(language="en", beam_size=beam_size, fp16=False)
+    (ours,), (theirs,) = (each.decode(windows(1), options) for each in (model, usual))
+    assert ours.tokens == theirs.tokens
