@@ -37,14 +37,13 @@ if times_nothing(sys.argv[1:]):
             ctypes.CDLL(None).mallopt(threshold, 2**31 - 1)
 
 import torch
-from max.driver import accelerator_count
 from whisper.model import ModelDimensions
 
 from maxwhisper.artifacts import TARGETS, Artifacts
 from maxwhisper.blocks import BLOCKS, Block
 from maxwhisper.cache import cache_folder
 from maxwhisper.errors import ArtifactError, MaxWhisperError
-from maxwhisper.runtime import COMPILE_LOG
+from maxwhisper.runtime import COMPILE_LOG, device_named, gpu_found
 from reference.activations import KINDS, RANDOM
 from reference.ahead import TRANSCRIBING, CompileAhead, suite_job
 from reference.judge import Comparison, dtype_name
@@ -147,13 +146,8 @@ def check_folder(option: str, folder: Path) -> None:
         raise pytest.UsageError(f"{option} {folder}: cannot be written to: {error.strerror or error}") from error
 
 
-def gpu_found() -> bool:
-    return accelerator_count() > 0 and torch.cuda.is_available()
-
-
 def device(config: pytest.Config) -> str:
-    name = config.getoption("--device")
-    return ("gpu" if gpu_found() else "cpu") if name == "auto" else name
+    return device_named(config.getoption("--device"))
 
 
 def checkpoint(config: pytest.Config) -> Model:

@@ -24,7 +24,7 @@ from .errors import MaxWhisperError, OptionError
 
 FORMATS = ("txt", "vtt", "srt", "tsv", "json")
 TARGETS = ("host", "sm_80", "sm_90a")  # those of maxwhisper.artifacts, which takes seconds to import
-DTYPES = ("float32", "bfloat16")  # and those of maxwhisper.whisper
+DTYPES = ("float32", "float16", "bfloat16")  # and those of maxwhisper.whisper
 WORD_OPTIONS = ("highlight_words", "max_line_count", "max_line_width", "max_words_per_line")
 
 log = logging.getLogger("maxwhisper")
@@ -145,7 +145,7 @@ def add_compare(commands: Any) -> None:
     add = parser.add_argument
     add("audio", nargs="+", metavar="AUDIO", help="audio or video files; a .txt beside one holds what is said in it")
     add("--model", default="tiny", help="as of transcribe, or random:SIZE for random weights, with --tokens")
-    device = "what to compute on; auto is a GPU if MAX finds one (default: cpu)"
+    device = "what to compute on; auto is a GPU where there is one (default: cpu)"
     add("--device", default="cpu", choices=["cpu", "gpu", "auto"], help=device)
     known = f"engines, comma-separated, of {', '.join(ENGINES)} (default: all that have a row for --device)"
     add("--against", type=engines, metavar="ENGINES", help=known)
@@ -220,8 +220,9 @@ def add_files_and_devices(add: Callable[..., Any]) -> None:
     model = "name of an OpenAI model, or path of a .pt or .safetensors file or of a Hugging Face folder"
     add("--model", default="turbo", help=model)
     add("--model_dir", help="where named models are kept; None stands for ~/.cache/whisper")
-    add("--device", default="cpu", choices=["cpu", "gpu", "cuda"], help="what to compute on; cuda means gpu")
-    dtype = "of arithmetic; bfloat16 is less accurate, and encodes faster on CPUs with AVX-512 BF16"
+    device = "what to compute on; cuda means gpu, auto a GPU where there is one"
+    add("--device", default="cpu", choices=["cpu", "gpu", "cuda", "auto"], help=device)
+    dtype = "of arithmetic; the others are less accurate, and bfloat16 encodes faster on CPUs with AVX-512 BF16"
     add("--dtype", default="float32", choices=DTYPES, help=dtype)
     add("--artifacts", metavar="DIR", help="use what `maxwhisper compile` wrote, or fail, naming what does not fit")
     add("--or_compile", type=str2bool, default=False, help="compile what does not fit in --artifacts, do not fail")
@@ -344,12 +345,14 @@ def transcribe(parser: Parser, **options: Any) -> int:
 
     import torch
 
+    from .runtime import device_named
     from .whisper import load_model
 
     if threads := options.pop("threads"):
         torch.set_num_threads(threads)
     options.pop("fp16")
     how = {name: options.pop(name) for name in ("device", "artifacts", "or_compile", "dtype")}
+    how["device"] = device_named(how["device"])
     model = load_model(options.pop("model"), download_root=options.pop("model_dir"), **how)
     files, layout = options.pop("audio"), {name: options.pop(name) for name in WORD_OPTIONS}
     options["temperature"] = temperatures(options["temperature"], options.pop("temperature_increment_on_fallback"))

@@ -87,6 +87,16 @@ def find_device(name: str) -> Device:
     return Accelerator()
 
 
+def gpu_found() -> bool:
+    """Whether MAX and PyTorch both find a GPU, as whole transcripts need."""
+    return accelerator_count() > 0 and torch.cuda.is_available()
+
+
+def device_named(name: str) -> str:
+    """The name, or where it is "auto" that of a GPU if there is one, else of the CPU."""
+    return ("gpu" if gpu_found() else "cpu") if name == "auto" else name
+
+
 @cache
 def kernel_library() -> KernelLibrary:
     """KERNELS compiled: once, where a graph that is given the folder would compile it again in every process.

@@ -75,7 +75,8 @@ def load_model(
     artifacts: a folder written by `compile_model`, from which the network comes compiled. Without it, what is compiled
         is kept in `$XDG_CACHE_HOME/maxwhisper/artifacts`, or the same under `~/.cache`, and comes from there next time.
     or_compile: compile, with a warning, what those artifacts do not fit; else they raise ArtifactError.
-    dtype: of arithmetic, "float32", or "bfloat16", which is less accurate and on some CPUs encodes faster.
+    dtype: of arithmetic, "float32", or "float16" or "bfloat16", which are less accurate; on some CPUs bfloat16 encodes
+        faster.
 
     Raises CheckpointError, DeviceError if there is no such device, OptionError if it or dtype has another name.
     """
@@ -121,7 +122,7 @@ def units_on(device: str) -> tuple[str, ...]:
     return (*units, SPECULATE) if device == "cpu" else units
 
 
-DTYPES = {"float32": DType.float32, "bfloat16": DType.bfloat16}
+DTYPES = {dtype.name: dtype for dtype in (DType.float32, DType.float16, DType.bfloat16)}
 """What can be computed in."""
 
 
@@ -194,11 +195,12 @@ def is_matrix(name: str, tensor: torch.Tensor) -> bool:
 
 
 def rounded(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
-    """The checkpoint for arithmetic in a dtype: matrices that each use would round to bfloat16 are rounded once."""
+    """The checkpoint for arithmetic in a dtype: matrices that each use would round to it are rounded once."""
     if dtype == "float32":
         return checkpoint
+    half = TORCH_DTYPE[arithmetic(dtype)]
     tensors = {
-        name: tensor.bfloat16() if is_matrix(name, tensor) else tensor for name, tensor in checkpoint.tensors.items()
+        name: tensor.to(half) if is_matrix(name, tensor) else tensor for name, tensor in checkpoint.tensors.items()
     }
     return replace(checkpoint, tensors=tensors)
 

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from max.driver import accelerator_count
 from whisper.audio import log_mel_spectrogram, pad_or_trim
 
 from ..checkpoint import Checkpoint
 from ..doctor import ProbeError, ask
 from ..errors import DeviceError, MaxWhisperError, OptionError
-from ..runtime import find_device
+from ..runtime import device_named, find_device
 from .convert import store
 from .engines import REFERENCE, SPECS, Spec, Task, missing, rows, versions
 from .material import Recording, checkpoint_for, recordings
@@ -52,14 +51,13 @@ def compare(
 ) -> Results:
     """Runs maxwhisper and the engines in `against`, None for all, on `audio`.
 
-    device: "cpu", "gpu", or "auto" for a GPU where MAX finds one.
+    device: "cpu", "gpu", or "auto" for a GPU where there is one.
     tokens: decode this many for every window of 30 s, in place of transcribing.
 
     Raises AudioError, CheckpointError, DeviceError, OptionError, and MaxWhisperError if PyTorch Whisper, which the
     others are compared with, fails.
     """
-    if device == "auto":
-        device = "gpu" if accelerator_count() else "cpu"
+    device = device_named(device)
     specs = rows(against, device)
     find_device(device)
     found = machine(device)

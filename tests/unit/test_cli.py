@@ -405,6 +405,16 @@ def test_bad_models_and_devices(
     assert not list(out.iterdir())
 
 
+def test_device_auto(out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A GPU where there is one, which this one is not: it is looked for in vain then."""
+    monkeypatch.setattr(runtime, "accelerator_count", lambda: 0)
+    arguments = ["transcribe", CLIP, "-o", out, "-f", "txt", "--model", NANO, "--device", "auto"]
+    assert status(arguments) == 0 and list(out.iterdir())
+    monkeypatch.setattr(runtime, "gpu_found", lambda: True)
+    assert status(arguments) == 1
+    assert "no GPU" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [

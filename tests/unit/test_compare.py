@@ -189,15 +189,18 @@ def no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_rows_of_each_device() -> None:
-    ours = ["maxwhisper", "maxwhisper bfloat16", "maxwhisper batched", "openai-whisper"]
+    ours = ["maxwhisper", "maxwhisper bfloat16"]
     assert [spec.name for spec in rows(None, "cpu")] == [
-        *ours,
+        *(*ours, "maxwhisper batched", "openai-whisper"),
         *("faster-whisper float32", "faster-whisper int8", "faster-whisper batched", "transformers", "whisper.cpp"),
         *("openvino float32", "openvino bfloat16", "onnxruntime"),
     ]
-    float16 = ["openai-whisper float16", "faster-whisper float16", "faster-whisper float16 batched"]
-    assert [spec.name for spec in rows(None, "gpu")] == [*ours, *float16, "transformers float16"]
-    assert [spec.name for spec in rows(["transformers"], "gpu")] == [*ours[:3], "transformers float16"]
+    ours += ["maxwhisper float16", "maxwhisper float16 batched"]
+    assert [spec.name for spec in rows(None, "gpu")] == [
+        *(*ours, "openai-whisper", "openai-whisper float16"),
+        *("faster-whisper float16", "faster-whisper float16 batched", "transformers float16"),
+    ]
+    assert [spec.name for spec in rows(["transformers"], "gpu")] == [*ours, "transformers float16"]
 
 
 @pytest.mark.parametrize("variant", ["", "float16"])
@@ -242,7 +245,10 @@ def test_transformers_on_a_gpu(folder: Path, no_cuda: None, spoken: list[int]) -
     assert made.call_count == 2
 
 
-@pytest.mark.parametrize(("variant", "dtype"), [("", "float32"), ("bfloat16", "bfloat16"), ("batched", "float32")])
+@pytest.mark.parametrize(
+    ("variant", "dtype"),
+    [("", "float32"), ("bfloat16", "bfloat16"), ("float16", "float16"), ("float16 batched", "float16")],
+)
 def test_maxwhisper_on_a_gpu(variant: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     load_model = Mock()
     monkeypatch.setattr(maxwhisper_engine, "load_model", load_model)
@@ -512,7 +518,7 @@ def test_the_table_of_a_gpu(
         "torch": {"version": "2.13", "cuda": "13.0", "gpus": [{"name": "NVIDIA Z1"}], "error": None},
     }
     monkeypatch.setattr(run, "ask", probes.get)
-    monkeypatch.setattr(run, "accelerator_count", lambda: 1)
+    monkeypatch.setattr(runtime, "gpu_found", lambda: True)
     monkeypatch.setattr(run, "find_device", {"gpu": Mock()}.get)
     report = tmp_path / "report.json"
     against = ["--against", "openai-whisper,faster-whisper"]
@@ -594,8 +600,7 @@ def test_unusable_options(options: list[str], message: str, capsys: pytest.Captu
 def test_what_cannot_be_used(
     arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for module in (run, runtime):
-        monkeypatch.setattr(module, "accelerator_count", lambda: 0)
+    monkeypatch.setattr(runtime, "accelerator_count", lambda: 0)
     assert main(["compare", *arguments]) == 1
     assert message in capsys.readouterr().err
 

@@ -434,12 +434,12 @@ def test_what_words_are_aligned_by_is_compiled_for_later_processes_too(model: Wh
 # ---- loading -------------------------------------------------------------------------------------------------------
 
 
-def test_bfloat16_rounds_but_transcribes(model: Whisper, mels: torch.Tensor) -> None:
-    rough = load_model(NANO, dtype="bfloat16")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_rounds_but_transcribes(model: Whisper, mels: torch.Tensor, dtype: torch.dtype) -> None:
+    rough = load_model(NANO, dtype=str(dtype).removeprefix("torch."))
     features = rough.encoder(mels)
-    assert (
-        features.dtype == mels.dtype and features.bfloat16().equal(features) and not features.equal(model.encoder(mels))
-    )
+    assert features.dtype == mels.dtype and features.to(dtype).equal(features)
+    assert not features.equal(model.encoder(mels))
     clip = next(clip for clip in CLIPS if clip["file"].endswith(WINDOW["en"]))
     result = rough.transcribe(load_audio(FIXTURES / clip["file"]), language="en", word_timestamps=True)
     assert result["segments"][0]["words"]
@@ -448,7 +448,7 @@ def test_bfloat16_rounds_but_transcribes(model: Whisper, mels: torch.Tensor) -> 
 
 
 def test_dtypes_that_are_not_there() -> None:
-    with pytest.raises(OptionError, match="dtype 'float8' is not known: expected float32 or bfloat16"):
+    with pytest.raises(OptionError, match="dtype 'float8' is not known: expected float32 or float16 or bfloat16"):
         load_model(NANO, dtype="float8")
     assert tuple(DTYPES) == cli.DTYPES
 

@@ -69,6 +69,15 @@ SPECS = (
     ),
     Spec(
         SUBJECT,
+        "float16",
+        "maxwhisper",
+        ("max",),
+        "openai",
+        "--dtype float16: activations rounded to float16, added up in float32: not the same arithmetic",
+        devices=GPU,
+    ),
+    Spec(
+        SUBJECT,
         "batched",
         "maxwhisper_batched",
         ("max", "silero-vad", "onnxruntime"),
@@ -77,7 +86,16 @@ SPECS = (
         " together, none given the text before it; with --tokens, up to 8 windows by one decode(), which takes those of"
         " beam search one at a time",
         batched=True,
-        devices=BOTH,
+    ),
+    Spec(
+        SUBJECT,
+        "float16 batched",
+        "maxwhisper_batched",
+        ("max", "silero-vad", "onnxruntime"),
+        "openai",
+        "--dtype float16, else as maxwhisper batched on a CPU",
+        batched=True,
+        devices=GPU,
     ),
     Spec(
         REFERENCE,

@@ -10,13 +10,14 @@ from whisper.audio import SAMPLE_RATE
 
 from ...runtime import find_device
 from ...speculation import WORTH_GUESSING
-from ...whisper import load_model
+from ...whisper import DTYPES, load_model
 from .openai_like import OpenAILike
 
 
 class Adapter(OpenAILike):
     def load(self, folder: Path) -> None:
-        dtype = "bfloat16" if self.variant == "bfloat16" else "float32"
+        dtype = self.variant.split(" ")[0]
+        dtype = dtype if dtype in DTYPES else "float32"
         self.model = load_model(folder / "model.pt", self.task.device, dtype=dtype)
 
     @cached_property
