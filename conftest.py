@@ -47,7 +47,7 @@ from maxwhisper.runtime import COMPILE_LOG, device_named, gpu_found
 from reference.activations import KINDS, RANDOM
 from reference.ahead import TRANSCRIBING, CompileAhead, suite_job
 from reference.judge import Comparison, dtype_name
-from reference.lowering import GRAPHS, Lowering
+from reference.lowering import Lowering, graphs
 from reference.results import Run
 from reference.suite import CHECKPOINT, DTYPES, FIXTURE, SIZES, TRAINED, Model, Suite, comparisons, load, trained
 
@@ -263,7 +263,7 @@ def lowered(config: pytest.Config) -> Iterator[tuple[str, str, torch.dtype, str]
     """Every target, size, dtype and graph that --compile-only asks for."""
     for target in targets(config):
         for size, dtype in itertools.product(sizes(config), dtypes(config)):
-            for graph in GRAPHS:
+            for graph in graphs(target, size, dtype):
                 if graph != "log_mel" or dtype == dtypes(config)[0]:  # it is float32 in every dtype
                     yield target, size, dtype, graph
 

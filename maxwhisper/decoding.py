@@ -88,6 +88,7 @@ class KeyValueCache:
         end = self.n_token + new[0].shape[2]
         for cached, kv in zip(self.own, new, strict=True):
             cached[:, :, self.n_token : end] = kv
+        wait_for_pytorch(new[0])
         self.n_token = end
 
     def repeat(self, times: int) -> None:

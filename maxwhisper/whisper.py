@@ -369,7 +369,8 @@ class TextDecoder(torch.nn.Module):
 
     def _seated(self, cache: KeyValueCache) -> Seats:
         """Where a cache is in memory as `_steps_on_device` takes it: in that of the one before, if it fits."""
-        if self.seats.own and self.seats.own[0].shape != cache.own[0].shape:
+        room, wanted = ([kv.shape for kv in (*each.own, *each.cross)] for each in (self.seats, cache))
+        if room not in ([], wanted):
             self.seats = Seats(1, on_device=True)
         self.seats.place([cache])
         return self.seats

@@ -19,9 +19,12 @@ from pathlib import Path
 import torch
 from max.graph import Module
 
-from maxwhisper.artifacts import Identity, Writer, aim_at, writing
+from maxwhisper.artifacts import HOST, Identity, Writer, aim_at, writing
 from maxwhisper.blocks import BLOCKS
+from maxwhisper.decoding import PICK, TOKEN_RULES
+from maxwhisper.on_device import CANDIDATES
 from maxwhisper.runtime import Artifact, Program
+from maxwhisper.speculation import ROUGH_KEYS, SPECULATE
 from maxwhisper.whisper import programs_of, units_on
 
 from .captures import CAPTURED
@@ -29,7 +32,19 @@ from .judge import dtype_name
 from .suite import DTYPES, TRAINED, Suite, load
 
 GRAPHS = (*BLOCKS, *(f"{name} captured" for name in CAPTURED))
-"""Every graph of a model: its blocks, and those with captures."""
+"""Of every model: its blocks, and those with captures."""
+PICKING = {"cpu": (TOKEN_RULES, PICK, SPECULATE, ROUGH_KEYS), "gpu": (TOKEN_RULES, PICK, CANDIDATES)}
+"""By device, those that pick the tokens of whole transcripts."""
+
+
+def graphs(target: str, size: str, dtype: torch.dtype) -> tuple[str, ...]:
+    """Every graph of a model for a target, by name."""
+    return (*GRAPHS, *(PICKING["cpu" if target == HOST else "gpu"] if transcribes(size, dtype) else ()))
+
+
+def transcribes(size: str, dtype: torch.dtype) -> bool:
+    """Whether the suite makes whole transcripts with a model."""
+    return dtype == torch.float32 and size in TRAINED
 
 
 # ---- in the process that compiles ----------------------------------------------------------------------------------
@@ -69,7 +84,7 @@ def message(error: BaseException) -> str:
 def units(suite: Suite) -> Iterator[tuple[str, list[Program]]]:
     """What the suite compiles together, and what `load_model` compiles beside that for whole transcripts."""
     yield from ((unit, suite.programs(unit)) for unit in suite.units)
-    if suite.dtype == torch.float32 and suite.model.size in TRAINED:
+    if transcribes(suite.model.size, suite.dtype):
         others = [unit for unit in units_on(suite.device) if unit not in suite.units]
         yield from ((unit, programs_of(unit, suite.dims, suite.policy)) for unit in others)
 

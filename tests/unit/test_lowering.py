@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,10 @@ from max.graph import DeviceRef, TensorType
 from max.nn.layer import Module
 
 from maxwhisper.artifacts import HOST, MANIFEST, Artifacts
-from maxwhisper.decoding import PICK, TOKEN_RULES
 from maxwhisper.runtime import Program
-from maxwhisper.speculation import ROUGH_KEYS, SPECULATE
-from maxwhisper.whisper import load_model
-from reference.lowering import GRAPHS, Lowering, lower
-from reference.suite import FIXTURE
+from maxwhisper.whisper import load_model, programs_of, units_on
+from reference.lowering import GRAPHS, Lowering, graphs, lower
+from reference.suite import FIXTURE, Suite, load
 
 from .test_options import NANO, ROOT
 
@@ -56,12 +55,21 @@ def test_a_gate_compiles_every_graph_and_leaves_artifacts(tmp_path: Path) -> Non
     options = ["--size", FIXTURE, "--dtype", "float32", "--artifacts", str(tmp_path)]
     status, output = run("--compile-only", HOST, *options)
     assert status == pytest.ExitCode.OK, output
-    assert f"{len(GRAPHS)} passed" in output
+    assert f"{len(graphs(HOST, *FLOAT32[0]))} passed" in output
     assert f"host: 1 of 1 models compiled, 0 graphs do not lower; artifacts in {tmp_path / HOST}" in output
     held = Artifacts(tmp_path / HOST, "cpu").held
     names = {name for each in held for name in each.identity.blocks}
-    assert names == {*GRAPHS, TOKEN_RULES, PICK, SPECULATE, ROUGH_KEYS}
+    assert names == {*graphs(HOST, *FLOAT32[0])} > {*GRAPHS}
     assert load_model(NANO, artifacts=tmp_path / HOST).dims.n_audio_state == 128
+
+
+def test_a_gate_asks_for_what_transcribes_on_a_gpu_too() -> None:
+    """By what `load_model` takes there."""
+    suite = Suite(load(FIXTURE, None), torch.float32)
+    policy = replace(suite.policy, device=DeviceRef.GPU())
+    taken = {program.name for unit in units_on("gpu") for program in programs_of(unit, suite.dims, policy)}
+    assert taken - {*GRAPHS} == {*graphs("sm_80", *FLOAT32[0])} - {*GRAPHS}
+    assert graphs("sm_80", "tiny", torch.float32) == graphs("sm_80", FIXTURE, torch.float16) == GRAPHS
 
 
 def test_a_process_that_ends_early_is_reported_with_its_last_words(tmp_path: Path) -> None:

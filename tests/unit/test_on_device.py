@@ -141,10 +141,11 @@ def windows(n: int) -> torch.Tensor:
 
 
 def test_windows_of_a_batch_as_alone(model: Whisper, usual: Whisper) -> None:
-    """Of other batches than before, too: there is room for each."""
+    """Of other batches than before, too, and of other windows for as many texts: there is room for each."""
     mel = windows(3)
-    for n in (3, 1, 2):
-        ours, theirs = (each.decode(mel[:n], DecodingOptions(language="en", fp16=False)) for each in (model, usual))
+    for n, beam_size in ((1, 3), (3, None), (1, 3), (1, None), (2, None)):
+        options = DecodingOptions(language="en", beam_size=beam_size, fp16=False)
+        ours, theirs = (each.decode(mel[:n], options) for each in (model, usual))
         assert [each.tokens for each in ours] == [each.tokens for each in theirs]
     sums = [torch.tensor([each.avg_logprob * (len(each.tokens) + 1) for each in some]) for some in (ours, theirs)]
     assert close(*sums)
