@@ -147,7 +147,7 @@ def candidates_program(dims: ModelDimensions, policy: Policy) -> Program:
         _, logits = next_logits(decoder, texts, lengths, kv)
         scores = log_probabilities(logits, texts, lengths, begins, suppressed, limits)
         logprobs, tokens = ops.top_k(scores, N_BEST)
-        return tokens, logprobs
+        return ops.max(tokens, 0), logprobs  # a GPU may know no token for minus infinity
 
     return Program(
         CANDIDATES, "decoder", TextDecoder(dims, policy), candidates, inputs(dims, policy, ("texts", "lengths"))

@@ -3,7 +3,7 @@
 Every recording is transcribed by openai-whisper's own loop, in a thread of its own, of which only one runs at a time: a
 thread that needs its next tokens waits, and when all wait, the last one has steps computed for all, until a text ends.
 Encoder and the start of a text are computed for one window at a time, since they wait for arithmetic and not for
-memory. A text's row of a step is bitwise what it is alone, so no transcript depends on its company.
+memory. On a CPU a text's row of a step is bitwise what it is alone, so no transcript depends on its company.
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -63,6 +63,9 @@ class Seats:
         if not self.own:
             self._make_room(cache)
         own, cross = ([self._rows(kv, seat) for kv in kvs] for kvs in (self.own, self.cross))
+        if self.on_device:
+            for kv in own:
+                kv.zero_()  # what others have left there may not be finite, and is multiplied with 0
         cache.move(own, cross, self._rows(self.sources, seat), seat * len(cache.sources))
         self.taken[seat] = cache
 
@@ -99,10 +102,10 @@ class Seats:
 
 
 def tokens_first(kv: Tensor, n: int) -> Tensor:
-    """Zeros of the shape of `kv`, (row, head, token, channel), with n times as many rows; in memory the tokens of a row
-    come before its heads."""
+    """Room for n times as many rows as `kv` has, (row, head, token, channel); in memory the tokens of a row come before
+    its heads."""
     n_row, n_head, n_token, n_channel = kv.shape
-    return kv.new_zeros((n * n_row, n_token, n_head, n_channel)).transpose(1, 2)
+    return kv.new_empty((n * n_row, n_token, n_head, n_channel)).transpose(1, 2)
 
 
 @dataclass(frozen=True)

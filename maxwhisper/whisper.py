@@ -134,8 +134,9 @@ def arithmetic(dtype: str) -> DType:
 
 
 def policy_of(tensors: Mapping[str, torch.Tensor], device: str, dtype: str) -> Policy:
-    """How a checkpoint is computed on a device: stored as it is."""
-    return Policy(DeviceRef.from_device(find_device(device)), storage_dtype(tensors), arithmetic(dtype))
+    """How a checkpoint is computed on a device."""
+    compute = arithmetic(dtype)
+    return Policy(DeviceRef.from_device(find_device(device)), storage_dtype(tensors, device, compute), compute)
 
 
 def programs_of(unit: str, dims: ModelDimensions, policy: Policy) -> list[Program]:
@@ -205,8 +206,11 @@ def rounded(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
     return replace(checkpoint, tensors=tensors)
 
 
-def storage_dtype(tensors: Mapping[str, torch.Tensor]) -> DType:
-    """The dtype that all matrices are stored in where that is float16 or bfloat16, float32 otherwise."""
+def storage_dtype(tensors: Mapping[str, torch.Tensor], device: str, compute: DType) -> DType:
+    """The dtype that all matrices are stored in where that is float16 or bfloat16, float32 otherwise: and in it on a
+    GPU, for arithmetic in float32, which would widen all weights at every use."""
+    if device != "cpu" and compute == DType.float32:
+        return compute
     dtypes = {tensor.dtype for name, tensor in tensors.items() if is_matrix(name, tensor)}
     return STORAGE.get(dtypes.pop(), DType.float32) if len(dtypes) == 1 else DType.float32
 
@@ -548,7 +552,7 @@ class Whisper(OpenAIWhisper):
         """The number of each recording, and what `transcribe` returns or raises for it, in the order in which they are
         done: the same as one at a time.
 
-        batch_size: how many recordings to decode together, on a CPU. Raises OptionError if that is not above 0.
+        batch_size: how many recordings to decode together. Raises OptionError if that is not above 0.
         """
         return transcribe_many(self, audio, batch_size, **options)
 

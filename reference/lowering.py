@@ -14,16 +14,18 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from max.dtype import DType
 from max.graph import Module
 
 from maxwhisper.artifacts import HOST, Identity, Writer, aim_at, writing
 from maxwhisper.blocks import BLOCKS
 from maxwhisper.decoding import PICK, TOKEN_RULES
 from maxwhisper.on_device import CANDIDATES
-from maxwhisper.runtime import Artifact, Program
+from maxwhisper.runtime import Artifact, Policy, Program
 from maxwhisper.speculation import ROUGH_KEYS, SPECULATE
 from maxwhisper.whisper import programs_of, units_on
 
@@ -39,12 +41,14 @@ PICKING = {"cpu": (TOKEN_RULES, PICK, SPECULATE, ROUGH_KEYS), "gpu": (TOKEN_RULE
 
 def graphs(target: str, size: str, dtype: torch.dtype) -> tuple[str, ...]:
     """Every graph of a model for a target, by name."""
-    return (*GRAPHS, *(PICKING["cpu" if target == HOST else "gpu"] if transcribes(size, dtype) else ()))
+    device = "cpu" if target == HOST else "gpu"
+    return (*GRAPHS, *(PICKING[device] if picks(device, size, dtype) else ()))
 
 
-def transcribes(size: str, dtype: torch.dtype) -> bool:
-    """Whether the suite makes whole transcripts with a model."""
-    return dtype == torch.float32 and size in TRAINED
+def picks(device: str, size: str, dtype: torch.dtype) -> bool:
+    """Whether a model's tokens are picked in graphs: those of whole transcripts, which the suite makes in float32, and
+    of benchmarks of engines, which on a GPU compute in any dtype."""
+    return size in TRAINED and (device == "gpu" or dtype == torch.float32)
 
 
 # ---- in the process that compiles ----------------------------------------------------------------------------------
@@ -84,16 +88,22 @@ def message(error: BaseException) -> str:
 def units(suite: Suite) -> Iterator[tuple[str, list[Program]]]:
     """What the suite compiles together, and what `load_model` compiles beside that for whole transcripts."""
     yield from ((unit, suite.programs(unit)) for unit in suite.units)
-    if transcribes(suite.model.size, suite.dtype):
+    if picks(suite.device, suite.model.size, suite.dtype):
         others = [unit for unit in units_on(suite.device) if unit not in suite.units]
-        yield from ((unit, programs_of(unit, suite.dims, suite.policy)) for unit in others)
+        yield from ((unit, programs_of(unit, suite.dims, loaded(suite.policy))) for unit in others)
+
+
+def loaded(policy: Policy) -> Policy:
+    """As `load_model` has it, where matrices are rounded to the dtype of arithmetic below float32."""
+    return policy if policy.compute == DType.float32 else replace(policy, storage=policy.compute)
 
 
 def lower_all(suite: Suite, writer: Writer) -> dict[str, str]:
     """Adds every artifact of the suite to the folder; returns what does not lower, and why."""
     failures: dict[str, str] = {}
     for unit, programs in units(suite):
-        identity = Identity.of(unit, suite.dims, suite.policy, programs)
+        policy = suite.policy if unit in suite.units else loaded(suite.policy)
+        identity = Identity.of(unit, suite.dims, policy, programs)
         if identity in writer:  # models share the log-mel spectrogram
             continue
         artifact, found = lower(suite.name(unit), programs, suite.device_of(unit))

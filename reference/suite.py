@@ -107,7 +107,8 @@ class Suite:
     @cached_property
     def policy(self) -> Policy:
         ref = DeviceRef.from_device(find_device(self.device))
-        return Policy(ref, storage_dtype(self.model.tensors), MAX_DTYPE[self.dtype])
+        compute = MAX_DTYPE[self.dtype]
+        return Policy(ref, storage_dtype(self.model.tensors, self.device, compute), compute)
 
     @cached_property
     def torch_device(self) -> torch.device:

@@ -37,7 +37,9 @@ struct Store:
         var ks_new, vs_new = k_new.unsafe_ptr(), v_new.unsafe_ptr()
         var lengths = n_past.unsafe_ptr()
 
+        # A GPU cannot follow references to what is on the stack of the CPU.
         @always_inline
+        @__copy_capture(n_place, n_state, into, from_q, ks, vs, ks_new, vs_new, lengths)
         @__parameter
         def one[width: Int, alignment: Int = 1](index: Coord):
             var new_at = Int(index[0].value())

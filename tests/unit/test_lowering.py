@@ -69,7 +69,8 @@ def test_a_gate_asks_for_what_transcribes_on_a_gpu_too() -> None:
     policy = replace(suite.policy, device=DeviceRef.GPU())
     taken = {program.name for unit in units_on("gpu") for program in programs_of(unit, suite.dims, policy)}
     assert taken - {*GRAPHS} == {*graphs("sm_80", *FLOAT32[0])} - {*GRAPHS}
-    assert graphs("sm_80", "tiny", torch.float32) == graphs("sm_80", FIXTURE, torch.float16) == GRAPHS
+    assert graphs("sm_80", FIXTURE, torch.float16) == graphs("sm_80", *FLOAT32[0])
+    assert graphs("sm_80", "tiny", torch.float32) == graphs(HOST, FIXTURE, torch.float16) == GRAPHS
 
 
 def test_a_process_that_ends_early_is_reported_with_its_last_words(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from maxwhisper.together import Seats
 from maxwhisper.whisper import Whisper, load_model
 
 from .test_decoding import (
+    BEGIN,
     EOT,
     N_VOCAB,
     OPTIONS,
@@ -188,3 +189,20 @@ def test_as_many_beams_as_there_are_candidates_for_and_more(model: Whisper, usua
     options = DecodingOptions(language="en", beam_size=beam_size, fp16=False)
     (ours,), (theirs,) = (each.decode(windows(1), options) for each in (model, usual))
     assert ours.tokens == theirs.tokens
+
+
+def test_a_text_that_left_something_not_finite_does_no_harm_to_the_next(model: Whisper) -> None:
+    before = model.transcribe(SOME[0], temperature=0.0)
+    for left in (float("nan"), float("inf")):
+        for kv in model.decoder.seats.own:
+            kv.fill_(left)
+        assert model.transcribe(SOME[0], temperature=0.0) == before
+
+
+@BEAMS
+def test_where_the_rules_leave_no_token_for_once(model: Whisper, usual: Whisper, beam_size: int | None) -> None:
+    """All text is suppressed, and behind the first timestamp there must be some; later, timestamps again."""
+    options = DecodingOptions(language="en", suppress_tokens=[*range(BEGIN)], beam_size=beam_size, fp16=False)
+    for each in (model, usual):
+        with pytest.raises(DecodingError, match="exclude every token"):
+            each.decode(windows(1), options)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import whisper
+from max.dtype import DType
 from whisper import decoding, timing
 from whisper.audio import N_SAMPLES, pad_or_trim
 from whisper.decoding import DecodingTask as OpenAIDecodingTask
@@ -19,7 +20,7 @@ from maxwhisper import cli
 from maxwhisper.audio import load_audio, log_mel_spectrogram
 from maxwhisper.decoding import DecodingTask, KeyValueCache, MaxInference, Picked, Texts, TokenRules
 from maxwhisper.errors import AudioError, DeviceError, OptionError
-from maxwhisper.whisper import DTYPES, TextDecoder, Whisper, load_model, within
+from maxwhisper.whisper import DTYPES, TextDecoder, Whisper, load_model, storage_dtype, within
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 NANO = FIXTURES / "nano.pt"
@@ -445,6 +446,12 @@ def test_half_precision_rounds_but_transcribes(model: Whisper, mels: torch.Tenso
     assert result["segments"][0]["words"]
     said, heard = (set(text.lower().replace(".", "").split()) for text in (clip["text"], result["text"]))
     assert len(said & heard) > len(said) / 2
+
+
+def test_weights_are_stored_as_they_are_but_for_float32_on_a_gpu() -> None:
+    half = {"decoder.token_embedding.weight": torch.zeros(2, 2, dtype=torch.float16)}
+    stored = [storage_dtype(half, device, dtype) for device in ("cpu", "gpu") for dtype in DTYPES.values()]
+    assert stored == [DType.float16] * 3 + [DType.float32] + [DType.float16] * 2
 
 
 def test_dtypes_that_are_not_there() -> None:
