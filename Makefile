@@ -11,9 +11,10 @@ DTYPE ?= float32
 ON_GPU = --device gpu --require-gpu $(addprefix --artifacts ,$(ARTIFACTS))
 REPORT_DIR = $(or $(REPORT),build/report)
 DEVICE := cpu
+NEEDS_BASE = @test -n "$(BASE)" || { echo "make $@ needs a git revision: make $@ BASE=main"; exit 1; }
 
-.PHONY: help setup demo lint lint-ci test test-faults soak graph-key compile-gate doctor gpu-parity gpu-perf gpu-remote \
-	summary merge-gate perf perf-gate growth clean
+.PHONY: help setup demo lint lint-ci test test-faults soak graph-key compile-gate compile-base doctor gpu-parity gpu-perf \
+	gpu-remote summary merge-gate perf perf-gate growth clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/make \1\t\2/p' Makefile
@@ -41,9 +42,13 @@ soak: $(INSTALLED)  ## the default comparisons 100 times on fresh random inputs;
 perf: $(INSTALLED)  ## benchmark every block, MAX beside PyTorch
 	$(BIN)/pytest tests/perf --benchmark-autosave
 
-perf-gate: $(INSTALLED)  ## fail if a block is slower than in BASE: make perf-gate BASE=main [DEVICE=gpu]
-	@test -n "$(BASE)" || { echo "make perf-gate needs a git revision: make perf-gate BASE=main"; exit 1; }
-	$(BIN)/python -m reference.perf.gate "$(BASE)" --device $(DEVICE)
+# Of the model that compile-gate compiles where it is given graphs, of tiny where it is not.
+perf-gate: SIZE = $(if $(ARTIFACTS)$(BASE_ARTIFACTS),fixture,tiny)
+perf-gate: $(INSTALLED)  ## fail if a block is slower than in BASE [DEVICE=gpu] [ARTIFACTS=dir] [BASE_ARTIFACTS=dir]
+	$(NEEDS_BASE)
+	$(BIN)/python -m reference.perf.gate "$(BASE)" $(addprefix --output ,$(addsuffix /perf-gate.md,$(REPORT))) \
+	$(addprefix --artifacts ,$(ARTIFACTS)) $(addprefix --base_artifacts ,$(BASE_ARTIFACTS)) \
+	--device $(DEVICE) --size $(SIZE) --dtype $(DTYPE)
 
 growth: $(INSTALLED)  ## time and memory against audio length, batch, model size and threads, beside PyTorch; to build/growth
 	$(BIN)/python -m reference.perf.growth
@@ -58,6 +63,10 @@ graph-key: $(INSTALLED)  ## what the compile cache may be kept under: the versio
 
 compile-gate: $(INSTALLED)  ## compile every graph for GPUs that need not be there: make compile-gate TARGETS=sm_80,sm_90a
 	$(BIN)/pytest tests/parity --compile-only $(TARGETS) --artifacts build/artifacts --size $(SIZE) --dtype $(DTYPE)
+
+compile-base: $(INSTALLED)  ## the same of the revision BASE, for perf-gate; to build/artifacts-base
+	$(NEEDS_BASE)
+	$(BIN)/python -m reference.perf.compile_base "$(BASE)" $(TARGETS) --size $(SIZE) --dtype $(DTYPE)
 
 doctor: $(INSTALLED)  ## what keeps MAX from using the GPU, if anything does
 	$(BIN)/maxwhisper doctor

@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from types import FrameType
@@ -27,6 +27,7 @@ from maxwhisper.errors import MaxWhisperError, OptionError
 from ..suite import DTYPES, FIXTURE, SIZES
 from .engine import ROOT, Setting, Worker
 from .verdict import Verdict, verdict
+from .worker import LOOPS
 
 CONFIRMATIONS = 2
 """How many more pairs of processes have to find a block slower before it fails."""
@@ -40,11 +41,13 @@ class GateError(MaxWhisperError):
 
 @dataclass(frozen=True)
 class Trees:
-    """head, base: directories. revision: base as the user gave it, with its commit."""
+    """head, base: directories. revision: base as the user gave it, with its commit. base_artifacts: what base's graphs
+    were compiled into, if they were; head's are those of the setting."""
 
     head: Path
     base: Path
     revision: str
+    base_artifacts: str | None = None
 
 
 @dataclass(frozen=True)
@@ -113,10 +116,14 @@ def checked_out(revision: str) -> Iterator[Trees]:
 # ---- rounds --------------------------------------------------------------------------------------------------------
 
 
+def base_worker(setting: Setting, trees: Trees) -> Worker:
+    return Worker(replace(setting, artifacts=trees.base_artifacts), trees.base, f"base {trees.revision}")
+
+
 @contextmanager
 def workers(setting: Setting, trees: Trees) -> Iterator[tuple[Worker, Worker]]:
     """Fresh processes of base and head."""
-    with Worker(setting, trees.base, f"base {trees.revision}") as base, Worker(setting, trees.head, "head") as head:
+    with base_worker(setting, trees) as base, Worker(setting, trees.head, "head") as head:
         yield base, head
 
 
@@ -127,7 +134,7 @@ def save_inputs(setting: Setting, trees: Trees, blocks: Sequence[str], own: Sequ
         for block in blocks:
             head.ask("save", block=block, path=str(folder / f"{block}.head"))
     if own:
-        with Worker(setting, trees.base, f"base {trees.revision}") as base:
+        with base_worker(setting, trees) as base:
             for block in own:
                 base.ask("save", block=block, path=str(folder / f"{block}.base"))
 
@@ -178,6 +185,8 @@ def compare(setting: Setting, trees: Trees, wanted: Sequence[str], n_round: int)
     """
     with workers(setting, trees) as (base, head):
         before, after = base.takes, head.takes
+    if setting.artifacts or trees.base_artifacts:  # a tree that has artifacts has no graphs of the loops
+        before, after = ({block: takes[block] for block in takes if block not in LOOPS} for takes in (before, after))
     known = list(dict.fromkeys([*after, *before]))
     if unknown := [block for block in wanted if block not in known]:
         raise OptionError(f"--block {' '.join(unknown)} is not known: expected some of {', '.join(known)}")
@@ -203,6 +212,13 @@ def at_least_ten(text: str) -> int:
     return number
 
 
+def folder_of_artifacts(text: str) -> str:
+    """Its absolute path, because each worker runs in its own tree."""
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: expected a folder of artifacts")
+    return str(Path(text).resolve())
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m reference.perf.gate", description=__doc__.split("\n")[0])
     add = parser.add_argument
@@ -211,6 +227,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--dtype", default="float32", choices=DTYPES, help="precision (default: %(default)s)")
     add("--device", default="cpu", choices=["cpu", "gpu"], help="what to compute on (default: %(default)s)")
     add("--block", nargs="+", default=[], metavar="NAME", help="blocks to time (default: all)")
+    add("--artifacts", type=folder_of_artifacts, metavar="DIR", help="use the working tree's graphs compiled there")
+    add("--base_artifacts", type=folder_of_artifacts, metavar="DIR", help="use BASE's graphs compiled there")
     add("--rounds", type=at_least_ten, default=40, help="of each revision and block (default: %(default)s)")
     add("--output", default="build/perf-gate.md", help="Markdown table (default: %(default)s)")
     return parser.parse_args(arguments)
@@ -225,7 +243,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, terminated)  # to clean up as after Ctrl-C
     try:
         with checked_out(options.base) as trees:
-            setting = Setting(options.size, options.dtype, options.device)
+            setting = Setting(options.size, options.dtype, options.device, artifacts=options.artifacts)
+            trees = replace(trees, base_artifacts=options.base_artifacts)
             report = compare(setting, trees, options.block, options.rounds)
     except MaxWhisperError as error:
         print(f"perf-gate: {error}", file=sys.stderr)

@@ -224,6 +224,16 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def holding(suite: Suite, artifacts: str) -> Suite:
+    """The suite with what was compiled ahead; ends the process where the tree's code cannot read that."""
+    try:
+        from maxwhisper.artifacts import Artifacts
+
+        return replace(suite, held=Artifacts(artifacts, suite.device))
+    except (ImportError, TypeError) as error:
+        sys.exit(f"the code of this tree cannot read artifacts: {error}")
+
+
 def main() -> None:
     end_with_parent()
     replies = replies_to()
@@ -235,9 +245,7 @@ def main() -> None:
     options = parser.parse_args()
     suite = Suite(load(options.size, options.checkpoint), DTYPES[options.dtype], options.device)
     if options.artifacts:
-        from maxwhisper.artifacts import Artifacts  # not in every tree
-
-        suite = replace(suite, held=Artifacts(options.artifacts, options.device))
+        suite = holding(suite, options.artifacts)
     blocks = Blocks(suite)
     tree = str(Path(maxwhisper.__file__).parent.parent)
     print(json.dumps({"result": {"tree": tree, "takes": blocks.takes()}}), file=replies)

@@ -3,6 +3,7 @@
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ from hypothesis import strategies as st
 
 from maxwhisper.blocks import BLOCKS
 from maxwhisper.errors import MaxWhisperError, OptionError
-from reference.perf import gate, worker
+from reference.perf import compile_base, gate, worker
 from reference.perf.costs import Cost, costs
 from reference.perf.engine import ENGINES, ROOT, Setting, Worker, WorkerError
 from reference.perf.gate import Report, Trees, checked_out, compare
@@ -132,6 +134,29 @@ def test_worktree_is_gone_however_it_ends(error: type[BaseException]) -> None:
     assert worktrees() == before
 
 
+def test_base_that_does_not_compile_is_named_and_its_worktree_is_gone(
+    tmp_path: Path, capfd: pytest.CaptureFixture
+) -> None:
+    before = worktrees()
+    assert compile_base.main(["HEAD", "sm_1", "--out", str(tmp_path)]) == 1
+    out, err = capfd.readouterr()
+    assert "--compile-only sm_1 is not known" in out + err
+    assert re.search(r"^compile-base: base HEAD \(.*\): its graphs were not compiled: pytest ended with", err, re.M)
+    assert worktrees() == before and not list(tmp_path.iterdir())
+
+
+def test_base_is_compiled_by_its_own_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Mock(return_value=SimpleNamespace(returncode=0))
+    monkeypatch.setattr(subprocess, "run", run)
+    compile_base.compile_base(TREES, "host", tmp_path, "fixture", "float32")
+    (command,), options = run.call_args
+    assert command[1:] == [
+        *("-m", "pytest", "tests/parity", "--compile-only", "host", "--artifacts", str(tmp_path)),
+        *("--size", "fixture", "--dtype", "float32"),
+    ]
+    assert options["cwd"] == TREES.base and options["env"]["PYTHONPATH"] == str(TREES.base)
+
+
 class StandIn:
     """In a worker's place: a tree with these blocks, each with inputs."""
 
@@ -204,6 +229,66 @@ os.kill(os.getpid(), signal.SIGKILL)
     state, deadline = Path(f"/proc/{int(done.stdout)}/stat"), time.monotonic() + 10
     while state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z":
         assert time.monotonic() < deadline
+
+
+# ---- graphs compiled ahead -----------------------------------------------------------------------------------------
+
+
+def test_each_tree_is_given_its_own_artifacts(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = {}
+    started = lambda setting, tree, name: given.update({tree.name: setting.artifacts}) or StandIn({})  # noqa: E731
+    monkeypatch.setattr(gate, "Worker", started)
+    with gate.workers(replace(SETTING, artifacts="ours"), replace(TREES, base_artifacts="theirs")):
+        assert given == {"head": "ours", "base": "theirs"}
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [("ours", None), (None, "theirs"), ("ours", "theirs")])
+def test_decode_loops_are_not_timed_where_one_tree_has_artifacts(
+    ours: str | None,
+    theirs: str | None,
+    blocks_of,  # noqa: ANN001
+) -> None:
+    """Nor are they new or removed."""
+    compiling, reading = {"encoder": ["x"], **dict.fromkeys(LOOPS, ["x"])}, {"encoder": ["x"]}
+    blocks_of(reading if theirs else compiling, reading if ours else compiling)
+    report = compare(replace(SETTING, artifacts=ours), replace(TREES, base_artifacts=theirs), [], 40)
+    assert [v.block for v in report.verdicts] == ["encoder"] and not report.added and not report.removed
+
+
+@pytest.mark.parametrize("option", ["--artifacts", "--base_artifacts"])
+def test_a_folder_of_artifacts_that_is_missing_is_named(option: str, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit):
+        gate.main(["HEAD", option, "no-such-folder"])
+    assert f"argument {option}: no-such-folder: expected a folder of artifacts" in capsys.readouterr().err
+
+
+SUITE_WITHOUT_ARTIFACTS = """
+from dataclasses import dataclass
+
+DTYPES = {"float32": None}
+load = lambda *_: None
+
+
+@dataclass
+class Suite:
+    model: object
+    dtype: object
+    device: str
+"""
+
+
+def test_a_tree_that_cannot_read_artifacts_is_named(tmp_path: Path) -> None:
+    files = {
+        **dict.fromkeys(["maxwhisper/__init__.py", "reference/__init__.py"], ""),
+        "maxwhisper/artifacts.py": "Artifacts = lambda *_: None",
+        "maxwhisper/blocks.py": "BLOCKS = {}",
+        "reference/suite.py": SUITE_WITHOUT_ARTIFACTS,
+    }
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    with pytest.raises(WorkerError, match="^base v0: .*: the code of this tree cannot read artifacts: .* 'held'"):
+        Worker(replace(SETTING, artifacts=str(tmp_path)), tmp_path, "base v0")
 
 
 # ---- decode loops --------------------------------------------------------------------------------------------------
