@@ -152,6 +152,8 @@ def add_compare(commands: Any) -> None:
     add("--text", action="append", metavar="FILE", help="what is said, once for each AUDIO and in their order")
     add("--tokens", type=above_zero, metavar="N", help="decode N tokens for every 30 s, in place of transcribing")
     add("--beam_size", type=above_zero, metavar="N", help="how many texts to pursue; greedy if not given")
+    batch = "pieces that decode together in the rows of batches (default: 8)"
+    add("--batch_size", type=above_zero, default=8, metavar="N", help=batch)
     add("--threads", type=above_zero, metavar="N", help="threads of every engine (default: one for each CPU)")
     add("--rounds", type=above_zero, default=3, metavar="N", help="how often to measure (default: 3)")
     add("--json", metavar="FILE", help="write everything that was found")
@@ -230,7 +232,7 @@ def add_files_and_devices(add: Callable[..., Any]) -> None:
     add("--output_format", "-f", default="all", choices=[*FORMATS, "all"], help="which output files to write")
     add("--verbose", type=str2bool, default=True, help="True prints the text as it comes, False shows a progress bar")
     together = (
-        "how many files to decode together, on a CPU, with the transcripts they have one at a time; with --batched,"
+        "how many files to decode together, on a CPU with the transcripts they have one at a time; with --batched,"
     )
     add("--batch_size", type=above_zero, metavar="N", help=f"{together} how many pieces (default: 1, and 8)")
     batched = "cut audio at silences into pieces that decode together: not the same transcript"

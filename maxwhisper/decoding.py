@@ -1,9 +1,10 @@
 """openai-whisper's decode loop over MAX: its sampling and beam search untouched, the forward pass ours.
 
-Where tokens are not drawn at random, the loop needs only the few likeliest tokens of each step. On a CPU these are
-found inside a graph, rules included, so that Python sees a handful of numbers in the place of a vocabulary of logits.
-Without beams the likeliest token is the next one, and the graph takes many steps, or all until a text ends, in each of
-which it checks several tokens of every text, which `maxwhisper.speculation` guesses.
+Where tokens are not drawn at random, the loop needs only the few likeliest tokens of each step. These are found inside
+a graph, rules included, so that Python sees a handful of numbers in the place of a vocabulary of logits. Without beams
+the likeliest token is the next one, and the graph takes many steps, or all until a text ends, in each of which it checks
+several tokens of every text, which `maxwhisper.speculation` guesses. The graphs here are those of a CPU; a GPU's are in
+`maxwhisper.on_device`.
 """
 
 import inspect

@@ -64,10 +64,16 @@ class Cache(NamedTuple):
         return KeyValue(*(ops.concat(pair, axis=2) for pair in zip(past, new, strict=True)))
 
 
+def flash_dtype(dtype: DType) -> DType:
+    """What flash attention computes in: not in float16, which MAX 26.7's kernel for an H100 does not take."""
+    return DType.float32 if dtype == DType.float16 else dtype
+
+
 class Slots(NamedTuple):
     """A cache on any device, for one token of each text, whose key and value are put into it before it is read.
 
-    k, v: (batch, place, head, channel), finite in every place. k_written, v_written: the same memory, to be written.
+    k, v: (batch, place, head, channel), finite in every place, in `flash_dtype`. k_written, v_written: the same memory,
+        to be written.
     n_past: int64 (batch,), how many places of a text are filled.
     mask: float32 (batch, 1, place), 0 for those and for the next one, minus infinity for the others.
     """
@@ -84,9 +90,10 @@ class Slots(NamedTuple):
 
         That they are there the graph only knows by the queries, which the operation returns that puts them there.
         """
-        first = (ops.permute(x, [0, 2, 1, 3]).reshape(q.shape) for x in new)
-        values = [self.k_written, self.v_written, q, *first, self.n_past]
-        (queries,) = ops.inplace_custom("maxwhisper.store", q.device, values, [q.type])
+        tokens_first = (ops.permute(x, [0, 2, 1, 3]).reshape(q.shape) for x in new)
+        rows = [x.cast(self.k.dtype) for x in (q, *tokens_first)]
+        values = [self.k_written, self.v_written, *rows, self.n_past]
+        (queries,) = ops.inplace_custom("maxwhisper.store", q.device, values, [rows[0].type])
         return queries.tensor, KeyValue(*(ops.permute(x, [0, 2, 1, 3]) for x in (self.k, self.v)))
 
 
@@ -328,13 +335,14 @@ class MultiHeadAttention(Module):
         kv = kv if cache is None else cache.followed_by(kv)
         rows = split_rows(q, kv.k.shape[0])
         heads = rows.reshape((*rows.shape[:2], self.n_head, self.n_channel))
-        values, scale = (heads, *(ops.permute(x, [0, 2, 1, 3]) for x in kv)), self.n_channel**-0.5
+        values = [x.cast(flash_dtype(x.dtype)) for x in (heads, *(ops.permute(x, [0, 2, 1, 3]) for x in kv))]
+        scale = self.n_channel**-0.5
         if mask is not None and mask.rank > 2:
             wv = masked_flash_attention_gpu(*values, mask, scale)
         else:
             variant = MHAMaskVariant.NULL_MASK if mask is None else MHAMaskVariant.CAUSAL_MASK
             wv = flash_attention_gpu(*values, variant, scale)
-        return join_rows(wv.reshape(rows.shape), *q.shape[:2])
+        return join_rows(wv.cast(self.policy.compute).reshape(rows.shape), *q.shape[:2])
 
     def written_out(
         self, q: TensorValue, kv: KeyValue, mask: TensorValue | None = None, cache: Cache | None = None
@@ -356,8 +364,8 @@ class MultiHeadAttention(Module):
         return wv, ops.permute(qk.reshape((*q.shape[:2], n_head, n_key)), [0, 2, 1, 3])
 
     def qkv_attention(self, q: TensorValue, kv: KeyValue, mask: TensorValue | None) -> tuple[TensorValue, TensorValue]:
-        # MAX replaces exactly this form, with the scale as right operand, by a fused kernel. It adds up in the dtype it
-        # is given, and 1,500 keys are too many for bfloat16, so attention is float32 at any precision.
+        # On a CPU MAX replaces exactly this form, with the scale as right operand, by a fused kernel. It adds up in the
+        # dtype it is given, and 1,500 keys are too many for bfloat16, so attention is float32 at any precision.
         q, k, v = (x.cast(DType.float32) for x in (q, *kv))
         qk = (q @ ops.transpose(k, 2, 3)) * ops.constant(self.n_channel**-0.5, DType.float32, q.device)
         if mask is not None:

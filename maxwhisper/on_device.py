@@ -14,7 +14,7 @@ from max.graph import BufferType, TensorType, TensorValue, ops
 from whisper.model import ModelDimensions
 
 from .decoding import N_BEST, PICK
-from .model import KeyValue, Slots, TextDecoder, grouped, indices
+from .model import KeyValue, Slots, TextDecoder, flash_dtype, grouped, indices
 from .runtime import Policy, Program
 
 CANDIDATES = "decoder.candidates"
@@ -166,8 +166,9 @@ def inputs(dims: ModelDimensions, policy: Policy, state: Sequence[str]) -> dict[
     device, n_head = policy.device, dims.n_text_head
     n_channel = dims.n_text_state // n_head
     layers = range(2 * dims.n_text_layer)
-    own = {f"cache.{i}": TensorType(policy.compute, ["batch", "place", n_head, n_channel], device) for i in layers}
-    cross = TensorType(policy.compute, ["audio", dims.n_audio_ctx, n_head, n_channel], device)
+    dtype = flash_dtype(policy.compute)
+    own = {f"cache.{i}": TensorType(dtype, ["batch", "place", n_head, n_channel], device) for i in layers}
+    cross = TensorType(dtype, ["audio", dims.n_audio_ctx, n_head, n_channel], device)
     of_texts = {
         "texts": TensorType(DType.int64, ["batch", "text_place"], device),
         "lengths": TensorType(DType.int64, ["batch"], device),

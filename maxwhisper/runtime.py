@@ -155,6 +155,7 @@ class Program:
         dtypes = {name: weight.dtype for name, weight in weights.items()}
         for name, weight in weights.items():
             weight.name = name
+            vars(weight).pop("_mlir_value", None)  # MAX would take that of an earlier graph
         inputs = list(self.inputs.values())
         with Graph(self.name, input_types=inputs, module=into, kernel_library=kernel_library()) as graph:
             graph.output(*self.function(self.module, *map(tensor_or_buffer, graph.inputs)))

@@ -49,7 +49,12 @@ environment() {
 }
 
 parity() {
-  make gpu-parity REPORT="$out/parity"
+  make gpu-parity DTYPE=float16,bfloat16 REPORT="$out/parity"
+}
+
+# A step of its own, since it fails where MAX multiplies in TF32, and its report says so.
+float32() {
+  make gpu-parity REPORT="$out/float32"
 }
 
 perf() {
@@ -58,7 +63,13 @@ perf() {
 
 compare() {
   .venv/bin/pip install --quiet --constraint constraints.txt --editable '.[peers,cuda12]' || return
-  .venv/bin/maxwhisper compare "$CLIP" --model "$CHECKPOINT" --device gpu --json "$out/compare.json"
+  .venv/bin/maxwhisper compare "$CLIP" --model "$CHECKPOINT" --device gpu --json "$out/compare.json" || return
+  .venv/bin/python fixtures/make.py talk || return
+  local size
+  for size in tiny large-v3; do
+    .venv/bin/maxwhisper compare fixtures/cache/talk.wav --model "random:$size" --tokens 100 --device gpu --batch_size 32 \
+      --json "$out/compare-$size.json" || return
+  done
 }
 
 doctor() {
@@ -81,7 +92,7 @@ run_here() {
   mkdir -p "$out" || exit 1
   : >"$out/steps.tsv"
   failed=0
-  for name in environment doctor parity perf compare; do
+  for name in environment doctor parity float32 perf compare; do
     step "$name"
   done
   echo "== results in $out"

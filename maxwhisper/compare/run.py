@@ -8,7 +8,7 @@ import platform
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ def compare(
     texts: list[str] | None = None,
     tokens: int | None = None,
     beam_size: int | None = None,
+    batch_size: int,
     threads: int,
     rounds: int,
 ) -> Results:
@@ -53,6 +54,7 @@ def compare(
 
     device: "cpu", "gpu", or "auto" for a GPU where there is one.
     tokens: decode this many for every window of 30 s, in place of transcribing.
+    batch_size: how many pieces decode together, in the rows that are of batches.
 
     Raises AudioError, CheckpointError, DeviceError, OptionError, and MaxWhisperError if PyTorch Whisper, which the
     others are compared with, fails.
@@ -66,7 +68,7 @@ def compare(
     longest = checkpoint.dims.n_text_ctx // 2
     if tokens is not None and not 2 <= tokens <= longest:
         raise OptionError(f"--tokens must be from 2 to {longest}, which is where Whisper ends a text, not {tokens}")
-    task = task_for(checkpoint.dims, beam_size, threads, device)
+    task = replace(task_for(checkpoint.dims, beam_size, threads, device), batch_size=batch_size)
     folder = store(checkpoint)
     with tempfile.TemporaryDirectory(prefix="maxwhisper-compare-") as scratch:
         comparison = Comparison(checkpoint, heard, task, tokens, rounds, folder, Path(scratch))

@@ -14,7 +14,8 @@ from max.graph import DeviceRef, TensorType
 from max.nn.layer import Module
 
 from maxwhisper.artifacts import HOST, MANIFEST, Artifacts
-from maxwhisper.runtime import Program
+from maxwhisper.model import LayerNorm
+from maxwhisper.runtime import Policy, Program
 from maxwhisper.whisper import load_model, programs_of, units_on
 from reference.lowering import GRAPHS, Lowering, graphs, lower
 from reference.suite import FIXTURE, Suite, load
@@ -43,9 +44,17 @@ def program(name: str, dtype: DType, *, weighted: bool = False) -> Program:
     return Program(name, name, Empty(), lambda m, x: (x @ m.weight if weighted else x + x,), inputs)
 
 
+def with_weights(name: str) -> Program:
+    inputs = {"x": TensorType(DType.float32, ["n", 3], DeviceRef.CPU())}
+    norm = LayerNorm(3, Policy(DeviceRef.CPU(), DType.float32, DType.float32))
+    return Program(name, name, norm, lambda m, x: (m(x),), inputs)
+
+
 def test_what_does_not_lower_is_named_with_maxs_message() -> None:
+    """And nothing else is, which is built once more to find out."""
     wrong = [program("unbuilt", DType.float32, weighted=True), program("uncompiled", DType.float8_e4m3fn)]
-    artifact, failures = lower("some wrong", [program("right", DType.float32), *wrong], "cpu")
+    right = [program("right", DType.float32), with_weights("right too")]
+    artifact, failures = lower("some wrong", [*right, *wrong], "cpu")
     assert artifact is None and failures.keys() == {"unbuilt", "uncompiled"}
     assert "'Empty' object has no attribute 'weight'" in failures["unbuilt"]
     assert "f8e4m3fn data type is not supported on device 'cpu:0'" in failures["uncompiled"]

@@ -24,9 +24,8 @@ def test_every_step_is_a_make_target(line: str) -> None:
     found = re.fullmatch(
         r'make (?:--silent )?([a-z-]+)((?: [A-Z]+=\S+)*)(?: >> "\$GITHUB_(?:OUTPUT|STEP_SUMMARY)")?', line
     )
-    assert found or re.fullmatch(r"make compile-gate TARGETS=\$\{\{ matrix.target \}\}( SIZE=all DTYPE=all)?", line), (
-        line
-    )
+    gate = r"make compile-gate TARGETS=\$\{\{ matrix.target \}\}( SIZE=all)? DTYPE=all"
+    assert found or re.fullmatch(gate, line), line
     target = found[1] if found else "compile-gate"
     done = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -20,7 +20,7 @@ from maxwhisper.errors import DecodingError
 from maxwhisper.on_device import STEPS_AT_ONCE, candidates_program, log_probabilities, step_program
 from maxwhisper.runtime import Artifact, Executable, Program
 from maxwhisper.together import Seats
-from maxwhisper.whisper import Whisper, load_model
+from maxwhisper.whisper import Whisper, load_model, rounded
 
 from .test_decoding import (
     BEGIN,
@@ -91,12 +91,12 @@ def test_a_single_logit_that_is_nan_tells_so_too() -> None:
 # ---- whole texts ---------------------------------------------------------------------------------------------------
 
 
-def on_device(checkpoint: Checkpoint) -> Whisper:
+def on_device(checkpoint: Checkpoint, dtype: str = "float32") -> Whisper:
     """A model on the CPU that decodes as on a GPU."""
     with pytest.MonkeyPatch.context() as patch:
         programs = [step_program, candidates_program]
         patch.setattr(maxwhisper.whisper, "picking_programs", lambda *of: [program(*of) for program in programs])
-        model = Whisper(checkpoint)
+        model = Whisper(rounded(checkpoint, dtype), dtype=dtype)
         assert model.decoder.network[PICK]  # compiled while patched
     model.decoder.on_device, model.decoder.seats = True, Seats(1, on_device=True)
     return model
@@ -125,6 +125,14 @@ def test_transcripts(model: Whisper, usual: Whisper, beam_size: int | None) -> N
     for clip in SOME:
         ours, theirs = (each.transcribe(clip, temperature=0.0, beam_size=beam_size) for each in (model, usual))
         assert texts(ours) == texts(theirs) and (texts(ours) or clip.stem == "silence")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision(dtype: str) -> None:
+    """Its sums are rounded elsewhere, and to other texts in the end, but not to many."""
+    ours, theirs = on_device(load_checkpoint(NANO), dtype), load_model(NANO, dtype=dtype)
+    (some, same) = ([each.transcribe(clip, temperature=0.0)["text"] for clip in SOME] for each in (ours, theirs))
+    assert sum(a == b for a, b in zip(some, same, strict=True)) >= len(SOME) - 1
 
 
 @BEAMS

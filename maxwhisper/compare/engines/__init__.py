@@ -73,7 +73,7 @@ SPECS = (
         "maxwhisper",
         ("max",),
         "openai",
-        "--dtype float16: activations rounded to float16, added up in float32: not the same arithmetic",
+        "--dtype float16: activations rounded to float16: not the same arithmetic",
         devices=GPU,
     ),
     Spec(
@@ -82,8 +82,8 @@ SPECS = (
         "maxwhisper_batched",
         ("max", "silero-vad", "onnxruntime"),
         "openai",
-        "transcribe --batched: audio cut at silences by a voice-activity detector (Silero's), up to 8 pieces decoded"
-        " together, none given the text before it; with --tokens, up to 8 windows by one decode(), which takes those of"
+        "transcribe --batched: audio cut at silences by a voice-activity detector (Silero's), several pieces decoded"
+        " together, none given the text before it; with --tokens, several windows by one decode(), which takes those of"
         " beam search one at a time",
         batched=True,
     ),
@@ -137,9 +137,9 @@ SPECS = (
         "faster_whisper_batched",
         ("faster-whisper", "ctranslate2", "transformers", "onnxruntime"),
         "ctranslate2",
-        "BatchedInferencePipeline.transcribe, compute_type float32, batch_size 8, without_timestamps False: audio cut"
+        "BatchedInferencePipeline.transcribe, compute_type float32, without_timestamps False: audio cut"
         " and silence within pieces dropped by its own copy of Silero's detector, no piece given the text before it, no"
-        " thresholds; with --tokens, up to 8 windows in one batch",
+        " thresholds; with --tokens, several windows in one batch",
         batched=True,
     ),
     Spec(
