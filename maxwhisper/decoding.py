@@ -3,8 +3,8 @@
 Where tokens are not drawn at random, the loop needs only the few likeliest tokens of each step. These are found inside
 a graph, rules included, so that Python sees a handful of numbers in the place of a vocabulary of logits. Without beams
 the likeliest token is the next one, and the graph takes many steps, or all until a text ends, each of which checks
-several tokens of every text, which `maxwhisper.speculation` guesses. These graphs are a CPU's; `maxwhisper.on_device` has
-a GPU's.
+several tokens of every text, which `maxwhisper.speculation` guesses. These graphs are a CPU's; `maxwhisper.on_device`
+has a GPU's.
 """
 
 import inspect
