@@ -127,12 +127,13 @@ def test_transcripts(model: Whisper, usual: Whisper, beam_size: int | None) -> N
         assert texts(ours) == texts(theirs) and (texts(ours) or clip.stem == "silence")
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision(dtype: str) -> None:
-    """Its sums are rounded elsewhere, and to other texts in the end, but not to many."""
-    ours, theirs = on_device(load_checkpoint(NANO), dtype), load_model(NANO, dtype=dtype)
-    (some, same) = ([each.transcribe(clip, temperature=0.0)["text"] for clip in SOME] for each in (ours, theirs))
-    assert sum(a == b for a, b in zip(some, same, strict=True)) >= len(SOME) - 1
+def test_float16(usual: Whisper) -> None:
+    """Whose caches are in float32. It is rounded to other texts in the end, but not to many."""
+    rounded_model = on_device(load_checkpoint(NANO), "float16")
+    ours, theirs = (
+        [each.transcribe(clip, temperature=0.0)["text"] for clip in SOME] for each in (rounded_model, usual)
+    )
+    assert sum(a == b for a, b in zip(ours, theirs, strict=True)) >= len(SOME) - 1
 
 
 @BEAMS
