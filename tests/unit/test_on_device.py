@@ -182,6 +182,21 @@ def test_as_many_tokens_as_asked_for(model: Whisper) -> None:
     assert then.totals[[0, 3]].equal(now.totals[[0, 3]]) and (then.totals < now.totals).tolist()[1:3] == [True, True]
 
 
+def test_a_text_goes_no_further_than_what_is_not_finite(model: Whisper) -> None:
+    """Else later tokens would hide it."""
+    inference, start = MaxInference(model, SAMPLE_BEGIN), torch.tensor([PROMPT] * 3)
+    inference.start(start, model.embed_audio(windows(3)), 0)
+    _, kv = model.decoder._seated(inference.cache).inputs(1)
+    texts = torch.nn.functional.pad(start, (0, 1))
+    logprobs = torch.tensor([float("nan"), -float("inf"), -1.0])
+    state = texts, torch.full((3,), SAMPLE_BEGIN), torch.zeros(3), logprobs, torch.full((3,), SAMPLE_BEGIN + 1)
+    rules = TokenRules(N_VOCAB, SAMPLE_BEGIN, EOT).inputs(start, 1)
+    step = model.decoder.network[PICK]
+    _, lengths, _, latest = step(*state, rules.suppressed, rules.begins, rules.limits, *kv, *kv[: len(kv) // 2])
+    assert (lengths - SAMPLE_BEGIN).tolist() == [0, 0, 1]
+    assert latest.isfinite().tolist() == [False, False, True]
+
+
 @BEAMS
 def test_what_is_not_finite_is_an_error(beam_size: int | None) -> None:
     """At a place behind the start, which nothing else looks at."""
