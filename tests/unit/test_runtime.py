@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +25,12 @@ TASKS = Path("/proc/self/task")
 
 def wakeups() -> dict[str, int]:
     """How often each thread of this process has waited and gone on."""
-    lines = {task.name: (task / "status").read_text().splitlines() for task in TASKS.iterdir()}
-    return {name: int(line.split()[1]) for name in lines for line in lines[name] if line.startswith("voluntary")}
+    found = {}
+    for task in TASKS.iterdir():
+        with suppress(FileNotFoundError):  # of a thread that has ended since
+            [line] = [line for line in (task / "status").read_text().splitlines() if line.startswith("voluntary")]
+            found[task.name] = int(line.split()[1])
+    return found
 
 
 @on_linux
