@@ -27,7 +27,7 @@ def wakeups() -> dict[str, int]:
     """How often each thread of this process has waited and gone on."""
     found = {}
     for task in TASKS.iterdir():
-        with suppress(FileNotFoundError):  # of a thread that has ended since
+        with suppress(FileNotFoundError, ProcessLookupError):  # of a thread that has ended since
             [line] = [line for line in (task / "status").read_text().splitlines() if line.startswith("voluntary")]
             found[task.name] = int(line.split()[1])
     return found
