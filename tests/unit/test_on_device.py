@@ -116,7 +116,7 @@ def texts(result: dict[str, Any]) -> list[tuple[Any, ...]]:
     return [(s["start"], s["end"], s["tokens"], s["no_speech_prob"]) for s in result["segments"]]
 
 
-BEAMS = pytest.mark.parametrize("beam_size", [None, 3])
+BEAMS = pytest.mark.parametrize("beam_size", [None, 2])
 
 
 @BEAMS
