@@ -27,7 +27,6 @@ from maxwhisper.errors import MaxWhisperError, OptionError
 from ..suite import DTYPES, FIXTURE, SIZES
 from .engine import ROOT, Setting, Worker
 from .verdict import Verdict, verdict
-from .worker import LOOPS
 
 CONFIRMATIONS = 2
 """How many more pairs of processes have to find a block slower before it fails."""
@@ -185,8 +184,6 @@ def compare(setting: Setting, trees: Trees, wanted: Sequence[str], n_round: int)
     """
     with workers(setting, trees) as (base, head):
         before, after = base.takes, head.takes
-    if setting.artifacts or trees.base_artifacts:  # a tree that has artifacts has no graphs of the loops
-        before, after = ({block: takes[block] for block in takes if block not in LOOPS} for takes in (before, after))
     known = list(dict.fromkeys([*after, *before]))
     if unknown := [block for block in wanted if block not in known]:
         raise OptionError(f"--block {' '.join(unknown)} is not known: expected some of {', '.join(known)}")

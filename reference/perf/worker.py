@@ -79,9 +79,19 @@ class Blocks:
             name: [f"{given} {kind}" for given, kind in block.inputs(dims, policy).items()]
             for name, block in BLOCKS.items()
         }
-        if self.suite.dtype == torch.float32 and self.suite.held is None:  # which has no graphs of the loops
+        if self.suite.dtype == torch.float32 and self.picks_tokens:
             taken |= dict.fromkeys(LOOPS, taken[FEATURES])
         return taken
+
+    @property
+    def picks_tokens(self) -> bool:
+        """Whether the graphs of decode loops can be had: artifacts hold those of models that speak."""
+        if self.suite.held is None:
+            return True
+        from maxwhisper.decoding import PICK
+
+        held, dims = self.suite.held.held, vars(self.suite.dims)
+        return any(each.identity.unit == PICK and each.identity.dims == dims for each in held)
 
     def save(self, block: str, path: str) -> None:
         """Writes the block's inputs, its true ones for speech in its last layer, at the end of the text.
@@ -142,7 +152,7 @@ class Blocks:
 
         model = self.suite.model
         checkpoint = Checkpoint(model.size, Path(model.size), model.dims, dict(model.tensors), None)
-        return Whisper(checkpoint, device=self.suite.device)
+        return Whisper(checkpoint, self.suite.device, self.suite.held)
 
     def time(self, block: str, calls: int) -> list[float]:
         """Seconds of each of so many calls, after one that is not timed: threads are awake and caches are warm, as in

@@ -14,11 +14,13 @@ from max.graph import DeviceRef, TensorType
 from max.nn.layer import Module
 
 from maxwhisper.artifacts import HOST, MANIFEST, Artifacts
+from maxwhisper.decoding import PICK
 from maxwhisper.model import LayerNorm
-from maxwhisper.runtime import Policy, Program
+from maxwhisper.runtime import COMPILE_LOG, Policy, Program
 from maxwhisper.whisper import load_model, programs_of, units_on
 from reference.lowering import GRAPHS, Lowering, graphs, lower
-from reference.suite import FIXTURE, Suite, load
+from reference.perf.worker import LOOPS, Blocks
+from reference.suite import FIXTURE, Suite, load, random_weights, trained
 
 from .test_options import NANO, ROOT
 
@@ -60,16 +62,40 @@ def test_what_does_not_lower_is_named_with_maxs_message() -> None:
     assert "f8e4m3fn data type is not supported on device 'cpu:0'" in failures["uncompiled"]
 
 
-def test_a_gate_compiles_every_graph_and_leaves_artifacts(tmp_path: Path) -> None:
-    options = ["--size", FIXTURE, "--dtype", "float32", "--artifacts", str(tmp_path)]
-    status, output = run("--compile-only", HOST, *options)
+@pytest.fixture(scope="module")
+def gated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where a gate has left this machine's artifacts of the fixture."""
+    out = tmp_path_factory.mktemp("gate")
+    status, output = run("--compile-only", HOST, "--size", FIXTURE, "--dtype", "float32", "--artifacts", str(out))
     assert status == pytest.ExitCode.OK, output
     assert f"{len(graphs(HOST, *FLOAT32[0]))} passed" in output
-    assert f"host: 1 of 1 models compiled, 0 graphs do not lower; artifacts in {tmp_path / HOST}" in output
-    held = Artifacts(tmp_path / HOST, "cpu").held
-    names = {name for each in held for name in each.identity.blocks}
+    assert f"host: 1 of 1 models compiled, 0 graphs do not lower; artifacts in {out / HOST}" in output
+    return out / HOST
+
+
+def test_a_gate_compiles_every_graph_and_leaves_artifacts(gated: Path) -> None:
+    names = {name for each in Artifacts(gated, "cpu").held for name in each.identity.blocks}
     assert names == {*graphs(HOST, *FLOAT32[0])} > {*GRAPHS}
-    assert load_model(NANO, artifacts=tmp_path / HOST).dims.n_audio_state == 128
+    assert load_model(NANO, artifacts=gated).dims.n_audio_state == 128
+
+
+def test_decode_loops_are_timed_from_its_artifacts(gated: Path) -> None:
+    held, dims = Artifacts(gated, "cpu"), trained().dims
+    blocks = Blocks(Suite(trained(), torch.float32, held=held))
+    assert {*LOOPS} < {*blocks.takes()}
+    before = len(COMPILE_LOG)
+    for loop in LOOPS.values():
+        blocks.decoding(loop, torch.randn(1, dims.n_audio_ctx, dims.n_audio_state), "MAX")()
+    assert len(COMPILE_LOG) == before
+
+
+def test_decode_loops_are_not_timed_from_artifacts_that_pick_no_tokens(gated: Path) -> None:
+    """Of another model, or of none."""
+    held = Artifacts(gated, "cpu")
+    tiny = Blocks(Suite(random_weights("tiny"), torch.float32, held=held))
+    assert tiny.suite.dims != trained().dims and not {*LOOPS} & {*tiny.takes()}
+    held.held = [each for each in held.held if each.identity.unit != PICK]
+    assert not {*LOOPS} & {*Blocks(Suite(trained(), torch.float32, held=held)).takes()}
 
 
 def test_a_gate_asks_for_what_transcribes_on_a_gpu_too() -> None:

@@ -242,19 +242,6 @@ def test_each_tree_is_given_its_own_artifacts(monkeypatch: pytest.MonkeyPatch) -
         assert given == {"head": "ours", "base": "theirs"}
 
 
-@pytest.mark.parametrize(("ours", "theirs"), [("ours", None), (None, "theirs"), ("ours", "theirs")])
-def test_decode_loops_are_not_timed_where_one_tree_has_artifacts(
-    ours: str | None,
-    theirs: str | None,
-    blocks_of,  # noqa: ANN001
-) -> None:
-    """Nor are they new or removed."""
-    compiling, reading = {"encoder": ["x"], **dict.fromkeys(LOOPS, ["x"])}, {"encoder": ["x"]}
-    blocks_of(reading if theirs else compiling, reading if ours else compiling)
-    report = compare(replace(SETTING, artifacts=ours), replace(TREES, base_artifacts=theirs), [], 40)
-    assert [v.block for v in report.verdicts] == ["encoder"] and not report.added and not report.removed
-
-
 @pytest.mark.parametrize("option", ["--artifacts", "--base_artifacts"])
 def test_a_folder_of_artifacts_that_is_missing_is_named(option: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
