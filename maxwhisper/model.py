@@ -137,11 +137,16 @@ def convolution(x: TensorValue, weight: TensorValue, stride: int = 1, n_y: Dim |
     return custom_product("maxwhisper.convolution", x, weight.reshape((n_out, -1)), n_y, parameters)
 
 
-def image_convolution(x: TensorValue, weight: TensorValue, stride: int = 1) -> TensorValue:
-    """As `convolution`, by MAX's, which convolves images, here one pixel high."""
-    taps = ops.permute(weight.cast(x.dtype), [2, 1, 0])  # (tap, n_in, n_out)
-    image, kernel = ops.unsqueeze(x, 1).cast(DType.float32), ops.unsqueeze(taps, 0).cast(DType.float32)
-    return ops.squeeze(ops.conv2d(image, kernel, stride=(1, stride)), 1)
+def convolution_by_product(
+    x: TensorValue, weight: TensorValue, bias: TensorValue | None = None, stride: int = 1
+) -> TensorValue:
+    """Convolution over time in the dtype of x as one matrix product, of the frames that each output sees, side by side,
+    where MAX 26.7 has no kernel for GPUs but a plain loop. x: (batch, frame, n_in); weight: (n_out, n_in, taps)."""
+    n_out, taps = int(weight.shape[0]), int(weight.shape[2])
+    last = int(x.shape[1]) - taps
+    seen = ops.concat([x[:, tap : last + tap + 1 : stride] for tap in range(taps)], axis=2)
+    rows = ops.permute(weight, [0, 2, 1]).reshape((n_out, -1))
+    return shared(matrix_product, *((seen, rows) if bias is None else (seen, rows, bias)))
 
 
 def custom_product(
@@ -256,8 +261,9 @@ class Conv1d(Module):
     def __call__(self, x: TensorValue) -> TensorValue:
         """(batch, time, n_in) to (batch, time / stride, n_out)."""
         padded = ops.pad(x, [0, 0, self.padding, self.padding, 0, 0])
-        convolve = convolution if x.device.is_cpu() else image_convolution
-        return (convolve(padded, self.weight, self.stride) + self.bias).cast(x.dtype)
+        if not x.device.is_cpu():
+            return convolution_by_product(padded, self.weight, self.bias, self.stride)
+        return (convolution(padded, self.weight, self.stride) + self.bias).cast(x.dtype)
 
 
 class MultiHeadAttention(Module):

@@ -14,8 +14,8 @@ from max.dtype import DType
 from max.graph import BufferType, DeviceRef, TensorType, ops
 from maxwhisper.artifacts import aim_at
 from maxwhisper.decoding import NoWeights
-from maxwhisper.model import linear
-from maxwhisper.runtime import Artifact, Program
+from maxwhisper.model import KeyValue, MultiHeadAttention, Slots, convolution_by_product, linear
+from maxwhisper.runtime import Artifact, Policy, Program
 
 device, gpu = aim_at("sm_90a"), DeviceRef.GPU()
 cache, row, matrix = ["batch", "place", 2, 64], ["batch", 1, 128], [128, 128]
@@ -24,12 +24,26 @@ float32 = lambda shape: TensorType(DType.float32, shape, gpu)
 def store(_, k, v, q, *new):
     return [each.tensor for each in ops.inplace_custom("maxwhisper.store", gpu, [k, v, q, *new], [q.type])]
 
-into = float32(cache).as_buffer()
+def attention(_, q, n_past, mask, k, v, *into):
+    by = MultiHeadAttention(128, 2, Policy(gpu, DType.float32, DType.float32)).by_flash_attention
+    own = KeyValue(*(ops.permute(q.reshape((q.shape[0], 1, 2, 64)), [0, 2, 1, 3]) for _ in "kv"))
+    q, own = Slots(k, v, *into, n_past, mask).filled(q, own)
+    cross = KeyValue(*(ops.permute(x, [0, 2, 1, 3]) for x in (k, v)))
+    return [by(q, own, mask), by(q, cross)]
+
+into, lengths = float32(cache).as_buffer(), TensorType(DType.int64, ["batch"], gpu)
 inputs = {
-    "store": [into, into, *map(float32, [row] * 3), TensorType(DType.int64, ["batch"], gpu)],
+    "store": [into, into, *map(float32, [row] * 3), lengths],
+    "attention": [float32(row), lengths, float32(["batch", 1, "place"]), *map(float32, [cache] * 2), into, into],
     "product": [float32(["batch", 1500, 128]), float32(matrix)],
+    "convolution": [float32(["batch", 3002, 128]), float32([*matrix, 3])],
 }
-graphs = {"store": store, "product": lambda _, x, weight: [linear(x, weight)]}
+graphs = {
+    "store": store,
+    "attention": attention,
+    "product": lambda _, x, weight: [linear(x, weight)],
+    "convolution": lambda _, x, weight: [convolution_by_product(x, weight, stride=2)],
+}
 name, path = sys.argv[1:]
 program = Program(name, "", NoWeights(), graphs[name], dict(enumerate(inputs[name])))
 Artifact(name, [program], device).stored.compiled.export_mef(path)
@@ -63,11 +77,11 @@ def kernels(artifact: bytes) -> Iterator[tuple[str, Counter[int]]]:
         start = artifact.find(ELF, start + 1)
 
 
-def compiled(name: str, folder: Path) -> list[Counter[int]]:
-    """The instructions of each kernel of a graph of COMPILE."""
+def compiled(name: str, folder: Path) -> list[tuple[str, Counter[int]]]:
+    """The kernels of a graph of COMPILE."""
     path = folder / f"{name}.mef"
     subprocess.run([sys.executable, "-c", COMPILE, name, str(path)], check=True, env=dict(os.environ))
-    found = [code for _, code in kernels(path.read_bytes())]
+    found = list(kernels(path.read_bytes()))
     assert found
     return found
 
@@ -75,11 +89,26 @@ def compiled(name: str, folder: Path) -> list[Counter[int]]:
 def test_a_kernel_of_ours_has_its_parameters_by_value(tmp_path: Path) -> None:
     """Else it would look for the addresses of caches on the stack of the CPU: it has nothing else to load than a
     length, a query, a key and a value, of which it stores three."""
-    for code in compiled("store", tmp_path):
+    for _, code in compiled("store", tmp_path):
         loads, stores = (sum(code[each] for each in kind) for kind in (LOADS, STORES))
         assert loads > 0 and loads * 3 == stores * 4
 
 
+def test_attention_reads_a_cache_where_it_is(tmp_path: Path) -> None:
+    """A copy would take longer than attention, and might be made before the new key is there."""
+    names = [name.removeprefix(".text.") for name, _ in compiled("attention", tmp_path)]
+    assert any(name.startswith("mha_decoding") for name in names)
+    # For each element: the kernel that stores, and one that attention starts with.
+    others = [name for name in names if not name.startswith("mha_")]
+    assert len(others) == 2 and all(name.startswith("elementwise") for name in others)
+
+
 def test_products_of_float32_are_of_tf32(tmp_path: Path) -> None:
     """So MAX 26.7 has it, and so float32 on a GPU fails; a MAX that has it otherwise is news for docs/gpu.md."""
-    assert any(code[TENSOR_CORES] for code in compiled("product", tmp_path))
+    assert any(code[TENSOR_CORES] for _, code in compiled("product", tmp_path))
+
+
+def test_a_convolution_is_a_product(tmp_path: Path) -> None:
+    """MAX's own has a thread for each frame, which adds up every channel of it without tensor cores."""
+    found = compiled("convolution", tmp_path)
+    assert any(code[TENSOR_CORES] for _, code in found) and not any("conv" in name for name, _ in found)

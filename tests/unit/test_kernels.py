@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from max.dtype import DType
-from max.graph import DeviceRef, TensorType, TensorValue, ops
+from max.graph import DeviceRef, TensorType, TensorValue
 from max.nn.layer import Module
 from torch import Tensor
 
@@ -24,10 +24,8 @@ from maxwhisper.model import (
     Slots,
     causal_mask,
     convolution,
-    image_convolution,
+    convolution_by_product,
     linear,
-    matrix_product,
-    shared,
     text_product,
 )
 from maxwhisper.on_device import mask_behind
@@ -107,9 +105,7 @@ class Convolution(Module):
         return [convolution(x, weight, self.stride)]
 
     def as_on_a_gpu(self, x: TensorValue, weight: TensorValue) -> list[TensorValue]:
-        if weight.shape[2] == 1:
-            return [shared(matrix_product, x, ops.squeeze(weight, 2))]
-        return [image_convolution(x, weight, self.stride)]
+        return [convolution_by_product(x, weight, stride=self.stride)]
 
     def __call__(self) -> None:
         raise NotImplementedError
