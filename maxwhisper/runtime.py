@@ -6,6 +6,7 @@ together compile together, into one artifact. MAX keeps artifacts in its compile
 unless ``MODULAR_CACHE_DIR`` says otherwise; to find one there it needs the graphs, which `artifacts.Cache` does not.
 """
 
+import atexit
 import ctypes
 import hashlib
 import logging
@@ -251,6 +252,13 @@ COMPILE_LOG: list[CompileRecord] = []
 
 
 @cache
+def wait_at_exit() -> None:
+    """Has this process end a tenth of a second later: a thread of MAX 26.7 asks for Python's lock a while after it has
+    compiled, and where Python is ending by then, the process is aborted instead."""
+    atexit.register(time.sleep, 0.1)
+
+
+@cache
 def session(device: str) -> InferenceSession:
     """The one session of a device."""
     return InferenceSession(devices=[find_device(device)])
@@ -288,6 +296,7 @@ class Artifact:
         with announced(f"compiling {self.name}: {count} graphs, minutes the first time, seconds from the cache after"):
             compiled = self.session.compile(module, custom_extensions=kernel_library().library_paths())
         COMPILE_LOG.append(CompileRecord(self.name, count, time.perf_counter() - start))
+        wait_at_exit()
         return Stored(compiled, weights)
 
     def init(self, tensors: Mapping[str, torch.Tensor], **layers: int) -> dict[str, Executable]:
