@@ -108,7 +108,7 @@ def linear(x: TensorValue, weight: TensorValue, bias: TensorValue | None = None)
     wrong by nearly the same at every position: by how far the bias is from a multiple of the product's last digit.
     """
     if not x.device.is_cpu():
-        return shared(matrix_product, *((x, weight) if bias is None else (x, weight, bias)))
+        return device_product(x, weight, bias)
     audio = isinstance(x.shape[1], StaticDim) and int(x.shape[1]) > FEW_TOKENS
     y = (convolution if audio else text_product)(x, weight)
     return (y if bias is None else y + bias).cast(x.dtype)
@@ -146,7 +146,7 @@ def convolution_by_product(
     last = int(x.shape[1]) - taps
     seen = ops.concat([x[:, tap : last + tap + 1 : stride] for tap in range(taps)], axis=2)
     rows = ops.permute(weight, [0, 2, 1]).reshape((n_out, -1))
-    return shared(matrix_product, *((seen, rows) if bias is None else (seen, rows, bias)))
+    return device_product(seen, rows, bias)
 
 
 def custom_product(
@@ -158,10 +158,27 @@ def custom_product(
     return ops.custom(name, x.device, [x, weight], [y], parameters=parameters)[0].tensor
 
 
+def device_product(x: TensorValue, weight: TensorValue, bias: TensorValue | None = None) -> TensorValue:
+    """As `linear`, off the CPU. In bfloat16 it is rounded before the bias is added: with anything else behind it, MAX
+    26.7's kernel for an H100 does not compile."""
+    if bias is not None and x.dtype == DType.float16:
+        return biased_product(x, weight.cast(x.dtype), bias)
+    return shared(matrix_product, *((x, weight) if bias is None else (x, weight, bias)))
+
+
 def matrix_product(x: TensorValue, weight: TensorValue, bias: TensorValue | None = None) -> TensorValue:
-    """As `linear`, by MAX's, which rounds to the dtype of x what a bias is then added to."""
+    """As `linear`, by MAX's operation, which rounds to the dtype of x what a bias is then added to."""
     y = x @ ops.transpose(weight.cast(x.dtype), 0, 1)
     return y if bias is None else y + bias.cast(x.dtype)
+
+
+def biased_product(x: TensorValue, weight: TensorValue, bias: TensorValue) -> TensorValue:
+    """As `linear`, rounded once, by MAX's kernels in an operation of our own."""
+    rows = x.reshape((-1, x.shape[2]))
+    shape = [rows.shape[0], weight.shape[0]]
+    types = [TensorType(dtype, shape, x.device) for dtype in (x.dtype, DType.float32)]
+    y = ops.custom("maxwhisper.biased_product", x.device, [rows, weight, bias], types)[0].tensor
+    return y.reshape((*x.shape[:2], weight.shape[0]))
 
 
 SUBGRAPHS: WeakKeyDictionary[Graph, dict[str, Graph]] = WeakKeyDictionary()

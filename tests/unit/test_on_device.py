@@ -14,6 +14,7 @@ from whisper.audio import SAMPLE_RATE, pad_or_trim
 
 import maxwhisper.whisper
 from maxwhisper.audio import load_audio, log_mel_spectrogram
+from maxwhisper.blocks import BLOCKS
 from maxwhisper.checkpoint import Checkpoint, load_checkpoint
 from maxwhisper.decoding import N_BEST, PICK, MaxInference, NoWeights, TokenRules
 from maxwhisper.errors import DecodingError
@@ -21,6 +22,7 @@ from maxwhisper.on_device import STEPS_AT_ONCE, candidates_program, log_probabil
 from maxwhisper.runtime import Artifact, Executable, Program
 from maxwhisper.together import Seats
 from maxwhisper.whisper import Whisper, load_model, rounded
+from reference.suite import DTYPES, Suite, trained
 
 from .test_decoding import (
     BEGIN,
@@ -86,6 +88,24 @@ def test_a_single_logit_that_is_nan_tells_so_too() -> None:
     logits = torch.zeros(1, N_VOCAB)
     logits[0, 70] = float("nan")
     assert not logprobs(logits, torch.tensor([PROMPT]), []).isfinite().any()
+
+
+# ---- matrix products ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_blocks_of_products_pass_the_judge(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linear layers and convolutions by the graphs of a GPU, which below float32 round a product before its bias is
+    added."""
+    suite = Suite(trained(), dtype)
+    blocks = [BLOCKS[name] for name in ("encoder.stem", "encoder.mlp")]
+    with monkeypatch.context() as patch:
+        patch.setattr(DeviceRef, "is_cpu", lambda _: False)
+        artifact = Artifact("as on a GPU", [block.program(suite.dims, suite.policy) for block in blocks], "cpu")
+    for block in blocks:
+        for comparison in suite.comparisons(block, ["speech"]):
+            run = artifact.init(suite.tensors, audio_layer=comparison.layer)[block.name]
+            assert suite.judge(comparison, run).passed
 
 
 # ---- whole texts ---------------------------------------------------------------------------------------------------
