@@ -9,7 +9,9 @@ import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import groupby
+from threading import Event
 
 import av
 import av.container
@@ -22,6 +24,7 @@ from whisper.audio import CHUNK_LENGTH, HOP_LENGTH, N_FFT, N_FRAMES, N_SAMPLES, 
 
 from .errors import AudioError, OptionError
 from .model import convolution
+from .pipes import Pipe, is_regular, open_once, status_of
 from .runtime import Artifact, Executable, Loader, Program
 
 __all__ = [
@@ -54,23 +57,30 @@ N_MELS = (80, 128)
 
 
 def load_audio(file: str | os.PathLike[str], sr: int = SAMPLE_RATE) -> np.ndarray:
-    """Reads the audio of a file, down-mixed to mono and resampled to `sr` samples per second.
+    """Reads the audio of a file, down-mixed to mono and resampled to `sr` samples per second; "-" is standard input.
 
     The counterpart of openai-whisper's `load_audio` and, like it, what ffmpeg makes of the file: the stream is the one
     that libav ranks best, samples pass through signed 16 bit, and of a truncated or damaged file what can be decoded
     is returned. Two things are stricter here: packets left out for damage are announced by a RuntimeWarning, and a NaN
-    or an infinity is an error, because the conversion to 16 bit would turn it into a plausible sample.
+    or an infinity is an error, because the conversion to 16 bit would turn it into a plausible sample. What can be read
+    once, as a pipe, is read once, and may be of any format; a device is refused, since most never end.
 
     Returns: float32 (samples,) in [-1, 1).
     Raises: AudioError if the file cannot be opened, has no audio stream, yields no sample, does not decode for the
     most part, or holds a sample that is not finite; OptionError if `sr` is not positive.
     """
+    return read_audio(file, sr, Event())
+
+
+def read_audio(file: str | os.PathLike[str], sr: int, stopped: Event) -> np.ndarray:
+    """As `load_audio`, for a thread that reads ahead: once `stopped` is set, it no longer waits for a pipe, and raises
+    AudioError."""
     name = os.fsdecode(file)
     if sr <= 0:
         raise OptionError(f"sr is the number of samples per second and must be positive, not {sr}")
     pcm = bytearray()
     try:
-        with _open(name) as container:
+        with _open(name, stopped) as container:
             for frame in _resample(_all_finite(_joined(_decode(container, name)), name), sr):
                 pcm += frame.to_ndarray().tobytes()
     except av.FFmpegError as error:
@@ -82,16 +92,30 @@ def load_audio(file: str | os.PathLike[str], sr: int = SAMPLE_RATE) -> np.ndarra
     return audio
 
 
-def _open(name: str) -> av.container.InputContainer:
+@contextmanager
+def _open(name: str, stopped: Event) -> Iterator[av.container.InputContainer]:
+    descriptor = open_once(name)
+    if descriptor is not None:
+        with Pipe(name, descriptor, stopped) as pipe, av.open(pipe, "r", metadata_errors="ignore") as container:
+            yield container
+        return
     # Without the scheme, libav takes what precedes a colon in a file's name for a network protocol.
-    return av.open(f"file:{name}" if os.path.exists(name) else name, metadata_errors="ignore")
+    with av.open(f"file:{name}" if os.path.exists(name) else name, metadata_errors="ignore") as container:
+        yield container
 
 
-def duration(file: str | os.PathLike[str]) -> float:
-    """Seconds of audio in a file, as it says itself; 0 where it does not, or cannot be read."""
+def duration(file: str | os.PathLike[str]) -> float | None:
+    """Seconds of audio in a file, as it says itself; 0 if it cannot be read.
+
+    None where only reading all of it would show: of a file that does not say, and of whatever is no file on a disk,
+    such as a pipe or an address, which is not opened.
+    """
+    name = os.fsdecode(file)
+    if not is_regular(name):
+        return None if status_of(name) or ":" in name else 0
     try:
-        with _open(os.fsdecode(file)) as container:
-            return (container.duration or 0) / av.time_base
+        with _open(name, Event()) as container:
+            return container.duration / av.time_base if container.duration else None
     except av.FFmpegError:
         return 0
 
@@ -117,7 +141,7 @@ def _decode(container: av.container.InputContainer, name: str) -> Iterator[av.Au
         raise AudioError(f"{name}: {len(damage)} packets do not decode and only {decoded} do: {damage[-1]}")
     if damage:
         message = f"{name}: {len(damage)} damaged packets left out, {decoded} decoded: {damage[-1]}"
-        warnings.warn(message, RuntimeWarning, stacklevel=6)
+        warnings.warn(message, RuntimeWarning, stacklevel=7)
 
 
 def _joined(frames: Iterable[av.AudioFrame]) -> Iterator[av.AudioFrame]:

@@ -8,11 +8,12 @@ memory. On a CPU a text's row of a step is bitwise what it is alone, so no trans
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike
 from queue import SimpleQueue
-from threading import Condition, Thread
+from threading import Condition, Event, Thread
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from max._mlir_context import ensure_default_mlir_context
 from max.driver import Buffer
 from torch import Tensor
 
-from .audio import load_audio
+from .audio import SAMPLE_RATE, read_audio
 from .decoding import Candidates, KeyValueCache, Picked, Rules, Texts
 from .errors import OptionError
 from .runtime import buffer
@@ -185,23 +186,32 @@ class Together:
         return found
 
 
-def loaded(audio: Iterable[Audio]) -> Generator[tuple[int, Waveform | Exception], None, None]:
-    """Every recording's number and waveform, or what reading it raised; the next one is read meanwhile."""
+def loaded(
+    audio: Iterable[Audio], stopped: Event | None = None
+) -> Generator[tuple[int, Waveform | Exception], None, None]:
+    """Every recording's number and waveform, or what reading it raised; the next one is read meanwhile.
+
+    stopped: set by whoever wants no more while another thread waits here; set at the end in any case.
+    """
+    stopped = stopped or Event()
 
     def load(each: Audio) -> Waveform | Exception:
         try:
-            return load_audio(each) if isinstance(each, str | PathLike) else each
+            return read_audio(each, SAMPLE_RATE, stopped) if isinstance(each, str | PathLike) else each
         except Exception as error:  # whoever asked for this recording is told, the others go on
             return error
 
     with ThreadPoolExecutor(1) as reader:
         ahead: list[Future[Waveform | Exception]] = []
-        for number, each in enumerate(audio):
-            ahead.append(reader.submit(load, each))
-            if number:
-                yield number - 1, ahead.pop(0).result()
-        for last in ahead:
-            yield number, last.result()
+        try:
+            for number, each in enumerate(audio):
+                ahead.append(reader.submit(load, each))
+                if number:
+                    yield number - 1, ahead.pop(0).result()
+            for last in ahead:
+                yield number, last.result()
+        finally:
+            stopped.set()
 
 
 def transcribe_many(
@@ -213,13 +223,13 @@ def transcribe_many(
     """
     if batch_size < 1:
         raise OptionError(f"batch_size must be above 0, not {batch_size}")
-    source = loaded(audio)
     n_thread = min(batch_size, len(audio))
-    if n_thread <= 1:
+    if n_thread > 1:
+        yield from in_threads(model, audio, n_thread, options)
+        return
+    with closing(loaded(audio)) as source:
         for number, waveform in source:
             yield number, attempt(model.transcribe, waveform, options)
-        return
-    yield from in_threads(model, source, len(audio), n_thread, options)
 
 
 def attempt(
@@ -235,13 +245,14 @@ def attempt(
 
 def in_threads(
     model: "Whisper",
-    source: Generator[tuple[int, Waveform | Exception], None, None],
-    n_audio: int,
+    audio: Sequence[Audio],
     n_thread: int,
     options: dict[str, Any],
 ) -> Iterator[tuple[int, Result]]:
     together = Together(n_thread, model.decoder)
     results: SimpleQueue[tuple[int, Result]] = SimpleQueue()
+    enough = Event()
+    source = loaded(audio, enough)
 
     def work() -> None:
         with together.turn, ensure_default_mlir_context():  # for what compiles when it is first used
@@ -257,9 +268,10 @@ def in_threads(
     try:
         for thread in threads:
             thread.start()
-        for _ in range(n_audio):
+        for _ in audio:
             yield results.get()
     finally:
+        enough.set()
         together.stopped = True
         with together.turn:
             together.turn.notify_all()

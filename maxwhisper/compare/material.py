@@ -11,7 +11,7 @@ from whisper.model import ModelDimensions, sinusoids
 
 from ..audio import load_audio
 from ..checkpoint import Checkpoint, expected_tensors, load_checkpoint
-from ..errors import AudioError, OptionError
+from ..errors import OptionError
 
 RANDOM = "random:"
 SIZES = {
@@ -83,15 +83,9 @@ def recordings(files: list[str], texts: list[str] | None) -> list[Recording]:
     if texts is not None:
         paths = [Path(text) for text in texts]
     return [
-        Recording(Path(file).name, load(file), read_text(path) if path else None)
+        Recording(Path(file).name, load_audio(file), read_text(path) if path else None)
         for file, path in zip(files, paths, strict=True)
     ]
-
-
-def load(file: str) -> np.ndarray:
-    if not Path(file).is_file():
-        raise AudioError(f"{file}: no such file")
-    return load_audio(file)
 
 
 def read_text(path: Path) -> str:

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tomllib
 import warnings
-import wave
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,13 @@ import pytest
 import whisper
 
 from maxwhisper import __version__, runtime
-from maxwhisper.cli import FORMATS, build_parser, main, messages_on_stderr
+from maxwhisper.cli import build_parser
+from maxwhisper.outputs import FORMATS
+from maxwhisper.terminal import messages_on_stderr
 
-ROOT = Path(__file__).parents[2]
+from .command import CLIP, RESULT, ROOT, StubModel, assert_one_line, status, write_wav
+
 NANO = ROOT / "fixtures" / "nano.pt"
-CLIP = ROOT / "fixtures" / "clips" / "english-1.wav"
 
 # The options whose values differ from OpenAI's on purpose.
 DIFFERENCES = {
@@ -34,27 +35,6 @@ DIFFERENCES = {
 OWN = {"--artifacts": None, "--or_compile": False, "--dtype": "float32", "--batch_size": None, "--batched": False}
 """The options that OpenAI's command has not, and their defaults."""
 VALUES = ("0", "1", "2.5", "-1", "None", "True", "False", "false", "en", "English", "english", "Klingon", "text", "")
-
-WORDS = [{"word": " Hello", "start": 0.0, "end": 0.5, "probability": 0.9}]
-RESULT: dict[str, Any] = {
-    "text": " Hello there.",
-    "segments": [{"id": 0, "start": 0.0, "end": 1.5, "text": " Hello there.", "words": WORDS}],
-    "language": "en",
-}
-
-
-class StubModel:
-    """Knows what is said in any audio."""
-
-    is_multilingual = True
-
-    def __init__(self) -> None:
-        self.calls: list[dict[str, Any]] = []
-
-    def transcribe(self, audio: np.ndarray, **options: Any) -> dict[str, Any]:
-        assert audio.ndim == 1
-        self.calls.append(options)
-        return RESULT
 
 
 @pytest.fixture
@@ -69,15 +49,6 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
-def write_wav(path: Path, samples: int) -> Path:
-    with wave.open(str(path), "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(16000)
-        file.writeframes(bytes(2 * samples))
-    return path
-
-
 def write_float_wav(path: Path, samples: np.ndarray) -> Path:
     data = samples.astype("<f4").tobytes()
     rate = 16000
@@ -86,15 +57,6 @@ def write_float_wav(path: Path, samples: np.ndarray) -> Path:
     body = b"WAVEfmt " + len(header).to_bytes(4, "little") + header + b"data" + len(data).to_bytes(4, "little") + data
     path.write_bytes(b"RIFF" + len(body).to_bytes(4, "little") + body)
     return path
-
-
-def status(arguments: list[Any]) -> int:
-    """The exit status of the command, however it ends."""
-    try:
-        return main([str(argument) for argument in arguments])
-    except SystemExit as stop:
-        assert isinstance(stop.code, int)
-        return stop.code
 
 
 # ---- the same options as OpenAI's ----------------------------------------------------------------------------------
@@ -252,8 +214,8 @@ def test_a_full_disk_leaves_no_partial_file(
 
     monkeypatch.setattr("whisper.utils.WriteTSV.write_result", fail)
     assert status(["transcribe", CLIP, "-o", out]) == 1
-    assert_one_line(capsys, "No space left on device")
-    assert not list(out.iterdir())
+    assert_one_line(capsys, f"{CLIP.stem}.tsv: cannot be written: No space left on device")
+    assert sorted(os.listdir(out)) == sorted(f"{CLIP.stem}.{ending}" for ending in FORMATS if ending != "tsv")
 
 
 def test_a_failure_of_another_kind_names_file_and_kind(
@@ -347,12 +309,6 @@ def test_messages_come_once(capsys: pytest.CaptureFixture[str]) -> None:
     finally:
         logging.getLogger().removeHandler(root)
     assert capsys.readouterr().err == "maxwhisper: compiling\n"
-
-
-def assert_one_line(capsys: pytest.CaptureFixture[str], expected: str) -> None:
-    error = capsys.readouterr().err
-    assert error.startswith("maxwhisper: error: ") and expected in error and "Traceback" not in error
-    assert error.endswith("\n") and error.count("\n") == 1
 
 
 def text_file(folder: Path, name: str, text: str) -> Path:
@@ -520,13 +476,14 @@ class Model:
         print("ready", flush=True)
         {then}
 
+result = {result}
 whisper.load_model = lambda *_, **__: Model()
 sys.exit(cli.main(["transcribe", "fixtures/clips/english-1.wav", "-o", sys.argv[1]]))
 """
 
 
 def start(then: str, out: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", SCRIPT.format(then=then), str(out)]
+    command = [sys.executable, "-c", SCRIPT.format(then=then, result=RESULT), str(out)]
     # MAX sets PYTHONEXECUTABLE without os.environ knowing, and with it a child would miss its virtual environment.
     env = dict(os.environ)
     return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -542,9 +499,10 @@ def test_sigint(out: Path) -> None:
 
 
 def test_closed_standard_output(out: Path) -> None:
-    with start("while True: print('text')", out) as process:
+    """The files are written nevertheless."""
+    with start("[print('text') for _ in range(100_000)]; return result", out) as process:
         assert process.stdout is not None and process.stderr is not None
         process.stdout.close()
         error = process.stderr.read()
     assert (process.returncode, error) == (1, "maxwhisper: error: standard output was closed\n")
-    assert not os.listdir(out)
+    assert sorted(os.listdir(out)) == sorted(f"{CLIP.stem}.{ending}" for ending in FORMATS)

@@ -584,13 +584,13 @@ def test_unusable_options(options: list[str], message: str, capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nothing.wav"], "nothing.wav: no such file"),
+        (["nothing.wav"], "nothing.wav: cannot be read as audio: No such file"),
         ([str(CLIP), "--text", "nothing.txt"], "--text nothing.txt: cannot be read as text"),
         ([str(CLIP), "--json", "no/such/folder.json"], "there is no folder 'no/such' that can be written to"),
         ([str(CLIP), "--model", "random:huge", "--tokens", "9"], "random weights are of tiny, base"),
         ([str(CLIP), "--model", str(NANO), "--tokens", "225"], "--tokens must be from 2 to 224"),
         (["nothing.wav", "--device", "gpu"], "device 'gpu' was asked for, but MAX finds no GPU on this machine"),
-        (["nothing.wav", "--device", "auto"], "nothing.wav: no such file"),
+        (["nothing.wav", "--device", "auto"], "nothing.wav: cannot be read as audio: No such file"),
         (
             ["nothing.wav", "--device", "gpu", "--against", "openvino"],
             "--against openvino: it is not compared on a gpu",

@@ -1,0 +1,38 @@
+"""What the values of options are read with: OpenAI's types, which refuse what OpenAI's refuse, and our own.
+
+OpenAI's are not imported from whisper.utils: that imports PyTorch, and `maxwhisper doctor` must start where PyTorch
+cannot be imported.
+"""
+
+import argparse
+
+DTYPES = ("float32", "float16", "bfloat16")  # those of maxwhisper.whisper, which takes seconds to import
+
+
+def above_zero(value: str) -> int:
+    if not value.isdecimal() or int(value) == 0:
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, not '{value}'")
+    return int(value)
+
+
+def str2bool(value: str) -> bool:
+    if value not in ("True", "False"):
+        raise ValueError(value)
+    return value == "True"
+
+
+def optional_int(value: str) -> int | None:
+    return None if value == "None" else int(value)
+
+
+def optional_float(value: str) -> float | None:
+    return None if value == "None" else float(value)
+
+
+def language(value: str) -> str:
+    """A language's code or its capitalised name, as OpenAI's command takes them."""
+    from whisper.tokenizer import LANGUAGES, TO_LANGUAGE_CODE
+
+    if value not in LANGUAGES and value not in {name.title() for name in TO_LANGUAGE_CODE}:
+        raise argparse.ArgumentTypeError(f"unknown language '{value}': expected a code or a name, as in en or English")
+    return value

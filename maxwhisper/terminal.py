@@ -1,0 +1,101 @@
+"""What commands say: results on standard output, and one line for each message on standard error."""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO, cast
+
+log = logging.getLogger("maxwhisper")
+
+
+def failed(message: str) -> int:
+    """Prints what failed, and returns the exit status."""
+    print("maxwhisper: error:", one_line(message), file=sys.stderr)
+    return 1
+
+
+def one_line(message: object) -> str:
+    """A message as standard error can show it, whatever is in the names of files."""
+    return " ".join(str(message).split()).encode(errors="backslashreplace").decode()
+
+
+@contextmanager
+def messages_on_stderr() -> Iterator[None]:
+    """Log messages and warnings go to standard error, one line each."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("maxwhisper: %(message)s"))
+    level, propagate = log.level, log.propagate
+    log.addHandler(handler)
+    log.propagate = False  # to what a library may have given the root logger
+    log.setLevel(min(level or logging.INFO, logging.INFO))
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: log.warning("warning: %s", one_line(message))
+        try:
+            yield
+        finally:
+            log.removeHandler(handler)
+            log.setLevel(level)
+            log.propagate = propagate
+
+
+class StandardOutput:
+    """Standard output, as long as somebody takes it. Then `error` holds the reason, and what more is written is lost:
+    the command goes on, to the files that it has still to write.
+
+    What the stream's encoding has not becomes question marks, as openai-whisper means it to be.
+    """
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+        self.error: OSError | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            self._while_taken(self.stream.write, text)
+        except UnicodeEncodeError:
+            encoding = self.stream.encoding
+            self._while_taken(self.stream.write, text.encode(encoding, "replace").decode(encoding))
+        return len(text)
+
+    def flush(self) -> None:
+        self._while_taken(self.stream.flush)
+
+    def _while_taken(self, do: Callable[..., object], *arguments: object) -> None:
+        if self.error is not None:
+            return
+        try:
+            do(*arguments)
+        except OSError as error:
+            self.error = error
+            nowhere = os.open(os.devnull, os.O_WRONLY)  # for what is still in the stream's buffer
+            os.dup2(nowhere, self.stream.fileno())
+            os.close(nowhere)
+
+    @property
+    def lost(self) -> str | None:
+        """Why something that was written is lost, if it is."""
+        if isinstance(self.error, BrokenPipeError):
+            return "standard output was closed"
+        return f"standard output: {self.error.strerror or self.error}" if self.error else None
+
+
+@contextmanager
+def standard_output() -> Iterator[StandardOutput]:
+    """Has everything printed go through a StandardOutput; where a standard stream is closed, nowhere."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    stream = sys.stdout
+    output = StandardOutput(stream)
+    sys.stdout = cast(TextIO, output)
+    try:
+        yield output
+    finally:
+        output.flush()
+        sys.stdout = stream

@@ -1,0 +1,136 @@
+"""The command `maxwhisper transcribe`, behind its options."""
+
+import argparse
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from .errors import MaxWhisperError, OptionError
+from .outputs import WORD_OPTIONS, unfinished, write
+from .terminal import failed
+from .transcribe_options import unusable
+
+# PyTorch, MAX and openai-whisper are imported where they are used: they take seconds, and Ctrl-C must work meanwhile.
+
+log = logging.getLogger("maxwhisper")
+
+
+def transcribe(parser: argparse.ArgumentParser, **options: Any) -> int:
+    """Transcribes every file it can; returns 1 if there was one that it could not."""
+    if reason := unusable(options):
+        parser.error(reason)
+    output_dir, output_format = options.pop("output_dir"), options.pop("output_format")
+    with unfinished(output_dir):
+        pass  # a folder that cannot be written to shows before the work, not after
+    # PyTorch's threads, done with their part, would wait for more at full load, on the cores that MAX computes on.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+    import torch
+
+    from .runtime import device_named
+    from .whisper import load_model
+
+    if threads := options.pop("threads"):
+        torch.set_num_threads(threads)
+    options.pop("fp16")
+    how = {name: options.pop(name) for name in ("device", "artifacts", "or_compile", "dtype")}
+    how["device"] = device_named(how["device"])
+    model = load_model(options.pop("model"), download_root=options.pop("model_dir"), **how)
+    files, layout = options.pop("audio"), {name: options.pop(name) for name in WORD_OPTIONS}
+    options["temperature"] = temperatures(options["temperature"], options.pop("temperature_increment_on_fallback"))
+    options["language"] = spoken(options["language"], model.is_multilingual)
+    failures = []
+    with shown(files, options) as tell:
+        for number, result in transcripts(model, files, options):
+            audio = files[number]
+            try:
+                if isinstance(result, Exception):
+                    raise result
+                failures += write(result, audio, output_dir, output_format, layout)
+                tell(audio, result)
+            except MaxWhisperError as error:
+                failures.append(str(error) if str(error).startswith(f"{audio}: ") else f"{audio}: {error}")
+            except Exception as error:  # one file must not take the others down
+                failures.append(f"{audio}: {type(error).__name__}: {error}")
+    return max(map(failed, failures), default=0)
+
+
+def transcripts(model: Any, files: list[str], options: dict[str, Any]) -> Iterator[tuple[int, Any]]:
+    """The number of every file and its result, or what was raised, as each is done."""
+    from .batched import BATCH_SIZE, transcribe_batched
+    from .together import attempt, loaded, transcribe_many
+
+    batch_size, batched = options.pop("batch_size"), options.pop("batched")
+    if not batched:
+        return transcribe_many(model, files, batch_size or 1, **options)
+    if options.pop("clip_timestamps") != "0":
+        raise OptionError("--clip_timestamps cannot be combined with --batched")
+    run = partial(transcribe_batched, model, batch_size=batch_size or BATCH_SIZE)
+    return ((number, attempt(run, waveform, options)) for number, waveform in loaded(files))
+
+
+@contextmanager
+def shown(files: list[str], options: dict[str, Any]) -> Iterator[Callable[[str, dict[str, Any]], None]]:
+    """What to call with a file that is done and its result, while `options` have the model show the rest: a progress
+    bar, or the text, which of files that advance together comes when each is done."""
+    if options["verbose"] is False:
+        with progress_bar(files) as options["progress"]:
+            yield lambda audio, result: None
+    elif options["batched"] or min(options["batch_size"] or 1, len(files)) > 1:
+        options["verbose"] = None
+        yield show
+    else:
+        yield lambda audio, result: None
+
+
+def show(audio: str, result: dict[str, Any]) -> None:
+    """Prints a transcript as openai-whisper does, below the name of its file."""
+    from whisper.utils import format_timestamp
+
+    print(f"{audio}:")
+    for segment in result["segments"]:
+        start, end = (format_timestamp(segment[name]) for name in ("start", "end"))
+        print(f"[{start} --> {end}] {segment['text']}", flush=True)
+
+
+@contextmanager
+def progress_bar(files: list[str]) -> Iterator[Callable[[float], None]]:
+    """A bar on standard error, of the seconds of audio that are done; what to call with more of them. Where a file's
+    length is not known beforehand, as of a pipe, it is a count."""
+    import tqdm
+
+    from .audio import duration
+
+    class Bar(tqdm.tqdm):
+        @property
+        def format_dict(self) -> dict[str, Any]:
+            found = super().format_dict
+            return found | {"speed": f"{found['n'] / found['elapsed'] if found['elapsed'] else 0:.1f}"}
+
+    lengths = [duration(file) for file in files]
+    total = None if None in lengths else sum(filter(None, lengths))
+    layout = "{n:.0f} s, {speed} x real time"
+    if total:
+        layout = "{percentage:3.0f}%|{bar}| {n:.0f} of {total:.0f} s, {speed} x real time, {remaining} left"
+    with Bar(total=total, bar_format=layout) as bar:
+        yield bar.update
+
+
+def temperatures(first: float, increment: float | None) -> tuple[float, ...]:
+    """What to decode with, in the order of trying."""
+    import numpy as np
+
+    if increment is None or first > 1:
+        return (first,)
+    return tuple(np.arange(first, 1 + 1e-6, increment).tolist())
+
+
+def spoken(language: str | None, is_multilingual: bool) -> str | None:
+    if is_multilingual:
+        return language
+    if language not in (None, "en", "English"):
+        log.warning("warning: the model knows English only, --language %s is not used", language)
+    return "en"

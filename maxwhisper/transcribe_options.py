@@ -1,0 +1,127 @@
+"""The options of `maxwhisper transcribe`: those of OpenAI's `whisper` command, and a few of our own."""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from .option_types import DTYPES, above_zero, language, optional_float, optional_int, str2bool
+from .outputs import FORMATS, WORD_OPTIONS, output_name
+from .pipes import is_terminal, not_a_file, pipe_behind
+
+
+def add_transcribe(commands: Any) -> argparse.ArgumentParser:
+    """Adds the command `transcribe` to those of a parser."""
+    parser = commands.add_parser(
+        "transcribe",
+        help="write the text of audio files",
+        description="Write the text of audio files, with the options and output files of OpenAI's whisper command.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    audio = "audio or video files or pipes, of any format libav reads; - is standard input"
+    parser.add_argument("audio", nargs="+", metavar="AUDIO", help=audio)
+    add_files_and_devices(parser.add_argument_group("model, device and files").add_argument)
+    add_decoding(parser.add_argument_group("decoding").add_argument)
+    add_fallback(parser.add_argument_group("when a window counts as failed or silent").add_argument)
+    add_words(parser.add_argument_group("words and subtitles").add_argument)
+    return parser
+
+
+def add_files_and_devices(add: Callable[..., Any]) -> None:
+    model = "name of an OpenAI model, or path of a .pt or .safetensors file or of a Hugging Face folder"
+    add("--model", default="turbo", help=model)
+    add("--model_dir", help="where named models are kept; None stands for ~/.cache/whisper")
+    device = "what to compute on; cuda means gpu, auto a GPU where there is one"
+    add("--device", default="cpu", choices=["cpu", "gpu", "cuda", "auto"], help=device)
+    dtype = "of arithmetic; the others are less accurate, and bfloat16 encodes faster on CPUs with AVX-512 BF16"
+    add("--dtype", default="float32", choices=DTYPES, help=dtype)
+    add("--artifacts", metavar="DIR", help="use what `maxwhisper compile` wrote, or fail, naming what does not fit")
+    add("--or_compile", type=str2bool, default=False, help="compile what does not fit in --artifacts, do not fail")
+    add("--output_dir", "-o", default=".", help="folder for the output files, made if it is not there")
+    add("--output_format", "-f", default="all", choices=[*FORMATS, "all"], help="which output files to write")
+    add("--verbose", type=str2bool, default=True, help="True prints the text as it comes, False shows a progress bar")
+    together = (
+        "how many files to decode together, on a CPU with the transcripts they have one at a time; with --batched,"
+    )
+    add("--batch_size", type=above_zero, metavar="N", help=f"{together} how many pieces (default: 1, and 8)")
+    batched = "cut audio at silences into pieces that decode together: not the same transcript"
+    add("--batched", action="store_true", help=batched)
+    add("--threads", type=optional_int, default=0, help="threads of PyTorch, which picks the tokens; 0: its choice")
+    fp16 = "has no effect: weights keep the precision they are stored in, and arithmetic is as --dtype says"
+    add("--fp16", type=str2bool, default=True, help=fp16)
+
+
+def add_decoding(add: Callable[..., Any]) -> None:
+    add("--task", default="transcribe", choices=["transcribe", "translate"], help="keep the language, or go to English")
+    add("--language", type=language, help="what is spoken, as in en or English; None finds out by itself")
+    add("--temperature", type=float, default=0, help="0 takes the likeliest text; above, tokens are drawn at random")
+    add("--best_of", type=optional_int, default=5, help="how many texts to draw at a temperature above 0")
+    add("--beam_size", type=optional_int, default=5, help="how many texts to pursue at temperature 0; None pursues one")
+    add("--patience", type=float, help="beam search stops after this times beam_size texts; None is 1")
+    add("--length_penalty", type=float, help="exponent from 0 to 1 of the length penalty; None divides by the length")
+    add("--suppress_tokens", default="-1", help="numbers of tokens never to write, comma-separated; -1 is most symbols")
+    add("--initial_prompt", help="text to continue from, for example with names to be spelt right")
+    add("--carry_initial_prompt", type=str2bool, default=False, help="give initial_prompt to every window")
+    condition = "give each window the text before it: more consistent, but errors can repeat themselves"
+    add("--condition_on_previous_text", type=str2bool, default=True, help=condition)
+    add("--clip_timestamps", default="0", help="transcribe these parts only: start,end,start,end,... in seconds")
+
+
+def add_fallback(add: Callable[..., Any]) -> None:
+    increment = "how much warmer to try a failed window again, up to temperature 1; None does not try again"
+    add("--temperature_increment_on_fallback", type=optional_float, default=0.2, help=increment)
+    compression = "failed if gzip shortens the text by more than this factor: it repeats itself"
+    add("--compression_ratio_threshold", type=optional_float, default=2.4, help=compression)
+    logprob = "failed if the mean log probability of its tokens is lower"
+    add("--logprob_threshold", type=optional_float, default=-1.0, help=logprob)
+    silent = "silent if it failed by logprob_threshold and the probability of no speech is higher than this"
+    add("--no_speech_threshold", type=optional_float, default=0.6, help=silent)
+    skip = "skip silences longer than this, in seconds, around text that looks invented; needs --word_timestamps True"
+    add("--hallucination_silence_threshold", type=optional_float, help=skip)
+
+
+def add_words(add: Callable[..., Any]) -> None:
+    add("--word_timestamps", type=str2bool, default=False, help="find when each word begins and ends")
+    add("--prepend_punctuations", default="\"'“¿([{-", help="symbols that belong to the word after them")
+    add("--append_punctuations", default="\"'.。,，!！?？:：”)]}、", help="symbols that belong to the word before them")
+    needs = "needs --word_timestamps True"
+    add("--highlight_words", type=str2bool, default=False, help=f"underline each word as it is said; {needs}")
+    add("--max_line_width", type=optional_int, help=f"longest line of a subtitle, in characters; {needs}")
+    add("--max_line_count", type=optional_int, help=f"most lines of a subtitle, with --max_line_width; {needs}")
+    add("--max_words_per_line", type=optional_int, help=f"most words of a line, without --max_line_width; {needs}")
+
+
+def unusable(options: dict[str, Any]) -> str | None:
+    """What is wrong with the values of the options, if anything is; their types are right."""
+    positive = ("best_of", "beam_size", "patience", "temperature_increment_on_fallback", *WORD_OPTIONS[1:])
+    for name in positive:
+        if options[name] is not None and not options[name] > 0:
+            return f"argument --{name}: must be above 0, not {options[name]}"
+    for name in ("temperature", "threads"):
+        if options[name] is not None and not options[name] >= 0:
+            return f"argument --{name}: must not be below 0, not {options[name]}"
+    if options["length_penalty"] is not None and not 0 <= options["length_penalty"] <= 1:
+        return f"argument --length_penalty: must be from 0 to 1, not {options['length_penalty']}"
+    for name, kind in (("clip_timestamps", float), ("suppress_tokens", int)):
+        try:
+            [kind(part) for part in options[name].split(",") if options[name]]
+        except ValueError:
+            return f"argument --{name}: must be numbers with commas between them, not '{options[name]}'"
+    if not options["word_timestamps"]:
+        for name in WORD_OPTIONS:
+            if options[name]:
+                return f"argument --{name}: requires --word_timestamps True"
+    return unusable_files(options["audio"])
+
+
+def unusable_files(files: list[str]) -> str | None:
+    """What is wrong with the names of the audio files, taken together or of standard input, if anything is."""
+    if terminal := next(filter(is_terminal, files), None):
+        return f"argument AUDIO: {not_a_file(terminal, 'terminal')}"
+    names = [output_name(audio) for audio in files]
+    if twice := [name for name in names if names.count(name) > 1]:
+        return f"argument AUDIO: the output of {names.count(twice[0])} files would have the name '{twice[0]}'"
+    pipes = [pipe_behind(audio) for audio in files]
+    if once := [pipe for pipe in pipes if pipe and pipes.count(pipe) > 1]:
+        same = [f"'{audio}'" for audio, pipe in zip(files, pipes, strict=True) if pipe == once[0]]
+        return f"argument AUDIO: {' and '.join(same)} are the same pipe, which can be read once"
+    return None

@@ -1,0 +1,58 @@
+"""The command line in this process, with a model that knows what is said."""
+
+import wave
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from maxwhisper.cli import main
+
+ROOT = Path(__file__).parents[2]
+CLIP = ROOT / "fixtures" / "clips" / "english-1.wav"
+
+WORDS = [{"word": " Hello", "start": 0.0, "end": 0.5, "probability": 0.9}]
+RESULT: dict[str, Any] = {
+    "text": " Hello there.",
+    "segments": [{"id": 0, "start": 0.0, "end": 1.5, "text": " Hello there.", "words": WORDS}],
+    "language": "en",
+}
+
+
+class StubModel:
+    """Knows what is said in any audio."""
+
+    is_multilingual = True
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, Any]] = []
+
+    def transcribe(self, audio: np.ndarray, **options: Any) -> dict[str, Any]:
+        assert audio.ndim == 1
+        self.calls.append(options)
+        return RESULT
+
+
+def write_wav(path: Path, samples: int) -> Path:
+    with wave.open(str(path), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(16000)
+        file.writeframes(bytes(2 * samples))
+    return path
+
+
+def status(arguments: list[Any]) -> int:
+    """The exit status of the command, however it ends."""
+    try:
+        return main([str(argument) for argument in arguments])
+    except SystemExit as stop:
+        assert isinstance(stop.code, int)
+        return stop.code
+
+
+def assert_one_line(capsys: pytest.CaptureFixture[str], expected: str) -> None:
+    error = capsys.readouterr().err
+    assert error.startswith("maxwhisper: error: ") and expected in error and "Traceback" not in error
+    assert error.endswith("\n") and error.count("\n") == 1

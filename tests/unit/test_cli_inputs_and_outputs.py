@@ -1,0 +1,372 @@
+"""What `maxwhisper transcribe` reads and writes: inputs that can be read once, and outputs of which each is written
+whatever becomes of the others."""
+
+import io
+import json
+import os
+import pty
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from threading import Timer
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from maxwhisper.outputs import FORMATS
+
+from .command import CLIP, RESULT, StubModel, assert_one_line, status, write_wav
+from .pipes import fifo, pipe, standard_input
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> StubModel:
+    stub = StubModel()
+    monkeypatch.setattr("maxwhisper.whisper.load_model", lambda *_, **__: stub)
+    return stub
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+def written(out: Path) -> list[str]:
+    return sorted(os.listdir(out))
+
+
+def files_of(*stems: str) -> list[str]:
+    return sorted(f"{stem}.{ending}" for stem in stems for ending in FORMATS)
+
+
+# ---- inputs that can be read once ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verbose", ["True", "False"])
+@pytest.mark.parametrize(("name", "stem"), [("-", "stdin"), ("/dev/stdin", "stdin"), ("/dev/fd/0", "0")])
+def test_standard_input(name: str, stem: str, verbose: str, out: Path, model: StubModel) -> None:
+    with standard_input(pipe(CLIP.read_bytes())):
+        assert status(["transcribe", name, "-o", out, "--verbose", verbose]) == 0
+    assert written(out) == files_of(stem)
+
+
+def together(model: StubModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def batched(_: Any, audio: np.ndarray, batch_size: int, **options: Any) -> dict[str, Any]:
+        return model.transcribe(audio)
+
+    monkeypatch.setattr("maxwhisper.batched.transcribe_batched", batched)
+    monkeypatch.setattr(model, "decoder", SimpleNamespace(on_device=False), raising=False)
+
+
+@pytest.mark.parametrize("how", [[], ["--batch_size", "3"], ["--batched"]])
+@pytest.mark.parametrize("verbose", ["True", "False"])
+def test_files_and_pipes_in_one_run(
+    how: list[str], verbose: str, tmp_path: Path, out: Path, model: StubModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together(model, monkeypatch)
+    named, substituted = fifo(tmp_path / "named", CLIP.read_bytes()), pipe(CLIP.read_bytes())
+    with standard_input(pipe(CLIP.read_bytes())):
+        names = ["-", named, CLIP, f"/dev/fd/{substituted}"]
+        assert status(["transcribe", *names, "-o", out, "--verbose", verbose, *how]) == 0
+    os.close(substituted)
+    assert written(out) == files_of("stdin", "named", CLIP.stem, str(substituted))
+
+
+def test_a_progress_bar_of_what_has_no_known_length(
+    tmp_path: Path, out: Path, model: StubModel, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def transcribe(audio: np.ndarray, progress: Callable[[float], None], **_: Any) -> dict[str, Any]:
+        progress(len(audio) / 16000)
+        return RESULT
+
+    monkeypatch.setattr(model, "transcribe", transcribe)
+    files = [write_wav(tmp_path / f"{name}.wav", 16000 * seconds) for name, seconds in (("a", 3), ("b", 5))]
+    piped = fifo(tmp_path / "pipe", files[1].read_bytes())
+    assert status(["transcribe", files[0], piped, "-o", out, "-f", "txt", "--verbose", "False"]) == 0
+    last = capsys.readouterr().err.strip().splitlines()[-1].split("\r")[-1]
+    assert last.startswith("8 s, ") and last.endswith("x real time")
+
+
+def test_one_pipe_by_two_names(out: Path, model: StubModel, capsys: pytest.CaptureFixture[str]) -> None:
+    with standard_input(pipe(CLIP.read_bytes())):
+        assert status(["transcribe", "-", "/dev/fd/0", "-o", out]) == 2
+    assert_one_line(capsys, "'-' and '/dev/fd/0' are the same pipe")
+    assert not model.calls
+
+
+def test_one_output_name_for_standard_input(out: Path, model: StubModel, capsys: pytest.CaptureFixture[str]) -> None:
+    assert status(["transcribe", "-", "/dev/stdin", "-o", out]) == 2
+    assert_one_line(capsys, "'stdin'")
+
+
+def test_a_terminal(out: Path, model: StubModel, capsys: pytest.CaptureFixture[str]) -> None:
+    master, slave = pty.openpty()
+    with standard_input(slave):
+        assert status(["transcribe", "-", "-o", out]) == 2
+    os.close(master)
+    assert_one_line(capsys, "-: is a terminal")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("bad", ["-", "/dev/zero"])
+def test_an_input_without_end_or_audio_does_not_stop_the_others(
+    bad: str, out: Path, model: StubModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with standard_input(pipe(b"")):
+        assert status(["transcribe", bad, CLIP, "-o", out, "-f", "txt"]) == 1
+    assert_one_line(capsys, f"maxwhisper: error: {bad}: ")
+    assert written(out) == [f"{CLIP.stem}.txt"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_ctrl_c_while_waiting_for_a_pipe(
+    batch_size: int,
+    tmp_path: Path,
+    out: Path,
+    model: StubModel,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    together(model, monkeypatch)
+    for name in "ab":
+        os.mkfifo(tmp_path / name)
+    Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    began = time.monotonic()
+    assert status(["transcribe", tmp_path / "a", tmp_path / "b", "-o", out, "--batch_size", batch_size]) == 130
+    assert time.monotonic() - began < 10  # it would wait for ever
+    assert capsys.readouterr().err == "maxwhisper: interrupted\n"
+
+
+def test_names_that_are_not_utf_8(
+    tmp_path: Path, out: Path, model: StubModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, missing = (os.fsdecode(b"\xff %d.wav" % number) for number in (1, 2))
+    write_wav(tmp_path / name, 1600)
+    stdout = terminal_like(monkeypatch, "utf-8")
+    together(model, monkeypatch)
+    assert status(["transcribe", tmp_path / name, tmp_path / missing, "-o", out, "--batch_size", "2"]) == 1
+    assert written(out) == files_of(Path(name).stem)
+    assert b"? 1.wav:\n" in stdout.buffer.getvalue()
+    assert_one_line(capsys, "2.wav: cannot be read")
+
+
+@pytest.mark.parametrize("name", ["-talk.wav", "talk 10:30.wav", "--verbose"])
+def test_names_that_look_like_something_else(
+    name: str, tmp_path: Path, out: Path, model: StubModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_wav(tmp_path / name, 1600)
+    monkeypatch.chdir(tmp_path)
+    assert status(["transcribe", "-o", out, "--", name]) == 0
+    assert written(out) == files_of(os.path.splitext(name)[0])
+
+
+# ---- outputs -------------------------------------------------------------------------------------------------------
+
+
+def test_a_name_too_long_for_one_format(
+    tmp_path: Path, out: Path, model: StubModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stem = "n" * 251
+    assert status(["transcribe", write_wav(tmp_path / f"{stem}.wav", 1600), CLIP, "-o", out]) == 1
+    assert_one_line(capsys, f"{out / stem}.json: cannot be written: File name too long")
+    assert written(out) == sorted(set(files_of(stem, CLIP.stem)) - {f"{stem}.json"})
+
+
+def test_a_folder_where_a_file_should_be(out: Path, model: StubModel, capsys: pytest.CaptureFixture[str]) -> None:
+    target = out / f"{CLIP.stem}.srt"
+    target.mkdir(parents=True)
+    assert status(["transcribe", CLIP, "-o", out]) == 1
+    assert_one_line(capsys, f"{target}: cannot be written: Is a directory")
+    assert written(out) == files_of(CLIP.stem) and not os.listdir(target)
+
+
+@pytest.fixture
+def no_root() -> Iterator[None]:
+    """For root no file is read-only."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    yield
+    os.seteuid(user)
+
+
+def test_a_read_only_file(
+    out: Path, model: StubModel, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
+) -> None:
+    (out / f"{CLIP.stem}.vtt").parent.mkdir()
+    (out / f"{CLIP.stem}.vtt").write_text("old")
+    (out / f"{CLIP.stem}.vtt").chmod(0o444)
+    for folder in (out, *list(out.parents)[:3]):
+        folder.chmod(0o777)
+    request.getfixturevalue("no_root")
+    assert status(["transcribe", CLIP, "-o", out]) == 1
+    assert_one_line(capsys, f"{CLIP.stem}.vtt: cannot be written: Permission denied")
+    assert written(out) == files_of(CLIP.stem)
+    assert (out / f"{CLIP.stem}.vtt").read_text() == "old"
+
+
+@pytest.fixture
+def small_disk() -> Iterator[None]:
+    """No file can become larger than 4,000 bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_disk_with_room_for_some(
+    out: Path, model: StubModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], small_disk: None
+) -> None:
+    """A file that had been there remains, and no part of a new one appears."""
+    out.mkdir()
+    (out / f"{CLIP.stem}.json").write_text("old")
+    monkeypatch.setattr(model, "transcribe", lambda *_, **__: RESULT | {"more": "x" * 10000})
+    assert status(["transcribe", CLIP, "-o", out]) == 1
+    assert_one_line(capsys, f"{CLIP.stem}.json: cannot be written: File too large")
+    assert written(out) == files_of(CLIP.stem)
+    assert (out / f"{CLIP.stem}.json").read_text() == "old"
+    assert (out / f"{CLIP.stem}.txt").read_text() == "Hello there.\n"
+
+
+def test_a_full_disk(
+    tmp_path: Path, out: Path, model: StubModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every file that is not there is named, and so are those of the next recording."""
+
+    def fail(self: Any, result: Any, file: Any, **_: Any) -> None:
+        file.write("half of ")
+        raise OSError(28, "No space left on device")
+
+    for writer in ("WriteTXT", "WriteJSON"):
+        monkeypatch.setattr(f"whisper.utils.{writer}.write_result", fail)
+    files = [write_wav(tmp_path / f"{name}.wav", 1600) for name in "ab"]
+    assert status(["transcribe", *files, "-o", out]) == 1
+    reason = "cannot be written: No space left on device\n"
+    lost = [out / name for name in ("a.txt", "a.json", "b.txt", "b.json")]
+    assert capsys.readouterr().err == "".join(f"maxwhisper: error: {file}: {reason}" for file in lost)
+    assert written(out) == sorted(set(files_of("a", "b")) - {file.name for file in lost})
+
+
+def test_a_format_that_fails_by_itself(out: Path, model: StubModel, capsys: pytest.CaptureFixture[str]) -> None:
+    result = RESULT | {"duration": {1, 2}}  # no JSON
+    model.transcribe = lambda *_, **__: result  # type: ignore[method-assign]
+    assert status(["transcribe", CLIP, "-o", out]) == 1
+    assert_one_line(capsys, f"{out / CLIP.stem}.json: cannot be written: TypeError: Object of type set is not JSON")
+    assert written(out) == sorted(set(files_of(CLIP.stem)) - {f"{CLIP.stem}.json"})
+
+
+def test_subtitles_that_fail_leave_the_text(out: Path, model: StubModel, capsys: pytest.CaptureFixture[str]) -> None:
+    segments = [*RESULT["segments"], {"id": 1, "start": 1.5, "end": 2.0, "text": " Bye."}]  # without its words
+    model.transcribe = lambda *_, **__: RESULT | {"segments": segments}  # type: ignore[method-assign]
+    options = ["--word_timestamps", "True", "--max_line_width", "9"]
+    assert status(["transcribe", CLIP, "-o", out, *options]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(": ")[2] for line in lines] == [f"{out / CLIP.stem}.{ending}" for ending in ("vtt", "srt")]
+    assert written(out) == [f"{CLIP.stem}.{ending}" for ending in ("json", "tsv", "txt")]
+
+
+def test_a_folder_that_is_lost_meanwhile(
+    tmp_path: Path, out: Path, model: StubModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def transcribe(*_: Any, **__: Any) -> dict[str, Any]:
+        shutil.rmtree(out, ignore_errors=True)
+        out.write_text("")
+        return RESULT
+
+    monkeypatch.setattr(model, "transcribe", transcribe)
+    assert status(["transcribe", CLIP, "-o", out]) == 1
+    assert_one_line(capsys, f"{CLIP}: --output_dir {out}: cannot be written to: File exists")
+
+
+# ---- standard output -----------------------------------------------------------------------------------------------
+
+
+def terminal_like(monkeypatch: pytest.MonkeyPatch, encoding: str) -> Any:
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding, write_through=True)
+    monkeypatch.setattr(sys, "stdout", stdout)
+    return stdout
+
+
+def printing(model: StubModel, lines: int) -> None:
+    def transcribe(*_: Any, **__: Any) -> dict[str, Any]:
+        for _line in range(lines):
+            print("[00:00.000 --> 00:01.500]  Grüße", flush=True)
+        return RESULT
+
+    model.transcribe = transcribe  # type: ignore[method-assign]
+
+
+def test_characters_that_standard_output_has_not(out: Path, model: StubModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    printing(model, 1)
+    stdout = terminal_like(monkeypatch, "ascii")
+    assert status(["transcribe", CLIP, "-o", out]) == 0
+    assert stdout.buffer.getvalue() == b"[00:00.000 --> 00:01.500]  Gr??e\n"
+    assert written(out) == files_of(CLIP.stem)
+
+
+def closed_pipe() -> int:
+    reading, writing = os.pipe()
+    os.close(reading)
+    return writing
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (closed_pipe, "standard output was closed"),
+        (lambda: os.open("/dev/full", os.O_WRONLY), "standard output: No space left on device"),
+    ],
+)
+@pytest.mark.parametrize("how", [[], ["--batch_size", "2"]])
+def test_files_are_written_whatever_becomes_of_standard_output(
+    how: list[str],
+    make: Callable[[], int],
+    reason: str,
+    tmp_path: Path,
+    out: Path,
+    model: StubModel,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    printing(model, 100)
+    together(model, monkeypatch)
+    files = [write_wav(tmp_path / f"{name}.wav", 1600) for name in "ab"]
+    with open(make(), "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert status(["transcribe", *files, "-o", out, *how]) == 1
+    assert_one_line(capsys, reason)
+    assert written(out) == files_of("a", "b")
+
+
+def test_no_standard_output_at_all(
+    out: Path, model: StubModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    printing(model, 1)
+    monkeypatch.setattr(sys, "stdout", None)
+    assert status(["transcribe", CLIP, "-o", out]) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(("argument", "expected"), [("--help", 0), ("doctor", 1)])
+def test_what_is_printed_last_may_be_lost_too(
+    argument: str, expected: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It waits in a buffer until the end; of the help nobody is told."""
+    report = SimpleNamespace(red=[], text=lambda: "")
+    monkeypatch.setattr("maxwhisper.doctor.examine", lambda: report)
+    with open(closed_pipe(), "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert status([argument]) == expected
+    assert capsys.readouterr().err == expected * "maxwhisper: error: standard output was closed\n"
+
+
+def test_json_is_what_openai_writes(out: Path, model: StubModel) -> None:
+    with standard_input(pipe(CLIP.read_bytes())):
+        assert status(["transcribe", "-", "-o", out, "-f", "json"]) == 0
+    assert json.loads((out / "stdin.json").read_text()) == RESULT
