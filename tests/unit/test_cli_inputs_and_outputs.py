@@ -143,6 +143,21 @@ def test_ctrl_c_while_waiting_for_a_pipe(
     assert capsys.readouterr().err == "maxwhisper: interrupted\n"
 
 
+@pytest.mark.parametrize("how", [[], ["--batched"]])
+def test_ctrl_c_while_the_next_file_is_waited_for(
+    how: list[str], tmp_path: Path, out: Path, model: StubModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model, "transcribe", interrupted)
+    together(model, monkeypatch)
+    os.mkfifo(tmp_path / "pipe")
+    began = time.monotonic()
+    assert status(["transcribe", CLIP, tmp_path / "pipe", "-o", out, *how]) == 130
+    assert time.monotonic() - began < 10  # it would wait for ever
+
+
 def test_names_that_are_not_utf_8(
     tmp_path: Path, out: Path, model: StubModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
