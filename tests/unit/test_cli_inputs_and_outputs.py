@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,8 @@ from maxwhisper.outputs import FORMATS
 
 from .command import CLIP, RESULT, StubModel, assert_one_line, status, write_wav
 from .pipes import fifo, pipe, standard_input
+
+NOBODY = 65534
 
 
 @pytest.fixture
@@ -202,28 +205,26 @@ def test_a_folder_where_a_file_should_be(out: Path, model: StubModel, capsys: py
 
 
 @pytest.fixture
-def no_root() -> Iterator[None]:
-    """For root no file is read-only."""
-    user = os.geteuid()
-    if user == 0:
-        os.seteuid(65534)
-    yield
-    os.seteuid(user)
+def folder_of_a_user() -> Iterator[Path]:
+    """A folder of somebody for whom files can be read-only, as whom the test runs; for root no file is."""
+    with tempfile.TemporaryDirectory() as name:
+        user = os.geteuid()
+        if user == 0:
+            os.chown(name, NOBODY, NOBODY)
+            os.seteuid(NOBODY)
+        yield Path(name)
+        os.seteuid(user)
 
 
-def test_a_read_only_file(
-    out: Path, model: StubModel, capsys: pytest.CaptureFixture[str], request: pytest.FixtureRequest
-) -> None:
-    (out / f"{CLIP.stem}.vtt").parent.mkdir()
-    (out / f"{CLIP.stem}.vtt").write_text("old")
-    (out / f"{CLIP.stem}.vtt").chmod(0o444)
-    for folder in (out, *list(out.parents)[:3]):
-        folder.chmod(0o777)
-    request.getfixturevalue("no_root")
-    assert status(["transcribe", CLIP, "-o", out]) == 1
-    assert_one_line(capsys, f"{CLIP.stem}.vtt: cannot be written: Permission denied")
-    assert written(out) == files_of(CLIP.stem)
-    assert (out / f"{CLIP.stem}.vtt").read_text() == "old"
+def test_a_read_only_file(folder_of_a_user: Path, model: StubModel, capsys: pytest.CaptureFixture[str]) -> None:
+    audio, out = write_wav(folder_of_a_user / "a.wav", 1600), folder_of_a_user / "out"
+    out.mkdir()
+    (out / "a.vtt").write_text("old")
+    (out / "a.vtt").chmod(0o444)
+    assert status(["transcribe", audio, "-o", out]) == 1
+    assert_one_line(capsys, f"{out}/a.vtt: cannot be written: Permission denied")
+    assert written(out) == files_of("a")
+    assert (out / "a.vtt").read_text() == "old"
 
 
 @pytest.fixture
