@@ -25,7 +25,8 @@ from whisper.audio import CHUNK_LENGTH, HOP_LENGTH, N_FFT, N_FRAMES, N_SAMPLES, 
 from .errors import AudioError, OptionError
 from .model import convolution
 from .pipes import Pipe, is_regular, open_once, status_of
-from .runtime import Artifact, Executable, Loader, Program
+from .process import compiler
+from .runtime import Artifact, Executable, Loader, Program, one_torch_thread
 
 __all__ = [
     "CHUNK_LENGTH",
@@ -247,7 +248,9 @@ def compiled_spectrogram(n_mels: int, load: Loader | None = None) -> Executable:
     """The spectrogram on the CPU, where openai-whisper computes it too, compiled for waveforms of any length: once in a
     process, unless `load` gives it at the first call. Raises ArtifactError where `load` does."""
     if n_mels not in _SPECTROGRAMS:
-        _SPECTROGRAMS[n_mels] = _compile(n_mels, load)
+        with compiler():
+            if n_mels not in _SPECTROGRAMS:  # another thread may have been there meanwhile
+                _SPECTROGRAMS[n_mels] = _compile(n_mels, load)
     return _SPECTROGRAMS[n_mels]
 
 
@@ -260,6 +263,7 @@ def _compile(n_mels: int, load: Loader | None) -> Executable:
     return Artifact(program.name, [program], "cpu", load).init(weights)[program.name]
 
 
+@one_torch_thread()
 def log_mel_spectrogram(
     audio: str | os.PathLike[str] | np.ndarray | torch.Tensor, n_mels: int = 80, padding: int = 0
 ) -> torch.Tensor:

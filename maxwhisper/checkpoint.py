@@ -32,7 +32,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from whisper.model import ModelDimensions
 
-from maxwhisper.errors import CheckpointError, OptionError
+from .cache import cache_home, writable
+from .errors import CheckpointError, OptionError
 
 Heads = tuple[tuple[int, int], ...]
 StrPath = str | os.PathLike[str]
@@ -186,8 +187,7 @@ def _block(name: str, state: int, attentions: tuple[str, ...]) -> dict[str, tupl
 
 def _load_named(name: str, download_root: StrPath | None) -> Checkpoint:
     if download_root is None:
-        cache = os.getenv("XDG_CACHE_HOME", os.path.join(os.path.expanduser("~"), ".cache"))
-        download_root = os.path.join(cache, "whisper")
+        download_root = writable(cache_home() / "whisper")
     try:
         path = Path(whisper._download(whisper._MODELS[name], os.fspath(download_root), in_memory=False))
     except Exception as error:  # the network and the disk, but also a server's answer that the downloader stumbles over

@@ -29,6 +29,7 @@ from whisper.model import ModelDimensions
 from .blocks import BLOCKS
 from .errors import DecodingError
 from .model import TextDecoder
+from .process import compiler
 from .runtime import Artifact, Executable, Loader, Policy, Program, buffer
 
 log = logging.getLogger("maxwhisper")
@@ -335,7 +336,9 @@ def compiled_rules(load: Loader | None = None) -> Executable:
     Raises ArtifactError where `load` does.
     """
     if not _RULES:
-        _RULES.append(Artifact("token rules", [rules_program()], "cpu", load).init({})[TOKEN_RULES])
+        with compiler():
+            if not _RULES:  # another thread may have been there meanwhile
+                _RULES.append(Artifact("token rules", [rules_program()], "cpu", load).init({})[TOKEN_RULES])
     return _RULES[0]
 
 

@@ -6,41 +6,28 @@ together compile together, into one artifact. MAX keeps artifacts in its compile
 unless ``MODULAR_CACHE_DIR`` says otherwise; to find one there it needs the graphs, which `artifacts.Cache` does not.
 """
 
-import atexit
 import ctypes
-import hashlib
-import logging
-import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 from max.driver import CPU, Accelerator, Buffer, Device, accelerator_count, is_virtual_device_mode
 from max.dtype import DType
 from max.engine import CompiledModel, InferenceSession, Model
-from max.graph import BufferType, DeviceRef, Graph, KernelLibrary, TensorType, TensorValue, Value
+from max.graph import BufferType, DeviceRef, Graph, TensorType, TensorValue, Value
 from max.graph import Module as GraphModule
 from max.nn.layer import Module
-from mojo.run import subprocess_run_mojo
 
-from .cache import cache_folder
 from .cuda import preload
 from .errors import CheckpointError, DeviceError, OptionError
-
-log = logging.getLogger("maxwhisper")
-
-KERNELS = Path(__file__).parent / "kernels"
-"""The Mojo package of the operations that graphs use beside MAX's own. MAX compiles it, and a graph again whenever it
-changes."""
+from .kernel_library import kernel_library
+from .process import announced, compiler, find_place_for_max_cache, refuse_after_fork, wait_at_exit
 
 PR_SET_TIMERSLACK, PR_GET_TIMERSLACK = 29, 30
 """What Linux's prctl is told to do; man 2 prctl."""
@@ -75,8 +62,9 @@ class Policy:
 def find_device(name: str) -> Device:
     """The MAX device called "cpu" or "gpu" ("cuda" is accepted, as openai-whisper calls it).
 
-    Raises DeviceError when there is no such device, OptionError for any other name.
+    Raises DeviceError when there is no such device, or as `refuse_after_fork` does, OptionError for any other name.
     """
+    refuse_after_fork()
     if name == "cpu":
         return CPU()
     if name not in ("gpu", "cuda"):
@@ -96,43 +84,6 @@ def gpu_found() -> bool:
 def device_named(name: str) -> str:
     """The name, or where it is "auto" that of a GPU if there is one, else of the CPU."""
     return ("gpu" if gpu_found() else "cpu") if name == "auto" else name
-
-
-@cache
-def kernel_library() -> KernelLibrary:
-    """KERNELS compiled: once, where a graph that is given the folder would compile it again in every process.
-
-    What was compiled is kept in the cache folder `kernels`, by a hash of the sources, so that MAX's compile cache knows
-    it again wherever they lie. What it knows them by is the path of the file, so that is without symbolic links.
-    """
-    hashed = hashlib.sha256(version("mojo-compiler").encode())
-    for source in sorted(KERNELS.glob("*.mojo")):
-        hashed.update(source.name.encode() + source.read_bytes())
-    package = cache_folder("kernels").resolve() / f"maxwhisper_kernels_{hashed.hexdigest()[:16]}.mojoc"
-    if not package.exists():
-        compile_kernels(package)
-    library = KernelLibrary()
-    library.load_paths([package])
-    return library
-
-
-def compile_kernels(package: Path) -> None:
-    """Compiles KERNELS into a file that appears when it is complete.
-
-    Raises OptionError if it cannot be written, RuntimeError with the compiler's words if the sources are wrong.
-    """
-    try:
-        package.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=package.parent) as unfinished:
-            # The name of the file becomes that of the package.
-            compiled = Path(unfinished, package.name)
-            arguments = ["precompile", str(KERNELS), "-o", str(compiled)]
-            subprocess_run_mojo(arguments, check=True, capture_output=True)
-            compiled.replace(package)
-    except subprocess.CalledProcessError as error:
-        raise RuntimeError(f"{KERNELS} does not compile:\n{error.stderr.decode()}") from error
-    except OSError as error:
-        raise OptionError(f"{package.parent}: compiled kernels cannot be kept there: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -186,7 +137,8 @@ class Executable:
         return [torch.from_dlpack(output) for output in self.execute(*map(buffer, inputs))]
 
     def execute(self, *inputs: Buffer) -> list[Buffer]:
-        """On MAX's own buffers; on a GPU it may still run afterwards."""
+        """On MAX's own buffers; on a GPU it may still run afterwards. Raises DeviceError in a forked process."""
+        refuse_after_fork()
         if LOGGER_RUNS.is_set():
             return self.model.execute(*inputs)
         with long_timer_slack():
@@ -252,15 +204,9 @@ COMPILE_LOG: list[CompileRecord] = []
 
 
 @cache
-def wait_at_exit() -> None:
-    """Has this process end a tenth of a second later: a thread of MAX 26.7 asks for Python's lock a while after it has
-    compiled, and where Python is ending by then, the process is aborted instead."""
-    atexit.register(time.sleep, 0.1)
-
-
-@cache
 def session(device: str) -> InferenceSession:
     """The one session of a device."""
+    find_place_for_max_cache()
     return InferenceSession(devices=[find_device(device)])
 
 
@@ -283,10 +229,11 @@ class Artifact:
         """load: may give the programs as they were compiled earlier."""
         programs = list(programs)
         self.name = name
-        self.session = session(device)
         self.graphs = [program.name for program in programs]
         compile_them = partial(self._compile, programs)
-        self.stored = load(programs, compile_them) if load else compile_them()
+        with compiler():
+            self.session = session(device)
+            self.stored = load(programs, compile_them) if load else compile_them()
 
     def _compile(self, programs: Sequence[Program]) -> Stored:
         module, weights = GraphModule(), {}
@@ -307,7 +254,8 @@ class Artifact:
         values = {
             name: weight_value(tensors, name.format(**layers), dtype) for name, dtype in self.stored.weights.items()
         }
-        models = self.session.init_all(self.stored.compiled, weights_registry=values).values()
+        with compiler():
+            models = self.session.init_all(self.stored.compiled, weights_registry=values).values()
         # By order, not by name: MAX's cache takes graphs that differ in nothing but their names for the same.
         return {name: Executable(name, model, values) for name, model in zip(self.graphs, models, strict=True)}
 
@@ -320,22 +268,3 @@ def weight_value(tensors: Mapping[str, torch.Tensor], name: str, dtype: DType) -
     if torch.promote_types(tensor.dtype, wanted) != wanted:
         raise CheckpointError(f"tensor {name} is {tensor.dtype}, which {wanted} does not hold exactly")
     return tensor.to(wanted).contiguous()
-
-
-@contextmanager
-def announced(message: str, after: float = 2.0, every: float = 30.0) -> Iterator[None]:
-    """Logs `message` if the body is still running `after` seconds from now, and how long it has run `every` so many."""
-    start, done = time.perf_counter(), threading.Event()
-
-    def report() -> None:
-        wait = after
-        while not done.wait(wait):
-            log.info("%s%s", message, f" ({time.perf_counter() - start:.0f} s so far)" if wait == every else "")
-            wait = every
-
-    thread = threading.Thread(target=report, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()

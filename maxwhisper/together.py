@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from max._mlir_context import ensure_default_mlir_context
 from max.driver import Buffer
 from torch import Tensor
 
@@ -255,7 +254,7 @@ def in_threads(
     source = loaded(audio, enough)
 
     def work() -> None:
-        with together.turn, ensure_default_mlir_context():  # for what compiles when it is first used
+        with together.turn:
             try:
                 while not together.stopped and (recording := next(source, None)):
                     number, waveform = recording

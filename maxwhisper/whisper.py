@@ -45,6 +45,7 @@ from .decoding import (
 )
 from .errors import AudioError, DeviceError, OptionError
 from .on_device import CANDIDATES, STEPS_AT_ONCE, candidates_program, step_program
+from .process import compiler
 from .runtime import TORCH_DTYPE, Artifact, Executable, Policy, Program, buffer, find_device, one_torch_thread
 from .speculation import (
     N_GUESS,
@@ -178,7 +179,9 @@ class Network:
 
     def __getitem__(self, name: str) -> Executable:
         if name not in self.executables:
-            self.executables |= self._load(unit_of(name))
+            with compiler():
+                if name not in self.executables:  # another thread may have been there meanwhile
+                    self.executables |= self._load(unit_of(name))
         return self.executables[name]
 
     def _load(self, unit: str) -> dict[str, Executable]:

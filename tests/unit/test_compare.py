@@ -343,7 +343,7 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_the_cache_is_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("MAXWHISPER_CACHE_DIR", str(tmp_path))
     checkpoint = load_checkpoint(NANO)
     folder = convert.store(checkpoint)
     again = load_checkpoint(folder / "openai" / "model.pt")

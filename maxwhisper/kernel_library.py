@@ -1,0 +1,78 @@
+"""The Mojo package of the operations that graphs use beside MAX's own, compiled and kept."""
+
+import fcntl
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+from max.graph import KernelLibrary
+from mojo.run import subprocess_run_mojo
+
+from .cache import cache_folder
+from .errors import OptionError
+from .process import announced, find_place_for_max_cache
+
+KERNELS = Path(__file__).parent / "kernels"
+"""The package's sources. MAX compiles a graph again whenever they change."""
+
+FOLDER_DESCRIPTOR = 900
+"""Where `path_for_max` opens the package's folder: far behind what programs open, and below the usual limit of 1024."""
+
+
+@cache
+def kernel_library() -> KernelLibrary:
+    """Returns KERNELS compiled: once, where a graph that is given the sources would compile them in every process.
+
+    What was compiled is kept in the cache folder `kernels`, by a hash of the sources.
+    Raises as `compile_kernels` does.
+    """
+    hashed = hashlib.sha256(version("mojo-compiler").encode())
+    for source in sorted(KERNELS.glob("*.mojo")):
+        hashed.update(source.name.encode() + source.read_bytes())
+    package = cache_folder("kernels").resolve() / f"maxwhisper_kernels_{hashed.hexdigest()[:16]}.mojoc"
+    if not package.exists():
+        compile_kernels(package)
+    library = KernelLibrary()
+    library.load_paths([path_for_max(package)])
+    return library
+
+
+def path_for_max(package: Path) -> Path:
+    """Returns a path of the package that is the same wherever its folder lies: by its path MAX's compile cache knows
+    kernels again, and caches are copied, mounted elsewhere, and shared by users. Where that cannot be, its own path."""
+    if sys.platform != "linux":
+        return package
+    descriptor = os.open(package.parent, os.O_PATH)
+    try:
+        stays_open = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, FOLDER_DESCRIPTOR)
+    except OSError:  # this process may have fewer files open
+        return package
+    finally:
+        os.close(descriptor)
+    return Path(f"/proc/self/fd/{stays_open}", package.name)
+
+
+def compile_kernels(package: Path) -> None:
+    """Compiles KERNELS into a file that appears when it is complete.
+
+    Raises OptionError if it cannot be written, RuntimeError with the compiler's words if the sources are wrong.
+    """
+    try:
+        package.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=package.parent) as unfinished:
+            # The name of the file becomes that of the package.
+            compiled = Path(unfinished, package.name)
+            find_place_for_max_cache()  # the compiler keeps things there too
+            arguments = ["precompile", str(KERNELS), "-o", str(compiled)]
+            with announced("compiling kernels: most of a minute the first time"):
+                subprocess_run_mojo(arguments, check=True, capture_output=True)
+            compiled.replace(package)
+    except subprocess.CalledProcessError as error:
+        raise RuntimeError(f"{KERNELS} does not compile:\n{error.stderr.decode()}") from error
+    except OSError as error:
+        raise OptionError(f"{package.parent}: compiled kernels cannot be kept there: {error}") from error

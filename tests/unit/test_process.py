@@ -1,0 +1,117 @@
+"""What a process has to do with MAX: threads and forks."""
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from maxwhisper import audio, load_model, log_mel_spectrogram
+from maxwhisper.errors import DeviceError
+from maxwhisper.whisper import Network, Whisper
+
+NANO = Path(__file__).parents[2] / "fixtures" / "nano.pt"
+SILENCE = np.zeros(16000, np.float32)
+MEL = torch.zeros(80, 3000)  # PyTorch itself would make it with threads that a child has not
+
+
+# ---- threads -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["decoder.alignment", "log_mel"])
+def test_what_two_threads_need_is_compiled_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_model(NANO)
+    both, calls = threading.Barrier(2), []
+    load = Network._load if name != "log_mel" else audio._compile
+
+    def counted(*arguments: object) -> object:
+        calls.append(arguments[0])
+        return load(*arguments)
+
+    monkeypatch.setattr(Network, "_load", counted)
+    monkeypatch.setattr(audio, "_compile", counted)
+    monkeypatch.setattr(audio, "_SPECTROGRAMS", {})
+
+    def use() -> object:
+        both.wait()
+        return audio.compiled_spectrogram(80) if name == "log_mel" else model.encoder.network[name]
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = (pool.submit(use) for _ in range(2))
+    assert first.result() is second.result() and len(calls) == 1
+
+
+# ---- forks ---------------------------------------------------------------------------------------------------------
+
+
+def in_child(use: Callable[[], object], seconds: float = 20) -> str:
+    """What a forked child says of a use: the message of its DeviceError."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            use()
+            message = "no error"
+        except DeviceError as error:
+            message = str(error)
+        except BaseException as error:
+            message = repr(error)
+        os.write(writing, message.encode())
+        os._exit(0)
+    os.close(writing)
+    ready, _, _ = select.select([reading], [], [], seconds)
+    message = os.read(reading, 4096).decode() if ready else "it hangs"
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    os.close(reading)
+    return message
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model: model.transcribe(SILENCE, language="en"),
+        lambda model: model.decode(MEL, language="en", fp16=False),
+        lambda model: model.encoder(MEL[None]),
+        lambda model: list(model.transcribe_many([SILENCE, SILENCE], 2))[0][1],
+        lambda model: load_model(NANO),
+        lambda model: log_mel_spectrogram(np.zeros(4_800_000, np.float32)),
+    ],
+    ids=["transcribe", "decode", "encoder", "transcribe_many", "load_model", "log_mel_spectrogram"],
+)
+def test_a_forked_process_says_what_to_do(use: Callable[[Whisper], object]) -> None:
+    model = load_model(NANO)
+    model.transcribe(SILENCE, language="en")
+
+    def used() -> None:
+        if isinstance(result := use(model), Exception):
+            raise result
+
+    message = in_child(used)
+    assert "was forked from one" in message and "load the model after the fork" in message and "'spawn'" in message
+
+
+LOAD_AFTER_FORK = """
+import os, sys
+import maxwhisper
+
+if child := os.fork():
+    sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(maxwhisper.load_model(sys.argv[1]).transcribe(sys.argv[2])["text"])
+"""
+
+
+def test_a_model_can_be_loaded_after_a_fork() -> None:
+    clip = NANO.parent / "clips" / "english-4.ogg"
+    command = [sys.executable, "-c", LOAD_AFTER_FORK, NANO, clip]
+    done = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, timeout=300)
+    assert done.stdout.startswith(" Where is the simple engine") and done.returncode == 0, done.stderr
