@@ -17,9 +17,9 @@ import json
 import math
 import os
 import re
+import sys
 import tempfile
 import warnings
-import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -28,12 +28,22 @@ from typing import Any
 import numpy as np
 import torch
 import whisper
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from whisper.model import ModelDimensions
 
-from .cache import cache_home, writable
-from .errors import CheckpointError, OptionError
+from maxwhisper.cache import cache_home, writable
+from maxwhisper.errors import CheckpointError, OptionError
+from maxwhisper.hugging_face import (
+    HUGGING_FACE_DIMS,
+    hugging_face_name,
+    read_config,
+    read_weights,
+    with_tied_embedding,
+)
+from maxwhisper.stored import parse_json, read_json, read_safetensors, reason, some, unpickle
+from maxwhisper.vocabulary import check_vocabulary, vocabulary_size
+from maxwhisper.wrapped import OUTPUT, Named, model_in, named, rewriting
 
 Heads = tuple[tuple[int, int], ...]
 StrPath = str | os.PathLike[str]
@@ -50,41 +60,6 @@ _STATED_BY = {
     "decoder.positional_embedding": ("n_text_ctx", "n_text_state"),
     "decoder.token_embedding.weight": ("n_vocab", "n_text_state"),
 }
-
-HUGGING_FACE_DIMS = {
-    "n_mels": "num_mel_bins",
-    "n_audio_ctx": "max_source_positions",
-    "n_audio_state": "d_model",
-    "n_audio_head": "encoder_attention_heads",
-    "n_audio_layer": "encoder_layers",
-    "n_vocab": "vocab_size",
-    "n_text_ctx": "max_target_positions",
-    "n_text_state": "d_model",
-    "n_text_head": "decoder_attention_heads",
-    "n_text_layer": "decoder_layers",
-}
-_HUGGING_FACE_PARTS = {
-    "blocks": "layers",
-    "attn": "self_attn",
-    "attn_ln": "self_attn_layer_norm",
-    "cross_attn": "encoder_attn",
-    "cross_attn_ln": "encoder_attn_layer_norm",
-    "mlp_ln": "final_layer_norm",
-    "query": "q_proj",
-    "key": "k_proj",
-    "value": "v_proj",
-    "out": "out_proj",
-    "ln_post": "layer_norm",
-    "ln": "layer_norm",
-    "token_embedding": "embed_tokens",
-    "positional_embedding": "embed_positions.weight",
-}
-_HUGGING_FACE_WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +85,8 @@ def load_checkpoint(name_or_path: StrPath, download_root: StrPath | None = None)
     written by `convert`, or a Hugging Face Whisper folder (or the safetensors file inside it). A named model is fetched
     by openai-whisper's own downloader into `download_root`, by default `$XDG_CACHE_HOME/whisper` or `~/.cache/whisper`.
 
-    Raises CheckpointError.
+    Warns where alignment heads are of another model, and where rows of the token embedding that stand for no token are
+    left out. Raises CheckpointError.
     """
     if isinstance(name_or_path, str) and name_or_path in whisper.available_models():
         return _load_named(name_or_path, download_root)
@@ -148,7 +124,7 @@ def convert(source: StrPath, destination: StrPath) -> Path:
             unfinished.chmod(mode)  # safetensors makes its files private
             os.replace(unfinished, destination)
     except (OSError, SafetensorError) as error:
-        raise OptionError(f"{destination}: cannot be written: {_reason(error)}") from error
+        raise OptionError(f"{destination}: cannot be written: {reason(error)}") from error
     return destination
 
 
@@ -191,7 +167,7 @@ def _load_named(name: str, download_root: StrPath | None) -> Checkpoint:
     try:
         path = Path(whisper._download(whisper._MODELS[name], os.fspath(download_root), in_memory=False))
     except Exception as error:  # the network and the disk, but also a server's answer that the downloader stumbles over
-        raise CheckpointError(f"{name}: cannot be fetched into {download_root}: {_reason(error)}") from error
+        raise CheckpointError(f"{name}: cannot be fetched into {download_root}: {reason(error)}") from error
     checkpoint = _load_openai(path)
     dims = checkpoint.dims
     mask = np.frombuffer(gzip.decompress(base64.b85decode(whisper._ALIGNMENT_HEADS[name])), dtype=bool)
@@ -200,138 +176,68 @@ def _load_named(name: str, download_root: StrPath | None) -> Checkpoint:
 
 
 def _load_openai(path: Path) -> Checkpoint:
-    content = _unpickle(path)
-    if not {"dims", "model_state_dict"} <= content.keys():
-        raise CheckpointError(
-            f"{path}: not an OpenAI checkpoint, which holds 'dims' and 'model_state_dict';"
-            " for a Hugging Face model give the folder that holds its config.json"
-        )
-    dims = _dimensions(path, content["dims"])
-    return Checkpoint(path.stem, path, dims, _validated(path, dims, content["model_state_dict"]), None)
+    dims, stored = model_in(path, unpickle(path))
+    dimensions = _dimensions(path, dims)
+    check_vocabulary(path, dimensions.n_vocab)
+    return Checkpoint(path.stem, path, dimensions, _validated(path, dimensions, named(path, stored)), None)
 
 
 def _load_safetensors(path: Path) -> Checkpoint:
-    stored, metadata = _read_safetensors(path)
+    stored, metadata = read_safetensors(path)
     if _DIMS_KEY not in metadata:
         if os.path.isfile(path.parent / "config.json"):
             return _load_hugging_face(path.parent, path)
-        raise CheckpointError(f"{path}: has no {_DIMS_KEY!r} in its metadata and no config.json beside it")
-    dims = _dimensions(path, _parse_json(path, metadata[_DIMS_KEY]))
-    tensors = _validated(path, dims, stored)
-    heads = _heads(path, dims, _parse_json(path, metadata.get(_HEADS_KEY, "null")))
+        lacks = f"has no {_DIMS_KEY!r} in its metadata and no config.json beside it"
+        raise CheckpointError(f"{path}: {lacks}; {rewriting(path, stored)}")
+    dims = _dimensions(path, parse_json(path, metadata[_DIMS_KEY]))
+    check_vocabulary(path, dims.n_vocab)
+    tensors = _validated(path, dims, named(path, stored))
+    heads = _heads(path, dims, parse_json(path, metadata.get(_HEADS_KEY, "null")))
     return Checkpoint(path.stem, path, dims, tensors, heads)
 
 
 def _load_hugging_face(folder: Path, weights: Path | None = None) -> Checkpoint:
-    dims = _hugging_face_dimensions(folder / "config.json")
-    path, stored = _read_hugging_face_weights(folder, weights)
-    has_output = "proj_out.weight" in stored
-    output = stored.pop("proj_out.weight", None)
-    prefix = "model." if any(str(name).startswith("model.") for name in stored) else ""
-    tensors = _validated(path, dims, stored, lambda name: prefix + hugging_face_name(name))
+    config = read_config(folder, weights)
+    dims = _dimensions(folder / "config.json", {ours: config[theirs] for ours, theirs in HUGGING_FACE_DIMS.items()})
+    path, stored = read_weights(folder, weights)
+    model = named(path, stored)
+    output = model.tensors.get(OUTPUT)
+    if has_output := OUTPUT in model.tensors:
+        model = with_tied_embedding(model, config)
+    tensors = _validated(path, dims, model, hugging_face_name)
     if has_output:
-        embedding = tensors["decoder.token_embedding.weight"]
-        output = _checked(f"{path}: tensor 'proj_out.weight'", output, tuple(embedding.shape))
-        if output.dtype != embedding.dtype or not torch.equal(output, embedding):
-            raise CheckpointError(f"{path}: tensor 'proj_out.weight' differs from the token embedding it is tied to")
+        _check_tied(path, output, tensors["decoder.token_embedding.weight"])
     generation = folder / "generation_config.json"
-    pairs = _read_json(generation).get("alignment_heads") if os.path.isfile(generation) else None
-    return Checkpoint(folder.resolve().name, folder, dims, tensors, _heads(generation, dims, pairs))
+    generating = read_json(generation) if os.path.isfile(generation) else {}
+    heads = _heads(generation, dims, generating.get("alignment_heads"))
+    dims = _without_added_rows(folder, dims, tensors, generating)
+    return Checkpoint(folder.resolve().name, folder, dims, tensors, heads)
 
 
-def _hugging_face_dimensions(path: Path) -> ModelDimensions:
-    config = {"activation_function": "gelu", "scale_embedding": False} | _read_json(path)
-    for key, needed in (("model_type", "whisper"), ("activation_function", "gelu"), ("scale_embedding", False)):
-        if config.get(key) != needed:
-            raise CheckpointError(f"{path}: {key} is {config.get(key)!r}, expected {needed!r}")
-    if missing := set(HUGGING_FACE_DIMS.values()) - config.keys():
-        raise CheckpointError(f"{path}: lacks {_some(missing)}")
-    return _dimensions(path, {ours: config[theirs] for ours, theirs in HUGGING_FACE_DIMS.items()})
+def _check_tied(path: Path, output: object, embedding: torch.Tensor) -> None:
+    """Accepts an output projection that is the token embedding, or one of the two rounded to the dtype of the other."""
+    output = _checked(f"{path}: tensor {OUTPUT!r}", output, tuple(embedding.shape))
+    if not torch.equal(output, embedding.to(output.dtype)) and not torch.equal(output.to(embedding.dtype), embedding):
+        raise CheckpointError(f"{path}: tensor {OUTPUT!r} differs from the token embedding it is tied to")
 
 
-def hugging_face_name(name: str) -> str:
-    parts = name.replace("mlp.0", "fc1").replace("mlp.2", "fc2").split(".")
-    return ".".join(_HUGGING_FACE_PARTS.get(part, part) for part in parts)
-
-
-def _read_hugging_face_weights(folder: Path, weights: Path | None) -> tuple[Path, dict[Any, Any]]:
-    path = weights or next((folder / file for file in _HUGGING_FACE_WEIGHTS if os.path.isfile(folder / file)), None)
-    if path is None:
-        raise CheckpointError(f"{folder}: holds none of {', '.join(_HUGGING_FACE_WEIGHTS)}")
-    if path.suffix != ".json":
-        return path, _read_tensors(path)
-    weight_map = _read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise CheckpointError(f"{path}: 'weight_map' must give a file name for each tensor")
-    stored: dict[Any, Any] = {}
-    for file in sorted(set(weight_map.values())):
-        shard = _read_tensors(folder / file)
-        if astray := shard.keys() ^ {name for name in weight_map if weight_map[name] == file}:
-            raise CheckpointError(f"{folder / file}: this file and {path.name} disagree on holding {_some(astray)}")
-        stored |= shard
-    return path, stored
-
-
-def _read_tensors(path: Path) -> dict[Any, Any]:
-    return _read_safetensors(path)[0] if path.suffix == ".safetensors" else _unpickle(path)
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except Exception as error:  # besides its own error, the reader lets those of the file system and of torch through
-        raise CheckpointError(f"{path}: cannot be read as safetensors: {_reason(error)}") from error
-
-
-def _unpickle(path: Path) -> dict[Any, Any]:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch comments on damaged bytes before it gives up on them
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=_can_be_mapped(path))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {_reason(error)}") from error
-    except Exception as error:  # on damaged bytes torch raises nearly every built-in exception
-        foreign = re.search(r"GLOBAL (\S+)", str(error))
-        if foreign:
-            raise CheckpointError(f"{path}: refused, since reading it would run or build {foreign[1]}") from error
-        raise CheckpointError(f"{path}: damaged, or not a PyTorch checkpoint ({type(error).__name__})") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected a dict")
-    return content
-
-
-def _can_be_mapped(path: Path) -> bool:
-    """Whether torch can map the tensors in this file; raises BadZipFile if a checksum in the archive does not hold."""
-    with path.open("rb") as file:
-        if file.read(4) != b"PK\x03\x04":
-            return False  # the format before torch 1.6
-    with zipfile.ZipFile(path) as archive:
-        # torch verifies neither the checksums nor the table that locates the tensors
-        if damaged := archive.testzip():
-            raise zipfile.BadZipFile(f"the checksum of {damaged} does not hold")
-        # and would map compressed entries as if they were plain
-        return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = _parse_json(path, path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {_reason(error)}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds a JSON {type(content).__name__}, expected an object")
-    return content
-
-
-def _parse_json(path: Path, text: str | bytes) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: broken JSON: {_reason(error)}") from error
+def _without_added_rows(
+    folder: Path, dims: ModelDimensions, tensors: dict[str, torch.Tensor], generating: dict[str, Any]
+) -> ModelDimensions:
+    """Cuts rows that stand for no token from the token embedding in `tensors`; returns the dimensions without them."""
+    size = vocabulary_size(folder, dims.n_vocab, generating)
+    if size < dims.n_vocab:
+        _warn(
+            f"{folder}: the {dims.n_vocab - size} rows of the token embedding behind OpenAI's vocabulary of {size} are"
+            " left out, since the tokenizer beside it has no tokens for them"
+        )
+        name = "decoder.token_embedding.weight"
+        tensors[name] = tensors[name][:size]
+    return replace(dims, n_vocab=size)
 
 
 def _dimensions(path: Path, values: object) -> ModelDimensions:
+    values = vars(values) if isinstance(values, ModelDimensions) else values
     names = [each.name for each in fields(ModelDimensions)]
     if not isinstance(values, dict) or values.keys() != set(names):
         raise CheckpointError(f"{path}: the dimensions must be exactly {', '.join(names)}")
@@ -349,41 +255,55 @@ def _dimensions(path: Path, values: object) -> ModelDimensions:
 
 
 def _heads(path: Path, dims: ModelDimensions, pairs: object) -> Heads | None:
+    """The alignment heads in OpenAI's order; None, with a warning, if there are none or they are of another model."""
     if pairs is None:
         return None
-    every = [[layer, head] for layer in range(dims.n_text_layer) for head in range(dims.n_text_head)]
-    if not isinstance(pairs, list) or not pairs or any(pair not in every for pair in pairs):
-        raise CheckpointError(
-            f"{path}: the alignment heads must be pairs of a layer (of {dims.n_text_layer}) and a head"
-            f" (of {dims.n_text_head})"
-        )
-    return tuple((layer, head) for layer, head in every if [layer, head] in pairs)
+    shape = f"a layer (of {dims.n_text_layer}) and a head (of {dims.n_text_head})"
+    if not isinstance(pairs, list) or not all(_is_head(pair) for pair in pairs):
+        raise CheckpointError(f"{path}: the alignment heads must be pairs of {shape}")
+    astray = [pair for pair in pairs if pair[0] >= dims.n_text_layer or pair[1] >= dims.n_text_head]
+    if astray or not pairs:
+        found = f"of the alignment heads, {some(astray)} are not {shape}" if astray else "the alignment heads are empty"
+        _warn(f"{path}: {found}; word timestamps use OpenAI's default, all heads of the upper half of the layers")
+        return None
+    return tuple(sorted({(layer, head) for layer, head in pairs}))
+
+
+def _is_head(pair: object) -> bool:
+    return isinstance(pair, list) and len(pair) == 2 and all(type(index) is int and index >= 0 for index in pair)
+
+
+def _warn(message: str) -> None:
+    """Warns at the line outside of this package that asked for a checkpoint, so that each is told once."""
+    package = __name__.partition(".")[0]
+    frame, level = sys._getframe(), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == package:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level)
 
 
 def _validated(
-    path: Path, dims: ModelDimensions, stored: object, stored_name: Callable[[str], str] = str
+    path: Path, dims: ModelDimensions, model: Named, plain_name: Callable[[str], str] = str
 ) -> dict[str, torch.Tensor]:
-    """The tensors of `stored` in OpenAI's names and order; `stored_name` maps an OpenAI name to the one in the file."""
-    if not isinstance(stored, dict):
-        raise CheckpointError(f"{path}: the state dict is a {type(stored).__name__}, expected a dict")
+    """The tensors of `model` in OpenAI's names and order; `plain_name` maps an OpenAI name to its plain name there."""
     # Before anything is listed by layer: the dimensions may claim any number of them.
     for part, claimed in (("encoder", dims.n_audio_layer), ("decoder", dims.n_text_layer)):
-        pattern = re.compile(rf"(?:model\.)?{part}\.(?:blocks|layers)\.([0-9]+)\.")
-        found = len({match[1] for name in stored if (match := pattern.match(str(name)))})
+        pattern = re.compile(rf"{part}\.(?:blocks|layers)\.([0-9]+)\.")
+        found = len({match[1] for name in model.tensors if (match := pattern.match(name))})
         if found != claimed:
             key = "n_audio_layer" if part == "encoder" else "n_text_layer"
             raise CheckpointError(f"{path}: {key} is {claimed}, but the tensors of {found} {part} layers are stored")
     shapes = expected_tensors(dims)
-    names = {name: stored_name(name) for name in shapes}
-    if missing := set(names.values()) - stored.keys():
-        raise CheckpointError(f"{path}: lacks tensor {_some(missing)}")
-    if unexpected := stored.keys() - set(names.values()):
-        raise CheckpointError(f"{path}: holds unexpected tensor {_some(unexpected)}")
+    names = {name: plain_name(name) for name in shapes}
+    if missing := set(names.values()) - model.tensors.keys():
+        raise CheckpointError(f"{path}: lacks tensor {some(model.prefix + name for name in missing)}")
+    if unexpected := model.tensors.keys() - set(names.values()):
+        raise CheckpointError(f"{path}: holds unexpected tensor {some(model.names[name] for name in unexpected)}")
     tensors = {}
     for name, shape in shapes.items():
         stated = ", ".join(f"{key} is {getattr(dims, key)}" for key in _STATED_BY.get(name, ()))
-        where = f"{path}: tensor {names[name]!r}"
-        tensors[name] = _checked(where, stored[names[name]], shape, f" since {stated}" if stated else "")
+        where = f"{path}: tensor {model.names[names[name]]!r}"
+        tensors[name] = _checked(where, model.tensors[names[name]], shape, f" since {stated}" if stated else "")
     return tensors
 
 
@@ -399,16 +319,3 @@ def _checked(where: str, tensor: object, shape: tuple[int, ...], because: str = 
     if not all(math.isfinite(extreme.item()) for extreme in tensor.aminmax()):
         raise CheckpointError(f"{where} holds values that are not finite")
     return tensor
-
-
-def _some(names: Any) -> str:
-    """Up to three names, and how many more there are."""
-    listed = sorted(map(repr, names))
-    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")
-
-
-def _reason(error: Exception) -> str:
-    """An exception as one line."""
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

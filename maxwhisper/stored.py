@@ -1,0 +1,104 @@
+"""What the files of a checkpoint store: read without running code, and refused in one line where it cannot be read."""
+
+import json
+import re
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from whisper.model import ModelDimensions
+
+from maxwhisper.errors import CheckpointError
+
+
+def read_tensors(path: Path) -> dict[Any, Any]:
+    return read_safetensors(path)[0] if path.suffix == ".safetensors" else unpickle(path)
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except Exception as error:  # besides its own error, the reader lets those of the file system and of torch through
+        raise CheckpointError(f"{path}: cannot be read as safetensors: {reason(error)}") from error
+
+
+def unpickle(path: Path) -> dict[Any, Any]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch comments on damaged bytes before it gives up on them
+            torch.serialization.add_safe_globals([ModelDimensions])  # a dataclass of numbers, which runs nothing
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=can_be_mapped(path))
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {reason(error)}") from error
+    except Exception as error:  # on damaged bytes torch raises nearly every built-in exception
+        if foreign := re.search(r"GLOBAL (\S+)", str(error)):
+            refused = f"{path}: refused, since reading it would run or build {foreign[1]}"
+            raise CheckpointError(f"{refused}{_without(path, foreign[1])}") from error
+        raise CheckpointError(f"{path}: damaged, or not a PyTorch checkpoint ({type(error).__name__})") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected a dict")
+    return content
+
+
+def _without(path: Path, foreign: str) -> str:
+    """How to store the tensors of a whole model that was pickled, where `foreign` shows it to be one."""
+    model = f"model = torch.load({str(path)!r}, weights_only=False)"
+    if foreign == "whisper.model.Whisper":
+        saved = "torch.save({'dims': vars(model.dims), 'model_state_dict': model.state_dict()}, 'whisper.pt')"
+        return f": a whole model, pickled with its class; if you trust it, {as_lines(f'import torch; {model}', saved)}"
+    if foreign.startswith("transformers.models.whisper."):
+        saved = "model.save_pretrained('whisper')"
+        return f": a whole model, pickled with its class; if you trust it, {as_lines(f'import torch; {model}', saved)}"
+    return "; where it comes from, save 'dims' and 'model_state_dict' alone, of numbers and tensors"
+
+
+def can_be_mapped(path: Path) -> bool:
+    """Whether torch can map the tensors in this file; raises BadZipFile if a checksum in the archive does not hold."""
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            return False  # the format before torch 1.6
+    with zipfile.ZipFile(path) as archive:
+        # torch verifies neither the checksums nor the table that locates the tensors
+        if damaged := archive.testzip():
+            raise zipfile.BadZipFile(f"the checksum of {damaged} does not hold")
+        # and would map compressed entries as if they were plain
+        return all(entry.compress_type == zipfile.ZIP_STORED for entry in archive.infolist())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = parse_json(path, path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {reason(error)}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds a JSON {type(content).__name__}, expected an object")
+    return content
+
+
+def parse_json(path: Path, text: str | bytes) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: broken JSON: {reason(error)}") from error
+
+
+def as_lines(*lines: str) -> str:
+    """Lines of Python within a message of one line."""
+    return f"run `{'; '.join(lines)}`"
+
+
+def some(names: Any) -> str:
+    """Up to three names, and how many more there are."""
+    listed = sorted(map(repr, names))
+    return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")
+
+
+def reason(error: Exception) -> str:
+    """An exception as one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
