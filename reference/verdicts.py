@@ -55,7 +55,10 @@ class Lenient:
                 self.memory.set(key, value)
         except (OSError, Warning) as error:
             cause = error.__context__ if isinstance(error, Warning) and error.__context__ else error
-            self.say(f"pytest's cache keeps nothing for the next run: {one_line(cause)}", "cache")
+            why = getattr(cause, "strerror", None) or one_line(cause)  # its files have names of no meaning
+            self.say(
+                f"pytest's cache keeps nothing for the next run ({why}); -o cache_dir=DIR has it elsewhere", "cache"
+            )
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.memory, name)

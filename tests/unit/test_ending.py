@@ -15,7 +15,7 @@ import torch
 import reference.report.charts  # noqa: F401 - what a run inside this process imports first is not kept
 from maxwhisper.runtime import COMPILE_LOG, CompileRecord
 from reference.chain import Chain
-from reference.distributed import packed, restore_environment, unpack_into
+from reference.distributed import packed, unpack_into
 from reference.faults import FaultVerdict, graph_faults, weight_faults
 from reference.judge import Comparison, Judgement, Measure, Output, explain
 from reference.pytest_plugin import Ending
@@ -188,7 +188,7 @@ def test_a_worker_that_died_fails_the_run() -> None:
 def test_children_take_this_python_for_their_own() -> None:
     """MAX sets this for children that are given no environment, as those of pytest-xdist are not."""
     os.putenv("PYTHONEXECUTABLE", "/nowhere/bin/python3")
-    restore_environment()
+    Ending(Mock(), Run()).pytest_xdist_setupnodes()
     command = [sys.executable, "-c", "import sys; print(sys.executable)"]
     assert subprocess.run(command, capture_output=True, text=True).stdout.strip() == sys.executable
 
