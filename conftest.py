@@ -43,13 +43,16 @@ from maxwhisper.artifacts import TARGETS, Artifacts
 from maxwhisper.blocks import BLOCKS, Block
 from maxwhisper.cache import cache_folder
 from maxwhisper.errors import ArtifactError, MaxWhisperError
-from maxwhisper.runtime import COMPILE_LOG, device_named, gpu_found
+from maxwhisper.runtime import device_named, gpu_found
 from reference.activations import KINDS, RANDOM
 from reference.ahead import TRANSCRIBING, CompileAhead, suite_job
+from reference.distributed import is_distributed, is_worker
 from reference.judge import Comparison, dtype_name
 from reference.lowering import Lowering, graphs
+from reference.pytest_plugin import Ending
 from reference.results import Run
 from reference.suite import CHECKPOINT, DTYPES, FIXTURE, SIZES, TRAINED, Model, Suite, comparisons, load, trained
+from reference.verdicts import Lenient
 
 ALL_SIZES = (FIXTURE, *SIZES)
 DEFAULT_SIZES = (FIXTURE, "tiny")
@@ -60,6 +63,7 @@ AHEAD: list[CompileAhead] = []
 """What compiles ahead of later tests, once it is known which there are."""
 LOWERING: dict[str, Lowering] = {}
 """By target, the process that compiles for it, once there is one."""
+ENDING = pytest.StashKey[Ending]()
 ARTIFACTS = Path("build", "artifacts")
 """Where --compile-only writes unless --artifacts says otherwise."""
 
@@ -102,8 +106,15 @@ def pytest_configure(config: pytest.Config) -> None:
     if targets(config):
         if config.getoption("--report"):
             raise pytest.UsageError("--report: --compile-only compares nothing that could be reported")
+        if is_distributed(config):
+            raise pytest.UsageError("--compile-only: one process compiles for a target, so leave out -n, or give -n 0")
+        check_folder("--artifacts", Path(config.getoption("--artifacts") or ARTIFACTS))
     else:
         artifacts(config)
+    config.stash[ENDING] = ending = Ending(config, RUN)
+    config.pluginmanager.register(ending)
+    if cache := getattr(config, "cache", None):
+        config.cache = Lenient(cache, RUN.note)
 
 
 class Progress(logging.Handler):
@@ -234,7 +245,7 @@ def sizes_for(config: pytest.Config, test: pytest.Item) -> tuple[str, ...]:
     are of tiny in float32 unless options say otherwise, and of the fixture where nothing is timed."""
     only = sizes(config)
     if test.get_closest_marker("benchmarked") and not config.getoption("--size"):
-        only = (FIXTURE,) if config.getoption("benchmark_disable") else ("tiny",)
+        only = ("tiny",) if times(config) else (FIXTURE,)
     if test.get_closest_marker("trained"):
         only = TRAINED
     if test.get_closest_marker("faults"):
@@ -300,6 +311,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """Has what later tests need compiled by other processes while the first model compiles here; not for benchmarks,
     which they would disturb."""
     config = session.config
+    if is_worker(config):  # which has others beside it that compile
+        return
     judged = [item for item in session.items if not item.get_closest_marker("benchmarked")]
     models = list(dict.fromkeys(model for item in judged for model in models_of(item)))
     jobs = [suite_job(*model) for model in models[1:]]
@@ -313,6 +326,11 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         logging.getLogger("maxwhisper").addHandler(AHEAD[-1])
 
 
+def times(config: pytest.Config) -> bool:
+    """Whether anything is timed: not beside other workers of pytest-xdist."""
+    return not config.getoption("benchmark_disable") and not is_worker(config)
+
+
 def wait_for(job: str) -> None:
     for ahead in AHEAD:
         ahead.wait(job)
@@ -323,7 +341,7 @@ def wanted(config: pytest.Config, item: pytest.Item) -> bool:
     weights in float32 by default."""
     if bool(targets(config)) != ("lowering" in item.fixturenames):  # type: ignore[attr-defined]
         return False
-    if item.get_closest_marker("clock") and config.getoption("benchmark_disable"):
+    if item.get_closest_marker("clock") and not times(config):
         return False
     faults, asked = item.get_closest_marker("faults"), config.getoption("--faults")
     if faults and (asked or "weights") not in ("all", faults.args[0]):
@@ -399,31 +417,19 @@ def loading(request: pytest.FixtureRequest) -> dict[str, Any]:
 # ---- what a run says at its end ------------------------------------------------------------------------------------
 
 
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    if "tests/parity" in report.nodeid:
-        RUN.test_seconds += report.duration
-
-
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    for line in RUN.summary_lines():
-        terminalreporter.write_line(line)
     for each in LOWERING.values():
         terminalreporter.write_line(each.summary())
-    if COMPILE_LOG:
-        graphs, seconds = sum(r.graphs for r in COMPILE_LOG), sum(r.seconds for r in COMPILE_LOG)
-        terminalreporter.write_line(f"compile: {graphs} graphs in {len(COMPILE_LOG)} artifacts, {seconds:.1f} s")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """A parity run that compared nothing has shown nothing."""
     for ahead in AHEAD:
         ahead.stop()
     stop_lowering()
-    if session.config.getoption("collectonly"):
+    if session.config.getoption("collectonly") or is_worker(session.config):
         return
-    parity = any("parity" in item.nodeid for item in session.items)
+    parity = any("parity" in name for name in session.config.stash[ENDING].selected(session))
     if parity and not RUN.compared and not LOWERING and session.exitstatus == 0:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
-    if folder := session.config.getoption("--report"):
-        RUN.exit_status = int(session.exitstatus)
-        RUN.write(Path(folder))

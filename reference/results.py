@@ -4,10 +4,10 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,26 +18,57 @@ from maxwhisper.runtime import COMPILE_LOG
 from .chain import Chain
 from .faults import FaultVerdict
 from .judge import Judgement, dtype_name
+from .reasons import one_line
 from .transcripts import Transcript
+from .versions import version
 
 PACKAGES = ("maxwhisper", "max", "torch", "openai-whisper", "numpy")
+FOUND = ("judgements", "chains", "faults", "transcripts", "lost")
+"""Fields of a run that its tests fill."""
 
 
 @dataclass
 class Run:
     """Everything a run has found.
 
-    compare_seconds: in parity tests, without compiling.
+    compare_seconds: in parity tests, without compiling. lost: why verdicts are missing that should be there, a line
+    each; a run that lost some has not passed. notes: other lines to be said at its end, by what they are about.
     """
 
     judgements: list[Judgement] = field(default_factory=list)
     chains: list[Chain] = field(default_factory=list)
     faults: list[FaultVerdict] = field(default_factory=list)
     transcripts: list[Transcript] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+    notes: dict[str, str] = field(default_factory=dict)
     test_seconds: float = 0.0
     exit_status: int = 0
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
     command: str = field(default_factory=lambda: shlex.join(["pytest", *sys.argv[1:]]))
+
+    def note(self, line: str, about: str = "") -> None:
+        """Keep a line to be said at the end, unless there is one about the same already."""
+        self.notes.setdefault(about or line, line)
+
+    @property
+    def anything(self) -> bool:
+        """Whether there is anything that another process should know."""
+        return bool(self.notes) or any(getattr(self, name) for name in FOUND)
+
+    def taken(self) -> "Run":
+        """Return what was found, and forget it here."""
+        found = Run(notes=self.notes, **{name: getattr(self, name) for name in FOUND})
+        self.notes = {}
+        for name in FOUND:
+            setattr(self, name, [])
+        return found
+
+    def add(self, found: "Run") -> None:
+        """Add what was found elsewhere, for instance by a worker of this run."""
+        for name in FOUND:
+            getattr(self, name).extend(getattr(found, name))
+        for about, line in found.notes.items():
+            self.note(line, about)
 
     @property
     def verdicts(self) -> list[Judgement]:
@@ -68,7 +99,8 @@ class Run:
     def passed(self) -> bool:
         judged = all(judgement.passed for judgement in self.judgements) and all(chain.passed for chain in self.chains)
         caught = all(fault.accepted for fault in self.faults)
-        return self.compared and judged and caught and all(transcript.equal for transcript in self.transcripts)
+        equal = all(transcript.equal for transcript in self.transcripts)
+        return self.compared and judged and caught and equal and not self.lost
 
     @property
     def compile_seconds(self) -> float:
@@ -98,8 +130,11 @@ class Run:
         return lines
 
     def write(self, folder: Path) -> None:
-        """Writes report.html, report.json and summary.md into the folder."""
-        from .report import write  # matplotlib, which only a report needs
+        """Writes report.html, report.json and summary.md into the folder.
+
+        Raises ReportError, after all that can be written has been, where one of them cannot.
+        """
+        from .report import write
 
         write(self, folder)
 
@@ -117,16 +152,29 @@ def fault_lines(faults: Sequence[FaultVerdict]) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """The machine and the versions that a run's figures belong to."""
-    gpu = Accelerator().architecture_name if accelerator_count() else "none"
-    return {
-        "processor": processor(),
-        "cores": str(os.cpu_count()),
-        "system": platform.platform(),
-        "GPU": f"{torch.cuda.get_device_name()} ({gpu})" if torch.cuda.is_available() else gpu,
-        "Python": platform.python_version(),
-        **{name: version(name) for name in PACKAGES},
+    """The machine and the versions that a run's figures belong to; of what cannot be told, why."""
+    facts: dict[str, Callable[[], object]] = {
+        "processor": processor,
+        "cores": os.cpu_count,
+        "system": platform.platform,
+        "GPU": gpu,
+        "Python": platform.python_version,
+        **{name: partial(version, name) for name in PACKAGES},
     }
+    return {name: told(fact) for name, fact in facts.items()}
+
+
+def told(fact: Callable[[], object]) -> str:
+    try:
+        return str(fact())
+    except Exception as error:
+        return f"unknown: {one_line(error)}"
+
+
+def gpu() -> str:
+    """The GPU's name and MAX's for its architecture, "none" where there is none."""
+    found = Accelerator().architecture_name if accelerator_count() else "none"
+    return f"{torch.cuda.get_device_name()} ({found})" if torch.cuda.is_available() else found
 
 
 def processor() -> str:

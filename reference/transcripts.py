@@ -65,15 +65,17 @@ class Yardstick:
         heads = self.model.alignment_heads.to_dense()
         return fingerprint(self.model.state_dict() | {"alignment_heads": heads}, repr(self.model.dims))
 
-    def key(self, audio: np.ndarray, options: dict[str, Any]) -> str:
-        others = json.dumps(options, sort_keys=True), *circumstances(MAKERS), str(self.model.device)
+    def key(self, audio: np.ndarray, options: dict[str, Any]) -> str | None:
+        """What the transcript is kept under; None where it is not known all that it depends on."""
+        if (under := circumstances(MAKERS)) is None:
+            return None
+        others = json.dumps(options, sort_keys=True), *under, str(self.model.device)
         return f"maxwhisper/transcripts/{fingerprint({'audio': torch.from_numpy(audio)}, self.weights, *others)}"
 
     def transcribe(self, audio: np.ndarray, **options: Any) -> dict[str, Any]:
         """As openai-whisper's, from memory where it is known."""
-        if self.memory is None:
+        if self.memory is None or (key := self.key(audio, options)) is None:
             return self.model.transcribe(audio, **options)
-        key = self.key(audio, options)
         known = self.memory.get(key, None)
         if known is None:
             known = self.model.transcribe(audio, **options)

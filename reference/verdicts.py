@@ -6,10 +6,10 @@ depends on, the verdict is the same and is not found again. Only verdicts that p
 """
 
 import hashlib
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +19,8 @@ from torch import Tensor
 import maxwhisper.blocks
 
 from .judge import Comparison, Judgement, Measure, Output, dtype_name
+from .reasons import one_line
+from .versions import version
 
 JUDGES = ("torch", "openai-whisper", "numpy")
 """Packages that a verdict depends on."""
@@ -31,6 +33,35 @@ class Memory(Protocol):
     def get(self, key: str, default: Any) -> Any: ...
 
     def set(self, key: str, value: object) -> None: ...
+
+
+@dataclass(frozen=True)
+class Lenient:
+    """A memory into which it is not worth failing to write: what cannot be kept is found again by the next run.
+
+    say: is given one line, and what it is about, for every value that cannot be kept.
+    """
+
+    memory: Memory
+    say: Callable[[str, str], object]
+
+    def get(self, key: str, default: Any) -> Any:
+        return self.memory.get(key, default)
+
+    def set(self, key: str, value: object) -> None:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # pytest's cache warns where it does not raise
+                self.memory.set(key, value)
+        except (OSError, Warning) as error:
+            cause = error.__context__ if isinstance(error, Warning) and error.__context__ else error
+            why = getattr(cause, "strerror", None) or one_line(cause)  # its files have names of no meaning
+            self.say(
+                f"pytest's cache keeps nothing for the next run ({why}); -o cache_dir=DIR has it elsewhere", "cache"
+            )
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.memory, name)
 
 
 @dataclass(frozen=True)
@@ -48,9 +79,11 @@ class Verdicts:
         tensors: what oracle and peer are given beside the weights, and what MAX made of it.
         """
         key = f"maxwhisper/verdicts/{name}"
-        now = fingerprint(tensors, self.model, sources(), *circumstances(JUDGES))
+        if (under := circumstances(JUDGES)) is None:
+            return judge()
+        now = fingerprint(tensors, self.model, sources(), *under)
         known = self.memory.get(key, None)
-        if known is not None and known["of"] == now:
+        if isinstance(known, dict) and known.get("of") == now:
             return [from_data(data) for data in known["judgements"]]
         judgements = judge()
         if judgements and all(judgement.passed for judgement in judgements):
@@ -67,9 +100,13 @@ def fingerprint(tensors: Mapping[str, Tensor], *others: str) -> str:
     return digest.hexdigest()
 
 
-def circumstances(packages: Iterable[str]) -> list[str]:
-    """What PyTorch's results depend on beside what it is given: packages, and how it computes here."""
-    versions = [f"{name} {version(name)}" for name in packages]
+def circumstances(packages: Iterable[str]) -> list[str] | None:
+    """What PyTorch's results depend on beside what it is given: packages, and how it computes here; None where that is
+    not known, as a package has no version."""
+    try:
+        versions = [f"{name} {version(name)}" for name in packages]
+    except ImportError:
+        return None
     return [*versions, torch.backends.cpu.get_cpu_capability(), str(torch.get_num_threads())]
 
 

@@ -22,8 +22,10 @@ from pathlib import Path
 from statistics import median
 from types import FrameType
 
+from maxwhisper.compare.run import written
 from maxwhisper.errors import MaxWhisperError, OptionError
 
+from ..reasons import one_line
 from ..suite import DTYPES, FIXTURE, SIZES
 from .engine import ROOT, Setting, Worker
 from .verdict import Verdict, verdict
@@ -249,11 +251,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("perf-gate: interrupted", file=sys.stderr)
         return 130
-    output = Path(options.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(report.markdown())
-    print(report.markdown())
-    return 1 if report.failed else 0
+    print(report.markdown(), flush=True)  # which is there whatever becomes of the file
+    return 1 if not write(report, Path(options.output)) or report.failed else 0
+
+
+def write(report: Report, path: Path) -> bool:
+    """Write the table; whether that could be done. Says so where it could not, and leaves no part of a file."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        written(path, lambda unfinished: unfinished.write_text(report.markdown()))
+    except (OSError, OptionError) as error:
+        print(f"perf-gate: --output {error if isinstance(error, OptionError) else one_line(error)}", file=sys.stderr)
+        return False
+    return True
 
 
 if __name__ == "__main__":

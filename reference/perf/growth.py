@@ -13,7 +13,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,9 @@ from maxwhisper.compare.run import PAUSE, machine, written
 from maxwhisper.compare.tokens import task_for
 from maxwhisper.errors import MaxWhisperError, OptionError
 
+from ..reasons import one_line
 from .engine import ROOT
-from .growth_report import Cost, Growth, Point, Row, markdown, write_plot
+from .growth_report import Cost, Growth, Point, Row, markdown, plot
 
 CLIP = ROOT / "fixtures" / "clips" / "english-4.ogg"
 TOKENS = 20
@@ -192,11 +193,22 @@ def writable(out: str) -> Path:
 
 
 def write(growth: Growth, folder: Path) -> None:
-    text, content = markdown(growth), json.dumps(growth.as_json(), indent=1)
-    written(folder / "growth.md", lambda unfinished: unfinished.write_text(text))
-    written(folder / "growth.json", lambda unfinished: unfinished.write_text(content))
-    write_plot(growth, folder / "growth.png")
-    print(text)
+    """Print the tables, then write the files. Raises OptionError, which names each file that cannot be made and why,
+    after the others have been written."""
+    print(text := markdown(growth), flush=True)
+    files: dict[str, Callable[[Path], object]] = {
+        "growth.md": lambda unfinished: unfinished.write_text(text),
+        "growth.json": lambda unfinished: unfinished.write_text(json.dumps(growth.as_json(), indent=1)),
+        "growth.png": lambda unfinished: plot(growth, unfinished),
+    }
+    missing = []
+    for name, make in files.items():
+        try:
+            written(folder / name, make)
+        except Exception as error:
+            missing.append(str(error) if isinstance(error, OptionError) else f"{folder / name}: {one_line(error)}")
+    if missing:
+        raise OptionError("; ".join(missing))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

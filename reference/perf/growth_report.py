@@ -12,7 +12,6 @@ from matplotlib.ticker import LogLocator
 
 from maxwhisper.compare.engines import REFERENCE, SUBJECT
 from maxwhisper.compare.results import middle
-from maxwhisper.compare.run import written
 from maxwhisper.compare.table import number
 
 TITLES = {"minutes": "Audio length", "batch": "Batch", "size": "Model size", "threads": "Threads"}
@@ -153,8 +152,8 @@ def notes(growth: Growth) -> list[str]:
 # ---- picture -------------------------------------------------------------------------------------------------------
 
 
-def write_plot(growth: Growth, path: Path) -> None:
-    """Time above memory, a column for each axis; raises OptionError if it cannot be written."""
+def plot(growth: Growth, path: Path) -> None:
+    """Write a picture: time above memory, a column for each axis."""
     figure = Figure(figsize=(1 + 3.6 * len(growth.axes), 6.5), layout="constrained")
     panels = figure.subplots(2, len(growth.axes), squeeze=False)
     for (above, below), axis in zip(panels.T, growth.axes, strict=True):
@@ -170,7 +169,7 @@ def write_plot(growth: Growth, path: Path) -> None:
         below.set_title("peak memory, MB")
         below.set_xlabel(HEADINGS[axis])
     panels[0][0].legend()
-    written(path, lambda unfinished: figure.savefig(unfinished, format="png", dpi=120))
+    figure.savefig(path, format="png", dpi=120)
 
 
 def draw(axes: Axes, rows: Sequence[Row], lines: Sequence[Sequence[float]]) -> None:

@@ -58,13 +58,13 @@ class Verdict:
 def verdict(run: Run) -> Verdict:
     """Of the comparisons and of pytest: a test that compares nothing can fail too."""
     if not run.compared:
-        return Verdict(False, "nothing was compared")
+        return Verdict(False, "; ".join(["nothing was compared", *run.lost]))
     if failed := list(what_failed(run)):
         return Verdict(False, "; ".join(failed))
     held = "; ".join(what_held(run))
     if run.exit_status:
         return Verdict(
-            False, f"pytest ended with status {run.exit_status}: a test beside the comparisons failed ({held})"
+            False, f"pytest ended with status {run.exit_status}: something beside the comparisons failed ({held})"
         )
     return Verdict(True, held)
 
@@ -83,6 +83,7 @@ def what_failed(run: Run) -> Iterator[str]:
     different = sum(not transcript.equal for transcript in run.transcripts)
     if different:
         yield f"{share(different, len(run.transcripts), 'transcripts')} differ from PyTorch Whisper's"
+    yield from run.lost
 
 
 def what_held(run: Run) -> Iterator[str]:

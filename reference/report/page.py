@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 from ..results import COMPILE_LOG, Run
+from .attempts import Attempts
 from .figures import (
     compile_log,
     failures,
@@ -33,17 +34,18 @@ SECTIONS = {
 }
 
 
-def page(run: Run, machine: dict[str, str]) -> str:
+def page(run: Run, machine: dict[str, str], attempts: Attempts) -> str:
+    """HTML of the whole page; a section or a chart that cannot be made is a line in its place."""
     found = verdict(run)
     contents = {
-        "failures": failure_section(run),
-        "blocks": block_section(run),
-        "network": network_section(run),
-        "maps": map_section(run),
-        "faults": fault_section(run),
-        "transcripts": transcript_section(run),
-        "comparisons": comparison_section(run),
-        "environment": environment_section(machine),
+        "failures": attempts("failures", failure_section, run),
+        "blocks": attempts("blocks", block_section, run, attempts),
+        "network": attempts("network", network_section, run, attempts),
+        "maps": attempts("maps of errors", map_section, run, attempts),
+        "faults": attempts("faults", fault_section, run),
+        "transcripts": attempts("transcripts", transcript_section, run),
+        "comparisons": attempts("comparisons", comparison_section, run),
+        "environment": attempts("environment", environment_section, machine),
     }
     sections = [element("section", element("h2", SECTIONS[id]), body, id=id) for id, body in contents.items()]
     links = [element("a", title, href=f"#{id}") for id, title in SECTIONS.items()]

@@ -1,11 +1,13 @@
 """The page's sections on blocks by themselves: ratios, maps of errors, and the list of all comparisons."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
 
 from ..judge import Explanation, Judgement, K, dtype_name
 from ..results import Run
-from . import charts
+from .attempts import Attempts
 from .figures import (
     BlockFigures,
     block_figures,
@@ -29,7 +31,7 @@ LISTED = 500
 # ---- blocks --------------------------------------------------------------------------------------------------------
 
 
-def block_section(run: Run) -> Html:
+def block_section(run: Run, attempts: Attempts) -> Html:
     figures, dtypes = block_figures(run), dtypes_of(run)
     if not figures:
         return none_of("comparisons of blocks on their own")
@@ -40,7 +42,7 @@ def block_section(run: Run) -> Html:
         f"the two. Used is the largest share of its budget, {K:g} times PyTorch's error and a floor, that any measure "
         "took; above 1 the block fails. Over all sizes, layers and inputs.",
     )
-    chart = element("div", charts.ratios(figures, dtypes), class_="scroll chart", tabindex=0)
+    chart = element("div", attempts("charts", ratio_chart, figures, dtypes), class_="scroll chart", tabindex=0)
     columns = ("median", "largest", "used")
     above = element("tr", element("th", ""), *(element("th", dtype, colspan=3, class_="group") for dtype in dtypes))
     header_row = element(
@@ -52,6 +54,12 @@ def block_section(run: Run) -> Html:
     ]
     whole = element("table", element("thead", above, header_row), element("tbody", *rows))
     return html(explained, chart, element("div", whole, class_="scroll", tabindex=0))
+
+
+def ratio_chart(figures: Mapping[str, Mapping[str, BlockFigures]], dtypes: Sequence[str]) -> Html:
+    from . import charts  # matplotlib, without which there is a page all the same
+
+    return charts.ratios(figures, dtypes)
 
 
 def block_cells(of: dict[str, BlockFigures], dtypes: Sequence[str]) -> list[Html]:
@@ -82,7 +90,7 @@ def used_cell(value: float) -> Html:
 # ---- maps of errors ------------------------------------------------------------------------------------------------
 
 
-def map_section(run: Run) -> Html:
+def map_section(run: Run, attempts: Attempts) -> Html:
     found = worst_maps(run.judgements)
     if not found:
         return element("p", "Maps are made of comparisons that fail; this run has none.", class_="quiet")
@@ -92,7 +100,9 @@ def map_section(run: Run) -> Html:
             "Absolute error of MAX over the RMS of the oracle, the largest of each cell; red where it is not finite. "
             "One comparison of each block and dtype, the worst.",
         ),
-        element("div", *(map_figure(*each, f"map-{n}") for n, each in enumerate(found[:MAPS])), class_="maps"),
+        element(
+            "div", *(map_figure(*each, f"map-{n}", attempts) for n, each in enumerate(found[:MAPS])), class_="maps"
+        ),
     )
 
 
@@ -105,10 +115,16 @@ def worst_maps(judgements: Sequence[Judgement]) -> list[tuple[Judgement, Explana
     return list(found.values())
 
 
-def map_figure(judgement: Judgement, explanation: Explanation, name: str) -> Html:
+def map_chart(name: str, errors: Tensor, shape: tuple[int, ...] | None) -> Html:
+    from . import charts
+
+    return charts.error_map(name, errors, shape)
+
+
+def map_figure(judgement: Judgement, explanation: Explanation, name: str, attempts: Attempts) -> Html:
     e = explanation
     shape = next((output.shape for output in judgement.outputs if output.index == e.output), None)
-    chart = charts.error_map(name, e.errors, shape)
+    chart = attempts("charts", map_chart, name, e.errors, shape)
     values = f"MAX {e.subject:.6g}, PyTorch {e.peer:.6g}, float64 {e.oracle:.6g}"
     return element(
         "figure",

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from ..chain import Chain
 from ..judge import dtype_name
 from ..results import Run
-from . import charts
+from .attempts import Attempts
 from .figures import (
     chained_points,
     divergence,
@@ -16,12 +16,12 @@ from .figures import (
 from .markup import Html, element, folded, html, mark, none_of, table
 
 
-def network_section(run: Run) -> Html:
+def network_section(run: Run, attempts: Attempts) -> Html:
     if not run.chains:
         return none_of("chain over the whole network")
     chains = worst_chains_first(run.chains)
     shown = first_of_each_dtype(chains)
-    drawn = {id(chain): chain_figure(run, chain, f"chain-{number}") for number, chain in enumerate(chains)}
+    drawn = {id(chain): chain_figure(run, chain, f"chain-{number}", attempts) for number, chain in enumerate(chains)}
     rest = [drawn[id(chain)] for chain in chains if chain not in shown]
     return html(
         element(
@@ -44,11 +44,16 @@ def first_of_each_dtype(chains: Iterable[Chain]) -> list[Chain]:
     return list(found.values())
 
 
-def chain_figure(run: Run, chain: Chain, name: str) -> Html:
+def chain_chart(run: Run, chain: Chain, name: str) -> Html:
+    from . import charts  # matplotlib, without which there is a page all the same
+
+    points, beside = chained_points(chain), isolated_points(run, chain)
+    return charts.along_the_network(name, list(chain.judgements), points, beside, chain.first_divergence)
+
+
+def chain_figure(run: Run, chain: Chain, name: str, attempts: Attempts) -> Html:
     c, points = chain.comparison, chained_points(chain)
-    chart = charts.along_the_network(
-        name, list(chain.judgements), points, isolated_points(run, chain), chain.first_divergence
-    )
+    chart = attempts("charts", chain_chart, run, chain, name)
     rows = [
         (element("code", p.name), scientific(p.subject), scientific(p.peer), scientific(p.budget), mark(p.passed))
         for p in points

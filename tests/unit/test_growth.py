@@ -122,6 +122,21 @@ def test_the_tables_and_files(
     assert {path.name for path in out.iterdir()} == {"growth.md", "growth.json", "growth.png"}
 
 
+def test_files_that_cannot_be_made_take_neither_the_tables_nor_others_with_them(
+    stand_in: type[StandIn], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*of: object, **keywords: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert growth.main(["--axis", "threads", "--rounds", "1", "--out", str(tmp_path)]) == 1
+    printed = capsys.readouterr()
+    assert cells(printed.out, "Threads")
+    (line,) = (line for line in printed.err.splitlines() if line.startswith("growth: "))
+    assert line.count("cannot be written: No space left on device") == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["growth.png"]
+
+
 def test_every_round_has_its_own_process_and_engines_take_turns(stand_in: type[StandIn], tmp_path: Path) -> None:
     assert growth.main(["--axis", "threads", "--rounds", "2", "--out", str(tmp_path)]) == 0
     compiling, round_ = ["prepare", "close"], ["load", "generate_batch", "generate_batch", "memory", "close"]

@@ -23,7 +23,7 @@ from maxwhisper.errors import MaxWhisperError, OptionError
 from reference.perf import compile_base, gate, worker
 from reference.perf.costs import Cost, costs
 from reference.perf.engine import ENGINES, ROOT, Setting, Worker, WorkerError
-from reference.perf.gate import Report, Trees, checked_out, compare
+from reference.perf.gate import Trees, checked_out, compare
 from reference.perf.table import Row, table
 from reference.perf.verdict import FACTOR, P, Verdict, verdict
 from reference.perf.worker import LOOPS, MATRIX, N_TOKEN, Blocks
@@ -81,32 +81,6 @@ def test_rounds_of_one_distribution_fail_hardly_ever() -> None:
 def test_no_rounds_are_no_verdict(base: list[float], head: list[float]) -> None:
     with pytest.raises(ValueError, match="no rounds of"):
         verdict("block", base, head)
-
-
-# ---- report --------------------------------------------------------------------------------------------------------
-
-SLOWER, EQUAL = Verdict("encoder", 0.1, 0.12, 1e-9), Verdict("decoder.step", 0.002, 0.002, 0.7)
-
-
-def test_report_is_a_table_with_every_block() -> None:
-    report = Report("MAX", [SLOWER, EQUAL], ["decoder.new"], ["decoder.old"], ["decoder.step"])
-    assert report.failed == ["encoder"]
-    text = report.markdown()
-    assert "| encoder | 100 ms | 120 ms | 1.20 | 1.0e-09 | FAILED: slower |" in text
-    assert "| decoder.step | 2 ms | 2 ms | 1.00 | 7.0e-01 | ok; each on inputs of its own, for they differ |" in text
-    assert "| decoder.new | | | | | new |" in text
-    assert "| decoder.old | | | | | removed |" in text
-    assert "2 blocks timed, 1 failed: encoder." in text
-
-
-@pytest.mark.parametrize(("verdicts", "status"), [([EQUAL], 0), ([EQUAL, SLOWER], 1)])
-def test_exit_status(
-    verdicts: list[Verdict], status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    monkeypatch.setattr(gate, "compare", lambda *_: Report("MAX", verdicts, [], [], []))
-    output = tmp_path / "build" / "gate.md"
-    assert gate.main(["HEAD", "--output", str(output)]) == status
-    assert output.read_text().strip() == capsys.readouterr().out.strip()
 
 
 # ---- trees and processes -------------------------------------------------------------------------------------------
@@ -176,7 +150,7 @@ def blocks_of(monkeypatch: pytest.MonkeyPatch):  # noqa: ANN201
 
     def put(base: dict[str, list[str]], head: dict[str, list[str]]) -> None:
         monkeypatch.setattr(gate, "Worker", lambda _, tree, name: StandIn(base if tree.name == "base" else head))
-        equal = lambda setting, trees, blocks, own, n_round: [replace(EQUAL, block=block) for block in blocks]  # noqa: E731
+        equal = lambda setting, trees, blocks, own, n_round: [Verdict(block, 0.002, 0.002, 0.7) for block in blocks]  # noqa: E731
         monkeypatch.setattr(gate, "timed", equal)
 
     return put

@@ -11,9 +11,10 @@ from torch import Tensor
 from maxwhisper.blocks import BLOCKS
 from reference import verdicts
 from reference.judge import Comparison, Judgement
+from reference.results import Run
 from reference.soak import pytorch_in_the_subjects_place
 from reference.suite import FIXTURE, Model, Suite, load
-from reference.verdicts import Memory
+from reference.verdicts import Lenient, Memory
 
 pytestmark = pytest.mark.filterwarnings("ignore:TF32 acceleration")  # of PyTorch, where oneDNN's flags are set
 
@@ -116,6 +117,49 @@ def test_nothing_is_kept_of_a_gpu(model: Model, memory: Memory) -> None:
     for _ in range(2):
         suite.recalled(verdict.comparison, {}, lambda: calls.append(1) or [verdict])
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("unwritable", ["folder", "entry", "raising"])
+@pytest.mark.filterwarnings("error")
+def test_a_memory_that_cannot_be_written_costs_a_line_and_no_verdict(
+    model: Model, memory: Memory, unwritable: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: object, **keywords: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    if unwritable == "folder":
+        (tmp_path / "v").write_text("")
+    if unwritable == "entry":
+        monkeypatch.setattr(Path, "write_text", full)
+    if unwritable == "raising":
+        monkeypatch.setattr(pytest.Cache, "set", full)
+    run = Run()
+    for _ in range(2):
+        verdict = judged(model, Lenient(memory, run.note))
+        assert verdict.passed and not verdict.recalled
+    (line,) = run.notes.values()
+    reason = "Not a directory" if unwritable == "folder" else "No space left on device"
+    assert line.startswith(f"pytest's cache keeps nothing for the next run ({reason})") and "\n" not in line
+
+
+@pytest.mark.parametrize("kept", ["[]", "0", "{}", "null", '{"judgements": []}'])
+def test_an_entry_that_is_not_of_this_form_is_none(model: Model, memory: Memory, kept: str, tmp_path: Path) -> None:
+    judged(model, memory)
+    (entry,) = (path for path in tmp_path.rglob("verdicts/*") if path.is_file())
+    entry.write_text(kept)
+    assert not judged(model, memory).recalled
+
+
+def test_nothing_is_kept_where_a_version_is_not_known(
+    model: Model, memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(package: str) -> str:
+        raise ImportError(package)
+
+    judged(model, memory)
+    monkeypatch.setattr(verdicts, "version", unknown)
+    for _ in range(2):
+        assert not judged(model, memory).recalled
 
 
 def test_sources_are_all_of_the_judges() -> None:

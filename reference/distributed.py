@@ -1,0 +1,71 @@
+"""What the workers of pytest-xdist find, on its way to the process that they work for.
+
+It travels with the report of the test that found it, so that a worker which dies takes no verdict with it but that of
+the test it was running.
+"""
+
+import io
+import os
+import pickle
+from functools import cache
+from typing import Any
+
+import pytest
+
+from maxwhisper.runtime import COMPILE_LOG, CompileRecord
+
+from .faults import Fault, graph_faults, weight_faults
+from .results import Run
+
+MISLEADING = ("PYTHONEXECUTABLE", "PYTHONPATH")
+"""What MAX changes in the C library's environment alone: by the first, a child takes another Python for its own."""
+
+
+def is_worker(config: pytest.Config) -> bool:
+    """Tell whether this process runs tests for another one, which is the one that says how the run ended."""
+    return hasattr(config, "workerinput")
+
+
+def is_distributed(config: pytest.Config) -> bool:
+    """Tell whether other processes run the tests of this one, as with -n 2."""
+    return config.getoption("dist", "no") != "no"
+
+
+def restore_environment() -> None:
+    """Undo what MAX did to the environment of child processes that are started without one of their own."""
+    for name in MISLEADING:
+        if name in os.environ:
+            os.putenv(name, os.environ[name])
+        else:
+            os.unsetenv(name)
+
+
+class Pickler(pickle.Pickler):
+    """Faults hold functions, which cannot be pickled; their names can."""
+
+    def persistent_id(self, value: Any) -> str | None:
+        return value.name if isinstance(value, Fault) else None
+
+
+class Unpickler(pickle.Unpickler):
+    def persistent_load(self, name: str) -> Fault:
+        return faults()[name]
+
+
+@cache
+def faults() -> dict[str, Fault]:
+    return {fault.name: fault for fault in (*weight_faults(), *graph_faults())}
+
+
+def packed(found: Run, compiled: list[CompileRecord]) -> bytes:
+    """Return what a test found, and what was compiled for it, as bytes for `unpack_into`."""
+    stream = io.BytesIO()
+    Pickler(stream).dump((found, compiled))
+    return stream.getvalue()
+
+
+def unpack_into(run: Run, data: bytes) -> None:
+    """Add to the run, and to this process's log of compilations, what `packed` made."""
+    found, compiled = Unpickler(io.BytesIO(data)).load()
+    run.add(found)
+    COMPILE_LOG.extend(compiled)

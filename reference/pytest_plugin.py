@@ -1,0 +1,141 @@
+"""What a run of the suite says at its end, whatever else fails there, and however many processes ran its tests."""
+
+import sys
+import traceback
+import warnings
+from collections.abc import Generator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pluggy
+import pytest
+
+from maxwhisper.runtime import COMPILE_LOG
+
+from .distributed import is_worker, packed, restore_environment, unpack_into
+from .reasons import one_line
+from .report import ReportError
+from .results import Run
+
+PLUGGY = Path(pluggy.__file__).parent
+FOUND = "maxwhisper_found"
+"""Attribute of the report of a test that ran in a worker."""
+
+
+class Ending:
+    """A plugin that collects what was found, writes the report, and says the last lines.
+
+    A failure in any of this, or where another plugin ends, is one more line, and a status that is not 0.
+    """
+
+    def __init__(self, config: pytest.Config, run: Run):
+        self.config, self.run = config, run
+        self.distributed: list[str] = []
+        self.lines: list[str] = []
+        self.n_sent = len(COMPILE_LOG)
+
+    # ---- what was found ----------------------------------------------------------------------------------------------
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        """In a worker, gives the report of a test what it found since the one before."""
+        report = yield
+        if is_worker(self.config):
+            found, compiled = self.run.taken(), COMPILE_LOG[self.n_sent :]
+            if found.anything or compiled:
+                vars(report)[FOUND] = packed(found, compiled)
+            self.n_sent = len(COMPILE_LOG)
+        return report
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if not is_worker(self.config) and FOUND in vars(report):
+            unpack_into(self.run, vars(report).pop(FOUND))
+        if "tests/parity" in report.nodeid:
+            self.run.test_seconds += report.duration
+
+    def selected(self, session: pytest.Session) -> list[str]:
+        """Return the ids of the tests that were selected, in whatever process they run."""
+        return self.distributed or [item.nodeid for item in session.items]
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_setupnodes(self) -> None:
+        restore_environment()
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
+        self.distributed = ids
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any, error: object) -> None:
+        if error:
+            self.run.lost.append(f"worker {node.gateway.id} ended early, with what it had not reported: {error}")
+
+    # ---- what is said of it ------------------------------------------------------------------------------------------
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> Generator[None, None, None]:
+        """Called around all other plugins but the one that prints, and only then counts what there is to be said."""
+        try:
+            yield
+        except pytest.exit.Exception:
+            raise
+        except Exception as error:
+            self.fail(session, f"{place(error)} failed as the run ended: {one_line(error)}")
+        if is_worker(self.config) or self.config.getoption("collectonly"):
+            return
+        if self.run.lost:
+            self.fail(session)
+        self.write_report(session)
+        try:
+            self.lines += self.run.summary_lines()
+        except Exception as error:
+            self.fail(session, f"what was found cannot be summed up: {one_line(error)}")
+        self.lines += compile_lines()
+        reporter = self.config.pluginmanager.get_plugin("terminalreporter")
+        if reporter is None:
+            for line in (*self.run.lost, *self.run.notes.values()):
+                print(line, file=sys.stderr)
+        elif session.exitstatus == pytest.ExitCode.INTERNAL_ERROR:  # after which pytest has no summary
+            self.pytest_terminal_summary(reporter)
+
+    def fail(self, session: pytest.Session, line: str = "") -> None:
+        """Say the line, and fail the run unless it has failed already."""
+        if line:
+            self.run.note(line)
+        if session.exitstatus == pytest.ExitCode.OK:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def write_report(self, session: pytest.Session) -> None:
+        if folder := self.config.getoption("--report"):
+            self.run.exit_status = int(session.exitstatus)
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("default")  # no part of it is to be lost over one, whatever -W says
+                    self.run.write(Path(folder))
+            except ReportError as error:
+                self.fail(session, f"--report: {error}")
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        for line in self.lines:
+            terminalreporter.write_line(line)
+        for line in (*self.run.lost, *self.run.notes.values()):
+            terminalreporter.write_line(line, yellow=True)
+
+
+def compile_lines() -> list[str]:
+    if not COMPILE_LOG:
+        return []
+    graphs, seconds = sum(r.graphs for r in COMPILE_LOG), sum(r.seconds for r in COMPILE_LOG)
+    return [f"compile: {graphs} graphs in {len(COMPILE_LOG)} artifacts, {seconds:.1f} s"]
+
+
+def place(error: BaseException) -> str:
+    """Return the file and the function of the plugin whose hook raised the error."""
+    frames = traceback.extract_tb(error.__traceback__)
+    hooks = [hook for caller, hook in pairwise(frames) if Path(caller.filename).parent == PLUGGY]
+    of_plugins = [hook for hook in hooks if Path(hook.filename).parent != PLUGGY]
+    hook = [*frames, *of_plugins][-1]  # the wrappers around it stand before it
+    return f"{Path(hook.filename).name}, {hook.name}"

@@ -1,0 +1,26 @@
+"""Parts of a page that may fail: a line stands in the place of one that did."""
+
+from collections.abc import Callable
+from typing import ParamSpec
+
+from ..reasons import one_line
+from .markup import Html, element
+
+P = ParamSpec("P")
+
+
+class Attempts:
+    """What was tried. failed: of each part that could not be made, its name and why, in one line."""
+
+    def __init__(self) -> None:
+        self.failed: list[str] = []
+
+    def __call__(self, what: str, make: Callable[P, Html], *args: P.args, **kwargs: P.kwargs) -> Html:
+        """Return what `make` makes of the arguments, or a paragraph that says why there is no `what`."""
+        try:
+            return make(*args, **kwargs)
+        except Exception as error:
+            line = f"no {what}: {one_line(error)}"
+            if line not in self.failed:
+                self.failed.append(line)
+            return element("p", line, class_="bad")

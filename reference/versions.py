@@ -1,0 +1,21 @@
+"""Versions of packages, however they were installed."""
+
+from importlib import import_module, metadata
+
+MODULES = {"openai-whisper": "whisper"}
+"""What a package is imported as, where that is not its own name."""
+
+
+def version(package: str) -> str:
+    """Return a package's version by its metadata, or by its module's `__version__` where it was copied without any.
+
+    Raises ImportError where neither tells.
+    """
+    try:
+        found = metadata.version(package)
+    except (metadata.PackageNotFoundError, KeyError):
+        found = ""
+    found = found or str(getattr(import_module(MODULES.get(package, package)), "__version__", ""))
+    if found:
+        return found
+    raise ImportError(f"{package} has no metadata and no __version__")

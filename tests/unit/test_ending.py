@@ -1,0 +1,205 @@
+"""What a run says at its end: all of it, whatever fails there, and whoever ran the tests."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+import torch
+
+import reference.report.charts  # noqa: F401 - what a run inside this process imports first is not kept
+from maxwhisper.runtime import COMPILE_LOG, CompileRecord
+from reference.chain import Chain
+from reference.distributed import packed, unpack_into
+from reference.faults import FaultVerdict, graph_faults, weight_faults
+from reference.judge import Comparison, Judgement, Measure, Output, explain
+from reference.pytest_plugin import Ending
+from reference.results import Run
+from reference.transcripts import Transcript
+
+ROOT = Path(__file__).parents[2]
+
+pytest_plugins = ["pytester"]
+
+CONFTEST = """
+import pytest, torch
+from reference.pytest_plugin import Ending
+from reference.results import Run
+from reference.judge import Comparison, Judgement, Measure, Output
+
+def pytest_addoption(parser):
+    parser.addoption("--report")
+
+def pytest_configure(config):
+    config.pluginmanager.register(Ending(config, run := Run()))
+    measure = Measure("relative L2", 1.0, 1.0, 4.0)
+    output = Output(0, (1, 2), (measure,))
+    run.judgements.append(Judgement(Comparison("fixture", torch.float32, "encoder.mlp", 0, "speech"), (output,), ()))
+"""
+SUMMARY = "parity: 1 pairs compared"
+
+
+@pytest.fixture(autouse=True)
+def compiled() -> Iterator[None]:
+    """The log of compilations is the process's own."""
+    before = list(COMPILE_LOG)
+    yield
+    COMPILE_LOG[:] = before
+
+
+def run_with(pytester: pytest.Pytester, plugin: str, *options: str) -> tuple[int, list[str]]:
+    """Status and lines of a run of one test that passes, beside a judgement and a plugin."""
+    pytester.makeconftest(CONFTEST)
+    pytester.syspathinsert()
+    pytester.makepyfile(other=plugin, test_it="def test(): pass")
+    done = pytester.runpytest_inprocess("-p", "no:cacheprovider", "-p", "other", *options)
+    return done.ret, done.outlines
+
+
+def only(lines: list[str], text: str) -> str:
+    (line,) = (line for line in lines if text in line)
+    return line
+
+
+@pytest.mark.parametrize("order", ["", "@pytest.hookimpl(tryfirst=True)", "@pytest.hookimpl(trylast=True)"])
+def test_a_plugin_that_fails_as_the_run_ends_takes_no_summary_with_it(
+    order: str, pytester: pytest.Pytester, tmp_path: Path
+) -> None:
+    plugin = f"import pytest\n{order}\ndef pytest_sessionfinish(): raise OSError(28, 'No space left on device')"
+    status, lines = run_with(pytester, plugin, f"--report={tmp_path / 'report'}")
+    assert status == pytest.ExitCode.TESTS_FAILED
+    only(lines, SUMMARY)
+    only(lines, "1 passed")
+    assert only(lines, "No space left") == (
+        "other.py, pytest_sessionfinish failed as the run ended: No space left on device"
+    )
+    assert {path.name for path in (tmp_path / "report").iterdir()} == {"report.html", "report.json", "summary.md"}
+
+
+def test_a_junit_file_that_cannot_be_written_takes_no_summary_with_it(pytester: pytest.Pytester) -> None:
+    status, lines = run_with(pytester, "", "--junitxml", "/dev/full")
+    assert status == pytest.ExitCode.TESTS_FAILED
+    only(lines, SUMMARY)
+    only(lines, "1 passed")
+    assert only(lines, "No space left").startswith("junitxml.py, pytest_sessionfinish failed")
+
+
+def test_an_error_of_pytests_own_hooks_leaves_the_summary(pytester: pytest.Pytester) -> None:
+    status, lines = run_with(pytester, "def pytest_runtest_logfinish(): 1 / 0")
+    assert status == pytest.ExitCode.INTERNAL_ERROR
+    only(lines, SUMMARY)
+
+
+def test_a_report_that_cannot_be_written_is_a_line_and_a_failure(
+    pytester: pytest.Pytester, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*paths: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("reference.report.os.replace", full)
+    status, lines = run_with(pytester, "", f"--report={tmp_path}")
+    assert status == pytest.ExitCode.TESTS_FAILED
+    only(lines, SUMMARY)
+    only(lines, "1 passed")
+    assert only(lines, "--report: ").count("cannot be written: No space left on device") == 3
+
+
+def test_a_summary_that_fails_is_a_line_and_a_failure(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Run, "summary_lines", lambda run: 1 / 0)
+    status, lines = run_with(pytester, "")
+    assert status == pytest.ExitCode.TESTS_FAILED
+    only(lines, "what was found cannot be summed up: ZeroDivisionError")
+
+
+def test_without_a_terminal_what_failed_is_said_to_standard_error(
+    pytester: pytest.Pytester, capfd: pytest.CaptureFixture[str]
+) -> None:
+    status, _ = run_with(pytester, "def pytest_sessionfinish(): 1 / 0", "-p", "no:terminalreporter")
+    assert status == pytest.ExitCode.TESTS_FAILED
+    assert "other.py, pytest_sessionfinish failed" in capfd.readouterr().err
+
+
+# ---- workers -------------------------------------------------------------------------------------------------------
+
+
+def everything() -> Run:
+    """What tests can find, with a map of errors, values that are not finite, and every fault."""
+    comparison = Comparison("fixture", torch.bfloat16, "encoder.mlp", 0, "speech")
+    oracle = torch.arange(6.0, dtype=torch.float64).reshape(1, 2, 3)
+    measures = (Measure("relative L2", math.inf, 1e-7, 4e-7),)
+    explanations = explain([oracle], [oracle.float()], [oracle.float() + 1])
+    judgement = Judgement(comparison, (Output(0, (1, 2, 3), measures),), ("shape",), explanations=explanations)
+    verdicts = [
+        FaultVerdict(fault, torch.float32, ("chain",), None, 2.0, {"speech": 1e-3}, {"speech": 1e-2})
+        for fault in (*weight_faults(), *graph_faults())
+    ]
+    return Run(
+        judgements=[judgement],
+        chains=[Chain(comparison, {"encoder": judgement}, ())],
+        faults=verdicts,
+        transcripts=[Transcript("english-1.wav", "greedy", True, 41)],
+        lost=["a worker"],
+        notes={"cache": "a note"},
+    )
+
+
+def test_what_a_worker_finds_arrives_whole() -> None:
+    worker, run = everything(), Run(test_seconds=2.0, notes={"cache": "the same of another worker"})
+    COMPILE_LOG.clear()
+    record = CompileRecord("fixture, float32, parts", 19, 2.5)
+    found = worker.taken()
+    assert found.anything and not worker.anything
+    for _ in range(2):
+        unpack_into(run, packed(found, [record]))
+    for name in ("judgements", "chains", "transcripts", "lost"):
+        assert getattr(run, name) == getattr(everything(), name) * 2, name
+    assert [str(verdict) for verdict in run.faults] == [str(verdict) for verdict in everything().faults] * 2
+    errors = (each.judgements[0].explanations[0].errors for each in (run, found))
+    assert torch.equal(*errors)
+    assert run.notes == {"cache": "the same of another worker"}
+    assert (run.test_seconds, COMPILE_LOG) == (2.0, [record] * 2)
+
+
+def test_a_worker_that_died_fails_the_run() -> None:
+    """Also where it had no test left to run, so that no test fails."""
+    run = everything()
+    run.lost.clear()
+    config = Mock(spec=["getoption", "pluginmanager"], getoption=lambda name: None)
+    ending, session = Ending(config, run), Mock(exitstatus=pytest.ExitCode.OK)
+    ending.pytest_testnodedown(Mock(**{"gateway.id": "gw0"}), None)
+    assert not run.lost
+    ending.pytest_testnodedown(Mock(**{"gateway.id": "gw0"}), "Not properly terminated")
+    finish = ending.pytest_sessionfinish(session)
+    next(finish)
+    with pytest.raises(StopIteration):
+        next(finish)
+    assert session.exitstatus == pytest.ExitCode.TESTS_FAILED
+    assert run.lost == ["worker gw0 ended early, with what it had not reported: Not properly terminated"]
+    assert not run.passed
+
+
+def test_children_take_this_python_for_their_own() -> None:
+    """MAX sets this for children that are given no environment, as those of pytest-xdist are not."""
+    os.putenv("PYTHONEXECUTABLE", "/nowhere/bin/python3")
+    Ending(Mock(), Run()).pytest_xdist_setupnodes()
+    command = [sys.executable, "-c", "import sys; print(sys.executable)"]
+    assert subprocess.run(command, capture_output=True, text=True).stdout.strip() == sys.executable
+
+
+def test_the_verdicts_of_workers_are_those_of_one_run(tmp_path: Path) -> None:
+    selection = ["tests/parity", "-k", "encoder.layer_norm and speech", "--size", "fixture", "--dtype", "float32"]
+    command = [sys.executable, "-m", "pytest", *selection, "-n", "2", "--report", str(tmp_path)]
+    path = os.pathsep.join(["/usr/bin", "/bin"])  # where another Python is the first, if any is
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PATH": path}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "parity: 10 pairs compared" in done.stdout and "2 passed" in done.stdout
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["passed"], report["totals"]["pairs"]) == (True, 10)
+    assert report["compile_log"]
