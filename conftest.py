@@ -49,6 +49,7 @@ from reference.ahead import TRANSCRIBING, CompileAhead, suite_job
 from reference.judge import Comparison, dtype_name
 from reference.lowering import Lowering, graphs
 from reference.results import Run
+from reference.selection import compares, judges_itself, left_out, make_findable
 from reference.suite import CHECKPOINT, DTYPES, FIXTURE, SIZES, TRAINED, Model, Suite, comparisons, load, trained
 
 ALL_SIZES = (FIXTURE, *SIZES)
@@ -60,6 +61,10 @@ AHEAD: list[CompileAhead] = []
 """What compiles ahead of later tests, once it is known which there are."""
 LOWERING: dict[str, Lowering] = {}
 """By target, the process that compiles for it, once there is one."""
+COMPARES = pytest.StashKey[bool]()
+"""Whether anything was compared if -k and -m left all that they choose from."""
+NOTHING = pytest.StashKey[str]()
+"""Why the selection compares nothing, where it does not."""
 ARTIFACTS = Path("build", "artifacts")
 """Where --compile-only writes unless --artifacts says otherwise."""
 
@@ -88,7 +93,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "benchmarked: times MAX and PyTorch")
     config.addinivalue_line("markers", "clock: is about times, so it does not run with --benchmark-disable")
     config.addinivalue_line("markers", "trained: needs trained weights, the fixture's or those of --checkpoint")
-    config.addinivalue_line("markers", "blocks(*words, units): judge the blocks with one of the words in their names")
+    config.addinivalue_line("markers", "compares(*words, units): judge the blocks with one of the words in their names")
     chosen(config, "--size", ALL_SIZES, DEFAULT_SIZES)
     chosen(config, "--dtype", tuple(DTYPES), DEFAULT_DTYPES)
     if config.getoption("--require-gpu") and not gpu_found():
@@ -216,7 +221,7 @@ def kinds_of(size: str) -> tuple[str, ...]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     config = metafunc.config
     if "comparison" in metafunc.fixturenames:
-        marker = metafunc.definition.get_closest_marker("blocks")
+        marker = metafunc.definition.get_closest_marker("compares")
         blocks = named_by(*marker.args, **marker.kwargs)
         metafunc.parametrize("comparison", list(selected(config, blocks)), ids=identify)
     elif "lowering" in metafunc.fixturenames:
@@ -277,12 +282,16 @@ def identify(comparison: Comparison) -> str:
     return f"{c.size}-{dtype_name(c.dtype)}-{c.block}-{c.layer}-{c.inputs.replace(' ', '_')}"
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what the options do not ask for, and sorts by model and dtype, so that few are in memory at a time."""
+    """Leaves out what the options do not ask for, has -k find blocks by every word for them, and sorts by model and
+    dtype, so that few are in memory at a time."""
     out = [item for item in items if not wanted(config, item)]
     if out:
         config.hook.pytest_deselected(items=out)
         items[:] = [item for item in items if item not in out]
+    make_findable(items, config.option.keyword)
+    config.stash[COMPARES] = any(compares(item) for item in items)
 
     order = {key: number for number, key in enumerate(dict.fromkeys(tuple(models_of(item)) for item in items))}
     items.sort(key=lambda item: order[tuple(models_of(item))])
@@ -405,7 +414,9 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
         RUN.test_seconds += report.duration
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    if reason := config.stash.get(NOTHING, None):
+        terminalreporter.write_line(reason)
     for line in RUN.summary_lines():
         terminalreporter.write_line(line)
     for each in LOWERING.values():
@@ -416,14 +427,17 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """A parity run that compared nothing has shown nothing."""
+    """A parity run that compared nothing has shown nothing, and neither has one of whose blocks -k left none."""
     for ahead in AHEAD:
         ahead.stop()
     stop_lowering()
     if session.config.getoption("collectonly"):
         return
+    if session.config.stash.get(COMPARES, False) and (reason := left_out(session.config, session.items)):
+        session.config.stash[NOTHING] = reason
     parity = any("parity" in item.nodeid for item in session.items)
-    if parity and not RUN.compared and not LOWERING and session.exitstatus == 0:
+    compared = RUN.compared or LOWERING or any(judges_itself(item) for item in session.items)
+    if session.exitstatus == 0 and (NOTHING in session.config.stash or (parity and not compared)):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
     if folder := session.config.getoption("--report"):
         RUN.exit_status = int(session.exitstatus)
