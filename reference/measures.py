@@ -162,12 +162,13 @@ def measure_values(oracle: Norms, peer: Norms, subject: Norms, allowed: Allowanc
     # largest value where that is further out than the largest of so many normal errors.
     of_channels = expected_maximum(n_channel) * max(1.0, worst_channel(oracle, oracle))
     of_means = (allowed.values / math.sqrt(n_position) + allowed.sums) * of_channels
-    whole, local = K, K * allowed.condition
     measures = []
     for name, measure, least, times in (
-        ("relative L2", relative_l2, floor, whole),
-        ("worst position", worst_position, floor * expected_maximum(n_position), local),
-        ("worst channel", worst_channel, floor * of_channels, whole),
+        ("relative L2", relative_l2, floor, K),
+        # Relative to itself a position whose values cancel out is honestly far off. One that the peer has wrong shows
+        # in the largest error.
+        ("worst position", worst_position, floor * expected_maximum(n_position), None),
+        ("worst channel", worst_channel, floor * of_channels, K),
         # Sums of nearly the same terms are rounded in nearly the same way at every position. A channel's mean error is
         # at most its RMS, for which the peer has a ceiling.
         ("worst channel's mean", worst_mean, of_means, None),
@@ -175,7 +176,7 @@ def measure_values(oracle: Norms, peer: Norms, subject: Norms, allowed: Allowanc
             "largest error / RMS",
             largest_error,
             floor * max(expected_maximum(n_position * n_channel), largest_error(oracle, oracle)),
-            local,
+            K * allowed.condition,
         ),
     ):
         theirs, ours = measure(peer, oracle), measure(subject, oracle)

@@ -60,6 +60,16 @@ def test_a_peer_that_is_wrong_in_one_position_or_channel_is_no_yardstick(dtype: 
         assert not found.passed and found.bad_yardstick
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_position_whose_values_cancel_out_is_honestly_far_off(dtype: torch.dtype) -> None:
+    """Relative to itself, after sums of values that are not small."""
+    x, bias = normal(0, 30, 64), normal(1, 30, 64)
+    bias[7] = -x[7] * (1 + 10 * UNIT_ROUNDOFF[dtype])
+    peer = (x.to(dtype).float() + bias.float()).to(dtype)
+    found = verdict(x + bias, peer, peer, dtype)
+    assert found.passed and found.outputs[0]["worst position"].peer > UNIT_ROUNDOFF[dtype]
+
+
 def test_what_the_condition_explains_is_rounding() -> None:
     oracle, noise = normal(0, 30, 64), normal(1, 30, 64)
     of = Comparison("s", torch.float32, "b", 0, "i")

@@ -120,5 +120,5 @@ def test_nothing_is_kept_of_a_gpu(model: Model, memory: Memory) -> None:
 
 def test_sources_are_all_of_the_judges() -> None:
     names = {path.name for path in verdicts.JUDGE.glob("*.py")}
-    assert {"judge.py", "suite.py", "blocks.py", "activations.py", "chain.py", "verdicts.py"} <= names
+    assert {"judge.py", "measures.py", "suite.py", "blocks.py", "activations.py", "chain.py", "verdicts.py"} <= names
     assert verdicts.TABLE.name == "blocks.py"
