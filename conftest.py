@@ -8,7 +8,6 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -49,8 +48,9 @@ from reference.ahead import TRANSCRIBING, CompileAhead, suite_job
 from reference.distributed import is_distributed, is_worker
 from reference.judge import Comparison, dtype_name
 from reference.lowering import Lowering, graphs
-from reference.pytest_plugin import Ending
+from reference.pytest_plugin import CHOSEN, Chosen, Ending, Progress
 from reference.results import Run
+from reference.selection import compares, judges_itself, left_out, make_findable
 from reference.suite import CHECKPOINT, DTYPES, FIXTURE, SIZES, TRAINED, Model, Suite, comparisons, load, trained
 from reference.verdicts import Lenient
 
@@ -64,6 +64,8 @@ AHEAD: list[CompileAhead] = []
 LOWERING: dict[str, Lowering] = {}
 """By target, the process that compiles for it, once there is one."""
 ENDING = pytest.StashKey[Ending]()
+COMPARES = pytest.StashKey[bool]()
+"""Whether anything was compared if -k and -m left all that they choose from."""
 ARTIFACTS = Path("build", "artifacts")
 """Where --compile-only writes unless --artifacts says otherwise."""
 
@@ -92,7 +94,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "benchmarked: times MAX and PyTorch")
     config.addinivalue_line("markers", "clock: is about times, so it does not run with --benchmark-disable")
     config.addinivalue_line("markers", "trained: needs trained weights, the fixture's or those of --checkpoint")
-    config.addinivalue_line("markers", "blocks(*words, units): judge the blocks with one of the words in their names")
+    config.addinivalue_line("markers", "compares(*words, units): judge the blocks with one of the words in their names")
     chosen(config, "--size", ALL_SIZES, DEFAULT_SIZES)
     chosen(config, "--dtype", tuple(DTYPES), DEFAULT_DTYPES)
     if config.getoption("--require-gpu") and not gpu_found():
@@ -115,20 +117,6 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(ending)
     if cache := getattr(config, "cache", None):
         config.cache = Lenient(cache, RUN.note)
-
-
-class Progress(logging.Handler):
-    """Shows what is being compiled, and for how long, which pytest would keep to itself."""
-
-    def __init__(self, plugins: pytest.PytestPluginManager):
-        super().__init__(logging.INFO)
-        self.reporter, capture = plugins.get_plugin("terminalreporter"), plugins.get_plugin("capturemanager")
-        self.uncaptured = capture.global_and_fixture_disabled if capture else nullcontext
-
-    def emit(self, record: logging.LogRecord) -> None:
-        with self.uncaptured():  # a test runs, and its output is kept
-            self.reporter.ensure_newline()
-            self.reporter.write_line(record.getMessage(), flush=True)
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -227,7 +215,7 @@ def kinds_of(size: str) -> tuple[str, ...]:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     config = metafunc.config
     if "comparison" in metafunc.fixturenames:
-        marker = metafunc.definition.get_closest_marker("blocks")
+        marker = metafunc.definition.get_closest_marker("compares")
         blocks = named_by(*marker.args, **marker.kwargs)
         metafunc.parametrize("comparison", list(selected(config, blocks)), ids=identify)
     elif "lowering" in metafunc.fixturenames:
@@ -288,12 +276,16 @@ def identify(comparison: Comparison) -> str:
     return f"{c.size}-{dtype_name(c.dtype)}-{c.block}-{c.layer}-{c.inputs.replace(' ', '_')}"
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what the options do not ask for, and sorts by model and dtype, so that few are in memory at a time."""
+    """Leaves out what the options do not ask for, has -k find blocks by every word for them, and sorts by model and
+    dtype, so that few are in memory at a time."""
     out = [item for item in items if not wanted(config, item)]
     if out:
         config.hook.pytest_deselected(items=out)
         items[:] = [item for item in items if item not in out]
+    make_findable(items, config.option.keyword)
+    config.stash[COMPARES] = any(compares(item) for item in items)
 
     order = {key: number for number, key in enumerate(dict.fromkeys(tuple(models_of(item)) for item in items))}
     items.sort(key=lambda item: order[tuple(models_of(item))])
@@ -424,12 +416,22 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """A parity run that compared nothing has shown nothing."""
+    """A parity run that compared nothing has shown nothing, and neither has one of whose blocks -k left none."""
+    config = session.config
     for ahead in AHEAD:
         ahead.stop()
     stop_lowering()
-    if session.config.getoption("collectonly") or is_worker(session.config):
+    if config.getoption("collectonly"):
         return
-    parity = any("parity" in name for name in session.config.stash[ENDING].selected(session))
-    if parity and not RUN.compared and not LOWERING and session.exitstatus == 0:
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    reason = left_out(config, session.items) if config.stash.get(COMPARES, False) else None
+    chosen = Chosen(reason, any(judges_itself(item) for item in session.items))
+    if is_worker(config):
+        config.workeroutput[CHOSEN] = vars(chosen)  # type: ignore[attr-defined]
+        return
+    ending = config.stash[ENDING]
+    chosen = ending.chosen_by_workers or chosen
+    if chosen.nothing:
+        ending.fail(session, chosen.nothing)
+    parity = any("parity" in name for name in ending.selected(session))
+    if parity and not (RUN.compared or LOWERING or chosen.judges_itself):
+        ending.fail(session)

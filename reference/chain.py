@@ -125,6 +125,7 @@ def judge_chained(suite: Suite, comparison: Comparison, oracle: Tensor, peer: Te
             BLOCKS["encoder" if comparison.block.startswith("encoder") else "decoder.prefill"], suite.dims
         ),
         n_vocab=suite.dims.n_vocab,
+        chained=True,
     )
 
 

@@ -523,7 +523,7 @@ def verdict(
 ) -> FaultVerdict:
     """in_float32: for a fault that was not caught the same judgements in float32, where the error is the fault's effect
     and hardly any rounding."""
-    failed = {f"isolated: {measure.name}" for j in judgements for _, measure in j.measures if not measure.passed}
+    failed = {f"isolated: {measure.name}" for j in judgements for _, measure in j.measures if not measure.within}
     failed |= {"isolated: not comparable" for judgement in judgements if judgement.defects}
     checks = sorted(failed) + (["chain"] if divergence else [])
     used = max((j.worst.used if j.pairs and not j.defects else math.inf for j in judgements), default=0.0)

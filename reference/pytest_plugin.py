@@ -1,9 +1,12 @@
 """What a run of the suite says at its end, whatever else fails there, and however many processes ran its tests."""
 
+import logging
 import sys
 import traceback
 import warnings
 from collections.abc import Generator
+from contextlib import nullcontext
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,36 @@ FOUND = "maxwhisper_found"
 """Attribute of the report of a test that ran in a worker."""
 
 
+class Progress(logging.Handler):
+    """Shows what is being compiled, and for how long, which pytest would keep to itself."""
+
+    def __init__(self, plugins: pytest.PytestPluginManager):
+        super().__init__(logging.INFO)
+        self.reporter: Any = plugins.get_plugin("terminalreporter")
+        capture = plugins.get_plugin("capturemanager")
+        self.uncaptured = capture.global_and_fixture_disabled if capture else nullcontext
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with self.uncaptured():  # a test runs, and its output is kept
+            self.reporter.ensure_newline()
+            self.reporter.write_line(record.getMessage(), flush=True)
+
+
+CHOSEN = "maxwhisper_chosen"
+"""Key of `Chosen` in what a worker gives back."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What the tests of a selection are for.
+
+    nothing: why it compares nothing, where -k or -m left it so. judges_itself: whether one asks the judge by itself.
+    """
+
+    nothing: str | None
+    judges_itself: bool
+
+
 class Ending:
     """A plugin that collects what was found, writes the report, and says the last lines.
 
@@ -32,6 +65,7 @@ class Ending:
     def __init__(self, config: pytest.Config, run: Run):
         self.config, self.run = config, run
         self.distributed: list[str] = []
+        self.chosen_by_workers: Chosen | None = None
         self.lines: list[str] = []
         self.n_sent = len(COMPILE_LOG)
 
@@ -69,6 +103,8 @@ class Ending:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any, error: object) -> None:
+        if chosen := getattr(node, "workeroutput", {}).get(CHOSEN):
+            self.chosen_by_workers = Chosen(**chosen)
         if error:
             self.run.lost.append(f"worker {node.gateway.id} ended early, with what it had not reported: {error}")
 

@@ -8,7 +8,7 @@ from reference.results import Run
 from . import isolated
 
 
-@pytest.mark.blocks("attention", "cross_attention")
+@pytest.mark.compares("attention", "cross_attention")
 def test_isolated(
     comparison: Comparison, suite_for: isolated.SuiteFor, run: Run, request: pytest.FixtureRequest
 ) -> None:

@@ -1,4 +1,4 @@
-"""From tokens to vectors, and from vectors to logits."""
+"""From tokens to vectors."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from reference.results import Run
 from . import isolated
 
 
-@pytest.mark.blocks("embedding", "logits")
+@pytest.mark.compares("embedding")
 def test_isolated(
     comparison: Comparison, suite_for: isolated.SuiteFor, run: Run, request: pytest.FixtureRequest
 ) -> None:

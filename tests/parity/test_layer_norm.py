@@ -8,7 +8,7 @@ from reference.results import Run
 from . import isolated
 
 
-@pytest.mark.blocks("layer_norm")
+@pytest.mark.compares("layer_norm")
 def test_isolated(
     comparison: Comparison, suite_for: isolated.SuiteFor, run: Run, request: pytest.FixtureRequest
 ) -> None:

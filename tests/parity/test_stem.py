@@ -8,7 +8,7 @@ from reference.results import Run
 from . import isolated
 
 
-@pytest.mark.blocks("stem")
+@pytest.mark.compares("stem")
 def test_isolated(
     comparison: Comparison, suite_for: isolated.SuiteFor, run: Run, request: pytest.FixtureRequest
 ) -> None:

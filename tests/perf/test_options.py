@@ -19,7 +19,7 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     """Runs one small benchmark with the given options."""
-    command = [sys.executable, "-m", "pytest", "tests/perf/test_blocks.py", "--size=fixture", "-k=layer_norm and MAX"]
+    command = [sys.executable, "-m", "pytest", "tests/perf/test_speed.py", "--size=fixture", "-k=layer_norm and MAX"]
     command += [f"--benchmark-storage={tmp_path}", "--benchmark-max-time=0.1", "-p", "no:cacheprovider"]
     # MAX changes the C library's environment of this process in ways that would mislead a child's Python.
     environment = dict(os.environ)

@@ -29,7 +29,7 @@ from reference.perf.verdict import FACTOR, P, Verdict, verdict
 from reference.perf.worker import LOOPS, MATRIX, N_TOKEN, Blocks
 from reference.suite import SIZES, Suite, random_weights, trained
 from tests.perf.conftest import Timing
-from tests.perf.test_blocks import Timed
+from tests.perf.test_speed import Timed
 
 SETTING = Setting("fixture", "float32", "cpu")
 SECONDS = st.floats(1e-6, 10, allow_nan=False)

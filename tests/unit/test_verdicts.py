@@ -164,5 +164,5 @@ def test_nothing_is_kept_where_a_version_is_not_known(
 
 def test_sources_are_all_of_the_judges() -> None:
     names = {path.name for path in verdicts.JUDGE.glob("*.py")}
-    assert {"judge.py", "suite.py", "blocks.py", "activations.py", "chain.py", "verdicts.py"} <= names
+    assert {"judge.py", "measures.py", "suite.py", "blocks.py", "activations.py", "chain.py", "verdicts.py"} <= names
     assert verdicts.TABLE.name == "blocks.py"

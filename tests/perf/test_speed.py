@@ -84,7 +84,7 @@ def timed(benchmark: BenchmarkFixture, suite: Suite, timing: Timing, tmp_path: P
 @pytest.mark.benchmark(timer=CLOCK)
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("block", BLOCKS)
-def test_block(timed: Timed, suite: Suite, block: str, engine: str) -> None:
+def test_speed(timed: Timed, suite: Suite, block: str, engine: str) -> None:
     comparison = list(suite.comparisons(BLOCKS[block], ["speech"]))[-1]
     inputs = suite.inputs(BLOCKS[block], comparison)
     shapes = {name: list(x.shape) for name, x in inputs.items()}

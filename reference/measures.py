@@ -1,0 +1,232 @@
+"""The ways to measure an error, and what each allows: the budget of the subject, the ceiling of the peer."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+K = 4.0
+UNIT_ROUNDOFF = {dtype: torch.finfo(dtype).eps / 2 for dtype in (torch.float32, torch.float16, torch.bfloat16)}
+SMALLEST = {
+    dtype: max(torch.finfo(dtype).smallest_normal, torch.finfo(torch.float32).smallest_normal / unit)
+    for dtype, unit in UNIT_ROUNDOFF.items()
+}
+"""By dtype, the size below which an error is no longer relative to its value: what lies between subnormal numbers is
+rounded to one of them, and sums in float32 may flush those of float32 to zero."""
+POSITIONS_AT_A_TIME = 4
+"""Of which KL divergences are computed."""
+
+
+def severity(x: float) -> float:
+    """To sort by: a NaN is as bad as it gets."""
+    return math.inf if math.isnan(x) else x
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One way to measure error, for peer and subject, the budget it leaves the subject, and how far the peer may be off
+    to be a yardstick."""
+
+    name: str
+    subject: float
+    peer: float
+    budget: float
+    ceiling: float = math.inf
+
+    @property
+    def passed(self) -> bool:
+        return self.within and self.sound
+
+    @property
+    def within(self) -> bool:
+        """Whether the subject stays in its budget."""
+        return self.subject <= self.budget  # not for a NaN
+
+    @property
+    def sound(self) -> bool:
+        """Whether the peer's own error is one of rounding."""
+        return self.peer <= self.ceiling
+
+    @property
+    def ratio(self) -> float:
+        """subject / peer: below 1, MAX is more accurate than PyTorch. 1 when neither errs."""
+        if self.peer == 0:
+            return 1.0 if self.subject == 0 else math.inf
+        return self.subject / self.peer
+
+    @property
+    def used(self) -> float:
+        """Share of the budget that the subject uses; above 1 it fails."""
+        if self.budget == 0:
+            return 0.0 if self.subject == 0 else math.inf
+        return self.subject / self.budget
+
+
+@dataclass(frozen=True)
+class Norms:
+    """Squared norms of a tensor's positions (rows of its last axis) and channels, the channels' means, and its largest
+    absolute value. smallest: the size below which nothing is relative to the values."""
+
+    positions: Tensor
+    channels: Tensor
+    means: Tensor
+    largest: float
+    smallest: float = 0.0
+
+    @property
+    def norm(self) -> float:
+        return float(self.positions.sum().sqrt())
+
+    @property
+    def rms(self) -> float:
+        return math.sqrt(float(self.positions.mean()) / len(self.channels))
+
+    @property
+    def size(self) -> float:
+        """What errors are relative to: the RMS, or 1 where all values are zero, about the size of what a layer norm
+        hands on."""
+        return max(self.rms, self.smallest) if self.rms else 1.0
+
+    @property
+    def position_sizes(self) -> Tensor:
+        """The same of every position; that of one that is zero is the size of the whole."""
+        sizes = (self.positions / len(self.channels)).sqrt()
+        return torch.where(sizes == 0, self.size, sizes.clamp(min=self.smallest))
+
+
+@dataclass(frozen=True)
+class Allowance:
+    """How large errors of rounding are in a block, relative to its values.
+
+    values, sums: the floor's shares for rounded values and for running sums, `condition` included. ceilings: whether
+    the peer's error is the block's own, so that there is a most that rounding explains.
+    """
+
+    values: float
+    sums: float
+    condition: float = 1.0
+    ceilings: bool = True
+
+    @property
+    def floor(self) -> float:
+        return self.values + self.sums
+
+    def below(self, error_of_zeros: float) -> float:
+        """The largest error that is not yet that of zeros, which is that of twice the right values too; rounding is
+        allowed where these are no larger."""
+        rounding = self.floor / self.condition
+        return max(error_of_zeros - rounding, rounding)
+
+
+def rows(x: Tensor) -> Tensor:
+    """(position, channel): a position is a row of the last axis."""
+    return x.reshape(-1, x.shape[-1] if x.ndim else 1)
+
+
+def norms(x: Tensor, smallest: float = 0.0) -> Norms:
+    square = rows(x).square()
+    return Norms(square.sum(1), square.sum(0), rows(x).mean(0), float(square.max().sqrt()), smallest)
+
+
+def relative_l2(error: Norms, oracle: Norms) -> float:
+    """RMS of the error over that of the oracle."""
+    return error.rms / oracle.size
+
+
+def worst_position(error: Norms, oracle: Norms) -> float:
+    """The largest relative L2 over any one position."""
+    return float(((error.positions / len(error.channels)).sqrt() / oracle.position_sizes).max())
+
+
+def worst_channel(error: Norms, oracle: Norms) -> float:
+    """The largest RMS error of any one channel, over the RMS of the oracle."""
+    return math.sqrt(float(error.channels.max()) / len(error.positions)) / oracle.size
+
+
+def worst_mean(error: Norms, oracle: Norms) -> float:
+    """The largest mean error of any one channel, over the RMS of the oracle: what is wrong in the same way at every
+    position remains, and roundings cancel out."""
+    return float(error.means.abs().max()) / oracle.size
+
+
+def largest_error(error: Norms, oracle: Norms) -> float:
+    """The largest absolute error, over the RMS of the oracle."""
+    return error.largest / oracle.size
+
+
+def measure_values(oracle: Norms, peer: Norms, subject: Norms, allowed: Allowance) -> list[Measure]:
+    """Of the errors of peer and subject."""
+    n_position, n_channel, floor = len(oracle.positions), len(oracle.channels), allowed.floor
+    # A rounding error is relative to its own value, so a channel's follows that channel, and the largest error the
+    # largest value where that is further out than the largest of so many normal errors.
+    of_channels = expected_maximum(n_channel) * max(1.0, worst_channel(oracle, oracle))
+    of_means = (allowed.values / math.sqrt(n_position) + allowed.sums) * of_channels
+    measures = []
+    for name, measure, least, times in (
+        ("relative L2", relative_l2, floor, K),
+        # Relative to itself a position whose values cancel out is honestly far off. One that the peer has wrong shows
+        # in the largest error.
+        ("worst position", worst_position, floor * expected_maximum(n_position), None),
+        ("worst channel", worst_channel, floor * of_channels, K),
+        # Sums of nearly the same terms are rounded in nearly the same way at every position. A channel's mean error is
+        # at most its RMS, for which the peer has a ceiling.
+        ("worst channel's mean", worst_mean, of_means, None),
+        (
+            "largest error / RMS",
+            largest_error,
+            floor * max(expected_maximum(n_position * n_channel), largest_error(oracle, oracle)),
+            K * allowed.condition,
+        ),
+    ):
+        theirs, ours = measure(peer, oracle), measure(subject, oracle)
+        ceiling = times * least if times and allowed.ceilings else math.inf
+        budget = K * theirs + least
+        if measure is relative_l2:
+            budget = min(budget, allowed.below(relative_l2(oracle, oracle)))
+        measures.append(Measure(name, ours, theirs, budget, ceiling))
+    return measures
+
+
+def expected_maximum(n: int) -> float:
+    """The largest of n standard normal numbers to expect, asymptotically; at least 1."""
+    return max(1.0, math.sqrt(2 * math.log(n)))
+
+
+def kl_divergences(right: Tensor, *others: Tensor) -> list[Tensor]:
+    """KL divergence of the probabilities of others at every position, all (position, token); computed for a few
+    positions at a time, which then stay in the processor's cache."""
+    found: list[list[Tensor]] = [[] for _ in others]
+    for first in range(0, len(right), POSITIONS_AT_A_TIME):
+        some = slice(first, first + POSITIONS_AT_A_TIME)
+        exact = right[some].log_softmax(-1)
+        probability = exact.exp()
+        for logits, of_this in zip(others, found, strict=True):
+            of_this.append((probability * (exact - logits[some].log_softmax(-1))).sum(-1).clamp(min=0))
+    return [torch.cat(each) for each in found]
+
+
+def measure_logits(
+    oracle: Tensor, peer: Tensor, subject: Tensor, size: Norms, peer_error: Norms, floor: float
+) -> list[Measure]:
+    """As probabilities over the vocabulary.
+
+    KL divergence grows with the square of an error e of the logits, at most as e**2 / 2, so its budget is that of its
+    root. Where two tokens' logits are nearer than twice the error of each, either may be the first choice.
+    """
+    their_kl, our_kl = kl_divergences(rows(oracle), rows(peer), rows(subject))
+    measures = []
+    for name, of in (("KL mean", Tensor.mean), ("KL max", Tensor.max)):
+        budget = (K * float(of(their_kl)) ** 0.5 + floor * size.size / 2**0.5) ** 2
+        measures.append(Measure(name, float(of(our_kl)), float(of(their_kl)), budget))
+    error = K * largest_error(peer_error, size) + floor * max(1.0, largest_error(size, size))
+    top = rows(oracle).topk(min(2, oracle.shape[-1]))
+    close = float(((top.values[:, 0] - top.values[:, -1]) <= 2 * error * size.size).double().mean())
+    chosen = [rows(logits).argmax(-1, keepdim=True) for logits in (subject, peer)]
+    ours, theirs = (float((top.values[:, :1] - rows(oracle).gather(1, c)).max()) / size.size for c in chosen)
+    differ, they_differ = (float((c != top.indices[:, :1]).double().mean()) for c in chosen)
+    return [
+        *measures,
+        Measure("top-1 margin", ours, theirs, 2 * error),
+        Measure("top-1 disagreement", differ, they_differ, close),
+    ]

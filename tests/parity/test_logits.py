@@ -1,0 +1,15 @@
+"""From vectors to logits."""
+
+import pytest
+
+from reference.judge import Comparison
+from reference.results import Run
+
+from . import isolated
+
+
+@pytest.mark.compares("logits")
+def test_isolated(
+    comparison: Comparison, suite_for: isolated.SuiteFor, run: Run, request: pytest.FixtureRequest
+) -> None:
+    isolated.check(comparison, suite_for, run, request)
