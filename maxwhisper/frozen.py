@@ -113,7 +113,7 @@ class Frozen(nn.Module):
     def why_pytorch(self, x: torch.Tensor) -> str | None:
         """What only PyTorch can do with an input x, as it would be said to a user."""
         if torch.jit.is_tracing() or torch.compiler.is_compiling():
-            return TRACED
+            return "its operations are traced"
         if x.requires_grad and torch.is_grad_enabled():
             return "gradients are wanted"
         return HOOKS if self.hooked() else None
@@ -175,7 +175,6 @@ def dtype_name(tensor: torch.Tensor) -> str:
 
 
 HOOKS = "modules inside have hooks"
-TRACED = "its operations are traced"
 READ_ONCE = (
     "MAX has read the weights once: save {'dims': vars(model.dims), 'model_state_dict': ...} with torch.save,"
     " and give that file to load_model"

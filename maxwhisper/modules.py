@@ -14,7 +14,7 @@ from whisper.model import ModelDimensions
 
 from .decoding import PICK, Candidates, KeyValueCache, Picked, Rules, Texts
 from .errors import AudioError, OptionError
-from .frozen import HOOKS, TRACED, Frozen, without_memory
+from .frozen import HOOKS, Frozen, without_memory
 from .on_device import CANDIDATES, STEPS_AT_ONCE
 from .runtime import buffer, one_torch_thread
 from .speculation import N_GUESS, ROUGH_KEYS, SPECULATE, WORTH_GUESSING, rough_room
@@ -51,11 +51,10 @@ class AudioEncoder(Frozen, openai.AudioEncoder):
         """
         check_floats("mel", mel)
         self.check_unchanged()
-        reason = self.why_pytorch(mel)
-        if reason != TRACED:
+        if not torch.jit.is_tracing():
             self._check(mel)
         batch = mel if mel.ndim == 3 else mel[None]
-        if reason:
+        if reason := self.why_pytorch(mel):
             self.pytorch(reason)
             features = super().forward(batch)
         else:
@@ -119,9 +118,9 @@ class TextDecoder(Frozen, openai.TextDecoder):
             cache.settle()
         else:
             self.check_unchanged()
-        reason = self.why_pytorch(xa)
-        if reason != TRACED:
+        if not torch.jit.is_tracing():
             self._check(x, xa, cache, positions)
+        reason = self.why_pytorch(xa)
         if kv_cache and not cache:
             reason = reason or "the cache is not of install_kv_cache_hooks"
         if reason is None:

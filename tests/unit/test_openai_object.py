@@ -1,5 +1,5 @@
-"""The table of what users do to openai-whisper's object, done to both objects: its README, its notebooks, its tests, the
-public methods of its `Whisper`, and those of PyTorch's modules."""
+"""The table of what users do to openai-whisper's object, done to both objects: what its README, its notebooks and its
+tests do, the public methods of its `Whisper`, and those of PyTorch's modules."""
 
 import base64
 import copy
@@ -24,7 +24,6 @@ from maxwhisper.errors import DeviceError, MaxWhisperError, OptionError
 from maxwhisper.frozen import in_pytorch
 from maxwhisper.runtime import one_torch_thread
 from maxwhisper.whisper import Whisper, load_model
-from reference.judge import Comparison, judge
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 NANO = FIXTURES / "nano.pt"
@@ -290,21 +289,15 @@ def test_parameters_take_no_memory(model: Whisper) -> None:
     assert {p.data_ptr() for p in copy.deepcopy(model).parameters()} == {p.data_ptr() for p in model.parameters()}
 
 
-def test_modules_inside_compute_in_pytorch_as_accurately_as_openais(
+def test_modules_inside_compute_exactly_what_openais_do(
     model: Whisper, openai: OpenAIWhisper, mel: torch.Tensor
 ) -> None:
-    ours, theirs = (hook_features(x, mel[None]) for x in (model, openai))
-    oracle = hook_features(copy.deepcopy(openai).double(), mel[None].double())
-    comparison = Comparison("fixture", torch.float32, "encoder", 0, "speech")
-    longest, values = 4 * model.dims.n_audio_state, 10 * model.dims.n_audio_layer
-    assert judge(comparison, [oracle], [theirs], [ours], longest_reduction=longest, roundings=values).passed
-
-
-def hook_features(x: Model, mel: torch.Tensor) -> torch.Tensor:
-    hook = x.encoder.ln_post.register_forward_hook(lambda _, ins, out: None)
-    features = x.encoder(mel)
-    hook.remove()
-    return features.detach()
+    found = []
+    for x in (model, openai):
+        hook = x.encoder.ln_post.register_forward_hook(lambda _, ins, out: found.append(out.detach()))
+        x.encoder(mel[None])
+        hook.remove()
+    assert len(found) == 2 and found[0].equal(found[1])
 
 
 # ---- what a copy is -------------------------------------------------------------------------------------------------
@@ -374,7 +367,7 @@ def in_place(x: Model) -> Any:
 
 
 CHANGES: dict[str, tuple[Callable[[Model], Any], str]] = {
-    "in place": (in_place, "decoder?.ln.weight was changed"),
+    "in place": (in_place, "ln.weight was changed"),
     "another parameter": (
         lambda x: setattr(x.decoder.ln, "weight", torch.nn.Parameter(x.decoder.ln.weight.clone())),
         "ln.weight was changed",
