@@ -531,3 +531,24 @@ def test_what_is_no_waveform(model: Whisper, given: Any, said: str) -> None:
     for use in (model.transcribe, log_mel_spectrogram):
         with pytest.raises(OptionError, match=said):
             use(given)
+
+
+def test_words_are_found_without_hooks_that_other_threads_would_meet(
+    model: Whisper, audio: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {**SHORT, "temperature": 0, "word_timestamps": True}
+    expected = model.transcribe(audio, **options)
+    for block in model.decoder.blocks:
+        monkeypatch.setattr(block.cross_attn, "register_forward_hook", None)
+    assert model.transcribe(audio, **options) == expected
+
+
+def test_words_are_found_where_modules_inside_have_hooks(model: Whisper, audio: np.ndarray) -> None:
+    options = {**SHORT, "temperature": 0, "word_timestamps": True}
+    expected = model.transcribe(audio, **options)
+    hook = model.decoder.ln.register_forward_hook(lambda *_: None)
+    found = model.transcribe(audio, **options)
+    hook.remove()
+    assert [word["word"] for word in found["segments"][0]["words"]] == [
+        word["word"] for word in expected["segments"][0]["words"]
+    ]
