@@ -170,10 +170,15 @@ class Artifacts:
 
     def __init__(self, folder: str | os.PathLike[str], device: str, or_compile: bool = False):
         self.folder = Path(folder)
+        self.device = device
         self.or_compile = or_compile
         self.held: list[Held] = []
         with self._excused():
             self._open(self._manifest(), device)
+
+    def __reduce__(self) -> tuple[type["Artifacts"], tuple[Path, str, bool]]:
+        """Pickles as what to read, and for what: another machine may not be one that it was compiled for."""
+        return Artifacts, (self.folder, self.device, self.or_compile)
 
     def _manifest(self) -> dict[str, Any]:
         path = self.folder / MANIFEST

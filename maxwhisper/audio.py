@@ -263,6 +263,31 @@ def _compile(n_mels: int, load: Loader | None) -> Executable:
     return Artifact(program.name, [program], "cpu", load).init(weights)[program.name]
 
 
+def as_waveform(audio: np.ndarray | torch.Tensor) -> torch.Tensor:
+    """An array or a tensor of floats in any memory layout, as float32 (samples,) on the CPU, without gradient.
+
+    Raises OptionError for another shape, for integers, and for what is no array.
+    """
+    samples = audio.detach() if isinstance(audio, torch.Tensor) else as_array(audio)
+    floats = samples.is_floating_point() if isinstance(samples, torch.Tensor) else samples.dtype.kind == "f"
+    if not floats or samples.ndim != 1:
+        found = f"{samples.dtype} {tuple(samples.shape)}"
+        hint = "; take the mean of its channels" if samples.ndim == 2 else ""
+        hint = "; divide it by 32768" if "int16" in found else hint
+        raise OptionError(f"audio must be floats (samples,) in [-1, 1], not {found}{hint}")
+    if isinstance(samples, np.ndarray):
+        samples = torch.from_numpy(np.require(samples, np.float32, ["C", "W"]))
+    return samples.to("cpu", torch.float32)
+
+
+def as_array(audio: object) -> np.ndarray:
+    """Raises OptionError for what is no array."""
+    try:
+        return np.asarray(audio)
+    except ValueError as error:  # of lists of different lengths
+        raise OptionError(f"audio is a {type(audio).__name__} that is no array of samples: {error}") from error
+
+
 @one_torch_thread()
 def log_mel_spectrogram(
     audio: str | os.PathLike[str] | np.ndarray | torch.Tensor, n_mels: int = 80, padding: int = 0
@@ -270,17 +295,16 @@ def log_mel_spectrogram(
     """The log-mel spectrogram of a file or of a 16 kHz waveform (samples,) with `padding` zeros appended, on MAX.
 
     Returns what openai-whisper's function of that name does: float32 (n_mels, (samples + padding) // HOP_LENGTH).
+    It is without gradient.
     Raises: AudioError if the file cannot be read, a sample is not finite, or there are too few samples to mirror;
     OptionError for a waveform of another shape or of integers, a negative padding, or an n_mels other than 80 and 128.
     """
-    waveform = torch.as_tensor(load_audio(audio) if isinstance(audio, str | os.PathLike) else audio)
-    if waveform.ndim != 1 or not waveform.is_floating_point():
-        raise OptionError(f"audio must be floats (samples,) in [-1, 1], not {waveform.dtype} {tuple(waveform.shape)}")
+    waveform = as_waveform(load_audio(audio) if isinstance(audio, str | os.PathLike) else audio)
     if padding < 0:
         raise OptionError(f"padding is a number of samples and must not be negative, not {padding}")
     if not waveform.isfinite().all():
         raise AudioError(f"audio: sample {int((~waveform.isfinite()).nonzero()[0])} is not finite")
-    waveform = torch.nn.functional.pad(waveform.to("cpu", torch.float32), (0, padding))
+    waveform = torch.nn.functional.pad(waveform, (0, padding))
     if len(waveform) <= N_FFT // 2:
         raise AudioError(f"audio of {len(waveform)} samples is too short: a spectrogram needs {N_FFT // 2 + 1}")
     [log_mel] = compiled_spectrogram(n_mels)(waveform)

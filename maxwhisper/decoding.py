@@ -28,6 +28,7 @@ from whisper.model import ModelDimensions
 
 from .blocks import BLOCKS
 from .errors import DecodingError
+from .frozen import has_hooks
 from .model import TextDecoder
 from .process import compiler
 from .runtime import Artifact, Executable, Loader, Policy, Program, buffer
@@ -498,14 +499,24 @@ def not_in_graph(reason: str) -> None:
     log.info("tokens are picked by openai-whisper's loop, not in the graph: %s", reason)
 
 
+def inference_of(model: Any, initial_token_length: int) -> decoding.Inference:
+    """How a model's decoder is called: openai-whisper's way where modules inside have hooks."""
+    kind = decoding.PyTorchInference if model.decoder.hooked() else MaxInference
+    return kind(model, initial_token_length)
+
+
 class DecodingTask(decoding.DecodingTask):
     """openai-whisper's decoding of a window, its forward passes through `MaxInference`."""
 
     __init__ = rebind(
         decoding.DecodingTask.__init__,
-        PyTorchInference=MaxInference,
+        PyTorchInference=inference_of,
         BeamSearchDecoder=BeamSearchDecoder,
     )
+
+    def _get_audio_features(self, mel: Tensor) -> Tensor:
+        # openai-whisper goes on with another dtype than these two until something fails.
+        return super()._get_audio_features(mel.to(torch.float16 if self.options.fp16 else torch.float32))
 
     def _main_loop(self, audio_features: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, list[float]]:
         """What openai-whisper's loop does, with tokens from a graph where it can find them."""
@@ -551,13 +562,16 @@ class DecodingTask(decoding.DecodingTask):
             texts = self.inference.pick(texts, rules.inputs(texts.tokens, 1), left.clamp(max=MAX_STEPS)).texts
 
     def _rules(self) -> TokenRules | None:
-        """None where all logits are needed: to draw tokens at random, for more beams than a GPU has candidates for, or
-        for a decoder or filters not known."""
+        """None where all logits are needed: to draw tokens at random, for more beams than a GPU has candidates for, for
+        hooks, or for a decoder or filters not known."""
         if self.options.temperature != 0:
             not_in_graph("tokens are drawn at random")
             return None
         if (self.options.beam_size or 0) >= N_BEST and self.model.decoder.on_device:
             not_in_graph(f"{N_BEST} beams or more, not on a CPU")
+            return None
+        if type(self.inference) is not MaxInference or has_hooks(self.model.decoder):
+            not_in_graph("the decoder has hooks")
             return None
         if type(self.decoder) not in (decoding.GreedyDecoder, BeamSearchDecoder):
             not_in_graph("unknown decoder")

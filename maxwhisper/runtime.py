@@ -121,7 +121,9 @@ def tensor_or_buffer(value: Value[Any]) -> Any:
 
 def buffer(tensor: torch.Tensor | Buffer) -> Buffer:
     """The tensor as MAX takes it: in the same memory if that is contiguous."""
-    return tensor if isinstance(tensor, Buffer) else Buffer.from_dlpack(tensor.contiguous())
+    if isinstance(tensor, Buffer):
+        return tensor
+    return Buffer.from_dlpack((tensor.detach() if tensor.requires_grad else tensor).contiguous())
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,61 @@
+"""The times of words: openai-whisper's search for them, with scores that MAX has computed."""
+
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from whisper import timing
+
+from .decoding import rebind
+
+if TYPE_CHECKING:
+    from .whisper import Whisper
+
+
+class Attention:
+    """What `find_alignment` takes for a layer's cross-attention: a place for its hook."""
+
+    def __init__(self) -> None:
+        self.hooks: list[Callable[..., Any]] = []
+
+    def register_forward_hook(self, hook: Callable[..., Any]) -> SimpleNamespace:
+        """Returns what `find_alignment` removes the hook with, which ends with it."""
+        self.hooks.append(hook)
+        return SimpleNamespace(remove=lambda: None)
+
+
+class Scored:
+    """What `find_alignment` takes for a model, for one call: threads that share the model do not meet in its hooks."""
+
+    def __init__(self, model: "Whisper"):
+        self.model = model
+        self.dims, self.device, self.alignment_heads = model.dims, model.device, model.alignment_heads
+        blocks = [SimpleNamespace(cross_attn=Attention()) for _ in range(model.dims.n_text_layer)]
+        self.decoder = SimpleNamespace(blocks=blocks)
+
+    def __call__(self, mel: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        logits, scores = self.model.decoder.alignment(tokens, self.model.encoder(mel))
+        for block, qk in zip(self.decoder.blocks, scores, strict=True):
+            for hook in block.cross_attn.hooks:
+                hook(block.cross_attn, (), (None, qk))
+        return logits
+
+
+def find_alignment(model: "Whisper", *args: Any, **kwargs: Any) -> list[timing.WordTiming]:
+    """openai-whisper's; through the model's own hooks only where it has others."""
+    return timing.find_alignment(model if model.decoder.hooked() else Scored(model), *args, **kwargs)
+
+
+add_word_timestamps = rebind(timing.add_word_timestamps, find_alignment=find_alignment)
+
+
+@cache
+def keep_alignment_compiled() -> None:
+    """Has numba keep the search for word timestamps, which openai-whisper has it compile in every process, in seconds;
+    in its own folder of caches, if there is one that can be written to."""
+    for function in (timing.dtw_cpu, timing.backtrace):
+        with suppress(RuntimeError):
+            function.enable_caching()
