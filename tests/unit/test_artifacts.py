@@ -360,7 +360,8 @@ def test_what_another_process_keeps_meanwhile_is_no_failure(
 
 
 def test_a_model_without_a_spectrogram_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(maxwhisper.whisper, "Network", lambda *_: None)
+    for part in ("Network", "AudioEncoder", "TextDecoder"):
+        monkeypatch.setattr(maxwhisper.whisper, part, lambda *_: None)
     checkpoint = load_checkpoint(NANO)
     other = replace(checkpoint, dims=replace(checkpoint.dims, n_mels=40))
     assert Whisper(other, artifacts=Cache(tmp_path)).dims.n_mels == 40

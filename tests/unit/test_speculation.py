@@ -17,6 +17,7 @@ from max.graph import DeviceRef, TensorType
 from whisper.audio import N_SAMPLES, pad_or_trim
 
 import maxwhisper.decoding
+import maxwhisper.modules
 import maxwhisper.whisper
 from maxwhisper.audio import load_audio, log_mel_spectrogram
 from maxwhisper.blocks import BLOCKS
@@ -87,7 +88,7 @@ def decoded(model: Whisper, mels: torch.Tensor, **options: Any) -> Found:
 def by_steps(model: Whisper, mels: torch.Tensor, **options: Any) -> Found:
     """What is decoded without guesses."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(maxwhisper.whisper, "WORTH_GUESSING", model.dims.n_text_ctx)
+        patch.setattr(maxwhisper.modules, "WORTH_GUESSING", model.dims.n_text_ctx)
         return decoded(model, mels, **options)
 
 

@@ -1,0 +1,181 @@
+"""Tensors and arrays of every kind, given to the drop-in as mel, tokens, features and audio."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import whisper
+from whisper import DecodingOptions
+from whisper.audio import pad_or_trim
+
+from maxwhisper.audio import as_waveform, load_audio, log_mel_spectrogram
+from maxwhisper.errors import OptionError
+from maxwhisper.whisper import Whisper, load_model
+
+FIXTURES = Path(__file__).parents[2] / "fixtures"
+SHORT: dict[str, Any] = {"fp16": False, "language": "en", "sample_len": 5}
+
+
+@pytest.fixture(scope="module")
+def model() -> Whisper:
+    return load_model(FIXTURES / "nano.pt")
+
+
+@pytest.fixture(scope="module")
+def audio() -> np.ndarray:
+    return load_audio(FIXTURES / "clips" / "english-4.ogg")
+
+
+@pytest.fixture(scope="module")
+def mel(audio: np.ndarray) -> torch.Tensor:
+    return whisper.log_mel_spectrogram(pad_or_trim(audio))
+
+
+MELS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "float64": torch.Tensor.double,
+    "requires_grad": lambda mel: mel.clone().requires_grad_(),
+    "transposed": lambda mel: mel.T.contiguous().T,
+    "every other": lambda mel: torch.stack([mel, -mel], -1)[..., 0],
+}
+
+
+@pytest.mark.parametrize("form", MELS)
+def test_any_form_of_a_mel_is_decoded(model: Whisper, mel: torch.Tensor, form: str) -> None:
+    given = MELS[form](mel)
+    options = DecodingOptions(**{**SHORT, "fp16": form == "float64"})
+    assert model.decode(given, options).tokens == model.decode(mel, options).tokens
+    assert model.detect_language(given)[0] == model.detect_language(mel)[0]
+    with torch.no_grad():
+        assert model.encoder(given).float().equal(model.encoder(mel))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_rounded_mel_is_decoded_as_that(model: Whisper, mel: torch.Tensor, dtype: torch.dtype) -> None:
+    options = DecodingOptions(**SHORT)
+    assert model.decode(mel.to(dtype), options).tokens == model.decode(mel.to(dtype).float(), options).tokens
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (np.zeros((80, 3000), np.float32), "mel is a ndarray, expected a tensor"),
+        (torch.zeros(80, 3000, dtype=torch.int16), "mel is torch.int16, expected floats"),
+        (torch.zeros(80, 3000, dtype=torch.complex64), "mel is torch.complex64"),
+        (None, "mel is a NoneType"),
+    ],
+    ids=["array", "int16", "complex", "none"],
+)
+def test_what_is_no_mel(model: Whisper, given: Any, said: str) -> None:
+    for use in (model.decode, model.detect_language, model.encoder):
+        with pytest.raises(OptionError, match=said):
+            use(given)
+
+
+@pytest.mark.parametrize("given", [[[1, 2]], torch.tensor([[1.5]]), torch.tensor([[True]]), torch.tensor([[1]]).byte()])
+def test_what_is_no_text(model: Whisper, given: Any) -> None:
+    with pytest.raises(OptionError, match="tokens are .* expected a tensor of torch.int64 or torch.int32"):
+        model.logits(given, torch.zeros(1, 1500, 128))
+
+
+@pytest.mark.parametrize("given", [np.zeros((1, 1500, 128)), torch.zeros(1, 1500, 128).int()], ids=["array", "int32"])
+def test_what_are_no_features(model: Whisper, given: Any) -> None:
+    with pytest.raises(OptionError, match="xa is .* expected"):
+        model.decoder(torch.tensor([[1]]), given)
+
+
+def read_only(audio: np.ndarray) -> np.ndarray:
+    audio = audio.copy()
+    audio.setflags(write=False)
+    return audio
+
+
+WAVEFORMS: dict[str, Callable[[np.ndarray], Any]] = {
+    "float64": lambda audio: audio.astype(np.float64),
+    "big-endian": lambda audio: audio.astype(">f4"),
+    "backwards": lambda audio: audio[::-1].copy()[::-1],
+    "every other": lambda audio: np.repeat(audio, 2)[::2],
+    "read-only": read_only,
+    "list": lambda audio: audio.tolist(),
+    "tensor": torch.from_numpy,
+    "tensor, float64": lambda audio: torch.from_numpy(audio).double(),
+    "tensor, requires_grad": lambda audio: torch.tensor(audio, requires_grad=True),
+    "tensor, every other": lambda audio: torch.from_numpy(audio).repeat_interleave(2)[::2],
+    "tensor, a column": lambda audio: torch.stack([torch.from_numpy(audio)] * 2, 1)[:, 0],
+    "parameter": lambda audio: torch.nn.Parameter(torch.from_numpy(audio)),
+}
+
+
+@pytest.mark.parametrize("form", WAVEFORMS)
+def test_any_form_of_a_waveform_is_heard(audio: np.ndarray, form: str) -> None:
+    given = WAVEFORMS[form](audio)
+    assert log_mel_spectrogram(given).equal(log_mel_spectrogram(audio))
+    assert as_waveform(given).numpy().tobytes() == audio.tobytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_rounded_waveform_is_heard_as_that(audio: np.ndarray, dtype: torch.dtype) -> None:
+    rounded = torch.from_numpy(audio).to(dtype)
+    assert log_mel_spectrogram(rounded).equal(log_mel_spectrogram(rounded.float()))
+
+
+WORDS = {**SHORT, "temperature": 0, "word_timestamps": True}
+
+
+@pytest.fixture(scope="module")
+def with_words(model: Whisper, audio: np.ndarray) -> dict[str, Any]:
+    return model.transcribe(audio, **WORDS)
+
+
+def test_a_tensor_that_requires_a_gradient_is_transcribed(
+    model: Whisper, audio: np.ndarray, with_words: dict[str, Any]
+) -> None:
+    assert model.transcribe(torch.tensor(audio, requires_grad=True), **WORDS) == with_words
+
+
+@pytest.mark.parametrize("empty", [np.array([]), np.zeros(0, np.float32), torch.zeros(0)], ids=["f64", "f32", "tensor"])
+def test_no_samples_have_no_text(model: Whisper, empty: Any) -> None:
+    assert model.transcribe(empty, language="en")["text"] == ""
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (np.zeros(16000, np.int16), "not int16 .*; divide it by 32768"),
+        (torch.zeros(16000, dtype=torch.int16), "not torch.int16 .*; divide it by 32768"),
+        (torch.zeros(16000, dtype=torch.int32), "not torch.int32"),
+        (np.zeros(16000, bool), "not bool"),
+        (np.zeros((2, 16000), np.float32), r"\(2, 16000\); take the mean of its channels"),
+        (torch.zeros(16000, 2), r"\(16000, 2\); take the mean of its channels"),
+        (torch.tensor(0.5), r"\(\)"),
+        (b"talk.wav", "not |S8"),
+        (None, "not object"),
+        ([[0.5], [0.5, 0.5]], "a list that is no array"),
+    ],
+    ids=["int16", "int16 tensor", "int32", "bool", "channels", "last channels", "scalar", "bytes", "none", "ragged"],
+)
+def test_what_is_no_waveform(model: Whisper, given: Any, said: str) -> None:
+    for use in (model.transcribe, log_mel_spectrogram):
+        with pytest.raises(OptionError, match=said):
+            use(given)
+
+
+def test_words_are_found_without_hooks_that_other_threads_would_meet(
+    model: Whisper, audio: np.ndarray, with_words: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for block in model.decoder.blocks:
+        monkeypatch.setattr(block.cross_attn, "register_forward_hook", None)
+    assert model.transcribe(audio, **WORDS) == with_words
+
+
+def test_words_are_found_where_modules_inside_have_hooks(
+    model: Whisper, audio: np.ndarray, with_words: dict[str, Any]
+) -> None:
+    hook = model.decoder.ln.register_forward_hook(lambda *_: None)
+    found = model.transcribe(audio, **WORDS)
+    hook.remove()
+    assert [word["word"] for word in found["segments"][0]["words"]] == [
+        word["word"] for word in with_words["segments"][0]["words"]
+    ]
