@@ -7,7 +7,7 @@ import itertools
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
 from pathlib import Path
@@ -35,6 +35,10 @@ if times_nothing(sys.argv[1:]):
         M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
         for threshold in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
             ctypes.CDLL(None).mallopt(threshold, 2**31 - 1)
+
+from reference.older_cpu import AS_ON, as_on, asked_for, heeded
+
+as_on(asked_for())
 
 import torch
 from whisper.model import ModelDimensions
@@ -73,6 +77,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--device", default="cpu", choices=["cpu", "gpu", "auto"], help="what MAX and PyTorch compute on (default: cpu)"
     )
     add("--require-gpu", action="store_true", help="fail if MAX and PyTorch do not both find a GPU")
+    peers = "fail where a test is skipped, as those of engines are that are not installed"
+    add("--require-peers", action="store_true", help=peers)
+    add("--cpu", choices=AS_ON, help="compute as on a CPU with fewer instructions (default: with all of this one's)")
     add("--checkpoint", help="a checkpoint of your own, by path or name, in the place of every --size")
     faults = "which faults the judge must catch, in every --dtype (default: weights, in float32)"
     add("--artifacts", metavar="DIR", help="use the graphs compiled there, or fail, naming what does not fit")
@@ -95,6 +102,8 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("--require-gpu: MAX and PyTorch do not both find a GPU; `maxwhisper doctor` says why")
     if config.getoption("--device") == "gpu" and not gpu_found():
         raise pytest.UsageError("--device gpu: MAX and PyTorch do not both find a GPU; `maxwhisper doctor` says why")
+    if (cpu := config.getoption("--cpu")) and not heeded(cpu):
+        raise pytest.UsageError(f"--cpu {cpu}: needs x86-64, and to stand on the command line or in PYTEST_ADDOPTS")
     if config.getoption("--checkpoint"):
         checkpoint(config)
     if config.getoption("--report"):
@@ -403,6 +412,14 @@ def loading(request: pytest.FixtureRequest) -> dict[str, Any]:
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if "tests/parity" in report.nodeid:
         RUN.test_seconds += report.duration
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.skipped and not hasattr(report, "wasxfail") and item.config.getoption("--require-peers"):
+        report.outcome, report.longrepr = "failed", f"--require-peers: {report.longrepr[-1]}"  # type: ignore[index]
+    return report
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

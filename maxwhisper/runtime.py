@@ -24,7 +24,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from max.driver import CPU, Accelerator, Buffer, Device, accelerator_count, is_virtual_device_mode
+from max.driver import (
+    CPU,
+    Accelerator,
+    Buffer,
+    Device,
+    accelerator_count,
+    is_virtual_device_mode,
+    set_virtual_cpu_target,
+)
 from max.dtype import DType
 from max.engine import CompiledModel, InferenceSession, Model
 from max.graph import BufferType, DeviceRef, Graph, KernelLibrary, TensorType, TensorValue, Value
@@ -35,6 +43,7 @@ from mojo.run import subprocess_run_mojo
 from .cache import cache_folder
 from .cuda import preload
 from .errors import CheckpointError, DeviceError, OptionError
+from .instructions import cpu_target
 
 log = logging.getLogger("maxwhisper")
 
@@ -260,7 +269,9 @@ def wait_at_exit() -> None:
 
 @cache
 def session(device: str) -> InferenceSession:
-    """The one session of a device."""
+    """The one session of a device; it compiles for the CPU that the environment names, or for the machine's own."""
+    if target := cpu_target():
+        set_virtual_cpu_target(target)
     return InferenceSession(devices=[find_device(device)])
 
 
