@@ -35,6 +35,10 @@ if times_nothing(sys.argv[1:]):
         for threshold in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
             ctypes.CDLL(None).mallopt(threshold, 2**31 - 1)
 
+from reference.older_cpu import AS_ON, as_on, asked_for, heeded
+
+as_on(asked_for())
+
 import torch
 from whisper.model import ModelDimensions
 
@@ -79,6 +83,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--device", default="cpu", choices=["cpu", "gpu", "auto"], help="what MAX and PyTorch compute on (default: cpu)"
     )
     add("--require-gpu", action="store_true", help="fail if MAX and PyTorch do not both find a GPU")
+    peers = "fail where a test is skipped, as those of engines are that are not installed"
+    add("--require-peers", action="store_true", help=peers)
+    add("--cpu", choices=AS_ON, help="compute as on a CPU with fewer instructions (default: with all of this one's)")
     add("--checkpoint", help="a checkpoint of your own, by path or name, in the place of every --size")
     faults = "which faults the judge must catch, in every --dtype (default: weights, in float32)"
     add("--artifacts", metavar="DIR", help="use the graphs compiled there, or fail, naming what does not fit")
@@ -101,6 +108,8 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("--require-gpu: MAX and PyTorch do not both find a GPU; `maxwhisper doctor` says why")
     if config.getoption("--device") == "gpu" and not gpu_found():
         raise pytest.UsageError("--device gpu: MAX and PyTorch do not both find a GPU; `maxwhisper doctor` says why")
+    if (cpu := config.getoption("--cpu")) and not heeded(cpu):
+        raise pytest.UsageError(f"--cpu {cpu}: needs x86-64, and to stand on the command line or in PYTEST_ADDOPTS")
     if config.getoption("--checkpoint"):
         checkpoint(config)
     if config.getoption("--report"):

@@ -18,7 +18,6 @@ import json
 import logging
 import os
 import platform
-import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -41,6 +40,7 @@ from whisper.model import ModelDimensions
 
 from .decoding import TOKEN_RULES
 from .errors import ArtifactError, OptionError
+from .instructions import PORTABLE_CPU, PORTABLE_FEATURES, cpu_features, cpu_target
 from .runtime import Loader, Policy, Program, Stored, session
 
 log = logging.getLogger("maxwhisper")
@@ -114,33 +114,6 @@ class Identity:
     def _flat(self) -> dict[str, Any]:
         own = {name: value for name, value in vars(self).items() if name != "dims"}
         return own | {f"dims.{name}": value for name, value in self.dims.items()}
-
-
-# Names in /proc/cpuinfo of what compilers emit unasked; the other flags differ between machines that run the same code.
-EMITTED = re.compile(
-    r"pni|ssse3|sse\w*|avx\w*|amx\w*|fma4?|f16c|bmi[12]|abm|movbe|popcnt|cx16|adx|aes|vaes|v?pclmulqdq|gfni|sha\w*|clwb"
-)
-# The virtual CPU that the CPU code of GPU graphs is compiled for, and what it has, by kind of machine.
-PORTABLE_CPU = {"x86_64": "x86-64-v3"}
-PORTABLE_FEATURES = {
-    "x86_64": [
-        *("sse", "sse2", "pni", "ssse3", "sse4_1", "sse4_2", "cx16", "popcnt"),
-        *("avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"),
-    ],
-}
-
-
-def cpu_features(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
-    """The instruction sets of this machine's CPU, as Linux names them; elsewhere the CPU's own name."""
-    try:
-        lines = cpuinfo.read_text().splitlines()
-    except OSError:
-        return [platform.processor()]
-    named = dict(line.split(":", 1) for line in lines if ":" in line)
-    listed = {name.strip(): value.split() for name, value in named.items()}
-    if "Features" in listed:  # Arm
-        return sorted(listed["Features"])
-    return sorted(flag for flag in listed.get("flags", []) if EMITTED.fullmatch(flag))
 
 
 def target_of(device: str) -> str:
@@ -372,7 +345,8 @@ def key(identity: Identity, target: str) -> str:
     # MAX's settings can change what it compiles.
     settings = {name: value for name, value in os.environ.items() if name.startswith("MODULAR_")}
     relevant = {name: value for name, value in settings.items() if not name.endswith("CACHE_DIR")}
-    everything = [FORMAT, version("max"), target, platform.machine(), cpu_features(), relevant, vars(identity)]
+    cpu = [platform.machine(), cpu_target(), cpu_features()]
+    everything = [FORMAT, version("max"), target, cpu, relevant, vars(identity)]
     return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -17,7 +17,15 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from max.driver import CPU, Accelerator, Buffer, Device, accelerator_count, is_virtual_device_mode
+from max.driver import (
+    CPU,
+    Accelerator,
+    Buffer,
+    Device,
+    accelerator_count,
+    is_virtual_device_mode,
+    set_virtual_cpu_target,
+)
 from max.dtype import DType
 from max.engine import CompiledModel, InferenceSession, Model
 from max.graph import BufferType, DeviceRef, Graph, TensorType, TensorValue, Value
@@ -26,6 +34,7 @@ from max.nn.layer import Module
 
 from .cuda import preload
 from .errors import CheckpointError, DeviceError, OptionError
+from .instructions import cpu_target
 from .kernel_library import kernel_library
 from .process import announced, compiler, find_place_for_max_cache, refuse_after_fork, wait_at_exit
 
@@ -207,8 +216,10 @@ COMPILE_LOG: list[CompileRecord] = []
 
 @cache
 def session(device: str) -> InferenceSession:
-    """The one session of a device."""
+    """The one session of a device; it compiles for the CPU that the environment names, or for the machine's own."""
     find_place_for_max_cache()
+    if target := cpu_target():
+        set_virtual_cpu_target(target)
     return InferenceSession(devices=[find_device(device)])
 
 

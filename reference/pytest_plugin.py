@@ -73,8 +73,11 @@ class Ending:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-        """In a worker, gives the report of a test what it found since the one before."""
+        """Fails what is skipped where peers are required; in a worker, gives the report of a test what it found since
+        the one before."""
         report = yield
+        if report.skipped and not hasattr(report, "wasxfail") and self.config.getoption("--require-peers"):
+            report.outcome, report.longrepr = "failed", f"--require-peers: {report.longrepr[-1]}"  # type: ignore[index]
         if is_worker(self.config):
             found, compiled = self.run.taken(), COMPILE_LOG[self.n_sent :]
             if found.anything or compiled:

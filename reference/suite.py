@@ -24,6 +24,7 @@ from . import activations, tf32
 from .activations import FIXTURES, Activations, is_step
 from .blocks import TWINS, pytorch_whisper
 from .captures import CAPTURED, captured
+from .formulas import in_float64
 from .judge import UNIT_ROUNDOFF, Comparison, Explanation, Judgement, condition, dtype_name, explain, judge
 from .verdicts import Memory, Verdicts, fingerprint
 
@@ -298,11 +299,6 @@ class Suite:
                 outputs = TWINS[comparison.block](self.model.oracle, comparison.layer, **in_float64(given))
             found[tf32.name(rounding)] = outputs
         return found
-
-
-def in_float64(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inputs of the oracle."""
-    return {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
 
 
 def comparisons(

@@ -14,8 +14,9 @@ from torch import Tensor
 from maxwhisper.blocks import BLOCKS
 from reference.activations import BATCH
 from reference.blocks import TWINS
+from reference.formulas import in_float64
 from reference.judge import Comparison, Judgement, judge
-from reference.suite import Suite, in_float64, longest_reduction, roundings
+from reference.suite import Suite, longest_reduction, roundings
 
 N_CONTEXT = 448
 

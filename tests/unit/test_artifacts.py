@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -18,10 +19,11 @@ import torch
 
 import maxwhisper.whisper
 from maxwhisper import artifacts, cli
-from maxwhisper.artifacts import HOST, MANIFEST, Artifacts, Cache, Identity, aim_at, cpu_features, source_hash, writing
+from maxwhisper.artifacts import HOST, MANIFEST, Artifacts, Cache, Identity, aim_at, source_hash, writing
 from maxwhisper.cache import cache_folder
 from maxwhisper.checkpoint import load_checkpoint
 from maxwhisper.errors import ArtifactError, OptionError
+from maxwhisper.instructions import CPU, EMITTED, PORTABLE_FEATURES, cpu_features, listed_features
 from maxwhisper.runtime import COMPILE_LOG, Stored
 from maxwhisper.whisper import Whisper, compile_model, load_model, policy_of, programs_of
 
@@ -309,11 +311,12 @@ def test_what_is_damaged_is_compiled_again_and_replaced(
         lambda patch: patch.setattr(artifacts, "source_hash", lambda _: "of other sources"),
         lambda patch: patch.setattr(artifacts, "version", lambda _: "25.1.0"),
         lambda patch: patch.setattr(artifacts, "cpu_features", lambda: ["avx1024"]),
+        lambda patch: patch.setattr(artifacts, "cpu_target", lambda: "another"),
         lambda patch: patch.setattr(artifacts, "target_of", lambda _: "sm_90a"),
-        lambda patch: patch.setattr(artifacts.platform, "machine", lambda: "riscv64"),
+        lambda patch: patch.delenv(CPU, raising=False) or patch.setattr(platform, "machine", lambda: "riscv64"),
         lambda patch: patch.setenv("MODULAR_MAX_DEBUG_ASSERT_LEVEL", "all"),
     ],
-    ids=["sources", "MAX", "CPU", "target", "machine", "settings"],
+    ids=["sources", "MAX", "CPU", "CPU compiled for", "target", "machine", "settings"],
 )
 def test_what_is_compiled_from_with_or_for_something_else_is_not_found(
     once: Path, change: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch, caplog: Any
@@ -410,13 +413,13 @@ def test_the_key_of_the_compile_cache_has_maxs_version_and_the_hash() -> None:
 )
 def test_features_of_a_cpu(content: str, expected: list[str], tmp_path: Path) -> None:
     (tmp_path / "cpuinfo").write_text(content)
-    assert cpu_features(tmp_path / "cpuinfo") == expected
+    assert listed_features(tmp_path / "cpuinfo") == expected
 
 
 def test_this_cpu_runs_what_is_compiled_for_gpus() -> None:
-    portable = artifacts.PORTABLE_FEATURES.get(artifacts.platform.machine(), [])
+    portable = PORTABLE_FEATURES.get(platform.machine(), [])
     assert set(portable) <= set(cpu_features())
-    assert all(artifacts.EMITTED.fullmatch(feature) for feature in artifacts.PORTABLE_FEATURES["x86_64"])
+    assert all(EMITTED.fullmatch(feature) for feature in PORTABLE_FEATURES["x86_64"])
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """Audio: every format gives the samples that were written, and whatever is wrong with a file is one clear line."""
 
 import itertools
-import math
 import os
 import wave
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from hypothesis import strategies as st
 from maxwhisper import audio as audio_module
 from maxwhisper.audio import HOP_LENGTH, N_FFT, SAMPLE_RATE, load_audio, log_mel_spectrogram
 from maxwhisper.errors import AudioError, MaxWhisperError, OptionError
+from reference.formulas import judge_formula
 
 TONE = 1000  # Hz
 DTYPES = {"u8": np.uint8, "s16": np.int16, "s32": np.int32, "flt": np.float32, "dbl": np.float64}
@@ -353,10 +353,6 @@ def test_any_damage_gives_samples_or_one_error(samples_of_formats: list[Path], d
     samples_or_audio_error(damaged)
 
 
-# A sum of N_FFT terms rounds like a random walk of N_FFT steps, an FFT like one of log2(N_FFT) steps.
-ALLOWANCE = math.sqrt(N_FFT / math.log2(N_FFT))
-
-
 def oracle(samples: np.ndarray, n_mels: int) -> np.ndarray:
     """openai-whisper's log-mel spectrogram, written again in float64."""
     padded = np.pad(samples.astype(np.float64), N_FFT // 2, mode="reflect")
@@ -368,11 +364,16 @@ def oracle(samples: np.ndarray, n_mels: int) -> np.ndarray:
     return (np.maximum(log_mel, log_mel.max() - 8) + 4) / 4
 
 
-def errors(log_mel: torch.Tensor, expected: np.ndarray) -> np.ndarray:
-    """Relative L2 error of the whole, and of the worst frame."""
-    difference = log_mel.double().numpy() - expected
-    frames = np.linalg.norm(difference, axis=0) / np.linalg.norm(expected, axis=0)
-    return np.array([np.linalg.norm(difference) / np.linalg.norm(expected), frames.max()])
+def check_log_mel(audio: np.ndarray, n_mels: int, ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    found = judge_formula(
+        "log-mel spectrogram",
+        lambda given: [torch.from_numpy(oracle(given["audio"].numpy(), n_mels))],
+        {"audio": torch.from_numpy(audio)},
+        [ours],
+        peer=[theirs],
+        longest_reduction=N_FFT,
+    )
+    assert found.passed, f"\n{found}"
 
 
 def signals() -> dict[str, np.ndarray]:
@@ -393,10 +394,8 @@ def signals() -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("signal", signals())
 def test_log_mel_is_as_accurate_as_openai_whisper(signal: str, n_mels: int) -> None:
     samples = signals()[signal].astype(np.float32)
-    expected = oracle(samples, n_mels)
-    ours = errors(log_mel_spectrogram(samples, n_mels), expected)
-    theirs = errors(whisper.audio.log_mel_spectrogram(samples, n_mels), expected)
-    assert (ours <= ALLOWANCE * theirs + np.finfo(np.float32).eps).all(), ours / theirs
+    ours, theirs = (made(samples, n_mels) for made in (log_mel_spectrogram, whisper.audio.log_mel_spectrogram))
+    check_log_mel(samples, n_mels, ours, theirs)
 
 
 @pytest.mark.parametrize(
@@ -405,11 +404,10 @@ def test_log_mel_is_as_accurate_as_openai_whisper(signal: str, n_mels: int) -> N
 )
 def test_log_mel_of_any_length(samples: int, padding: int) -> None:
     audio = noise()[:samples].astype(np.float32)
-    expected = oracle(np.pad(audio, (0, padding)), 80)
     ours = log_mel_spectrogram(audio, padding=padding)
     theirs = whisper.audio.log_mel_spectrogram(audio, padding=padding)
     assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
-    assert (errors(ours, expected) <= ALLOWANCE * errors(theirs, expected) + np.finfo(np.float32).eps).all()
+    check_log_mel(np.pad(audio, (0, padding)), 80, ours, theirs)
 
 
 def test_log_mel_of_silence_is_exact() -> None:

@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 import torch
 import whisper
+from whisper.model import Whisper as OpenAIWhisper
 from whisper.tokenizer import get_tokenizer
 
 from maxwhisper import runtime
 from maxwhisper.audio import load_audio
 from maxwhisper.batched import transcribe_batched
+from maxwhisper.blocks import BLOCKS
 from maxwhisper.checkpoint import load_checkpoint
 from maxwhisper.cli import main
 from maxwhisper.compare import convert, engines, run, stepwise
@@ -33,6 +35,10 @@ from maxwhisper.compare.scores import agreement, word_error_rate
 from maxwhisper.compare.table import cells as figures
 from maxwhisper.compare.tokens import task_for, tokenizer_of
 from maxwhisper.compare.worker import Requests
+from reference.blocks import decoder, decoder_keys_values, pytorch_whisper
+from reference.chain import layers
+from reference.judge import Comparison, judge
+from reference.suite import longest_reduction, roundings
 
 ROOT = Path(__file__).parents[2]
 NANO = ROOT / "fixtures" / "nano.pt"
@@ -317,8 +323,11 @@ def test_the_tokenizer_of_a_hugging_face_folder_is_openais(folder: Path) -> None
 
 def test_the_graph_of_a_step_is_pytorchs_decoder() -> None:
     """As it is exported: three tokens, then one, for two texts, beside PyTorch's decoder on all four at once."""
-    model = whisper.load_model(str(NANO), "cpu")
-    graphs = stepwise.graphs(load_checkpoint(NANO))
+    checkpoint = load_checkpoint(NANO)
+    model, oracle = (
+        pytorch_whisper(checkpoint.dims, checkpoint.tensors, dtype) for dtype in (torch.float32, torch.float64)
+    )
+    graphs = stepwise.graphs(checkpoint)
     torch.manual_seed(0)
     tokens, features = torch.randint(50257, (2, 4)), torch.randn(1, 1500, model.dims.n_audio_state)
     with torch.inference_mode():
@@ -326,10 +335,20 @@ def test_the_graph_of_a_step_is_pytorchs_decoder() -> None:
         own = [torch.zeros(2, model.dims.n_text_head, 0, 64)] * len(cross)
         first, *own = graphs["step"](tokens[:, :3], *own, *cross)
         last, *own = graphs["step"](tokens[:, 3:], *own, *cross)
-        expected = model.decoder(tokens, features)
-    # A cache that is read wrongly changes the first digits, another order of additions the last ones.
-    error = (torch.cat([first, last], 1) - expected).norm() / expected.norm()
-    assert error < torch.finfo(torch.float32).eps ** 0.5
+        peer, right = (logits_of(each, tokens, x) for each, x in ((model, features), (oracle, features.double())))
+    block = BLOCKS["decoder.prefill"]
+    judgement = judge(
+        *(Comparison("fixture", torch.float32, "decoder", 0, "random"), [right], [peer], [torch.cat([first, last], 1)]),
+        longest_reduction=longest_reduction(block, model.dims),
+        roundings=roundings(block, model.dims),
+        n_vocab=model.dims.n_vocab,
+    )
+    assert judgement.passed, f"\n{judgement}"
+
+
+def logits_of(model: OpenAIWhisper, tokens: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """In the dtype of the features."""
+    return decoder(model, 0, tokens, **layers("cross", decoder_keys_values(model, 0, features)))[0]
 
 
 def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Tokens picked in the graph: what openai-whisper's own filters and decoders pick from the same logits."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from whisper.tokenizer import get_tokenizer
 
 from maxwhisper.decoding import BeamSearchDecoder, Picked, Rules, TokenRules, compiled_rules
 from maxwhisper.errors import DecodingError
+from reference.formulas import Formula, judge_formula
 
 TOKENIZER = get_tokenizer(True, num_languages=99, language="en", task="transcribe")
 N_VOCAB, BEGIN, EOT = 51865, TOKENIZER.timestamp_begin, TOKENIZER.eot
@@ -87,7 +89,13 @@ def test_greedy_picks_what_openai_picks(sampled, seed, lean, **options) -> None:
     sums = totals(tokens)
     theirs, _ = decoding.GreedyDecoder(0.0, EOT).update(tokens, filtered(logits, tokens, chosen), sums)
     assert ours.texts.tokens.equal(theirs)
-    assert close(ours.texts.totals, sums)
+    goes_on = (tokens[:, -1] != EOT)[:, None]
+
+    def formula(given: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        gained = given["logits"].log_softmax(1).gather(1, theirs[:, -1:])
+        return [given["totals"] + torch.where(goes_on, gained, 0)[:, 0]]
+
+    check(formula, filtered(logits, tokens, chosen), ours.texts.totals, sums, totals=totals(tokens))
 
 
 @settings(max_examples=60, deadline=None)
@@ -104,7 +112,17 @@ def test_beam_search_picks_what_openai_picks(sampled, seed, lean, **options) -> 
     assert possible.equal(our_sums.isfinite())
     assert our_tokens[: possible.sum()].equal(their_tokens[: possible.sum()])
     assert our_completed == their_completed
-    assert close(our_sums, their_sums)
+    found, left = their_tokens[possible], filtered(logits, tokens, chosen)
+    likely = left.topk(4).indices  # of each text; of texts that are the same openai-whisper goes on with the last
+    before = [
+        max(i for i, text in enumerate(tokens) if text.equal(each[:-1]) and each[-1] in likely[i]) for each in found
+    ]
+
+    def formula(given: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        return [given["totals"][before] + given["logits"].log_softmax(1)[before, found[:, -1]]]
+
+    if possible.any():
+        check(formula, left, our_sums[possible], their_sums[possible], totals=totals(tokens))
     assert finished(ours) == finished(theirs)
 
 
@@ -113,11 +131,13 @@ def finished(decoder: decoding.BeamSearchDecoder) -> list[list[tuple[int, ...]]]
     return [[text for text, sum_ in each.items() if math.isfinite(sum_)] for each in decoder.finished_sequences]
 
 
-def close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
-    """Equal but for the rounding of sums over the vocabulary: sqrt(n) units of numbers of the size of log(n)."""
-    size = torch.maximum(ours.abs(), theirs.abs()).clamp(min=math.log(N_VOCAB))
-    near = (ours - theirs).abs() <= torch.finfo(torch.float32).eps / 2 * size * N_VOCAB**0.5
-    return bool((near | (ours == theirs)).all())
+def check(formula: Formula, logits: torch.Tensor, ours: torch.Tensor, theirs: torch.Tensor, **others: Any) -> None:
+    """Judges log-probabilities that were found from logits (text, vocabulary)."""
+    inputs = {"logits": logits, **others}
+    found = judge_formula(
+        "log-probabilities", formula, inputs, [ours], peer=[theirs], longest_reduction=logits.shape[-1]
+    )
+    assert found.passed, f"\n{found}"
 
 
 def test_equal_logits_go_to_the_lower_token() -> None:

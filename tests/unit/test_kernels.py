@@ -30,7 +30,8 @@ from maxwhisper.model import (
 )
 from maxwhisper.on_device import mask_behind
 from maxwhisper.runtime import TORCH_DTYPE, Artifact, Executable, Policy, Program
-from reference.judge import Comparison, judge
+from reference.formulas import bound_of_sums, judge_formula
+from reference.judge import UNIT_ROUNDOFF, Comparison, judge
 
 STORED = (DType.float32, DType.float16, DType.bfloat16)
 
@@ -70,16 +71,21 @@ def test_every_value_is_the_sum_of_its_products(
     weight = torch.randn(n_out, n_in, generator=generator).to(TORCH_DTYPE[stored])
     (y,) = products()[stored.name](x, weight)
     exact, terms = x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T
-    # The bound of any order of n additions of n products, in float32.
     assert y.shape == exact.shape
-    assert ((y - exact).abs() <= n_in * torch.finfo(torch.float32).eps / 2 * terms).all()
+    assert ((y - exact).abs() <= bound_of_sums(n_in, terms)).all()
 
 
 def test_a_product_large_enough_for_several_threads() -> None:
     x, weight = torch.randn(2, 7, 384), torch.randn(51865, 384).half()
     (y,) = products()["float16"](x, weight)
-    exact = x.double() @ weight.double().T
-    assert float((y - exact).norm() / exact.norm()) < 384**0.5 * torch.finfo(torch.float32).eps
+    found = judge_formula(
+        "product",
+        lambda given: [given["x"] @ given["weight"].T],
+        {"x": x, "weight": weight.float()},
+        [y],
+        longest_reduction=384,
+    )
+    assert found.passed, f"\n{found}"
 
 
 def test_a_row_is_bitwise_the_same_among_any_others() -> None:
@@ -142,9 +148,8 @@ def test_convolution(name: str, how: str, batch: int) -> None:
 
     (y,) = convolutions()[name + how](x, weight)
     expected, terms = exact(x.double(), weight.double()), exact(x.double().abs(), weight.double().abs())
-    # The bound of any order of n additions of n products, in float32.
     assert y.shape == expected.shape
-    assert ((y - expected).abs() <= N_IN * taps * torch.finfo(torch.float32).eps / 2 * terms).all()
+    assert ((y - expected).abs() <= bound_of_sums(N_IN * taps, terms)).all()
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -159,7 +164,7 @@ def test_convolution_in_bfloat16(name: str) -> None:
     rounded = weight.bfloat16().double()
     expected, terms = exact(x.double(), rounded), exact(x.double().abs(), rounded.abs())
     assert y.dtype == torch.float32
-    assert ((y - expected).abs() <= N_IN * taps * torch.finfo(torch.float32).eps / 2 * terms).all()
+    assert ((y - expected).abs() <= bound_of_sums(N_IN * taps, terms)).all()
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -235,9 +240,9 @@ def test_a_product_is_rounded_once_with_its_bias(rows: str, dtype: DType) -> Non
     exact, terms = (
         f(x.double()) @ f(weight.to(half).double()).T + f(bias.double()) for f in (torch.positive, torch.abs)
     )
-    added = (N_IN + 1) * torch.finfo(torch.float32).eps / 2 * terms
+    added = bound_of_sums(N_IN + 1, terms)
     assert y.dtype == half
-    assert ((y - exact).abs() <= added + torch.finfo(half).eps / 2 * (exact.abs() + added)).all()
+    assert ((y - exact).abs() <= added + UNIT_ROUNDOFF[half] * (exact.abs() + added)).all()
 
 
 # ---- attention -----------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,18 +12,21 @@ from max.dtype import DType
 from max.graph import DeviceRef, TensorType
 from whisper import DecodingOptions
 from whisper.audio import SAMPLE_RATE, pad_or_trim
+from whisper.model import Whisper as OpenAIWhisper
 
 import maxwhisper.whisper
 from maxwhisper.audio import load_audio, log_mel_spectrogram
 from maxwhisper.blocks import BLOCKS
 from maxwhisper.checkpoint import Checkpoint, load_checkpoint
-from maxwhisper.decoding import N_BEST, PICK, MaxInference, NoWeights, TokenRules
+from maxwhisper.decoding import N_BEST, PICK, DecodingTask, MaxInference, NoWeights, TokenRules
 from maxwhisper.errors import DecodingError
 from maxwhisper.on_device import STEPS_AT_ONCE, candidates_program, log_probabilities, step_program
 from maxwhisper.runtime import Artifact, Executable, Program
 from maxwhisper.together import Seats
 from maxwhisper.whisper import Whisper, load_model, rounded
-from reference.suite import Suite, trained
+from reference.chain import pytorch_logits
+from reference.judge import Comparison, judge
+from reference.suite import Suite, roundings, trained
 
 from .test_decoding import (
     BEGIN,
@@ -31,7 +35,7 @@ from .test_decoding import (
     OPTIONS,
     PROMPT,
     SAMPLE_BEGIN,
-    close,
+    check,
     filtered,
     filters,
     histories,
@@ -74,9 +78,11 @@ def logprobs(logits: torch.Tensor, tokens: torch.Tensor, chosen: list) -> torch.
 def test_log_probabilities_are_openais(sampled, seed, lean, **options) -> None:  # noqa: ANN001, ANN003
     logits, chosen = random_logits(3, seed, lean), filters(**options)
     tokens = torch.tensor([PROMPT + each for each in sampled])
-    ours, theirs = logprobs(logits, tokens, chosen), filtered(logits, tokens, chosen).log_softmax(1)
-    assert ours.isfinite().equal(theirs.isfinite())
-    assert close(ours, theirs)
+    left = filtered(logits, tokens, chosen)
+    ours, theirs = logprobs(logits, tokens, chosen), left.log_softmax(1)
+    possible = theirs.isfinite()
+    assert ours.isfinite().equal(possible)
+    check(lambda given: [given["logits"].log_softmax(1)[possible]], left, ours[possible], theirs[possible])
 
 
 @pytest.mark.parametrize("value", [float("nan"), -float("inf"), float("inf")])
@@ -164,9 +170,13 @@ def test_together_as_alone(model: Whisper, batch_size: int, beam_size: int | Non
     assert together == {number: model.transcribe(clip, **options) for number, clip in enumerate(SOME)}
 
 
-def windows(n: int) -> torch.Tensor:
+def waveforms(n: int) -> list[np.ndarray]:
     audio = load_audio(SOME[1])
-    return torch.stack([log_mel_spectrogram(pad_or_trim(audio[i * SAMPLE_RATE :]), 80) for i in range(n)])
+    return [pad_or_trim(audio[i * SAMPLE_RATE :]) for i in range(n)]
+
+
+def windows(n: int) -> torch.Tensor:
+    return torch.stack([log_mel_spectrogram(audio, 80) for audio in waveforms(n)])
 
 
 def test_windows_of_a_batch_as_alone(model: Whisper, usual: Whisper) -> None:
@@ -176,8 +186,33 @@ def test_windows_of_a_batch_as_alone(model: Whisper, usual: Whisper) -> None:
         options = DecodingOptions(language="en", beam_size=beam_size, fp16=False)
         ours, theirs = (each.decode(mel[:n], options) for each in (model, usual))
         assert [each.tokens for each in ours] == [each.tokens for each in theirs]
-    sums = [torch.tensor([each.avg_logprob * (len(each.tokens) + 1) for each in some]) for some in (ours, theirs)]
-    assert close(*sums)
+    task, suite = DecodingTask(usual, options), Suite(trained(), torch.float32)
+    comparison = Comparison("fixture", torch.float32, "avg_logprob", 0, "two windows")
+    oracle, peer = (
+        [torch.cat([average(*of, task, audio, each.tokens) for audio, each in zip(waveforms(n), ours, strict=True)])]
+        for of in ((suite.model.oracle, torch.float64), (suite.peer, torch.float32))
+    )
+    for some in (ours, theirs):
+        found = judge(
+            *(comparison, oracle, peer, [torch.tensor([each.avg_logprob for each in some])]),
+            longest_reduction=N_VOCAB,
+            roundings=roundings(BLOCKS["decoder.prefill"], suite.dims),
+        )
+        assert found.passed, f"\n{found}"
+
+
+@torch.no_grad()
+def average(
+    network: OpenAIWhisper, dtype: torch.dtype, task: DecodingTask, audio: np.ndarray, tokens: list[int]
+) -> torch.Tensor:
+    """The avg_logprob that PyTorch's network gives to a text of a window, (1,), computed in the dtype."""
+    text = torch.tensor([[*task.initial_tokens, *tokens, EOT]])
+    logits = pytorch_logits(network, torch.from_numpy(audio), text, dtype)[0]
+    for place in range(SAMPLE_BEGIN - 1, len(logits)):
+        for each in task.logit_filters:
+            each.apply(logits[place : place + 1], text[:, : place + 1])
+    logprobs = logits[SAMPLE_BEGIN - 1 :].log_softmax(1).gather(1, text[0, SAMPLE_BEGIN:, None])
+    return logprobs.sum(0) / (len(tokens) + 1)
 
 
 def test_a_text_that_fills_the_cache(model: Whisper, usual: Whisper) -> None:

@@ -44,6 +44,7 @@ def run(pytester: pytest.Pytester) -> Run:
         (["--compile-only", "host", "--artifacts", str(NANO)], "--artifacts"),
         (["--or-compile"], "--or-compile: there is nothing to compile instead of without --artifacts"),
         (["--require-gpu"], "--require-gpu: MAX and PyTorch do not both find a GPU"),
+        (["--cpu", "pentium"], "argument --cpu: invalid choice: 'pentium'"),
         (["--device", "gpu"], "--device gpu: MAX and PyTorch do not both find a GPU"),
         (["--report", str(NANO)], "nano.pt: cannot be written to: File exists"),
     ],
@@ -84,6 +85,28 @@ def test_what_compiles_is_shown_where_nothing_is_captured() -> None:
     plugins = Mock(get_plugin={"terminalreporter": reporter, "capturemanager": None}.get)
     Progress(plugins).handle(logging.makeLogRecord({"msg": "compiling everything"}))
     reporter.write_line.assert_called_once_with("compiling everything", flush=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [([], {"skipped": 2, "xfailed": 1}), (["--require-peers"], {"failed": 1, "errors": 1, "xfailed": 1})],
+)
+def test_a_skip_fails_where_peers_are_required(
+    options: list[str], expected: dict[str, int], pytester: pytest.Pytester
+) -> None:
+    pytester.makeconftest((ROOT / "conftest.py").read_text())
+    pytester.makepyfile(
+        """
+        import pytest
+        def test_inside(): pytest.skip("an engine is not installed")
+        @pytest.mark.skipif(True, reason="an engine is not installed")
+        def test_outside(): pass
+        def test_expected(): pytest.xfail("known")
+        """
+    )
+    done = pytester.runpytest_inprocess("-p", "no:cacheprovider", *options)
+    done.assert_outcomes(**expected)
+    assert ("an engine is not installed" in done.stdout.str()) == bool(options)
 
 
 def test_a_selection_that_selects_nothing_fails(run: Run) -> None:

@@ -1,0 +1,88 @@
+"""Computing as on a CPU with fewer instructions: whoever chooses code by the CPU is told so, and in time."""
+
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+
+from maxwhisper import runtime
+from maxwhisper.artifacts import HOST, Writer
+from maxwhisper.errors import OptionError
+from maxwhisper.instructions import CPU, PORTABLE_FEATURES, cpu_features, cpu_target
+from reference.older_cpu import AS_ON, asked_for, heeded
+
+V3 = "x86-64-v3"
+
+
+@pytest.fixture(autouse=True)
+def usual(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An x86-64 machine whose environment says nothing of its CPU."""
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    for name in [*AS_ON[V3], "PYTEST_ADDOPTS"]:
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "more", "expected"),
+    [
+        (["tests/unit", "--cpu", V3], "", V3),
+        ([f"--cpu={V3}", "-k", "mlp", "--unknown"], "", V3),
+        ([], f"-q --cpu {V3}", V3),
+        (["tests", "--cpus", "2"], "", None),
+        ([], "", None),
+    ],
+)
+def test_the_cpu_is_known_before_pytest_reads_its_options(
+    arguments: list[str], more: str, expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["pytest", *arguments])
+    monkeypatch.setenv("PYTEST_ADDOPTS", more)
+    assert asked_for() == expected
+
+
+def test_what_was_not_told_in_time_is_seen() -> None:
+    assert not heeded(V3)
+
+
+CHILD = """
+from reference.older_cpu import as_on, heeded
+as_on("x86-64-v3")
+assert heeded("x86-64-v3")
+import numpy
+assert not [name for name in numpy.show_config("dicts")["SIMD Extensions"]["found"] if "512" in name or "V4" in name]
+"""
+
+
+@pytest.mark.skipif("avx2" not in cpu_features(), reason="the CPU has not all of x86-64-v3")
+def test_pytorch_and_numpy_compute_without_avx_512() -> None:
+    subprocess.run([sys.executable, "-c", CHILD], cwd=Path(__file__).parents[2], check=True)
+
+
+@pytest.mark.parametrize("target", [V3, None])
+def test_max_compiles_for_the_cpu_that_is_named(target: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = Mock()
+    monkeypatch.setattr(runtime, "set_virtual_cpu_target", said)
+    monkeypatch.setattr(runtime, "InferenceSession", Mock())
+    if target:
+        monkeypatch.setenv(CPU, target)
+    runtime.session.__wrapped__("cpu")
+    assert [each.args for each in said.mock_calls] == ([(target,)] if target else [])
+
+
+def test_only_its_instructions_count_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also for what is compiled ahead of time, which then runs wherever there are these."""
+    monkeypatch.setenv(CPU, V3)
+    features = sorted(PORTABLE_FEATURES["x86_64"])
+    assert cpu_features() == features
+    assert Writer(tmp_path, HOST).manifest["cpu"]["features"] == features
+
+
+@pytest.mark.parametrize(("machine", "expected"), [("x86_64", V3), ("aarch64", "none on aarch64")])
+def test_a_cpu_that_is_not_known_is_named(machine: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setenv(CPU, "pentium")
+    with pytest.raises(OptionError, match=f"MAXWHISPER_CPU=pentium is not known: expected {expected}"):
+        cpu_target()
