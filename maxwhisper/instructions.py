@@ -1,11 +1,15 @@
 """Which instructions of its CPU a process may use."""
 
+import logging
 import os
 import platform
 import re
+from functools import cache
 from pathlib import Path
 
 from .errors import OptionError
+
+log = logging.getLogger("maxwhisper")
 
 CPU = "MAXWHISPER_CPU"
 """The environment variable that names the CPU to compile for, where that is not the machine's own."""
@@ -21,6 +25,12 @@ PORTABLE_FEATURES = {
         *("sse", "sse2", "pni", "ssse3", "sse4_1", "sse4_2", "cx16", "popcnt"),
         *("avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"),
     ],
+}
+
+# What computes in a dtype, by the names of Intel and Arm, and what of it a CPU may list.
+FOR_DTYPE = {
+    "bfloat16": ("AVX-512 BF16 or FEAT_BF16", {"avx512_bf16", "bf16"}),
+    "float16": ("AVX-512 FP16 or FEAT_FP16", {"avx512_fp16", "asimdhp"}),
 }
 
 
@@ -53,3 +63,17 @@ def listed_features(cpuinfo: Path) -> list[str]:
     if "Features" in listed:  # Arm
         return sorted(listed["Features"])
     return sorted(flag for flag in listed.get("flags", []) if EMITTED.fullmatch(flag))
+
+
+@cache
+def warn_of_slow_dtype(dtype: str) -> None:
+    """Says once where the CPU has no instructions for arithmetic in a dtype, and what that costs; nothing where it is
+    not known what the CPU has."""
+    instructions, names = FOR_DTYPE.get(dtype, ("", set()))
+    if not instructions or platform.system() != "Linux" or names & set(cpu_features()):
+        return
+    log.warning(
+        "dtype %s: this CPU has no instructions for it (%s), so every number is converted to float32 and back, which"
+        " makes encoding two to three times slower than in float32; float32, the default, is faster and more accurate",
+        *(dtype, instructions),
+    )

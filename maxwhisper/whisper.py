@@ -41,6 +41,7 @@ from .decoding import (
 )
 from .errors import DeviceError, OptionError
 from .frozen import Frozen, has_hooks
+from .instructions import warn_of_slow_dtype
 from .module_cache import ModuleCache
 from .modules import AudioEncoder, TextDecoder, check_floats
 from .on_device import CANDIDATES, candidates_program, step_program
@@ -73,6 +74,8 @@ def load_model(
     """
     find_device(str(device))  # before minutes go into reading and compiling
     arithmetic(dtype)
+    if str(device) == "cpu":
+        warn_of_slow_dtype(dtype)
     kept = Cache(cache_folder("artifacts"))
     held = kept if artifacts is None else Artifacts(artifacts, str(device), or_compile)
     return Whisper(rounded(load_checkpoint(name_or_path, download_root), dtype), str(device), held, dtype)

@@ -8,13 +8,15 @@ from unittest.mock import Mock
 
 import pytest
 
-from maxwhisper import runtime
+import maxwhisper.whisper
+from maxwhisper import instructions, load_model, runtime
 from maxwhisper.artifacts import HOST, Writer
 from maxwhisper.errors import OptionError
-from maxwhisper.instructions import CPU, PORTABLE_FEATURES, cpu_features, cpu_target
+from maxwhisper.instructions import CPU, PORTABLE_FEATURES, cpu_features, cpu_target, warn_of_slow_dtype
 from reference.older_cpu import AS_ON, asked_for, heeded
 
 V3 = "x86-64-v3"
+NANO = Path(__file__).parents[2] / "fixtures" / "nano.pt"
 
 
 @pytest.fixture(autouse=True)
@@ -86,3 +88,37 @@ def test_a_cpu_that_is_not_known_is_named(machine: str, expected: str, monkeypat
     monkeypatch.setenv(CPU, "pentium")
     with pytest.raises(OptionError, match=f"MAXWHISPER_CPU=pentium is not known: expected {expected}"):
         cpu_target()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_a_dtype_without_instructions_is_said_to_be_slow_once(
+    dtype: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(CPU, V3)
+    monkeypatch.setattr(maxwhisper.whisper, "Whisper", Mock())  # nothing is to be compiled for it
+    warn_of_slow_dtype.cache_clear()
+    for _ in range(2):
+        load_model(NANO, dtype=dtype)
+    said = [message for message in caplog.messages if "has no instructions for it" in message]
+    assert len(said) == (dtype != "float32")
+    assert all(f"dtype {dtype}: " in message and "float32, the default, is faster" in message for message in said)
+
+
+@pytest.mark.parametrize(
+    ("features", "slow"),
+    [
+        (["avx512_bf16", "avx512_fp16"], []),
+        (["avx512f", "avx512_bf16"], ["float16"]),
+        (["asimd", "asimdhp"], ["bfloat16"]),
+        (["asimd", "asimdhp", "bf16"], []),
+        (["avx2", "f16c"], ["bfloat16", "float16"]),
+    ],
+)
+def test_only_what_the_cpu_lacks_is_slow(
+    features: list[str], slow: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(instructions, "cpu_features", lambda: features)
+    warn_of_slow_dtype.cache_clear()
+    for dtype in ("float32", "bfloat16", "float16"):
+        warn_of_slow_dtype(dtype)
+    assert [message.split(":")[0].removeprefix("dtype ") for message in caplog.messages] == slow
