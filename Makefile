@@ -13,8 +13,8 @@ REPORT_DIR = $(or $(REPORT),build/report)
 DEVICE := cpu
 NEEDS_BASE = @test -n "$(BASE)" || { echo "make $@ needs a git revision: make $@ BASE=main"; exit 1; }
 
-.PHONY: help setup demo lint lint-ci test test-peers test-x86-64-v3 test-faults soak graph-key compile-gate compile-base doctor gpu-parity \
-	gpu-perf gpu-remote summary merge-gate perf perf-gate growth clean
+.PHONY: help setup demo lint lint-ci test test-peers test-x86-64-v3 test-faults soak graph-key compile-gate \
+	compile-base doctor gpu-parity gpu-perf gpu-remote summary merge-gate perf perf-gate growth clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z0-9-]*\):.*  ## \(.*\)/make \1\t\2/p' Makefile
@@ -35,7 +35,7 @@ test: lint  ## lint, then every test; REPORT=DIR writes the report there
 
 test-peers: $(INSTALLED)  ## what is compared with other engines, which are installed first; a skip fails
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[peers]'
-	$(BIN)/pytest tests/unit/test_compare.py --require-peers
+	$(BIN)/pytest tests/unit/test_compare.py tests/unit/test_checkpoints_in_transformers.py --require-peers
 
 test-x86-64-v3: $(INSTALLED)  ## every test as on a CPU without AVX-512
 	$(BIN)/pytest tests --benchmark-disable --cpu x86-64-v3 $(addprefix --report ,$(REPORT))
