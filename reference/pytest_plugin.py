@@ -16,7 +16,7 @@ import pytest
 
 from maxwhisper.runtime import COMPILE_LOG
 
-from .distributed import is_worker, packed, restore_environment, unpack_into
+from .distributed import is_worker, packed, unpack_into
 from .reasons import one_line
 from .report import ReportError
 from .results import Run
@@ -92,10 +92,6 @@ class Ending:
     def selected(self, session: pytest.Session) -> list[str]:
         """Return the ids of the tests that were selected, in whatever process they run."""
         return self.distributed or [item.nodeid for item in session.items]
-
-    @pytest.hookimpl(optionalhook=True)
-    def pytest_xdist_setupnodes(self) -> None:
-        restore_environment()
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
