@@ -93,6 +93,19 @@ class Ending:
         """Return the ids of the tests that were selected, in whatever process they run."""
         return self.distributed or [item.nodeid for item in session.items]
 
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Skip what pytest-benchmark would run if it is not there; a usage error if nothing else was chosen."""
+        benchmarks = [item for item in items if item.get_closest_marker("benchmark")]
+        if not benchmarks or self.config.pluginmanager.has_plugin("benchmark"):
+            return
+        reason = "tests/perf needs pytest-benchmark: install it, or leave out -p no:benchmark"
+        if len(benchmarks) == len(items) and not is_worker(self.config):
+            raise pytest.UsageError(reason)
+        self.run.note(reason)
+        for item in benchmarks:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
         self.distributed = ids
