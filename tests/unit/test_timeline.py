@@ -72,14 +72,12 @@ def test_opus_that_starts_late(tmp_path: Path, ending: str) -> None:
         load_audio(video(tmp_path / f"a.{ending}", audio, (-1, 5)))
 
 
-@pytest.mark.parametrize("rate", [8000, 44100, 48000])
+@pytest.mark.parametrize("rate", [8000, 16000, 48000])
 @pytest.mark.parametrize(("ending", "codec", "sample_format"), LOSSLESS + LOSSY)
 def test_ordinary_files_are_taken_as_they_are(
     tmp_path: Path, ending: str, codec: str, sample_format: str, rate: int
 ) -> None:
     """Whatever encoders put before the first sample."""
-    if (codec, rate) == ("libopus", 44100):
-        pytest.skip("Opus has no such rate")
     path = write(tmp_path / f"a.{ending}", tone(1, rate), codec, sample_format, rate=rate)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
