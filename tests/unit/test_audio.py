@@ -280,6 +280,7 @@ def overwrite_packets(path: Path, share: float) -> int:
     return count
 
 
+@pytest.mark.filterwarnings("ignore:.*its audio:RuntimeWarning")
 def test_damaged_packets_are_left_out_with_a_warning(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path / "a.m4a", noise(), "aac", "fltp")
     whole = load_audio(path)
