@@ -167,10 +167,14 @@ class Timeline:
         self.position = None if start is None else start / av.time_base
         # A time behind it is none: damaged, or one before the start in a format whose times wrap around.
         self.end = math.inf if start is None or not duration else (start + duration) / av.time_base
+        self.rate: int | None = None
         self.at_first: float | None = None
         self.at_most = 0.0
 
     def add(self, frame: av.AudioFrame) -> None:
+        self.rate = self.rate or frame.sample_rate
+        if frame.sample_rate != self.rate:  # by the first one, libav may have guessed the times
+            self.end = -math.inf
         if frame.time is not None and frame.time <= self.end:
             if self.position is None:
                 self.position = frame.time

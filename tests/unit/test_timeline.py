@@ -98,6 +98,16 @@ def test_ordinary_videos_are_taken_as_they_are(tmp_path: Path, source: str, code
         load_audio(video(tmp_path / f"video.{ending}", audio))
 
 
+def test_recordings_in_one_file_are_taken_as_they_are(tmp_path: Path) -> None:
+    """Where the sample rate changes, libav guesses times by the first one."""
+    parts = [write(tmp_path / f"{rate}.aac", tone(1, rate), "aac", "fltp", rate=rate) for rate in (16000, 44100, 8000)]
+    path = tmp_path / "all.aac"
+    path.write_bytes(b"".join(part.read_bytes() for part in parts))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_audio(path)
+
+
 def test_the_command_says_it_once_and_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
