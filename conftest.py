@@ -99,6 +99,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "faults(kind): tries faults of weights or of graphs on the judge")
     config.addinivalue_line("markers", "benchmarked: times MAX and PyTorch")
+    if not config.pluginmanager.has_plugin("benchmark"):
+        config.addinivalue_line("markers", "benchmark(timer): an option of pytest-benchmark, which is not here")
     config.addinivalue_line("markers", "clock: is about times, so it does not run with --benchmark-disable")
     config.addinivalue_line("markers", "trained: needs trained weights, the fixture's or those of --checkpoint")
     config.addinivalue_line("markers", "compares(*words, units): judge the blocks with one of the words in their names")
@@ -328,8 +330,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 def times(config: pytest.Config) -> bool:
-    """Whether anything is timed: not beside other workers of pytest-xdist."""
-    return not config.getoption("benchmark_disable") and not is_worker(config)
+    """Whether anything is timed: not beside other workers of pytest-xdist, nor without pytest-benchmark."""
+    return not config.getoption("benchmark_disable", True) and not is_worker(config)
 
 
 def wait_for(job: str) -> None:

@@ -44,6 +44,10 @@ __all__ = [
 MAX_DAMAGED = 2 / 3
 """Share of packets that do not decode above which a file counts as undecodable: ffmpeg's default -max_error_rate."""
 
+NOTICEABLE = 0.125
+"""Seconds by which sound may be late before viewers notice it, by ITU-R BT.1359: neither do they of subtitles. What
+encoders put before the first sample, and the rounding of times, is less."""
+
 JOINED = 2**16
 """Samples that are converted at a time."""
 
@@ -63,8 +67,10 @@ def load_audio(file: str | os.PathLike[str], sr: int = SAMPLE_RATE) -> np.ndarra
     The counterpart of openai-whisper's `load_audio` and, like it, what ffmpeg makes of the file: the stream is the one
     that libav ranks best, samples pass through signed 16 bit, and of a truncated or damaged file what can be decoded
     is returned. Two things are stricter here: packets left out for damage are announced by a RuntimeWarning, and a NaN
-    or an infinity is an error, because the conversion to 16 bit would turn it into a plausible sample. What can be read
-    once, as a pipe, is read once, and may be of any format; a device is refused, since most never end.
+    or an infinity is an error, because the conversion to 16 bit would turn it into a plausible sample. Where the stream
+    starts late in the file, or has gaps, nothing fills them, as in openai-whisper: another RuntimeWarning says so, if
+    times come out wrong by more than an eighth of a second. What can be read once, as a pipe, is read once, and may be
+    of any format; a device is refused, since most never end.
 
     Returns: float32 (samples,) in [-1, 1).
     Raises: AudioError if the file cannot be opened, has no audio stream, yields no sample, does not decode for the
@@ -128,7 +134,7 @@ def _decode(container: av.container.InputContainer, name: str) -> Iterator[av.Au
         raise AudioError(f"{name}: no audio stream")
     if stream.codec_context is None:
         raise AudioError(f"{name}: no decoder for its audio stream")
-    decoded = 0
+    decoded, timeline = 0, Timeline(container.start_time, container.duration)
     damage: list[str | None] = []
     for packet in container.demux(stream):
         try:
@@ -137,12 +143,58 @@ def _decode(container: av.container.InputContainer, name: str) -> Iterator[av.Au
             damage.append(error.strerror)
         else:
             decoded += len(frames)
-            yield from frames
+            for frame in frames:
+                timeline.add(frame)
+                yield frame
     if len(damage) > MAX_DAMAGED * (decoded + len(damage)):
         raise AudioError(f"{name}: {len(damage)} packets do not decode and only {decoded} do: {damage[-1]}")
     if damage:
         message = f"{name}: {len(damage)} damaged packets left out, {decoded} decoded: {damage[-1]}"
         warnings.warn(message, RuntimeWarning, stacklevel=7)
+    if unfilled := timeline.unfilled:
+        message = (
+            f"{name}: its audio {unfilled}, which nothing fills: times after that are too early by as much;"
+            " `ffmpeg -i INPUT -af aresample=async=1:first_pts=0 OUTPUT.wav` fills it with silence"
+        )
+        warnings.warn(message, RuntimeWarning, stacklevel=7)
+
+
+class Timeline:
+    """How far the frames of a stream, by their times in the file, are behind where their samples alone would be."""
+
+    def __init__(self, start: int | None, duration: int | None):
+        """start, duration: those of the file, in units of 1 / av.time_base; None if it does not say."""
+        self.position = None if start is None else start / av.time_base
+        # A time behind it is none: damaged, or one before the start in a format whose times wrap around.
+        self.end = math.inf if start is None or not duration else (start + duration) / av.time_base
+        self.rate: int | None = None
+        self.at_first: float | None = None
+        self.at_most = 0.0
+
+    def add(self, frame: av.AudioFrame) -> None:
+        self.rate = self.rate or frame.sample_rate
+        if frame.sample_rate != self.rate:  # by the first one, libav may have guessed the times
+            self.end = -math.inf
+        if frame.time is not None and frame.time <= self.end:
+            if self.position is None:
+                self.position = frame.time
+            behind = frame.time - self.position
+            if self.at_first is None:
+                self.at_first = behind
+            self.at_most = max(self.at_most, behind)
+        if self.position is not None:
+            self.position += frame.samples / frame.sample_rate
+
+    @property
+    def unfilled(self) -> str | None:
+        """What there is more time in than samples, if that is noticeable."""
+        if self.at_first is None or self.at_most <= NOTICEABLE:
+            return None
+        parts = {
+            "starts {:.2f} s after the file does": self.at_first,
+            "has gaps of {:.2f} s in all": self.at_most - self.at_first,
+        }
+        return " and ".join(text.format(seconds) for text, seconds in parts.items() if round(seconds, 2) > 0)
 
 
 def _joined(frames: Iterable[av.AudioFrame]) -> Iterator[av.AudioFrame]:

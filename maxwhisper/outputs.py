@@ -1,14 +1,17 @@
 """The output files of `maxwhisper transcribe`: the names and texts of OpenAI's; each is complete or not there."""
 
+import io
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from errno import EACCES
+from pathlib import Path
 from typing import Any
 
 from .errors import OptionError
 from .pipes import STANDARD_INPUT
+from .subtitles import SYNTAX, as_cues, in_syntax
 
 FORMATS = ("txt", "vtt", "srt", "tsv", "json")
 WORD_OPTIONS = ("highlight_words", "max_line_count", "max_line_width", "max_words_per_line")
@@ -40,8 +43,6 @@ def write(result: dict[str, Any], audio: str, output_dir: str, output_format: st
     Returns a line for each that cannot be written, with its name and the reason; the others are written all the same.
     Raises OptionError if none can be.
     """
-    from whisper.utils import get_writer
-
     failures: list[str] = []
     complete: dict[str, str] = {}
     with unfinished(output_dir) as folder:
@@ -49,12 +50,23 @@ def write(result: dict[str, Any], audio: str, output_dir: str, output_format: st
             target = os.path.join(output_dir, f"{output_name(audio)}.{ending}")
             file = os.path.join(folder, f"complete.{ending}")
             with noted(target, failures), removed_on_failure(file):
-                get_writer(ending, folder)(result, file, layout)
+                Path(file).write_text(contents(result, ending, layout), encoding="utf-8")
                 complete[target] = file
         for target, file in complete.items():
             with noted(target, failures):
                 replace(file, target)
     return failures
+
+
+def contents(result: dict[str, Any], ending: str, layout: dict[str, Any]) -> str:
+    """Returns what is in the output file with that ending: what openai-whisper writes, but for what would be taken for
+    the syntax of subtitles."""
+    from whisper.utils import get_writer
+
+    written = io.StringIO()
+    subtitles = ending in SYNTAX
+    get_writer(ending, "").write_result(as_cues(result) if subtitles else result, file=written, options=layout)
+    return in_syntax(written.getvalue(), ending) if subtitles else written.getvalue()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What MAX 26.7 needs of the process that it runs in: of its threads, of its forks, and at its end."""
+"""What MAX 26.7 needs of the process that it runs in, and does to it: threads, forks, environment, and its end."""
 
 import atexit
 import logging
@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
+import max.nn  # noqa: F401 - for what it does to the environment to be undone here, before any child is started
 from max import _core, mlir
 from max._mlir_context import default_mlir_context, ensure_default_mlir_context
 
@@ -23,6 +24,21 @@ COMPILER = threading.RLock()
 FORKED = threading.Event()
 """Whether this process was forked from one that had imported MAX, which starts threads: they are not in this one."""
 os.register_at_fork(after_in_child=FORKED.set)
+MISLEADING = ("MOJO_PYTHON_LIBRARY", "PYTHONEXECUTABLE", "PYTHONPATH")
+"""What MAX changes in the C library's environment alone when `max.nn` is imported. Children that are given no
+environment inherit it: they take the first Python in PATH for their own, and the folder they start in for a library."""
+
+
+def restore_environment() -> None:
+    """Undoes what MAX did to the environment of child processes: it is os.environ again."""
+    for name in MISLEADING:
+        if name in os.environ:
+            os.putenv(name, os.environ[name])
+        else:
+            os.unsetenv(name)
+
+
+restore_environment()
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import Any
 from .errors import MaxWhisperError, OptionError
 from .outputs import WORD_OPTIONS, unfinished, write
 from .terminal import failed
-from .transcribe_options import unusable
+from .transcribe_options import unusable, without_effect
 
 # PyTorch, MAX and openai-whisper are imported where they are used: they take seconds, and Ctrl-C must work meanwhile.
 
@@ -22,6 +22,8 @@ def transcribe(parser: argparse.ArgumentParser, **options: Any) -> int:
     """Transcribes every file it can; returns 1 if there was one that it could not."""
     if reason := unusable(options):
         parser.error(reason)
+    for reason in without_effect(options):
+        log.warning("warning: %s", reason)
     output_dir, output_format = options.pop("output_dir"), options.pop("output_format")
     with unfinished(output_dir):
         pass  # a folder that cannot be written to shows before the work, not after

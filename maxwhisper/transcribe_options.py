@@ -1,7 +1,7 @@
 """The options of `maxwhisper transcribe`: those of OpenAI's `whisper` command, and a few of our own."""
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from .option_types import DTYPES, above_zero, language, optional_float, optional_int, str2bool
@@ -111,6 +111,16 @@ def unusable(options: dict[str, Any]) -> str | None:
             if options[name]:
                 return f"argument --{name}: requires --word_timestamps True"
     return unusable_files(options["audio"])
+
+
+def without_effect(options: dict[str, Any]) -> Iterator[str]:
+    """Which options have no effect beside the others, in the words of OpenAI's command where it says so."""
+    if options["max_line_count"] and not options["max_line_width"]:
+        yield "--max_line_count has no effect without --max_line_width"
+    if options["max_words_per_line"] and options["max_line_width"]:
+        yield "--max_words_per_line has no effect with --max_line_width"
+    if options["hallucination_silence_threshold"] is not None and not options["word_timestamps"]:
+        yield "--hallucination_silence_threshold has no effect without --word_timestamps True"
 
 
 def unusable_files(files: list[str]) -> str | None:

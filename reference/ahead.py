@@ -10,7 +10,6 @@ A job is a suite's model as SIZE:DTYPE, or "transcribing": what transcribes with
 
 import argparse
 import logging
-import os
 import subprocess
 import sys
 import threading
@@ -50,11 +49,7 @@ class CompileAhead(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         if self.process is None and record.getMessage().startswith("compiling"):
-            # MAX changes the C library's environment of this process in ways that would mislead a child's Python.
-            environment = dict(os.environ)
-            self.process = subprocess.Popen(
-                self.command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
-            )
+            self.process = subprocess.Popen(self.command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
             threading.Thread(target=self._listen, args=(list(self.ready),), daemon=True).start()
 
     def _listen(self, jobs: list[str]) -> None:

@@ -5,7 +5,6 @@ the test it was running.
 """
 
 import io
-import os
 import pickle
 from functools import cache
 from typing import Any
@@ -17,9 +16,6 @@ from maxwhisper.runtime import COMPILE_LOG, CompileRecord
 from .faults import Fault, graph_faults, weight_faults
 from .results import Run
 
-MISLEADING = ("PYTHONEXECUTABLE", "PYTHONPATH")
-"""What MAX changes in the C library's environment alone: by the first, a child takes another Python for its own."""
-
 
 def is_worker(config: pytest.Config) -> bool:
     """Tell whether this process runs tests for another one, which is the one that says how the run ended."""
@@ -29,15 +25,6 @@ def is_worker(config: pytest.Config) -> bool:
 def is_distributed(config: pytest.Config) -> bool:
     """Tell whether other processes run the tests of this one, as with -n 2."""
     return config.getoption("dist", "no") != "no"
-
-
-def restore_environment() -> None:
-    """Undo what MAX did to the environment of child processes that are started without one of their own."""
-    for name in MISLEADING:
-        if name in os.environ:
-            os.putenv(name, os.environ[name])
-        else:
-            os.unsetenv(name)
 
 
 class Pickler(pickle.Pickler):

@@ -8,7 +8,6 @@ own. It writes the graphs as artifacts, for `pytest --artifacts` on a machine th
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -154,9 +153,7 @@ class Lowering:
         if checkpoint:
             command += ["--checkpoint", checkpoint]
         self.log = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process writes to it
-        # MAX changes the C library's environment of this process in ways that would mislead a child's Python.
-        environment = dict(os.environ)
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.log, text=True, env=environment)
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.log, text=True)
         self.waiting = list(models)
         self.failures: dict[tuple[str, torch.dtype], dict[str, str]] = {}
 

@@ -16,7 +16,7 @@ import pytest
 
 from maxwhisper.runtime import COMPILE_LOG
 
-from .distributed import is_worker, packed, restore_environment, unpack_into
+from .distributed import is_worker, packed, unpack_into
 from .reasons import one_line
 from .report import ReportError
 from .results import Run
@@ -96,9 +96,18 @@ class Ending:
         """Return the ids of the tests that were selected, in whatever process they run."""
         return self.distributed or [item.nodeid for item in session.items]
 
-    @pytest.hookimpl(optionalhook=True)
-    def pytest_xdist_setupnodes(self) -> None:
-        restore_environment()
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Skip what pytest-benchmark would run if it is not there; a usage error if nothing else was chosen."""
+        benchmarks = [item for item in items if item.get_closest_marker("benchmark")]
+        if not benchmarks or self.config.pluginmanager.has_plugin("benchmark"):
+            return
+        reason = "tests/perf needs pytest-benchmark: install it, or leave out -p no:benchmark"
+        if len(benchmarks) == len(items) and not is_worker(self.config):
+            raise pytest.UsageError(reason)
+        self.run.note(reason)
+        for item in benchmarks:
+            item.add_marker(pytest.mark.skip(reason=reason))
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:

@@ -1,7 +1,6 @@
 """pytest-benchmark's own options, on a benchmark whose times come from another process."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,11 +20,7 @@ def run(tmp_path: Path) -> Run:
     """Runs one small benchmark with the given options."""
     command = [sys.executable, "-m", "pytest", "tests/perf/test_speed.py", "--size=fixture", "-k=layer_norm and MAX"]
     command += [f"--benchmark-storage={tmp_path}", "--benchmark-max-time=0.1", "-p", "no:cacheprovider"]
-    # MAX changes the C library's environment of this process in ways that would mislead a child's Python.
-    environment = dict(os.environ)
-    return lambda *options: subprocess.run(
-        [*command, *options], cwd=ROOT, capture_output=True, text=True, env=environment
-    )
+    return lambda *options: subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True)
 
 
 def test_autosave_compare_and_compare_fail(run: Run, tmp_path: Path) -> None:

@@ -12,11 +12,10 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 
 from maxwhisper.blocks import BLOCKS
 from reference.perf.costs import Cost, costs
@@ -26,6 +25,9 @@ from reference.perf.worker import LOOPS, N_TOKEN
 from reference.suite import Suite
 
 from .conftest import Timing
+
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
 
 
 class EngineClock:
@@ -53,7 +55,7 @@ DEVICE_CALLS = 20
 class Timed:
     """What is benchmarked of a suite on an engine, under pytest-benchmark."""
 
-    def __init__(self, benchmark: BenchmarkFixture, suite: Suite, timing: Timing, tmp_path: Path):
+    def __init__(self, benchmark: "BenchmarkFixture", suite: Suite, timing: Timing, tmp_path: Path):
         self.benchmark, self.timing, self.saved = benchmark, timing, str(tmp_path / "inputs.pt")
         self.setting = timing.setting(suite)
 
@@ -76,7 +78,7 @@ class Timed:
 
 
 @pytest.fixture
-def timed(benchmark: BenchmarkFixture, suite: Suite, timing: Timing, tmp_path: Path) -> Timed:
+def timed(benchmark: "BenchmarkFixture", suite: Suite, timing: Timing, tmp_path: Path) -> Timed:
     return Timed(benchmark, suite, timing, tmp_path)
 
 

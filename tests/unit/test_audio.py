@@ -280,6 +280,7 @@ def overwrite_packets(path: Path, share: float) -> int:
     return count
 
 
+@pytest.mark.filterwarnings("ignore:.*its audio:RuntimeWarning")
 def test_damaged_packets_are_left_out_with_a_warning(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path / "a.m4a", noise(), "aac", "fltp")
     whole = load_audio(path)
@@ -327,7 +328,7 @@ def samples_or_audio_error(path: Path) -> None:
         assert audio.min() >= -1 and audio.max() < 1
 
 
-@pytest.mark.filterwarnings("ignore:.*damaged packets:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:.*(damaged packets|its audio):RuntimeWarning")
 @settings(deadline=None)
 @given(data=st.data())
 def test_any_truncation_gives_samples_or_one_error(samples_of_formats: list[Path], data: st.DataObject) -> None:
@@ -338,7 +339,7 @@ def test_any_truncation_gives_samples_or_one_error(samples_of_formats: list[Path
     samples_or_audio_error(truncated)
 
 
-@pytest.mark.filterwarnings("ignore:.*damaged packets:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:.*(damaged packets|its audio):RuntimeWarning")
 @settings(deadline=None)
 @given(data=st.data())
 def test_any_damage_gives_samples_or_one_error(samples_of_formats: list[Path], data: st.DataObject) -> None:

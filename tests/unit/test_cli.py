@@ -484,9 +484,7 @@ sys.exit(cli.main(["transcribe", "fixtures/clips/english-1.wav", "-o", sys.argv[
 
 def start(then: str, out: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", SCRIPT.format(then=then, result=RESULT), str(out)]
-    # MAX sets PYTHONEXECUTABLE without os.environ knowing, and with it a child would miss its virtual environment.
-    env = dict(os.environ)
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_sigint(out: Path) -> None:

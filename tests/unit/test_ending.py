@@ -185,14 +185,6 @@ def test_a_worker_that_died_fails_the_run() -> None:
     assert not run.passed
 
 
-def test_children_take_this_python_for_their_own() -> None:
-    """MAX sets this for children that are given no environment, as those of pytest-xdist are not."""
-    os.putenv("PYTHONEXECUTABLE", "/nowhere/bin/python3")
-    Ending(Mock(), Run()).pytest_xdist_setupnodes()
-    command = [sys.executable, "-c", "import sys; print(sys.executable)"]
-    assert subprocess.run(command, capture_output=True, text=True).stdout.strip() == sys.executable
-
-
 def test_the_verdicts_of_workers_are_those_of_one_run(tmp_path: Path) -> None:
     selection = ["tests/parity", "-k", "encoder.layer_norm and speech", "--size", "fixture", "--dtype", "float32"]
     command = [sys.executable, "-m", "pytest", *selection, "-n", "2", "--report", str(tmp_path)]

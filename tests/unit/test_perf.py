@@ -1,7 +1,6 @@
 """The gate's verdict and what surrounds it, the counts of a block's work, and processes that do not start."""
 
 import math
-import os
 import random
 import re
 import subprocess
@@ -197,9 +196,7 @@ worker.ask("takes")
 print(worker.process.pid, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    # MAX sets PYTHONEXECUTABLE without os.environ knowing, and with it a child would miss its virtual environment.
-    env = dict(os.environ)
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     state, deadline = Path(f"/proc/{int(done.stdout)}/stat"), time.monotonic() + 10
     while state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z":
         assert time.monotonic() < deadline

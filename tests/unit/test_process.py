@@ -1,5 +1,6 @@
 """What a process has to do with MAX: threads and forks."""
 
+import json
 import os
 import select
 import signal
@@ -47,6 +48,21 @@ def test_what_two_threads_need_is_compiled_once(name: str, monkeypatch: pytest.M
     with ThreadPoolExecutor(2) as pool:
         first, second = (pool.submit(use) for _ in range(2))
     assert first.result() is second.result() and len(calls) == 1
+
+
+# ---- children ----------------------------------------------------------------------------------------------------
+
+
+def test_children_have_the_environment_of_their_parent() -> None:
+    """MAX sets some for those that are given none: by PYTHONEXECUTABLE they took another Python for their own."""
+    load_model(NANO).transcribe(SILENCE, language="en")
+    program = "import json, os, sys; print(json.dumps([sys.executable, sys.prefix, dict(os.environ)]))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    executable, prefix, environment = json.loads(done.stdout)
+    assert (executable, prefix) == (sys.executable, sys.prefix)
+    ours = ("PYTHON", "MOJO", "MODULAR")
+    of = lambda names: {name: value for name, value in names.items() if name.startswith(ours)}  # noqa: E731
+    assert of(environment) == of(os.environ)
 
 
 # ---- forks ---------------------------------------------------------------------------------------------------------

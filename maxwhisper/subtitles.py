@@ -1,0 +1,45 @@
+"""Subtitles of any text: openai-whisper's writers take it that none holds anything of the files' syntax."""
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+STAND_INS = {ord(character): 0xDC00 + ord(character) for character in "&<>"}
+"""For openai-whisper's writers to measure lines, and to add tags, by characters that no text holds: lone surrogates."""
+SYNTAX: dict[str, dict[int, str]] = {
+    "vtt": {STAND_INS[ord("&")]: "&amp;", STAND_INS[ord("<")]: "&lt;", STAND_INS[ord(">")]: ">"},
+    "srt": {stand_in: chr(character) for character, stand_in in STAND_INS.items()},
+}
+"""By format, how it has what STAND_INS stand for."""
+ARROW = re.compile(f"--+{chr(STAND_INS[ord('>')])}")
+"""Of a text: a reader would take its line for one of times."""
+
+
+def as_cues(result: dict[str, Any]) -> dict[str, Any]:
+    """Returns the result with what becomes a cue alone, each text on one line and with STAND_INS."""
+    segments = result["segments"]
+    if segments and "words" in segments[0]:
+        cues = [segment | {"words": list(with_text(segment["words"]))} for segment in segments]
+    else:
+        cues = [segment | {"text": one_line(segment["text"])} for segment in segments if segment["text"].strip()]
+    return result | {"segments": cues}
+
+
+def with_text(words: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yields the words that have a text; what is none goes before the next one."""
+    blank = ""
+    for word in words:
+        text = blank + one_line(word["word"])
+        if text.strip():
+            yield word | {"word": text}
+        blank = "" if text.strip() else text
+
+
+def one_line(text: str) -> str:
+    return re.sub(r"\s*[\r\n]\s*", " ", text).translate(STAND_INS)
+
+
+def in_syntax(written: str, ending: str) -> str:
+    """Returns what a writer made of `as_cues` as the format has it. "-->" becomes "->", as openai-whisper writes it
+    where there are no words."""
+    return ARROW.sub(f"-{chr(STAND_INS[ord('>')])}", written).translate(SYNTAX[ending])
