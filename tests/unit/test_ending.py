@@ -173,9 +173,9 @@ def test_a_worker_that_died_fails_the_run() -> None:
     run.lost.clear()
     config = Mock(spec=["getoption", "pluginmanager"], getoption=lambda name: None)
     ending, session = Ending(config, run), Mock(exitstatus=pytest.ExitCode.OK)
-    ending.pytest_testnodedown(Mock(**{"gateway.id": "gw0"}), None)
+    ending.pytest_testnodedown(Mock(spec=["gateway"], **{"gateway.id": "gw0"}), None)
     assert not run.lost
-    ending.pytest_testnodedown(Mock(**{"gateway.id": "gw0"}), "Not properly terminated")
+    ending.pytest_testnodedown(Mock(spec=["gateway"], **{"gateway.id": "gw0"}), "Not properly terminated")
     finish = ending.pytest_sessionfinish(session)
     next(finish)
     with pytest.raises(StopIteration):
