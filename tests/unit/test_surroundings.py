@@ -23,6 +23,7 @@ from maxwhisper.audio import load_audio, log_mel_spectrogram
 from maxwhisper.checkpoint import load_checkpoint
 from maxwhisper.decoding import KeyValueCache
 from maxwhisper.modules import TextDecoder
+from maxwhisper.together import OfThread
 from maxwhisper.whisper import Whisper, load_model
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
@@ -92,7 +93,7 @@ def test_another_model_is_used_while_recordings_advance_together(model: Whisper,
 
 def test_every_thread_has_its_own_seat_on_a_device(model: Whisper) -> None:
     decoder = TextDecoder(model.dims, model.network, torch.device("cpu"))
-    decoder.on_device = decoder.of_thread.seats.on_device = True
+    decoder.on_device, decoder.of_thread = True, OfThread(on_device=True)
 
     def cache(value: float) -> KeyValueCache:
         made = KeyValueCache(cross=[torch.full((1, 1, 5, 4), value)])
