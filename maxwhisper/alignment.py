@@ -1,18 +1,28 @@
 """The times of words: openai-whisper's search for them, with scores that MAX has computed."""
 
+import logging
 from collections.abc import Callable
-from contextlib import suppress
 from functools import cache
+from threading import RLock
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numba.core.caching import NullCache
 from whisper import timing
 
-from .decoding import rebind
+from .rebind import rebind
 
 if TYPE_CHECKING:
     from .whisper import Whisper
+
+log = logging.getLogger("maxwhisper")
+
+ALIGNING = RLock()
+"""Held by the thread that is in openai-whisper's search: it has all attention of the process computed without
+`scaled_dot_product_attention`, which the second of two threads would leave so for ever; and of numba's ways to use
+several cores, one ends a process where two threads do."""
 
 
 class Attention:
@@ -46,7 +56,8 @@ class Scored:
 
 def find_alignment(model: "Whisper", *args: Any, **kwargs: Any) -> list[timing.WordTiming]:
     """openai-whisper's; through the model's own hooks only where it has others."""
-    return timing.find_alignment(model if model.decoder.hooked() else Scored(model), *args, **kwargs)
+    with ALIGNING:
+        return timing.find_alignment(model if model.decoder.hooked() else Scored(model), *args, **kwargs)
 
 
 add_word_timestamps = rebind(timing.add_word_timestamps, find_alignment=find_alignment)
@@ -56,6 +67,14 @@ add_word_timestamps = rebind(timing.add_word_timestamps, find_alignment=find_ali
 def keep_alignment_compiled() -> None:
     """Has numba keep the search for word timestamps, which openai-whisper has it compile in every process, in seconds;
     in its own folder of caches, if there is one that can be written to."""
-    for function in (timing.dtw_cpu, timing.backtrace):
-        with suppress(RuntimeError):
+    for function, example in (
+        (timing.backtrace, np.zeros((2, 2), np.float32)),  # first, since the other one compiles it too
+        (timing.dtw_cpu, np.zeros((1, 1))),
+    ):
+        try:
             function.enable_caching()
+            with ALIGNING:
+                function(example)
+        except Exception as error:  # the times of words are found without a cache as well
+            log.info("the search for word timestamps is compiled in every process: %s", error)
+            function._cache = NullCache()

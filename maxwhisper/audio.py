@@ -22,11 +22,11 @@ from max.graph import DeviceRef, TensorType, TensorValue, Weight, ops
 from max.nn.layer import Module
 from whisper.audio import CHUNK_LENGTH, HOP_LENGTH, N_FFT, N_FRAMES, N_SAMPLES, SAMPLE_RATE, mel_filters
 
-from .errors import AudioError, OptionError
+from .errors import AudioError, OptionError, warn_once
 from .model import convolution
 from .pipes import Pipe, is_regular, open_once, status_of
 from .process import compiler
-from .runtime import Artifact, Executable, Loader, Program, one_torch_thread
+from .runtime import Artifact, Executable, Loader, Program, cpu_by_default, one_torch_thread
 
 __all__ = [
     "CHUNK_LENGTH",
@@ -50,6 +50,9 @@ encoders put before the first sample, and the rounding of times, is less."""
 
 JOINED = 2**16
 """Samples that are converted at a time."""
+
+LOUDEST = 2
+"""Samples beyond this were not meant to be in [-1, 1]: lossy decoders and resamplers overshoot it by less than 6 dB."""
 
 N_BINS = N_FFT // 2 + 1
 """Frequencies of the Fourier transform of a frame, from 0 to SAMPLE_RATE / 2."""
@@ -340,6 +343,7 @@ def as_array(audio: object) -> np.ndarray:
         raise OptionError(f"audio is a {type(audio).__name__} that is no array of samples: {error}") from error
 
 
+@cpu_by_default()
 @one_torch_thread()
 def log_mel_spectrogram(
     audio: str | os.PathLike[str] | np.ndarray | torch.Tensor, n_mels: int = 80, padding: int = 0
@@ -347,7 +351,7 @@ def log_mel_spectrogram(
     """The log-mel spectrogram of a file or of a 16 kHz waveform (samples,) with `padding` zeros appended, on MAX.
 
     Returns what openai-whisper's function of that name does: float32 (n_mels, (samples + padding) // HOP_LENGTH).
-    It is without gradient.
+    It is without gradient. Warns of samples far outside of [-1, 1].
     Raises: AudioError if the file cannot be read, a sample is not finite, or there are too few samples to mirror;
     OptionError for a waveform of another shape or of integers, a negative padding, or an n_mels other than 80 and 128.
     """
@@ -359,5 +363,7 @@ def log_mel_spectrogram(
     waveform = torch.nn.functional.pad(waveform, (0, padding))
     if len(waveform) <= N_FFT // 2:
         raise AudioError(f"audio of {len(waveform)} samples is too short: a spectrogram needs {N_FFT // 2 + 1}")
+    if max(waveform.aminmax(), key=abs).abs() > LOUDEST:
+        warn_once(f"audio has samples beyond {LOUDEST}, expected floats in [-1, 1]: divide 16-bit samples by 32768")
     [log_mel] = compiled_spectrogram(n_mels)(waveform)
     return log_mel

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from whisper.audio import CHUNK_LENGTH, FRAMES_PER_SECOND, N_FRAMES, N_SAMPLES, SAMPLE_RATE, pad_or_trim
 
-from .audio import log_mel_spectrogram
+from .audio import as_waveform, log_mel_spectrogram
 from .errors import OptionError
+from .runtime import cpu_by_default
 
 if TYPE_CHECKING:
     from .whisper import Whisper
@@ -99,6 +100,7 @@ def with_margins(spans: list[Span], n_chunk: int) -> list[Span]:
     return [(start - margins[i], end + margins[i + 1]) for i, (start, end) in enumerate(spans)]
 
 
+@cpu_by_default()
 def transcribe_batched(
     model: "Whisper",
     audio: np.ndarray | torch.Tensor,
@@ -113,7 +115,7 @@ def transcribe_batched(
     """
     if options.pop("clip_timestamps", "0") not in ("0", [0], [0.0]):
         raise OptionError("clip_timestamps cannot be combined with cutting at silences")
-    waveform = np.asarray(audio, np.float32)
+    waveform = as_waveform(audio).numpy()
     spans = [(start * CHUNK, min(end * CHUNK, len(waveform))) for start, end in pieces(probabilities(waveform))]
     if progress:
         progress((len(waveform) - sum(end - start for start, end in spans)) / SAMPLE_RATE)

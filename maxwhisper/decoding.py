@@ -10,10 +10,10 @@ has a GPU's.
 import inspect
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from types import FunctionType, SimpleNamespace
+from functools import cache, partial
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -27,31 +27,16 @@ from whisper import decoding
 from whisper.model import ModelDimensions
 
 from .blocks import BLOCKS
-from .errors import DecodingError
+from .errors import DecodingError, OptionError
 from .frozen import has_hooks
 from .model import TextDecoder
 from .process import compiler
+from .rebind import rebind
 from .runtime import Artifact, Executable, Loader, Policy, Program, buffer
 
 log = logging.getLogger("maxwhisper")
 
 KV = list[torch.Tensor]
-
-
-def rebind(function: FunctionType, **names: Any) -> Callable[..., Any]:
-    """A copy of `function` that reads `names` where the original reads the globals of its module.
-
-    So the library's own code runs over MAX, and the library itself stays as it is for everyone else.
-    """
-    copy = FunctionType(
-        function.__code__,
-        {**function.__globals__, **names},
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
-    copy.__kwdefaults__ = function.__kwdefaults__
-    return copy
 
 
 @dataclass(eq=False)
@@ -71,7 +56,7 @@ class KeyValueCache:
     own: KV = field(default_factory=list)
     cross: KV = field(default_factory=list)
     n_token: int = 0
-    sources: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64))
+    sources: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.int64, device="cpu"))
     first_row: int = 0
     memory: Tensor | None = None
     rough_cross: Tensor | None = None
@@ -109,7 +94,7 @@ class KeyValueCache:
         rows, past = own_rows(*self.sources.shape), self.sources[:, : self.n_token] - self.first_row
         if not past.equal(rows[:, : self.n_token]):
             for kv in self.own:
-                kv[:, :, : self.n_token] = kv[past, :, torch.arange(self.n_token)].transpose(1, 2)
+                kv[:, :, : self.n_token] = kv[past, :, torch.arange(self.n_token, device="cpu")].transpose(1, 2)
             self.sources.copy_(rows + self.first_row)
             wait_for_pytorch(self.own[0])
 
@@ -144,7 +129,7 @@ def wait_for_pytorch(written: Tensor) -> None:
 
 def own_rows(n_text: int, n_place: int) -> Tensor:
     """The sources of texts that each have a row of a cache for themselves."""
-    return torch.arange(n_text)[:, None].repeat(1, n_place)
+    return torch.arange(n_text, device="cpu")[:, None].repeat(1, n_place)
 
 
 class MaxInference(decoding.Inference):
@@ -514,6 +499,18 @@ class DecodingTask(decoding.DecodingTask):
         BeamSearchDecoder=BeamSearchDecoder,
     )
 
+    # A program may have set another default dtype than float32, for all its threads.
+    _openai_loop = rebind(
+        decoding.DecodingTask._main_loop,
+        torch=SimpleNamespace(zeros=partial(torch.zeros, dtype=torch.float32)),
+    )
+
+    def _get_initial_tokens(self) -> tuple[int, ...]:
+        tokens: tuple[int, ...] = super()._get_initial_tokens()
+        if len(tokens) > self.n_ctx:
+            raise OptionError(f"prefix is too long: with it the text begins with {len(tokens)} of {self.n_ctx} tokens")
+        return tokens
+
     def _get_audio_features(self, mel: Tensor) -> Tensor:
         # openai-whisper goes on with another dtype than these two until something fails.
         return super()._get_audio_features(mel.to(torch.float16 if self.options.fp16 else torch.float32))
@@ -522,11 +519,12 @@ class DecodingTask(decoding.DecodingTask):
         """What openai-whisper's loop does, with tokens from a graph where it can find them."""
         rules = self._rules()
         if rules is None:
-            return super()._main_loop(audio_features, tokens)
+            return self._openai_loop(audio_features, tokens)
         beams = self.options.beam_size
         n_best = beams + 1 if beams else 1
         n_end = min(tokens.shape[1] + self.sample_len, self.n_ctx + 1)
-        sum_logprobs, no_speech_probs = torch.zeros(len(tokens)), [math.nan] * len(tokens)
+        sum_logprobs = torch.zeros(len(tokens), dtype=torch.float32)
+        no_speech_probs = [math.nan] * len(tokens)
         try:
             at_sot, logits = (x.cpu() for x in self.inference.start(tokens, audio_features, self.sot_index))
             tokens = tokens.cpu()

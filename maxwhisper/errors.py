@@ -1,4 +1,4 @@
-"""Every error that maxwhisper raises on purpose.
+"""Every error that maxwhisper raises on purpose, and how it warns.
 
     MaxWhisperError
     ├── ArtifactError     graphs compiled ahead of time that do not fit the model, the machine or MAX
@@ -10,6 +10,9 @@
 
 The command line prints the message of any of them as one line and exits with status 1.
 """
+
+import warnings
+from functools import cache
 
 
 class MaxWhisperError(Exception):
@@ -38,3 +41,9 @@ class DeviceError(MaxWhisperError):
 
 class OptionError(MaxWhisperError):
     """An option whose value cannot be used; the message names the option and what it accepts."""
+
+
+@cache
+def warn_once(message: str) -> None:
+    """Gives a UserWarning of one line, once per message in a process."""
+    warnings.warn(message, UserWarning, stacklevel=2)

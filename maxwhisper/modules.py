@@ -18,7 +18,7 @@ from .frozen import HOOKS, Frozen, without_memory
 from .on_device import CANDIDATES, STEPS_AT_ONCE
 from .runtime import buffer, one_torch_thread
 from .speculation import N_GUESS, ROUGH_KEYS, SPECULATE, WORTH_GUESSING, rough_room
-from .together import Seats, Together
+from .together import OfThread, Seats
 
 if TYPE_CHECKING:
     from .whisper import Network
@@ -82,12 +82,13 @@ class TextDecoder(Frozen, openai.TextDecoder):
         with without_memory():
             super().__init__(dims.n_vocab, dims.n_text_ctx, dims.n_text_state, dims.n_text_head, dims.n_text_layer)
         self.register_buffer(
-            "mask", torch.full((dims.n_text_ctx, dims.n_text_ctx), -torch.inf).triu_(1), persistent=False
+            "mask",
+            torch.full((dims.n_text_ctx, dims.n_text_ctx), -torch.inf, dtype=torch.float32).triu_(1),
+            persistent=False,
         )
         self.dims = dims
         self.on_device = device.type != "cpu"
-        self.seats = Seats(1, self.on_device)
-        self.together: Together | None = None  # where the texts of several recordings advance together
+        self.of_thread = OfThread(self.on_device)
         self.hold(network, network.tensors("decoder"), device)
 
     def forward(
@@ -142,7 +143,7 @@ class TextDecoder(Frozen, openai.TextDecoder):
     ) -> torch.Tensor:
         x = x.to(self.device, torch.int64)
         if cache:
-            logits, *new = self.network["decoder.step"](x, torch.tensor(cache.n_token), *cache.inputs())
+            logits, *new = self.network["decoder.step"](x, torch.tensor(cache.n_token, device="cpu"), *cache.inputs())
             cache.append(new, self.dims.n_text_ctx)
             return logits
         cross = self._keys_values(xa)
@@ -183,7 +184,7 @@ class TextDecoder(Frozen, openai.TextDecoder):
         return logits, [qk.float() for qk in scores]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "TextDecoder":
-        memo |= {id(self.seats): Seats(1, self.on_device), id(self.together): None}
+        memo[id(self.of_thread)] = OfThread(self.on_device)
         return super().__deepcopy__(memo)
 
     def pick(self, texts: Texts, cache: KeyValueCache, rules: Rules, n_token: torch.Tensor) -> Picked:
@@ -196,8 +197,8 @@ class TextDecoder(Frozen, openai.TextDecoder):
         self._check_room(int((texts.lengths + n_token).max()) - 1)
         if self.on_device:
             cache.settle()
-        if self.together is not None:
-            return self.together.pick(texts, cache, rules, n_token)
+        if self.of_thread.together is not None:
+            return self.of_thread.together.pick(texts, cache, rules, n_token)
 
         def draft() -> list[Buffer]:
             assert cache.memory is not None
@@ -250,12 +251,12 @@ class TextDecoder(Frozen, openai.TextDecoder):
         return Picked(Texts(tokens, lengths, now.totals), Candidates(*found))
 
     def _seated(self, cache: KeyValueCache) -> Seats:
-        """Where a cache is in memory as `_steps_on_device` takes it: in that of the one before, if it fits."""
-        room, wanted = ([kv.shape for kv in (*each.own, *each.cross)] for each in (self.seats, cache))
+        """Where a cache is in memory as `_steps_on_device` takes it: in that of the thread's one before, if it fits."""
+        room, wanted = ([kv.shape for kv in (*each.own, *each.cross)] for each in (self.of_thread.seats, cache))
         if room not in ([], wanted):
-            self.seats = Seats(1, on_device=True)
-        self.seats.place([cache])
-        return self.seats
+            self.of_thread.seats = Seats(1, on_device=True)
+        self.of_thread.seats.place([cache])
+        return self.of_thread.seats
 
     def _steps_on_device(self, texts: Texts, rules: Rules, n_token: torch.Tensor, kv: Sequence[Buffer]) -> Picked:
         """As `steps`: at most STEPS_AT_ONCE with the likeliest token alone, or one with several."""
@@ -276,7 +277,7 @@ class TextDecoder(Frozen, openai.TextDecoder):
             tokens = tokens.scatter(1, texts.lengths[:, None], best[:, :1])
             lengths, totals = texts.lengths + 1, texts.totals + logprobs[:, 0]
         else:
-            state = there(tokens, texts.lengths, texts.totals, torch.zeros(len(tokens)))
+            state = there(tokens, texts.lengths, texts.totals, torch.zeros(len(tokens), dtype=torch.float32))
             (ends,) = there(texts.lengths + n_token)
             for _ in range(min(int(n_token.max()), STEPS_AT_ONCE)):
                 state = self.network[PICK].execute(*state, ends, *given)

@@ -29,6 +29,18 @@ def optional_float(value: str) -> float | None:
     return None if value == "None" else float(value)
 
 
+def prompt(value: str) -> str:
+    """A text without the names of special tokens."""
+    if "<|" in value:
+        from whisper.tokenizer import get_encoding
+
+        from .options import special_token_in
+
+        if special := special_token_in(value, get_encoding()):
+            raise argparse.ArgumentTypeError(f"holds {special}, a special token: expected text without these")
+    return value
+
+
 def language(value: str) -> str:
     """A language's code or its capitalised name, as OpenAI's command takes them."""
     from whisper.tokenizer import LANGUAGES, TO_LANGUAGE_CODE

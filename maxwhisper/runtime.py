@@ -183,6 +183,19 @@ def long_timer_slack(seconds: float = 1.0) -> Iterator[None]:
 
 
 @contextmanager
+def cpu_by_default() -> Iterator[None]:
+    """Has PyTorch put tensors on the CPU where nobody says where, whatever the program has set for the calling thread.
+
+    PyTorch would then look at every call for the default, so this does nothing where it is the CPU already.
+    """
+    if torch.empty(0).device.type == "cpu":
+        yield
+        return
+    with torch.device("cpu"):
+        yield
+
+
+@contextmanager
 def one_torch_thread() -> Iterator[None]:
     """Has PyTorch compute in the calling thread alone, for operations that are small beside the graphs around them.
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from os import PathLike
 from queue import SimpleQueue
-from threading import Condition, Event, Thread
+from threading import Condition, Event, Thread, local
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,7 +46,7 @@ class Seats:
         self.taken: list[KeyValueCache | None] = [None] * n_seat
         self.own: list[Tensor] = []
         self.cross: list[Tensor] = []
-        self.sources = self.memory = self.rough_cross = torch.empty(0)
+        self.sources = self.memory = self.rough_cross = torch.empty(0, dtype=torch.float32)
         self.buffers: dict[int, list[Buffer]] = {}
 
     def place(self, caches: Sequence[KeyValueCache]) -> list[KeyValueCache]:
@@ -185,6 +185,17 @@ class Together:
         return found
 
 
+class OfThread(local):
+    """What every thread that uses a decoder has for itself, as others may use the same decoder at the same time.
+
+    seats: its room for one window. together: what it decodes in together with other threads, if it does.
+    """
+
+    def __init__(self, on_device: bool):
+        self.seats = Seats(1, on_device)
+        self.together: Together | None = None
+
+
 def loaded(
     audio: Iterable[Audio], stopped: Event | None = None
 ) -> Generator[tuple[int, Waveform | Exception], None, None]:
@@ -254,6 +265,7 @@ def in_threads(
     source = loaded(audio, enough)
 
     def work() -> None:
+        model.decoder.of_thread.together = together
         with together.turn:
             try:
                 while not together.stopped and (recording := next(source, None)):
@@ -263,7 +275,6 @@ def in_threads(
                 together.leave()
 
     threads = [Thread(target=work, daemon=True) for _ in range(n_thread)]
-    model.decoder.together = together
     try:
         for thread in threads:
             thread.start()
@@ -277,4 +288,3 @@ def in_threads(
         for thread in threads:
             thread.join()
         source.close()
-        model.decoder.together = None

@@ -32,6 +32,7 @@ def transcribe(parser: argparse.ArgumentParser, **options: Any) -> int:
 
     import torch
 
+    from .options import transcribing
     from .runtime import device_named
     from .whisper import load_model
 
@@ -44,6 +45,7 @@ def transcribe(parser: argparse.ArgumentParser, **options: Any) -> int:
     files, layout = options.pop("audio"), {name: options.pop(name) for name in WORD_OPTIONS}
     options["temperature"] = temperatures(options["temperature"], options.pop("temperature_increment_on_fallback"))
     options["language"] = spoken(options["language"], model.is_multilingual)
+    transcribing({name: value for name, value in options.items() if name not in ("batch_size", "batched")}, model)
     failures = []
     with shown(files, options) as tell:
         for number, result in transcripts(model, files, options):

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from .option_types import DTYPES, above_zero, language, optional_float, optional_int, str2bool
+from .option_types import DTYPES, above_zero, language, optional_float, optional_int, prompt, str2bool
 from .outputs import FORMATS, WORD_OPTIONS, output_name
 from .pipes import is_terminal, not_a_file, pipe_behind
 
@@ -59,7 +59,7 @@ def add_decoding(add: Callable[..., Any]) -> None:
     add("--patience", type=float, help="beam search stops after this times beam_size texts; None is 1")
     add("--length_penalty", type=float, help="exponent from 0 to 1 of the length penalty; None divides by the length")
     add("--suppress_tokens", default="-1", help="numbers of tokens never to write, comma-separated; -1 is most symbols")
-    add("--initial_prompt", help="text to continue from, for example with names to be spelt right")
+    add("--initial_prompt", type=prompt, help="text to continue from, for example with names to be spelt right")
     add("--carry_initial_prompt", type=str2bool, default=False, help="give initial_prompt to every window")
     condition = "give each window the text before it: more consistent, but errors can repeat themselves"
     add("--condition_on_previous_text", type=str2bool, default=True, help=condition)
@@ -103,9 +103,12 @@ def unusable(options: dict[str, Any]) -> str | None:
         return f"argument --length_penalty: must be from 0 to 1, not {options['length_penalty']}"
     for name, kind in (("clip_timestamps", float), ("suppress_tokens", int)):
         try:
-            [kind(part) for part in options[name].split(",") if options[name]]
+            numbers = [kind(part) for part in options[name].split(",") if options[name]]
         except ValueError:
             return f"argument --{name}: must be numbers with commas between them, not '{options[name]}'"
+        least = 0 if name == "clip_timestamps" else -1
+        if not all(each >= least for each in numbers):
+            return f"argument --{name}: must be from {least} on, not '{options[name]}'"
     if not options["word_timestamps"]:
         for name in WORD_OPTIONS:
             if options[name]:

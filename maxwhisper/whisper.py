@@ -4,7 +4,6 @@ Transcription, beam search, sampling, language identification and word timestamp
 that code calls is replaced: the encoder, the decoder, its cache, the log-mel spectrogram, and greedy decoding.
 """
 
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -25,7 +24,7 @@ from whisper.transcribe import transcribe
 
 from .alignment import add_word_timestamps, keep_alignment_compiled
 from .artifacts import Artifacts, Cache, Identity, aim_at, writing
-from .audio import HOP_LENGTH, N_MELS, as_waveform, compiled_spectrogram, load_audio, log_mel_spectrogram
+from .audio import N_MELS, as_waveform, compiled_spectrogram, load_audio, log_mel_spectrogram
 from .blocks import BLOCKS
 from .cache import cache_folder
 from .checkpoint import Checkpoint, StrPath, load_checkpoint
@@ -36,7 +35,6 @@ from .decoding import (
     compiled_rules,
     decode,
     pick_program,
-    rebind,
     rules_program,
 )
 from .errors import DeviceError, OptionError
@@ -45,14 +43,26 @@ from .instructions import warn_of_slow_dtype
 from .module_cache import ModuleCache
 from .modules import AudioEncoder, TextDecoder, check_floats
 from .on_device import CANDIDATES, candidates_program, step_program
+from .options import carried, decoding, transcribing, within
 from .process import compiler
-from .runtime import TORCH_DTYPE, Artifact, Executable, Policy, Program, find_device, one_torch_thread
+from .rebind import rebind
+from .runtime import (
+    TORCH_DTYPE,
+    Artifact,
+    Executable,
+    Policy,
+    Program,
+    cpu_by_default,
+    find_device,
+    one_torch_thread,
+)
 from .speculation import ROUGH_KEYS, SPECULATE, draft_of, rough_keys_program, speculation_program
 from .together import Audio, Result, transcribe_many
 
 STORAGE = {torch.float16: DType.float16, torch.bfloat16: DType.bfloat16}
 
 
+@cpu_by_default()
 def load_model(
     name_or_path: StrPath,
     device: str | torch.device = "cpu",
@@ -81,6 +91,7 @@ def load_model(
     return Whisper(rounded(load_checkpoint(name_or_path, download_root), dtype), str(device), held, dtype)
 
 
+@cpu_by_default()
 def compile_model(
     name_or_path: StrPath,
     target: str,
@@ -220,18 +231,13 @@ def storage_dtype(tensors: Mapping[str, torch.Tensor], device: str, compute: DTy
     return STORAGE.get(dtypes.pop(), DType.float32) if len(dtypes) == 1 else DType.float32
 
 
-def within(timestamps: str | Sequence[float], n_samples: int) -> list[float]:
-    """The `clip_timestamps` of `transcribe`, moved to the end of the audio where they lie behind it: openai-whisper's
-    loop would never end there. Raises OptionError for what is no time in seconds."""
-    parts = timestamps.split(",") if isinstance(timestamps, str) and timestamps else timestamps
-    try:
-        clips = [float(each) for each in parts]
-    except ValueError:
-        clips = [math.nan]
-    if not all(each >= 0 for each in clips):
-        raise OptionError(f"clip_timestamps must be seconds from 0 on, with commas between them, not '{timestamps}'")
-    end = n_samples // HOP_LENGTH / FRAMES_PER_SECOND
-    return [min(each, end) for each in clips]
+def plain(value: Any) -> Any:
+    """A result with Python's numbers in the place of NumPy's, which not everything that writes results takes."""
+    if isinstance(value, dict):
+        return {name: plain(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [plain(each) for each in value]
+    return value.item() if isinstance(value, np.generic) else value
 
 
 class Frames:
@@ -264,6 +270,7 @@ class Whisper(Frozen, OpenAIWhisper):
 
     is_multilingual: bool
 
+    @cpu_by_default()
     def __init__(
         self,
         checkpoint: Checkpoint,
@@ -303,18 +310,21 @@ class Whisper(Frozen, OpenAIWhisper):
         self.encoder.check_unchanged()
         self.decoder.check_unchanged()
 
+    @cpu_by_default()
     @one_torch_thread()
     def decode(
         self, mel: torch.Tensor, options: DecodingOptions | None = None, **kwargs: Any
     ) -> DecodingResult | list[DecodingResult]:
         """openai-whisper's `decode`: the text of a window, mel (n_mels, 3000) or its audio features, or of a batch.
 
-        Raises AudioError for another shape, OptionError for what is no tensor of floats, and DecodingError, besides
-        what openai-whisper raises.
+        Raises AudioError for another shape, OptionError for what is no tensor of floats and for options that cannot be
+        used, and DecodingError, besides what openai-whisper raises.
         """
         check_floats("mel", mel)
-        return decode(self, mel, options or DecodingOptions(), **kwargs)
+        options = DecodingOptions(**kwargs) if options is None else replace(options, **kwargs) if kwargs else options
+        return decode(self, mel, decoding(options, self))
 
+    @cpu_by_default()
     def detect_language(self, mel: torch.Tensor, tokenizer: Tokenizer | None = None) -> tuple[torch.Tensor, Any]:
         """openai-whisper's `detect_language`: the token of a window's language, and the probability of each.
 
@@ -323,6 +333,7 @@ class Whisper(Frozen, OpenAIWhisper):
         check_floats("mel", mel)
         return super().detect_language(mel, tokenizer)
 
+    @cpu_by_default()
     @one_torch_thread()
     def transcribe(
         self,
@@ -335,21 +346,27 @@ class Whisper(Frozen, OpenAIWhisper):
         fp16 is False unless given: arithmetic is that of `load_model`, and float16 would only round the audio features.
         progress: called with the seconds of audio done since the last call; takes the place of OpenAI's bar.
 
-        Raises AudioError and OptionError besides what openai-whisper raises.
+        Numbers in the result are Python's. Raises AudioError and OptionError besides what openai-whisper raises.
         """
+        clip_timestamps = options.pop("clip_timestamps", "0")
+        options = transcribing(options, self)
         if isinstance(audio, str | os.PathLike):
             audio = load_audio(audio)
         audio = as_waveform(audio)
         if options.get("word_timestamps"):
             keep_alignment_compiled()
-        clips = within(options.pop("clip_timestamps", "0"), len(audio))
+        clips = within(clip_timestamps, len(audio))
         names: dict[str, Any] = {
             "log_mel_spectrogram": log_mel_spectrogram,
             "add_word_timestamps": add_word_timestamps,
         }
         if progress:
             names["tqdm"] = SimpleNamespace(tqdm=partial(Frames, progress))
-        return rebind(transcribe, **names)(self, audio, clip_timestamps=clips, **{"fp16": False, **options})
+        prompt = options.get("initial_prompt")
+        if options.get("carry_initial_prompt") and prompt and (options_of_window := carried(prompt, self)):
+            names["DecodingOptions"] = options_of_window
+        result = rebind(transcribe, **names)(self, audio, clip_timestamps=clips, **{"fp16": False, **options})
+        return plain(result)
 
     def transcribe_many(
         self, audio: Sequence[Audio], batch_size: int = 1, **options: Any

@@ -2,6 +2,7 @@
 
 import wave
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,8 @@ RESULT: dict[str, Any] = {
 class StubModel:
     """Knows what is said in any audio."""
 
-    is_multilingual = True
+    is_multilingual, num_languages = True, 99
+    dims = SimpleNamespace(n_vocab=51865, n_text_ctx=448)
 
     def __init__(self) -> None:
         self.calls: list[dict[str, Any]] = []

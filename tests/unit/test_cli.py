@@ -469,9 +469,9 @@ def test_ctrl_c_while_writing_leaves_nothing(
 SCRIPT = """
 import sys, time
 from maxwhisper import cli, whisper
+from tests.unit.command import StubModel
 
-class Model:
-    is_multilingual = True
+class Model(StubModel):
     def transcribe(self, audio, **options):
         print("ready", flush=True)
         {then}

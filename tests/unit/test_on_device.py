@@ -1,5 +1,6 @@
 """Decoding in the memory of a device, on a CPU: the same operations as on a GPU, but for its attention."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -22,7 +23,7 @@ from maxwhisper.decoding import N_BEST, PICK, DecodingTask, MaxInference, NoWeig
 from maxwhisper.errors import DecodingError
 from maxwhisper.on_device import STEPS_AT_ONCE, candidates_program, log_probabilities, step_program
 from maxwhisper.runtime import Artifact, Executable, Program
-from maxwhisper.together import Seats
+from maxwhisper.together import OfThread
 from maxwhisper.whisper import Whisper, load_model, rounded
 from reference.chain import pytorch_logits
 from reference.judge import Comparison, judge
@@ -124,7 +125,7 @@ def on_device(checkpoint: Checkpoint, dtype: str = "float32") -> Whisper:
         patch.setattr(maxwhisper.whisper, "picking_programs", lambda *of: [program(*of) for program in programs])
         model = Whisper(rounded(checkpoint, dtype), dtype=dtype)
         assert model.decoder.network[PICK]  # compiled while patched
-    model.decoder.on_device, model.decoder.seats = True, Seats(1, on_device=True)
+    model.decoder.on_device, model.decoder.of_thread = True, OfThread(on_device=True)
     return model
 
 
@@ -143,6 +144,13 @@ def texts(result: dict[str, Any]) -> list[tuple[Any, ...]]:
 
 
 BEAMS = pytest.mark.parametrize("beam_size", [None, 2])
+
+
+def test_transcripts_of_threads_that_share_a_model(model: Whisper) -> None:
+    options = {"temperature": 0.0, "language": "en", "sample_len": 6}
+    alone = [model.transcribe(clip, **options) for clip in SOME[:2]]
+    with ThreadPoolExecutor(2) as threads:
+        assert list(threads.map(lambda clip: model.transcribe(clip, **options), SOME[:2])) == alone
 
 
 @BEAMS

@@ -21,7 +21,8 @@ from maxwhisper import cli
 from maxwhisper.audio import load_audio, log_mel_spectrogram
 from maxwhisper.decoding import DecodingTask, KeyValueCache, MaxInference, Picked, Texts, TokenRules
 from maxwhisper.errors import AudioError, DeviceError, OptionError
-from maxwhisper.whisper import DTYPES, TextDecoder, Whisper, load_model, storage_dtype, within
+from maxwhisper.options import within
+from maxwhisper.whisper import DTYPES, TextDecoder, Whisper, load_model, storage_dtype
 from reference.formulas import judge_formula
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"

@@ -1,0 +1,224 @@
+"""The options of `Whisper.transcribe` and `Whisper.decode`, checked before they reach openai-whisper's code.
+
+What that code takes is taken, and besides every form of a number or a sequence that can mean nothing else. What it
+would fail at with an error about something else, or read as another option than was meant, is an OptionError here. The
+combinations that it refuses itself are left to it.
+"""
+
+import inspect
+import math
+import operator
+import reprlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from tiktoken import Encoding
+from whisper.audio import FRAMES_PER_SECOND, HOP_LENGTH
+from whisper.decoding import DecodingOptions
+from whisper.tokenizer import Tokenizer, get_tokenizer
+from whisper.transcribe import transcribe
+
+from .errors import OptionError, warn_once
+
+if TYPE_CHECKING:
+    from .whisper import Whisper
+
+TASKS = ("transcribe", "translate")
+OF_THE_LOOP = frozenset(inspect.signature(transcribe).parameters)
+"""The options of `transcribe` that `decode` does not have, and temperature, which there is one number."""
+
+
+def transcribing(options: Mapping[str, Any], model: "Whisper") -> dict[str, Any]:
+    """The options of `transcribe` but for clip_timestamps, as openai-whisper's code takes them.
+
+    Raises OptionError for a value that it could not use, TypeError for an option that it does not have.
+    """
+    found = dict(options)
+    for name in ("compression_ratio_threshold", "logprob_threshold", "no_speech_threshold"):
+        if found.get(name) is not None:
+            found[name] = number(name, found[name], least=-math.inf)
+    name = "hallucination_silence_threshold"
+    if found.get(name) is not None:
+        found[name] = number(name, found[name])
+    if "temperature" in found:
+        found["temperature"] = temperatures(found["temperature"])
+    for name in ("prepend_punctuations", "append_punctuations"):
+        if not isinstance(found.get(name, ""), str | Sequence):
+            raise refused(name, found[name], "symbols in a string")
+    prompt = found.get("initial_prompt")
+    if prompt is not None:
+        if not isinstance(prompt, str):
+            raise refused("initial_prompt", prompt, "a text")
+        check_prompt("initial_prompt", prompt, model)
+    of_decode = {name: value for name, value in found.items() if name not in OF_THE_LOOP}
+    checked = decoding(DecodingOptions(**of_decode), model, TASKS)
+    return found | {name: getattr(checked, name) for name in of_decode}
+
+
+def decoding(options: DecodingOptions, model: "Whisper", tasks: Sequence[str] = (*TASKS, "lang_id")) -> DecodingOptions:
+    """The options of `decode` as openai-whisper's code takes them. Raises OptionError for what it could not use."""
+    if not isinstance(options, DecodingOptions):
+        raise refused("options", options, "whisper.DecodingOptions")
+    if options.task not in tasks:
+        raise refused("task", options.task, " or ".join(tasks))
+    if options.language is not None and not isinstance(options.language, str):
+        raise refused("language", options.language, "a code or a name, as in en or English")
+    found: dict[str, Any] = {"temperature": number("temperature", options.temperature)}
+    for check, name, least in (
+        (whole, "sample_len", 0),
+        (whole, "best_of", 0),
+        (whole, "beam_size", 1),
+        (number, "patience", 0),
+        (number, "length_penalty", -math.inf),  # beyond 0 and 1 it is openai-whisper that refuses it
+        (number, "max_initial_timestamp", 0),
+    ):
+        if (value := getattr(options, name)) is not None:
+            found[name] = check(name, value, least)
+    if (beams := found.get("beam_size")) and round(beams * (found.get("patience") or 1)) < 1:
+        raise refused("patience", found["patience"], f"at least half a text of beam_size {beams}")
+    for name in ("prompt", "prefix"):
+        found[name] = text_or_tokens(name, getattr(options, name), model)
+    if options.suppress_tokens is not None:
+        found["suppress_tokens"] = token_ids("suppress_tokens", parts(options.suppress_tokens), model.dims.n_vocab, -1)
+    return replace(options, **found)
+
+
+def refused(name: str, value: object, expected: str) -> OptionError:
+    shown = " ".join(reprlib.repr(value).split())
+    return OptionError(f"{name} is {shown}, expected {expected}")
+
+
+def scalar(value: Any) -> Any:
+    """Python's number in the place of NumPy's or PyTorch's."""
+    return value.item() if isinstance(value, np.generic | np.ndarray | torch.Tensor) and value.ndim == 0 else value
+
+
+def number(name: str, value: Any, least: float = 0.0) -> Any:
+    """A finite number from `least` on; any number, infinities too, where that is minus infinity."""
+    found, finite = scalar(value), least > -math.inf
+    if not isinstance(found, Real) or not float(found) >= least or finite and math.isinf(found):
+        raise refused(name, value, f"a number from {least:g} on" if finite else "a number")
+    return found if isinstance(found, Integral) else float(found)
+
+
+def whole(name: str, value: Any, least: float) -> int:
+    found = scalar(value)
+    if not isinstance(found, Integral) or found < least:
+        raise refused(name, value, f"a whole number from {least:g} on")
+    return int(found)
+
+
+def is_several(value: Any) -> bool:
+    return isinstance(value, Iterable) and not isinstance(value, str | bytes | bytearray | Mapping)
+
+
+def temperatures(value: Any) -> Any:
+    """A temperature, or those to try one after the other."""
+    value = scalar(value)
+    if not is_several(value):
+        return number("temperature", value)
+    if several := tuple(number("temperature", each) for each in value):
+        return several
+    raise refused("temperature", value, "a number from 0 on, or several")
+
+
+def parts(value: Any) -> Any:
+    """What stands between the commas of a string, as far as they are whole numbers; what is none stays as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return [int(part) for part in value.split(",")] if value else []
+    except ValueError:
+        return value
+
+
+def token_ids(name: str, value: Any, n_vocab: int, least: int = 0) -> list[int]:
+    expected = f"numbers of tokens from {least} to {n_vocab - 1}"
+    if not is_several(value):
+        raise refused(name, value, expected)
+    try:
+        ids = [operator.index(scalar(each)) for each in value]
+    except TypeError as error:
+        raise refused(name, value, expected) from error
+    if wrong := [each for each in ids if not least <= each < n_vocab]:
+        raise OptionError(f"{name} has {wrong[0]}, expected {expected}")
+    return ids
+
+
+def text_or_tokens(name: str, value: Any, model: "Whisper") -> Any:
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        of_use = list(value)[-longest_prompt(model) :] if name == "prompt" and is_several(value) else value
+        return token_ids(name, of_use, model.dims.n_vocab)
+    if name == "prompt":
+        check_prompt(name, value, model)
+    else:
+        check_plain(name, value, model)
+    return value
+
+
+# ---- prompts -------------------------------------------------------------------------------------------------------
+
+
+def tokenizer_of(model: "Whisper") -> Tokenizer:
+    return get_tokenizer(model.is_multilingual, num_languages=model.num_languages)
+
+
+def special_token_in(text: str, encoding: Encoding) -> str | None:
+    """A special token whose name is in a text, if there is one: they are not made from text."""
+    return next((each for each in encoding.special_tokens_set if each in text), None) if "<|" in text else None
+
+
+def check_plain(name: str, text: str, model: "Whisper") -> None:
+    """Raises OptionError for a text with special tokens."""
+    if special := special_token_in(text, tokenizer_of(model).encoding):
+        raise OptionError(f"{name} holds {special}, a special token: expected text without these")
+
+
+def prompt_tokens(text: str, model: "Whisper") -> list[int]:
+    return tokenizer_of(model).encode(" " + text.strip())
+
+
+def longest_prompt(model: "Whisper") -> int:
+    """Tokens of a prompt that a decoder is given, the last ones."""
+    return model.dims.n_text_ctx // 2 - 1
+
+
+def check_prompt(name: str, text: str, model: "Whisper") -> None:
+    """Raises OptionError as `check_plain`, and warns of a text that is too long to be used whole."""
+    check_plain(name, text, model)
+    n_token, longest = len(prompt_tokens(text, model)), longest_prompt(model)
+    if n_token > longest:
+        warn_once(f"{name} has {n_token} tokens, of which the last {longest} are used: shorten it")
+
+
+def carried(text: str, model: "Whisper") -> Callable[..., DecodingOptions] | None:
+    """The options of every window, where `carry_initial_prompt` has it begin with a text that leaves no room for more;
+    None where there is room. openai-whisper's loop would have the text before the window push it out."""
+    tokens, longest = prompt_tokens(text, model), longest_prompt(model)
+    if len(tokens) < longest:
+        return None
+    return lambda **options: DecodingOptions(**{**options, "prompt": tokens[-longest:]})
+
+
+# ---- times ---------------------------------------------------------------------------------------------------------
+
+
+def within(timestamps: Any, n_samples: int) -> list[float]:
+    """The `clip_timestamps` of `transcribe`, moved to the end of the audio where they lie behind it: openai-whisper's
+    loop would never end there. Raises OptionError for what is no time in seconds."""
+    given = timestamps.split(",") if isinstance(timestamps, str) and timestamps else timestamps
+    try:
+        clips = [float(each) for each in given] if is_several(given) or given == "" else [math.nan]
+    except (TypeError, ValueError):
+        clips = [math.nan]
+    if not all(each >= 0 for each in clips):
+        shown = " ".join(str(timestamps).split())
+        raise OptionError(f"clip_timestamps must be seconds from 0 on, with commas between them, not '{shown}'")
+    end = n_samples // HOP_LENGTH / FRAMES_PER_SECOND
+    return [min(each, end) for each in clips]
