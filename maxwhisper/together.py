@@ -260,26 +260,32 @@ def in_threads(
     options: dict[str, Any],
 ) -> Iterator[tuple[int, Result]]:
     together = Together(n_thread, model.decoder)
-    results: SimpleQueue[tuple[int, Result]] = SimpleQueue()
+    results: SimpleQueue[tuple[int, Result] | BaseException] = SimpleQueue()
     enough = Event()
     source = loaded(audio, enough)
 
     def work() -> None:
-        model.decoder.of_thread.together = together
-        with together.turn:
-            try:
-                while not together.stopped and (recording := next(source, None)):
-                    number, waveform = recording
-                    results.put((number, attempt(model.transcribe, waveform, options)))
-            finally:
-                together.leave()
+        try:
+            model.decoder.of_thread.together = together
+            with together.turn:
+                try:
+                    while not together.stopped and (recording := next(source, None)):
+                        number, waveform = recording
+                        results.put((number, attempt(model.transcribe, waveform, options)))
+                finally:
+                    together.leave()
+        except BaseException as error:  # or whoever waits for results would wait for ever
+            results.put(error)
 
     threads = [Thread(target=work, daemon=True) for _ in range(n_thread)]
     try:
         for thread in threads:
             thread.start()
         for _ in audio:
-            yield results.get()
+            found = results.get()
+            if isinstance(found, BaseException):
+                raise found
+            yield found
     finally:
         enough.set()
         together.stopped = True

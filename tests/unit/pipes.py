@@ -1,10 +1,11 @@
 """What can be read once, for tests: pipes that somebody writes into, and what is put in the place of standard input."""
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from threading import Thread
+from threading import Thread, Timer
 
 
 def write_all(data: bytes, where: Path | int) -> None:
@@ -43,3 +44,17 @@ def standard_input(descriptor: int) -> Iterator[None]:
     finally:
         os.dup2(before, 0)
         os.close(before)
+
+
+@contextmanager
+def ctrl_c(after: float) -> Iterator[None]:
+    """Sends this process what Ctrl-C sends, so many seconds from now. Where a shell has started it in the background
+    Python would leave that unheard."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    timer = Timer(after, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        signal.signal(signal.SIGINT, before)

@@ -7,13 +7,12 @@ import os
 import pty
 import resource
 import shutil
-import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from threading import Timer
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,7 +22,7 @@ import pytest
 from maxwhisper.outputs import FORMATS
 
 from .command import CLIP, RESULT, StubModel, assert_one_line, status, write_wav
-from .pipes import fifo, pipe, standard_input
+from .pipes import ctrl_c, fifo, pipe, standard_input
 
 NOBODY = 65534
 
@@ -64,7 +63,8 @@ def together(model: StubModel, monkeypatch: pytest.MonkeyPatch) -> None:
         return model.transcribe(audio)
 
     monkeypatch.setattr("maxwhisper.batched.transcribe_batched", batched)
-    monkeypatch.setattr(model, "decoder", SimpleNamespace(on_device=False), raising=False)
+    decoder = SimpleNamespace(on_device=False, of_thread=SimpleNamespace())
+    monkeypatch.setattr(model, "decoder", decoder, raising=False)
 
 
 @pytest.mark.parametrize("how", [[], ["--batch_size", "3"], ["--batched"]])
@@ -139,9 +139,9 @@ def test_ctrl_c_while_waiting_for_a_pipe(
     together(model, monkeypatch)
     for name in "ab":
         os.mkfifo(tmp_path / name)
-    Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
     began = time.monotonic()
-    assert status(["transcribe", tmp_path / "a", tmp_path / "b", "-o", out, "--batch_size", batch_size]) == 130
+    with ctrl_c(0.3):
+        assert status(["transcribe", tmp_path / "a", tmp_path / "b", "-o", out, "--batch_size", batch_size]) == 130
     assert time.monotonic() - began < 10  # it would wait for ever
     assert capsys.readouterr().err == "maxwhisper: interrupted\n"
 
@@ -227,23 +227,26 @@ def test_a_read_only_file(folder_of_a_user: Path, model: StubModel, capsys: pyte
     assert (out / "a.vtt").read_text() == "old"
 
 
-@pytest.fixture
+@contextmanager
 def small_disk() -> Iterator[None]:
-    """No file can become larger than 4,000 bytes."""
+    """No file can become larger than 4,000 bytes, nor can the one that pytest may be writing to."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_disk_with_room_for_some(
-    out: Path, model: StubModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], small_disk: None
+    out: Path, model: StubModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A file that had been there remains, and no part of a new one appears."""
     out.mkdir()
     (out / f"{CLIP.stem}.json").write_text("old")
     monkeypatch.setattr(model, "transcribe", lambda *_, **__: RESULT | {"more": "x" * 10000})
-    assert status(["transcribe", CLIP, "-o", out]) == 1
+    with small_disk():
+        assert status(["transcribe", CLIP, "-o", out]) == 1
     assert_one_line(capsys, f"{CLIP.stem}.json: cannot be written: File too large")
     assert written(out) == files_of(CLIP.stem)
     assert (out / f"{CLIP.stem}.json").read_text() == "old"

@@ -3,7 +3,6 @@ for ever."""
 
 import os
 import pty
-import signal
 import socket
 import sys
 import tempfile
@@ -20,7 +19,7 @@ from maxwhisper.audio import duration, load_audio, read_audio
 from maxwhisper.compare.material import recordings
 from maxwhisper.errors import AudioError
 
-from .pipes import fifo, in_background, pipe, standard_input
+from .pipes import ctrl_c, fifo, in_background, pipe, standard_input
 from .test_audio import LOSSLESS, LOSSY, message, noise, tone, write, write_video, write_wave
 
 
@@ -147,8 +146,7 @@ def test_pipes_that_cannot_be_opened(tmp_path: Path) -> None:
 
 def test_waiting_for_a_pipe_ends_with_ctrl_c(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
-    with pytest.raises(KeyboardInterrupt):
+    with ctrl_c(0.1), pytest.raises(KeyboardInterrupt):
         load_audio(tmp_path / "pipe")
 
 

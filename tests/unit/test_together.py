@@ -4,6 +4,7 @@ import json
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 
 from maxwhisper.decoding import KeyValueCache, Rules, TokenRules, own_rows
 from maxwhisper.errors import AudioError, DecodingError, OptionError
-from maxwhisper.together import Seats, loaded
+from maxwhisper.together import Seats, loaded, transcribe_many
 from maxwhisper.whisper import Whisper, load_model
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
@@ -132,3 +133,9 @@ def test_rules_of_different_filters_do_not_join() -> None:
     assert Rules.joined(given[:2]).begins.tolist() == [0, 0]
     with pytest.raises(AssertionError):
         Rules.joined(given)
+
+
+def test_a_thread_that_fails_outside_of_a_recording_ends_the_call() -> None:
+    model = SimpleNamespace(decoder=SimpleNamespace(on_device=False))  # it has nowhere to keep what is a thread's
+    with pytest.raises(AttributeError, match="of_thread"):
+        list(transcribe_many(model, [np.zeros(16000, np.float32)] * 2, 2))
