@@ -134,7 +134,9 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     plugins = session.config.pluginmanager
     logging.getLogger("maxwhisper").setLevel(logging.INFO)
     if plugins.has_plugin("terminalreporter") and session.config.option.verbose >= 0:
-        logging.getLogger("maxwhisper").addHandler(Progress(plugins))
+        logging.getLogger("maxwhisper").addHandler(progress := Progress(plugins))
+        # Or it would write to the terminal of a run inside a test, which is closed by then.
+        session.config.add_cleanup(lambda: logging.getLogger("maxwhisper").removeHandler(progress))
 
 
 def chosen(config: pytest.Config, option: str, known: tuple[str, ...], default: tuple[str, ...]) -> tuple[str, ...]:

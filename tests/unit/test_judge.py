@@ -112,7 +112,7 @@ def test_budgets_are_never_zero() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_is_too_small_for_the_dtype_may_be_flushed_to_zero(dtype: torch.dtype) -> None:
-    oracle = normal(0, 30, 64) * torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps / 2
+    oracle = normal(0, 30, 64) * torch.finfo(dtype).smallest_normal * UNIT_ROUNDOFF[dtype]
     assert verdict(oracle, oracle.to(dtype), torch.zeros(30, 64, dtype=dtype), dtype).passed
     assert verdict(oracle, torch.zeros(30, 64, dtype=dtype), oracle.to(dtype), dtype).passed
     large = oracle * SMALLEST[dtype] / oracle.abs().max()

@@ -280,7 +280,7 @@ def test_as_many_beams_as_there_are_candidates_for_and_more(model: Whisper, usua
 def test_a_text_that_left_something_not_finite_does_no_harm_to_the_next(model: Whisper) -> None:
     before = model.transcribe(SOME[0], temperature=0.0)
     for left in (float("nan"), float("inf")):
-        for kv in model.decoder.seats.own:
+        for kv in model.decoder.of_thread.seats.own:
             kv.fill_(left)
         assert model.transcribe(SOME[0], temperature=0.0) == before
 
