@@ -128,7 +128,8 @@ def test_compiled_code_is_not_read_from_a_folder_that_others_can_write(
 def max_cache(monkeypatch: pytest.MonkeyPatch, **environment: str) -> Path:
     """Where MAX's cache is after the search for a place."""
     for name in ("MODULAR_CACHE_DIR", "MODULAR_MAX_CACHE_DIR"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # or it would not be taken away afterwards, if it is not there now
+        monkeypatch.delenv(name)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     process.find_place_for_max_cache.__wrapped__()
