@@ -4,6 +4,8 @@ INSTALLED := .venv/installed
 CLIP := fixtures/clips/english-4.ogg
 CHECKPOINT := fixtures/nano.pt
 REPORTS ?= build/reports
+# Processes that tests run in, each with models of its own in some GB of memory.
+JOBS ?= 2
 TARGETS ?= sm_90a
 # What is compiled ahead for GPUs, and compared and timed on them.
 SIZE ?= fixture
@@ -13,7 +15,7 @@ REPORT_DIR = $(or $(REPORT),build/report)
 DEVICE := cpu
 NEEDS_BASE = @test -n "$(BASE)" || { echo "make $@ needs a git revision: make $@ BASE=main"; exit 1; }
 
-.PHONY: help setup demo lint lint-ci test test-peers test-x86-64-v3 test-faults soak graph-key compile-gate \
+.PHONY: help setup demo lint lint-ci test test-nightly test-peers test-x86-64-v3 test-faults soak graph-key compile-gate \
 	compile-base doctor gpu-parity gpu-perf gpu-remote summary merge-gate perf perf-gate growth clean
 
 help:  ## list these targets
@@ -30,15 +32,18 @@ lint: $(INSTALLED)  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint  ## lint, then every test; REPORT=DIR writes the report there
-	$(BIN)/pytest tests --benchmark-disable $(addprefix --report ,$(REPORT))
+test: lint  ## lint, then every test, in JOBS processes; REPORT=DIR writes the report there
+	$(BIN)/pytest tests --benchmark-disable -n $(JOBS) --dist loadgroup $(addprefix --report ,$(REPORT))
+
+test-nightly: $(INSTALLED)  ## the tests that are too slow for every merge
+	$(BIN)/pytest tests --benchmark-disable --nightly -m nightly
 
 test-peers: $(INSTALLED)  ## what is compared with other engines, which are installed first; a skip fails
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[peers]'
 	$(BIN)/pytest tests/unit/test_compare.py tests/unit/test_checkpoints_in_transformers.py --require-peers
 
 test-x86-64-v3: $(INSTALLED)  ## every test as on a CPU without AVX-512
-	$(BIN)/pytest tests --benchmark-disable --cpu x86-64-v3 $(addprefix --report ,$(REPORT))
+	$(BIN)/pytest tests --benchmark-disable -n $(JOBS) --dist loadgroup --cpu x86-64-v3 $(addprefix --report ,$(REPORT))
 
 test-faults: $(INSTALLED)  ## the judge on trial: every fault, in every dtype (nightly)
 	$(BIN)/pytest tests/parity/test_faults.py --size fixture --dtype all --faults all

@@ -2,12 +2,10 @@
 
 # ruff: noqa: E402 - something must be set before torch is imported
 
-import ctypes
 import itertools
 import logging
-import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -15,40 +13,24 @@ from typing import Any
 
 import pytest
 
-
-def times_nothing(arguments: Sequence[str]) -> bool:
-    """Whether a command line rules out that benchmarks are timed; where that is not plain to see, they may be."""
-    folders = [Path(argument.partition("::")[0]).parts[:2] for argument in arguments if argument.startswith("tests")]
-    checks = bool(folders) and all(folder in (("tests", "parity"), ("tests", "unit")) for folder in folders)
-    return checks or "--benchmark-disable" in arguments
-
-
-# After an operation PyTorch's threads keep their cores busy while they wait for the next one, so that MAX's threads and
-# PyTorch's own stand in each other's way. Told to sleep, they compute the same in several times less processor time.
-# What is timed is PyTorch as its users have it. OpenMP reads this once, when torch is imported.
-if times_nothing(sys.argv[1:]):
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    # glibc gives large pieces of memory back as soon as they are freed, and the system clears each page that it hands
-    # out again.
-    if sys.platform == "linux":
-        M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-        for threshold in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
-            ctypes.CDLL(None).mallopt(threshold, 2**31 - 1)
-
 from reference.older_cpu import AS_ON, as_on, asked_for, heeded
+from reference.quiet import keep_quiet, times_nothing
 
+if times_nothing(sys.argv[1:]):  # what is timed is PyTorch as its users have it
+    keep_quiet()
 as_on(asked_for())
 
 import torch
 from whisper.model import ModelDimensions
 
+from maxwhisper.ahead import Ahead
 from maxwhisper.artifacts import TARGETS, Artifacts
 from maxwhisper.blocks import BLOCKS, Block
 from maxwhisper.cache import cache_folder
 from maxwhisper.errors import ArtifactError, MaxWhisperError
 from maxwhisper.runtime import device_named, gpu_found
 from reference.activations import KINDS, RANDOM
-from reference.ahead import TRANSCRIBING, CompileAhead, suite_job
+from reference.ahead import TRANSCRIBING, WhenCompiling, compile_ahead, suite_job
 from reference.distributed import is_distributed, is_worker
 from reference.judge import Comparison, dtype_name
 from reference.lowering import Lowering, graphs
@@ -63,7 +45,7 @@ DEFAULT_SIZES = (FIXTURE, "tiny")
 DEFAULT_DTYPES = ("float32", "bfloat16")
 RUN = Run()
 """What this run has found."""
-AHEAD: list[CompileAhead] = []
+AHEAD: list[Ahead] = []
 """What compiles ahead of later tests, once it is known which there are."""
 LOWERING: dict[str, Lowering] = {}
 """By target, the process that compiles for it, once there is one."""
@@ -92,6 +74,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     only = f"compile for targets, comma-separated, of {', '.join(TARGETS)}, or all, and compare nothing; the graphs go"
     add("--compile-only", metavar="TARGETS", help=f"{only} into --artifacts (default: {ARTIFACTS}), by target")
     add("--or-compile", action="store_true", help="compile what does not fit in --artifacts instead of failing")
+    add("--nightly", action="store_true", help="run what is too slow for every merge as well")
     add("--faults", choices=["weights", "graphs", "all"], help=faults)
     add("--report", metavar="DIR", help="write report.html, report.json and summary.md there")
 
@@ -102,6 +85,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if not config.pluginmanager.has_plugin("benchmark"):
         config.addinivalue_line("markers", "benchmark(timer): an option of pytest-benchmark, which is not here")
     config.addinivalue_line("markers", "clock: is about times, so it does not run with --benchmark-disable")
+    config.addinivalue_line("markers", "compiles_for(target): reads code for it, so runs with --compile-only TARGET")
+    config.addinivalue_line("markers", "nightly: is too slow for every merge, so it runs with --nightly")
     config.addinivalue_line("markers", "trained: needs trained weights, the fixture's or those of --checkpoint")
     config.addinivalue_line("markers", "compares(*words, units): judge the blocks with one of the words in their names")
     chosen(config, "--size", ALL_SIZES, DEFAULT_SIZES)
@@ -302,6 +287,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     order = {key: number for number, key in enumerate(dict.fromkeys(tuple(models_of(item)) for item in items))}
     items.sort(key=lambda item: order[tuple(models_of(item))])
+    if is_worker(config):
+        for item in items:
+            item.add_marker(pytest.mark.xdist_group(group(item)))
+
+
+def group(item: pytest.Item) -> str:
+    """What --dist loadgroup leaves to one process: all that takes a model, and files of tests that take none."""
+    return "-".join(suite_job(*model) for model in models_of(item)) or item.path.stem
 
 
 def models_of(item: pytest.Item) -> list[tuple[str, torch.dtype]]:
@@ -327,8 +320,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if not jobs or config.getoption("collectonly") or artifacts(config):
         return
     for some in filter(None, (jobs[::2], jobs[1::2])):
-        AHEAD.append(CompileAhead(some, config.getoption("--checkpoint"), device(config)))
-        logging.getLogger("maxwhisper").addHandler(AHEAD[-1])
+        AHEAD.append(compile_ahead(some, config.getoption("--checkpoint"), device(config)))
+        logging.getLogger("maxwhisper").addHandler(WhenCompiling(AHEAD[-1]))
 
 
 def times(config: pytest.Config) -> bool:
@@ -338,15 +331,20 @@ def times(config: pytest.Config) -> bool:
 
 def wait_for(job: str) -> None:
     for ahead in AHEAD:
-        ahead.wait(job)
+        ahead.wait(job, job)
 
 
 def wanted(config: pytest.Config, item: pytest.Item) -> bool:
     """Whether the test is of the kind that the run is, --size has a model for it, and --faults its faults: those of
     weights in float32 by default."""
-    if bool(targets(config)) != ("lowering" in item.fixturenames):  # type: ignore[attr-defined]
+    target = item.get_closest_marker("compiles_for")
+    if bool(targets(config)) != bool(target or "lowering" in item.fixturenames):  # type: ignore[attr-defined]
+        return False
+    if target and target.args[0] not in targets(config):
         return False
     if item.get_closest_marker("clock") and not times(config):
+        return False
+    if item.get_closest_marker("nightly") and not config.getoption("--nightly"):
         return False
     faults, asked = item.get_closest_marker("faults"), config.getoption("--faults")
     if faults and (asked or "weights") not in ("all", faults.args[0]):
@@ -396,7 +394,8 @@ def own_artifacts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A cache folder with all that the user's holds, but for the artifacts: what `load_model` keeps is of this run, so
     that nothing is judged which an earlier one compiled."""
     users, own = cache_folder("kernels").parent, tmp_path_factory.mktemp("cache")
-    (users / "kernels").mkdir(parents=True, exist_ok=True)
+    for shared in ("kernels", "locks"):
+        (users / shared).mkdir(parents=True, exist_ok=True)
     for entry in set(users.iterdir()) - {users / "artifacts"}:
         (own / entry.name).symlink_to(entry.absolute())
     with pytest.MonkeyPatch.context() as patch:

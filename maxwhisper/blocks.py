@@ -1,8 +1,8 @@
 """BLOCKS: the one table of what is compiled on its own.
 
-The network that transcribes is made of the entries of unit "network"; the others take that network apart. On a CPU one
-kernel computes the whole of `decoder.block.step`; what it consists of has kernels of its own here, made of the same
-functions.
+The network that transcribes is made of the entries of units "network" and "decoding"; the others take that network
+apart. On a CPU one kernel computes the whole of `decoder.block.step`; what it consists of has kernels of its own here,
+made of the same functions.
 
 From its entry a block gets its isolated parity test in every size and precision, its benchmark and its row in every
 report. Adding a block is adding an entry, as long as `reference/blocks.py` knows its PyTorch class.
@@ -47,7 +47,8 @@ class Block:
     function: from that module and one value per input to the outputs.
     inputs: the graph's inputs, in order.
     unit: what compiles into one artifact: "log_mel" alone, as it depends only on the number of mel bands; "network",
-        what transcribes; "alignment", for word timestamps; "parts", the rest.
+        what audio and the start of a text go through; "decoding", what decodes the rest of it, with the graphs that
+        pick tokens; "alignment", for word timestamps; "parts", the rest.
     """
 
     name: str
@@ -289,7 +290,7 @@ BLOCKS: dict[str, Block] = {
             model.TextDecoder,
             model.TextDecoder.step,
             together(step_tokens, offset, every_layer(self_cache), every_layer(cross)),
-            unit="network",
+            unit="decoding",
         ),
         Block(
             "decoder.alignment",

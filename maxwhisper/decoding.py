@@ -30,9 +30,8 @@ from .blocks import BLOCKS
 from .errors import DecodingError, OptionError
 from .frozen import has_hooks
 from .model import TextDecoder
-from .process import compiler
 from .rebind import rebind
-from .runtime import Artifact, Executable, Loader, Policy, Program, buffer
+from .runtime import Executable, Policy, Program, buffer
 
 log = logging.getLogger("maxwhisper")
 
@@ -172,7 +171,7 @@ class MaxInference(decoding.Inference):
 # ---- the rules, in the graph ---------------------------------------------------------------------------------------
 
 TOKEN_RULES, PICK = "token_rules", "decoder.pick"
-"""Units of the decode loop, a graph each: the rules alone, and behind steps of the decoder."""
+"""Graphs of the decode loop: the rules alone, and behind steps of the decoder."""
 
 MAX_STEPS = 32
 """Of greedy decoding in one execution, during which Python does nothing else, Ctrl-C included."""
@@ -311,21 +310,6 @@ def picking_inputs(dims: ModelDimensions, policy: Policy) -> dict[str, TensorTyp
     inputs["sources"] = TensorType(DType.int64, ["batch", "place"], policy.device)
     written = {f"{name} written": type.as_buffer() for name, type in list(given.items())[: 2 * dims.n_text_layer]}
     return {**inputs, **given, **written}
-
-
-_RULES: list[Executable] = []
-
-
-def compiled_rules(load: Loader | None = None) -> Executable:
-    """The graph compiled: once in a process, unless `load` gives it at the first call.
-
-    Raises ArtifactError where `load` does.
-    """
-    if not _RULES:
-        with compiler():
-            if not _RULES:  # another thread may have been there meanwhile
-                _RULES.append(Artifact("token rules", [rules_program()], "cpu", load).init({})[TOKEN_RULES])
-    return _RULES[0]
 
 
 @dataclass
@@ -467,14 +451,15 @@ class TokenRules:
         limits = torch.tensor([self.timestamp_begin, self.eot])
         return Rules(suppressed, begins, limits, torch.zeros(n_best, dtype=torch.int64))
 
-    def pick(self, logits: Tensor, tokens: Tensor, totals: Tensor, n_best: int) -> Picked:
-        """What follows the tokens (batch, token) by their logits (batch, vocab), the `n_best` likeliest among it.
+    def pick(self, graph: Executable, logits: Tensor, tokens: Tensor, totals: Tensor, n_best: int) -> Picked:
+        """What follows the tokens (batch, token) by their logits (batch, vocab), the `n_best` likeliest among it, found
+        by the graph TOKEN_RULES.
 
         Raises DecodingError if a logit is NaN, or none is left.
         """
         texts, lengths, totals = Texts.of(functional.pad(tokens, (0, 1), value=self.eot), totals)
         given = logits, texts, lengths - 1, lengths, totals, *self.inputs(tokens, n_best)
-        candidates, logprobs, _, totals, lengths, _ = compiled_rules()(*given)
+        candidates, logprobs, _, totals, lengths, _ = graph(*given)
         return checked(Picked(Texts(texts, lengths, totals), Candidates(candidates, logprobs)))
 
 
@@ -530,7 +515,7 @@ class DecodingTask(decoding.DecodingTask):
             tokens = tokens.cpu()
             if self.tokenizer.no_speech is not None:
                 no_speech_probs = at_sot.softmax(dim=-1)[:, self.tokenizer.no_speech].tolist()
-            picked = rules.pick(logits, tokens, sum_logprobs, n_best)
+            picked = rules.pick(self.model.network[TOKEN_RULES], logits, tokens, sum_logprobs, n_best)
             if beams:
                 tokens, sum_logprobs = self._beams(tokens, sum_logprobs, picked.candidates, rules, n_end)
             else:

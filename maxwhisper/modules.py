@@ -238,7 +238,7 @@ class TextDecoder(Frozen, openai.TextDecoder):
 
         guess = len(rules.places) == 1 and kv[-1].shape[0] == len(tokens) and worth_guessing()
         if guess:
-            given = *now[:2], ends_of_guesses, now.totals, *others, *draft()
+            given = *now[:2], ends_of_guesses, now.totals, *others, *draft(), *self.network.draft
             *found, totals, lengths = self.network[SPECULATE](*given)
             now = Texts(now.tokens, lengths, totals)
         stopped = (now.last()[~idle] == eot).any() or not now.totals.isfinite().all()

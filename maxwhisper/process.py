@@ -1,12 +1,14 @@
 """What MAX 26.7 needs of the process that it runs in, and does to it: threads, forks, environment, and its end."""
 
 import atexit
+import fcntl
+import hashlib
 import logging
 import os
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import max.nn  # noqa: F401 - for what it does to the environment to be undone h
 from max import _core, mlir
 from max._mlir_context import default_mlir_context, ensure_default_mlir_context
 
-from .cache import cache_root, writable
+from .cache import cache_folder, cache_root, writable
 from .errors import DeviceError
 
 log = logging.getLogger("maxwhisper")
@@ -64,6 +66,19 @@ def wait_at_exit() -> None:
     atexit.register(time.sleep, 0.1)
 
 
+@contextmanager
+def one_at_a_time(what: str) -> Iterator[None]:
+    """Has processes of this machine that share a cache run the body one after the other, for the same `what`. Where
+    files cannot be locked they do not wait for each other."""
+    folder = cache_folder("locks")
+    with ExitStack() as stack:
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context((folder / hashlib.sha256(what.encode()).hexdigest()[:16]).open("w"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def refuse_after_fork() -> None:
     """Raises DeviceError in a process forked from one that had imported MAX: what it asks of MAX would never return."""
     if FORKED.is_set():
@@ -90,14 +105,19 @@ def find_place_for_max_cache() -> None:
 
 
 @contextmanager
-def announced(message: str, after: float = 2.0, every: float = 30.0) -> Iterator[None]:
-    """Logs `message` if the body is still running `after` seconds from now, and how long it has run `every` so many."""
+def announced(
+    message: str, after: float = 2.0, every: float = 30.0, slow: Callable[[], None] | None = None
+) -> Iterator[None]:
+    """Logs `message` if the body is still running `after` seconds from now, when it calls `slow` too, and how long it
+    has run `every` so many."""
     start, done = time.perf_counter(), threading.Event()
 
     def report() -> None:
         wait = after
         while not done.wait(wait):
             log.info("%s%s", message, f" ({time.perf_counter() - start:.0f} s so far)" if wait == every else "")
+            if slow and wait == after:
+                slow()
             wait = every
 
     thread = threading.Thread(target=report, daemon=True)

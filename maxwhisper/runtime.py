@@ -36,7 +36,7 @@ from .cuda import preload
 from .errors import CheckpointError, DeviceError, OptionError
 from .instructions import cpu_target
 from .kernel_library import kernel_library
-from .process import announced, compiler, find_place_for_max_cache, refuse_after_fork, wait_at_exit
+from .process import announced, compiler, find_place_for_max_cache, one_at_a_time, refuse_after_fork, wait_at_exit
 
 PR_SET_TIMERSLACK, PR_GET_TIMERSLACK = 29, 30
 """What Linux's prctl is told to do; man 2 prctl."""
@@ -121,6 +121,11 @@ class Program:
         with Graph(self.name, input_types=inputs, module=into, kernel_library=kernel_library()) as graph:
             graph.output(*self.function(self.module, *map(tensor_or_buffer, graph.inputs)))
         return dtypes
+
+
+def signature(program: Program) -> list[Any]:
+    """What tells a graph apart from most others."""
+    return [program.name, *((name, str(type)) for name, type in program.inputs.items())]
 
 
 def tensor_or_buffer(value: Value[Any]) -> Any:
@@ -251,10 +256,18 @@ Loader = Callable[[Sequence[Program], Callable[[], Stored]], Stored]
 class Artifact:
     """Graphs compiled together, to be initialised with the weights of any layer."""
 
-    def __init__(self, name: str, programs: Iterable[Program], device: str, load: Loader | None = None):
-        """load: may give the programs as they were compiled earlier."""
+    def __init__(
+        self,
+        name: str,
+        programs: Iterable[Program],
+        device: str,
+        load: Loader | None = None,
+        slow: Callable[[], None] | None = None,
+    ):
+        """load: may give the programs as they were compiled earlier. slow: is called if compiling takes seconds."""
         programs = list(programs)
         self.name = name
+        self.slow = slow
         self.graphs = [program.name for program in programs]
         compile_them = partial(self._compile, programs)
         with compiler():
@@ -266,7 +279,9 @@ class Artifact:
         for program in programs:
             weights.update(program.trace(module))
         count, start = len(self.graphs), time.perf_counter()
-        with announced(f"compiling {self.name}: {count} graphs, minutes the first time, seconds from the cache after"):
+        message = f"compiling {self.name}: {count} graphs, minutes the first time, seconds from the cache after"
+        # Another process that compiles the same leaves it in MAX's cache.
+        with announced(message, slow=self.slow), one_at_a_time(repr([*map(signature, programs), weights])):
             compiled = self.session.compile(module, custom_extensions=kernel_library().library_paths())
         COMPILE_LOG.append(CompileRecord(self.name, count, time.perf_counter() - start))
         wait_at_exit()

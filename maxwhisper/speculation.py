@@ -8,11 +8,11 @@ bit: behind the first wrong guess the others are dropped.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from max.dtype import DType
-from max.graph import BufferType, BufferValue, TensorType, TensorValue, Weight, ops
+from max.graph import BufferType, BufferValue, TensorType, TensorValue, ops
 from max.nn.layer import Module
 from torch import Tensor
 from whisper.model import ModelDimensions
@@ -22,7 +22,6 @@ from .model import TextDecoder
 from .runtime import Policy, Program
 
 SPECULATE, ROUGH_KEYS = "decoder.speculate", "decoder.rough_keys"
-"""Graphs that compile together, as the unit of the first one's name."""
 
 N_GUESS = 7
 """Tokens that are guessed and then checked together with the one before: eight rows of a product for each text."""
@@ -52,51 +51,45 @@ def matrices_size(n_state: int) -> int:
     return 10 * n_state * (n_state + UNIT_SIZE) + n_state * (4 * n_state + UNIT_SIZE)
 
 
-class Draft(Module):
-    """Weights of a decoder's rough copy: matrices of int8, and one of four bits a number in the place of the token
-    embedding, which itself computes the highest logits."""
+class Draft(NamedTuple):
+    """A decoder's rough copy: what of it a CPU has beside the decoder, once guesses are asked for.
 
-    def __init__(self, dims: ModelDimensions, policy: Policy):
-        super().__init__()
-        n_layer, n_state = dims.n_text_layer, dims.n_text_state
-        self.matrices = Weight("matrices", DType.int8, [n_layer, matrices_size(n_state)], policy.device)
-        self.vectors = Weight("vectors", DType.float32, [n_layer, 16 * n_state], policy.device)
-        shape = [dims.n_vocab, n_state // 2 + UNIT_SIZE]
-        self.token_embedding = Weight("token_embedding", DType.uint8, shape, policy.device)
+    matrices: int8 (layer, number), vectors: float32 (layer, number), those of a layer one behind the other.
+    token_embedding: uint8 (vocab, number), of four bits a number; the decoder's own computes the highest logits.
+    """
 
-    def __call__(self) -> None:
-        raise NotImplementedError
+    matrices: Any
+    vectors: Any
+    token_embedding: Any
 
 
-class SpeculativeDecoder(Module):
-    """The decoder and its draft."""
+def draft_types(dims: ModelDimensions, policy: Policy) -> Draft:
+    """How graphs take a draft: with each execution, so that it need not be there where nobody guesses."""
+    n_layer, n_state = dims.n_text_layer, dims.n_text_state
+    return Draft(
+        TensorType(DType.int8, [n_layer, matrices_size(n_state)], policy.device),
+        TensorType(DType.float32, [n_layer, 16 * n_state], policy.device),
+        TensorType(DType.uint8, [dims.n_vocab, n_state // 2 + UNIT_SIZE], policy.device),
+    )
 
-    def __init__(self, dims: ModelDimensions, policy: Policy):
-        super().__init__()
-        self.decoder = TextDecoder(dims, policy)
-        self.draft = Draft(dims, policy)
 
-    def __call__(self) -> None:
-        raise NotImplementedError
-
-    def guess(
-        self,
-        texts: BufferValue,
-        lengths: TensorValue,
-        rules: Sequence[TensorValue],
-        sources: TensorValue,
-        cache: TensorValue,
-        rough_cross: TensorValue,
-    ) -> TensorValue:
-        """The last token of each text and `N_GUESS` guesses, (batch, 1 + N_GUESS), which stand behind the text then."""
-        decoder, draft, device = self.decoder, self.draft, lengths.device
-        suppressed, begins, limits, _ = rules
-        values = [texts, lengths, begins, suppressed, limits, sources, cache, rough_cross]
-        values += [draft.matrices, draft.vectors, draft.token_embedding, decoder.token_embedding.weight]
-        values += [decoder.positional_embedding, decoder.ln.weight, decoder.ln.bias]
-        tokens = TensorType(DType.int64, [lengths.shape[0], 1 + N_GUESS], device)
-        parameters = {"n_channel": int(cache.shape[-1])}
-        return ops.inplace_custom("maxwhisper.guess", device, values, [tokens], parameters=parameters)[0].tensor
+def guess(
+    decoder: TextDecoder,
+    draft: Draft,
+    texts: BufferValue,
+    lengths: TensorValue,
+    rules: Sequence[TensorValue],
+    sources: TensorValue,
+    cache: TensorValue,
+    rough_cross: TensorValue,
+) -> TensorValue:
+    """The last token of each text and `N_GUESS` guesses, (batch, 1 + N_GUESS), which stand behind the text then."""
+    suppressed, begins, limits, _ = rules
+    values = [texts, lengths, begins, suppressed, limits, sources, cache, rough_cross, *draft]
+    values += [decoder.token_embedding.weight, decoder.positional_embedding, decoder.ln.weight, decoder.ln.bias]
+    tokens = TensorType(DType.int64, [lengths.shape[0], 1 + N_GUESS], lengths.device)
+    parameters = {"n_channel": int(cache.shape[-1])}
+    return ops.inplace_custom("maxwhisper.guess", lengths.device, values, [tokens], parameters=parameters)[0].tensor
 
 
 def make_rough(matrix: Tensor, bits: int, into: Tensor) -> None:
@@ -115,8 +108,8 @@ def make_rough(matrix: Tensor, bits: int, into: Tensor) -> None:
         packed[:, width:] = unit.view(into.dtype)
 
 
-def draft_of(tensors: Mapping[str, Tensor], dims: ModelDimensions) -> dict[str, Tensor]:
-    """The weights of `Draft`, from those of a checkpoint."""
+def draft_of(tensors: Mapping[str, Tensor], dims: ModelDimensions) -> Draft:
+    """The draft of a checkpoint's decoder."""
     matrices = torch.empty(dims.n_text_layer, matrices_size(dims.n_text_state), dtype=torch.int8)
     layers = [f"decoder.blocks.{layer}." for layer in range(dims.n_text_layer)]
     for layer, row in zip(layers, matrices, strict=True):
@@ -128,13 +121,8 @@ def draft_of(tensors: Mapping[str, Tensor], dims: ModelDimensions) -> dict[str, 
             make_rough(matrix, 8, row[start:end].view(n_out, width))
     token_embedding = torch.empty(dims.n_vocab, dims.n_text_state // 2 + UNIT_SIZE, dtype=torch.uint8)
     make_rough(tensors["decoder.token_embedding.weight"], 4, token_embedding)
-    return {
-        "draft.matrices": matrices,
-        "draft.vectors": torch.stack(
-            [torch.cat([tensors[layer + name].float() for name in VECTORS]) for layer in layers]
-        ),
-        "draft.token_embedding": token_embedding,
-    }
+    vectors = [torch.cat([tensors[layer + name].float() for name in VECTORS]) for layer in layers]
+    return Draft(matrices, torch.stack(vectors), token_embedding)
 
 
 # ---- its graphs ----------------------------------------------------------------------------------------------------
@@ -177,26 +165,28 @@ def speculation_program(dims: ModelDimensions, policy: Policy) -> Program:
     every text may have `WORTH_GUESSING` more, and rounds are worth it: credit begins with as many tokens, and a round
     adds what it gives and takes as many for each text that goes on.
 
-    Takes `draft_inputs` besides, the same caches once more, and not the texts' last tokens. Every text has audio of its
-    own, and all have places for `N_GUESS` tokens more than they may have.
+    Takes `draft_inputs` besides, the same caches once more, and the draft, and not the texts' last tokens. Every text
+    has audio of its own, and all have places for `N_GUESS` tokens more than they may have.
     """
     n_own, n_rule = 2 * dims.n_text_layer, len(rules_inputs(dims.n_vocab))
+    types = draft_types(dims, policy)
 
     def speculate(
-        both: SpeculativeDecoder,
+        decoder: TextDecoder,
         texts: BufferValue,
         lengths: TensorValue,
         ends: TensorValue,
         totals: TensorValue,
         *others: Any,
     ) -> Sequence[TensorValue]:
+        others, draft = others[: -len(types)], Draft(*others[-len(types) :])
         rules, (sources, *kv), caches = others[:n_rule], others[n_rule : -n_own - 2], others[-n_own - 2 : -2]
         fewest = ops.constant(WORTH_GUESSING, DType.int64, lengths.device)
 
         def guess_and_check(*state: TensorValue) -> list[TensorValue]:
             _, credit, before, totals, *_ = state
-            tokens, offsets = both.guess(texts, before, rules, sources, *others[-2:]), before - 1
-            logits, *new = both.decoder.steps(both.decoder.embed(tokens, offsets), offsets, kv, sources)
+            tokens, offsets = guess(decoder, draft, texts, before, rules, sources, *others[-2:]), before - 1
+            logits, *new = decoder.steps(decoder.embed(tokens, offsets), offsets, kv, sources)
             append(caches, new, offsets)
             candidates, logprobs, _, totals, lengths, left = likeliest(logits, texts, before, ends, totals, *rules)
             given = lengths - before
@@ -213,4 +203,5 @@ def speculation_program(dims: ModelDimensions, policy: Policy) -> Program:
     inputs = picking_inputs(dims, policy)
     del inputs["tokens"]
     inputs |= dict(zip(("cache", "rough cross"), draft_inputs(dims, policy), strict=True))
-    return Program(SPECULATE, "", SpeculativeDecoder(dims, policy), speculate, inputs)
+    inputs |= {f"draft {name}": type for name, type in types._asdict().items()}
+    return Program(SPECULATE, "decoder", TextDecoder(dims, policy), speculate, inputs)

@@ -7,12 +7,13 @@ that code calls is replaced: the encoder, the decoder, its cache, the log-mel sp
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+from max.driver import Buffer
 from max.dtype import DType
 from max.graph import DeviceRef
 from whisper.audio import FRAMES_PER_SECOND
@@ -22,6 +23,7 @@ from whisper.model import Whisper as OpenAIWhisper
 from whisper.tokenizer import Tokenizer
 from whisper.transcribe import transcribe
 
+from .ahead import Ahead, Job
 from .alignment import add_word_timestamps, keep_alignment_compiled
 from .artifacts import Artifacts, Cache, Identity, aim_at, writing
 from .audio import N_MELS, as_waveform, compiled_spectrogram, load_audio, log_mel_spectrogram
@@ -29,10 +31,8 @@ from .blocks import BLOCKS
 from .cache import cache_folder
 from .checkpoint import Checkpoint, StrPath, load_checkpoint
 from .decoding import (
-    PICK,
     TOKEN_RULES,
     KeyValueCache,
-    compiled_rules,
     decode,
     pick_program,
     rules_program,
@@ -42,7 +42,7 @@ from .frozen import Frozen, has_hooks
 from .instructions import warn_of_slow_dtype
 from .module_cache import ModuleCache
 from .modules import AudioEncoder, TextDecoder, check_floats
-from .on_device import CANDIDATES, candidates_program, step_program
+from .on_device import candidates_program, step_program
 from .options import carried, decoding, transcribing, within
 from .process import compiler
 from .rebind import rebind
@@ -52,11 +52,12 @@ from .runtime import (
     Executable,
     Policy,
     Program,
+    buffer,
     cpu_by_default,
     find_device,
     one_torch_thread,
 )
-from .speculation import ROUGH_KEYS, SPECULATE, draft_of, rough_keys_program, speculation_program
+from .speculation import draft_of, rough_keys_program, speculation_program
 from .together import Audio, Result, transcribe_many
 
 STORAGE = {torch.float16: DType.float16, torch.bfloat16: DType.bfloat16}
@@ -121,10 +122,14 @@ ON_CPU = ("log_mel", TOKEN_RULES)
 """What runs on the CPU whatever the device: the spectrogram, as openai-whisper's, and the pick of a first token."""
 
 
+DECODING = "decoding"
+"""The unit of what decodes tokens behind the first one, and picks them."""
+
+
 def units_on(device: str) -> tuple[str, ...]:
-    """What transcribes on a device, by the unit that compiles together: tokens are guessed on a CPU alone."""
-    units = (*ON_CPU, "network", "alignment", PICK)
-    return (*units, SPECULATE) if device == "cpu" else units
+    """What transcribes on a device, by the unit that compiles together."""
+    units = ("log_mel", "network", DECODING, "alignment")
+    return units if device == "cpu" else (*units, TOKEN_RULES)
 
 
 DTYPES = {dtype.name: dtype for dtype in (DType.float32, DType.float16, DType.bfloat16)}
@@ -148,25 +153,23 @@ def programs_of(unit: str, dims: ModelDimensions, policy: Policy) -> list[Progra
     """The graphs of one of `units_on`."""
     if unit == TOKEN_RULES:
         return [rules_program()]
-    if unit == PICK:
-        return picking_programs(dims, policy)
-    if unit == SPECULATE:
-        return [speculation_program(dims, policy), rough_keys_program(dims, policy)]
-    return [block.program(dims, policy) for block in BLOCKS.values() if block.unit == unit]
+    blocks = [block.program(dims, policy) for block in BLOCKS.values() if block.unit == unit]
+    return [*blocks, *picking_programs(dims, policy)] if unit == DECODING else blocks
 
 
 def picking_programs(dims: ModelDimensions, policy: Policy) -> list[Program]:
-    """The graphs that pick tokens, and do not guess them."""
+    """The graphs that pick tokens; they are guessed on a CPU alone."""
     if policy.device.is_cpu():
-        return [pick_program(dims, policy)]
+        makers = (pick_program, speculation_program, rough_keys_program)
+        return [rules_program(), *(program(dims, policy) for program in makers)]
     return [step_program(dims, policy), candidates_program(dims, policy)]
 
 
-def unit_of(name: str) -> str:
-    """What the graph of this name compiles together with."""
+def unit_of(name: str, device: str) -> str:
+    """What the graph of this name compiles together with on a device."""
     if name in BLOCKS:
         return BLOCKS[name].unit
-    return {ROUGH_KEYS: SPECULATE, CANDIDATES: PICK}.get(name, name)
+    return TOKEN_RULES if name == TOKEN_RULES and device != "cpu" else DECODING
 
 
 class Network:
@@ -179,6 +182,7 @@ class Network:
         self.artifacts = artifacts
         self.policy = policy_of(checkpoint.tensors, device, dtype)
         self.dtype = TORCH_DTYPE[self.policy.compute]
+        self.ahead = Ahead("maxwhisper.ahead", self._jobs())
         self.executables = self._load("network")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Network":
@@ -194,16 +198,31 @@ class Network:
         if name not in self.executables:
             with compiler():
                 if name not in self.executables:  # another thread may have been there meanwhile
-                    self.executables |= self._load(unit_of(name))
+                    self.executables |= self._load(unit_of(name, self.device))
         return self.executables[name]
+
+    @cached_property
+    def draft(self) -> Sequence[Buffer]:
+        """What guesses the next tokens, as graphs take it."""
+        return [buffer(x) for x in draft_of(self.checkpoint.tensors, self.checkpoint.dims)]
 
     def _load(self, unit: str) -> dict[str, Executable]:
         dims, tensors, name = self.checkpoint.dims, self.checkpoint.tensors, self.checkpoint.name
-        load = self.artifacts.loader(unit, dims, self.policy) if self.artifacts else None
-        programs = programs_of(unit, dims, self.policy)
-        if unit == SPECULATE:
-            tensors = {**tensors, **draft_of(tensors, dims)}
-        return Artifact(f"{unit} of {name}", programs, self.device, load).init(tensors)
+        device = "cpu" if unit in ON_CPU else self.device
+        policy = policy_of(tensors, device, self.policy.compute.name)
+        load = self.artifacts.loader(unit, dims, policy) if self.artifacts else None
+        if unit == DECODING:
+            for job in self.ahead.jobs:
+                self.ahead.wait(job, f"{unit} of {name}")
+        slow = self.ahead.start if unit == "network" else None
+        return Artifact(f"{unit} of {name}", programs_of(unit, dims, policy), device, load, slow).init(tensors)
+
+    def _jobs(self) -> list[str]:
+        """What another process compiles while this one compiles the network, where it can be kept."""
+        if self.device != "cpu" or not isinstance(self.artifacts, Cache):
+            return []
+        dims, policy, folder = vars(self.checkpoint.dims), self.policy, str(self.artifacts.folder)
+        return [str(Job(DECODING, dims, policy.storage.name, policy.compute.name, folder))]
 
 
 def is_matrix(name: str, tensor: torch.Tensor) -> bool:
@@ -288,7 +307,6 @@ class Whisper(Frozen, OpenAIWhisper):
             policy = policy_of(checkpoint.tensors, "cpu", dtype)
             if self.dims.n_mels in N_MELS:  # for others there is no spectrogram
                 compiled_spectrogram(self.dims.n_mels, artifacts.loader("log_mel", self.dims, policy))
-            compiled_rules(artifacts.loader(TOKEN_RULES, self.dims, policy))
         self.encoder = AudioEncoder(self.dims, network, self._device)
         self.decoder = TextDecoder(self.dims, network, self._device)
         heads = torch.zeros(self.dims.n_text_layer, self.dims.n_text_head, dtype=torch.bool)

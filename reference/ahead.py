@@ -10,13 +10,12 @@ A job is a suite's model as SIZE:DTYPE, or "transcribing": what transcribes with
 
 import argparse
 import logging
-import subprocess
 import sys
-import threading
 from collections.abc import Sequence
 
 import torch
 
+from maxwhisper.ahead import Ahead
 from maxwhisper.checkpoint import load_checkpoint
 from maxwhisper.runtime import Artifact
 from maxwhisper.whisper import policy_of, programs_of, units_on
@@ -32,43 +31,24 @@ def suite_job(size: str, dtype: torch.dtype) -> str:
     return f"{size}:{dtype_name(dtype)}"
 
 
-class CompileAhead(logging.Handler):
-    """One other process, for jobs in the order in which they will be needed.
+class WhenCompiling(logging.Handler):
+    """Starts another process when a compilation of this one is announced, as a handler of the logger "maxwhisper".
 
-    As a handler of the logger "maxwhisper" it starts when a compilation of this process is announced, which is when it
-    takes longer than one from the cache: where the cache is full there is nothing to be done ahead.
+    That is when it takes longer than one from the cache: where the cache is full there is nothing to be done ahead.
     """
 
-    def __init__(self, jobs: Sequence[str], checkpoint: str | None, device: str):
+    def __init__(self, ahead: Ahead):
         super().__init__(logging.INFO)
-        self.command = [sys.executable, "-m", "reference.ahead", *jobs, "--device", device]
-        if checkpoint:
-            self.command += ["--checkpoint", checkpoint]
-        self.ready = {job: threading.Event() for job in jobs}
-        self.process: subprocess.Popen[str] | None = None
+        self.ahead = ahead
 
     def emit(self, record: logging.LogRecord) -> None:
-        if self.process is None and record.getMessage().startswith("compiling"):
-            self.process = subprocess.Popen(self.command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-            threading.Thread(target=self._listen, args=(list(self.ready),), daemon=True).start()
+        if record.getMessage().startswith("compiling"):
+            self.ahead.start()
 
-    def _listen(self, jobs: list[str]) -> None:
-        assert self.process is not None and self.process.stdout is not None
-        for job, _ in zip(jobs, self.process.stdout, strict=False):
-            self.ready[job].set()
-        for event in self.ready.values():  # should the process have failed, this one compiles for itself
-            event.set()
 
-    def wait(self, job: str) -> None:
-        """Until the job is done, if it is the other process's."""
-        event = self.ready.get(job)
-        if self.process and event:
-            event.wait()
-
-    def stop(self) -> None:
-        if self.process:
-            self.process.terminate()
-            self.process.wait()
+def compile_ahead(jobs: Sequence[str], checkpoint: str | None, device: str) -> Ahead:
+    """Returns the process that does some jobs, in the order in which they will be needed."""
+    return Ahead("reference.ahead", jobs, "--device", device, *(("--checkpoint", checkpoint) if checkpoint else ()))
 
 
 def main() -> int:

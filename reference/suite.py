@@ -140,8 +140,10 @@ class Suite:
         return sorted({self.unit(block) for block in BLOCKS.values()})
 
     def unit(self, block: Block) -> str:
-        """What compiles together: in float32 the network alone, as `load_model` compiles it; else all of the model."""
-        alone = ("log_mel", "network") if self.dtype == torch.float32 else ("log_mel",)
+        """What compiles together: all of the model, but where whole transcripts are made, the network alone, as
+        `load_model` compiles it."""
+        transcribes = self.dtype == torch.float32 and self.model.size in TRAINED
+        alone = ("log_mel", "network") if transcribes else ("log_mel",)
         return block.unit if block.unit in alone else "parts"
 
     @cached_property

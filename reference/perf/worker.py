@@ -88,10 +88,10 @@ class Blocks:
         """Whether the graphs of decode loops can be had: artifacts hold those of models that speak."""
         if self.suite.held is None:
             return True
-        from maxwhisper.decoding import PICK
+        from maxwhisper.whisper import DECODING
 
         held, dims = self.suite.held.held, vars(self.suite.dims)
-        return any(each.identity.unit == PICK and each.identity.dims == dims for each in held)
+        return any(each.identity.unit == DECODING and each.identity.dims == dims for each in held)
 
     def save(self, block: str, path: str) -> None:
         """Writes the block's inputs, its true ones for speech in its last layer, at the end of the text.

@@ -1,6 +1,8 @@
 """Tokens picked in the graph: what openai-whisper's own filters and decoders pick from the same logits."""
 
 import math
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,14 +13,23 @@ from hypothesis import strategies as st
 from whisper import decoding
 from whisper.tokenizer import get_tokenizer
 
-from maxwhisper.decoding import BeamSearchDecoder, Picked, Rules, TokenRules, compiled_rules
+from maxwhisper import load_model
+from maxwhisper.decoding import TOKEN_RULES, BeamSearchDecoder, Picked, Rules, TokenRules
 from maxwhisper.errors import DecodingError
+from maxwhisper.runtime import Executable
 from reference.formulas import Formula, judge_formula
 
+NANO = Path(__file__).parents[2] / "fixtures" / "nano.pt"
 TOKENIZER = get_tokenizer(True, num_languages=99, language="en", task="transcribe")
 N_VOCAB, BEGIN, EOT = 51865, TOKENIZER.timestamp_begin, TOKENIZER.eot
 PROMPT = list(TOKENIZER.sot_sequence)
 SAMPLE_BEGIN = len(PROMPT)
+
+
+@cache
+def graph() -> Executable:
+    """The one that picks a text's first token."""
+    return load_model(NANO).network[TOKEN_RULES]
 
 
 class NoCache:
@@ -65,7 +76,7 @@ OPTIONS = {
 def picked(logits: torch.Tensor, tokens: torch.Tensor, chosen: list, n_best: int) -> Picked:
     rules = TokenRules.of(chosen, N_VOCAB, SAMPLE_BEGIN, EOT)
     assert rules is not None
-    return rules.pick(logits, tokens, totals(tokens), n_best)
+    return rules.pick(graph(), logits, tokens, totals(tokens), n_best)
 
 
 def totals(tokens: torch.Tensor) -> torch.Tensor:
@@ -184,7 +195,7 @@ def picked_by_graph(logits: torch.Tensor, tokens: torch.Tensor, ends: list[int])
     rules = TokenRules(N_VOCAB, SAMPLE_BEGIN, EOT).inputs(tokens, 1)
     texts = torch.nn.functional.pad(tokens, (0, 1))
     lengths = torch.full((len(tokens),), tokens.shape[1])
-    return [texts, *compiled_rules()(logits, texts, lengths, torch.tensor(ends), totals(tokens), *rules)]
+    return [texts, *graph()(logits, texts, lengths, torch.tensor(ends), totals(tokens), *rules)]
 
 
 def test_a_text_that_has_ended_stays_as_it_is() -> None:

@@ -42,7 +42,13 @@ class Product(Module):
 
 
 @cache
-def products() -> dict[str, Executable]:
+def graphs() -> dict[str, Executable]:
+    """All of this file, by name: compiled together, since most of a compilation does not depend on how many there are."""
+    programs = [*products(), *convolutions(), *affine(), *attentions()]
+    return Artifact("kernels", programs, "cpu").init({})
+
+
+def products() -> list[Program]:
     """One graph per dtype that weights are stored in, every dimension symbolic."""
     cpu = DeviceRef.CPU()
 
@@ -51,7 +57,7 @@ def products() -> dict[str, Executable]:
         weight = TensorType(stored, ["n_out", "n_in"], cpu)
         return Program(stored.name, "", Product(), Product.__call__, {"x": x, "weight": weight})
 
-    return Artifact("products", map(program, STORED), "cpu").init({})
+    return [program(stored) for stored in STORED]
 
 
 @settings(max_examples=60, deadline=None)
@@ -69,7 +75,7 @@ def test_every_value_is_the_sum_of_its_products(
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, n_token, n_in, generator=generator)
     weight = torch.randn(n_out, n_in, generator=generator).to(TORCH_DTYPE[stored])
-    (y,) = products()[stored.name](x, weight)
+    (y,) = graphs()[stored.name](x, weight)
     exact, terms = x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T
     assert y.shape == exact.shape
     assert ((y - exact).abs() <= bound_of_sums(n_in, terms)).all()
@@ -77,7 +83,7 @@ def test_every_value_is_the_sum_of_its_products(
 
 def test_a_product_large_enough_for_several_threads() -> None:
     x, weight = torch.randn(2, 7, 384), torch.randn(51865, 384).half()
-    (y,) = products()["float16"](x, weight)
+    (y,) = graphs()["float16"](x, weight)
     found = judge_formula(
         "product",
         lambda given: [given["x"] @ given["weight"].T],
@@ -90,8 +96,8 @@ def test_a_product_large_enough_for_several_threads() -> None:
 
 def test_a_row_is_bitwise_the_same_among_any_others() -> None:
     x, weight = torch.randn(1, 13, 1000), torch.randn(77, 1000).half()
-    (together,) = products()["float16"](x, weight)
-    alone = [products()["float16"](row[None, None], weight)[0] for row in x[0]]
+    (together,) = graphs()["float16"](x, weight)
+    alone = [graphs()["float16"](row[None, None], weight)[0] for row in x[0]]
     assert together.equal(torch.cat(alone, 1))
 
 
@@ -117,8 +123,7 @@ class Convolution(Module):
         raise NotImplementedError
 
 
-@cache
-def convolutions() -> dict[str, Executable]:
+def convolutions() -> list[Program]:
     cpu = DeviceRef.CPU()
 
     def program(
@@ -131,7 +136,7 @@ def convolutions() -> dict[str, Executable]:
     ours = [program(name, *form, Convolution.by_kernel) for name, form in FORMS.items()]
     ours += [program(f"{name}, bfloat16", *form, Convolution.by_kernel, DType.bfloat16) for name, form in FORMS.items()]
     theirs = [program(f"{name}, as on a GPU", *form, Convolution.as_on_a_gpu) for name, form in FORMS.items()]
-    return Artifact("convolutions", [*ours, *theirs], "cpu").init({})
+    return [*ours, *theirs]
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -146,7 +151,7 @@ def test_convolution(name: str, how: str, batch: int) -> None:
     def exact(x: Tensor, weight: Tensor) -> Tensor:
         return torch.nn.functional.conv1d(x.transpose(1, 2), weight, stride=stride).transpose(1, 2)
 
-    (y,) = convolutions()[name + how](x, weight)
+    (y,) = graphs()[name + how](x, weight)
     expected, terms = exact(x.double(), weight.double()), exact(x.double().abs(), weight.double().abs())
     assert y.shape == expected.shape
     assert ((y - expected).abs() <= bound_of_sums(N_IN * taps, terms)).all()
@@ -160,7 +165,7 @@ def test_convolution_in_bfloat16(name: str) -> None:
     def exact(x: Tensor, weight: Tensor) -> Tensor:
         return torch.nn.functional.conv1d(x.transpose(1, 2), weight, stride=stride).transpose(1, 2)
 
-    (y,) = convolutions()[f"{name}, bfloat16"](x, weight)
+    (y,) = graphs()[f"{name}, bfloat16"](x, weight)
     rounded = weight.bfloat16().double()
     expected, terms = exact(x.double(), rounded), exact(x.double().abs(), rounded.abs())
     assert y.dtype == torch.float32
@@ -170,15 +175,15 @@ def test_convolution_in_bfloat16(name: str) -> None:
 @pytest.mark.parametrize("name", FORMS)
 def test_a_window_is_bitwise_the_same_in_a_batch(name: str) -> None:
     x, weight = torch.randn(3, N_FRAME, N_IN), torch.randn(N_OUT, N_IN, FORMS[name][0]).half()
-    (together,) = convolutions()[name](x, weight)
-    assert together.equal(torch.cat([convolutions()[name](window[None], weight)[0] for window in x]))
+    (together,) = graphs()[name](x, weight)
+    assert together.equal(torch.cat([graphs()[name](window[None], weight)[0] for window in x]))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_values_that_are_not_finite_stay_so(value: float) -> None:
     x = torch.zeros(1, 1, 40)
     x[0, 0, 39] = value
-    (y,) = products()["float32"](x, torch.ones(5, 40))
+    (y,) = graphs()["float32"](x, torch.ones(5, 40))
     assert not y.isfinite().any()
 
 
@@ -217,8 +222,7 @@ class Affine(Module):
         return [linear(x, weight, bias)]
 
 
-@cache
-def affine() -> dict[str, Executable]:
+def affine() -> list[Program]:
     """In each dtype, for texts, whose length is symbolic, and for audio."""
     cpu = DeviceRef.CPU()
     weights = {"weight": TensorType(DType.float16, [N_OUT, N_IN], cpu), "bias": TensorType(DType.float32, [N_OUT], cpu)}
@@ -228,7 +232,7 @@ def affine() -> dict[str, Executable]:
         return Program(f"{name}, {dtype.name}", "", Affine(), Affine.__call__, {"x": x, **weights})
 
     rows: list[tuple[str, str | int]] = [("text", "token"), ("audio", N_FRAME)]
-    return Artifact("products with a bias", [program(dtype, *row) for dtype in HALVES for row in rows], "cpu").init({})
+    return [program(dtype, *row) for dtype in HALVES for row in rows]
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=lambda dtype: dtype.name)
@@ -236,7 +240,7 @@ def affine() -> dict[str, Executable]:
 def test_a_product_is_rounded_once_with_its_bias(rows: str, dtype: DType) -> None:
     half = TORCH_DTYPE[dtype]
     x, weight, bias = torch.randn(2, N_FRAME, N_IN).to(half), torch.randn(N_OUT, N_IN).half(), torch.randn(N_OUT)
-    (y,) = affine()[f"{rows}, {dtype.name}"](x, weight, bias)
+    (y,) = graphs()[f"{rows}, {dtype.name}"](x, weight, bias)
     exact, terms = (
         f(x.double()) @ f(weight.to(half).double()).T + f(bias.double()) for f in (torch.positive, torch.abs)
     )
@@ -296,8 +300,7 @@ class Attention(Module):
         raise NotImplementedError
 
 
-@cache
-def attentions() -> dict[str, Executable]:
+def attentions() -> list[Program]:
     cpu = DeviceRef.CPU()
 
     def queries(state: str | int, number: str | int = 1) -> dict[str, TensorType]:
@@ -321,7 +324,7 @@ def attentions() -> dict[str, Executable]:
     many = {**cross, **queries("state", "token")}
     half = {name: TensorType(DType.bfloat16, kind.shape, cpu) for name, kind in many.items()}
     causal = {**many, **dict.fromkeys(("k", "v"), heads("row", "token"))}
-    programs = [
+    return [
         Program("many", "", Attention(), Attention.scores, many),
         Program("many, bfloat16", "", Attention(), Attention.scores, half),
         Program("causal", "", Attention(), Attention.causal, causal),
@@ -332,7 +335,6 @@ def attentions() -> dict[str, Executable]:
         Program("written out", "", Attention(), Attention.written_out, written_out),
         Program("in place", "", Attention(), Attention.in_place, in_place),
     ]
-    return Artifact("attentions", programs, "cpu").init({})
 
 
 def expected(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> list[Tensor]:
@@ -366,7 +368,7 @@ def test_attention_of_texts_that_share_keys(rows: int, shared: int, n_head: int,
     generator = torch.Generator().manual_seed(seed)
     q = torch.randn(rows * shared, 1, n_head * N_CHANNEL, generator=generator)
     k, v = torch.randn(2, rows, n_head, n_key, N_CHANNEL, generator=generator)
-    check("cross", attentions()["cross"](q, k, v), q, k, v)
+    check("cross", graphs()["cross"](q, k, v), q, k, v)
 
 
 @settings(max_examples=60, deadline=None)
@@ -384,9 +386,9 @@ def test_attention_of_many_queries(
     q = torch.randn(rows * shared, n_token, n_head * N_CHANNEL, generator=generator).to(dtype)
     k, v = torch.randn(2, rows, n_head, n_key, N_CHANNEL, generator=generator).to(dtype)
     name = "many" if dtype == torch.float32 else "many, bfloat16"
-    check(name, attentions()[name](q, k, v), q, k, v, output=ATTENTION)
+    check(name, graphs()[name](q, k, v), q, k, v, output=ATTENTION)
     q, k = q.abs(), k.abs()  # a score may be near 0 by chance else, and its relative error anything
-    check(name, attentions()[name](q, k, v), q, k, v, output=SCORES)
+    check(name, graphs()[name](q, k, v), q, k, v, output=SCORES)
 
 
 @settings(max_examples=60, deadline=None)
@@ -395,7 +397,7 @@ def test_causal_attention(rows: int, n_head: int, n_token: int, seed: int) -> No
     generator = torch.Generator().manual_seed(seed)
     q = torch.randn(rows, n_token, n_head * N_CHANNEL, generator=generator)
     k, v = torch.randn(2, rows, n_head, n_token, N_CHANNEL, generator=generator)
-    check("causal", attentions()["causal"](q, k, v), q, k, v, causal=True)
+    check("causal", graphs()["causal"](q, k, v), q, k, v, causal=True)
 
 
 @settings(max_examples=60, deadline=None)
@@ -420,7 +422,7 @@ def test_attention_behind_a_cache_in_place(n_place: int, rows: int, data: st.Dat
     q, k_new, v_new = torch.randn(rows, 1, 2 * N_CHANNEL), *torch.randn(2, rows, 2, 1, N_CHANNEL)
     caches = torch.randn(2, rows, n_place, 2, N_CHANNEL)
     before = caches.clone()
-    (ours,) = attentions()["in place"](q, *caches, n_past, k_new, v_new, *caches)
+    (ours,) = graphs()["in place"](q, *caches, n_past, k_new, v_new, *caches)
     for row, place in enumerate(n_past.tolist()):
         before[:, row, place] = torch.stack([k_new, v_new])[:, row, :, 0]
         k, v = before[:, row : row + 1, : place + 1].transpose(2, 3)
@@ -438,21 +440,21 @@ def check_cached(
         q, k = q.abs(), k.abs()
     nothing = torch.full((rows, n_head, n_free, N_CHANNEL), float("nan"))
     caches = (torch.cat([x[:, :, :n_past], nothing], 2) for x in (k, v))
-    ours = attentions()[graph](q, *caches, torch.tensor(n_past), k[:, :, n_past:], v[:, :, n_past:])
+    ours = graphs()[graph](q, *caches, torch.tensor(n_past), k[:, :, n_past:], v[:, :, n_past:])
     check(graph, ours, q, k, v, output=output)
 
 
 def test_attention_of_a_text_is_bitwise_the_same_among_any_others() -> None:
     q, (k, v) = torch.randn(11, 1, 6 * N_CHANNEL), torch.randn(2, 1, 6, 1500, N_CHANNEL)
-    (together,) = attentions()["cross"](q, k, v)
-    assert together.equal(torch.cat([attentions()["cross"](each[None], k, v)[0] for each in q]))
+    (together,) = graphs()["cross"](q, k, v)
+    assert together.equal(torch.cat([graphs()["cross"](each[None], k, v)[0] for each in q]))
 
 
 def test_a_query_is_bitwise_the_same_among_any_others() -> None:
     q, (k, v) = torch.randn(3, 400, 2 * N_CHANNEL), torch.randn(2, 3, 2, 131, N_CHANNEL)
-    together, _ = attentions()["many"](q, k, v)
+    together, _ = graphs()["many"](q, k, v)
     for text, n_token in ((0, 400), (1, 399), (2, 5)):
-        alone, _ = attentions()["many"](q[text : text + 1, -n_token:], k[text : text + 1], v[text : text + 1])
+        alone, _ = graphs()["many"](q[text : text + 1, -n_token:], k[text : text + 1], v[text : text + 1])
         assert together[text : text + 1, -n_token:].equal(alone)
 
 
@@ -468,17 +470,15 @@ def test_a_key_that_is_no_number_is_seen(name: str, n_key: int) -> None:
     for place in (0, n_key // 2, n_key - 1):
         broken = k.to(dtype)
         broken[:, :, place] = float("nan")
-        assert attentions()[name](q, broken, v.to(dtype))[0].isnan().all()
+        assert graphs()[name](q, broken, v.to(dtype))[0].isnan().all()
 
 
 def test_texts_of_other_lengths_attend_as_they_do_alone() -> None:
     q, lengths = torch.randn(4, 1, 3 * N_CHANNEL), [5, 0, 17, 1]
     k, v, k_new, v_new = (torch.randn(4, 3, n, N_CHANNEL) for n in (20, 20, 1, 1))
-    (together,) = attentions()["of other lengths"](q, k, v, torch.tensor(lengths), k_new, v_new)
+    (together,) = graphs()["of other lengths"](q, k, v, torch.tensor(lengths), k_new, v_new)
     rows = [[x[i : i + 1] for x in (q, k, v, k_new, v_new)] for i in range(4)]
-    alone = [
-        attentions()["cached"](*row[:3], torch.tensor(n), *row[3:])[0] for row, n in zip(rows, lengths, strict=True)
-    ]
+    alone = [graphs()["cached"](*row[:3], torch.tensor(n), *row[3:])[0] for row, n in zip(rows, lengths, strict=True)]
     assert together.equal(torch.cat(alone))
 
 
@@ -492,5 +492,5 @@ def test_places_may_be_read_from_any_row(rows: int, n_head: int, n_past: int, se
     k, v = torch.randn(2, rows, n_head, n_past + 2, N_CHANNEL, generator=generator)
     sources = torch.randint(0, rows, (rows, n_past + 2), generator=generator)
     gathered = (x[sources, :, torch.arange(n_past + 2)].transpose(1, 2) for x in (k, v))
-    (ours,) = attentions()["of other rows"](q, k, v, torch.tensor(n_past), k_new, v_new, sources)
-    assert ours.equal(attentions()["cached"](q, *gathered, torch.tensor(n_past), k_new, v_new)[0])
+    (ours,) = graphs()["of other rows"](q, k, v, torch.tensor(n_past), k_new, v_new, sources)
+    assert ours.equal(graphs()["cached"](q, *gathered, torch.tensor(n_past), k_new, v_new)[0])

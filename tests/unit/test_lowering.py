@@ -14,10 +14,9 @@ from max.graph import DeviceRef, TensorType
 from max.nn.layer import Module
 
 from maxwhisper.artifacts import HOST, MANIFEST, Artifacts
-from maxwhisper.decoding import PICK
 from maxwhisper.model import LayerNorm
 from maxwhisper.runtime import COMPILE_LOG, Policy, Program
-from maxwhisper.whisper import load_model, programs_of, units_on
+from maxwhisper.whisper import DECODING, load_model, programs_of, units_on
 from reference.lowering import GRAPHS, Lowering, graphs, lower
 from reference.perf.worker import LOOPS, Blocks
 from reference.suite import FIXTURE, Suite, load, random_weights, trained
@@ -55,8 +54,7 @@ def with_weights(name: str) -> Program:
 def test_what_does_not_lower_is_named_with_maxs_message() -> None:
     """And nothing else is, which is built once more to find out."""
     wrong = [program("unbuilt", DType.float32, weighted=True), program("uncompiled", DType.float8_e4m3fn)]
-    right = [program("right", DType.float32), with_weights("right too")]
-    artifact, failures = lower("some wrong", [*right, *wrong], "cpu")
+    artifact, failures = lower("some wrong", [with_weights("right"), *wrong], "cpu")
     assert artifact is None and failures.keys() == {"unbuilt", "uncompiled"}
     assert "'Empty' object has no attribute 'weight'" in failures["unbuilt"]
     assert "f8e4m3fn data type is not supported on device 'cpu:0'" in failures["uncompiled"]
@@ -94,7 +92,7 @@ def test_decode_loops_are_not_timed_from_artifacts_that_pick_no_tokens(gated: Pa
     held = Artifacts(gated, "cpu")
     tiny = Blocks(Suite(random_weights("tiny"), torch.float32, held=held))
     assert tiny.suite.dims != trained().dims and not {*LOOPS} & {*tiny.takes()}
-    held.held = [each for each in held.held if each.identity.unit != PICK]
+    held.held = [each for each in held.held if each.identity.unit != DECODING]
     assert not {*LOOPS} & {*Blocks(Suite(trained(), torch.float32, held=held)).takes()}
 
 

@@ -19,7 +19,16 @@ import maxwhisper.whisper
 from maxwhisper.audio import load_audio, log_mel_spectrogram
 from maxwhisper.blocks import BLOCKS
 from maxwhisper.checkpoint import Checkpoint, load_checkpoint
-from maxwhisper.decoding import N_BEST, PICK, DecodingTask, MaxInference, NoWeights, TokenRules
+from maxwhisper.decoding import (
+    N_BEST,
+    PICK,
+    TOKEN_RULES,
+    DecodingTask,
+    MaxInference,
+    NoWeights,
+    TokenRules,
+    rules_program,
+)
 from maxwhisper.errors import DecodingError
 from maxwhisper.on_device import STEPS_AT_ONCE, candidates_program, log_probabilities, step_program
 from maxwhisper.runtime import Artifact, Executable, Program
@@ -100,7 +109,10 @@ def test_a_single_logit_that_is_nan_tells_so_too() -> None:
 # ---- matrix products ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+NIGHTLY = pytest.param(torch.bfloat16, marks=pytest.mark.nightly)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, NIGHTLY], ids=str)
 def test_blocks_of_products_pass_the_judge(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Linear layers and convolutions by the graphs of a GPU, which in bfloat16 round a product before its bias is
     added."""
@@ -121,8 +133,11 @@ def test_blocks_of_products_pass_the_judge(dtype: torch.dtype, monkeypatch: pyte
 def on_device(checkpoint: Checkpoint, dtype: str = "float32") -> Whisper:
     """A model on the CPU that decodes as on a GPU."""
     with pytest.MonkeyPatch.context() as patch:
-        programs = [step_program, candidates_program]
-        patch.setattr(maxwhisper.whisper, "picking_programs", lambda *of: [program(*of) for program in programs])
+        patch.setattr(
+            maxwhisper.whisper,
+            "picking_programs",
+            lambda *of: [rules_program(), step_program(*of), candidates_program(*of)],
+        )
         model = Whisper(rounded(checkpoint, dtype), dtype=dtype)
         assert model.decoder.network[PICK]  # compiled while patched
     model.decoder.on_device, model.decoder.of_thread = True, OfThread(on_device=True)
@@ -161,6 +176,7 @@ def test_transcripts(model: Whisper, usual: Whisper, beam_size: int | None) -> N
         assert texts(ours) == texts(theirs) and (texts(ours) or clip.stem == "silence")
 
 
+@pytest.mark.nightly
 def test_float16(usual: Whisper) -> None:
     """Whose caches are in float32. It is rounded to other texts in the end, but not to many."""
     rounded_model = on_device(load_checkpoint(NANO), "float16")
@@ -235,7 +251,7 @@ def test_as_many_tokens_as_asked_for(model: Whisper) -> None:
     inference, start = MaxInference(model, SAMPLE_BEGIN), torch.tensor([PROMPT] * 4)
     logits = inference.start(start, model.embed_audio(windows(4)), 0)[1]
     known = TokenRules(N_VOCAB, SAMPLE_BEGIN, EOT)
-    now = known.pick(logits, start, torch.zeros(4), 1).texts
+    now = known.pick(model.network[TOKEN_RULES], logits, start, torch.zeros(4), 1).texts
     now.tokens[3, -1] = EOT
     n_token = torch.tensor([0, 1, STEPS_AT_ONCE + 1, 5])
     then = inference.pick(now, known.inputs(now.tokens, 1), n_token).texts

@@ -10,6 +10,8 @@ from unittest.mock import Mock
 
 import pytest
 
+from reference.quiet import times_nothing
+
 ROOT = Path(__file__).parents[2]
 NANO = ROOT / "fixtures" / "nano.pt"
 PARITY = ROOT / "tests" / "parity"
@@ -143,6 +145,4 @@ def test_a_run_of_faults_alone_succeeds(run: Run) -> None:
     ],
 )
 def test_where_something_may_be_timed_pytorch_is_left_alone(arguments: str, nothing: bool) -> None:
-    from conftest import times_nothing
-
     assert times_nothing(arguments.split()) == nothing

@@ -17,6 +17,7 @@ import torch
 
 from maxwhisper import audio, load_model, log_mel_spectrogram
 from maxwhisper.errors import DeviceError
+from maxwhisper.process import one_at_a_time
 from maxwhisper.whisper import Network, Whisper
 
 NANO = Path(__file__).parents[2] / "fixtures" / "nano.pt"
@@ -48,6 +49,21 @@ def test_what_two_threads_need_is_compiled_once(name: str, monkeypatch: pytest.M
     with ThreadPoolExecutor(2) as pool:
         first, second = (pool.submit(use) for _ in range(2))
     assert first.result() is second.result() and len(calls) == 1
+
+
+@pytest.mark.parametrize(("what", "waits"), [("this", True), ("something else", False)])
+def test_processes_do_the_same_one_after_the_other(what: str, waits: bool) -> None:
+    """They lock files, which threads of one process do too if each opens its own."""
+    entered = threading.Event()
+
+    def enter() -> None:
+        with one_at_a_time(what):
+            entered.set()
+
+    with ThreadPoolExecutor(1) as pool, one_at_a_time("this"):
+        done = pool.submit(enter)
+        assert entered.wait(0.2 if waits else 10) != waits
+    assert entered.is_set() and done.result() is None
 
 
 # ---- children ----------------------------------------------------------------------------------------------------

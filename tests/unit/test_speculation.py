@@ -36,7 +36,7 @@ from maxwhisper.decoding import (
 from maxwhisper.errors import DecodingError
 from maxwhisper.model import Cache, KeyValue
 from maxwhisper.runtime import Artifact, Executable, Policy, Program
-from maxwhisper.speculation import N_GUESS, SPECULATE, UNIT_SIZE, WORTH_GUESSING, draft_of, make_rough
+from maxwhisper.speculation import N_GUESS, SPECULATE, UNIT_SIZE, WORTH_GUESSING, Draft, draft_of, make_rough
 from maxwhisper.whisper import DTYPES, Whisper, load_model
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
@@ -47,7 +47,6 @@ SOME = slice(None, None, 3)
 N_VOCAB, BEGIN, EOT = 51865, 50364, 50257
 N_TOKEN = 4
 
-Draft = dict[str, torch.Tensor]
 DRAFTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "another one": lambda weights: weights.roll(1, dims=0),
     "zeros": torch.zeros_like,
@@ -61,7 +60,10 @@ DRAFTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-@pytest.fixture(scope="module", params=[*DTYPES, "stored in float32"])
+NIGHTLY = [pytest.param(name, marks=pytest.mark.nightly) for name in ("float16", "stored in float32")]
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16", *NIGHTLY])
 def model(request: pytest.FixtureRequest) -> Whisper:
     if request.param in DTYPES:
         return load_model(NANO, dtype=request.param)
@@ -141,7 +143,7 @@ def test_texts_together_are_what_they_are_without_guesses(
 @pytest.mark.parametrize("draft", DRAFTS)
 def test_wrong_guesses_change_nothing(mels: torch.Tensor, draft: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def of(*given: Any) -> Draft:
-        return {name: DRAFTS[draft](tensor) for name, tensor in draft_of(*given).items()}
+        return Draft(*map(DRAFTS[draft], draft_of(*given)))
 
     monkeypatch.setattr(maxwhisper.whisper, "draft_of", of)
     model, right = load_model(NANO), load_model(NANO)
@@ -153,7 +155,7 @@ def test_guesses_that_fail_are_given_up(mels: torch.Tensor, monkeypatch: pytest.
     """For as many tokens as are computed in a call, or decoding would take several times as long as by steps."""
 
     def of(*given: Any) -> Draft:
-        return {name: torch.zeros_like(tensor) for name, tensor in draft_of(*given).items()}
+        return Draft(*map(torch.zeros_like, draft_of(*given)))
 
     monkeypatch.setattr(maxwhisper.whisper, "draft_of", of)
     model = load_model(NANO)

@@ -19,7 +19,7 @@ from whisper.model import disable_sdpa
 import maxwhisper
 from maxwhisper import cli
 from maxwhisper.audio import load_audio, log_mel_spectrogram
-from maxwhisper.decoding import DecodingTask, KeyValueCache, MaxInference, Picked, Texts, TokenRules
+from maxwhisper.decoding import TOKEN_RULES, DecodingTask, KeyValueCache, MaxInference, Picked, Texts, TokenRules
 from maxwhisper.errors import AudioError, DeviceError, OptionError
 from maxwhisper.options import within
 from maxwhisper.whisper import DTYPES, TextDecoder, Whisper, load_model, storage_dtype
@@ -239,7 +239,7 @@ def test_a_step_that_picks_gives_what_the_rules_make_of_its_logits(
     inference.logits(texts[:, :-1], features[:1])
     other = model.install_kv_cache_hooks(inference.cache)[0]
     logits = inference.logits(texts, features[:1])[:, -1]
-    expected = rules.pick(logits, texts, totals, n_best)
+    expected = rules.pick(model.network[TOKEN_RULES], logits, texts, totals, n_best)
     inference.cache = other
     found = picked(inference, texts, totals, rules, n_best)
     assert equal(found, expected)

@@ -1,4 +1,4 @@
-"""What is compiled for a GPU, read as code: nothing can run it here."""
+"""What is compiled for a GPU, read as code, by the compile gate: nothing can run it there."""
 
 import os
 import struct
@@ -50,6 +50,7 @@ name, path = sys.argv[1:]
 program = Program(name, "", NoWeights(), graphs[name], dict(enumerate(inputs[name])))
 Artifact(name, [program], device).stored.compiled.export_mef(path)
 """
+pytestmark = pytest.mark.compiles_for("sm_90a")
 CUDA, ELF = 190, b"\x7fELF"
 INSTRUCTION = 16
 """Bytes, of which the low 12 bits say what it does."""

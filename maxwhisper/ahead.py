@@ -1,0 +1,114 @@
+"""Compiling in another process what this one needs next: MAX 26.7 compiles on little more than one core of a process.
+
+python -m maxwhisper.ahead JOB      a job, as JSON: what `Job` holds
+"""
+
+import atexit
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from .process import announced
+
+MEMORY = 2**32
+"""Bytes that must be free: a process that compiles takes up to half of that."""
+
+
+class Ahead:
+    """Another process, once it is started: a module that does some jobs in their order, and prints each when it is
+    done."""
+
+    def __init__(self, module: str, jobs: Sequence[str], *options: str):
+        self.jobs = list(jobs)
+        self.command = ["-P", "-m", module, *jobs, *options]
+        self.process: subprocess.Popen[str] | None = None
+        self.done: set[str] = set()
+
+    def start(self) -> None:
+        """Starts it, unless it has been, or there are no jobs, only one core, or too little memory."""
+        if self.process or not self.jobs or cores() < 2 or free_memory() < MEMORY:
+            return
+        # As this process would find them, whatever folder it is in.
+        paths = os.pathsep.join(path for path in sys.path if path)
+        self.process = subprocess.Popen(
+            [sys.executable, *self.command],
+            env={**os.environ, "PYTHONPATH": paths},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        atexit.register(self.stop)
+
+    def wait(self, job: str, name: str) -> None:
+        """Waits until the job is done, if it is one of those and the process has been started; should that fail,
+        whoever asked does the job. name: what a person calls it."""
+        if self.process is None or job not in self.jobs:
+            return
+        assert self.process.stdout is not None
+        with announced(f"compiling {name} in another process: minutes the first time"):
+            while job not in self.done and (line := self.process.stdout.readline()):
+                self.done.add(line.strip())
+
+    def stop(self) -> None:
+        """Ends it, with what it has not done."""
+        if self.process:
+            self.process.terminate()
+            self.process.wait()
+
+
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def free_memory() -> int:
+    """Bytes, or as many as are wanted where the system does not say."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return MEMORY
+
+
+@dataclass(frozen=True)
+class Job:
+    """A unit of a model, to be compiled for the CPU and kept in a cache.
+
+    dims: of the model. storage, compute: dtypes, as in `Policy`. folder: of the cache.
+    """
+
+    unit: str
+    dims: dict[str, int]
+    storage: str
+    compute: str
+    folder: str
+
+    def __str__(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def main() -> int:
+    # What this imports, imports the class above.
+    from max.dtype import DType
+    from max.graph import DeviceRef
+    from whisper.model import ModelDimensions
+
+    from .artifacts import Cache
+    from .runtime import Artifact, Policy
+    from .whisper import programs_of
+
+    for line in sys.argv[1:]:
+        job = Job(**json.loads(line))
+        dims, policy = ModelDimensions(**job.dims), Policy(DeviceRef.CPU(), DType[job.storage], DType[job.compute])
+        load = Cache(Path(job.folder)).loader(job.unit, dims, policy)
+        Artifact(job.unit, programs_of(job.unit, dims, policy), "cpu", load)
+        print(line, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""What another process compiles meanwhile: it is waited for, and done without where it fails."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from maxwhisper import ahead
+from maxwhisper.ahead import MEMORY, Ahead, Job
+from maxwhisper.artifacts import Cache
+from maxwhisper.checkpoint import load_checkpoint
+from maxwhisper.runtime import COMPILE_LOG
+from maxwhisper.whisper import DECODING, Network
+
+NANO = Path(__file__).parents[2] / "fixtures" / "nano.pt"
+MODULE = """
+import sys, time
+for job in sys.argv[1:]:
+    if job == "fails": sys.exit("as it was told to")
+    time.sleep(0.2)
+    print(job, flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A module that only this process has in its path, and machines of two cores with enough memory."""
+    (tmp_path / "does_jobs.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(ahead, "cores", lambda: 2)
+    monkeypatch.setattr(ahead, "free_memory", lambda: MEMORY)
+    return "does_jobs"
+
+
+def test_a_job_is_waited_for(module: str) -> None:
+    other = Ahead(module, ["first", "second", "third"])
+    other.start()
+    other.wait("second", "the second")
+    assert other.done == {"first", "second"}
+    other.wait("first", "the first")
+    other.wait("somebody else's", "nothing")
+    assert other.done == {"first", "second"}
+    other.stop()
+    assert other.process is not None and other.process.returncode < 0
+
+
+def test_a_process_that_fails_is_not_waited_for(module: str) -> None:
+    other = Ahead(module, ["fails", "second"])
+    other.start()
+    other.wait("second", "the second")
+    assert not other.done
+
+
+@pytest.mark.parametrize(("cores", "memory"), [(1, MEMORY), (2, MEMORY - 1)])
+def test_a_small_machine_has_no_other_process(
+    module: str, cores: int, memory: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ahead, "cores", lambda: cores)
+    monkeypatch.setattr(ahead, "free_memory", lambda: memory)
+    other = Ahead(module, ["first"])
+    other.start()
+    start = time.perf_counter()
+    other.wait("first", "the first")
+    assert other.process is None and time.perf_counter() - start < 0.1
+
+
+def test_what_another_process_compiles_is_what_this_one_asks_for(tmp_path: Path) -> None:
+    """Its key is the same, so that it is found."""
+    network = Network(load_checkpoint(NANO), "cpu", Cache(tmp_path), "float32")
+    [job] = network.ahead.jobs
+    assert Job(**json.loads(job)).unit == DECODING
+    subprocess.run([sys.executable, *network.ahead.command], check=True)
+    before = len(COMPILE_LOG)
+    assert network["decoder.pick"] and len(COMPILE_LOG) == before
