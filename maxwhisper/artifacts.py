@@ -20,8 +20,8 @@ import os
 import platform
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -38,6 +38,7 @@ from max.driver import (
 from max.dtype import DType
 from whisper.model import ModelDimensions
 
+from .built_from import built_from
 from .decoding import TOKEN_RULES
 from .errors import ArtifactError, OptionError
 from .instructions import PORTABLE_CPU, PORTABLE_FEATURES, cpu_features, cpu_target
@@ -46,7 +47,7 @@ from .runtime import Loader, Policy, Program, Stored, session
 log = logging.getLogger("maxwhisper")
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 HOST = "host"
 TARGETS = (HOST, "sm_80", "sm_90a")
 """What there is to compile for: this machine's CPU, or a GPU by its architecture."""
@@ -77,7 +78,7 @@ class Identity:
     """What an artifact holds; it may stand in for a compilation of the same.
 
     unit: what compiles together. blocks: its graphs, in order. dims: of the model, as far as the unit depends on them.
-    storage, compute: dtypes, as in `Policy`. source: `source_hash` of its programs.
+    storage, compute: dtypes, as in `Policy`. source: `source_hash` of its programs, or `built_from`.
     """
 
     unit: str
@@ -88,8 +89,11 @@ class Identity:
     source: str
 
     @classmethod
-    def of(cls, unit: str, dims: ModelDimensions, policy: Policy, programs: Sequence[Program]) -> "Identity":
-        blocks, source = [program.name for program in programs], source_hash(programs)
+    def of(
+        cls, unit: str, dims: ModelDimensions, policy: Policy, programs: Sequence[Program], source: str = ""
+    ) -> "Identity":
+        """source: `source_hash` unless given."""
+        blocks, source = [program.name for program in programs], source or source_hash(programs)
         if unit == "log_mel":
             return cls(unit, blocks, {"n_mels": dims.n_mels}, "float32", "float32", source)
         if unit == TOKEN_RULES:
@@ -126,9 +130,10 @@ def target_of(device: str) -> str:
 
 @dataclass(frozen=True)
 class Held:
-    """An artifact in a folder, the weights its graphs take, and the SHA-256 of its file."""
+    """An artifact in a folder, what it was built from, the weights its graphs take, and the SHA-256 of its file."""
 
     identity: Identity
+    built_from: str
     weights: dict[str, DType]
     sha256: str
 
@@ -175,7 +180,8 @@ class Artifacts:
             names = [field.name for field in fields(Identity)]
             for entry in manifest["artifacts"]:
                 weights = {name: DType[dtype] for name, dtype in entry["weights"].items()}
-                self.held.append(Held(Identity(**{name: entry[name] for name in names}), weights, entry["sha256"]))
+                identity = Identity(**{name: entry[name] for name in names})
+                self.held.append(Held(identity, entry["built_from"], weights, entry["sha256"]))
         except (AttributeError, KeyError, TypeError) as error:
             raise ArtifactError(f"{self.folder / MANIFEST}: is incomplete: {error}") from error
 
@@ -198,18 +204,22 @@ class Artifacts:
 
         def load(programs: Sequence[Program], compile_them: Callable[[], Stored]) -> Stored:
             with self._excused():
-                return self.read(Identity.of(unit, dims, policy, programs))
+                return self.read(Identity.of(unit, dims, policy, programs), programs)
             return compile_them()
 
         return load
 
-    def read(self, wanted: Identity) -> Stored:
-        """An artifact of the folder; raises ArtifactError if it has not this one, or not whole."""
+    def read(self, wanted: Identity, programs: Sequence[Program] = ()) -> Stored:
+        """An artifact of the folder; raises ArtifactError if it has not this one, or not whole. One of other sources
+        will do if the programs are the same."""
         of_unit = [held for held in self.held if held.identity.unit == wanted.unit]
         if not of_unit:
             units = ", ".join(sorted({held.identity.unit for held in self.held})) or "nothing"
             raise ArtifactError(f"{self.folder}: unit is {units}, expected {wanted.unit}")
         nearest = min(of_unit, key=lambda held: len(wanted.differences(held.identity)))
+        same = replace(nearest.identity, source=wanted.source) == wanted
+        if same and programs and wanted != nearest.identity and built_from(programs) == nearest.built_from:
+            wanted = nearest.identity
         if differences := wanted.differences(nearest.identity):
             raise ArtifactError(f"{self.folder}: unit {wanted.unit}: {'; '.join(differences)}")
         path = self.folder / nearest.identity.file
@@ -266,12 +276,13 @@ class Writer:
     def __contains__(self, identity: Identity) -> bool:
         return (self.folder / identity.file).exists()
 
-    def add(self, identity: Identity, stored: Stored) -> None:
+    def add(self, identity: Identity, stored: Stored, built_from: str) -> None:
         path = self.folder / identity.file
         stored.compiled.export_mef(path)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         weights = {name: dtype.name for name, dtype in stored.weights.items()}
-        entry = {**vars(identity), "weights": weights, "file": identity.file, "sha256": digest}
+        named = {"built_from": built_from, "weights": weights, "file": identity.file, "sha256": digest}
+        entry = vars(identity) | named
         self.manifest["artifacts"].append(entry)
 
     def finish(self) -> None:
@@ -315,6 +326,9 @@ def replacing(out: Path, target: str) -> Iterator[Writer]:
 class Cache:
     """A folder of such folders, each with one artifact and named by all that decides its outcome.
 
+    To know that takes building the graphs, which takes a second. So a link leads there by the hash of all sources: it
+    is found without, until any of these is changed.
+
     What cannot be read is compiled again, and what cannot be kept is used all the same, with a warning.
     """
 
@@ -326,15 +340,24 @@ class Cache:
         device = policy.device.device_type.value
 
         def load(programs: Sequence[Program], compile_them: Callable[[], Stored]) -> Stored:
-            identity, target = Identity.of(unit, dims, policy, programs), target_of(device)
+            target = target_of(device)
+            by_sources = Identity.of(unit, dims, policy, programs, source_hash(programs))
+            link = self.folder / f"sources-{key(by_sources, target)}"
+            with suppress(ArtifactError, IndexError):
+                known = Artifacts(link, device)
+                return known.read(replace(by_sources, source=known.held[0].identity.source))
+            identity = replace(by_sources, source=built_from(programs))
             place = self.folder / f"{unit}-{key(identity, target)}"
             if os.path.lexists(place):
                 try:
-                    return Artifacts(place, device).read(identity)
+                    stored = Artifacts(place, device).read(identity)
+                    link_to(place, link)
+                    return stored
                 except ArtifactError as error:
                     log.warning("%s: compiling again", error)
             stored = compile_them()
             keep(stored, identity, target, place)
+            link_to(place, link)
             return stored
 
         return load
@@ -350,11 +373,19 @@ def key(identity: Identity, target: str) -> str:
     return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def link_to(place: Path, link: Path) -> None:
+    """Has a link lead to a place beside it, if it can be written."""
+    new = link.with_name(f"{link.name}-{os.getpid()}")
+    with suppress(OSError):
+        new.symlink_to(place.name)
+        new.replace(link)
+
+
 def keep(stored: Stored, identity: Identity, target: str, place: Path) -> None:
     try:
         with replacing(place, target) as writer:
             writer.manifest["cpu"]["features"] = cpu_features()  # compiled for this CPU, not for any that has a GPU
-            writer.add(identity, stored)
+            writer.add(identity, stored, identity.source)
     except Exception as error:  # what was compiled can be used, whatever MAX or the disk says against keeping it
         if not (place / MANIFEST).exists():  # otherwise another process has been faster
             not_kept(place.parent, str(getattr(error, "strerror", None) or error))

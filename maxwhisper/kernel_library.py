@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -33,13 +34,21 @@ def kernel_library() -> KernelLibrary:
     """
     hashed = hashlib.sha256(version("mojo-compiler").encode())
     for source in sorted(KERNELS.glob("*.mojo")):
-        hashed.update(source.name.encode() + source.read_bytes())
+        hashed.update(f"{source.name}\n{code(source)}".encode())
     package = cache_folder("kernels").resolve() / f"maxwhisper_kernels_{hashed.hexdigest()[:16]}.mojoc"
     if not package.exists():
         compile_kernels(package)
     library = KernelLibrary()
     library.load_paths([path_for_max(package)])
     return library
+
+
+def code(path: Path) -> str:
+    """Returns the lines of a file of KERNELS without comments, docstrings and empty lines."""
+    text = re.sub(r'(?s)"""(?:\\.|.)*?"""', "", path.read_text())
+    # Behind quotes a "#" may be none of a comment.
+    lines = (line if '"' in line.partition("#")[0] else line.partition("#")[0] for line in text.splitlines())
+    return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
 def path_for_max(package: Path) -> Path:

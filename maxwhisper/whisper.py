@@ -28,6 +28,7 @@ from .alignment import add_word_timestamps, keep_alignment_compiled
 from .artifacts import Artifacts, Cache, Identity, aim_at, writing
 from .audio import N_MELS, as_waveform, compiled_spectrogram, load_audio, log_mel_spectrogram
 from .blocks import BLOCKS
+from .built_from import built_from
 from .cache import cache_folder
 from .checkpoint import Checkpoint, StrPath, load_checkpoint
 from .decoding import (
@@ -115,7 +116,7 @@ def compile_model(
             policy = policy_of(checkpoint.tensors, "cpu" if unit in ON_CPU else device, dtype)
             programs = programs_of(unit, checkpoint.dims, policy)
             artifact = Artifact(f"{unit} of {checkpoint.name}", programs, policy.device.device_type.value)
-            writer.add(Identity.of(unit, checkpoint.dims, policy, programs), artifact.stored)
+            writer.add(Identity.of(unit, checkpoint.dims, policy, programs), artifact.stored, built_from(programs))
 
 
 ON_CPU = ("log_mel", TOKEN_RULES)

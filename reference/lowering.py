@@ -22,6 +22,7 @@ from max.graph import Module
 
 from maxwhisper.artifacts import HOST, Identity, Writer, aim_at, writing
 from maxwhisper.blocks import BLOCKS
+from maxwhisper.built_from import built_from
 from maxwhisper.decoding import PICK, TOKEN_RULES
 from maxwhisper.on_device import CANDIDATES
 from maxwhisper.runtime import Artifact, Policy, Program
@@ -108,7 +109,7 @@ def lower_all(suite: Suite, writer: Writer) -> dict[str, str]:
         artifact, found = lower(suite.name(unit), programs, suite.device_of(unit))
         failures |= found
         if artifact:
-            writer.add(identity, artifact.stored)
+            writer.add(identity, artifact.stored, built_from(programs))
     return failures
 
 

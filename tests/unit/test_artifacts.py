@@ -17,15 +17,19 @@ from typing import Any
 import pytest
 import torch
 
+import maxwhisper.built_from
+import maxwhisper.model
 import maxwhisper.whisper
 from maxwhisper import artifacts, cli
 from maxwhisper.artifacts import HOST, MANIFEST, Artifacts, Cache, Identity, aim_at, source_hash, writing
+from maxwhisper.built_from import built_from
 from maxwhisper.cache import cache_folder
 from maxwhisper.checkpoint import load_checkpoint
 from maxwhisper.errors import ArtifactError, OptionError
 from maxwhisper.instructions import CPU, EMITTED, PORTABLE_FEATURES, cpu_features, listed_features
+from maxwhisper.kernel_library import KERNELS, code
 from maxwhisper.runtime import COMPILE_LOG, Stored
-from maxwhisper.whisper import Whisper, compile_model, load_model, policy_of, programs_of
+from maxwhisper.whisper import Whisper, compile_model, load_model, policy_of, programs_of, units_on
 
 ROOT = Path(__file__).parents[2]
 NANO = ROOT / "fixtures" / "nano.pt"
@@ -134,7 +138,7 @@ def test_results_are_those_of_a_compilation(compiled: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(format=2), "format is 2, expected 1"),
+        (lambda m: m.update(format=1), "format is 1, expected 2"),
         (lambda m: m.update(max="25.1.0"), r"max is 25\.1\.0, expected \d"),
         (lambda m: m.update(target="sm_90a"), "target is sm_90a, expected host"),
         (lambda m: m["cpu"].update(machine="riscv64"), "machine is riscv64, expected"),
@@ -144,13 +148,13 @@ def test_results_are_those_of_a_compilation(compiled: Path) -> None:
         (lambda m: network(m).update(weights={"a": "int3"}), "manifest.json: is incomplete: 'int3'"),
         (lambda m: m.pop("format"), "manifest.json: is no manifest of artifacts"),
         (lambda m: network(m)["dims"].update(n_audio_state=384), "dims.n_audio_state is 384, expected 128"),
-        (lambda m: network(m)["blocks"].reverse(), r"blocks is \['decoder.step', .*\], expected \['encoder', "),
+        (lambda m: network(m)["blocks"].reverse(), r"blocks is \['decoder.start', .*\], expected \['encoder', "),
         (lambda m: network(m).update(storage="float32"), "storage is float32, expected float16"),
         (lambda m: network(m).update(compute="bfloat16"), "compute is bfloat16, expected float32"),
-        (lambda m: network(m).update(source="0" * 64), "source is 0000.*, expected [0-9a-f]{64}"),
+        (lambda m: network(m).update(source="0" * 64, built_from="0" * 64), "source is 0000.*, expected [0-9a-f]{64}"),
         (
             lambda m: m["artifacts"].remove(network(m)),
-            "unit is alignment, decoder.pick, decoder.speculate, log_mel, token_rules, expected network",
+            "unit is alignment, decoding, log_mel, expected network",
         ),
         (lambda m: network(m).update(sha256="0" * 64), r"network-.*\.mef: sha256 is .*, expected 000"),
     ],
@@ -162,6 +166,17 @@ def test_a_mismatch_is_refused_by_name(
     with pytest.raises(ArtifactError, match=message) as raised:
         load_model(NANO, artifacts=folder)
     assert str(folder) in str(raised.value)
+
+
+def test_artifacts_of_the_same_graphs_fit(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever else has changed in the sources since."""
+    monkeypatch.setattr(artifacts, "source_hash", lambda _: "of other comments")
+    before = len(COMPILE_LOG)
+    load_model(NANO, artifacts=compiled)
+    monkeypatch.setattr(artifacts, "built_from", lambda _: "something else")
+    with pytest.raises(ArtifactError, match="source is .*, expected of other comments"):
+        load_model(NANO, artifacts=compiled)
+    assert len(COMPILE_LOG) == before
 
 
 def test_files_that_are_missing_are_named(compiled: Path, changed: Callable[..., Path], tmp_path: Path) -> None:
@@ -183,7 +198,9 @@ def test_every_mismatch_is_named_at_once(changed: Callable[..., Path]) -> None:
 def test_what_does_not_fit_is_compiled_if_asked_for(
     changed: Callable[..., Path], where: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    folder = changed(lambda m: (m if where == "folder" else network(m)).update(max="25.1.0", source="other"))
+    folder = changed(
+        lambda m: (m if where == "folder" else network(m)).update(max="25.1.0", source="other", built_from="")
+    )
     before = len(COMPILE_LOG)
     with caplog.at_level(logging.WARNING, "maxwhisper"):
         model = load_model(NANO, artifacts=folder, or_compile=True)
@@ -209,7 +226,7 @@ def test_a_gpus_artifacts_are_for_its_architecture(
 def test_the_command_says_what_does_not_fit_in_one_line(
     changed: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = changed(lambda m: network(m).update(source="other"))
+    folder = changed(lambda m: network(m).update(source="other", built_from="other"))
     options = ["--model", str(NANO), "--artifacts", str(folder), "-o", str(tmp_path)]
     assert cli.main(["transcribe", str(CLIP), *options]) == 1
     lines = capsys.readouterr().err.splitlines()
@@ -235,7 +252,7 @@ def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
     first.mkdir()
     (first / "kernels").symlink_to(cache_folder("kernels"))
     texts, compilations, _, complaints = alone("", MAXWHISPER_CACHE_DIR=str(first))
-    assert (texts, compilations, complaints) == (2 * texts[:1], 4, "")
+    assert (texts, compilations, complaints) == (2 * texts[:1], 5, "")
     first.rename(moved)
     assert alone("", MAXWHISPER_CACHE_DIR=str(moved))[:2] == (texts, 0)
 
@@ -308,7 +325,7 @@ def test_what_is_damaged_is_compiled_again_and_replaced(
 @pytest.mark.parametrize(
     "change",
     [
-        lambda patch: patch.setattr(artifacts, "source_hash", lambda _: "of other sources"),
+        lambda patch: [patch.setattr(artifacts, name, lambda _: "another") for name in ("source_hash", "built_from")],
         lambda patch: patch.setattr(artifacts, "version", lambda _: "25.1.0"),
         lambda patch: patch.setattr(artifacts, "cpu_features", lambda: ["avx1024"]),
         lambda patch: patch.setattr(artifacts, "cpu_target", lambda: "another"),
@@ -326,6 +343,19 @@ def test_what_is_compiled_from_with_or_for_something_else_is_not_found(
     with pytest.raises(Compiled):
         read(Cache(once.parent))
     assert not caplog.messages  # it is no damage
+
+
+def test_what_is_compiled_from_the_same_graphs_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever else has changed in the sources; and the next time without building them, as long as nothing has."""
+    Whisper(load_checkpoint(NANO), artifacts=Cache(tmp_path))
+    built = []
+    monkeypatch.setattr(artifacts, "built_from", lambda programs: built.append(1) or built_from(programs))
+    read(Cache(tmp_path))
+    assert len(built) == 0
+    monkeypatch.setattr(artifacts, "source_hash", lambda _: "of other comments")
+    for _ in range(2):
+        read(Cache(tmp_path))
+    assert len(built) == 1
 
 
 def test_where_maxs_cache_lies_does_not_count(once: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -368,6 +398,55 @@ def test_a_model_without_a_spectrogram_loads(tmp_path: Path, monkeypatch: pytest
     checkpoint = load_checkpoint(NANO)
     other = replace(checkpoint, dims=replace(checkpoint.dims, n_mels=40))
     assert Whisper(other, artifacts=Cache(tmp_path)).dims.n_mels == 40
+
+
+# ---- what it is built from -----------------------------------------------------------------------------------------
+
+
+def with_changes(kernels: Path, change: Callable[[str], str], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has a copy of the kernels taken for them, with a change in one file."""
+    shutil.copytree(KERNELS, kernels)
+    (kernels / name).write_text(change((kernels / name).read_text()))
+    monkeypatch.setattr(maxwhisper.built_from, "KERNELS", kernels)
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "of"),
+    [
+        (lambda text: f'"""Other words."""\n# A comment.\n{text}\n', "linear.mojo", set()),
+        (lambda text: f"{text}\ncomptime MORE = 1\n", "product.mojo", set()),  # a GPU's
+        (lambda text: f"{text}\ncomptime MORE = 1\n", "convolution.mojo", {"log_mel", "network"}),
+        (lambda text: f"{text}\ncomptime MORE = 1\n", "draft.mojo", {"decoding"}),
+        (lambda text: f"{text}\ncomptime MORE = 1\n", "tiles.mojo", {"log_mel", "network", "decoding", "alignment"}),
+    ],
+    ids=["a comment", "a kernel of no graph", "a kernel", "another kernel", "what kernels share"],
+)
+def test_a_change_counts_for_the_graphs_that_call_it(
+    change: Callable[[str], str], name: str, of: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = load_checkpoint(NANO)
+    policy = policy_of(checkpoint.tensors, "cpu", "float32")
+    units = {unit: programs_of(unit, checkpoint.dims, policy) for unit in units_on("cpu")}
+    before = {unit: built_from(programs) for unit, programs in units.items()}
+    with_changes(tmp_path / KERNELS.name, change, name, monkeypatch)
+    assert {unit for unit, programs in units.items() if built_from(programs) != before[unit]} == of
+
+
+def test_a_change_to_a_block_counts_for_the_graphs_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = load_checkpoint(NANO)
+    policy = policy_of(checkpoint.tensors, "cpu", "float32")
+    units = {unit: programs_of(unit, checkpoint.dims, policy) for unit in units_on("cpu")}
+    before = {unit: built_from(programs) for unit, programs in units.items()}
+    monkeypatch.setattr(maxwhisper.model.AudioEncoder, "stem", lambda encoder, mel: STEM(encoder, mel) * 1)
+    assert {unit for unit, programs in units.items() if built_from(programs) != before[unit]} == {"network"}
+
+
+STEM = maxwhisper.model.AudioEncoder.stem
+
+
+def test_comments_are_no_code(tmp_path: Path) -> None:
+    (tmp_path / "a.mojo").write_text('"""Words\n# of it."""\n\nx = 1  # a comment\ny = "# none"\n    # one more\n')
+    assert code(tmp_path / "a.mojo") == 'x = 1\ny = "# none"'
 
 
 # ---- the hash ------------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ class Product(Module):
 
 @cache
 def graphs() -> dict[str, Executable]:
-    """All of this file, by name: compiled together, since most of a compilation does not depend on how many there are."""
+    """All of this file, by name: most of a compilation does not depend on how many there are."""
     programs = [*products(), *convolutions(), *affine(), *attentions()]
     return Artifact("kernels", programs, "cpu").init({})
 
