@@ -6,30 +6,23 @@ import logging
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-import maxwhisper.built_from
-import maxwhisper.model
-import maxwhisper.whisper
 from maxwhisper import artifacts, cli
-from maxwhisper.artifacts import HOST, MANIFEST, Artifacts, Cache, Identity, aim_at, source_hash, writing
-from maxwhisper.built_from import built_from
+from maxwhisper.artifacts import HOST, MANIFEST, Artifacts, aim_at, source_hash, writing
 from maxwhisper.cache import cache_folder
 from maxwhisper.checkpoint import load_checkpoint
 from maxwhisper.errors import ArtifactError, OptionError
-from maxwhisper.instructions import CPU, EMITTED, PORTABLE_FEATURES, cpu_features, listed_features
-from maxwhisper.kernel_library import KERNELS, code
-from maxwhisper.runtime import COMPILE_LOG, Stored
-from maxwhisper.whisper import Whisper, compile_model, load_model, policy_of, programs_of, units_on
+from maxwhisper.instructions import EMITTED, PORTABLE_FEATURES, cpu_features, listed_features
+from maxwhisper.runtime import COMPILE_LOG
+from maxwhisper.whisper import Whisper, compile_model, load_model
 
 ROOT = Path(__file__).parents[2]
 NANO = ROOT / "fixtures" / "nano.pt"
@@ -255,198 +248,6 @@ def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
     assert (texts, compilations, complaints) == (2 * texts[:1], 5, "")
     first.rename(moved)
     assert alone("", MAXWHISPER_CACHE_DIR=str(moved))[:2] == (texts, 0)
-
-
-class Compiled(Exception):
-    """Raised where a compilation would begin."""
-
-
-def read(cache: Cache) -> Stored:
-    """The fixture's network from a cache."""
-    checkpoint = load_checkpoint(NANO)
-    policy = policy_of(checkpoint.tensors, "cpu", "float32")
-
-    def compile_them() -> Stored:
-        raise Compiled
-
-    return cache.loader("network", checkpoint.dims, policy)(
-        programs_of("network", checkpoint.dims, policy), compile_them
-    )
-
-
-@pytest.fixture(scope="module")
-def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What one load keeps of the network."""
-    folder = tmp_path_factory.mktemp("once")
-    Whisper(load_checkpoint(NANO), artifacts=Cache(folder))
-    [place] = folder.glob("network-*")
-    return place
-
-
-def truncate(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-
-
-def become_a_file(place: Path) -> None:
-    shutil.rmtree(place)
-    place.touch()
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda place: truncate(next(place.glob("*.mef"))),
-        lambda place: truncate(place / MANIFEST),
-        lambda place: next(place.glob("*.mef")).unlink(),
-        lambda place: (place / MANIFEST).unlink(),
-        become_a_file,
-    ],
-    ids=["artifact truncated", "manifest truncated", "no artifact", "no manifest", "no folder"],
-)
-def test_what_is_damaged_is_compiled_again_and_replaced(
-    once: Path, damage: Callable[[Path], object], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    place = tmp_path / once.name
-    shutil.copytree(once, place)
-    cache = Cache(tmp_path)
-    read(cache)
-    damage(place)
-    with pytest.raises(Compiled):
-        read(cache)
-    [message] = caplog.messages
-    assert message.startswith(str(place)) and message.endswith(": compiling again")
-    caplog.clear()
-    Whisper(load_checkpoint(NANO), artifacts=cache)
-    caplog.clear()
-    read(cache)
-    assert not caplog.messages and not list(tmp_path.glob(".*"))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda patch: [patch.setattr(artifacts, name, lambda _: "another") for name in ("source_hash", "built_from")],
-        lambda patch: patch.setattr(artifacts, "version", lambda _: "25.1.0"),
-        lambda patch: patch.setattr(artifacts, "cpu_features", lambda: ["avx1024"]),
-        lambda patch: patch.setattr(artifacts, "cpu_target", lambda: "another"),
-        lambda patch: patch.setattr(artifacts, "target_of", lambda _: "sm_90a"),
-        lambda patch: patch.delenv(CPU, raising=False) or patch.setattr(platform, "machine", lambda: "riscv64"),
-        lambda patch: patch.setenv("MODULAR_MAX_DEBUG_ASSERT_LEVEL", "all"),
-    ],
-    ids=["sources", "MAX", "CPU", "CPU compiled for", "target", "machine", "settings"],
-)
-def test_what_is_compiled_from_with_or_for_something_else_is_not_found(
-    once: Path, change: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch, caplog: Any
-) -> None:
-    read(Cache(once.parent))
-    change(monkeypatch)
-    with pytest.raises(Compiled):
-        read(Cache(once.parent))
-    assert not caplog.messages  # it is no damage
-
-
-def test_what_is_compiled_from_the_same_graphs_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever else has changed in the sources; and the next time without building them, as long as nothing has."""
-    Whisper(load_checkpoint(NANO), artifacts=Cache(tmp_path))
-    built = []
-    monkeypatch.setattr(artifacts, "built_from", lambda programs: built.append(1) or built_from(programs))
-    read(Cache(tmp_path))
-    assert len(built) == 0
-    monkeypatch.setattr(artifacts, "source_hash", lambda _: "of other comments")
-    for _ in range(2):
-        read(Cache(tmp_path))
-    assert len(built) == 1
-
-
-def test_where_maxs_cache_lies_does_not_count(once: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MODULAR_CACHE_DIR", "elsewhere")
-    read(Cache(once.parent))
-
-
-def test_a_folder_that_cannot_be_written_is_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "file").touch()
-    cache = Cache(tmp_path / "file" / "artifacts")
-    for _ in range(2):
-        Whisper(load_checkpoint(NANO), artifacts=cache)
-    expected = f"{cache.folder}: compiled graphs cannot be kept there: Not a directory"
-    assert [line for line in caplog.messages if "kept" in line] == [expected]
-
-
-def test_what_another_process_keeps_meanwhile_is_no_failure(
-    once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    stored, place = read(Cache(once.parent)), tmp_path / once.name
-    policy = policy_of(load_checkpoint(NANO).tensors, "cpu", "float32")
-    dims = load_checkpoint(NANO).dims
-    identity = Identity.of("network", dims, policy, programs_of("network", dims, policy))
-    finish = artifacts.Writer.finish
-
-    def finish_later(writer: artifacts.Writer) -> None:
-        finish(writer)
-        monkeypatch.setattr(Path, "exists", lambda path: path != place and os.path.exists(path))
-        shutil.copytree(once, place)  # after `replacing` has looked
-
-    monkeypatch.setattr(artifacts.Writer, "finish", finish_later)
-    artifacts.keep(stored, identity, HOST, place)
-    assert not caplog.messages and list(tmp_path.iterdir()) == [place]
-    read(Cache(tmp_path))
-
-
-def test_a_model_without_a_spectrogram_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for part in ("Network", "AudioEncoder", "TextDecoder"):
-        monkeypatch.setattr(maxwhisper.whisper, part, lambda *_: None)
-    checkpoint = load_checkpoint(NANO)
-    other = replace(checkpoint, dims=replace(checkpoint.dims, n_mels=40))
-    assert Whisper(other, artifacts=Cache(tmp_path)).dims.n_mels == 40
-
-
-# ---- what it is built from -----------------------------------------------------------------------------------------
-
-
-def with_changes(kernels: Path, change: Callable[[str], str], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has a copy of the kernels taken for them, with a change in one file."""
-    shutil.copytree(KERNELS, kernels)
-    (kernels / name).write_text(change((kernels / name).read_text()))
-    monkeypatch.setattr(maxwhisper.built_from, "KERNELS", kernels)
-
-
-@pytest.mark.parametrize(
-    ("change", "name", "of"),
-    [
-        (lambda text: f'"""Other words."""\n# A comment.\n{text}\n', "linear.mojo", set()),
-        (lambda text: f"{text}\ncomptime MORE = 1\n", "product.mojo", set()),  # a GPU's
-        (lambda text: f"{text}\ncomptime MORE = 1\n", "convolution.mojo", {"log_mel", "network"}),
-        (lambda text: f"{text}\ncomptime MORE = 1\n", "draft.mojo", {"decoding"}),
-        (lambda text: f"{text}\ncomptime MORE = 1\n", "tiles.mojo", {"log_mel", "network", "decoding", "alignment"}),
-    ],
-    ids=["a comment", "a kernel of no graph", "a kernel", "another kernel", "what kernels share"],
-)
-def test_a_change_counts_for_the_graphs_that_call_it(
-    change: Callable[[str], str], name: str, of: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    checkpoint = load_checkpoint(NANO)
-    policy = policy_of(checkpoint.tensors, "cpu", "float32")
-    units = {unit: programs_of(unit, checkpoint.dims, policy) for unit in units_on("cpu")}
-    before = {unit: built_from(programs) for unit, programs in units.items()}
-    with_changes(tmp_path / KERNELS.name, change, name, monkeypatch)
-    assert {unit for unit, programs in units.items() if built_from(programs) != before[unit]} == of
-
-
-def test_a_change_to_a_block_counts_for_the_graphs_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint = load_checkpoint(NANO)
-    policy = policy_of(checkpoint.tensors, "cpu", "float32")
-    units = {unit: programs_of(unit, checkpoint.dims, policy) for unit in units_on("cpu")}
-    before = {unit: built_from(programs) for unit, programs in units.items()}
-    monkeypatch.setattr(maxwhisper.model.AudioEncoder, "stem", lambda encoder, mel: STEM(encoder, mel) * 1)
-    assert {unit for unit, programs in units.items() if built_from(programs) != before[unit]} == {"network"}
-
-
-STEM = maxwhisper.model.AudioEncoder.stem
-
-
-def test_comments_are_no_code(tmp_path: Path) -> None:
-    (tmp_path / "a.mojo").write_text('"""Words\n# of it."""\n\nx = 1  # a comment\ny = "# none"\n    # one more\n')
-    assert code(tmp_path / "a.mojo") == 'x = 1\ny = "# none"'
 
 
 # ---- the hash ------------------------------------------------------------------------------------------------------
