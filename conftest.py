@@ -31,12 +31,12 @@ from maxwhisper.errors import ArtifactError, MaxWhisperError
 from maxwhisper.runtime import device_named, gpu_found
 from reference.activations import KINDS, RANDOM
 from reference.ahead import TRANSCRIBING, WhenCompiling, compile_ahead, suite_job
-from reference.distributed import is_distributed, is_worker
+from reference.distributed import group, is_distributed, is_worker
 from reference.judge import Comparison, dtype_name
 from reference.lowering import Lowering, graphs
 from reference.pytest_plugin import CHOSEN, Chosen, Ending, Progress
 from reference.results import Run
-from reference.selection import compares, judges_itself, left_out, make_findable
+from reference.selection import compared_alone, compares, judges_itself, left_out, make_findable, models_of
 from reference.suite import CHECKPOINT, DTYPES, FIXTURE, SIZES, TRAINED, Model, Suite, comparisons, load, trained
 from reference.verdicts import Lenient
 
@@ -50,6 +50,8 @@ AHEAD: list[Ahead] = []
 LOWERING: dict[str, Lowering] = {}
 """By target, the process that compiles for it, once there is one."""
 ENDING = pytest.StashKey[Ending]()
+ASKED = pytest.StashKey[dict[tuple[str, torch.dtype], frozenset[str]]]()
+"""By model, `compared_alone`."""
 COMPARES = pytest.StashKey[bool]()
 """Whether anything was compared if -k and -m left all that they choose from."""
 ARTIFACTS = Path("build", "artifacts")
@@ -202,7 +204,8 @@ def model_of(config: pytest.Config, size: str) -> Model:
 @lru_cache(maxsize=2)
 def suite_of(config: pytest.Config, size: str, dtype: torch.dtype) -> Suite:
     wait_for(suite_job(size, dtype))
-    return Suite(model_of(config, size), dtype, device(config), artifacts(config), getattr(config, "cache", None))
+    only = config.stash[ASKED].get((size, dtype), frozenset())
+    return Suite(model_of(config, size), dtype, device(config), artifacts(config), getattr(config, "cache", None), only)
 
 
 def kinds_of(size: str) -> tuple[str, ...]:
@@ -274,6 +277,11 @@ def identify(comparison: Comparison) -> str:
     return f"{c.size}-{dtype_name(c.dtype)}-{c.block}-{c.layer}-{c.inputs.replace(' ', '_')}"
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if is_worker(item.config):  # before pytest-xdist looks, which is first of all that see the whole list
+        item.add_marker(pytest.mark.xdist_group(group(item)))
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves out what the options do not ask for, has -k find blocks by every word for them, and sorts by model and
@@ -285,24 +293,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     make_findable(items, config.option.keyword)
     config.stash[COMPARES] = any(compares(item) for item in items)
 
+    config.stash[ASKED] = compared_alone(items)
     order = {key: number for number, key in enumerate(dict.fromkeys(tuple(models_of(item)) for item in items))}
     items.sort(key=lambda item: order[tuple(models_of(item))])
-    if is_worker(config):
-        for item in items:
-            item.add_marker(pytest.mark.xdist_group(group(item)))
-
-
-def group(item: pytest.Item) -> str:
-    """What --dist loadgroup leaves to one process: all that takes a model, and files of tests that take none."""
-    return "-".join(suite_job(*model) for model in models_of(item)) or item.path.stem
-
-
-def models_of(item: pytest.Item) -> list[tuple[str, torch.dtype]]:
-    """The model, as (size, dtype), that a test is about; none for a test that is about none."""
-    params = getattr(getattr(item, "callspec", None), "params", {})
-    if "comparison" in params:
-        return [(params["comparison"].size, params["comparison"].dtype)]
-    return [params["suite"]] if "suite" in params else []
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -394,7 +387,7 @@ def own_artifacts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A cache folder with all that the user's holds, but for the artifacts: what `load_model` keeps is of this run, so
     that nothing is judged which an earlier one compiled."""
     users, own = cache_folder("kernels").parent, tmp_path_factory.mktemp("cache")
-    for shared in ("kernels", "locks"):
+    for shared in ("kernels", "graphs", "locks"):
         (users / shared).mkdir(parents=True, exist_ok=True)
     for entry in set(users.iterdir()) - {users / "artifacts"}:
         (own / entry.name).symlink_to(entry.absolute())

@@ -89,11 +89,9 @@ class Identity:
     source: str
 
     @classmethod
-    def of(
-        cls, unit: str, dims: ModelDimensions, policy: Policy, programs: Sequence[Program], source: str = ""
-    ) -> "Identity":
-        """source: `source_hash` unless given."""
-        blocks, source = [program.name for program in programs], source or source_hash(programs)
+    def of(cls, unit: str, dims: ModelDimensions, policy: Policy, programs: Sequence[Program]) -> "Identity":
+        """By the hash of the sources."""
+        blocks, source = [program.name for program in programs], source_hash(programs)
         if unit == "log_mel":
             return cls(unit, blocks, {"n_mels": dims.n_mels}, "float32", "float32", source)
         if unit == TOKEN_RULES:
@@ -335,13 +333,20 @@ class Cache:
     def __init__(self, folder: Path):
         self.folder = folder
 
+    def holds(self, unit: str, dims: ModelDimensions, policy: Policy, programs: Sequence[Program]) -> bool:
+        """Whether a unit of a model is there."""
+        target, by_sources = target_of(policy.device.device_type.value), Identity.of(unit, dims, policy, programs)
+        if (self.folder / f"sources-{key(by_sources, target)}").exists():
+            return True
+        return (self.folder / f"{unit}-{key(replace(by_sources, source=built_from(programs)), target)}").exists()
+
     def loader(self, unit: str, dims: ModelDimensions, policy: Policy) -> Loader:
         """As `Artifacts.loader`; compiles and keeps what is not there."""
         device = policy.device.device_type.value
 
         def load(programs: Sequence[Program], compile_them: Callable[[], Stored]) -> Stored:
             target = target_of(device)
-            by_sources = Identity.of(unit, dims, policy, programs, source_hash(programs))
+            by_sources = Identity.of(unit, dims, policy, programs)
             link = self.folder / f"sources-{key(by_sources, target)}"
             with suppress(ArtifactError, IndexError):
                 known = Artifacts(link, device)

@@ -13,8 +13,10 @@ import pytest
 
 from maxwhisper.runtime import COMPILE_LOG, CompileRecord
 
+from .ahead import suite_job
 from .faults import Fault, graph_faults, weight_faults
 from .results import Run
+from .selection import models_of
 
 
 def is_worker(config: pytest.Config) -> bool:
@@ -25,6 +27,11 @@ def is_worker(config: pytest.Config) -> bool:
 def is_distributed(config: pytest.Config) -> bool:
     """Tell whether other processes run the tests of this one, as with -n 2."""
     return config.getoption("dist", "no") != "no"
+
+
+def group(item: pytest.Item) -> str:
+    """What --dist loadgroup leaves to one process: all that takes a model, and files of tests that take none."""
+    return "-".join(suite_job(*model) for model in models_of(item)) or item.path.stem
 
 
 class Pickler(pickle.Pickler):

@@ -12,6 +12,7 @@ from functools import cache
 from typing import Any
 
 import pytest
+import torch
 
 from maxwhisper.blocks import BLOCKS
 
@@ -91,6 +92,25 @@ def compares(item: pytest.Item) -> bool:
     What is tried on the judge is of wrong models, and properties are of one graph on made-up inputs.
     """
     return "run" in item.fixturenames and not item.get_closest_marker("faults")  # type: ignore[attr-defined]
+
+
+def models_of(item: pytest.Item) -> list[tuple[str, torch.dtype]]:
+    """The model, as (size, dtype), that a test is about; none for a test that is about none."""
+    params = getattr(getattr(item, "callspec", None), "params", {})
+    if "comparison" in params:
+        return [(params["comparison"].size, params["comparison"].dtype)]
+    return [params["suite"]] if "suite" in params else []
+
+
+def compared_alone(items: Iterable[pytest.Item]) -> dict[tuple[str, torch.dtype], frozenset[str]]:
+    """By model, as (size, dtype), the blocks that tests compare, where these are so few that to compile them without
+    the others takes less than half the time: whoever selects a few waits for them alone."""
+    compared: dict[tuple[str, torch.dtype], set[str]] = {}
+    for item in items:
+        comparison = getattr(getattr(item, "callspec", None), "params", {}).get("comparison")
+        if comparison is not None:
+            compared.setdefault((comparison.size, comparison.dtype), set()).add(comparison.block)
+    return {model: frozenset(names) for model, names in compared.items() if len(names) <= len(BLOCKS) // 2}
 
 
 def judges_itself(item: pytest.Item) -> bool:

@@ -13,9 +13,10 @@ from torch import Tensor
 from whisper.audio import N_FFT
 from whisper.model import ModelDimensions, Whisper
 
-from maxwhisper.artifacts import Artifacts
+from maxwhisper.artifacts import Artifacts, Cache
 from maxwhisper.audio import log_mel_weights
 from maxwhisper.blocks import BLOCKS, Block
+from maxwhisper.cache import cache_folder
 from maxwhisper.checkpoint import load_checkpoint
 from maxwhisper.runtime import TORCH_DTYPE, Artifact, Executable, Policy, Program, find_device
 from maxwhisper.whisper import ON_CPU, storage_dtype
@@ -33,6 +34,8 @@ MAX_DTYPE = {theirs: ours for ours, theirs in TORCH_DTYPE.items()}
 
 FIXTURE, CHECKPOINT = "fixture", "checkpoint"
 TRAINED = (FIXTURE, CHECKPOINT)
+CHOSEN = "chosen"
+"""The unit of the blocks of a selection."""
 
 
 def dimensions(n_mels: int, n_vocab: int, n_state: int, n_audio_layer: int, n_text_layer: int) -> ModelDimensions:
@@ -90,6 +93,8 @@ class Suite:
 
     held: what was compiled ahead of time, if anything was.
     memory: of verdicts, on a CPU; without one they are all found anew.
+    only: the blocks that will be asked for, where these are not all: they compile without the others, unless a cache
+        has them all.
     """
 
     model: Model
@@ -97,6 +102,7 @@ class Suite:
     device: str = "cpu"
     held: Artifacts | None = None
     memory: Memory | None = None
+    only: frozenset[str] = frozenset()
 
     def __repr__(self) -> str:
         return f"Suite({self.model.size}, {self.dtype}, {self.device})"
@@ -135,13 +141,28 @@ class Suite:
     def executables(self) -> dict[tuple[str, int], dict[str, Executable]]:
         return {}
 
+    @cached_property
+    def cache(self) -> Cache:
+        """Where graphs are kept from run to run."""
+        return Cache(cache_folder("graphs"))
+
     @property
     def units(self) -> list[str]:
-        return sorted({self.unit(block) for block in BLOCKS.values()})
+        return sorted({self.whole(block) for block in BLOCKS.values()})
 
     def unit(self, block: Block) -> str:
-        """What compiles together: all of the model, but where whole transcripts are made, the network alone, as
-        `load_model` compiles it."""
+        """What the block compiles together with."""
+        whole = self.whole(block)
+        return CHOSEN if block.name in self.only and whole == "parts" and not self.parts_kept else whole
+
+    @cached_property
+    def parts_kept(self) -> bool:
+        """Whether they have been compiled already."""
+        return self.cache.holds("parts", self.dims, self.policy, self.programs("parts"))
+
+    def whole(self, block: Block) -> str:
+        """What compiles together where all blocks are asked for: all of the model, but where whole transcripts are
+        made, the network alone, as `load_model` compiles it."""
         transcribes = self.dtype == torch.float32 and self.model.size in TRAINED
         alone = ("log_mel", "network") if transcribes else ("log_mel",)
         return block.unit if block.unit in alone else "parts"
@@ -161,12 +182,16 @@ class Suite:
     def programs(self, unit: str) -> list[Program]:
         """The graphs of a unit; "parts" holds those with captures too."""
         policy = replace(self.policy, device=DeviceRef.CPU()) if unit == "log_mel" else self.policy
-        programs = [block.program(self.dims, policy) for block in BLOCKS.values() if self.unit(block) == unit]
+        whole = "parts" if unit == CHOSEN else unit
+        blocks = [block for block in BLOCKS.values() if self.whole(block) == whole]
+        if unit == CHOSEN:
+            blocks = [block for block in blocks if block.name in self.only]
+        programs = [block.program(self.dims, policy) for block in blocks]
         return [*programs, *(self.captures[name][0] for name in CAPTURED)] if unit == "parts" else programs
 
     def artifact(self, unit: str) -> Artifact:
         if unit not in self.artifacts:
-            load = self.held.loader(unit, self.dims, self.policy) if self.held else None
+            load = (self.held or self.cache).loader(unit, self.dims, self.policy)
             self.artifacts[unit] = Artifact(self.name(unit), self.programs(unit), self.device_of(unit), load)
         return self.artifacts[unit]
 

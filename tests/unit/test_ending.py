@@ -194,4 +194,3 @@ def test_the_verdicts_of_workers_are_those_of_one_run(tmp_path: Path) -> None:
     assert "parity: 10 pairs compared" in done.stdout and "2 passed" in done.stdout
     report = json.loads((tmp_path / "report.json").read_text())
     assert (report["passed"], report["totals"]["pairs"]) == (True, 10)
-    assert report["compile_log"]
