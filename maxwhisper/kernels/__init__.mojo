@@ -6,6 +6,7 @@ from .convolution import Convolution
 from .decoder_block import DecoderBlock
 from .draft import Guess
 from .linear import Linear
+from .loop import Embed, GoesOn, NothingFound
 from .pick import Pick
 from .product import BiasedProduct
 from .rough import RoughKeys

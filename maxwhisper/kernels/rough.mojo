@@ -116,18 +116,18 @@ def round_rows[
 @extensibility.register("maxwhisper.rough_keys")
 struct RoughKeys:
     """Rounds keys or values x (row, head, key, channel) to int8, into y[number] of y (number, row, head, key, channel +
-    4), from the row `first` (1,) on: behind the channels of each stands the float32 that they are multiples of."""
+    4), from the row `first` on, both (1,): behind the channels of each stands the float32 that they are multiples of.
+    """
 
     @staticmethod
-    def execute[
-        number: Int
-    ](
+    def execute(
         y: _MutableInputTensor[dtype=DType.int8, rank=5, ...],
         x: InputTensor[rank=4, ...],
         first: InputTensor[dtype=DType.int64, rank=1, ...],
+        number: InputTensor[dtype=DType.int64, rank=1, ...],
         ctx: DeviceContext,
     ) raises:
         var n_channel, n_each = x.dim_size(3), x.dim_size(1) * x.dim_size(2)
-        var first_row = (number * y.dim_size(1) + Int(first.unsafe_ptr()[unsafe_offset=0])) * n_each
-        var into = stored[DType.int8](y).unsafe_offset(first_row * row_size[DType.int8](n_channel))
+        var row = Int(number.unsafe_ptr()[unsafe_offset=0]) * y.dim_size(1) + Int(first.unsafe_ptr()[unsafe_offset=0])
+        var into = stored[DType.int8](y).unsafe_offset(row * n_each * row_size[DType.int8](n_channel))
         round_rows(into, stored[x.dtype](x), x.dim_size(0) * n_each, n_channel)
