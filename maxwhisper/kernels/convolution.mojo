@@ -120,7 +120,9 @@ struct Convolution:
                 var row = first
                 while row < end:
                     var rows = xs.unsafe_offset((window * n_frame + row * stride) * n_in)
-                    var n_done = some_rows(values.unsafe_ptr(), rows, stride * n_in, end - row, panel.unsafe_ptr(), n_term)
+                    var n_done = some_rows(
+                        values.unsafe_ptr(), rows, stride * n_in, end - row, panel.unsafe_ptr(), n_term
+                    )
                     for r in range(n_done):
                         for c in range(0, n_weight, WIDTH):
                             var some = values.unsafe_ptr().unsafe_load[width=WIDTH](r * PANEL + c)

@@ -3,18 +3,18 @@
 from max.algorithm import sync_parallelize
 from max.gpu.host import DeviceContext
 from max.runtime.asyncrt import parallelism_level
-from std.math import align_up, ceildiv, erf, sqrt
+from std.math import align_up, ceildiv, erf
 
 import extensibility
 from extensibility import InputTensor, OutputTensor
 
 from .attention import QUERIES, ContinuedRows, Rows, ScatteredRows, attend_to_text, attend_to_window
+from .layer_norm import normalise
 from .linear import COLUMNS, multiply, row_size
 from .pointers import Numbers, Stored, numbers, stored, untracked
 from .team import COUNTERS, phase
 from .tiles import WIDTH
 
-comptime EPSILON = 1e-5  # of a layer norm
 comptime PIECES = 4  # of a product for every thread, so that they end at the same time
 comptime N_PHASE = 11
 
@@ -102,29 +102,6 @@ struct Values(TrivialRegisterPassable):
 @always_inline
 def gelu[width: Int](x: SIMD[DType.float32, width]) -> SIMD[DType.float32, width]:
     return 0.5 * x * (1 + erf(x * Float32(0.5**0.5)))
-
-
-@no_inline
-def normalise(
-    y: Pointer[mut=True, Float32, _],
-    x: Pointer[Float32, _],
-    weight: Pointer[Float32, _],
-    bias: Pointer[Float32, _],
-    number: Int,
-):
-    """Layer norm of one row of numbers; they fill vectors."""
-    var total = SIMD[DType.float32, WIDTH](0)
-    for i in range(0, number, WIDTH):
-        total += x.unsafe_load[width=WIDTH](i)
-    var mean = total.reduce_add() / Float32(number)
-    var squares = SIMD[DType.float32, WIDTH](0)
-    for i in range(0, number, WIDTH):
-        var centred = x.unsafe_load[width=WIDTH](i) - mean
-        squares = centred.fma(centred, squares)
-    var deviation = sqrt(squares.reduce_add() / Float32(number) + EPSILON)
-    for i in range(0, number, WIDTH):
-        var normed = (x.unsafe_load[width=WIDTH](i) - mean) / deviation
-        y.unsafe_store(i, normed.fma(weight.unsafe_load[width=WIDTH](i), bias.unsafe_load[width=WIDTH](i)))
 
 
 @no_inline

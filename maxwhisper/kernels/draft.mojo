@@ -12,7 +12,8 @@ import extensibility
 from extensibility import InputTensor, OutputTensor, _MutableInputTensor
 
 from .attention import QUERIES
-from .decoder_block import N_PHASE, Context, Sizes, Values, Weights, compute_layer, normalise
+from .decoder_block import N_PHASE, Context, Sizes, Values, Weights, compute_layer
+from .layer_norm import normalise
 from .linear import products, row_size
 from .pick import NEVER, LogSumExp, forbidden, permitted, write_best
 from .pointers import Numbers, Stored, numbers, stored, untracked

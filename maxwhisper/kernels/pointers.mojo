@@ -1,8 +1,7 @@
 """Where the numbers of tensors lie.
 
-A kernel is compiled for every shape that its tensors have in a graph, and the closures within it carry all that is known
-of them in their names. So kernels only read sizes and these pointers, and what computes takes nothing else: it is
-compiled once for all.
+A kernel is compiled for every shape that its tensors have in a graph, with all closures in it. So kernels only read
+sizes and these pointers, and what computes is given nothing else: it is compiled once for all.
 """
 
 from extensibility import ManagedTensorSlice

@@ -8,8 +8,9 @@ from std.memory import unsafe_memcpy
 import extensibility
 from extensibility import InputTensor, OutputTensor
 
-from .attention import AttentionSizes, exponentials, scale
+from .attention import AttentionSizes, scale
 from .pointers import Numbers, Stored, numbers, stored
+from .softmax import exponentials
 from .team import even_shares
 from .tiles import PANEL, ROWS, VECTORS, WIDTH, place, side_by_side, tile
 
