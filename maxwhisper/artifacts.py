@@ -53,7 +53,8 @@ TARGETS = (HOST, "sm_80", "sm_90a")
 """What there is to compile for: this machine's CPU, or a GPU by its architecture."""
 
 GRAPH_SOURCES = (
-    *("audio.py", "blocks.py", "decoding.py", "gelu.py", "model.py", "on_device.py", "runtime.py", "speculation.py"),
+    *("audio.py", "blocks.py", "decoding.py", "gelu.py", "loop.py"),
+    *("model.py", "on_device.py", "runtime.py", "speculation.py"),
 )
 """The modules of this package that build graphs; kernels in Mojo count too, wherever in the package they are."""
 

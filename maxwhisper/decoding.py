@@ -29,6 +29,7 @@ from whisper.model import ModelDimensions
 from .blocks import BLOCKS
 from .errors import DecodingError, OptionError
 from .frozen import has_hooks
+from .loop import append, embed_next, goes_on, nothing_found, rounds
 from .model import TextDecoder
 from .rebind import rebind
 from .runtime import Executable, Policy, Program, buffer
@@ -250,14 +251,6 @@ def rules_inputs(n_vocab: int | str) -> dict[str, TensorType | BufferType]:
     }
 
 
-def append(caches: Sequence[BufferValue], new: Sequence[TensorValue], offsets: TensorValue) -> None:
-    """Puts every layer's new keys and values, each (batch, token, state), into its cache, behind `offsets` (batch,)
-    places."""
-    for layer in range(0, len(new), 2):
-        values = [*caches[layer : layer + 2], *new[layer : layer + 2], offsets]
-        ops.inplace_custom("maxwhisper.append", offsets.device, values)
-
-
 def pick_program(dims: ModelDimensions, policy: Policy) -> Program:
     """Steps of the decoder, each of which puts the likeliest token behind every text that has not ended, and its keys
     and values into the cache, until one of these ends or is as long as it may get. Gives the likeliest
@@ -280,22 +273,17 @@ def pick_program(dims: ModelDimensions, policy: Policy) -> Program:
         *others: Any,
     ) -> Sequence[TensorValue]:
         rules, (sources, *kv), caches = others[:n_rule], others[n_rule:-n_own], others[-n_own:]
-        none_left, some_left = (ops.constant(value, DType.int64, tokens.device) for value in (0, 1))
 
-        def step(
-            left: TensorValue, tokens: TensorValue, lengths: TensorValue, totals: TensorValue, *_: TensorValue
-        ) -> list[TensorValue]:
-            offsets = lengths - 1
-            logits, *new = decoder.steps(decoder.embed(tokens, offsets), offsets, kv, sources)
+        def step(credit: TensorValue, before: TensorValue, *state: TensorValue) -> list[TensorValue]:
+            totals, tokens, *_ = state
+            x, offsets = embed_next(decoder, tokens, before)
+            logits, *new = decoder.steps(x, offsets, kv, sources)
             append(caches, new, offsets)
-            given = logits, texts, lengths, ends, totals, *rules
-            candidates, logprobs, tokens, totals, lengths, left = likeliest(*given)
-            return [left.reshape(()), tokens, lengths, totals, candidates, logprobs]
+            candidates, logprobs, tokens, *after = likeliest(logits, texts, before, ends, totals, *rules)
+            totals, lengths, left = after
+            return [*goes_on(left, credit, before, lengths, 1), lengths, totals, tokens, candidates, logprobs]
 
-        shape = (tokens.shape[0], rules[-1].shape[0])
-        nothing = [ops.constant(0, dtype, tokens.device).broadcast_to(shape) for dtype in (DType.int64, DType.float32)]
-        start = [some_left, tokens, lengths, totals, *nothing]
-        _, _, lengths, totals, *found = ops.while_loop(start, lambda left, *_: left > none_left, step)
+        lengths, totals, _, *found = rounds(1, [lengths, totals, tokens, *nothing_found(lengths, rules[-1])], step)
         return [*found, totals, lengths]
 
     return Program(PICK, "decoder", TextDecoder(dims, policy), pick, picking_inputs(dims, policy))

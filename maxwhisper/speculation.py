@@ -17,7 +17,8 @@ from max.nn.layer import Module
 from torch import Tensor
 from whisper.model import ModelDimensions
 
-from .decoding import NoWeights, append, likeliest, picking_inputs, rules_inputs
+from .decoding import NoWeights, likeliest, picking_inputs, rules_inputs
+from .loop import append, embed_next, goes_on, nothing_found, rounds
 from .model import TextDecoder
 from .runtime import Policy, Program
 
@@ -149,8 +150,8 @@ def rough_keys_program(dims: ModelDimensions, policy: Policy) -> Program:
 
     def round_them(_: Module, into: BufferValue, row: TensorValue, *cross: TensorValue) -> list[TensorValue]:
         for number, kv in enumerate(cross):
-            values, parameters = [into, kv, row], {"number": number}
-            ops.inplace_custom("maxwhisper.rough_keys", kv.device, values, [], parameters=parameters)
+            values = [into, kv, row, ops.constant([number], DType.int64, kv.device)]
+            ops.inplace_custom("maxwhisper.rough_keys", kv.device, values, [])
         return []
 
     inputs: dict[str, TensorType | BufferType] = {"into": draft_inputs(dims, policy)[1].as_buffer()}
@@ -181,23 +182,20 @@ def speculation_program(dims: ModelDimensions, policy: Policy) -> Program:
     ) -> Sequence[TensorValue]:
         others, draft = others[: -len(types)], Draft(*others[-len(types) :])
         rules, (sources, *kv), caches = others[:n_rule], others[n_rule : -n_own - 2], others[-n_own - 2 : -2]
-        fewest = ops.constant(WORTH_GUESSING, DType.int64, lengths.device)
 
-        def guess_and_check(*state: TensorValue) -> list[TensorValue]:
-            _, credit, before, totals, *_ = state
-            tokens, offsets = guess(decoder, draft, texts, before, rules, sources, *others[-2:]), before - 1
-            logits, *new = decoder.steps(decoder.embed(tokens, offsets), offsets, kv, sources)
+        def guess_and_check(
+            credit: TensorValue, before: TensorValue, totals: TensorValue, *_: Any
+        ) -> list[TensorValue]:
+            tokens = guess(decoder, draft, texts, before, rules, sources, *others[-2:])
+            x, offsets = embed_next(decoder, tokens, before)
+            logits, *new = decoder.steps(x, offsets, kv, sources)
             append(caches, new, offsets)
-            candidates, logprobs, _, totals, lengths, left = likeliest(logits, texts, before, ends, totals, *rules)
-            given = lengths - before
-            credit += ops.sum(ops.where(given > 0, given - fewest, 0), axis=0).reshape(())
-            left = ops.where(credit >= 0, left.reshape(()), 0)
-            return [left, credit, lengths, totals, candidates, logprobs]
+            candidates, logprobs, _, *after = likeliest(logits, texts, before, ends, totals, *rules)
+            totals, lengths, left = after
+            return [*goes_on(left, credit, before, lengths, WORTH_GUESSING), lengths, totals, candidates, logprobs]
 
-        shape = (lengths.shape[0], rules[-1].shape[0])
-        nothing = [ops.constant(0, dtype, lengths.device).broadcast_to(shape) for dtype in (DType.int64, DType.float32)]
-        start = [fewest, fewest, lengths, totals, *nothing]
-        _, _, lengths, totals, *found = ops.while_loop(start, lambda left, *_: left >= fewest, guess_and_check)
+        start = [lengths, totals, *nothing_found(lengths, rules[-1])]
+        lengths, totals, *found = rounds(WORTH_GUESSING, start, guess_and_check)
         return [*found, totals, lengths]
 
     inputs = picking_inputs(dims, policy)

@@ -4,18 +4,17 @@ from max.algorithm import sync_parallelize
 from max.gpu.host import DeviceContext
 from max.runtime.asyncrt import parallelism_level
 from std.math import ceildiv
-from std.memory import bitcast
-from std.utils.numerics import min_or_neg_inf
 
 import extensibility
-from extensibility import InputTensor, OutputTensor, _MutableInputTensor
+from extensibility import InputTensor, ManagedTensorSlice, OutputTensor, _MutableInputTensor
 
 from .linear import row_size
+from .pointers import Numbers, Stored, numbers, stored
+from .softmax import exponentials
 from .tiles import WIDTH
 
 comptime QUERIES = 4  # at a time, or else one: their sums fit the registers
 comptime KEYS = 64  # added up at a time: a sum of sums rounds less than one long sum
-comptime AT_ONCE = 8  # vectors of scores, so that exponentials do not wait for one another
 comptime TASK = 1 << 17  # numbers in keys and values that are worth a task of their own
 
 
@@ -96,7 +95,7 @@ def scale[n_channel: Int]() -> Float32:
     return Float32(Float64(n_channel) ** -0.5)
 
 
-@always_inline
+@no_inline
 def score[
     n_channel: Int, queries: Int
 ](q: Pointer[Float32, _], n_state: Int, keys: Some[Keys], scores: Pointer[mut=True, Float32, _], n_key: Int):
@@ -116,85 +115,7 @@ def score[
             scores[unsafe_offset=i * n_key + key] = sums[i].reduce_add() * scale[n_channel]()
 
 
-@always_inline
-def greatest(numbers: Pointer[Float32, _], n: Int) -> Float32:
-    """Returns the greatest of some numbers; a NaN is passed over."""
-    # By comparing, not by `max`, which minds a NaN and takes several times as long for it.
-    comptime together = AT_ONCE * WIDTH
-    var highest = Array[SIMD[DType.float32, WIDTH], AT_ONCE](fill=min_or_neg_inf[DType.float32]())
-    if n >= together:
-        for first in range(0, n, together):
-            var at = min(first, n - together)  # the last ones with some of those before
-            comptime for i in range(AT_ONCE):
-                var some = numbers.unsafe_load[width=WIDTH](at + i * WIDTH)
-                highest[i] = some.gt(highest[i]).select(some, highest[i])
-    comptime for i in range(1, AT_ONCE):
-        highest[0] = highest[i].gt(highest[0]).select(highest[i], highest[0])
-    var found = highest[0].reduce_max()
-    if n < together:
-        for i in range(n):
-            found = max(found, numbers[unsafe_offset=i])
-    return found
-
-
-@always_inline
-def exponential(x: SIMD[DType.float32, WIDTH]) -> SIMD[DType.float32, WIDTH]:
-    """Returns the exponentials of numbers up to 0, and of NaN NaN, where MAX's gives a number."""
-    comptime LOG2E = Float32(1.44269504)
-    comptime ROUND = Float32(3 << 22)  # numbers of this size have no fraction, and their last bits count by one
-    # 2^(k + rest), the rest between -0.5 and 0.5, and k from -127 on, the power of which comes out as 0.
-    var above = x.lt(-88).select(SIMD[DType.float32, WIDTH](-88), x)
-    var k = above.fma(LOG2E, ROUND)
-    var rest = above.fma(LOG2E, ROUND - k)
-    # Fitted for the least relative error, 2e-9.
-    var power = rest.fma(1.5353362e-4, 1.3398875e-3)
-    power = power.fma(rest, 9.61843692e-3)
-    power = power.fma(rest, 5.55033237e-2)
-    power = power.fma(rest, 0.240226477)
-    power = power.fma(rest, 0.693147182)
-    power = power.fma(rest, 1)
-    return power * bitcast[DType.float32, WIDTH]((bitcast[DType.uint32, WIDTH](k) + 127) << 23)
-
-
-@always_inline
-def exponentials[
-    dtype: DType
-](scores: Pointer[Float32, _], weights: Pointer[mut=True, Scalar[dtype], _], n_key: Int) -> Float32:
-    """Writes softmax's weights before they are divided by their sum, which it returns."""
-    var highest = greatest(scores, n_key)
-    var sums = Array[SIMD[DType.float32, WIDTH], AT_ONCE](fill=0)
-
-    @always_inline
-    @__parameter
-    def write[vectors: Int](key: Int):
-        var some = Array[SIMD[DType.float32, WIDTH], vectors](fill=0)
-        comptime for i in range(vectors):
-            some[i] = exponential(scores.unsafe_load[width=WIDTH](key + i * WIDTH) - highest)
-        comptime for i in range(vectors):
-            weights.unsafe_store(key + i * WIDTH, some[i].cast[dtype]())
-            sums[i] += some[i]
-
-    var key = 0
-    while key + AT_ONCE * WIDTH <= n_key:
-        write[AT_ONCE](key)
-        key += AT_ONCE * WIDTH
-    while key + WIDTH <= n_key:
-        write[1](key)
-        key += WIDTH
-    comptime for i in range(1, AT_ONCE):
-        sums[0] += sums[i]
-    var total = sums[0].reduce_add()
-    var last = SIMD[DType.float32, WIDTH](highest)
-    for rest in range(key, n_key):
-        last[rest - key] = scores[unsafe_offset=rest]
-    last = exponential(last - highest)
-    for rest in range(key, n_key):
-        weights[unsafe_offset=rest] = last[rest - key].cast[dtype]()
-        total += last[rest - key]
-    return total
-
-
-@always_inline
+@no_inline
 def add_weighted[
     n_channel: Int, queries: Int
 ](
@@ -311,6 +232,101 @@ def share_of(n_head: Int, n_key: Int, n_channel: Int) -> Int:
     return ceildiv(n_head, n_task)
 
 
+@fieldwise_init
+struct AttentionSizes(TrivialRegisterPassable):
+    """Of the queries of some texts, and of the keys that they attend to, in rows that consecutive texts share."""
+
+    var n_text: Int
+    var n_query: Int
+    var n_state: Int
+    var n_row: Int
+    var n_head: Int
+    var n_key: Int
+
+    @always_inline
+    @staticmethod
+    def of(q: ManagedTensorSlice[rank=3, ...], k: ManagedTensorSlice[rank=4, ...]) -> Self:
+        """Of q (text, query, state) and k (row, head, key, channel)."""
+        return Self(q.dim_size(0), q.dim_size(1), q.dim_size(2), k.dim_size(0), k.dim_size(1), k.dim_size(2))
+
+
+@no_inline
+def attend_to_windows[
+    n_channel: Int, dtype: DType
+](y: Numbers, q: Numbers, k: Stored[dtype], v: Stored[dtype], sizes: AttentionSizes) raises:
+    """The attention of one query per text."""
+    comptime assert n_channel % WIDTH == 0, "channels must fill vectors"
+    var n_query = sizes.n_text // sizes.n_row
+    var n_key, n_state = sizes.n_key, sizes.n_state
+    var n_pair = sizes.n_row * sizes.n_head
+    var share = share_of(n_pair, n_pair * n_key, n_channel)
+
+    def task(number: Int) raises {imm}:
+        var scores = List[Float32](length=QUERIES * n_key, fill=0)
+        var weights = List[Float32](length=QUERIES * n_key, fill=0)
+        for head in range(number * share, min((number + 1) * share, n_pair)):
+            var at = head // sizes.n_head * n_query * n_state + head % sizes.n_head * n_channel
+            attend_to_window[n_channel](
+                y.unsafe_offset(at),
+                q.unsafe_offset(at),
+                n_query,
+                n_state,
+                Rows(k.unsafe_offset(head * n_key * n_channel), n_key),
+                Rows(v.unsafe_offset(head * n_key * n_channel), n_key),
+                scores.unsafe_ptr(),
+                weights.unsafe_ptr(),
+            )
+
+    sync_parallelize(task, ceildiv(n_pair, share))
+
+
+@no_inline
+def attend_to_texts[
+    n_channel: Int, dtype: DType, new_dtype: DType
+](
+    y: Numbers,
+    q: Numbers,
+    k: Stored[dtype],
+    v: Stored[dtype],
+    lengths: Stored[DType.int64],
+    sources: Stored[DType.int64],
+    k_new: Stored[new_dtype],
+    v_new: Stored[new_dtype],
+    sizes: AttentionSizes,
+) raises:
+    """The attention of one query per text over a cache, with a place for each key, and one new key."""
+    comptime assert n_channel % WIDTH == 0, "channels must fill vectors"
+    var n_head, n_place = sizes.n_head, sizes.n_key
+    var n_pair = sizes.n_text * n_head
+    var cache_row = n_head * n_place * n_channel
+    var n_key, longest = 0, 0
+    for text in range(sizes.n_text):
+        n_key += n_head * (Int(lengths[unsafe_offset=text]) + 1)
+        longest = max(longest, Int(lengths[unsafe_offset=text]) + 1)
+    var share = share_of(n_pair, n_key, n_channel)
+
+    def task(number: Int) raises {imm}:
+        var scores = List[Float32](length=longest, fill=0)
+        var weights = List[Float32](length=longest, fill=0)
+        for each in range(number * share, min((number + 1) * share, n_pair)):
+            var text, head = divmod(each, n_head)
+            var at = head * n_place * n_channel
+            var length = Int(lengths[unsafe_offset=text])
+            var its_sources = sources.unsafe_offset(text * n_place)
+            attend_to_text[n_channel](
+                y.unsafe_offset(each * n_channel),
+                q.unsafe_offset(each * n_channel),
+                ScatteredRows(k.unsafe_offset(at), length, its_sources, cache_row),
+                ScatteredRows(v.unsafe_offset(at), length, its_sources, cache_row),
+                k_new.unsafe_offset(each * n_channel),
+                v_new.unsafe_offset(each * n_channel),
+                scores.unsafe_ptr(),
+                weights.unsafe_ptr(),
+            )
+
+    sync_parallelize(task, ceildiv(n_pair, share))
+
+
 @extensibility.register("maxwhisper.attention")
 struct Attention:
     """Computes softmax(q @ k.T / sqrt(n_channel)) @ v for one query per text.
@@ -326,34 +342,11 @@ struct Attention:
         y: OutputTensor[dtype=DType.float32, rank=3, ...],
         q: InputTensor[dtype=DType.float32, rank=3, ...],
         k: InputTensor[rank=4, ...],
-        v: InputTensor[rank=4, ...],
+        v: InputTensor[dtype=k.dtype, rank=4, ...],
         ctx: DeviceContext,
     ) raises:
-        comptime assert n_channel % WIDTH == 0, "channels must fill vectors"
-        var n_row, n_head, n_key = k.dim_size(0), k.dim_size(1), k.dim_size(2)
-        var n_query = q.dim_size(0) // n_row
-        var n_state = q.dim_size(2)
-        var qs, ys = q.unsafe_ptr(), y.unsafe_ptr()
-        var ks, vs = k.unsafe_ptr(), v.unsafe_ptr()
-        var share = share_of(n_row * n_head, n_row * n_head * n_key, n_channel)
-
-        def task(number: Int) raises {imm}:
-            var scores = List[Float32](length=QUERIES * n_key, fill=0)
-            var weights = List[Float32](length=QUERIES * n_key, fill=0)
-            for head in range(number * share, min((number + 1) * share, n_row * n_head)):
-                var at = head // n_head * n_query * n_state + head % n_head * n_channel
-                attend_to_window[n_channel](
-                    ys.unsafe_offset(at),
-                    qs.unsafe_offset(at),
-                    n_query,
-                    n_state,
-                    Rows(ks.unsafe_offset(head * n_key * n_channel), n_key),
-                    Rows(vs.unsafe_offset(head * n_key * n_channel), n_key),
-                    scores.unsafe_ptr(),
-                    weights.unsafe_ptr(),
-                )
-
-        sync_parallelize(task, ceildiv(n_row * n_head, share))
+        var ks, vs = stored[k.dtype](k), stored[k.dtype](v)
+        attend_to_windows[n_channel](numbers(y), numbers(q), ks, vs, AttentionSizes.of(q, k))
 
 
 @extensibility.register("maxwhisper.cached_attention")
@@ -380,39 +373,17 @@ struct CachedAttention:
         v_new: InputTensor[dtype=k_new.dtype, rank=4, ...],
         ctx: DeviceContext,
     ) raises:
-        comptime assert n_channel % WIDTH == 0, "channels must fill vectors"
-        var n_text, n_head, n_place = q.dim_size(0), k.dim_size(1), k.dim_size(2)
-        var qs, ys = q.unsafe_ptr(), y.unsafe_ptr()
-        var ks, vs = k.unsafe_ptr(), v.unsafe_ptr()
-        var ks_new, vs_new = k_new.unsafe_ptr(), v_new.unsafe_ptr()
-        var lengths, all_sources = n_past.unsafe_ptr(), sources.unsafe_ptr()
-        var cache_row = n_head * n_place * n_channel
-        var n_key, longest = 0, 0
-        for text in range(n_text):
-            n_key += n_head * (Int(lengths[unsafe_offset=text]) + 1)
-            longest = max(longest, Int(lengths[unsafe_offset=text]) + 1)
-        var share = share_of(n_text * n_head, n_key, n_channel)
-
-        def task(number: Int) raises {imm}:
-            var scores = List[Float32](length=longest, fill=0)
-            var weights = List[Float32](length=longest, fill=0)
-            for each in range(number * share, min((number + 1) * share, n_text * n_head)):
-                var text, head = divmod(each, n_head)
-                var at = head * n_place * n_channel
-                var length = Int(lengths[unsafe_offset=text])
-                var its_sources = all_sources.unsafe_offset(text * n_place)
-                attend_to_text[n_channel](
-                    ys.unsafe_offset(each * n_channel),
-                    qs.unsafe_offset(each * n_channel),
-                    ScatteredRows(ks.unsafe_offset(at), length, its_sources, cache_row),
-                    ScatteredRows(vs.unsafe_offset(at), length, its_sources, cache_row),
-                    ks_new.unsafe_offset(each * n_channel),
-                    vs_new.unsafe_offset(each * n_channel),
-                    scores.unsafe_ptr(),
-                    weights.unsafe_ptr(),
-                )
-
-        sync_parallelize(task, ceildiv(n_text * n_head, share))
+        attend_to_texts[n_channel](
+            numbers(y),
+            numbers(q),
+            stored[k.dtype](k),
+            stored[k.dtype](v),
+            stored[DType.int64](n_past),
+            stored[DType.int64](sources),
+            stored[k_new.dtype](k_new),
+            stored[k_new.dtype](v_new),
+            AttentionSizes.of(q, k),
+        )
 
 
 @extensibility.register("maxwhisper.append")

@@ -13,6 +13,7 @@ from std.utils.index import IndexList
 import extensibility
 from extensibility import InputTensor, _FusedOutputTensor
 
+from .pointers import Stored, stored
 from .team import even_shares
 from .tiles import PANEL, ROWS, VECTORS, WIDTH, long_tile, place, side_by_side
 
@@ -20,7 +21,7 @@ comptime BLOCK = 2 * WIDTH  # channels of a row that are copied at a time: a lin
 comptime CHUNK = 128  # rows of the input that are worth another copy of a panel
 
 
-@always_inline
+@no_inline
 def pack[
     taps: Int, dtype: DType, stored: DType
 ](panel: Pointer[mut=True, Scalar[dtype], _], weights: Pointer[Scalar[stored], _], n_weight: Int, n_in: Int):
@@ -42,6 +43,37 @@ def pack[
             for j in range(n_weight):
                 var w = weights[unsafe_offset=(j * n_in + c) * taps + tap].cast[dtype]()
                 panel[unsafe_offset=place[dtype](tap * n_in + c, j, PANEL)] = w
+
+
+@no_inline
+def some_rows[
+    dtype: DType
+](
+    into: Pointer[mut=True, Float32, _],
+    x: Stored[dtype],
+    apart: Int,
+    n_row: Int,
+    panel: Pointer[Scalar[dtype], _],
+    n_term: Int,
+) -> Int:
+    """Writes the products (row, PANEL) of the next rows of x, `apart` numbers apart, ROWS or else one, with a panel of
+    weights, and returns of how many rows."""
+
+    @always_inline
+    @__parameter
+    def block[rows: Int]():
+        var offsets = Array[Int, rows](fill=0)
+        comptime for r in range(rows):
+            offsets[r] = r * apart
+        var values = long_tile[dtype, rows, VECTORS](x, offsets, panel, n_term, PANEL)
+        comptime for i in range(rows * VECTORS):
+            into.unsafe_store(i * WIDTH, values[i])
+
+    if n_row < ROWS:
+        block[1]()
+        return 1
+    block[ROWS]()
+    return ROWS
 
 
 @extensibility.register("maxwhisper.convolution")
@@ -70,26 +102,11 @@ struct Convolution:
             raise Error("maxwhisper.convolution: outputs must fill vectors")
         if n_in % side_by_side[dtype]() != 0:
             raise Error("maxwhisper.convolution: inputs must fill pairs")
-        var xs = x.unsafe_ptr()
-        var weights = weight.unsafe_ptr()
+        var xs, weights = stored[dtype](x), stored[weight.dtype](weight)
         var n_panel = ceildiv(n_out, PANEL)
         # Each copies its panel anew.
         var n_chunk = even_shares(n_panel, n_y // CHUNK)
         var share = align_up(ceildiv(n_y, n_chunk), ROWS)
-
-        @always_inline
-        @__parameter
-        def block[rows: Int](window: Int, row: Int, column: Int, panel: Pointer[Scalar[dtype], _]):
-            var offsets = Array[Int, rows](fill=0)
-            comptime for r in range(rows):
-                offsets[r] = (window * n_frame + (row + r) * stride) * n_in
-            var values = long_tile[dtype, rows, VECTORS](xs, offsets, panel, n_term, PANEL)
-            comptime for r in range(rows):
-                comptime for v in range(VECTORS):
-                    if column + v * WIDTH < n_out:
-                        y._lambda_store[width=WIDTH](
-                            IndexList[3](window, row + r, column + v * WIDTH), values[r * VECTORS + v]
-                        )
 
         def task(number: Int) raises {imm}:
             var column = number % n_panel * PANEL
@@ -98,12 +115,18 @@ struct Convolution:
             var panel = List[Scalar[dtype]](unsafe_uninit_length=n_term * PANEL)
             var n_weight = min(PANEL, n_out - column)
             pack[taps](panel.unsafe_ptr(), weights.unsafe_offset(column * n_term), n_weight, n_in)
+            var values = Array[Float32, ROWS * PANEL](fill=0)
             for window in range(x.dim_size(0)):
                 var row = first
-                while row + ROWS <= end:
-                    block[ROWS](window, row, column, panel.unsafe_ptr())
-                    row += ROWS
-                for rest in range(row, end):
-                    block[1](window, rest, column, panel.unsafe_ptr())
+                while row < end:
+                    var rows = xs.unsafe_offset((window * n_frame + row * stride) * n_in)
+                    var n_done = some_rows(
+                        values.unsafe_ptr(), rows, stride * n_in, end - row, panel.unsafe_ptr(), n_term
+                    )
+                    for r in range(n_done):
+                        for c in range(0, n_weight, WIDTH):
+                            var some = values.unsafe_ptr().unsafe_load[width=WIDTH](r * PANEL + c)
+                            y._lambda_store[width=WIDTH](IndexList[3](window, row + r, column + c), some)
+                    row += n_done
 
         sync_parallelize(task, n_panel * ceildiv(n_y, share))

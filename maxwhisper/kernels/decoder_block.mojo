@@ -3,34 +3,20 @@
 from max.algorithm import sync_parallelize
 from max.gpu.host import DeviceContext
 from max.runtime.asyncrt import parallelism_level
-from std.math import align_up, ceildiv, erf, sqrt
+from std.math import align_up, ceildiv, erf
 
 import extensibility
-from extensibility import InputTensor, ManagedTensorSlice, OutputTensor
+from extensibility import InputTensor, OutputTensor
 
 from .attention import QUERIES, ContinuedRows, Rows, ScatteredRows, attend_to_text, attend_to_window
+from .layer_norm import normalise
 from .linear import COLUMNS, multiply, row_size
+from .pointers import Numbers, Stored, numbers, stored, untracked
 from .team import COUNTERS, phase
 from .tiles import WIDTH
 
-comptime EPSILON = 1e-5  # of a layer norm
 comptime PIECES = 4  # of a product for every thread, so that they end at the same time
 comptime N_PHASE = 11
-
-comptime Untracked = UntrackedOrigin[mut=True]
-comptime Stored[dtype: DType] = Pointer[Scalar[dtype], Untracked]
-comptime Numbers = Stored[DType.float32]
-
-
-@always_inline
-def stored[dtype: DType](tensor: ManagedTensorSlice) -> Stored[dtype]:
-    """What a tensor holds, as numbers of that many bytes; threads write and read it in turn."""
-    return rebind[Stored[dtype]](tensor.unsafe_ptr().unsafe_origin_cast[Untracked]())
-
-
-@always_inline
-def numbers(tensor: ManagedTensorSlice) -> Numbers:
-    return stored[DType.float32](tensor)
 
 
 @fieldwise_init
@@ -118,35 +104,47 @@ def gelu[width: Int](x: SIMD[DType.float32, width]) -> SIMD[DType.float32, width
     return 0.5 * x * (1 + erf(x * Float32(0.5**0.5)))
 
 
-def normalise(
-    y: Pointer[mut=True, Float32, _],
-    x: Pointer[Float32, _],
-    weight: Pointer[Float32, _],
-    bias: Pointer[Float32, _],
-    number: Int,
+@no_inline
+def project[
+    dtype: DType
+](
+    into: Numbers,
+    of: Numbers,
+    weight: Stored[dtype],
+    bias: Optional[Numbers],
+    n_row: Int,
+    n_in: Int,
+    n_out: Int,
+    first: Int,
+    share: Int,
+    sum: Optional[Numbers] = None,
+    to: Optional[Numbers] = None,
+    active: Optional[Numbers] = None,
 ):
-    """Layer norm of one row of numbers; they fill vectors."""
-    var total = SIMD[DType.float32, WIDTH](0)
-    for i in range(0, number, WIDTH):
-        total += x.unsafe_load[width=WIDTH](i)
-    var mean = total.reduce_add() / Float32(number)
-    var squares = SIMD[DType.float32, WIDTH](0)
-    for i in range(0, number, WIDTH):
-        var centred = x.unsafe_load[width=WIDTH](i) - mean
-        squares = centred.fma(centred, squares)
-    var deviation = sqrt(squares.reduce_add() / Float32(number) + EPSILON)
-    for i in range(0, number, WIDTH):
-        var normed = (x.unsafe_load[width=WIDTH](i) - mean) / deviation
-        y.unsafe_store(i, normed.fma(weight.unsafe_load[width=WIDTH](i), bias.unsafe_load[width=WIDTH](i)))
+    """At most `share` columns of a linear layer, from the first on; also what they give with `to`, as `sum`, and with
+    GELU, as `active`, where there is such."""
+
+    @always_inline
+    @__parameter
+    def put[width: Int](row: Int, column: Int, products: SIMD[DType.float32, width]):
+        var at = row * n_out + column
+        var y = products + bias.value().unsafe_load[width=width](column) if bias else products
+        into.unsafe_store(at, y)
+        if sum:
+            sum.value().unsafe_store(at, to.value().unsafe_load[width=width](at) + y)
+        if active:
+            active.value().unsafe_store(at, gelu(y))
+
+    multiply[put](of, weight, n_row, n_in, first, min(first + share, n_out))
 
 
-@always_inline
+@no_inline
 def compute_layer[
     n_channel: Int, dtype: DType, cached: DType, crossed: DType
 ](
-    counters: Pointer[mut=True, Int64, _],
-    scores: Pointer[mut=True, Float32, _],
-    weights: Pointer[mut=True, Float32, _],
+    counters: Stored[DType.int64],
+    scores: Numbers,
+    weights: Numbers,
     sizes: Sizes,
     its: Weights[dtype],
     context: Context[cached, crossed],
@@ -176,20 +174,6 @@ def compute_layer[
 
     @always_inline
     @__parameter
-    def project(piece: Int, into: Numbers, of: Numbers, weight: Stored[dtype], bias: Optional[Numbers]):
-        """Some columns of a linear layer from state to state."""
-
-        @always_inline
-        @__parameter
-        def put[width: Int](row: Int, column: Int, products: SIMD[DType.float32, width]):
-            var sum = products + bias.value().unsafe_load[width=width](column) if bias else products
-            into.unsafe_store(row * n_state + column, sum)
-
-        var first, end = piece * share, min((piece + 1) * share, n_state)
-        multiply[put](of, weight, n_row, n_state, first, end)
-
-    @always_inline
-    @__parameter
     def project_and_add[
         number: Int
     ](into: Numbers, sum: Numbers, to: Numbers, of: Numbers, weight: Stored[dtype], bias: Numbers, n_in: Int):
@@ -197,17 +181,8 @@ def compute_layer[
 
         @always_inline
         @__parameter
-        def put[width: Int](row: Int, column: Int, products: SIMD[DType.float32, width]):
-            var at = row * n_state + column
-            var update = products + bias.unsafe_load[width=width](column)
-            into.unsafe_store(at, update)
-            sum.unsafe_store(at, to.unsafe_load[width=width](at) + update)
-
-        @always_inline
-        @__parameter
         def some(piece: Int):
-            var first, end = piece * share, min((piece + 1) * share, n_state)
-            multiply[put](of, weight, n_row, n_in, first, end)
+            project(into, of, weight, bias, n_row, n_in, n_state, piece * share, share, sum=sum, to=to)
 
         phase[some](counters, number, n_piece)
 
@@ -215,12 +190,12 @@ def compute_layer[
     @__parameter
     def query_key_value(piece: Int):
         var matrix, part = divmod(piece, n_piece)
-        if matrix == 0:
-            project(part, values.query, values.attn_ln, its.query_weight, its.query_bias)
-        elif matrix == 1:
-            project(part, values.key, values.attn_ln, its.key_weight, None)
-        else:
-            project(part, values.value, values.attn_ln, its.value_weight, its.value_bias)
+        var into, weight, bias = values.query, its.query_weight, Optional(its.query_bias)
+        if matrix == 1:
+            into, weight, bias = values.key, its.key_weight, None
+        elif matrix == 2:
+            into, weight, bias = values.value, its.value_weight, Optional(its.value_bias)
+        project(into, values.attn_ln, weight, bias, n_row, n_state, n_state, part * share, share)
 
     @always_inline
     @__parameter
@@ -258,7 +233,10 @@ def compute_layer[
     @always_inline
     @__parameter
     def cross_query_columns(piece: Int):
-        project(piece, values.cross_query, values.cross_attn_ln, its.cross_query_weight, its.cross_query_bias)
+        var weight, bias = its.cross_query_weight, its.cross_query_bias
+        project(
+            values.cross_query, values.cross_attn_ln, weight, bias, n_row, n_state, n_state, piece * share, share
+        )
 
     @always_inline
     @__parameter
@@ -281,16 +259,11 @@ def compute_layer[
     @always_inline
     @__parameter
     def hidden_columns(piece: Int):
-        @always_inline
-        @__parameter
-        def put[width: Int](row: Int, column: Int, products: SIMD[DType.float32, width]):
-            var at = row * sizes.n_hidden + column
-            var sum = products + its.hidden_bias.unsafe_load[width=width](column)
-            values.hidden.unsafe_store(at, sum)
-            values.active.unsafe_store(at, gelu(sum))
-
-        var first, end = piece * hidden_share, min((piece + 1) * hidden_share, sizes.n_hidden)
-        multiply[put](values.mlp_ln, its.hidden_weight, n_row, n_state, first, end)
+        var into, weight, first = values.hidden, its.hidden_weight, piece * hidden_share
+        var bias, active = its.hidden_bias, values.active
+        project(
+            into, values.mlp_ln, weight, bias, n_row, n_state, sizes.n_hidden, first, hidden_share, active=active
+        )
 
     norm[0](values.attn_ln, values.x, its.attn_ln_weight, its.attn_ln_bias)
     phase[query_key_value](counters, 1, 3 * n_piece)
@@ -315,6 +288,28 @@ def compute_layer[
     project_and_add[10](
         values.mlp, values.y, values.cross_attn_sum, values.active, its.mlp_weight, its.mlp_bias, sizes.n_hidden
     )
+
+
+@no_inline
+def run_layer[
+    n_channel: Int, dtype: DType, cached: DType, crossed: DType
+](sizes: Sizes, its: Weights[dtype], context: Context[cached, crossed], values: Values) raises:
+    """Computes a layer, with as many threads as there are."""
+    var n_key = sizes.n_audio_ctx * QUERIES
+    for text in range(sizes.n_text):
+        n_key = max(n_key, Int(context.lengths[unsafe_offset=text]) + sizes.n_token)
+    var phases = List[Int64](length=N_PHASE * COUNTERS, fill=0)
+    var counters = untracked(phases)
+
+    def member(number: Int) raises {imm}:
+        var scores = List[Float32](length=n_key, fill=0)
+        var weights = List[Float32](length=n_key, fill=0)
+        compute_layer[n_channel](counters, untracked(scores), untracked(weights), sizes, its, context, values)
+        _ = scores^  # which nothing else says are still used
+        _ = weights^
+
+    sync_parallelize(member, sizes.n_thread)
+    _ = phases^  # which nothing else says is still used
 
 
 @extensibility.register("maxwhisper.decoder_block")
@@ -445,18 +440,4 @@ struct DecoderBlock:
             cross_attn_sum=numbers(cross_attn_sum),
             n_before=0,
         )
-        var n_key = sizes.n_audio_ctx * QUERIES
-        for text in range(sizes.n_text):
-            n_key = max(n_key, Int(context.lengths[unsafe_offset=text]) + sizes.n_token)
-        var phases = List[Int64](length=N_PHASE * COUNTERS, fill=0)
-        var counters = phases.unsafe_ptr().as_unsafe_any_origin()
-
-        def member(number: Int) raises {imm}:
-            var scores = List[Float32](length=n_key, fill=0)
-            var weights = List[Float32](length=n_key, fill=0)
-            compute_layer[n_channel](
-                counters, scores.unsafe_ptr(), weights.unsafe_ptr(), sizes, its, context, values
-            )
-
-        sync_parallelize(member, sizes.n_thread)
-        _ = phases^  # which nothing else says is still used
+        run_layer[n_channel](sizes, its, context, values)

@@ -6,73 +6,25 @@ All guesses share one start of threads. Nothing that the draft computes is kept.
 from max.algorithm import sync_parallelize
 from max.gpu.host import DeviceContext
 from max.runtime.asyncrt import parallelism_level
-from std.math import align_up, ceildiv, round
-from std.memory import bitcast
-from std.sys import llvm_intrinsic
-from std.sys.info import CompilationTarget
-from std.utils.numerics import isfinite
+from std.math import align_up, ceildiv
 
 import extensibility
 from extensibility import InputTensor, OutputTensor, _MutableInputTensor
 
 from .attention import QUERIES
-from .decoder_block import N_PHASE, Context, Numbers, Sizes, Stored, Untracked, Values, Weights
-from .decoder_block import compute_layer, normalise, numbers, stored
+from .decoder_block import N_PHASE, Context, Sizes, Values, Weights, compute_layer
+from .layer_norm import normalise
 from .linear import products, row_size
 from .pick import NEVER, LogSumExp, forbidden, permitted, write_best
+from .pointers import Numbers, Stored, numbers, stored, untracked
+from .rough import BYTES, Rounded, quantise, rough_logits
 from .team import COUNTERS, phase
 from .tiles import WIDTH
 
-comptime BYTES = 4 * WIDTH  # in a vector
-comptime INT8_MAX = 127
-comptime MIDDLE = 8  # stands for zero in four bits
 comptime SURE = 4  # tokens of a part, of text and of timestamps, whose logits are computed exactly
 comptime PARTS = 8  # of the logits, for every thread, so that they end at the same time
 comptime TEXTS = 4  # whose logits are computed from the same numbers, or else one
 comptime N_STEP = 4  # phases of a guess beside those of the layers
-
-comptime Bytes = SIMD[DType.uint8, BYTES]
-comptime Sums = SIMD[DType.int32, WIDTH]
-
-
-@always_inline
-def add_products(a: Bytes, b: SIMD[DType.int8, BYTES], sums: Sums) -> Sums:
-    """Adds four products to every sum; a is below 128."""
-    comptime if WIDTH == 16 and CompilationTarget._has_feature["avx512vnni"]():
-        return llvm_intrinsic["llvm.x86.avx512.vpdpbusd.512", Sums](sums, a, b)
-    var all = sums
-    var x, y = bitcast[DType.int32, WIDTH](a), bitcast[DType.int32, WIDTH](b)
-    comptime for i in range(4):
-        comptime up = Int32(24 - 8 * i)
-        all += ((x << up) >> 24) * ((y << up) >> 24)
-    return all
-
-
-def quantise(x: Pointer[Float32, _], into: Pointer[mut=True, Int8, _], number: Int) -> Float32:
-    """Writes numbers, which fill vectors, as multiples of a number between -127 and 127, and returns that; zeros where
-    they are not all finite."""
-    var highest = SIMD[DType.float32, WIDTH](0)
-    for i in range(0, number, WIDTH):
-        highest = max(highest, abs(x.unsafe_load[width=WIDTH](i)))
-    var greatest = highest.reduce_max()
-    if not (greatest > 0 and isfinite(INT8_MAX / greatest)):
-        for i in range(0, number, WIDTH):
-            into.unsafe_store(i, SIMD[DType.int8, WIDTH](0))
-        return 0
-    var factor = INT8_MAX / greatest
-    for i in range(0, number, WIDTH):
-        into.unsafe_store(i, round(x.unsafe_load[width=WIDTH](i) * factor).cast[DType.int8]())
-    return greatest / INT8_MAX
-
-
-@fieldwise_init
-struct Rounded(TrivialRegisterPassable):
-    """Numbers in int8: multiples of `unit`, `total` together."""
-
-    var numbers: Stored[DType.int8]
-    var unit: Float32
-    var total: Int32
-
 
 struct Room(Movable):
     """What the threads that guess share."""
@@ -104,39 +56,6 @@ struct Room(Movable):
         self.best_scores = List[Float32](length=n_text * n_part * 2, fill=NEVER)
         self.past = List[Int64](length=n_text, fill=0)
         self.phases = List[Int64](length=n_guess * (N_STEP + n_layer * N_PHASE) * COUNTERS, fill=0)
-
-
-def untracked[T: Copyable](mut list: List[T]) -> Pointer[T, Untracked]:
-    """Returns where a list's items are, as long as it lives."""
-    return list.unsafe_ptr().unsafe_origin_cast[Untracked]()
-
-
-@always_inline
-def rough_logits[
-    texts: Int
-](
-    logits: Pointer[mut=True, Float32, _], n_vocab: Int, row: Stored[DType.uint8], states: Pointer[Rounded, _], half: Int
-):
-    """Writes the products of a row in four bits a number with the states of some texts, nearly, n_vocab apart."""
-    var sums = Array[Sums, 2 * texts](fill=0)
-    var i = 0
-    while i + BYTES <= half:
-        var pairs = row.unsafe_load[width=BYTES](i)
-        var first, second = pairs & 15, pairs >> 4
-        comptime for text in range(texts):
-            var x = states[unsafe_offset=text].numbers
-            sums[2 * text] = add_products(first, x.unsafe_load[width=BYTES](i), sums[2 * text])
-            sums[2 * text + 1] = add_products(second, x.unsafe_load[width=BYTES](half + i), sums[2 * text + 1])
-        i += BYTES
-    var unit = row.unsafe_offset(half).unsafe_bitcast[Float32]()[unsafe_offset=0]
-    comptime for text in range(texts):
-        var x = states[unsafe_offset=text]
-        var sum = (sums[2 * text] + sums[2 * text + 1]).reduce_add() - MIDDLE * x.total
-        for rest in range(i, half):
-            var pair = row[unsafe_offset=rest]
-            sum += (pair & 15).cast[DType.int32]() * x.numbers[unsafe_offset=rest].cast[DType.int32]()
-            sum += (pair >> 4).cast[DType.int32]() * x.numbers[unsafe_offset=half + rest].cast[DType.int32]()
-        logits[unsafe_offset=text * n_vocab] = sum.cast[DType.float32]() * x.unit * unit
 
 
 def layer_weights(matrices: Stored[DType.int8], vectors: Numbers, n_state: Int, n_hidden: Int) -> Weights[DType.int8]:
@@ -196,6 +115,214 @@ def layer_values(room: Numbers, new: Numbers, sizes: Sizes, n_guess: Int, n_befo
     )
 
 
+@fieldwise_init
+struct Draft[cached: DType, embedded: DType](TrivialRegisterPassable):
+    """What maxwhisper.guess is given, and where it writes guesses."""
+
+    var guesses: Stored[DType.int64]
+    var texts: Stored[DType.int64]
+    var lengths: Stored[DType.int64]
+    var begins: Stored[DType.int64]
+    var suppressed: Stored[DType.uint8]
+    var limits: Stored[DType.int64]
+    var sources: Stored[DType.int64]
+    var cache: Stored[Self.cached]
+    var cross: Stored[DType.int8]
+    var matrices: Stored[DType.int8]
+    var vectors: Numbers
+    var rough_embedding: Stored[DType.uint8]
+    var token_embedding: Stored[Self.embedded]
+    var positional_embedding: Numbers
+    var ln_weight: Numbers
+    var ln_bias: Numbers
+    var n_guess: Int
+    var n_layer: Int
+    var n_vocab: Int
+    var n_text_place: Int
+    var n_position: Int
+    var n_row: Int
+    var n_cross_row: Int
+    var matrices_size: Int
+    var vectors_size: Int
+
+
+@no_inline
+def guess_tokens[
+    n_channel: Int, cached: DType, embedded: DType
+](its: Draft[cached, embedded], sizes: Sizes) raises:
+    """Guesses the next tokens of texts, with as many threads as there are."""
+    var n_text, n_state = sizes.n_text, sizes.n_state
+    var n_guess, n_layer, n_vocab = its.n_guess, its.n_layer, its.n_vocab
+    var cache_size = its.n_row * sizes.n_head * sizes.n_place * n_channel
+    var cross_size = its.n_cross_row * sizes.n_head * sizes.n_audio_ctx * row_size[DType.int8](n_channel)
+    var text_place = its.n_text_place
+    var all_texts, found, all_lengths = its.texts, its.guesses, its.lengths
+    var begin, end_of_text = Int(its.limits[unsafe_offset=0]), Int(its.limits[unsafe_offset=1])
+    var n_part = PARTS * sizes.n_thread
+    var part_size = ceildiv(n_vocab, n_part)
+
+    var kept = Room(sizes, n_layer, n_guess, n_vocab, n_part)
+    var room, new, all_logits = untracked(kept.layer), untracked(kept.new), untracked(kept.logits)
+    var normed = room.unsafe_offset(n_text * n_state)
+    var states, ranges = untracked(kept.state), untracked(kept.ranges)
+    var sums, counters, past = untracked(kept.sums), untracked(kept.phases), untracked(kept.past)
+    var best_tokens, best_scores = untracked(kept.best_tokens), untracked(kept.best_scores)
+    var longest = 0
+    for text in range(n_text):
+        var length = Int(all_lengths[unsafe_offset=text])
+        longest = max(longest, length)
+        past[unsafe_offset=text] = Int64(length - 1)
+        found[unsafe_offset=text * (1 + n_guess)] = all_texts[unsafe_offset=text * text_place + length - 1]
+    if longest + n_guess > min(text_place, its.n_position):
+        raise Error("maxwhisper.guess: a text has no place for as many tokens")
+
+    def member(number: Int) raises {imm}:
+        var n_key = max(sizes.n_audio_ctx * QUERIES, longest + n_guess)
+        var scores = List[Float32](length=n_key, fill=0)
+        var weights = List[Float32](length=n_key, fill=0)
+        for guess in range(n_guess):
+            var own = counters.unsafe_offset(guess * (N_STEP + n_layer * N_PHASE) * COUNTERS)
+
+            @always_inline
+            @__parameter
+            def embed(text: Int):
+                var place = Int(all_lengths[unsafe_offset=text]) + guess - 1
+                var token = Int(all_texts[unsafe_offset=text * text_place + place])
+                var row = its.token_embedding.unsafe_offset(token * n_state)
+                var at = its.positional_embedding.unsafe_offset(place * n_state)
+                for i in range(0, n_state, WIDTH):
+                    var values = row.unsafe_load[width=WIDTH](i).cast[DType.float32]()
+                    room.unsafe_store(text * n_state + i, values + at.unsafe_load[width=WIDTH](i))
+
+            @always_inline
+            @__parameter
+            def finish(text: Int):
+                var its_own = normed.unsafe_offset(text * n_state)
+                var x = room.unsafe_offset(text * n_state)
+                normalise(its_own, x, its.ln_weight, its.ln_bias, n_state)
+                var into = states[unsafe_offset=text].numbers
+                var unit = quantise(its_own, into, n_state)
+                var total = Int32(0)
+                for i in range(n_state):
+                    total += into[unsafe_offset=i].cast[DType.int32]()
+                states[unsafe_offset=text] = Rounded(into, unit, total)
+                var first = Int(its.begins[unsafe_offset=text])
+                var n_sampled = Int(all_lengths[unsafe_offset=text]) + guess - first
+                var sampled = all_texts.unsafe_offset(text * text_place + first)
+                var cannot = forbidden(sampled, n_sampled, begin, end_of_text, n_vocab)
+                for i in range(4):
+                    ranges[unsafe_offset=text * 4 + i] = cannot[i]
+
+            @always_inline
+            @__parameter
+            def find_best(text: Int, piece: Int, first: Int, last: Int):
+                """The likeliest of a part of the vocabulary, of text and of timestamps."""
+                var logits = all_logits.unsafe_offset(text * n_vocab)
+                var cannot = ranges.unsafe_offset(text * 4)
+                var token = first
+                while token + WIDTH <= last:
+                    logits.unsafe_store(token, permitted[WIDTH](token, logits, its.suppressed, cannot))
+                    token += WIDTH
+                for rest in range(token, last):
+                    logits[unsafe_offset=rest] = permitted[1](rest, logits, its.suppressed, cannot)
+                var middle = max(first, min(begin, last))
+                var its_own = text * n_part + piece
+                sums[unsafe_offset=its_own] = LogSumExp(logits.unsafe_offset(middle), last - middle)
+                for kind in range(2):
+                    var tokens = Array[Int64, SURE](fill=0)
+                    var highest = Array[Float32, SURE](fill=0)
+                    write_best(
+                        logits,
+                        middle if kind else first,
+                        last if kind else middle,
+                        SURE,
+                        tokens.unsafe_ptr(),
+                        highest.unsafe_ptr(),
+                    )
+                    var best, best_token = NEVER, Int64(0)
+                    for place in range(SURE):
+                        if highest[place] > NEVER:
+                            var exact = products[1](
+                                normed.unsafe_offset(text * n_state),
+                                its.token_embedding.unsafe_offset(Int(tokens[place]) * n_state),
+                                n_state,
+                            )[0]
+                            if exact > best:
+                                best, best_token = exact, tokens[place]
+                    best_scores[unsafe_offset=2 * its_own + kind] = best
+                    best_tokens[unsafe_offset=2 * its_own + kind] = best_token
+
+            @always_inline
+            @__parameter
+            def part(piece: Int):
+                var first, last = min(piece * part_size, n_vocab), min((piece + 1) * part_size, n_vocab)
+                var half = n_state // 2
+                for token in range(first, last):
+                    var row = its.rough_embedding.unsafe_offset(token * (half + 4))
+                    var logits = all_logits.unsafe_offset(token)
+                    var text = 0
+                    while text + TEXTS <= n_text:
+                        var some, into = states.unsafe_offset(text), logits.unsafe_offset(text * n_vocab)
+                        rough_logits[TEXTS](into, n_vocab, row, some, half)
+                        text += TEXTS
+                    for rest in range(text, n_text):
+                        var some, into = states.unsafe_offset(rest), logits.unsafe_offset(rest * n_vocab)
+                        rough_logits[1](into, n_vocab, row, some, half)
+                for text in range(n_text):
+                    find_best(text, piece, first, last)
+
+            @always_inline
+            @__parameter
+            def choose(text: Int):
+                var timestamps = LogSumExp()
+                var best = Array[Float32, 2](fill=NEVER)
+                var tokens = Array[Int64, 2](fill=0)
+                for each in range(text * n_part, (text + 1) * n_part):
+                    timestamps = timestamps.joined(sums[unsafe_offset=each])
+                    for kind in range(2):
+                        if best_scores[unsafe_offset=2 * each + kind] > best[kind]:
+                            best[kind] = best_scores[unsafe_offset=2 * each + kind]
+                            tokens[kind] = best_tokens[unsafe_offset=2 * each + kind]
+                var kind = 1 if timestamps.value() > best[0] or best[1] > best[0] else 0
+                var place = Int(all_lengths[unsafe_offset=text]) + guess
+                all_texts[unsafe_offset=text * text_place + place] = tokens[kind]
+                found[unsafe_offset=text * (1 + n_guess) + guess + 1] = tokens[kind]
+
+            phase[embed](own, 0, n_text)
+            for layer in range(n_layer):
+                compute_layer[n_channel](
+                    own.unsafe_offset((N_STEP + layer * N_PHASE) * COUNTERS),
+                    untracked(scores),
+                    untracked(weights),
+                    sizes,
+                    layer_weights(
+                        its.matrices.unsafe_offset(layer * its.matrices_size),
+                        its.vectors.unsafe_offset(layer * its.vectors_size),
+                        n_state,
+                        sizes.n_hidden,
+                    ),
+                    Context[cached, DType.int8](
+                        k=its.cache.unsafe_offset(2 * layer * cache_size),
+                        v=its.cache.unsafe_offset((2 * layer + 1) * cache_size),
+                        lengths=past,
+                        sources=its.sources,
+                        k_cross=its.cross.unsafe_offset(2 * layer * cross_size),
+                        v_cross=its.cross.unsafe_offset((2 * layer + 1) * cross_size),
+                    ),
+                    layer_values(
+                        room, new.unsafe_offset(layer * 2 * n_guess * n_text * n_state), sizes, n_guess, guess
+                    ),
+                )
+            phase[finish](own, 1, n_text)
+            phase[part](own, 2, n_part)
+            phase[choose](own, 3, n_text)
+        _ = scores^
+        _ = weights^
+
+    sync_parallelize(member, sizes.n_thread)
+    _ = kept^  # which nothing else says is still used
+
+
 @extensibility.register("maxwhisper.guess")
 struct Guess:
     """Guesses the next tokens of texts: each one the likeliest under the rules of maxwhisper.pick, as far as the draft
@@ -233,222 +360,43 @@ struct Guess:
         ln_bias: InputTensor[dtype=DType.float32, rank=1, ...],
         ctx: DeviceContext,
     ) raises:
-        var n_text, n_guess = guesses.dim_size(0), guesses.dim_size(1) - 1
-        var n_layer, n_vocab, n_state = matrices.dim_size(0), token_embedding.dim_size(0), token_embedding.dim_size(1)
+        var n_state = token_embedding.dim_size(1)
         var sizes = Sizes(
-            n_text=n_text,
+            n_text=guesses.dim_size(0),
             n_token=1,
             n_state=n_state,
             n_hidden=vectors.dim_size(1) - 12 * n_state,
             n_head=cache.dim_size(2),
             n_place=cache.dim_size(3),
-            n_audio=n_text,
+            n_audio=guesses.dim_size(0),
             n_audio_ctx=cross.dim_size(3),
             n_thread=parallelism_level(None),
         )
-        var cache_size = cache.dim_size(1) * sizes.n_head * sizes.n_place * n_channel
-        var cross_size = cross.dim_size(1) * sizes.n_head * sizes.n_audio_ctx * row_size[DType.int8](n_channel)
-        var text_place = texts.dim_size(1)
-        var all_texts, found = stored[DType.int64](texts), stored[DType.int64](guesses)
-        var all_lengths, first_sampled = stored[DType.int64](lengths), stored[DType.int64](begins)
-        var excluded = stored[DType.uint8](suppressed)
-        var begin = Int(limits.unsafe_ptr()[unsafe_offset=0])
-        var end_of_text = Int(limits.unsafe_ptr()[unsafe_offset=1])
-        var n_part = PARTS * sizes.n_thread
-        var part_size = ceildiv(n_vocab, n_part)
-
-        var kept = Room(sizes, n_layer, n_guess, n_vocab, n_part)
-        var room, new, all_logits = untracked(kept.layer), untracked(kept.new), untracked(kept.logits)
-        var normed = room.unsafe_offset(n_text * n_state)
-        var states, ranges = untracked(kept.state), untracked(kept.ranges)
-        var sums, counters, past = untracked(kept.sums), untracked(kept.phases), untracked(kept.past)
-        var best_tokens, best_scores = untracked(kept.best_tokens), untracked(kept.best_scores)
-        var longest = 0
-        for text in range(n_text):
-            var length = Int(all_lengths[unsafe_offset=text])
-            longest = max(longest, length)
-            past[unsafe_offset=text] = Int64(length - 1)
-            found[unsafe_offset=text * (1 + n_guess)] = all_texts[unsafe_offset=text * text_place + length - 1]
-        if longest + n_guess > min(text_place, positional_embedding.dim_size(0)):
-            raise Error("maxwhisper.guess: a text has no place for as many tokens")
-
-        def member(number: Int) raises {imm}:
-            var n_key = max(sizes.n_audio_ctx * QUERIES, longest + n_guess)
-            var scores = List[Float32](length=n_key, fill=0)
-            var weights = List[Float32](length=n_key, fill=0)
-            for guess in range(n_guess):
-                var own = counters.unsafe_offset(guess * (N_STEP + n_layer * N_PHASE) * COUNTERS)
-
-                @always_inline
-                @__parameter
-                def embed(text: Int):
-                    var place = Int(all_lengths[unsafe_offset=text]) + guess - 1
-                    var token = Int(all_texts[unsafe_offset=text * text_place + place])
-                    var row = token_embedding.unsafe_ptr().unsafe_offset(token * n_state)
-                    var at = numbers(positional_embedding).unsafe_offset(place * n_state)
-                    for i in range(0, n_state, WIDTH):
-                        var values = row.unsafe_load[width=WIDTH](i).cast[DType.float32]()
-                        room.unsafe_store(text * n_state + i, values + at.unsafe_load[width=WIDTH](i))
-
-                @always_inline
-                @__parameter
-                def finish(text: Int):
-                    var its_own = normed.unsafe_offset(text * n_state)
-                    var x = room.unsafe_offset(text * n_state)
-                    normalise(its_own, x, numbers(ln_weight), numbers(ln_bias), n_state)
-                    var into = states[unsafe_offset=text].numbers
-                    var unit = quantise(its_own, into, n_state)
-                    var total = Int32(0)
-                    for i in range(n_state):
-                        total += into[unsafe_offset=i].cast[DType.int32]()
-                    states[unsafe_offset=text] = Rounded(into, unit, total)
-                    var first = Int(first_sampled[unsafe_offset=text])
-                    var n_sampled = Int(all_lengths[unsafe_offset=text]) + guess - first
-                    var sampled = all_texts.unsafe_offset(text * text_place + first)
-                    var cannot = forbidden(sampled, n_sampled, begin, end_of_text, n_vocab)
-                    for i in range(4):
-                        ranges[unsafe_offset=text * 4 + i] = cannot[i]
-
-                @always_inline
-                @__parameter
-                def find_best(text: Int, piece: Int, first: Int, last: Int):
-                    """The likeliest of a part of the vocabulary, of text and of timestamps."""
-                    var logits = all_logits.unsafe_offset(text * n_vocab)
-                    var cannot = ranges.unsafe_offset(text * 4)
-                    var token = first
-                    while token + WIDTH <= last:
-                        logits.unsafe_store(token, permitted[WIDTH](token, logits, excluded, cannot))
-                        token += WIDTH
-                    for rest in range(token, last):
-                        logits[unsafe_offset=rest] = permitted[1](rest, logits, excluded, cannot)
-                    var middle = max(first, min(begin, last))
-                    var its_own = text * n_part + piece
-                    sums[unsafe_offset=its_own] = LogSumExp(logits.unsafe_offset(middle), last - middle)
-                    for kind in range(2):
-                        var tokens = Array[Int64, SURE](fill=0)
-                        var highest = Array[Float32, SURE](fill=0)
-                        write_best(
-                            logits,
-                            middle if kind else first,
-                            last if kind else middle,
-                            SURE,
-                            tokens.unsafe_ptr(),
-                            highest.unsafe_ptr(),
-                        )
-                        var best, best_token = NEVER, Int64(0)
-                        for place in range(SURE):
-                            if highest[place] > NEVER:
-                                var exact = products[1](
-                                    normed.unsafe_offset(text * n_state),
-                                    token_embedding.unsafe_ptr().unsafe_offset(Int(tokens[place]) * n_state),
-                                    n_state,
-                                )[0]
-                                if exact > best:
-                                    best, best_token = exact, tokens[place]
-                        best_scores[unsafe_offset=2 * its_own + kind] = best
-                        best_tokens[unsafe_offset=2 * its_own + kind] = best_token
-
-                @always_inline
-                @__parameter
-                def part(piece: Int):
-                    var first, last = min(piece * part_size, n_vocab), min((piece + 1) * part_size, n_vocab)
-                    var half = n_state // 2
-                    for token in range(first, last):
-                        var row = stored[DType.uint8](rough_embedding).unsafe_offset(token * (half + 4))
-                        var logits = all_logits.unsafe_offset(token)
-                        var text = 0
-                        while text + TEXTS <= n_text:
-                            var some, into = states.unsafe_offset(text), logits.unsafe_offset(text * n_vocab)
-                            rough_logits[TEXTS](into, n_vocab, row, some, half)
-                            text += TEXTS
-                        for rest in range(text, n_text):
-                            var some, into = states.unsafe_offset(rest), logits.unsafe_offset(rest * n_vocab)
-                            rough_logits[1](into, n_vocab, row, some, half)
-                    for text in range(n_text):
-                        find_best(text, piece, first, last)
-
-                @always_inline
-                @__parameter
-                def choose(text: Int):
-                    var timestamps = LogSumExp()
-                    var best = Array[Float32, 2](fill=NEVER)
-                    var tokens = Array[Int64, 2](fill=0)
-                    for each in range(text * n_part, (text + 1) * n_part):
-                        timestamps = timestamps.joined(sums[unsafe_offset=each])
-                        for kind in range(2):
-                            if best_scores[unsafe_offset=2 * each + kind] > best[kind]:
-                                best[kind] = best_scores[unsafe_offset=2 * each + kind]
-                                tokens[kind] = best_tokens[unsafe_offset=2 * each + kind]
-                    var kind = 1 if timestamps.value() > best[0] or best[1] > best[0] else 0
-                    var place = Int(all_lengths[unsafe_offset=text]) + guess
-                    all_texts[unsafe_offset=text * text_place + place] = tokens[kind]
-                    found[unsafe_offset=text * (1 + n_guess) + guess + 1] = tokens[kind]
-
-                phase[embed](own, 0, n_text)
-                for layer in range(n_layer):
-                    compute_layer[n_channel](
-                        own.unsafe_offset((N_STEP + layer * N_PHASE) * COUNTERS),
-                        scores.unsafe_ptr(),
-                        weights.unsafe_ptr(),
-                        sizes,
-                        layer_weights(
-                            stored[DType.int8](matrices).unsafe_offset(layer * matrices.dim_size(1)),
-                            numbers(vectors).unsafe_offset(layer * vectors.dim_size(1)),
-                            n_state,
-                            sizes.n_hidden,
-                        ),
-                        Context[cache.dtype, DType.int8](
-                            k=stored[cache.dtype](cache).unsafe_offset(2 * layer * cache_size),
-                            v=stored[cache.dtype](cache).unsafe_offset((2 * layer + 1) * cache_size),
-                            lengths=past,
-                            sources=stored[DType.int64](sources),
-                            k_cross=stored[DType.int8](cross).unsafe_offset(2 * layer * cross_size),
-                            v_cross=stored[DType.int8](cross).unsafe_offset((2 * layer + 1) * cross_size),
-                        ),
-                        layer_values(
-                            room, new.unsafe_offset(layer * 2 * n_guess * n_text * n_state), sizes, n_guess, guess
-                        ),
-                    )
-                phase[finish](own, 1, n_text)
-                phase[part](own, 2, n_part)
-                phase[choose](own, 3, n_text)
-            _ = scores^
-            _ = weights^
-
-        sync_parallelize(member, sizes.n_thread)
-        _ = kept^  # which nothing else says is still used
-
-
-@extensibility.register("maxwhisper.rough_keys")
-struct RoughKeys:
-    """Rounds keys or values x (row, head, key, channel) to int8, into y[number] of y (number, row, head, key, channel +
-    4), from the row `first` (1,) on: behind the channels of each stands the float32 that they are multiples of."""
-
-    @staticmethod
-    def execute[
-        number: Int
-    ](
-        y: _MutableInputTensor[dtype=DType.int8, rank=5, ...],
-        x: InputTensor[rank=4, ...],
-        first: InputTensor[dtype=DType.int64, rank=1, ...],
-        ctx: DeviceContext,
-    ) raises:
-        var n_channel = x.dim_size(3)
-        var size = row_size[DType.int8](n_channel)
-        var n_each = x.dim_size(1) * x.dim_size(2)
-        var n_row = x.dim_size(0) * n_each
-        var first_row = (number * y.dim_size(1) + Int(first.unsafe_ptr()[unsafe_offset=0])) * n_each
-        var xs, ys = x.unsafe_ptr(), y.unsafe_ptr().unsafe_offset(first_row * size)
-        var share = ceildiv(n_row, parallelism_level(None))
-
-        def task(part: Int) raises {imm}:
-            var exact = List[Float32](length=n_channel, fill=0)
-            for row in range(part * share, min((part + 1) * share, n_row)):
-                for channel in range(0, n_channel, WIDTH):
-                    var some = xs.unsafe_load[width=WIDTH](row * n_channel + channel)
-                    exact.unsafe_ptr().unsafe_store(channel, some.cast[DType.float32]())
-                var into = ys.unsafe_offset(row * size)
-                var unit = quantise(exact.unsafe_ptr(), into, n_channel)
-                into.unsafe_offset(n_channel).unsafe_bitcast[Float32]()[unsafe_offset=0] = unit
-
-        sync_parallelize(task, parallelism_level(None))
+        var draft = Draft[cache.dtype, token_embedding.dtype](
+            guesses=stored[DType.int64](guesses),
+            texts=stored[DType.int64](texts),
+            lengths=stored[DType.int64](lengths),
+            begins=stored[DType.int64](begins),
+            suppressed=stored[DType.uint8](suppressed),
+            limits=stored[DType.int64](limits),
+            sources=stored[DType.int64](sources),
+            cache=stored[cache.dtype](cache),
+            cross=stored[DType.int8](cross),
+            matrices=stored[DType.int8](matrices),
+            vectors=numbers(vectors),
+            rough_embedding=stored[DType.uint8](rough_embedding),
+            token_embedding=stored[token_embedding.dtype](token_embedding),
+            positional_embedding=numbers(positional_embedding),
+            ln_weight=numbers(ln_weight),
+            ln_bias=numbers(ln_bias),
+            n_guess=guesses.dim_size(1) - 1,
+            n_layer=matrices.dim_size(0),
+            n_vocab=token_embedding.dim_size(0),
+            n_text_place=texts.dim_size(1),
+            n_position=positional_embedding.dim_size(0),
+            n_row=cache.dim_size(1),
+            n_cross_row=cross.dim_size(1),
+            matrices_size=matrices.dim_size(1),
+            vectors_size=vectors.dim_size(1),
+        )
+        guess_tokens[n_channel](draft, sizes)

@@ -17,6 +17,7 @@ from std.utils.index import IndexList
 import extensibility
 from extensibility import InputTensor, _FusedOutputTensor
 
+from .pointers import Stored, stored
 from .tiles import WIDTH
 
 comptime SUMS = 4  # vectors of running sums for a row: as many for any number of rows, so that a row of a batch is
@@ -78,53 +79,74 @@ def products[
     return y^
 
 
-@always_inline
-def multiply[
-    dtype: DType,
-    stored: DType,
-    //,
-    put: def[columns: Int](Int, Int, SIMD[DType.float32, columns]) capturing -> None,
+@no_inline
+def some_products[
+    dtype: DType, weight_dtype: DType
 ](
-    x: Pointer[Scalar[dtype], _],
-    weights: Pointer[Scalar[stored], _],
+    into: Pointer[mut=True, Float32, _],
+    x: Stored[dtype],
+    weights: Stored[weight_dtype],
     n_row: Int,
     n_in: Int,
-    first: Int,
-    end: Int,
-):
-    """Multiplies every row of x with the rows `first` to `end` of weights, which are rounded to the dtype of x.
+    n_column: Int,
+    ahead: Bool,
+) -> Int:
+    """Writes the products (row, COLUMNS) of the next rows of x, ROWS or else one, with `n_column` rows of weights, and
+    returns of how many rows.
 
-    put: is given a row, a column, and the products from there on.
+    ahead: as for `products`.
     """
 
     @always_inline
     @__parameter
-    def block[rows: Int, columns: Int, ahead: Bool = False](row: Int, column: Int):
-        var values = Array[SIMD[DType.float32, columns], rows](fill=0)
-        for c in range(columns):
-            var its_weights = weights.unsafe_offset((column + c) * row_size[stored](n_in))
-            var one = products[rows, ahead=ahead](x.unsafe_offset(row * n_in), its_weights, n_in)
+    def block[rows: Int, ahead: Bool = False]():
+        for column in range(n_column):
+            var its_weights = weights.unsafe_offset(column * row_size[weight_dtype](n_in))
+            var one = products[rows, ahead=ahead](x, its_weights, n_in)
             comptime for r in range(rows):
-                values[r][c] = one[r]
-        comptime for r in range(rows):
-            put[columns](row + r, column, values[r])
+                into[unsafe_offset=r * COLUMNS + column] = one[r]
 
+    if n_row < ROWS:
+        block[1]()
+        return 1
+    if ahead:
+        block[ROWS, ahead=True]()
+    else:
+        block[ROWS]()
+    return ROWS
+
+
+@always_inline
+def multiply[
+    dtype: DType,
+    weight_dtype: DType,
+    //,
+    put: def[columns: Int](Int, Int, SIMD[DType.float32, columns]) capturing -> None,
+](x: Stored[dtype], weights: Stored[weight_dtype], n_row: Int, n_in: Int, first: Int, end: Int):
+    """Multiplies every row of x with the rows `first` to `end` of weights, which are rounded to the dtype of x.
+
+    put: is given a row, a column, and the products from there on.
+    """
+    var values = Array[Float32, ROWS * COLUMNS](fill=0)
     var column = first
-    while column + COLUMNS <= end:
+    while column < end:
         # The weights of these columns come from memory once, and then from the cache.
+        var n_column = COLUMNS if column + COLUMNS <= end else 1
+        var its_weights = weights.unsafe_offset(column * row_size[weight_dtype](n_in))
         var row = 0
-        while row + ROWS <= n_row:
-            if row == ROWS:  # which is arithmetic alone, so that memory has time for the next columns
-                block[ROWS, COLUMNS, ahead=True](row, column)
-            else:
-                block[ROWS, COLUMNS](row, column)
-            row += ROWS
-        for rest in range(row, n_row):
-            block[1, COLUMNS](rest, column)
-        column += COLUMNS
-    for rest in range(column, end):
-        for row in range(n_row):
-            block[1, 1](row, rest)
+        while row < n_row:
+            # The second rows are arithmetic alone, so that memory has time for the next columns.
+            var n_done = some_products(
+                values.unsafe_ptr(), x.unsafe_offset(row * n_in), its_weights, n_row - row, n_in, n_column, row == ROWS
+            )
+            for r in range(n_done):
+                var products = values.unsafe_ptr().unsafe_offset(r * COLUMNS)
+                if n_column == COLUMNS:
+                    put[COLUMNS](row + r, column, products.unsafe_load[width=COLUMNS](0))
+                else:
+                    put[1](row + r, column, products[unsafe_offset=0])
+            row += n_done
+        column += n_column
 
 
 @extensibility.register("maxwhisper.linear")
@@ -143,8 +165,7 @@ struct Linear:
         var n_row = x.dim_size(0) * n_token
         var n_in = x.dim_size(2)
         var n_out = weight.dim_size(0)
-        var by = x.unsafe_ptr()
-        var weights = weight.unsafe_ptr()
+        var by, weights = stored[x.dtype](x), stored[weight.dtype](weight)
         # More tasks than threads would cost more than they even out.
         var n_task = max(1, min(n_out // COLUMNS, n_row * n_in * n_out // TASK, parallelism_level(None)))
         var share = ceildiv(ceildiv(n_out, n_task), COLUMNS) * COLUMNS

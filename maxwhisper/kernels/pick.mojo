@@ -9,6 +9,7 @@ from std.utils.numerics import isfinite, neg_inf
 import extensibility
 from extensibility import InputTensor, OutputTensor, _MutableInputTensor
 
+from .pointers import Numbers, Stored, numbers, stored, untracked
 from .tiles import WIDTH
 
 comptime PARTS = 16  # of a text's logits: as many for any texts and threads, so that a text is bitwise what it is alone
@@ -25,6 +26,7 @@ struct LogSumExp(TrivialRegisterPassable):
         self.greatest = NEVER
         self.total = 0
 
+    @no_inline
     def __init__(out self, logits: Pointer[Float32, _], number: Int):
         """Of minus infinity alone it is minus infinity, of anything with NaN in it NaN."""
         var whole = number // WIDTH * WIDTH
@@ -46,16 +48,19 @@ struct LogSumExp(TrivialRegisterPassable):
     def base(self) -> Float32:
         return Float32(0) if self.greatest == NEVER else self.greatest
 
+    @no_inline
     def joined(self, other: Self) -> Self:
         var both = Self()
         both.greatest = max(self.greatest, other.greatest)
         both.total = self.total * exp(self.base() - both.base()) + other.total * exp(other.base() - both.base())
         return both
 
+    @no_inline
     def value(self) -> Float32:
         return self.base() + log(self.total)
 
 
+@no_inline
 def forbidden(
     sampled: Pointer[Int64, _], number: Int, timestamp_begin: Int, end_of_text: Int, n_vocab: Int
 ) -> Array[Int, 4]:
@@ -95,6 +100,7 @@ def permitted[
     return out.select(SIMD[DType.float32, width](NEVER), logits.unsafe_load[width=width](token))
 
 
+@no_inline
 def write_best(
     logits: Pointer[Float32, _],
     first: Int,
@@ -126,6 +132,7 @@ def write_best(
             rest += 1
 
 
+@no_inline
 def insert(
     token: Int,
     score: Float32,
@@ -143,6 +150,149 @@ def insert(
         place -= 1
     scores[unsafe_offset=place] = score
     tokens[unsafe_offset=place] = Int64(token)
+
+
+@fieldwise_init
+struct Logits(TrivialRegisterPassable):
+    """What maxwhisper.pick is given."""
+
+    var texts: Stored[DType.int64]
+    var logits: Numbers
+    var lengths: Stored[DType.int64]
+    var ends: Stored[DType.int64]
+    var begins: Stored[DType.int64]
+    var totals: Numbers
+    var suppressed: Stored[DType.uint8]
+    var limits: Stored[DType.int64]
+    var n_text: Int
+    var n_token: Int
+    var n_vocab: Int
+    var n_place: Int
+
+
+@fieldwise_init
+struct Found(TrivialRegisterPassable):
+    """What maxwhisper.pick writes."""
+
+    var candidates: Stored[DType.int64]
+    var logprobs: Numbers
+    var tokens: Stored[DType.int64]
+    var totals: Numbers
+    var lengths: Stored[DType.int64]
+    var left: Stored[DType.int64]
+    var n_best: Int
+
+
+@no_inline
+def find_likeliest(its: Logits, into: Found) raises:
+    """Finds the likeliest next tokens, and puts the likeliest behind the texts."""
+    var n_text, n_token, n_vocab, n_place = its.n_text, its.n_token, its.n_vocab, its.n_place
+    var n_row = n_text * n_token
+    var n_best = into.n_best
+    var begin, end_of_text = Int(its.limits[unsafe_offset=0]), Int(its.limits[unsafe_offset=1])
+    var n_part = n_row * PARTS
+    var part_size = ceildiv(n_vocab, PARTS)
+    var allowed = List[Float32](unsafe_uninit_length=n_row * n_vocab)  # the logits that the rules leave
+    var sums = List[LogSumExp](length=n_part * 2, fill=LogSumExp())  # of text, of timestamps
+    var permitted_logits, parts = untracked(allowed), untracked(sums)
+    var best_tokens = List[Int64](length=n_row * n_best, fill=0)
+    var best_scores = List[Float32](length=n_row * n_best, fill=0)
+    var found, scores = untracked(best_tokens), untracked(best_scores)
+    var ranges = List[Int](length=n_row * 4, fill=0)
+    for row in range(n_row):
+        var text, guess = divmod(row, n_token)
+        var length = Int(its.lengths[unsafe_offset=text]) + guess
+        var first = Int(its.begins[unsafe_offset=text])
+        if length >= n_place:
+            raise Error("maxwhisper.pick: a text has no place for another token")
+        var sampled = its.texts.unsafe_offset(text * n_place + first)
+        var of_row = forbidden(sampled, length - first, begin, end_of_text, n_vocab)
+        for i in range(4):
+            ranges[row * 4 + i] = of_row[i]
+    var all_ranges = untracked(ranges)
+
+    @always_inline
+    @__parameter
+    def one_part(number: Int):
+        var row, part = divmod(number, PARTS)
+        var own = its.logits.unsafe_offset(row * n_vocab)
+        var own_allowed = permitted_logits.unsafe_offset(row * n_vocab)
+        var of_row = all_ranges.unsafe_offset(row * 4)
+        var first, end = min(part * part_size, n_vocab), min((part + 1) * part_size, n_vocab)
+        var token = first
+        while token + WIDTH <= end:
+            own_allowed.unsafe_store(token, permitted[WIDTH](token, own, its.suppressed, of_row))
+            token += WIDTH
+        for rest in range(token, end):
+            own_allowed[unsafe_offset=rest] = permitted[1](rest, own, its.suppressed, of_row)
+        var middle = max(first, min(begin, end))
+        parts[unsafe_offset=2 * number] = LogSumExp(own_allowed.unsafe_offset(first), middle - first)
+        parts[unsafe_offset=2 * number + 1] = LogSumExp(own_allowed.unsafe_offset(middle), end - middle)
+
+    var share = ceildiv(n_part, min(parallelism_level(None), n_part))
+
+    def some(number: Int) raises {imm}:
+        for part in range(number * share, min((number + 1) * share, n_part)):
+            one_part(part)
+
+    def one(row: Int) raises {imm}:
+        var words, timestamps = LogSumExp(), LogSumExp()
+        for part in range(row * PARTS, (row + 1) * PARTS):
+            words = words.joined(parts[unsafe_offset=2 * part])
+            timestamps = timestamps.joined(parts[unsafe_offset=2 * part + 1])
+        var timestamp_is_next = timestamps.value() > words.greatest
+        var total = timestamps.value() if timestamp_is_next else words.joined(timestamps).value()
+        var own_scores = scores.unsafe_offset(row * n_best)
+        write_best(
+            permitted_logits.unsafe_offset(row * n_vocab),
+            begin if timestamp_is_next else 0,
+            n_vocab,
+            n_best,
+            found.unsafe_offset(row * n_best),
+            own_scores,
+        )
+        for place in range(n_best):
+            own_scores[unsafe_offset=place] -= total
+
+    sync_parallelize(some, ceildiv(n_part, share))
+    sync_parallelize(one, n_row)
+
+    var least = Int64.MAX
+    var stopped = False
+    for text in range(n_text):
+        var length = Int(its.lengths[unsafe_offset=text])
+        var end = Int(its.ends[unsafe_offset=text])
+        var total = its.totals[unsafe_offset=text]
+        var its_text = its.texts.unsafe_offset(text * n_place)
+        var row = text * n_token
+        var goes_on = Int(its_text[unsafe_offset=length - 1]) != end_of_text
+        if goes_on:
+            for guess in range(n_token):
+                row = text * n_token + guess
+                var token, logprob = found[unsafe_offset=row * n_best], scores[unsafe_offset=row * n_best]
+                var guessed = its_text[unsafe_offset=length] == token
+                its_text[unsafe_offset=length] = token
+                total += logprob
+                length += 1
+                if Int(token) == end_of_text or not isfinite(logprob):
+                    stopped = True
+                    break
+                if not guessed or length == end:
+                    break
+            least = min(least, Int64(end - length))
+        for place in range(n_best):
+            into.candidates[unsafe_offset=text * n_best + place] = found[unsafe_offset=row * n_best + place]
+            into.logprobs[unsafe_offset=text * n_best + place] = scores[unsafe_offset=row * n_best + place]
+        into.tokens[unsafe_offset=text] = its_text[unsafe_offset=length - 1]
+        into.totals[unsafe_offset=text] = total
+        into.lengths[unsafe_offset=text] = Int64(length)
+    into.left[unsafe_offset=0] = 0 if stopped or least == Int64.MAX else least
+    # Which nothing else says are still used.
+    _ = allowed^
+    _ = sums^
+    _ = best_tokens^
+    _ = best_scores^
+    _ = ranges^
 
 
 @extensibility.register("maxwhisper.pick")
@@ -187,108 +337,27 @@ struct Pick:
         limits: InputTensor[dtype=DType.int64, rank=1, ...],
         ctx: DeviceContext,
     ) raises:
-        var n_text, n_token, n_vocab = logits.dim_size(0), logits.dim_size(1), logits.dim_size(2)
-        var n_row = n_text * n_token
-        var n_place = texts.dim_size(1)
-        var n_best = candidates.dim_size(1)
-        var given = logits.unsafe_ptr()
-        var excluded = suppressed.unsafe_ptr().unsafe_bitcast[UInt8]()
-        var begin = Int(limits.unsafe_ptr()[unsafe_offset=0])
-        var end_of_text = Int(limits.unsafe_ptr()[unsafe_offset=1])
-        var n_part = n_row * PARTS
-        var part_size = ceildiv(n_vocab, PARTS)
-        var allowed = List[Float32](unsafe_uninit_length=n_row * n_vocab)  # the logits that the rules leave
-        var sums = List[LogSumExp](length=n_part * 2, fill=LogSumExp())  # of text, of timestamps
-        var permitted_logits, parts = allowed.unsafe_ptr(), sums.unsafe_ptr()
-        var best_tokens = List[Int64](length=n_row * n_best, fill=0)
-        var best_scores = List[Float32](length=n_row * n_best, fill=0)
-        var found, scores = best_tokens.unsafe_ptr(), best_scores.unsafe_ptr()
-        var ranges = List[Int](length=n_row * 4, fill=0)
-        for row in range(n_row):
-            var text, guess = divmod(row, n_token)
-            var length = Int(lengths.unsafe_ptr()[unsafe_offset=text]) + guess
-            var first = Int(begins.unsafe_ptr()[unsafe_offset=text])
-            if length >= n_place:
-                raise Error("maxwhisper.pick: a text has no place for another token")
-            var sampled = texts.unsafe_ptr().unsafe_offset(text * n_place + first)
-            var of_row = forbidden(sampled, length - first, begin, end_of_text, n_vocab)
-            for i in range(4):
-                ranges[row * 4 + i] = of_row[i]
-        var all_ranges = ranges.unsafe_ptr()
-
-        @always_inline
-        @__parameter
-        def one_part(number: Int):
-            var row, part = divmod(number, PARTS)
-            var own = given.unsafe_offset(row * n_vocab)
-            var into = permitted_logits.unsafe_offset(row * n_vocab)
-            var of_row = all_ranges.unsafe_offset(row * 4)
-            var first, end = min(part * part_size, n_vocab), min((part + 1) * part_size, n_vocab)
-            var token = first
-            while token + WIDTH <= end:
-                into.unsafe_store(token, permitted[WIDTH](token, own, excluded, of_row))
-                token += WIDTH
-            for rest in range(token, end):
-                into[unsafe_offset=rest] = permitted[1](rest, own, excluded, of_row)
-            var middle = max(first, min(begin, end))
-            parts[unsafe_offset=2 * number] = LogSumExp(into.unsafe_offset(first), middle - first)
-            parts[unsafe_offset=2 * number + 1] = LogSumExp(into.unsafe_offset(middle), end - middle)
-
-        var share = ceildiv(n_part, min(parallelism_level(None), n_part))
-
-        def some(number: Int) raises {imm}:
-            for part in range(number * share, min((number + 1) * share, n_part)):
-                one_part(part)
-
-        def one(row: Int) raises {imm}:
-            var words, timestamps = LogSumExp(), LogSumExp()
-            for part in range(row * PARTS, (row + 1) * PARTS):
-                words = words.joined(parts[unsafe_offset=2 * part])
-                timestamps = timestamps.joined(parts[unsafe_offset=2 * part + 1])
-            var timestamp_is_next = timestamps.value() > words.greatest
-            var total = timestamps.value() if timestamp_is_next else words.joined(timestamps).value()
-            var own_scores = scores.unsafe_offset(row * n_best)
-            write_best(
-                permitted_logits.unsafe_offset(row * n_vocab),
-                begin if timestamp_is_next else 0,
-                n_vocab,
-                n_best,
-                found.unsafe_offset(row * n_best),
-                own_scores,
-            )
-            for place in range(n_best):
-                own_scores[unsafe_offset=place] -= total
-
-        sync_parallelize(some, ceildiv(n_part, share))
-        sync_parallelize(one, n_row)
-
-        var least = Int64.MAX
-        var stopped = False
-        for text in range(n_text):
-            var length = Int(lengths.unsafe_ptr()[unsafe_offset=text])
-            var end = Int(ends.unsafe_ptr()[unsafe_offset=text])
-            var total = totals.unsafe_ptr()[unsafe_offset=text]
-            var its_text = texts.unsafe_ptr().unsafe_offset(text * n_place)
-            var row = text * n_token
-            var goes_on = Int(its_text[unsafe_offset=length - 1]) != end_of_text
-            if goes_on:
-                for guess in range(n_token):
-                    row = text * n_token + guess
-                    var token, logprob = found[unsafe_offset=row * n_best], scores[unsafe_offset=row * n_best]
-                    var guessed = its_text[unsafe_offset=length] == token
-                    its_text[unsafe_offset=length] = token
-                    total += logprob
-                    length += 1
-                    if Int(token) == end_of_text or not isfinite(logprob):
-                        stopped = True
-                        break
-                    if not guessed or length == end:
-                        break
-                least = min(least, Int64(end - length))
-            for place in range(n_best):
-                candidates.unsafe_ptr()[unsafe_offset=text * n_best + place] = found[unsafe_offset=row * n_best + place]
-                logprobs.unsafe_ptr()[unsafe_offset=text * n_best + place] = scores[unsafe_offset=row * n_best + place]
-            tokens.unsafe_ptr()[unsafe_offset=text] = its_text[unsafe_offset=length - 1]
-            new_totals.unsafe_ptr()[unsafe_offset=text] = total
-            new_lengths.unsafe_ptr()[unsafe_offset=text] = Int64(length)
-        left.unsafe_ptr()[unsafe_offset=0] = 0 if stopped or least == Int64.MAX else least
+        var its = Logits(
+            texts=stored[DType.int64](texts),
+            logits=numbers(logits),
+            lengths=stored[DType.int64](lengths),
+            ends=stored[DType.int64](ends),
+            begins=stored[DType.int64](begins),
+            totals=numbers(totals),
+            suppressed=stored[DType.uint8](suppressed),
+            limits=stored[DType.int64](limits),
+            n_text=logits.dim_size(0),
+            n_token=logits.dim_size(1),
+            n_vocab=logits.dim_size(2),
+            n_place=texts.dim_size(1),
+        )
+        var found = Found(
+            candidates=stored[DType.int64](candidates),
+            logprobs=numbers(logprobs),
+            tokens=stored[DType.int64](tokens),
+            totals=numbers(new_totals),
+            lengths=stored[DType.int64](new_lengths),
+            left=stored[DType.int64](left),
+            n_best=candidates.dim_size(1),
+        )
+        find_likeliest(its, found)

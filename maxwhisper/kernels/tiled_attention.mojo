@@ -8,7 +8,9 @@ from std.memory import unsafe_memcpy
 import extensibility
 from extensibility import InputTensor, OutputTensor
 
-from .attention import exponentials, scale
+from .attention import AttentionSizes, scale
+from .pointers import Numbers, Stored, numbers, stored
+from .softmax import exponentials
 from .team import even_shares
 from .tiles import PANEL, ROWS, VECTORS, WIDTH, place, side_by_side, tile
 
@@ -17,7 +19,7 @@ comptime KEYS = 128  # whose weighted values are added up at a time: a sum of su
 comptime SHARE = 4 * QUERIES  # queries that are worth another copy of the keys
 
 
-@always_inline
+@no_inline
 def pack_keys[
     dtype: DType, stored: DType, //, n_channel: Int
 ](panels: Pointer[mut=True, Scalar[dtype], _], keys: Pointer[Scalar[stored], _], n_key: Int):
@@ -31,7 +33,7 @@ def pack_keys[
                 panel.unsafe_store(place[dtype](c + i, key % PANEL, PANEL), ks.slice[side, offset=i]())
 
 
-@always_inline
+@no_inline
 def pack_values[
     dtype: DType, stored: DType, //, n_channel: Int
 ](panel: Pointer[mut=True, Scalar[dtype], _], values: Pointer[Scalar[stored], _], n_key: Int):
@@ -49,7 +51,7 @@ def pack_values[
                 panel.unsafe_store(place[dtype](key, c, n_channel), some.interleave(others))
 
 
-@always_inline
+@no_inline
 def score[
     dtype: DType, n_channel: Int, rows: Int
 ](
@@ -69,7 +71,7 @@ def score[
             scores.unsafe_store(r * n_place + v * WIDTH, products[r * VECTORS + v] * scale[n_channel]())
 
 
-@always_inline
+@no_inline
 def add_weighted[
     dtype: DType, n_channel: Int, rows: Int
 ](
@@ -93,7 +95,7 @@ def add_weighted[
                 totals.unsafe_store(at, totals.unsafe_load[width=WIDTH](at) + sums[r * vectors + v])
 
 
-@always_inline
+@no_inline
 def attend[
     dtype: DType, //, n_channel: Int
 ](
@@ -104,7 +106,7 @@ def attend[
     panels: Pointer[Scalar[dtype], _],
     values: Pointer[Scalar[dtype], _],
     n_key: Int,
-    mask: Optional[Pointer[Float32, MutAnyOrigin]],
+    mask: Optional[Numbers],
     scores: Pointer[mut=True, Float32, _],
     weights: Pointer[mut=True, Scalar[dtype], _],
     totals: Pointer[mut=True, Float32, _],
@@ -152,28 +154,24 @@ def attend[
             y.unsafe_store(row * n_state + c, (total / sums[row]).cast[dtype]())
 
 
-@always_inline
-def attention[
-    dtype: DType, //, n_channel: Int
+@no_inline
+def attend_by_tiles[
+    n_channel: Int, dtype: DType, key_dtype: DType
 ](
-    y: OutputTensor[dtype=dtype, rank=3, ...],
-    q: InputTensor[dtype=dtype, rank=3, ...],
-    k: InputTensor[rank=4, ...],
-    v: InputTensor[rank=4, ...],
-    mask: Optional[Pointer[Float32, MutAnyOrigin]],
+    y: Stored[dtype],
+    q: Stored[dtype],
+    k: Stored[key_dtype],
+    v: Stored[key_dtype],
+    mask: Optional[Numbers],
+    sizes: AttentionSizes,
 ) raises:
     """Attends from every query to every key, with a mask, (token, key), added to the scaled products if there is one.
     """
     comptime assert n_channel % WIDTH == 0, "channels must fill vectors"
-    var n_query = q.dim_size(1)
-    var n_state = q.dim_size(2)
-    var n_head = k.dim_size(1)
-    var n_key = k.dim_size(2)
-    var n_text = q.dim_size(0) // k.dim_size(0)  # that share a row
+    var n_query, n_state, n_head, n_key = sizes.n_query, sizes.n_state, sizes.n_head, sizes.n_key
+    var n_text = sizes.n_text // sizes.n_row  # that share a row
     var n_place = align_up(n_key, PANEL)
-    var qs, ys = q.unsafe_ptr(), y.unsafe_ptr()
-    var ks, vs = k.unsafe_ptr(), v.unsafe_ptr()
-    var n_pair = q.dim_size(0) * n_head
+    var n_pair = sizes.n_text * n_head
     var n_share = even_shares(n_pair, n_query // SHARE)  # each copies its keys and values anew
     var share = align_up(ceildiv(n_query, n_share), ROWS)
     n_share = ceildiv(n_query, share)
@@ -189,13 +187,13 @@ def attention[
         var scores = List[Float32](unsafe_uninit_length=QUERIES * n_place)
         var weights = List[Scalar[dtype]](length=QUERIES * n_place, fill=0)
         var totals = List[Float32](unsafe_uninit_length=QUERIES * n_channel)
-        pack_keys[n_channel=n_channel](keys.unsafe_ptr(), ks.unsafe_offset(kv), n_key)
-        pack_values[n_channel=n_channel](values.unsafe_ptr(), vs.unsafe_offset(kv), n_key)
+        pack_keys[n_channel=n_channel](keys.unsafe_ptr(), k.unsafe_offset(kv), n_key)
+        pack_values[n_channel=n_channel](values.unsafe_ptr(), v.unsafe_offset(kv), n_key)
         for query in range(first, end, QUERIES):
             var at = (text * n_query + query) * n_state + head * n_channel
             attend[n_channel=n_channel](
-                ys.unsafe_offset(at),
-                qs.unsafe_offset(at),
+                y.unsafe_offset(at),
+                q.unsafe_offset(at),
                 min(QUERIES, end - query),
                 n_state,
                 keys.unsafe_ptr(),
@@ -226,10 +224,12 @@ struct TiledAttention:
         y: OutputTensor[dtype=dtype, rank=3, ...],
         q: InputTensor[dtype=dtype, rank=3, ...],
         k: InputTensor[rank=4, ...],
-        v: InputTensor[rank=4, ...],
+        v: InputTensor[dtype=k.dtype, rank=4, ...],
         ctx: DeviceContext,
     ) raises:
-        attention[n_channel=n_channel](y, q, k, v, None)
+        var ks, vs = stored[k.dtype](k), stored[k.dtype](v)
+        var sizes = AttentionSizes.of(q, k)
+        attend_by_tiles[n_channel](stored[dtype](y), stored[dtype](q), ks, vs, None, sizes)
 
 
 @extensibility.register("maxwhisper.masked_attention")
@@ -243,11 +243,46 @@ struct MaskedAttention:
         y: OutputTensor[dtype=dtype, rank=3, ...],
         q: InputTensor[dtype=dtype, rank=3, ...],
         k: InputTensor[rank=4, ...],
-        v: InputTensor[rank=4, ...],
+        v: InputTensor[dtype=k.dtype, rank=4, ...],
         mask: InputTensor[dtype=DType.float32, rank=2, ...],
         ctx: DeviceContext,
     ) raises:
-        attention[n_channel=n_channel](y, q, k, v, mask.unsafe_ptr())
+        var ks, vs = stored[k.dtype](k), stored[k.dtype](v)
+        var sizes = AttentionSizes.of(q, k)
+        attend_by_tiles[n_channel](stored[dtype](y), stored[dtype](q), ks, vs, numbers(mask), sizes)
+
+
+@no_inline
+def write_scores[
+    n_channel: Int, dtype: DType, key_dtype: DType
+](qk: Numbers, q: Stored[dtype], k: Stored[key_dtype], sizes: AttentionSizes) raises:
+    """Writes the scaled products of every query with every key."""
+    comptime assert n_channel % WIDTH == 0, "channels must fill vectors"
+    var n_query, n_state, n_head, n_key = sizes.n_query, sizes.n_state, sizes.n_head, sizes.n_key
+    var n_text = sizes.n_text // sizes.n_row  # that share a row
+    var n_place = align_up(n_key, PANEL)
+
+    def task(number: Int) raises {imm}:
+        var text, head = divmod(number, n_head)
+        var own_qs = q.unsafe_offset(text * n_query * n_state + head * n_channel)
+        var own_ks = k.unsafe_offset((text // n_text * n_head + head) * n_key * n_channel)
+        var keys = List[Scalar[dtype]](length=n_place * n_channel, fill=0)
+        var scores = List[Float32](length=n_place, fill=0)
+        pack_keys[n_channel=n_channel](keys.unsafe_ptr(), own_ks, n_key)
+        for query in range(n_query):
+            for key in range(0, n_key, PANEL):
+                score[dtype, n_channel, 1](
+                    scores.unsafe_ptr().unsafe_offset(key),
+                    n_place,
+                    own_qs.unsafe_offset(query * n_state),
+                    n_state,
+                    keys.unsafe_ptr().unsafe_offset(key * n_channel),
+                )
+            unsafe_memcpy(
+                dest=qk.unsafe_offset((number * n_query + query) * n_key), src=scores.unsafe_ptr(), count=n_key
+            )
+
+    sync_parallelize(task, sizes.n_text * n_head)
 
 
 @extensibility.register("maxwhisper.attention_scores")
@@ -268,33 +303,4 @@ struct AttentionScores:
         k: InputTensor[rank=4, ...],
         ctx: DeviceContext,
     ) raises:
-        comptime assert n_channel % WIDTH == 0, "channels must fill vectors"
-        var n_query = q.dim_size(1)
-        var n_state = q.dim_size(2)
-        var n_head = k.dim_size(1)
-        var n_key = k.dim_size(2)
-        var n_text = q.dim_size(0) // k.dim_size(0)  # that share a row
-        var n_place = align_up(n_key, PANEL)
-        var qs, ks, qks = q.unsafe_ptr(), k.unsafe_ptr(), qk.unsafe_ptr()
-
-        def task(number: Int) raises {imm}:
-            var text, head = divmod(number, n_head)
-            var own_qs = qs.unsafe_offset(text * n_query * n_state + head * n_channel)
-            var own_ks = ks.unsafe_offset((text // n_text * n_head + head) * n_key * n_channel)
-            var keys = List[Scalar[dtype]](length=n_place * n_channel, fill=0)
-            var scores = List[Float32](length=n_place, fill=0)
-            pack_keys[n_channel=n_channel](keys.unsafe_ptr(), own_ks, n_key)
-            for query in range(n_query):
-                for key in range(0, n_key, PANEL):
-                    score[dtype, n_channel, 1](
-                        scores.unsafe_ptr().unsafe_offset(key),
-                        n_place,
-                        own_qs.unsafe_offset(query * n_state),
-                        n_state,
-                        keys.unsafe_ptr().unsafe_offset(key * n_channel),
-                    )
-                unsafe_memcpy(
-                    dest=qks.unsafe_offset((number * n_query + query) * n_key), src=scores.unsafe_ptr(), count=n_key
-                )
-
-        sync_parallelize(task, q.dim_size(0) * n_head)
+        write_scores[n_channel](numbers(qk), stored[dtype](q), stored[k.dtype](k), AttentionSizes.of(q, k))
