@@ -5,13 +5,14 @@ compared here, the other processes compile the next ones, and this one then find
 
     python -m reference.ahead JOB ... [--checkpoint PATH] [--device cpu]
 
-A job is a suite's model as SIZE:DTYPE, or "transcribing": what transcribes with the checkpoint, or else the fixture.
+A job is a suite's model as SIZE:DTYPE, or some blocks of it as SIZE:DTYPE:BLOCK,...; or "transcribing": what
+transcribes with the checkpoint, or else the fixture.
 """
 
 import argparse
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -22,13 +23,13 @@ from maxwhisper.whisper import policy_of, programs_of, units_on
 
 from .activations import FIXTURES
 from .judge import dtype_name
-from .suite import DTYPES, Suite, load
+from .suite import CHOSEN, DTYPES, Suite, load
 
 TRANSCRIBING = "transcribing"
 
 
-def suite_job(size: str, dtype: torch.dtype) -> str:
-    return f"{size}:{dtype_name(dtype)}"
+def suite_job(size: str, dtype: torch.dtype, only: Iterable[str] = ()) -> str:
+    return ":".join([size, dtype_name(dtype), *filter(None, [",".join(sorted(only))])])
 
 
 class WhenCompiling(logging.Handler):
@@ -64,9 +65,10 @@ def main() -> int:
             for unit in units_on(options.device):
                 Artifact(unit, programs_of(unit, checkpoint.dims, policy), options.device)
         else:
-            size, _, dtype = job.partition(":")
-            suite = Suite(load(size, options.checkpoint), DTYPES[dtype], options.device)
-            for unit in suite.units:
+            size, dtype, *only = job.split(":")
+            names = frozenset(",".join(only).split(",")) - {""}
+            suite = Suite(load(size, options.checkpoint), DTYPES[dtype], options.device, only=names)
+            for unit in [CHOSEN] if names else suite.units:
                 suite.artifact(unit)
         print(job, flush=True)
     return 0
