@@ -10,7 +10,7 @@ from extensibility import InputTensor, OutputTensor
 
 from .attention import QUERIES, ContinuedRows, Rows, ScatteredRows, attend_to_text, attend_to_window
 from .layer_norm import normalise
-from .linear import COLUMNS, multiply, row_size
+from .linear import COLUMNS, by_columns, multiply, row_size
 from .pointers import Numbers, Stored, numbers, stored, untracked
 from .team import COUNTERS, phase
 from .tiles import WIDTH
@@ -124,18 +124,25 @@ def project[
     """At most `share` columns of a linear layer, from the first on; also what they give with `to`, as `sum`, and with
     GELU, as `active`, where there is such."""
 
-    @always_inline
-    @__parameter
-    def put[width: Int](row: Int, column: Int, products: SIMD[DType.float32, width]):
-        var at = row * n_out + column
-        var y = products + bias.value().unsafe_load[width=width](column) if bias else products
-        into.unsafe_store(at, y)
-        if sum:
-            sum.value().unsafe_store(at, to.value().unsafe_load[width=width](at) + y)
-        if active:
-            active.value().unsafe_store(at, gelu(y))
+    var n_column = min(share, n_out - first)
+    var its_weight = weight.unsafe_offset(first * row_size[dtype](n_in))
+    multiply(into.unsafe_offset(first), n_out, of, its_weight, n_row, n_in, n_column)
+    for row in range(n_row):
 
-    multiply[put](of, weight, n_row, n_in, first, min(first + share, n_out))
+        @always_inline
+        @__parameter
+        def put[width: Int](column: Int):
+            var at = row * n_out + first + column
+            var y = into.unsafe_load[width=width](at)
+            if bias:
+                y += bias.value().unsafe_load[width=width](first + column)
+                into.unsafe_store(at, y)
+            if sum:
+                sum.value().unsafe_store(at, to.value().unsafe_load[width=width](at) + y)
+            if active:
+                active.value().unsafe_store(at, gelu(y))
+
+        by_columns[put](n_column)
 
 
 @no_inline

@@ -17,7 +17,7 @@ from std.utils.index import IndexList
 import extensibility
 from extensibility import InputTensor, _FusedOutputTensor
 
-from .pointers import Stored, stored
+from .pointers import Numbers, Stored, stored, untracked
 from .tiles import WIDTH
 
 comptime SUMS = 4  # vectors of running sums for a row: as many for any number of rows, so that a row of a batch is
@@ -25,6 +25,7 @@ comptime SUMS = 4  # vectors of running sums for a row: as many for any number o
 comptime ROWS = 4  # of x at a time, or else one: every number in between would be code of its own to compile
 comptime UNROLL = 8  # vectors of weights
 comptime COLUMNS = 8  # of y at a time, so that they are stored as a vector
+comptime AT_ONCE = 4 * COLUMNS  # whose products wait together for what is fused with them
 comptime CACHE_LINE = 64  # bytes
 comptime TASK = 1 << 18  # multiplications that are worth a task of their own
 
@@ -80,73 +81,43 @@ def products[
 
 
 @no_inline
-def some_products[
+def multiply[
     dtype: DType, weight_dtype: DType
-](
-    into: Pointer[mut=True, Float32, _],
-    x: Stored[dtype],
-    weights: Stored[weight_dtype],
-    n_row: Int,
-    n_in: Int,
-    n_column: Int,
-    ahead: Bool,
-) -> Int:
-    """Writes the products (row, COLUMNS) of the next rows of x, ROWS or else one, with `n_column` rows of weights, and
-    returns of how many rows.
-
-    ahead: as for `products`.
-    """
+](into: Numbers, apart: Int, x: Stored[dtype], weights: Stored[weight_dtype], n_row: Int, n_in: Int, n_column: Int):
+    """Writes the products of every row of x with some rows of weights, which are rounded to the dtype of x: (row,
+    column), whose rows are `apart` numbers apart."""
 
     @always_inline
     @__parameter
-    def block[rows: Int, ahead: Bool = False]():
-        for column in range(n_column):
+    def block[rows: Int, ahead: Bool = False](row: Int, first: Int, end: Int):
+        for column in range(first, end):
             var its_weights = weights.unsafe_offset(column * row_size[weight_dtype](n_in))
-            var one = products[rows, ahead=ahead](x, its_weights, n_in)
+            var one = products[rows, ahead=ahead](x.unsafe_offset(row * n_in), its_weights, n_in)
             comptime for r in range(rows):
-                into[unsafe_offset=r * COLUMNS + column] = one[r]
+                into[unsafe_offset=(row + r) * apart + column] = one[r]
 
-    if n_row < ROWS:
-        block[1]()
-        return 1
-    if ahead:
-        block[ROWS, ahead=True]()
-    else:
-        block[ROWS]()
-    return ROWS
+    for first in range(0, n_column, COLUMNS):
+        # The weights of these columns come from memory once, and then from the cache.
+        var end = min(first + COLUMNS, n_column)
+        var row = 0
+        while row + ROWS <= n_row:
+            if row == ROWS:  # which is arithmetic alone, so that memory has time for the next columns
+                block[ROWS, ahead=True](row, first, end)
+            else:
+                block[ROWS](row, first, end)
+            row += ROWS
+        for rest in range(row, n_row):
+            block[1](rest, first, end)
 
 
 @always_inline
-def multiply[
-    dtype: DType,
-    weight_dtype: DType,
-    //,
-    put: def[columns: Int](Int, Int, SIMD[DType.float32, columns]) capturing -> None,
-](x: Stored[dtype], weights: Stored[weight_dtype], n_row: Int, n_in: Int, first: Int, end: Int):
-    """Multiplies every row of x with the rows `first` to `end` of weights, which are rounded to the dtype of x.
-
-    put: is given a row, a column, and the products from there on.
-    """
-    var values = Array[Float32, ROWS * COLUMNS](fill=0)
-    var column = first
-    while column < end:
-        # The weights of these columns come from memory once, and then from the cache.
-        var n_column = COLUMNS if column + COLUMNS <= end else 1
-        var its_weights = weights.unsafe_offset(column * row_size[weight_dtype](n_in))
-        var row = 0
-        while row < n_row:
-            # The second rows are arithmetic alone, so that memory has time for the next columns.
-            var n_done = some_products(
-                values.unsafe_ptr(), x.unsafe_offset(row * n_in), its_weights, n_row - row, n_in, n_column, row == ROWS
-            )
-            for r in range(n_done):
-                var products = values.unsafe_ptr().unsafe_offset(r * COLUMNS)
-                if n_column == COLUMNS:
-                    put[COLUMNS](row + r, column, products.unsafe_load[width=COLUMNS](0))
-                else:
-                    put[1](row + r, column, products[unsafe_offset=0])
-            row += n_done
-        column += n_column
+def by_columns[put: def[width: Int](Int) capturing -> None](n_column: Int):
+    """Calls `put` with a column and how many from there on it is to take, until it had all of them."""
+    var whole = n_column // COLUMNS * COLUMNS
+    for column in range(0, whole, COLUMNS):
+        put[COLUMNS](column)
+    for rest in range(whole, n_column):
+        put[1](rest)
 
 
 @extensibility.register("maxwhisper.linear")
@@ -170,12 +141,23 @@ struct Linear:
         var n_task = max(1, min(n_out // COLUMNS, n_row * n_in * n_out // TASK, parallelism_level(None)))
         var share = ceildiv(ceildiv(n_out, n_task), COLUMNS) * COLUMNS
 
-        @always_inline
-        @__parameter
-        def put[columns: Int](row: Int, column: Int, values: SIMD[DType.float32, columns]):
-            y._lambda_store[width=columns](IndexList[3](row // n_token, row % n_token, column), values)
-
         def task(number: Int) raises {imm}:
-            multiply[put](by, weights, n_row, n_in, number * share, min((number + 1) * share, n_out))
+            var values = List[Float32](unsafe_uninit_length=n_row * AT_ONCE)
+            var some = untracked(values)
+            var end = min((number + 1) * share, n_out)
+            for first in range(number * share, end, AT_ONCE):
+                var n_column = min(AT_ONCE, end - first)
+                var its_weights = weights.unsafe_offset(first * row_size[weight.dtype](n_in))
+                multiply(some, AT_ONCE, by, its_weights, n_row, n_in, n_column)
+                for row in range(n_row):
+
+                    @always_inline
+                    @__parameter
+                    def put[width: Int](column: Int):
+                        var at = IndexList[3](row // n_token, row % n_token, first + column)
+                        y._lambda_store[width=width](at, some.unsafe_load[width=width](row * AT_ONCE + column))
+
+                    by_columns[put](n_column)
+            _ = values^  # which nothing else says are still used
 
         sync_parallelize(task, ceildiv(n_out, share))

@@ -132,7 +132,6 @@ def write_best(
             rest += 1
 
 
-@no_inline
 def insert(
     token: Int,
     score: Float32,

@@ -64,7 +64,7 @@ struct Rounded(TrivialRegisterPassable):
     var total: Int32
 
 
-@no_inline
+@always_inline
 def rough_logits[
     texts: Int
 ](
