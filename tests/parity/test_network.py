@@ -12,7 +12,7 @@ from reference.suite import CHECKPOINT, FIXTURE, Suite
 from . import isolated
 
 
-@pytest.mark.compares(units=("network", "alignment"))
+@pytest.mark.compares(units=("network", "decoding", "alignment"))
 def test_isolated(
     comparison: Comparison, suite_for: isolated.SuiteFor, run: Run, request: pytest.FixtureRequest
 ) -> None:

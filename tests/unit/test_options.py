@@ -144,5 +144,8 @@ def test_a_run_of_faults_alone_succeeds(run: Run) -> None:
         ("tests/parity tests", False),
     ],
 )
-def test_where_something_may_be_timed_pytorch_is_left_alone(arguments: str, nothing: bool) -> None:
+def test_where_something_may_be_timed_pytorch_is_left_alone(
+    arguments: str, nothing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # which times nothing, whatever it is given
     assert times_nothing(arguments.split()) == nothing
