@@ -203,8 +203,8 @@ def model_of(config: pytest.Config, size: str) -> Model:
 
 @lru_cache(maxsize=2)
 def suite_of(config: pytest.Config, size: str, dtype: torch.dtype) -> Suite:
-    wait_for(suite_job(size, dtype))
     only = config.stash[ASKED].get((size, dtype), frozenset())
+    wait_for(suite_job(size, dtype, only))
     return Suite(model_of(config, size), dtype, device(config), artifacts(config), getattr(config, "cache", None), only)
 
 
@@ -306,7 +306,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         return
     judged = [item for item in session.items if not item.get_closest_marker("benchmarked")]
     models = list(dict.fromkeys(model for item in judged for model in models_of(item)))
-    jobs = [suite_job(*model) for model in models[1:]]
+    jobs = [suite_job(*model, config.stash[ASKED].get(model, ())) for model in models[1:]]
     transcribing = any("checkpoint_path" in item.fixturenames for item in judged)  # type: ignore[attr-defined]
     if transcribing and models and device(config) == "cpu":
         jobs.append(TRANSCRIBING)

@@ -1,6 +1,8 @@
 """Compiling in another process what this one needs next: MAX 26.7 compiles on little more than one core of a process.
 
-python -m maxwhisper.ahead JOB      a job, as JSON: what `Job` holds
+That process runs this module, with jobs as JSON:
+
+    python -m maxwhisper.ahead JOB ...
 """
 
 import atexit
@@ -9,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,9 +32,14 @@ class Ahead:
         self.done: set[str] = set()
 
     def start(self) -> None:
-        """Starts it, unless it has been, or there are no jobs, only one core, or too little memory."""
-        if self.process or not self.jobs or cores() < 2 or free_memory() < MEMORY:
+        """Starts it, unless it has been, there are no jobs, only one core, or too little memory, or the system lets no
+        process start: then whoever asks does the jobs."""
+        if self.process or not self.jobs or not sys.executable or cores() < 2 or free_memory() < MEMORY:
             return
+        with suppress(OSError):
+            self._start()
+
+    def _start(self) -> None:
         # As this process would find them, whatever folder it is in.
         paths = os.pathsep.join(path for path in sys.path if path)
         self.process = subprocess.Popen(

@@ -91,7 +91,7 @@ class Identity:
 
     @classmethod
     def of(cls, unit: str, dims: ModelDimensions, policy: Policy, programs: Sequence[Program]) -> "Identity":
-        """By the hash of the sources."""
+        """Returns the identity of programs that are known by the hash of their sources."""
         blocks, source = [program.name for program in programs], source_hash(programs)
         if unit == "log_mel":
             return cls(unit, blocks, {"n_mels": dims.n_mels}, "float32", "float32", source)

@@ -17,13 +17,14 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from maxwhisper.ahead import Ahead
+from maxwhisper.blocks import BLOCKS
 from maxwhisper.checkpoint import load_checkpoint
 from maxwhisper.runtime import Artifact
 from maxwhisper.whisper import policy_of, programs_of, units_on
 
 from .activations import FIXTURES
 from .judge import dtype_name
-from .suite import CHOSEN, DTYPES, Suite, load
+from .suite import DTYPES, Suite, load
 
 TRANSCRIBING = "transcribing"
 
@@ -68,7 +69,7 @@ def main() -> int:
             size, dtype, *only = job.split(":")
             names = frozenset(",".join(only).split(",")) - {""}
             suite = Suite(load(size, options.checkpoint), DTYPES[dtype], options.device, only=names)
-            for unit in [CHOSEN] if names else suite.units:
+            for unit in {suite.unit(BLOCKS[name]) for name in names} or suite.units:
                 suite.artifact(unit)
         print(job, flush=True)
     return 0

@@ -65,12 +65,12 @@ class Emitted:
 
     @classmethod
     def of(cls, text: str) -> "Emitted":
-        functions, types = re.split(r"(?m)^(?=(?:@fieldwise_init\n)?(?:struct|trait) )", text + "\nstruct ", maxsplit=1)
+        functions, *types = re.split(r"(?m)^(?=(?:@fieldwise_init\n)?(?:struct|trait) )", text, maxsplit=1)
         imports, *functions = re.split(r"(?m)^(?=# FusionInfo:)", functions)
         named = {name_of(function): function for function in functions}
         kernels = {name: function for name, function in named.items() if not name.endswith("_async")}
         callers = [function for name, function in named.items() if name not in kernels]
-        return cls(imports, callers, kernels, types.removesuffix("\nstruct "))
+        return cls(imports, callers, kernels, "".join(types))
 
     def alone(self, kernel: str) -> str:
         """Returns the lines of a kernel and of what calls it."""
@@ -130,7 +130,7 @@ def built(text: str) -> tuple[float, int]:
         return seconds, code_size(target)
 
 
-def compile_alone(suite: Suite, module: str, debug: str = "") -> tuple[float, Emitted]:
+def compile_alone(suite: Suite, module: str) -> tuple[float, Emitted]:
     """Returns the processor time that a process with empty caches takes to compile a module, and what MAX wrote."""
     command = [sys.executable, "-m", "reference.compile_costs", "--only", module]
     command += ["--size", suite.model.size, "--dtype", str(suite.dtype).removeprefix("torch.")]

@@ -93,8 +93,8 @@ class Suite:
 
     held: what was compiled ahead of time, if anything was.
     memory: of verdicts, on a CPU; without one they are all found anew.
-    only: the blocks that will be asked for, where these are not all: they compile without the others, unless a cache
-        has them all.
+    only: the blocks that will be asked for, where these are not all: they compile without the others, unless all were
+        compiled earlier.
     """
 
     model: Model
@@ -153,7 +153,8 @@ class Suite:
     def unit(self, block: Block) -> str:
         """What the block compiles together with."""
         whole = self.whole(block)
-        return CHOSEN if block.name in self.only and whole == "parts" and not self.parts_kept else whole
+        alone = block.name in self.only and whole == "parts" and not self.held
+        return CHOSEN if alone and not self.parts_kept else whole
 
     @cached_property
     def parts_kept(self) -> bool:

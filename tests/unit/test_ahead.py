@@ -68,6 +68,17 @@ def test_a_small_machine_has_no_other_process(
     assert other.process is None and time.perf_counter() - start < 0.1
 
 
+def test_where_no_process_can_start_whoever_asks_does_the_job(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*command: object, **options: object) -> None:
+        raise OSError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(ahead.subprocess, "Popen", refused)
+    other = Ahead(module, ["first"])
+    other.start()
+    other.wait("first", "the first")
+    assert other.process is None and not other.done
+
+
 def test_what_another_process_compiles_is_what_this_one_asks_for(tmp_path: Path) -> None:
     """Its key is the same, so that it is found."""
     network = Network(load_checkpoint(NANO), "cpu", Cache(tmp_path), "float32")

@@ -1,0 +1,71 @@
+"""A selection of few blocks: what is compiled for it, and which process of pytest-xdist it goes to."""
+
+import itertools
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+
+from maxwhisper.artifacts import Artifacts
+from maxwhisper.blocks import BLOCKS
+from reference.ahead import suite_job
+from reference.captures import CAPTURED
+from reference.distributed import group
+from reference.judge import Comparison
+from reference.selection import compared_alone
+from reference.suite import CHOSEN, FIXTURE, Suite, load
+
+FEW = frozenset(["encoder.attention", "decoder.mlp.step"])
+
+
+def item(file: str = "test_file", **params: object) -> Any:
+    return SimpleNamespace(path=Path(f"tests/parity/{file}.py"), callspec=SimpleNamespace(params=params))
+
+
+def compare(block: str, size: str = FIXTURE) -> Any:
+    return item(comparison=Comparison(size, torch.float32, block, 0, "speech"))
+
+
+def suite(kept: bool, held: Artifacts | None = None) -> Suite:
+    """Of which `kept` says whether all has been compiled earlier."""
+    made = Suite(load(FIXTURE), torch.float32, held=held, only=FEW)
+    vars(made)["parts_kept"] = kept
+    return made
+
+
+def test_few_blocks_are_named_by_model() -> None:
+    items = [compare("encoder.mlp"), compare("encoder.mlp"), compare("encoder.stem", "tiny"), item(suite=("tiny", "a"))]
+    assert compared_alone([*items, item()]) == {
+        (FIXTURE, torch.float32): {"encoder.mlp"},
+        ("tiny", torch.float32): {"encoder.stem"},
+    }
+
+
+def test_more_than_half_of_the_blocks_are_not_few() -> None:
+    half = len(BLOCKS) // 2
+    assert compared_alone(map(compare, itertools.islice(BLOCKS, half)))
+    assert not compared_alone(map(compare, itertools.islice(BLOCKS, half + 1)))
+
+
+def test_few_blocks_compile_without_the_others() -> None:
+    few = suite(kept=False)
+    assert {block.name for block in BLOCKS.values() if few.unit(block) == CHOSEN} == FEW
+    assert {program.name for program in few.programs(CHOSEN)} == FEW
+    assert {program.name for program in few.programs("parts")} > FEW | {f"{name} captured" for name in CAPTURED}
+    assert CHOSEN not in few.units  # which are all that a chain takes
+
+
+@pytest.mark.parametrize(("kept", "held"), [(True, None), (False, Mock(spec=Artifacts))], ids=["kept", "artifacts"])
+def test_what_is_compiled_already_is_used(kept: bool, held: Artifacts | None) -> None:
+    """Artifacts hold units, and none of a selection."""
+    assert {suite(kept, held).unit(BLOCKS[name]) for name in FEW} == {"parts"}
+
+
+def test_a_process_is_given_all_of_a_model_or_of_a_file() -> None:
+    of_model = {group(compare(name)) for name in BLOCKS} | {group(item(suite=(FIXTURE, torch.float32)))}
+    assert of_model == {suite_job(FIXTURE, torch.float32)}
+    assert group(compare("encoder", "tiny")) not in of_model
+    assert group(item("test_one")) == "test_one" != group(item("test_other"))
