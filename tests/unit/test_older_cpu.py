@@ -96,7 +96,6 @@ def test_a_dtype_without_instructions_is_said_to_be_slow_once(
 ) -> None:
     monkeypatch.setenv(CPU, V3)
     monkeypatch.setattr(maxwhisper.whisper, "Whisper", Mock())  # nothing is to be compiled for it
-    warn_of_slow_dtype.cache_clear()
     for _ in range(2):
         load_model(NANO, dtype=dtype)
     said = [message for message in caplog.messages if "has no instructions for it" in message]
@@ -118,7 +117,6 @@ def test_only_what_the_cpu_lacks_is_slow(
     features: list[str], slow: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(instructions, "cpu_features", lambda: features)
-    warn_of_slow_dtype.cache_clear()
     for dtype in ("float32", "bfloat16", "float16"):
         warn_of_slow_dtype(dtype)
     assert [message.split(":")[0].removeprefix("dtype ") for message in caplog.messages] == slow

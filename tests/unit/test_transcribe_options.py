@@ -2,7 +2,6 @@
 
 import re
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from whisper.tokenizer import get_tokenizer
 
 from maxwhisper.audio import load_audio, log_mel_spectrogram
 from maxwhisper.batched import transcribe_batched
-from maxwhisper.errors import OptionError, warn_once
+from maxwhisper.errors import OptionError
 from maxwhisper.whisper import Whisper, load_model
 
 from .command import CLIP, StubModel, assert_one_line, status
@@ -37,12 +36,6 @@ def audio() -> np.ndarray:
 @pytest.fixture(scope="module")
 def mel(audio: np.ndarray) -> torch.Tensor:
     return log_mel_spectrogram(pad_or_trim(audio))
-
-
-@pytest.fixture(autouse=True)
-def nothing_said() -> Iterator[None]:
-    warn_once.cache_clear()
-    yield
 
 
 # ---- what is refused ------------------------------------------------------------------------------------------------
