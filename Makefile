@@ -71,7 +71,7 @@ lint-ci: $(INSTALLED)  ## actionlint and shellcheck, which are installed first
 	$(BIN)/shellcheck scripts/*.sh .ci/run
 
 graph-key: $(INSTALLED)  ## what the compile cache may be kept under: the version of MAX and a hash of the graphs' sources
-	@echo "key=$$($(BIN)/python -m maxwhisper.artifacts)"
+	@echo "key=$$($(BIN)/python -m maxwhisper.engine.artifacts)"
 
 compile-gate: $(INSTALLED)  ## compile every graph for GPUs that need not be there: make compile-gate TARGETS=sm_80,sm_90a
 	$(BIN)/pytest tests/parity --compile-only $(TARGETS) --artifacts build/artifacts --size $(SIZE) --dtype $(DTYPE)

@@ -23,12 +23,12 @@ as_on(asked_for())
 import torch
 from whisper.model import ModelDimensions
 
-from maxwhisper.ahead import Ahead
-from maxwhisper.artifacts import TARGETS, Artifacts
-from maxwhisper.blocks import BLOCKS, Block
-from maxwhisper.cache import cache_folder
+from maxwhisper.engine.artifacts import TARGETS, Artifacts
+from maxwhisper.engine.folders import cache_folder
+from maxwhisper.engine.precompile import Ahead
+from maxwhisper.engine.session import device_named, gpu_found
 from maxwhisper.errors import ArtifactError, MaxWhisperError
-from maxwhisper.runtime import device_named, gpu_found
+from maxwhisper.network.blocks import BLOCKS, Block
 from reference.activations import KINDS, RANDOM
 from reference.ahead import TRANSCRIBING, WhenCompiling, compile_ahead, suite_job
 from reference.distributed import group, is_distributed, is_worker

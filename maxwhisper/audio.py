@@ -17,16 +17,14 @@ import av
 import av.container
 import numpy as np
 import torch
-from max.dtype import DType
-from max.graph import DeviceRef, TensorType, TensorValue, Weight, ops
-from max.nn.layer import Module
-from whisper.audio import CHUNK_LENGTH, HOP_LENGTH, N_FFT, N_FRAMES, N_SAMPLES, SAMPLE_RATE, mel_filters
+from whisper.audio import CHUNK_LENGTH, HOP_LENGTH, N_FFT, N_FRAMES, N_SAMPLES, SAMPLE_RATE
 
+from .engine.process import compiler
+from .engine.program import Artifact, Executable, Loader
+from .engine.surroundings import cpu_by_default, one_torch_thread
 from .errors import AudioError, OptionError, warn_once
-from .model import convolution
+from .network.log_mel import LogMelSpectrogram, log_mel_program, log_mel_weights
 from .pipes import Pipe, is_regular, open_once, status_of
-from .process import compiler
-from .runtime import Artifact, Executable, Loader, Program, cpu_by_default, one_torch_thread
 
 __all__ = [
     "CHUNK_LENGTH",
@@ -53,15 +51,6 @@ JOINED = 2**16
 
 LOUDEST = 2
 """Samples beyond this were not meant to be in [-1, 1]: lossy decoders and resamplers overshoot it by less than 6 dB."""
-
-N_BINS = N_FFT // 2 + 1
-"""Frequencies of the Fourier transform of a frame, from 0 to SAMPLE_RATE / 2."""
-N_ROWS = -(-N_BINS // 16) * 16
-"""N_BINS, and as many zeros behind them as fill a kernel's vectors."""
-PIECE = math.gcd(N_FFT, HOP_LENGTH)
-"""Samples in what overlapping frames are put together from."""
-N_MELS = (80, 128)
-"""Filter banks that openai-whisper ships: 128 bands for large-v3 and turbo, 80 for all others."""
 
 
 def load_audio(file: str | os.PathLike[str], sr: int = SAMPLE_RATE) -> np.ndarray:
@@ -236,66 +225,6 @@ def _resample(frames: Iterable[av.AudioFrame], sr: int) -> Iterator[av.AudioFram
         yield from resampler.resample(None)
 
 
-class LogMelSpectrogram(Module):
-    """The log-mel spectrogram of one waveform: openai-whisper's `log_mel_spectrogram`, after its padding.
-
-    audio: float32 (samples,), any number of samples above N_FFT // 2. Returns float32 (n_mels, samples // HOP_LENGTH).
-    Weights, as `log_mel_weights` makes them:
-        fourier  (2 * N_ROWS, PIECE, N_FFT // PIECE)  Hann window times Fourier basis, cosines before sines
-        filters  (n_mels, N_ROWS)                     mel filter bank
-
-    The Fourier transform is a convolution over pieces of the waveform with its matrix. It rounds like a sum of N_FFT
-    terms, a fast transform like one of log2(N_FFT).
-    """
-
-    def __init__(self, n_mels: int, device: DeviceRef):
-        super().__init__()
-        self.fourier = Weight("fourier", DType.float32, [2 * N_ROWS, PIECE, N_FFT // PIECE], device)
-        self.filters = Weight("filters", DType.float32, [n_mels, N_ROWS], device)
-
-    def __call__(self, audio: TensorValue) -> TensorValue:
-        mel = self.mel(self.power(audio))
-        mel = ops.max(mel, ops.constant(1e-10, DType.float32, audio.device))
-        # OpenAI's (max(log10(mel), top - 8) + 4) / 4, with the division by 4 folded into the logarithm's base.
-        log_mel = ops.log(mel) * (math.log10(math.e) / 4) + 1
-        top = ops.max(ops.max(log_mel, axis=0), axis=1)
-        return ops.transpose(ops.max(log_mel, top - 2), 0, 1)
-
-    def power(self, audio: TensorValue) -> TensorValue:
-        """(samples,) to (frame, N_ROWS): frame i is centred on sample i * HOP_LENGTH, the ends mirrored."""
-        n_frames = audio.shape[0] // HOP_LENGTH
-        stride, taps = HOP_LENGTH // PIECE, N_FFT // PIECE
-        n_pieces = (n_frames - 1) * stride + taps
-        padded = ops.pad(audio, [N_FFT // 2, N_FFT // 2], mode="reflect")
-        pieces = padded[: n_pieces * PIECE].reshape((1, n_pieces, PIECE))
-        spectrum = ops.squeeze(convolution(pieces, self.fourier, stride, n_frames), 0)
-        real, imaginary = spectrum[:, :N_ROWS], spectrum[:, N_ROWS:]
-        return real * real + imaginary * imaginary
-
-    def mel(self, power: TensorValue) -> TensorValue:
-        """(frame, N_ROWS) to (frame, n_mels)."""
-        return ops.squeeze(convolution(ops.unsqueeze(power, 0), self.filters, n_y=power.shape[0]), 0)
-
-
-def log_mel_weights(n_mels: int) -> dict[str, torch.Tensor]:
-    """The weights of `LogMelSpectrogram`, float32: computed in float64, the filter bank from openai-whisper's assets.
-
-    Raises OptionError for a number of mel bands that openai-whisper has no filter bank for.
-    """
-    if n_mels not in N_MELS:
-        raise OptionError(f"n_mels is one of {N_MELS}, not {n_mels}")
-    sample = torch.arange(N_FFT, dtype=torch.float64)
-    turns = torch.arange(N_BINS).unsqueeze(1) * sample % N_FFT / N_FFT
-    window = torch.hann_window(N_FFT, periodic=True, dtype=torch.float64)
-    basis = window * torch.stack([torch.cos(2 * math.pi * turns), torch.sin(2 * math.pi * turns)])
-    unused = N_ROWS - N_BINS
-    rows = torch.nn.functional.pad(basis, (0, 0, 0, unused))  # (2, N_ROWS, N_FFT)
-    return {
-        "fourier": rows.reshape(2 * N_ROWS, -1, PIECE).mT.float().contiguous(),
-        "filters": torch.nn.functional.pad(mel_filters("cpu", n_mels), (0, unused)),
-    }
-
-
 _SPECTROGRAMS: dict[int, Executable] = {}
 
 
@@ -311,10 +240,7 @@ def compiled_spectrogram(n_mels: int, load: Loader | None = None) -> Executable:
 
 def _compile(n_mels: int, load: Loader | None) -> Executable:
     weights = {f"log_mel.{name}": tensor for name, tensor in log_mel_weights(n_mels).items()}
-    cpu = DeviceRef.CPU()
-    module = LogMelSpectrogram(n_mels, cpu)
-    inputs = {"audio": TensorType(DType.float32, ["samples"], cpu)}
-    program = Program("log_mel", "log_mel", module, lambda module, audio: (module(audio),), inputs)
+    program = log_mel_program(n_mels)
     return Artifact(program.name, [program], "cpu", load).init(weights)[program.name]
 
 

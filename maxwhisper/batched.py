@@ -13,8 +13,8 @@ import torch
 from whisper.audio import CHUNK_LENGTH, FRAMES_PER_SECOND, N_FRAMES, N_SAMPLES, SAMPLE_RATE, pad_or_trim
 
 from .audio import as_waveform, log_mel_spectrogram
+from .engine.surroundings import cpu_by_default
 from .errors import OptionError
-from .runtime import cpu_by_default
 
 if TYPE_CHECKING:
     from .whisper import Whisper

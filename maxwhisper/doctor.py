@@ -19,7 +19,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from . import __version__, cuda
+from . import __version__
+from .engine import cuda
 
 JSON_VERSION = 1  # raised when a field goes or changes its meaning
 TIMEOUT = 120.0  # seconds for one probe; from a cold disk, importing MAX or PyTorch takes most of a minute

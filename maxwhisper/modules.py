@@ -12,13 +12,14 @@ from max.driver import CPU, Buffer
 from whisper import model as openai
 from whisper.model import ModelDimensions
 
-from .decoding import PICK, Candidates, KeyValueCache, Picked, Rules, Texts
+from .decoding.gpu import CANDIDATES, STEPS_AT_ONCE
+from .decoding.openai_loop import PICK, Candidates, KeyValueCache, Picked, Rules, Texts
+from .decoding.speculative import N_GUESS, ROUGH_KEYS, SPECULATE, WORTH_GUESSING, rough_room
+from .engine.program import buffer
+from .engine.surroundings import one_torch_thread
 from .errors import AudioError, OptionError
 from .frozen import HOOKS, Frozen, without_memory
-from .on_device import CANDIDATES, STEPS_AT_ONCE
-from .runtime import buffer, one_torch_thread
-from .speculation import N_GUESS, ROUGH_KEYS, SPECULATE, WORTH_GUESSING, rough_room
-from .together import OfThread, Seats
+from .scheduling import OfThread, Seats
 
 if TYPE_CHECKING:
     from .whisper import Network

@@ -23,43 +23,36 @@ from whisper.model import Whisper as OpenAIWhisper
 from whisper.tokenizer import Tokenizer
 from whisper.transcribe import transcribe
 
-from .ahead import Ahead, Job
 from .alignment import add_word_timestamps, keep_alignment_compiled
-from .artifacts import Artifacts, Cache, Identity, aim_at, writing
-from .audio import N_MELS, as_waveform, compiled_spectrogram, load_audio, log_mel_spectrogram
-from .blocks import BLOCKS
-from .built_from import built_from
-from .cache import cache_folder
+from .audio import as_waveform, compiled_spectrogram, load_audio, log_mel_spectrogram
 from .checkpoint import Checkpoint, StrPath, load_checkpoint
-from .decoding import (
+from .decoding.gpu import candidates_program, step_program
+from .decoding.module_cache import ModuleCache
+from .decoding.openai_loop import (
     TOKEN_RULES,
     KeyValueCache,
     decode,
     pick_program,
     rules_program,
 )
+from .decoding.speculative import draft_of, rough_keys_program, speculation_program
+from .engine.artifacts import Artifacts, Cache, Identity, aim_at, writing
+from .engine.built_from import built_from
+from .engine.folders import cache_folder
+from .engine.instructions import warn_of_slow_dtype
+from .engine.precompile import Ahead, Job
+from .engine.process import compiler
+from .engine.program import Artifact, Executable, Program, buffer
+from .engine.session import TORCH_DTYPE, Policy, find_device
+from .engine.surroundings import cpu_by_default, one_torch_thread
 from .errors import DeviceError, OptionError
 from .frozen import Frozen, has_hooks
-from .instructions import warn_of_slow_dtype
-from .module_cache import ModuleCache
 from .modules import AudioEncoder, TextDecoder, check_floats
-from .on_device import candidates_program, step_program
+from .network.blocks import BLOCKS
+from .network.log_mel import N_MELS
 from .options import carried, decoding, transcribing, within
-from .process import compiler
 from .rebind import rebind
-from .runtime import (
-    TORCH_DTYPE,
-    Artifact,
-    Executable,
-    Policy,
-    Program,
-    buffer,
-    cpu_by_default,
-    find_device,
-    one_torch_thread,
-)
-from .speculation import draft_of, rough_keys_program, speculation_program
-from .together import Audio, Result, transcribe_many
+from .scheduling import Audio, Result, transcribe_many
 
 STORAGE = {torch.float16: DType.float16, torch.bfloat16: DType.bfloat16}
 
@@ -103,8 +96,8 @@ def compile_model(
 ) -> None:
     """Compiles what transcribes with a checkpoint, and writes it into the folder `out` for `load_model(artifacts=out)`.
 
-    target: "host", this machine's CPU, or a GPU's architecture, as in `maxwhisper.artifacts.TARGETS`. After compiling
-    for a GPU, this process cannot use one. dtype: as of `load_model`.
+    target: "host", this machine's CPU, or a GPU's architecture, as in `engine.artifacts.TARGETS`. After compiling for a
+    GPU, this process cannot use one. dtype: as of `load_model`.
 
     Raises CheckpointError, and OptionError for another target or dtype, or for a folder that cannot be written.
     """
@@ -183,7 +176,7 @@ class Network:
         self.artifacts = artifacts
         self.policy = policy_of(checkpoint.tensors, device, dtype)
         self.dtype = TORCH_DTYPE[self.policy.compute]
-        self.ahead = Ahead("maxwhisper.ahead", self._jobs())
+        self.ahead = Ahead("maxwhisper.engine.precompile", self._jobs())
         self.executables = self._load("network")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Network":

@@ -6,8 +6,8 @@ import sys
 
 import torch
 
-from maxwhisper.blocks import BLOCKS, Block
-from maxwhisper.runtime import COMPILE_LOG
+from maxwhisper.engine.program import COMPILE_LOG
+from maxwhisper.network.blocks import BLOCKS, Block
 
 from .activations import FIXTURES, KINDS
 from .ahead import WhenCompiling, compile_ahead, suite_job

@@ -15,7 +15,7 @@ from whisper.model import ModelDimensions, Whisper
 from whisper.tokenizer import get_tokenizer
 
 from maxwhisper.audio import load_audio
-from maxwhisper.blocks import Block
+from maxwhisper.network.blocks import Block
 
 from .blocks import log_mel, split_heads
 

@@ -16,10 +16,10 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from maxwhisper.ahead import Ahead
-from maxwhisper.blocks import BLOCKS
 from maxwhisper.checkpoint import load_checkpoint
-from maxwhisper.runtime import Artifact
+from maxwhisper.engine.precompile import Ahead
+from maxwhisper.engine.program import Artifact
+from maxwhisper.network.blocks import BLOCKS
 from maxwhisper.whisper import policy_of, programs_of, units_on
 
 from .activations import FIXTURES

@@ -248,4 +248,4 @@ TWINS: dict[str, Callable[..., list[Tensor]]] = {
     "decoder.step": decoder,
     "decoder.alignment": decoder_alignment,
 }
-"""By name of the block in `maxwhisper.blocks.BLOCKS`."""
+"""By name of the block in `maxwhisper.network.blocks.BLOCKS`."""

@@ -9,9 +9,10 @@ from max.graph import TensorValue
 from max.nn.layer import Layer, Module, add_layer_hook, clear_hooks
 from whisper.model import ModelDimensions
 
-from maxwhisper.blocks import Block
-from maxwhisper.model import ResidualAttentionBlock
-from maxwhisper.runtime import Policy, Program
+from maxwhisper.engine.program import Program
+from maxwhisper.engine.session import Policy
+from maxwhisper.network.blocks import Block
+from maxwhisper.network.model import ResidualAttentionBlock
 
 CAPTURED = ("encoder", "decoder.prefill", "decoder.step")
 """Blocks whose layers are captured."""

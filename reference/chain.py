@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from whisper.model import Whisper
 
-from maxwhisper.blocks import BLOCKS
-from maxwhisper.runtime import Executable
+from maxwhisper.engine.program import Executable
+from maxwhisper.network.blocks import BLOCKS
 
 from .activations import AUDIO, hooked, speech, window_of
 from .blocks import decoder as decoder_twin

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from maxwhisper.runtime import COMPILE_LOG, CompileRecord
+from maxwhisper.engine.program import COMPILE_LOG, CompileRecord
 
 from .ahead import suite_job
 from .faults import Fault, graph_faults, weight_faults

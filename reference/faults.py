@@ -1,8 +1,8 @@
 """The judge on trial: wrong models, every one of which it must catch, in the block that is wrong.
 
 A *weight* fault changes the tensors that MAX is given, and needs no compilation. A *graph* fault changes
-`maxwhisper.model` or `maxwhisper.audio` while one block's graph is built; all of a run compile into one artifact. The
-oracle and the peer stay right in both.
+`maxwhisper.network` while one block's graph is built; all of a run compile into one artifact. The oracle and the peer
+stay right in both.
 
 Caught means that a check fails: one of the judge's measures on the block alone (the isolated verdict), or the chain
 over the whole network, which must then name a submodule inside the faulty block as the first divergence.
@@ -23,9 +23,9 @@ from torch import Tensor
 from whisper.audio import N_FFT, SAMPLE_RATE
 from whisper.model import ModelDimensions
 
-from maxwhisper import model
-from maxwhisper.blocks import BLOCKS, Block
-from maxwhisper.runtime import Artifact, Executable, Program
+from maxwhisper.engine.program import Artifact, Executable, Program
+from maxwhisper.network import model
+from maxwhisper.network.blocks import BLOCKS, Block
 
 from . import mistakes
 from .activations import KINDS

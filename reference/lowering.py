@@ -20,13 +20,14 @@ import torch
 from max.dtype import DType
 from max.graph import Module
 
-from maxwhisper.artifacts import HOST, Identity, Writer, aim_at, writing
-from maxwhisper.blocks import BLOCKS
-from maxwhisper.built_from import built_from
-from maxwhisper.decoding import PICK, TOKEN_RULES
-from maxwhisper.on_device import CANDIDATES
-from maxwhisper.runtime import Artifact, Policy, Program
-from maxwhisper.speculation import ROUGH_KEYS, SPECULATE
+from maxwhisper.decoding.gpu import CANDIDATES
+from maxwhisper.decoding.openai_loop import PICK, TOKEN_RULES
+from maxwhisper.decoding.speculative import ROUGH_KEYS, SPECULATE
+from maxwhisper.engine.artifacts import HOST, Identity, Writer, aim_at, writing
+from maxwhisper.engine.built_from import built_from
+from maxwhisper.engine.program import Artifact, Program
+from maxwhisper.engine.session import Policy
+from maxwhisper.network.blocks import BLOCKS
 from maxwhisper.whisper import programs_of, units_on
 
 from .captures import CAPTURED

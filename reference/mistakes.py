@@ -9,8 +9,9 @@ from unittest.mock import patch
 from max.dtype import DType
 from max.graph import DeviceRef, TensorValue, ops
 
-from maxwhisper import audio, model
-from maxwhisper.gelu import gelu
+from maxwhisper.network import model
+from maxwhisper.network.gelu import gelu
+from maxwhisper.network.log_mel import LogMelSpectrogram
 
 Patch = Callable[[], AbstractContextManager[Any]]
 """Puts a wrong layer in the place of the right one while it is entered."""
@@ -245,7 +246,7 @@ def keys_then_values(values: Sequence[TensorValue], size: int) -> list[Sequence[
 def log_mel(form: str) -> Patch:
     """A log-mel spectrogram scaled in another way."""
 
-    def call(self: audio.LogMelSpectrogram, waveform: TensorValue) -> TensorValue:
+    def call(self: LogMelSpectrogram, waveform: TensorValue) -> TensorValue:
         power = self.power(waveform)
         mel = self.mel(ops.sqrt(power) if form == "magnitude for power" else power)
         if form != "clamp left out":
@@ -258,7 +259,7 @@ def log_mel(form: str) -> Patch:
             return ops.transpose((log - top) * 10, 0, 1)
         return ops.transpose(log if form == "not scaled" else (log + 4) / 4, 0, 1)
 
-    return lambda: patch.object(audio.LogMelSpectrogram, "__call__", call)
+    return lambda: patch.object(LogMelSpectrogram, "__call__", call)
 
 
 def product(form: str) -> Patch:

@@ -9,7 +9,7 @@ import os
 import shlex
 import sys
 
-from maxwhisper.instructions import CPU
+from maxwhisper.engine.instructions import CPU
 
 AS_ON = {
     "x86-64-v3": {

@@ -14,7 +14,7 @@ from typing import Any
 import pluggy
 import pytest
 
-from maxwhisper.runtime import COMPILE_LOG
+from maxwhisper.engine.program import COMPILE_LOG
 
 from .distributed import is_worker, packed, unpack_into
 from .reasons import one_line

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from max.driver import Accelerator, accelerator_count
 
-from maxwhisper.runtime import COMPILE_LOG
+from maxwhisper.engine.program import COMPILE_LOG
 
 from .chain import Chain
 from .faults import FaultVerdict

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from maxwhisper.blocks import BLOCKS
+from maxwhisper.network.blocks import BLOCKS
 
 WORDS: tuple[tuple[str, str], ...] = (
     ("log_mel", "spectrogram mel_spectrogram log_mel_spectrogram mel_filters filterbank stft"),

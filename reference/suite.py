@@ -13,12 +13,13 @@ from torch import Tensor
 from whisper.audio import N_FFT
 from whisper.model import ModelDimensions, Whisper
 
-from maxwhisper.artifacts import Artifacts, Cache
-from maxwhisper.audio import log_mel_weights
-from maxwhisper.blocks import BLOCKS, Block
-from maxwhisper.cache import cache_folder
 from maxwhisper.checkpoint import load_checkpoint
-from maxwhisper.runtime import TORCH_DTYPE, Artifact, Executable, Policy, Program, find_device
+from maxwhisper.engine.artifacts import Artifacts, Cache
+from maxwhisper.engine.folders import cache_folder
+from maxwhisper.engine.program import Artifact, Executable, Program
+from maxwhisper.engine.session import TORCH_DTYPE, Policy, find_device
+from maxwhisper.network.blocks import BLOCKS, Block
+from maxwhisper.network.log_mel import log_mel_weights
 from maxwhisper.whisper import ON_CPU, storage_dtype
 
 from . import activations, tf32

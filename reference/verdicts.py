@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-import maxwhisper.blocks
+import maxwhisper.network.blocks
 
 from .judge import Comparison, Judgement, Measure, Output, dtype_name
 from .reasons import one_line
@@ -24,7 +24,7 @@ from .versions import version
 
 JUDGES = ("torch", "openai-whisper", "numpy")
 """Packages that a verdict depends on."""
-JUDGE, TABLE = Path(__file__).parent, Path(maxwhisper.blocks.__file__)
+JUDGE, TABLE = Path(__file__).parent, Path(maxwhisper.network.blocks.__file__)
 
 
 class Memory(Protocol):

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..cache import cache_folder
+from ..engine.folders import cache_folder
 from ..errors import OptionError
 
 if TYPE_CHECKING:

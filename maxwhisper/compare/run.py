@@ -17,8 +17,8 @@ from whisper.audio import log_mel_spectrogram, pad_or_trim
 
 from ..checkpoint import Checkpoint
 from ..doctor import ProbeError, ask
+from ..engine.session import device_named, find_device
 from ..errors import DeviceError, MaxWhisperError, OptionError
-from ..runtime import device_named, find_device
 from .convert import store
 from .engines import REFERENCE, SPECS, Spec, Task, missing, rows, versions
 from .material import Recording, checkpoint_for, recordings

@@ -20,7 +20,7 @@ from whisper.model import ModelDimensions
 from whisper.model import Whisper as OpenAIWhisper
 
 from ..checkpoint import Checkpoint
-from ..decoding import rebind
+from ..decoding.openai_loop import rebind
 
 BATCH = 2
 """Of the inputs to trace with: with 1, PyTorch's exporter would fix it."""

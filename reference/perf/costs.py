@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from whisper.model import Whisper, disable_sdpa
 
-from maxwhisper.blocks import BLOCKS
+from maxwhisper.network.blocks import BLOCKS
 
 from ..blocks import TWINS
 from ..judge import Comparison

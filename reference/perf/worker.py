@@ -28,7 +28,7 @@ from whisper.decoding import DecodingOptions, DecodingResult
 from whisper.tokenizer import get_tokenizer
 
 import maxwhisper
-from maxwhisper.blocks import BLOCKS
+from maxwhisper.network.blocks import BLOCKS
 from reference.suite import DTYPES, Suite, load
 
 PR_SET_PDEATHSIG = 1
@@ -186,9 +186,9 @@ class Blocks:
     def product_on_max(self, a: torch.Tensor) -> Callable[[], list[torch.Tensor]]:
         from max.graph import TensorType
 
-        from maxwhisper.decoding import NoWeights
-        from maxwhisper.model import linear
-        from maxwhisper.runtime import Artifact, Program
+        from maxwhisper.decoding.openai_loop import NoWeights
+        from maxwhisper.engine.program import Artifact, Program
+        from maxwhisper.network.model import linear
 
         policy = self.suite.policy
         shapes = {"x": [1, MATRIX, MATRIX], "weight": [MATRIX, MATRIX]}
@@ -237,7 +237,7 @@ def end_with_parent() -> None:
 def holding(suite: Suite, artifacts: str) -> Suite:
     """The suite with what was compiled ahead; ends the process where the tree's code cannot read that."""
     try:
-        from maxwhisper.artifacts import Artifacts
+        from maxwhisper.engine.artifacts import Artifacts
 
         return replace(suite, held=Artifacts(artifacts, suite.device))
     except (ImportError, TypeError) as error:

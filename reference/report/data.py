@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from maxwhisper.runtime import COMPILE_LOG
+from maxwhisper.engine.program import COMPILE_LOG
 
 from ..chain import Chain
 from ..faults import FaultVerdict

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from maxwhisper.blocks import BLOCKS
-from maxwhisper.runtime import COMPILE_LOG
+from maxwhisper.engine.program import COMPILE_LOG
+from maxwhisper.network.blocks import BLOCKS
 
 from ..activations import is_step
 from ..chain import STEP, Chain

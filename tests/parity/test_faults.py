@@ -6,8 +6,8 @@ from functools import cache
 import pytest
 import torch
 
-from maxwhisper.blocks import BLOCKS
-from maxwhisper.runtime import Executable
+from maxwhisper.engine.program import Executable
+from maxwhisper.network.blocks import BLOCKS
 from reference.chain import first_divergence
 from reference.faults import (
     Fault,

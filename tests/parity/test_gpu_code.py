@@ -10,16 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from maxwhisper.artifacts import source_hash
+from maxwhisper.engine.artifacts import source_hash
 
 COMPILE = """
 import sys
 from max.dtype import DType
 from max.graph import BufferType, DeviceRef, TensorType, ops
-from maxwhisper.artifacts import aim_at
-from maxwhisper.decoding import NoWeights
-from maxwhisper.model import KeyValue, MultiHeadAttention, Slots, convolution_by_product
-from maxwhisper.runtime import Artifact, Policy, Program
+from maxwhisper.engine.artifacts import aim_at
+from maxwhisper.decoding.openai_loop import NoWeights
+from maxwhisper.network.model import KeyValue, MultiHeadAttention, Slots, convolution_by_product
+from maxwhisper.engine.program import Artifact, Program
+from maxwhisper.engine.session import Policy
 
 device, gpu = aim_at("sm_90a"), DeviceRef.GPU()
 cache, row = ["batch", "place", 2, 64], ["batch", 1, 128]

@@ -31,7 +31,7 @@ def slowed(graph: str, tmp_path: Path) -> Path:
     for package in ("maxwhisper", "reference"):
         shutil.copytree(ROOT / package, tree / package, ignore=shutil.ignore_patterns("__pycache__"))
     (tree / "fixtures").symlink_to(ROOT / "fixtures")
-    runtime = tree / "maxwhisper" / "runtime.py"
+    runtime = tree / "maxwhisper" / "engine" / "program.py"
     runtime.write_text(runtime.read_text() + FIVE_TIMES.format(graph=graph))
     return tree
 

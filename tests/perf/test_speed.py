@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from maxwhisper.blocks import BLOCKS
+from maxwhisper.network.blocks import BLOCKS
 from reference.perf.costs import Cost, costs
 from reference.perf.engine import ENGINES, Worker
 from reference.perf.table import Row

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from maxwhisper.artifacts import not_kept
-from maxwhisper.decoding import not_in_graph
+from maxwhisper.decoding.openai_loop import not_in_graph
+from maxwhisper.engine.artifacts import not_kept
+from maxwhisper.engine.instructions import warn_of_slow_dtype
 from maxwhisper.errors import warn_once
 from maxwhisper.frozen import in_pytorch
-from maxwhisper.instructions import warn_of_slow_dtype
 
 
 @pytest.fixture(autouse=True)

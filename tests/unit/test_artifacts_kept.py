@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-import maxwhisper.built_from
-import maxwhisper.model
+import maxwhisper.engine.built_from
+import maxwhisper.network.model
 import maxwhisper.whisper
-from maxwhisper import artifacts
-from maxwhisper.artifacts import HOST, MANIFEST, Cache, Identity
-from maxwhisper.built_from import built_from
 from maxwhisper.checkpoint import load_checkpoint
-from maxwhisper.instructions import CPU
-from maxwhisper.runtime import Stored
+from maxwhisper.engine import artifacts
+from maxwhisper.engine.artifacts import HOST, MANIFEST, Cache, Identity
+from maxwhisper.engine.built_from import built_from
+from maxwhisper.engine.instructions import CPU
+from maxwhisper.engine.program import Stored
 from maxwhisper.whisper import Whisper, policy_of, programs_of
 
 ROOT = Path(__file__).parents[2]

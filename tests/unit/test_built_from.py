@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-import maxwhisper.built_from
-from maxwhisper.built_from import built_from
+import maxwhisper.engine.built_from
 from maxwhisper.checkpoint import load_checkpoint
-from maxwhisper.kernel_library import KERNELS, code
-from maxwhisper.model import AudioEncoder
-from maxwhisper.runtime import Program
+from maxwhisper.engine.built_from import built_from
+from maxwhisper.engine.kernel_library import KERNELS, code
+from maxwhisper.engine.program import Program
+from maxwhisper.network.model import AudioEncoder
 from maxwhisper.whisper import policy_of, programs_of, units_on
 
 NANO = Path(__file__).parents[2] / "fixtures" / "nano.pt"
@@ -52,7 +52,7 @@ def test_a_change_to_a_kernel_counts_for_the_graphs_that_call_it(
     before, kernels = keys(units), tmp_path / KERNELS.name
     shutil.copytree(KERNELS, kernels)
     (kernels / name).write_text(change((kernels / name).read_text()))
-    monkeypatch.setattr(maxwhisper.built_from, "KERNELS", kernels)
+    monkeypatch.setattr(maxwhisper.engine.built_from, "KERNELS", kernels)
     assert {unit for unit, key in keys(units).items() if key != before[unit]} == of
 
 

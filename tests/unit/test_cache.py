@@ -8,8 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from maxwhisper import cache, process
-from maxwhisper.cache import ROOM, cache_folder, temporary_folder, writable
+from maxwhisper.engine import folders as cache
+from maxwhisper.engine import process
+from maxwhisper.engine.folders import ROOM, cache_folder, temporary_folder, writable
 from maxwhisper.errors import OptionError
 
 PROBLEM = "cannot be used as a cache"

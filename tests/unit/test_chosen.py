@@ -9,8 +9,8 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from maxwhisper.artifacts import Artifacts
-from maxwhisper.blocks import BLOCKS
+from maxwhisper.engine.artifacts import Artifacts
+from maxwhisper.network.blocks import BLOCKS
 from reference.ahead import suite_job
 from reference.captures import CAPTURED
 from reference.distributed import group

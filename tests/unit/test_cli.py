@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 import whisper
 
-from maxwhisper import __version__, runtime
+from maxwhisper import __version__
 from maxwhisper.cli import build_parser
-from maxwhisper.outputs import FORMATS
-from maxwhisper.terminal import messages_on_stderr
+from maxwhisper.cli.outputs import FORMATS
+from maxwhisper.cli.terminal import messages_on_stderr
+from maxwhisper.engine import session
 
 from .command import CLIP, RESULT, ROOT, StubModel, assert_one_line, status, write_wav
 
@@ -271,7 +272,7 @@ def test_files_that_advance_together_are_printed_one_after_the_other(
         return RESULT
 
     monkeypatch.setattr("maxwhisper.whisper.load_model", lambda *_, **__: StubModel())
-    monkeypatch.setattr("maxwhisper.together.transcribe_many", many)
+    monkeypatch.setattr("maxwhisper.scheduling.transcribe_many", many)
     monkeypatch.setattr("maxwhisper.batched.transcribe_batched", batched)
     files = [write_wav(tmp_path / f"{name}.wav", 1600) for name in "ab"]
     assert status(["transcribe", *files, "-o", out, "-f", "txt", *how]) == 0
@@ -354,7 +355,7 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], list[Any]], str]] = {
 def test_bad_models_and_devices(
     kind: str, tmp_path: Path, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(runtime, "accelerator_count", lambda: 0)
+    monkeypatch.setattr(session, "accelerator_count", lambda: 0)
     make, expected = BAD_MODELS[kind]
     assert status(["transcribe", CLIP, "-o", out, *make(tmp_path)]) == 1
     assert_one_line(capsys, expected)
@@ -363,10 +364,10 @@ def test_bad_models_and_devices(
 
 def test_device_auto(out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A GPU where there is one, which this one is not: it is looked for in vain then."""
-    monkeypatch.setattr(runtime, "accelerator_count", lambda: 0)
+    monkeypatch.setattr(session, "accelerator_count", lambda: 0)
     arguments = ["transcribe", CLIP, "-o", out, "-f", "txt", "--model", NANO, "--device", "auto"]
     assert status(arguments) == 0 and list(out.iterdir())
-    monkeypatch.setattr(runtime, "gpu_found", lambda: True)
+    monkeypatch.setattr(session, "gpu_found", lambda: True)
     assert status(arguments) == 1
     assert "no GPU" in capsys.readouterr().err
 

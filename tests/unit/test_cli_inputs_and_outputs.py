@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from maxwhisper.outputs import FORMATS
+from maxwhisper.cli.outputs import FORMATS
 
 from .command import CLIP, RESULT, StubModel, assert_one_line, status, write_wav
 from .pipes import ctrl_c, fifo, pipe, standard_input

@@ -18,10 +18,8 @@ import whisper
 from whisper.model import Whisper as OpenAIWhisper
 from whisper.tokenizer import get_tokenizer
 
-from maxwhisper import runtime
 from maxwhisper.audio import load_audio
 from maxwhisper.batched import transcribe_batched
-from maxwhisper.blocks import BLOCKS
 from maxwhisper.checkpoint import load_checkpoint
 from maxwhisper.cli import main
 from maxwhisper.compare import convert, engines, run, stepwise
@@ -35,6 +33,8 @@ from maxwhisper.compare.scores import agreement, word_error_rate
 from maxwhisper.compare.table import cells as figures
 from maxwhisper.compare.tokens import task_for, tokenizer_of
 from maxwhisper.compare.worker import Requests
+from maxwhisper.engine import session
+from maxwhisper.network.blocks import BLOCKS
 from reference.blocks import decoder, decoder_keys_values, pytorch_whisper
 from reference.chain import layers
 from reference.judge import Comparison, judge
@@ -537,7 +537,7 @@ def test_the_table_of_a_gpu(
         "torch": {"version": "2.13", "cuda": "13.0", "gpus": [{"name": "NVIDIA Z1"}], "error": None},
     }
     monkeypatch.setattr(run, "ask", probes.get)
-    monkeypatch.setattr(runtime, "gpu_found", lambda: True)
+    monkeypatch.setattr(session, "gpu_found", lambda: True)
     monkeypatch.setattr(run, "find_device", {"gpu": Mock()}.get)
     report = tmp_path / "report.json"
     against = ["--against", "openai-whisper,faster-whisper"]
@@ -619,7 +619,7 @@ def test_unusable_options(options: list[str], message: str, capsys: pytest.Captu
 def test_what_cannot_be_used(
     arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(runtime, "accelerator_count", lambda: 0)
+    monkeypatch.setattr(session, "accelerator_count", lambda: 0)
     assert main(["compare", *arguments]) == 1
     assert message in capsys.readouterr().err
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from maxwhisper import cuda, runtime
+from maxwhisper.engine import cuda, session
 from maxwhisper.errors import DeviceError
 
 from . import fake_cuda
@@ -156,7 +156,7 @@ LOAD = """
 import ctypes
 from dataclasses import asdict
 from pathlib import Path
-from maxwhisper import cuda
+from maxwhisper.engine import cuda
 for path in {before}:
     ctypes.CDLL(path)
 where = [cuda.Place(kind, tuple(map(Path, folders))) for kind, folders in {where}]
@@ -333,7 +333,7 @@ def test_max_prefers_cuda_13_wherever_the_loader_finds_it(load: Callable[..., An
 
 def test_max_finds_libraries_in_its_own_folders(tmp_path: Path) -> None:
     folder = put(tmp_path / "lib64", CUDA_12)
-    code = f"from maxwhisper import cuda; cuda.FOLDERS_OF_MAX = {{13: ('/nowhere',), 12: ('{folder}',)}}\n"
+    code = f"from maxwhisper.engine import cuda; cuda.FOLDERS_OF_MAX = {{13: ('/nowhere',), 12: ('{folder}',)}}\n"
     code += "result = cuda.open_as_max('cublasLt')"
     env = environment(libraries=[shield(tmp_path / "shield")])
     assert in_child(code, env) == [12, str(folder / "libcublasLt.so.12")]
@@ -345,7 +345,7 @@ PRELOAD = """
 import logging
 from dataclasses import asdict
 from io import StringIO
-from maxwhisper import cuda
+from maxwhisper.engine import cuda
 logged = StringIO()
 logging.basicConfig(stream=logged, format="%(message)s")
 result = asdict(cuda.preload())
@@ -364,7 +364,7 @@ def test_preload_finds_wheels_beside_other_packages(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("supported", "extra"), [((13, 0), "cuda13"), ((12, 4), "cuda12")])
 def test_one_warning_says_what_to_install(supported: tuple[int, int], extra: str, tmp_path: Path) -> None:
-    code = "from maxwhisper import cuda; cuda.places = lambda: []\n" + PRELOAD
+    code = "from maxwhisper.engine import cuda; cuda.places = lambda: []\n" + PRELOAD
     libraries = [fake_cuda.driver(tmp_path / "driver", supported), shield(tmp_path / "shield")]
     result = in_child(code, environment(libraries=libraries))
     assert result["chosen"] is None and result["loaded"] == []
@@ -381,7 +381,7 @@ def test_the_extras_bring_the_libraries() -> None:
 
 
 def test_the_drivers_version(tmp_path: Path) -> None:
-    code = "from maxwhisper import cuda; result = cuda.driver_version()"
+    code = "from maxwhisper.engine import cuda; result = cuda.driver_version()"
     assert in_child(code, environment(libraries=[fake_cuda.driver(tmp_path / "driver", (12, 4))])) == [12, 4]
     assert in_child(code, environment(libraries=[shield(tmp_path / "none", "libcuda.so.1")])) is None
 
@@ -399,22 +399,22 @@ CALLS: list[None] = []
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     CALLS.clear()
-    monkeypatch.setattr(runtime, "accelerator_count", lambda: 1)
-    monkeypatch.setattr(runtime, "Accelerator", StubGPU)
-    monkeypatch.setattr(runtime, "preload", lambda: CALLS.append(None))
+    monkeypatch.setattr(session, "accelerator_count", lambda: 1)
+    monkeypatch.setattr(session, "Accelerator", StubGPU)
+    monkeypatch.setattr(session, "preload", lambda: CALLS.append(None))
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda"])
 def test_libraries_are_loaded_before_a_gpu_is_used(name: str, gpu: None) -> None:
-    device: Any = runtime.find_device(name)
+    device: Any = session.find_device(name)
     assert device.preloads == 1
 
 
 def test_nothing_is_loaded_for_a_cpu_a_missing_gpu_or_a_virtual_one(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    runtime.find_device("cpu")
-    monkeypatch.setattr(runtime, "is_virtual_device_mode", lambda: True)
-    runtime.find_device("gpu")
-    monkeypatch.setattr(runtime, "accelerator_count", lambda: 0)
+    session.find_device("cpu")
+    monkeypatch.setattr(session, "is_virtual_device_mode", lambda: True)
+    session.find_device("gpu")
+    monkeypatch.setattr(session, "accelerator_count", lambda: 0)
     with pytest.raises(DeviceError, match="no GPU"):
-        runtime.find_device("gpu")
+        session.find_device("gpu")
     assert not CALLS

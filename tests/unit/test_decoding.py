@@ -14,9 +14,9 @@ from whisper import decoding
 from whisper.tokenizer import get_tokenizer
 
 from maxwhisper import load_model
-from maxwhisper.decoding import TOKEN_RULES, BeamSearchDecoder, Picked, Rules, TokenRules
+from maxwhisper.decoding.openai_loop import TOKEN_RULES, BeamSearchDecoder, Picked, Rules, TokenRules
+from maxwhisper.engine.program import Executable
 from maxwhisper.errors import DecodingError
-from maxwhisper.runtime import Executable
 from reference.formulas import Formula, judge_formula
 
 NANO = Path(__file__).parents[2] / "fixtures" / "nano.pt"

@@ -467,7 +467,7 @@ def write(path: Path, text: str, mode: int = 0o644) -> Path:
 ISOLATION = """
 from functools import partial
 from pathlib import Path
-from maxwhisper import cuda
+from maxwhisper.engine import cuda
 cuda.places = partial(cuda.places, [{site!r}], {{}}, Path({folder!r}))
 cuda.FOLDERS_OF_MAX = {{13: (), 12: ()}}
 """

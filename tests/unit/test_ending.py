@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import reference.report.charts  # noqa: F401 - what a run inside this process imports first is not kept
-from maxwhisper.runtime import COMPILE_LOG, CompileRecord
+from maxwhisper.engine.program import COMPILE_LOG, CompileRecord
 from reference.chain import Chain
 from reference.distributed import packed, unpack_into
 from reference.faults import FaultVerdict, graph_faults, weight_faults

@@ -7,9 +7,9 @@ import torch
 from max.dtype import DType
 from max.graph import DeviceRef, TensorType
 
-from maxwhisper.gelu import ABOVE, BELOW, REACH
-from maxwhisper.model import GELU
-from maxwhisper.runtime import Artifact, Program
+from maxwhisper.engine.program import Artifact, Program
+from maxwhisper.network.gelu import ABOVE, BELOW, REACH
+from maxwhisper.network.model import GELU
 from reference.judge import UNIT_ROUNDOFF
 
 

@@ -14,10 +14,13 @@ from max.graph import DeviceRef, TensorType, TensorValue
 from max.nn.layer import Module
 from torch import Tensor
 
-from maxwhisper import kernel_library
-from maxwhisper.cache import cache_folder
+from maxwhisper.decoding.gpu import mask_behind
+from maxwhisper.engine import kernel_library
+from maxwhisper.engine.folders import cache_folder
+from maxwhisper.engine.program import Artifact, Executable, Program
+from maxwhisper.engine.session import TORCH_DTYPE, Policy
 from maxwhisper.errors import OptionError
-from maxwhisper.model import (
+from maxwhisper.network.model import (
     Cache,
     KeyValue,
     MultiHeadAttention,
@@ -28,8 +31,6 @@ from maxwhisper.model import (
     linear,
     text_product,
 )
-from maxwhisper.on_device import mask_behind
-from maxwhisper.runtime import TORCH_DTYPE, Artifact, Executable, Policy, Program
 from reference.formulas import bound_of_sums, judge_formula
 from reference.judge import UNIT_ROUNDOFF, Comparison, judge
 

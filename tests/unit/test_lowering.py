@@ -13,9 +13,10 @@ from max.dtype import DType
 from max.graph import DeviceRef, TensorType
 from max.nn.layer import Module
 
-from maxwhisper.artifacts import HOST, MANIFEST, Artifacts
-from maxwhisper.model import LayerNorm
-from maxwhisper.runtime import COMPILE_LOG, Policy, Program
+from maxwhisper.engine.artifacts import HOST, MANIFEST, Artifacts
+from maxwhisper.engine.program import COMPILE_LOG, Program
+from maxwhisper.engine.session import Policy
+from maxwhisper.network.model import LayerNorm
 from maxwhisper.whisper import DECODING, load_model, programs_of, units_on
 from reference.lowering import GRAPHS, Lowering, graphs, lower
 from reference.perf.worker import LOOPS, Blocks

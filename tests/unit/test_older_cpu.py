@@ -9,10 +9,11 @@ from unittest.mock import Mock
 import pytest
 
 import maxwhisper.whisper
-from maxwhisper import instructions, load_model, runtime
-from maxwhisper.artifacts import HOST, Writer
+from maxwhisper import load_model
+from maxwhisper.engine import instructions, session
+from maxwhisper.engine.artifacts import HOST, Writer
+from maxwhisper.engine.instructions import CPU, PORTABLE_FEATURES, cpu_features, cpu_target, warn_of_slow_dtype
 from maxwhisper.errors import OptionError
-from maxwhisper.instructions import CPU, PORTABLE_FEATURES, cpu_features, cpu_target, warn_of_slow_dtype
 from reference.older_cpu import AS_ON, asked_for, heeded
 
 V3 = "x86-64-v3"
@@ -66,11 +67,11 @@ def test_pytorch_and_numpy_compute_without_avx_512() -> None:
 @pytest.mark.parametrize("target", [V3, None])
 def test_max_compiles_for_the_cpu_that_is_named(target: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     said = Mock()
-    monkeypatch.setattr(runtime, "set_virtual_cpu_target", said)
-    monkeypatch.setattr(runtime, "InferenceSession", Mock())
+    monkeypatch.setattr(session, "set_virtual_cpu_target", said)
+    monkeypatch.setattr(session, "InferenceSession", Mock())
     if target:
         monkeypatch.setenv(CPU, target)
-    runtime.session.__wrapped__("cpu")
+    session.session.__wrapped__("cpu")
     assert [each.args for each in said.mock_calls] == ([(target,)] if target else [])
 
 

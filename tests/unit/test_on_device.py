@@ -17,9 +17,9 @@ from whisper.model import Whisper as OpenAIWhisper
 
 import maxwhisper.whisper
 from maxwhisper.audio import load_audio, log_mel_spectrogram
-from maxwhisper.blocks import BLOCKS
 from maxwhisper.checkpoint import Checkpoint, load_checkpoint
-from maxwhisper.decoding import (
+from maxwhisper.decoding.gpu import STEPS_AT_ONCE, candidates_program, log_probabilities, step_program
+from maxwhisper.decoding.openai_loop import (
     N_BEST,
     PICK,
     TOKEN_RULES,
@@ -29,10 +29,10 @@ from maxwhisper.decoding import (
     TokenRules,
     rules_program,
 )
+from maxwhisper.engine.program import Artifact, Executable, Program
 from maxwhisper.errors import DecodingError
-from maxwhisper.on_device import STEPS_AT_ONCE, candidates_program, log_probabilities, step_program
-from maxwhisper.runtime import Artifact, Executable, Program
-from maxwhisper.together import OfThread
+from maxwhisper.network.blocks import BLOCKS
+from maxwhisper.scheduling import OfThread
 from maxwhisper.whisper import Whisper, load_model, rounded
 from reference.chain import pytorch_logits
 from reference.judge import Comparison, judge

@@ -20,8 +20,8 @@ from whisper.model import disable_sdpa
 
 from maxwhisper.alignment import keep_alignment_compiled
 from maxwhisper.audio import load_audio
+from maxwhisper.engine.surroundings import one_torch_thread
 from maxwhisper.errors import DeviceError, MaxWhisperError, OptionError
-from maxwhisper.runtime import one_torch_thread
 from maxwhisper.whisper import Whisper, load_model
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"

@@ -54,7 +54,7 @@ def run(pytester: pytest.Pytester) -> Run:
 )
 def test_options_that_cannot_be_met_are_errors(options: list[str], message: str, run: Run) -> None:
     if "GPU" in message:
-        from maxwhisper.runtime import gpu_found
+        from maxwhisper.engine.session import gpu_found
 
         if gpu_found():
             pytest.skip("there is a GPU")

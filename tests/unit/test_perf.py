@@ -17,8 +17,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maxwhisper.blocks import BLOCKS
 from maxwhisper.errors import MaxWhisperError, OptionError
+from maxwhisper.network.blocks import BLOCKS
 from reference.perf import compile_base, gate, worker
 from reference.perf.costs import Cost, costs
 from reference.perf.engine import ENGINES, ROOT, Setting, Worker, WorkerError
@@ -238,8 +238,8 @@ class Suite:
 def test_a_tree_that_cannot_read_artifacts_is_named(tmp_path: Path) -> None:
     files = {
         **dict.fromkeys(["maxwhisper/__init__.py", "reference/__init__.py"], ""),
-        "maxwhisper/artifacts.py": "Artifacts = lambda *_: None",
-        "maxwhisper/blocks.py": "BLOCKS = {}",
+        "maxwhisper/engine/artifacts.py": "Artifacts = lambda *_: None",
+        "maxwhisper/network/blocks.py": "BLOCKS = {}",
         "reference/suite.py": SUITE_WITHOUT_ARTIFACTS,
     }
     for name, content in files.items():

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from maxwhisper import audio, load_model, log_mel_spectrogram
+from maxwhisper.engine.process import one_at_a_time
 from maxwhisper.errors import DeviceError
-from maxwhisper.process import one_at_a_time
 from maxwhisper.whisper import Network, Whisper
 
 NANO = Path(__file__).parents[2] / "fixtures" / "nano.pt"

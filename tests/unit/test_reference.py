@@ -16,8 +16,8 @@ from max.graph import Module as GraphModule
 from torch import Tensor
 from whisper.model import ModelDimensions, Whisper
 
-from maxwhisper.blocks import BLOCKS
-from maxwhisper.runtime import Program
+from maxwhisper.engine.program import Program
+from maxwhisper.network.blocks import BLOCKS
 from reference import mistakes
 from reference.blocks import TWINS, decoder, decoder_keys_values, pytorch_whisper
 from reference.causes import likely_causes

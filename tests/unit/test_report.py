@@ -17,7 +17,7 @@ import torch
 import whisper
 
 import reference.report
-from maxwhisper.runtime import COMPILE_LOG, CompileRecord
+from maxwhisper.engine.program import COMPILE_LOG, CompileRecord
 from reference.chain import CaptureEffect, Chain
 from reference.faults import Fault, FaultVerdict
 from reference.judge import Comparison, Explanation, Judgement, Measure, Output, explain, judge

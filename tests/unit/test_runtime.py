@@ -16,8 +16,9 @@ import torch
 from max.dtype import DType
 from max.graph import DeviceRef, TensorType
 
-from maxwhisper.model import GELU
-from maxwhisper.runtime import PR_GET_TIMERSLACK, Artifact, Executable, Program, long_timer_slack, one_torch_thread
+from maxwhisper.engine.program import Artifact, Executable, Program
+from maxwhisper.engine.surroundings import PR_GET_TIMERSLACK, long_timer_slack, one_torch_thread
+from maxwhisper.network.model import GELU
 from maxwhisper.whisper import Whisper, load_model
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="timer slack is Linux's")
@@ -51,8 +52,8 @@ COMPILE_AND_END = """
 import os, threading, time
 from max.dtype import DType
 from max.graph import DeviceRef, TensorType
-from maxwhisper.model import GELU
-from maxwhisper.runtime import Artifact, Program
+from maxwhisper.network.model import GELU
+from maxwhisper.engine.program import Artifact, Program
 
 inputs = {"x": TensorType(DType.float32, ["n"], DeviceRef.CPU())}
 Artifact("gelu", [Program("gelu", "", GELU(), lambda gelu, x: [gelu(x)], inputs)], "cpu")

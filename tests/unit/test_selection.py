@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from whisper.model import ModelDimensions, Whisper
 
-from maxwhisper.blocks import BLOCKS
+from maxwhisper.network.blocks import BLOCKS
 from reference.selection import all_words, block_of, compares, finds, judges_itself, left_out, words_of
 
 ROOT = Path(__file__).parents[2]

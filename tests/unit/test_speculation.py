@@ -16,13 +16,12 @@ from max.dtype import DType
 from max.graph import DeviceRef, TensorType
 from whisper.audio import N_SAMPLES, pad_or_trim
 
-import maxwhisper.decoding
+import maxwhisper.decoding.openai_loop
 import maxwhisper.modules
 import maxwhisper.whisper
 from maxwhisper.audio import load_audio, log_mel_spectrogram
-from maxwhisper.blocks import BLOCKS
 from maxwhisper.checkpoint import load_checkpoint
-from maxwhisper.decoding import (
+from maxwhisper.decoding.openai_loop import (
     MAX_STEPS,
     MaxInference,
     NoWeights,
@@ -33,10 +32,12 @@ from maxwhisper.decoding import (
     rules_inputs,
     texts_inputs,
 )
+from maxwhisper.decoding.speculative import N_GUESS, SPECULATE, UNIT_SIZE, WORTH_GUESSING, Draft, draft_of, make_rough
+from maxwhisper.engine.program import Artifact, Executable, Program
+from maxwhisper.engine.session import Policy
 from maxwhisper.errors import DecodingError
-from maxwhisper.model import Cache, KeyValue
-from maxwhisper.runtime import Artifact, Executable, Policy, Program
-from maxwhisper.speculation import N_GUESS, SPECULATE, UNIT_SIZE, WORTH_GUESSING, Draft, draft_of, make_rough
+from maxwhisper.network.blocks import BLOCKS
+from maxwhisper.network.model import Cache, KeyValue
 from maxwhisper.whisper import DTYPES, Whisper, load_model
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
@@ -208,7 +209,7 @@ def test_nearly_all_guesses_are_right(
 ) -> None:
     """Else decoding would be slower with them."""
     counted = Counted(model, monkeypatch)
-    monkeypatch.setattr(maxwhisper.decoding, "MAX_STEPS", WANTED)
+    monkeypatch.setattr(maxwhisper.decoding.openai_loop, "MAX_STEPS", WANTED)
     mels = mels if n_text > 1 else mels[SOME]
     for some in mels.split(n_text):
         decoded(model, some, suppress_tokens=[EOT], sample_len=1 + 5 * WANTED)
@@ -217,7 +218,7 @@ def test_nearly_all_guesses_are_right(
 
 def test_nearly_all_guesses_are_right_for_recordings_together(model: Whisper, monkeypatch: pytest.MonkeyPatch) -> None:
     counted = Counted(model, monkeypatch)
-    monkeypatch.setattr(maxwhisper.decoding, "MAX_STEPS", WANTED)
+    monkeypatch.setattr(maxwhisper.decoding.openai_loop, "MAX_STEPS", WANTED)
     paths = [FIXTURES / "clips" / clip for clip in CLIPS[SOME]]
     options = {"suppress_tokens": [EOT], "sample_len": 1 + 5 * WANTED, "temperature": 0.0, "language": "en"}
     found = dict(model.transcribe_many(paths, 3, **options))

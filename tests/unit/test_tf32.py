@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from whisper.model import disable_sdpa
 
-from maxwhisper.blocks import BLOCKS
+from maxwhisper.network.blocks import BLOCKS
 from reference.blocks import TWINS
 from reference.judge import Comparison, Judgement
 from reference.report import write

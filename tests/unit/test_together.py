@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from maxwhisper.decoding import KeyValueCache, Rules, TokenRules, own_rows
+from maxwhisper.decoding.openai_loop import KeyValueCache, Rules, TokenRules, own_rows
 from maxwhisper.errors import AudioError, DecodingError, OptionError
-from maxwhisper.together import Seats, loaded, transcribe_many
+from maxwhisper.scheduling import Seats, loaded, transcribe_many
 from maxwhisper.whisper import Whisper, load_model
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from maxwhisper.blocks import BLOCKS
+from maxwhisper.network.blocks import BLOCKS
 from reference import verdicts
 from reference.judge import Comparison, Judgement
 from reference.results import Run

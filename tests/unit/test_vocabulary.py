@@ -13,7 +13,7 @@ from whisper.model import ModelDimensions, Whisper
 from whisper.tokenizer import get_encoding, get_tokenizer
 
 from maxwhisper.checkpoint import load_checkpoint
-from maxwhisper.vocabulary import ENCODINGS
+from maxwhisper.checkpoint.vocabulary import ENCODINGS
 
 from .checkpoints import (
     CONFIG,

@@ -19,7 +19,15 @@ from whisper.model import disable_sdpa
 import maxwhisper
 from maxwhisper import cli
 from maxwhisper.audio import load_audio, log_mel_spectrogram
-from maxwhisper.decoding import TOKEN_RULES, DecodingTask, KeyValueCache, MaxInference, Picked, Texts, TokenRules
+from maxwhisper.decoding.openai_loop import (
+    TOKEN_RULES,
+    DecodingTask,
+    KeyValueCache,
+    MaxInference,
+    Picked,
+    Texts,
+    TokenRules,
+)
 from maxwhisper.errors import AudioError, DeviceError, OptionError
 from maxwhisper.options import within
 from maxwhisper.whisper import DTYPES, TextDecoder, Whisper, load_model, storage_dtype
@@ -498,7 +506,7 @@ def test_dtypes_that_are_not_there() -> None:
 
 
 def test_devices_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("maxwhisper.runtime.accelerator_count", lambda: 0)
+    monkeypatch.setattr("maxwhisper.engine.session.accelerator_count", lambda: 0)
     for device in ("gpu", "cuda"):
         with pytest.raises(DeviceError, match="no GPU"):
             load_model(NANO, device)

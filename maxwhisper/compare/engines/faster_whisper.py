@@ -7,7 +7,7 @@ import numpy as np
 from faster_whisper import WhisperModel
 from faster_whisper.transcribe import get_ctranslate2_storage
 
-from ...cuda import find, load, places
+from ...engine.cuda import find, load, places
 from .base import Engine
 
 

@@ -8,8 +8,8 @@ import numpy as np
 from max.driver import Device, DeviceEvent
 from whisper.audio import SAMPLE_RATE
 
-from ...runtime import find_device
-from ...speculation import WORTH_GUESSING
+from ...decoding.speculative import WORTH_GUESSING
+from ...engine.session import find_device
 from ...whisper import DTYPES, load_model
 from .openai_like import OpenAILike
 

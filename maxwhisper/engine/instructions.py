@@ -7,7 +7,7 @@ import re
 from functools import cache
 from pathlib import Path
 
-from .errors import OptionError
+from ..errors import OptionError
 
 log = logging.getLogger("maxwhisper")
 

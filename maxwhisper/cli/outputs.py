@@ -9,8 +9,8 @@ from errno import EACCES
 from pathlib import Path
 from typing import Any
 
-from .errors import OptionError
-from .pipes import STANDARD_INPUT
+from ..errors import OptionError
+from ..pipes import STANDARD_INPUT
 from .subtitles import SYNTAX, as_cues, in_syntax
 
 FORMATS = ("txt", "vtt", "srt", "tsv", "json")

@@ -5,9 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from maxwhisper.checkpoint.stored import read_json, read_tensors, some
+from maxwhisper.checkpoint.wrapped import OUTPUT, Named, refuse_adapter, refuse_quantized
 from maxwhisper.errors import CheckpointError
-from maxwhisper.stored import read_json, read_tensors, some
-from maxwhisper.wrapped import OUTPUT, Named, refuse_adapter, refuse_quantized
 
 HUGGING_FACE_DIMS = {
     "n_mels": "num_mel_bins",

@@ -17,10 +17,11 @@ from max.nn.layer import Module
 from torch import Tensor
 from whisper.model import ModelDimensions
 
-from .decoding import NoWeights, likeliest, picking_inputs, rules_inputs
+from ..engine.program import Program
+from ..engine.session import Policy
+from ..network.model import TextDecoder
 from .loop import append, embed_next, goes_on, nothing_found, rounds
-from .model import TextDecoder
-from .runtime import Policy, Program
+from .openai_loop import NoWeights, likeliest, picking_inputs, rules_inputs
 
 SPECULATE, ROUGH_KEYS = "decoder.speculate", "decoder.rough_keys"
 
@@ -161,13 +162,13 @@ def rough_keys_program(dims: ModelDimensions, policy: Policy) -> Program:
 
 
 def speculation_program(dims: ModelDimensions, policy: Policy) -> Program:
-    """As `maxwhisper.decoding.pick_program`, for the likeliest token of each step alone: `N_GUESS` guesses behind every
-    text, and what the decoder puts in their place, which is one token more if all are right. It goes on as long as
-    every text may have `WORTH_GUESSING` more, and rounds are worth it: credit begins with as many tokens, and a round
-    adds what it gives and takes as many for each text that goes on.
+    """As `pick_program`, for the likeliest token of each step alone: `N_GUESS` guesses behind every text, and what the
+    decoder puts in their place, which is one token more if all are right. It goes on as long as every text may have
+    `WORTH_GUESSING` more, and rounds are worth it: credit begins with as many tokens, and a round adds what it
+    gives and takes as many for each text that goes on.
 
-    Takes `draft_inputs` besides, the same caches once more, and the draft, and not the texts' last tokens. Every text
-    has audio of its own, and all have places for `N_GUESS` tokens more than they may have.
+    Takes `draft_inputs` besides, the same caches once more, and the draft, and not the texts' last tokens. Every
+    text has audio of its own, and all have places for `N_GUESS` tokens more than they may have.
     """
     n_own, n_rule = 2 * dims.n_text_layer, len(rules_inputs(dims.n_vocab))
     types = draft_types(dims, policy)

@@ -3,8 +3,8 @@
 Where tokens are not drawn at random, the loop needs only the few likeliest tokens of each step. These are found inside
 a graph, rules included, so that Python sees a handful of numbers in the place of a vocabulary of logits. Without beams
 the likeliest token is the next one, and the graph takes many steps, or all until a text ends, each of which checks
-several tokens of every text, which `maxwhisper.speculation` guesses. These graphs are a CPU's; `maxwhisper.on_device`
-has a GPU's.
+several tokens of every text, which `maxwhisper.decoding.speculative` guesses. These graphs are a CPU's;
+`maxwhisper.decoding.gpu` has a GPU's.
 """
 
 import inspect
@@ -26,13 +26,14 @@ from torch.nn import functional
 from whisper import decoding
 from whisper.model import ModelDimensions
 
-from .blocks import BLOCKS
-from .errors import DecodingError, OptionError
-from .frozen import has_hooks
+from ..engine.program import Executable, Program, buffer
+from ..engine.session import Policy
+from ..errors import DecodingError, OptionError
+from ..frozen import has_hooks
+from ..network.blocks import BLOCKS
+from ..network.model import TextDecoder
+from ..rebind import rebind
 from .loop import append, embed_next, goes_on, nothing_found, rounds
-from .model import TextDecoder
-from .rebind import rebind
-from .runtime import Executable, Policy, Program, buffer
 
 log = logging.getLogger("maxwhisper")
 
@@ -50,7 +51,7 @@ class KeyValueCache:
     sources: (batch, place), the row of memory in which a text's keys and values of a place are; the first row of `own`
         is row `first_row` of that memory. What is new goes into a text's own row.
     memory: `own` in one, where nobody else's are between them.
-    rough_cross: `cross` in int8, as `maxwhisper.speculation` takes it, once it has been asked for.
+    rough_cross: `cross` in int8, as `maxwhisper.decoding.speculative` takes it, once it has been asked for.
     """
 
     own: KV = field(default_factory=list)

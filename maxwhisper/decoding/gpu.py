@@ -3,7 +3,7 @@
 A GPU works on while Python goes on. One execution is one step of the decoder, which puts its token behind every text,
 and its key and value into the cache; several are sent at once, and only then is asked what became of the texts. Beam
 search asks after every step for the likeliest tokens, and which text goes on with which cache Python decides. On a CPU
-`maxwhisper.decoding` takes the steps, with kernels of its own.
+`maxwhisper.decoding.openai_loop` takes the steps, with kernels of its own.
 """
 
 from collections.abc import Sequence
@@ -13,9 +13,10 @@ from max.dtype import DType
 from max.graph import BufferType, TensorType, TensorValue, ops
 from whisper.model import ModelDimensions
 
-from .decoding import N_BEST, PICK
-from .model import KeyValue, Slots, TextDecoder, flash_dtype, grouped, indices
-from .runtime import Policy, Program
+from ..engine.program import Program
+from ..engine.session import Policy
+from ..network.model import KeyValue, Slots, TextDecoder, flash_dtype, grouped, indices
+from .openai_loop import N_BEST, PICK
 
 CANDIDATES = "decoder.candidates"
 """The graph of beam search, which compiles together with that of steps."""

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from max.dtype import DType
 from max.graph import BufferValue, TensorType, TensorValue, ops
 
-from .model import TextDecoder
+from ..network.model import TextDecoder
 
 
 def embed_next(decoder: TextDecoder, tokens: TensorValue, lengths: TensorValue) -> tuple[TensorValue, TensorValue]:

@@ -11,7 +11,7 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
-from .errors import OptionError
+from ..errors import OptionError
 
 log = logging.getLogger("maxwhisper")
 

@@ -9,7 +9,7 @@ compiled against a virtual device, so no GPU is needed, and its CPU code for x86
 
 `load_model` keeps what it compiles in such folders too, one for each artifact, and reads it from there the next time.
 
-    python -m maxwhisper.artifacts      prints the key under which CI keeps MAX's compile cache
+    python -m maxwhisper.engine.artifacts      prints the key under which CI keeps MAX's compile cache
 """
 
 import hashlib
@@ -38,11 +38,12 @@ from max.driver import (
 from max.dtype import DType
 from whisper.model import ModelDimensions
 
+from ..decoding.openai_loop import TOKEN_RULES
+from ..errors import ArtifactError, OptionError
 from .built_from import built_from
-from .decoding import TOKEN_RULES
-from .errors import ArtifactError, OptionError
 from .instructions import PORTABLE_CPU, PORTABLE_FEATURES, cpu_features, cpu_target
-from .runtime import Loader, Policy, Program, Stored, session
+from .program import Loader, Program, Stored
+from .session import Policy, session
 
 log = logging.getLogger("maxwhisper")
 
@@ -52,11 +53,9 @@ HOST = "host"
 TARGETS = (HOST, "sm_80", "sm_90a")
 """What there is to compile for: this machine's CPU, or a GPU by its architecture."""
 
-GRAPH_SOURCES = (
-    *("audio.py", "blocks.py", "decoding.py", "gelu.py", "loop.py"),
-    *("model.py", "on_device.py", "runtime.py", "speculation.py"),
-)
-"""The modules of this package that build graphs; kernels in Mojo count too, wherever in the package they are."""
+PACKAGE = Path(__file__).parents[1]
+GRAPH_SOURCES = ("network", "decoding", "engine/program.py", "kernels")
+"""The parts of PACKAGE that define graphs."""
 
 
 # ---- what decides the outcome of a compilation ---------------------------------------------------------------------
@@ -64,11 +63,13 @@ GRAPH_SOURCES = (
 
 def source_hash(programs: Sequence[Program] = ()) -> str:
     """SHA-256 of the sources that define the graphs, and of those of the programs' own functions."""
-    package = Path(__file__).parent
-    files = {package / name for name in GRAPH_SOURCES} | set(package.rglob("*.mojo"))
+    parts = [PACKAGE / part for part in GRAPH_SOURCES]
+    files = {
+        file for part in parts for file in ([part] if part.is_file() else [*part.rglob("*.py"), *part.rglob("*.mojo")])
+    }
     files |= {Path(inspect.getfile(program.function)) for program in programs}
     digest = hashlib.sha256()
-    for file in sorted(files, key=lambda file: (file.name, str(file))):
+    for file in sorted(files):
         content = file.read_bytes()
         digest.update(f"{file.name} {len(content)}\n".encode() + content)
     return digest.hexdigest()

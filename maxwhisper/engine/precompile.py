@@ -2,7 +2,7 @@
 
 That process runs this module, with jobs as JSON:
 
-    python -m maxwhisper.ahead JOB ...
+    python -m maxwhisper.engine.precompile JOB ...
 """
 
 import atexit
@@ -105,9 +105,10 @@ def main() -> int:
     from max.graph import DeviceRef
     from whisper.model import ModelDimensions
 
+    from ..whisper import programs_of
     from .artifacts import Cache
-    from .runtime import Artifact, Policy
-    from .whisper import programs_of
+    from .program import Artifact
+    from .session import Policy
 
     for line in sys.argv[1:]:
         job = Job(**json.loads(line))

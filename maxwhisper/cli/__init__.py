@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
-from . import __version__
-from .errors import MaxWhisperError
+from .. import __version__
+from ..errors import MaxWhisperError
 from .option_types import DTYPES, above_zero
 from .terminal import failed, messages_on_stderr, standard_output
 from .transcribe_command import transcribe
@@ -21,7 +21,7 @@ from .transcribe_options import add_transcribe
 
 # PyTorch, MAX and openai-whisper are imported where they are used: they take seconds, and Ctrl-C must work meanwhile.
 
-TARGETS = ("host", "sm_80", "sm_90a")  # those of maxwhisper.artifacts, which takes seconds to import
+TARGETS = ("host", "sm_80", "sm_90a")  # those of maxwhisper.engine.artifacts, which takes seconds to import
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -106,7 +106,7 @@ def add_doctor(commands: Any) -> None:
 
 
 def add_compare(commands: Any) -> None:
-    from .compare.engines import ENGINES
+    from ..compare.engines import ENGINES
 
     parser = commands.add_parser(
         "compare",
@@ -134,7 +134,7 @@ def add_compare(commands: Any) -> None:
 
 
 def engines(value: str) -> tuple[str, ...]:
-    from .compare.engines import ENGINES
+    from ..compare.engines import ENGINES
 
     names = tuple(value.split(","))
     if unknown := [name for name in names if name not in ENGINES]:
@@ -146,14 +146,14 @@ def engines(value: str) -> tuple[str, ...]:
 
 
 def convert(source: str, destination: str) -> int:
-    from .checkpoint import convert
+    from ..checkpoint import convert
 
     print(convert(source, destination))
     return 0
 
 
 def compile_ahead(model: str, model_dir: str | None, target: str, dtype: str, out: str) -> int:
-    from .whisper import compile_model
+    from ..whisper import compile_model
 
     compile_model(model, target, out, model_dir, dtype)
     print(out)
@@ -162,7 +162,7 @@ def compile_ahead(model: str, model_dir: str | None, target: str, dtype: str, ou
 
 def doctor(json: bool) -> int:
     """Prints the report; returns 1 if something keeps MAX from using a GPU."""
-    from .doctor import examine
+    from ..doctor import examine
 
     report = examine()
     print(report.json() if json else report.text())
@@ -175,6 +175,6 @@ def compare(parser: Parser, **options: Any) -> int:
         parser.error(f"argument --text: given {len(options['text'])} times for {len(options['audio'])} AUDIO")
     if options["model"].startswith("random:") and not options["tokens"]:
         parser.error("argument --model: random weights never end a text, say how long with --tokens")
-    from .compare.command import run
+    from ..compare.command import run
 
     return run(**options)

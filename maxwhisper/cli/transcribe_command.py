@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from .errors import MaxWhisperError, OptionError
+from ..errors import MaxWhisperError, OptionError
 from .outputs import WORD_OPTIONS, unfinished, write
 from .terminal import failed
 from .transcribe_options import unusable, without_effect
@@ -32,9 +32,9 @@ def transcribe(parser: argparse.ArgumentParser, **options: Any) -> int:
 
     import torch
 
-    from .options import transcribing
-    from .runtime import device_named
-    from .whisper import load_model
+    from ..engine.session import device_named
+    from ..options import transcribing
+    from ..whisper import load_model
 
     if threads := options.pop("threads"):
         torch.set_num_threads(threads)
@@ -64,8 +64,8 @@ def transcribe(parser: argparse.ArgumentParser, **options: Any) -> int:
 
 def transcripts(model: Any, files: list[str], options: dict[str, Any]) -> Iterator[tuple[int, Any]]:
     """The number of every file and its result, or what was raised, as each is done."""
-    from .batched import BATCH_SIZE, transcribe_batched
-    from .together import attempt, loaded, transcribe_many
+    from ..batched import BATCH_SIZE, transcribe_batched
+    from ..scheduling import attempt, loaded, transcribe_many
 
     batch_size, batched = options.pop("batch_size"), options.pop("batched")
     if not batched:
@@ -106,7 +106,7 @@ def progress_bar(files: list[str]) -> Iterator[Callable[[float], None]]:
     length is not known beforehand, as of a pipe, it is a count."""
     import tqdm
 
-    from .audio import duration
+    from ..audio import duration
 
     class Bar(tqdm.tqdm):
         @property

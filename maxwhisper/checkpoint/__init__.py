@@ -32,18 +32,18 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from whisper.model import ModelDimensions
 
-from maxwhisper.cache import cache_home, writable
-from maxwhisper.errors import CheckpointError, OptionError
-from maxwhisper.hugging_face import (
+from maxwhisper.checkpoint.hugging_face import (
     HUGGING_FACE_DIMS,
     hugging_face_name,
     read_config,
     read_weights,
     with_tied_embedding,
 )
-from maxwhisper.stored import parse_json, read_json, read_safetensors, reason, some, unpickle
-from maxwhisper.vocabulary import check_vocabulary, vocabulary_size
-from maxwhisper.wrapped import OUTPUT, Named, model_in, named, rewriting
+from maxwhisper.checkpoint.stored import parse_json, read_json, read_safetensors, reason, some, unpickle
+from maxwhisper.checkpoint.vocabulary import check_vocabulary, vocabulary_size
+from maxwhisper.checkpoint.wrapped import OUTPUT, Named, model_in, named, rewriting
+from maxwhisper.engine.folders import cache_home, writable
+from maxwhisper.errors import CheckpointError, OptionError
 
 Heads = tuple[tuple[int, int], ...]
 StrPath = str | os.PathLike[str]

@@ -22,10 +22,10 @@ from max.driver import Buffer
 from torch import Tensor
 
 from .audio import SAMPLE_RATE, read_audio
-from .decoding import Candidates, KeyValueCache, Picked, Rules, Texts
+from .decoding.openai_loop import Candidates, KeyValueCache, Picked, Rules, Texts
+from .decoding.speculative import rough_room
+from .engine.program import buffer
 from .errors import OptionError
-from .runtime import buffer
-from .speculation import rough_room
 
 if TYPE_CHECKING:
     from .whisper import TextDecoder, Whisper
@@ -38,7 +38,7 @@ Result = dict[str, Any] | Exception
 class Seats:
     """Room for the caches of several windows side by side, so that one execution reads them all.
 
-    on_device: the memory is (row, token, head, channel), as `maxwhisper.on_device` takes it.
+    on_device: the memory is (row, token, head, channel), as `maxwhisper.decoding.gpu` takes it.
     """
 
     def __init__(self, n_seat: int, on_device: bool = False):
@@ -90,7 +90,7 @@ class Seats:
         return sources, self.buffers[n]
 
     def draft(self, n: int, make_rough: Callable[[Sequence[Tensor], Tensor, int], None]) -> list[Buffer]:
-        """Of the same caches, what `maxwhisper.speculation` takes besides. make_rough: as `TextDecoder.make_rough`."""
+        """Of the same caches, what `decoding.speculative` takes besides. make_rough: as `TextDecoder.make_rough`."""
         if not len(self.rough_cross):
             self.rough_cross = rough_room(self.cross, len(self.taken))
         for seat, cache in enumerate(self.taken[:n]):

@@ -12,7 +12,7 @@ from max.graph import Module as GraphModule
 
 from .kernel_library import KERNELS, code, kernel_library
 from .process import compiler
-from .runtime import Program
+from .program import Program
 
 
 def built_from(programs: Sequence[Program]) -> str:

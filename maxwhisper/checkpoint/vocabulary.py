@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from whisper.tokenizer import get_encoding
 
+from maxwhisper.checkpoint.stored import as_lines, read_json, some
 from maxwhisper.errors import CheckpointError
-from maxwhisper.stored import as_lines, read_json, some
 
 ENCODINGS = {51864: ("gpt2", 99), 51865: ("multilingual", 99), 51866: ("multilingual", 100)}
 """The name and the number of languages of OpenAI's encodings, by the size of the vocabulary."""

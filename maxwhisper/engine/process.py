@@ -16,8 +16,8 @@ import max.nn  # noqa: F401 - for what it does to the environment to be undone h
 from max import _core, mlir
 from max._mlir_context import default_mlir_context, ensure_default_mlir_context
 
-from .cache import cache_folder, cache_root, writable
-from .errors import DeviceError
+from ..errors import DeviceError
+from .folders import cache_folder, cache_root, writable
 
 log = logging.getLogger("maxwhisper")
 

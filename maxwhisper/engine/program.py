@@ -6,93 +6,27 @@ together compile together, into one artifact. MAX keeps artifacts in its compile
 unless ``MODULAR_CACHE_DIR`` says otherwise; to find one there it needs the graphs, which `artifacts.Cache` does not.
 """
 
-import ctypes
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
 from max.driver import (
-    CPU,
-    Accelerator,
     Buffer,
-    Device,
-    accelerator_count,
-    is_virtual_device_mode,
-    set_virtual_cpu_target,
 )
 from max.dtype import DType
-from max.engine import CompiledModel, InferenceSession, Model
-from max.graph import BufferType, DeviceRef, Graph, TensorType, TensorValue, Value
+from max.engine import CompiledModel, Model
+from max.graph import BufferType, Graph, TensorType, TensorValue, Value
 from max.graph import Module as GraphModule
 from max.nn.layer import Module
 
-from .cuda import preload
-from .errors import CheckpointError, DeviceError, OptionError
-from .instructions import cpu_target
+from ..errors import CheckpointError
 from .kernel_library import kernel_library
-from .process import announced, compiler, find_place_for_max_cache, one_at_a_time, refuse_after_fork, wait_at_exit
-
-PR_SET_TIMERSLACK, PR_GET_TIMERSLACK = 29, 30
-"""What Linux's prctl is told to do; man 2 prctl."""
-
-TORCH_DTYPE = {
-    DType.float16: torch.float16,
-    DType.bfloat16: torch.bfloat16,
-    DType.float32: torch.float32,
-    DType.int64: torch.int64,
-    DType.int8: torch.int8,
-    DType.uint8: torch.uint8,
-}
-
-
-@dataclass(frozen=True)
-class Policy:
-    """Where the network runs and in what precision.
-
-    device: the MAX device of weights and arithmetic.
-    storage: dtype in which matrices stay in memory; OpenAI's checkpoints are float16, which float32 holds exactly.
-    compute: dtype of activations and of arithmetic.
-
-    Vectors (biases, layer norms) and positional tables are stored in float32 under every policy, and layer norm and
-    softmax compute in float32, as OpenAI's model does at any precision.
-    """
-
-    device: DeviceRef
-    storage: DType
-    compute: DType
-
-
-def find_device(name: str) -> Device:
-    """The MAX device called "cpu" or "gpu" ("cuda" is accepted, as openai-whisper calls it).
-
-    Raises DeviceError when there is no such device, or as `refuse_after_fork` does, OptionError for any other name.
-    """
-    refuse_after_fork()
-    if name == "cpu":
-        return CPU()
-    if name not in ("gpu", "cuda"):
-        raise OptionError(f"device '{name}' is not known: expected cpu, gpu or cuda")
-    if accelerator_count() == 0:
-        raise DeviceError(f"device '{name}' was asked for, but MAX finds no GPU on this machine")
-    if not is_virtual_device_mode():
-        preload()  # before a graph that opens them
-    return Accelerator()
-
-
-def gpu_found() -> bool:
-    """Whether MAX and PyTorch both find a GPU, as whole transcripts need."""
-    return accelerator_count() > 0 and torch.cuda.is_available()
-
-
-def device_named(name: str) -> str:
-    """The name, or where it is "auto" that of a GPU if there is one, else of the CPU."""
-    return ("gpu" if gpu_found() else "cpu") if name == "auto" else name
+from .process import announced, compiler, one_at_a_time, refuse_after_fork, wait_at_exit
+from .session import TORCH_DTYPE, session
+from .surroundings import LOGGER_RUNS, long_timer_slack
 
 
 @dataclass(frozen=True)
@@ -163,62 +97,6 @@ class Executable:
         return outputs
 
 
-LOGGER_RUNS = threading.Event()
-"""Whether the thread is there that MAX 26.7 starts with the first execution of a process."""
-
-
-@contextmanager
-def long_timer_slack(seconds: float = 1.0) -> Iterator[None]:
-    """Lets the kernel wake the threads that are started meanwhile by so much later than they ask, on Linux.
-
-    MAX's logger looks for something to write every 100 microseconds for as long as the process lives. Each time it
-    takes a core from one of the threads that compute, and the others wait for that one: a sixth of the time of tiny's
-    encoder in bfloat16 on two cores. A thread inherits its timer slack from the one that starts it.
-    """
-    if sys.platform != "linux":
-        yield
-        return
-    libc = ctypes.CDLL(None)
-    before = libc.prctl(PR_GET_TIMERSLACK)
-    libc.prctl(PR_SET_TIMERSLACK, ctypes.c_ulong(round(seconds * 1e9)))
-    try:
-        yield
-    finally:
-        libc.prctl(PR_SET_TIMERSLACK, ctypes.c_ulong(before))
-
-
-@contextmanager
-def cpu_by_default() -> Iterator[None]:
-    """Has PyTorch put tensors on the CPU where nobody says where, whatever the program has set for the calling thread.
-
-    PyTorch would then look at every call for the default, so this does nothing where it is the CPU already.
-    """
-    if torch.empty(0).device.type == "cpu":
-        yield
-        return
-    with torch.device("cpu"):
-        yield
-
-
-@contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """Has PyTorch compute in the calling thread alone, for operations that are small beside the graphs around them.
-
-    Threads that have helped it wait for more at full load, for milliseconds, on the cores that MAX computes on: tiny's
-    encoder took a sixth longer behind a check of its input. OMP_WAIT_POLICY=passive would prevent that, but must be set
-    before PyTorch is imported. A Python thread that is started meanwhile keeps the number.
-    """
-    before = torch.get_num_threads()
-    if before == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 @dataclass(frozen=True)
 class CompileRecord:
     """What one compilation held and how long it took, cache hits included."""
@@ -230,15 +108,6 @@ class CompileRecord:
 
 COMPILE_LOG: list[CompileRecord] = []
 """Every compilation of this process, in order."""
-
-
-@cache
-def session(device: str) -> InferenceSession:
-    """The one session of a device; it compiles for the CPU that the environment names, or for the machine's own."""
-    find_place_for_max_cache()
-    if target := cpu_target():
-        set_virtual_cpu_target(target)
-    return InferenceSession(devices=[find_device(device)])
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def prompt(value: str) -> str:
     if "<|" in value:
         from whisper.tokenizer import get_encoding
 
-        from .options import special_token_in
+        from ..options import special_token_in
 
         if special := special_token_in(value, get_encoding()):
             raise argparse.ArgumentTypeError(f"holds {special}, a special token: expected text without these")

@@ -14,11 +14,11 @@ from pathlib import Path
 from max.graph import KernelLibrary
 from mojo.run import subprocess_run_mojo
 
-from .cache import cache_folder
-from .errors import OptionError
+from ..errors import OptionError
+from .folders import cache_folder
 from .process import announced, find_place_for_max_cache
 
-KERNELS = Path(__file__).parent / "kernels"
+KERNELS = Path(__file__).parents[1] / "kernels"
 """The package's sources. MAX compiles a graph again whenever they change."""
 
 FOLDER_DESCRIPTOR = 900

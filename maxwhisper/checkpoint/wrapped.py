@@ -13,8 +13,8 @@ from typing import Any, NoReturn
 
 import torch
 
+from maxwhisper.checkpoint.stored import as_lines, read_json, some
 from maxwhisper.errors import CheckpointError
-from maxwhisper.stored import as_lines, read_json, some
 
 OUTPUT = "proj_out.weight"
 """Hugging Face's output projection: beside the model in its module, not inside it as the other tensors."""

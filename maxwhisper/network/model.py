@@ -24,8 +24,8 @@ from max.nn.kernels import flash_attention_gpu, masked_flash_attention_gpu
 from max.nn.layer import LayerList, Module
 from whisper.model import ModelDimensions
 
+from ..engine.session import Policy
 from .gelu import gelu
-from .runtime import Policy
 
 
 class KeyValue(NamedTuple):

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from .decoding import KeyValueCache
-from .errors import OptionError
+from ..errors import OptionError
+from .openai_loop import KeyValueCache
 
 if TYPE_CHECKING:
-    from .modules import TextDecoder
+    from ..modules import TextDecoder
 
 
 class ModuleCache(KeyValueCache, Mapping[nn.Module, torch.Tensor]):

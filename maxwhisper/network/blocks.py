@@ -29,10 +29,11 @@ from max.graph import DeviceRef, TensorType, TensorValue
 from max.nn.layer import Module
 from whisper.model import ModelDimensions
 
+from ..engine.program import Program
+from ..engine.session import Policy
 from . import model
-from .audio import LogMelSpectrogram
+from .log_mel import LogMelSpectrogram
 from .model import Cache, KeyValue
-from .runtime import Policy, Program
 
 Inputs = dict[str, TensorType]
 

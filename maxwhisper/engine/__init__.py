@@ -1,0 +1,1 @@
+"""What MAX needs: sessions, compilation, artifacts, caches, CUDA's libraries."""

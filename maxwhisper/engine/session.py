@@ -1,0 +1,84 @@
+"""Devices, precision, and the sessions that compile for them."""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from max.driver import (
+    CPU,
+    Accelerator,
+    Device,
+    accelerator_count,
+    is_virtual_device_mode,
+    set_virtual_cpu_target,
+)
+from max.dtype import DType
+from max.engine import InferenceSession
+from max.graph import DeviceRef
+
+from ..errors import DeviceError, OptionError
+from .cuda import preload
+from .instructions import cpu_target
+from .process import find_place_for_max_cache, refuse_after_fork
+
+TORCH_DTYPE = {
+    DType.float16: torch.float16,
+    DType.bfloat16: torch.bfloat16,
+    DType.float32: torch.float32,
+    DType.int64: torch.int64,
+    DType.int8: torch.int8,
+    DType.uint8: torch.uint8,
+}
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Where the network runs and in what precision.
+
+    device: the MAX device of weights and arithmetic.
+    storage: dtype in which matrices stay in memory; OpenAI's checkpoints are float16, which float32 holds exactly.
+    compute: dtype of activations and of arithmetic.
+
+    Vectors (biases, layer norms) and positional tables are stored in float32 under every policy, and layer norm and
+    softmax compute in float32, as OpenAI's model does at any precision.
+    """
+
+    device: DeviceRef
+    storage: DType
+    compute: DType
+
+
+def find_device(name: str) -> Device:
+    """The MAX device called "cpu" or "gpu" ("cuda" is accepted, as openai-whisper calls it).
+
+    Raises DeviceError when there is no such device, or as `refuse_after_fork` does, OptionError for any other name.
+    """
+    refuse_after_fork()
+    if name == "cpu":
+        return CPU()
+    if name not in ("gpu", "cuda"):
+        raise OptionError(f"device '{name}' is not known: expected cpu, gpu or cuda")
+    if accelerator_count() == 0:
+        raise DeviceError(f"device '{name}' was asked for, but MAX finds no GPU on this machine")
+    if not is_virtual_device_mode():
+        preload()  # before a graph that opens them
+    return Accelerator()
+
+
+def gpu_found() -> bool:
+    """Whether MAX and PyTorch both find a GPU, as whole transcripts need."""
+    return accelerator_count() > 0 and torch.cuda.is_available()
+
+
+def device_named(name: str) -> str:
+    """The name, or where it is "auto" that of a GPU if there is one, else of the CPU."""
+    return ("gpu" if gpu_found() else "cpu") if name == "auto" else name
+
+
+@cache
+def session(device: str) -> InferenceSession:
+    """The one session of a device; it compiles for the CPU that the environment names, or for the machine's own."""
+    find_place_for_max_cache()
+    if target := cpu_target():
+        set_virtual_cpu_target(target)
+    return InferenceSession(devices=[find_device(device)])

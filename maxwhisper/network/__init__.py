@@ -1,0 +1,1 @@
+"""Whisper's network as MAX graphs, and the table of its blocks."""
