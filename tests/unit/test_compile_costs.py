@@ -1,6 +1,10 @@
 """What compiling costs: how the Mojo that MAX writes is taken apart."""
 
-from reference.compile_costs import Emitted, kind
+import pytest
+import torch
+
+from reference.compile_costs import Emitted, kind, modules, numbered, programs
+from reference.suite import Suite, trained
 
 TEXT = """import layout
 
@@ -65,3 +69,11 @@ def test_a_module_may_have_no_types() -> None:
 def test_instantiations_of_a_kernel_are_of_one_kind() -> None:
     names = ["__add", "__add_7", "__add_0123456789abcdef", "__add_0123456789abcdef_7"]
     assert {kind(name) for name in names} == {"add"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_file_may_have_the_names_of_all_graphs_of_a_module(dtype: torch.dtype) -> None:
+    suite = Suite(trained(), dtype)
+    for module in modules(suite):
+        names = [program.name for program in numbered(programs(suite, module))]
+        assert len(set(names)) == len(names) and len("+".join(names)) < 200  # of 255, with what MAX writes behind it
