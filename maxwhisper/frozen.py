@@ -9,16 +9,15 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from .compiled import Network
 from .errors import DeviceError, OptionError
-
-if TYPE_CHECKING:
-    from .whisper import Network
+from .hooks import has_hooks
 
 log = logging.getLogger("maxwhisper")
 
@@ -54,13 +53,6 @@ def state_of(value: torch.Tensor | nn.Module) -> tuple[int, ...]:
     return 0 if value.is_inference() else value._version, value.data_ptr()
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether a call of the module would call more than the module."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
 @cache
 def in_pytorch(reason: str) -> None:
     """Says so once per reason."""
@@ -70,7 +62,7 @@ def in_pytorch(reason: str) -> None:
 class Frozen(nn.Module):
     """A module whose weights stay as MAX has read them, and where it has read them."""
 
-    network: "Network"
+    network: Network
     members: Sequence[Member] = ()
     _device: torch.device
 
@@ -79,7 +71,7 @@ class Frozen(nn.Module):
         """Where its inputs and outputs are."""
         return self._device
 
-    def hold(self, network: "Network", tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
+    def hold(self, network: Network, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
         """Takes these, in the names of its state dict, as parameters, in the memory that they are in."""
         self.network, self._device = network, device
         super().requires_grad_(False)

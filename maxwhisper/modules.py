@@ -4,25 +4,18 @@ What is asked of the modules inside, by hooks, for gradients or for a trace, is 
 in PyTorch.
 """
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from max.driver import CPU, Buffer
 from whisper import model as openai
 from whisper.model import ModelDimensions
 
-from .decoding.gpu import CANDIDATES, STEPS_AT_ONCE
-from .decoding.openai_loop import PICK, Candidates, KeyValueCache, Picked, Rules, Texts
-from .decoding.speculative import N_GUESS, ROUGH_KEYS, SPECULATE, WORTH_GUESSING, rough_room
-from .engine.program import buffer
+from .compiled import Network
+from .decoding.cache import KeyValueCache, named
+from .decoding.stepper import check_room
 from .engine.surroundings import one_torch_thread
 from .errors import AudioError, OptionError
 from .frozen import HOOKS, Frozen, without_memory
-from .scheduling import OfThread, Seats
-
-if TYPE_CHECKING:
-    from .whisper import Network
 
 
 def check_floats(name: str, x: torch.Tensor) -> None:
@@ -36,7 +29,7 @@ def check_floats(name: str, x: torch.Tensor) -> None:
 class AudioEncoder(Frozen, openai.AudioEncoder):
     """Log-mel to audio features."""
 
-    def __init__(self, dims: ModelDimensions, network: "Network", device: torch.device):
+    def __init__(self, dims: ModelDimensions, network: Network, device: torch.device):
         with without_memory():
             super().__init__(dims.n_mels, dims.n_audio_ctx, dims.n_audio_state, dims.n_audio_head, dims.n_audio_layer)
         self.dims = dims
@@ -71,7 +64,7 @@ class AudioEncoder(Frozen, openai.AudioEncoder):
     def _on_max(self, mel: torch.Tensor) -> torch.Tensor:
         if not all(extreme.isfinite() for extreme in mel.aminmax()):
             raise AudioError("mel holds values that are not finite")
-        return self.network["encoder"](mel.to(self.device, self.network.dtype))[0].to(mel.dtype)
+        return self.network["encoder"](mel=mel.to(self.device, self.network.dtype))[0].to(mel.dtype)
 
 
 class TextDecoder(Frozen, openai.TextDecoder):
@@ -79,7 +72,7 @@ class TextDecoder(Frozen, openai.TextDecoder):
 
     blocks: Any
 
-    def __init__(self, dims: ModelDimensions, network: "Network", device: torch.device):
+    def __init__(self, dims: ModelDimensions, network: Network, device: torch.device):
         with without_memory():
             super().__init__(dims.n_vocab, dims.n_text_ctx, dims.n_text_state, dims.n_text_head, dims.n_text_layer)
         self.register_buffer(
@@ -88,8 +81,6 @@ class TextDecoder(Frozen, openai.TextDecoder):
             persistent=False,
         )
         self.dims = dims
-        self.on_device = device.type != "cpu"
-        self.of_thread = OfThread(self.on_device)
         self.hold(network, network.tensors("decoder"), device)
 
     def forward(
@@ -144,20 +135,22 @@ class TextDecoder(Frozen, openai.TextDecoder):
     ) -> torch.Tensor:
         x = x.to(self.device, torch.int64)
         if cache:
-            logits, *new = self.network["decoder.step"](x, torch.tensor(cache.n_token, device="cpu"), *cache.inputs())
+            offset = torch.tensor(cache.n_token, device="cpu")
+            logits, *new = self.network["decoder.step"](tokens=x, offset=offset, **cache.inputs())
             cache.append(new, self.dims.n_text_ctx)
             return logits
         cross = self._keys_values(xa)
         if positions is not None:
-            logits, *new = self.network["decoder.start"](x, positions.to(self.device), *cross)
+            given = {"tokens": x, "positions": positions.to(self.device), **named([], cross)}
+            logits, *new = self.network["decoder.start"](**given)
         else:
-            logits, *new = self.network["decoder.prefill"](x, *cross)
+            logits, *new = self.network["decoder.prefill"](tokens=x, **named([], cross))
         cache.cross = cross
         cache.append(new, self.dims.n_text_ctx)
         return logits
 
     def _keys_values(self, xa: torch.Tensor) -> list[torch.Tensor]:
-        return self.network["decoder.keys_values"](xa.to(self.device, self.network.dtype))
+        return self.network["decoder.keys_values"](audio_features=xa.to(self.device, self.network.dtype))
 
     def _wants_scores(self) -> bool:
         """Whether all hooks inside are such as openai-whisper looks for the times of words with."""
@@ -181,118 +174,9 @@ class TextDecoder(Frozen, openai.TextDecoder):
     def alignment(self, x: torch.Tensor, xa: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Logits of tokens as `forward` takes them, and of every layer the scores of cross-attention before softmax,
         float32 (batch, head, token, n_audio_ctx)."""
-        logits, *scores = self.network["decoder.alignment"](x.to(self.device, torch.int64), *self._keys_values(xa))
+        tokens, cross = x.to(self.device, torch.int64), named([], self._keys_values(xa))
+        logits, *scores = self.network["decoder.alignment"](tokens=tokens, **cross)
         return logits, [qk.float() for qk in scores]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "TextDecoder":
-        memo[id(self.of_thread)] = OfThread(self.on_device)
-        return super().__deepcopy__(memo)
-
-    def pick(self, texts: Texts, cache: KeyValueCache, rules: Rules, n_token: torch.Tensor) -> Picked:
-        """What follows texts, all but the last tokens of which are in the cache: of each at most as many tokens as
-        `n_token` (batch,) says, until one ends, has as many, or, where others decode together with these, one of theirs
-        does; or until so few are left that steps of another kind take less time, or, off the CPU, STEPS_AT_ONCE.
-
-        A text that gets none stays as it is, but its cache is lost. Raises OptionError where the cache has no room.
-        """
-        self._check_room(int((texts.lengths + n_token).max()) - 1)
-        if self.on_device:
-            cache.settle()
-        if self.of_thread.together is not None:
-            return self.of_thread.together.pick(texts, cache, rules, n_token)
-
-        def draft() -> list[Buffer]:
-            assert cache.memory is not None
-            if cache.rough_cross is None:
-                cache.rough_cross = rough_room(cache.cross, len(texts.tokens))
-                self.make_rough(cache.cross, cache.rough_cross, 0)
-            return [buffer(cache.memory), buffer(cache.rough_cross)]
-
-        sources, kv = self._seated(cache).inputs(1) if self.on_device else (cache.sources, cache.inputs())
-        picked = self.steps(texts, rules, n_token, sources, kv, draft)
-        cache.n_token = int(picked.texts.lengths.max()) - 1
-        return picked
-
-    def steps(
-        self,
-        texts: Texts,
-        rules: Rules,
-        n_token: torch.Tensor,
-        sources: torch.Tensor,
-        kv: Sequence[Buffer],
-        draft: Callable[[], Sequence[Buffer]],
-    ) -> Picked:
-        """As `pick`; sources and kv: as of a `KeyValueCache`. draft: gives what guesses take besides, where tokens are
-        guessed first: if only the likeliest are wanted, of texts with room for guesses and audio of their own."""
-        if self.on_device:
-            return self._steps_on_device(texts, rules, n_token, kv)
-        eot, idle = int(rules.limits[1]), n_token == 0
-        tokens = torch.nn.functional.pad(texts.tokens, (0, int(n_token.max()) + N_GUESS), value=eot)
-        # An idle text takes part as the end of text alone, to which nothing is added.
-        now = Texts(tokens.masked_fill(idle[:, None], eot), texts.lengths.masked_fill(idle, 1), texts.totals)
-        ends, most = now.lengths + n_token, self.dims.n_text_ctx + 1 - N_GUESS
-        ends_of_guesses = torch.where(idle, ends + WORTH_GUESSING, ends.clamp(max=most))
-        others = *rules, sources, *kv, *kv[: 2 * self.dims.n_text_layer]
-
-        def worth_guessing() -> bool:
-            return int((ends_of_guesses - now.lengths).min()) >= WORTH_GUESSING
-
-        guess = len(rules.places) == 1 and kv[-1].shape[0] == len(tokens) and worth_guessing()
-        if guess:
-            given = *now[:2], ends_of_guesses, now.totals, *others, *draft(), *self.network.draft
-            *found, totals, lengths = self.network[SPECULATE](*given)
-            now = Texts(now.tokens, lengths, totals)
-        stopped = (now.last()[~idle] == eot).any() or not now.totals.isfinite().all()
-        if not guess or worth_guessing() and not stopped:
-            *found, totals, lengths = self.network[PICK](now.last(), *now[:2], ends, now.totals, *others)
-            now = Texts(now.tokens, lengths, totals)
-        lengths = torch.where(idle, texts.lengths, now.lengths)
-        tokens = torch.where(idle[:, None], tokens, now.tokens)[:, : int(lengths.max())]
-        tokens[torch.arange(tokens.shape[1]) >= lengths[:, None]] = eot  # where guesses were
-        return Picked(Texts(tokens, lengths, now.totals), Candidates(*found))
-
-    def _seated(self, cache: KeyValueCache) -> Seats:
-        """Where a cache is in memory as `_steps_on_device` takes it: in that of the thread's one before, if it fits."""
-        room, wanted = ([kv.shape for kv in (*each.own, *each.cross)] for each in (self.of_thread.seats, cache))
-        if room not in ([], wanted):
-            self.of_thread.seats = Seats(1, on_device=True)
-        self.of_thread.seats.place([cache])
-        return self.of_thread.seats
-
-    def _steps_on_device(self, texts: Texts, rules: Rules, n_token: torch.Tensor, kv: Sequence[Buffer]) -> Picked:
-        """As `steps`: at most STEPS_AT_ONCE with the likeliest token alone, or one with several."""
-        device, n_best = self.network.policy.device.to_device(), len(rules.places)
-
-        def there(*tensors: torch.Tensor) -> list[Buffer]:
-            return [buffer(x).to(device) for x in tensors]
-
-        def back(buffers: Sequence[Buffer]) -> list[torch.Tensor]:
-            return [torch.from_dlpack(x.to(CPU())) for x in buffers]
-
-        eot, n_free = int(rules.limits[1]), self.dims.n_text_ctx + 1 - texts.tokens.shape[1]
-        tokens = torch.nn.functional.pad(texts.tokens, (0, n_free), value=eot)
-        given = [*there(rules.suppressed, rules.begins, rules.limits), *kv, *kv[: len(kv) // 2]]
-        if n_best > 1:
-            found = back(self.network[CANDIDATES].execute(*there(tokens, texts.lengths), *given))
-            best, logprobs = (each[:, :n_best] for each in found)
-            tokens = tokens.scatter(1, texts.lengths[:, None], best[:, :1])
-            lengths, totals = texts.lengths + 1, texts.totals + logprobs[:, 0]
-        else:
-            state = there(tokens, texts.lengths, texts.totals, torch.zeros(len(tokens), dtype=torch.float32))
-            (ends,) = there(texts.lengths + n_token)
-            for _ in range(min(int(n_token.max()), STEPS_AT_ONCE)):
-                state = self.network[PICK].execute(*state, ends, *given)
-            tokens, lengths, totals, latest = back(state)
-            best, logprobs = tokens.gather(1, lengths[:, None] - 1), latest[:, None]
-        return Picked(Texts(tokens[:, : int(lengths.max())], lengths, totals), Candidates(best, logprobs))
-
-    def make_rough(self, cross: Sequence[torch.Tensor], into: torch.Tensor, row: int) -> None:
-        """Puts keys and values of audio into some of `rough_room`, from a row on."""
-        self.network[ROUGH_KEYS](into, torch.tensor([row]), *cross)
-
-    def _check_room(self, n_token: int) -> None:
-        if n_token > self.dims.n_text_ctx:
-            raise OptionError(f"the text has {n_token} tokens, the model has places for {self.dims.n_text_ctx}")
 
     def _check(self, x: torch.Tensor, xa: torch.Tensor, cache: KeyValueCache, positions: torch.Tensor | None) -> None:
         dims = self.dims
@@ -307,7 +191,7 @@ class TextDecoder(Frozen, openai.TextDecoder):
             raise OptionError(
                 f"positions {positions.tolist()} are not all in the {x.shape[1]} tokens of a text's start"
             )
-        self._check_room(cache.n_token + x.shape[1])
+        check_room(cache.n_token + x.shape[1], dims.n_text_ctx)
         if cache:
             if x.shape != (len(cache.own[0]), 1):
                 raise OptionError(f"tokens are {tuple(x.shape)}, expected {(len(cache.own[0]), 1)} behind this cache")

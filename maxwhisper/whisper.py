@@ -4,18 +4,16 @@ Transcription, beam search, sampling, language identification and word timestamp
 that code calls is replaced: the encoder, the decoder, its cache, the log-mel spectrogram, and greedy decoding.
 """
 
+import copy
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from max.driver import Buffer
-from max.dtype import DType
-from max.graph import DeviceRef
 from whisper.audio import FRAMES_PER_SECOND
 from whisper.decoding import DecodingOptions, DecodingResult
 from whisper.model import ModelDimensions
@@ -26,35 +24,28 @@ from whisper.transcribe import transcribe
 from .alignment import add_word_timestamps, keep_alignment_compiled
 from .audio import as_waveform, compiled_spectrogram, load_audio, log_mel_spectrogram
 from .checkpoint import Checkpoint, StrPath, load_checkpoint
-from .decoding.gpu import candidates_program, step_program
+from .compiled import ON_CPU, Network, arithmetic, policy_of, programs_of, rounded, units_on
+from .decoding.cache import KeyValueCache
+from .decoding.gpu import GPUStepper
 from .decoding.module_cache import ModuleCache
-from .decoding.openai_loop import (
-    TOKEN_RULES,
-    KeyValueCache,
-    decode,
-    pick_program,
-    rules_program,
-)
-from .decoding.speculative import draft_of, rough_keys_program, speculation_program
+from .decoding.openai_loop import decode
+from .decoding.speculative import SpeculativeStepper
+from .decoding.stepper import Stepper
 from .engine.artifacts import Artifacts, Cache, Identity, aim_at, writing
 from .engine.built_from import built_from
 from .engine.folders import cache_folder
 from .engine.instructions import warn_of_slow_dtype
-from .engine.precompile import Ahead, Job
-from .engine.process import compiler
-from .engine.program import Artifact, Executable, Program, buffer
-from .engine.session import TORCH_DTYPE, Policy, find_device
+from .engine.program import Artifact
+from .engine.session import find_device
 from .engine.surroundings import cpu_by_default, one_torch_thread
-from .errors import DeviceError, OptionError
-from .frozen import Frozen, has_hooks
+from .errors import DeviceError
+from .frozen import Frozen
+from .hooks import has_hooks
 from .modules import AudioEncoder, TextDecoder, check_floats
-from .network.blocks import BLOCKS
 from .network.log_mel import N_MELS
 from .options import carried, decoding, transcribing, within
 from .rebind import rebind
 from .scheduling import Audio, Result, transcribe_many
-
-STORAGE = {torch.float16: DType.float16, torch.bfloat16: DType.bfloat16}
 
 
 @cpu_by_default()
@@ -112,138 +103,6 @@ def compile_model(
             writer.add(Identity.of(unit, checkpoint.dims, policy, programs), artifact.stored, built_from(programs))
 
 
-ON_CPU = ("log_mel", TOKEN_RULES)
-"""What runs on the CPU whatever the device: the spectrogram, as openai-whisper's, and the pick of a first token."""
-
-
-DECODING = "decoding"
-"""The unit of what decodes tokens behind the first one, and picks them."""
-
-
-def units_on(device: str) -> tuple[str, ...]:
-    """What transcribes on a device, by the unit that compiles together."""
-    units = ("log_mel", "network", DECODING, "alignment")
-    return units if device == "cpu" else (*units, TOKEN_RULES)
-
-
-DTYPES = {dtype.name: dtype for dtype in (DType.float32, DType.float16, DType.bfloat16)}
-"""What can be computed in."""
-
-
-def arithmetic(dtype: str) -> DType:
-    """The dtype of a name; raises OptionError if it is none of DTYPES."""
-    if dtype not in DTYPES:
-        raise OptionError(f"dtype '{dtype}' is not known: expected {' or '.join(DTYPES)}")
-    return DTYPES[dtype]
-
-
-def policy_of(tensors: Mapping[str, torch.Tensor], device: str, dtype: str) -> Policy:
-    """How a checkpoint is computed on a device."""
-    compute = arithmetic(dtype)
-    return Policy(DeviceRef.from_device(find_device(device)), storage_dtype(tensors, device, compute), compute)
-
-
-def programs_of(unit: str, dims: ModelDimensions, policy: Policy) -> list[Program]:
-    """The graphs of one of `units_on`."""
-    if unit == TOKEN_RULES:
-        return [rules_program()]
-    blocks = [block.program(dims, policy) for block in BLOCKS.values() if block.unit == unit]
-    return [*blocks, *picking_programs(dims, policy)] if unit == DECODING else blocks
-
-
-def picking_programs(dims: ModelDimensions, policy: Policy) -> list[Program]:
-    """The graphs that pick tokens; they are guessed on a CPU alone."""
-    if policy.device.is_cpu():
-        makers = (pick_program, speculation_program, rough_keys_program)
-        return [rules_program(), *(program(dims, policy) for program in makers)]
-    return [step_program(dims, policy), candidates_program(dims, policy)]
-
-
-def unit_of(name: str, device: str) -> str:
-    """What the graph of this name compiles together with on a device."""
-    if name in BLOCKS:
-        return BLOCKS[name].unit
-    return TOKEN_RULES if name == TOKEN_RULES and device != "cpu" else DECODING
-
-
-class Network:
-    """The graphs of a checkpoint on a device, by name; those for word timestamps and for
-    picking tokens compile when first asked for."""
-
-    def __init__(self, checkpoint: Checkpoint, device: str, artifacts: Artifacts | Cache | None, dtype: str):
-        self.checkpoint = checkpoint
-        self.device = device
-        self.artifacts = artifacts
-        self.policy = policy_of(checkpoint.tensors, device, dtype)
-        self.dtype = TORCH_DTYPE[self.policy.compute]
-        self.ahead = Ahead("maxwhisper.engine.precompile", self._jobs())
-        self.executables = self._load("network")
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Network":
-        """The same one, since nobody changes it: compiled graphs and weights have no copies."""
-        return self
-
-    def tensors(self, part: str) -> dict[str, torch.Tensor]:
-        """The tensors that MAX has read of "encoder" or "decoder", in its memory on the CPU, by their names there."""
-        weights = self.executables["encoder"].weights.items()
-        return {name.removeprefix(f"{part}."): tensor for name, tensor in weights if name.startswith(f"{part}.")}
-
-    def __getitem__(self, name: str) -> Executable:
-        if name not in self.executables:
-            with compiler():
-                if name not in self.executables:  # another thread may have been there meanwhile
-                    self.executables |= self._load(unit_of(name, self.device))
-        return self.executables[name]
-
-    @cached_property
-    def draft(self) -> Sequence[Buffer]:
-        """What guesses the next tokens, as graphs take it."""
-        return [buffer(x) for x in draft_of(self.checkpoint.tensors, self.checkpoint.dims)]
-
-    def _load(self, unit: str) -> dict[str, Executable]:
-        dims, tensors, name = self.checkpoint.dims, self.checkpoint.tensors, self.checkpoint.name
-        device = "cpu" if unit in ON_CPU else self.device
-        policy = policy_of(tensors, device, self.policy.compute.name)
-        load = self.artifacts.loader(unit, dims, policy) if self.artifacts else None
-        if unit == DECODING:
-            for job in self.ahead.jobs:
-                self.ahead.wait(job, f"{unit} of {name}")
-        slow = self.ahead.start if unit == "network" else None
-        return Artifact(f"{unit} of {name}", programs_of(unit, dims, policy), device, load, slow).init(tensors)
-
-    def _jobs(self) -> list[str]:
-        """What another process compiles while this one compiles the network, where it can be kept."""
-        if self.device != "cpu" or not isinstance(self.artifacts, Cache):
-            return []
-        dims, policy, folder = vars(self.checkpoint.dims), self.policy, str(self.artifacts.folder)
-        return [str(Job(DECODING, dims, policy.storage.name, policy.compute.name, folder))]
-
-
-def is_matrix(name: str, tensor: torch.Tensor) -> bool:
-    """Whether a tensor is stored in the dtype of `Policy.storage`."""
-    return tensor.ndim > 1 and "positional_embedding" not in name
-
-
-def rounded(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
-    """The checkpoint for arithmetic in a dtype: matrices that each use would round to it are rounded once."""
-    if dtype == "float32":
-        return checkpoint
-    half = TORCH_DTYPE[arithmetic(dtype)]
-    tensors = {
-        name: tensor.to(half) if is_matrix(name, tensor) else tensor for name, tensor in checkpoint.tensors.items()
-    }
-    return replace(checkpoint, tensors=tensors)
-
-
-def storage_dtype(tensors: Mapping[str, torch.Tensor], device: str, compute: DType) -> DType:
-    """The dtype that all matrices are stored in where that is float16 or bfloat16, float32 otherwise: and in it on a
-    GPU, for arithmetic in float32, which would widen all weights at every use."""
-    if device != "cpu" and compute == DType.float32:
-        return compute
-    dtypes = {tensor.dtype for name, tensor in tensors.items() if is_matrix(name, tensor)}
-    return STORAGE.get(dtypes.pop(), DType.float32) if len(dtypes) == 1 else DType.float32
-
-
 def plain(value: Any) -> Any:
     """A result with Python's numbers in the place of NumPy's, which not everything that writes results takes."""
     if isinstance(value, dict):
@@ -282,6 +141,7 @@ class Whisper(Frozen, OpenAIWhisper):
     """
 
     is_multilingual: bool
+    stepper: Stepper
 
     @cpu_by_default()
     def __init__(
@@ -303,6 +163,7 @@ class Whisper(Frozen, OpenAIWhisper):
                 compiled_spectrogram(self.dims.n_mels, artifacts.loader("log_mel", self.dims, policy))
         self.encoder = AudioEncoder(self.dims, network, self._device)
         self.decoder = TextDecoder(self.dims, network, self._device)
+        self.stepper = stepper_of(network, self.dims)
         heads = torch.zeros(self.dims.n_text_layer, self.dims.n_text_head, dtype=torch.bool)
         heads[self.dims.n_text_layer // 2 :] = checkpoint.alignment_heads is None
         for layer, head in checkpoint.alignment_heads or ():
@@ -316,6 +177,17 @@ class Whisper(Frozen, OpenAIWhisper):
         dtype = self.network.policy.compute.name
         made = self.network.checkpoint, self.network.device, self.network.artifacts, dtype
         return restored, (*made, self.alignment_heads, self.training)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Whisper":
+        memo[id(self.stepper)] = stepper_of(self.network, self.dims)
+        copied: Whisper = super().__deepcopy__(memo)
+        return copied
+
+    def stepping_by(self, stepper: Stepper) -> "Whisper":
+        """Returns this model with another stepper; the rest is shared."""
+        model = copy.copy(self)
+        model.stepper = stepper
+        return model
 
     def check_unchanged(self) -> None:
         """As of encoder and decoder."""
@@ -401,6 +273,13 @@ class Whisper(Frozen, OpenAIWhisper):
         for module, kv in (cache or {}).items():
             own[module] = kv
         return own, []
+
+
+def stepper_of(network: Network, dims: ModelDimensions) -> Stepper:
+    """Returns what decodes texts where the network is."""
+    if network.device == "cpu":
+        return SpeculativeStepper(network, dims.n_text_ctx)
+    return GPUStepper(network, dims, network.policy.device.to_device())
 
 
 def restored(

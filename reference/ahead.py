@@ -17,10 +17,10 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from maxwhisper.checkpoint import load_checkpoint
+from maxwhisper.compiled import policy_of, programs_of, units_on
 from maxwhisper.engine.precompile import Ahead
 from maxwhisper.engine.program import Artifact
 from maxwhisper.network.blocks import BLOCKS
-from maxwhisper.whisper import policy_of, programs_of, units_on
 
 from .activations import FIXTURES
 from .judge import dtype_name

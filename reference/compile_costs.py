@@ -25,11 +25,11 @@ import torch
 from max.dtype import DType
 from max.graph import DeviceRef, TensorType
 
-from maxwhisper.decoding.openai_loop import NoWeights
+from maxwhisper.compiled import DECODING, programs_of
+from maxwhisper.decoding.rules import NoWeights
 from maxwhisper.engine.kernel_library import kernel_library
 from maxwhisper.engine.program import Artifact, Program
 from maxwhisper.engine.session import session
-from maxwhisper.whisper import DECODING, programs_of
 
 from .suite import DTYPES, FIXTURE, SIZES, TRAINED, Suite, load
 

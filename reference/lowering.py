@@ -20,15 +20,16 @@ import torch
 from max.dtype import DType
 from max.graph import Module
 
+from maxwhisper.compiled import programs_of, units_on
+from maxwhisper.decoding.cpu import SELECT_TOKENS
 from maxwhisper.decoding.gpu import CANDIDATES
-from maxwhisper.decoding.openai_loop import PICK, TOKEN_RULES
-from maxwhisper.decoding.speculative import ROUGH_KEYS, SPECULATE
+from maxwhisper.decoding.rules import TOKEN_RULES
+from maxwhisper.decoding.speculative import QUANTIZE_KEYS, SPECULATE
 from maxwhisper.engine.artifacts import HOST, Identity, Writer, aim_at, writing
 from maxwhisper.engine.built_from import built_from
 from maxwhisper.engine.program import Artifact, Program
 from maxwhisper.engine.session import Policy
 from maxwhisper.network.blocks import BLOCKS
-from maxwhisper.whisper import programs_of, units_on
 
 from .captures import CAPTURED
 from .judge import dtype_name
@@ -36,7 +37,10 @@ from .suite import DTYPES, TRAINED, Suite, load
 
 GRAPHS = (*BLOCKS, *(f"{name} captured" for name in CAPTURED))
 """Of every model: its blocks, and those with captures."""
-PICKING = {"cpu": (TOKEN_RULES, PICK, SPECULATE, ROUGH_KEYS), "gpu": (TOKEN_RULES, PICK, CANDIDATES)}
+PICKING = {
+    "cpu": (TOKEN_RULES, SELECT_TOKENS, SPECULATE, QUANTIZE_KEYS),
+    "gpu": (TOKEN_RULES, SELECT_TOKENS, CANDIDATES),
+}
 """By device, those that pick the tokens of whole transcripts."""
 
 

@@ -14,13 +14,13 @@ from whisper.audio import N_FFT
 from whisper.model import ModelDimensions, Whisper
 
 from maxwhisper.checkpoint import load_checkpoint
+from maxwhisper.compiled import ON_CPU, storage_dtype
 from maxwhisper.engine.artifacts import Artifacts, Cache
 from maxwhisper.engine.folders import cache_folder
 from maxwhisper.engine.program import Artifact, Executable, Program
 from maxwhisper.engine.session import TORCH_DTYPE, Policy, find_device
 from maxwhisper.network.blocks import BLOCKS, Block
 from maxwhisper.network.log_mel import log_mel_weights
-from maxwhisper.whisper import ON_CPU, storage_dtype
 
 from . import activations, tf32
 from .activations import FIXTURES, Activations, is_step

@@ -3,23 +3,37 @@
 A GPU works on while Python goes on. One execution is one step of the decoder, which puts its token behind every text,
 and its key and value into the cache; several are sent at once, and only then is asked what became of the texts. Beam
 search asks after every step for the likeliest tokens, and which text goes on with which cache Python decides. On a CPU
-`maxwhisper.decoding.openai_loop` takes the steps, with kernels of its own.
+`decoding.cpu` takes the steps, with kernels of its own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from threading import local
 from typing import Any
 
+import torch
+from max.driver import CPU, Buffer, Device
 from max.dtype import DType
 from max.graph import BufferType, TensorType, TensorValue, ops
+from torch import Tensor
+from torch.nn import functional
 from whisper.model import ModelDimensions
 
-from ..engine.program import Program
+from ..engine.program import Program, buffer, by_name
 from ..engine.session import Policy
 from ..network.model import KeyValue, Slots, TextDecoder, flash_dtype, grouped, indices
-from .openai_loop import N_BEST, PICK
+from .cache import CacheSlots, JoinedCache, KeyValueCache, named
+from .cpu import SELECT_TOKENS, keys_values, written
+from .rules import Rules
+from .stepper import Advanced, Candidates, Graphs, Texts, check_room
 
 CANDIDATES = "decoder.candidates"
 """The graph of beam search, which compiles together with that of steps."""
+
+MAX_CANDIDATES = 8
+"""That a step finds, and one more than there can be beams."""
+
+STATE = ("texts", "lengths", "totals", "logprobs")
+"""What a step takes and gives."""
 
 STEPS_AT_ONCE = 8
 """Before Python looks which texts have ended: what has ended meanwhile is computed on, half as many steps as a rule."""
@@ -87,44 +101,41 @@ def at(x: TensorValue, place: TensorValue) -> TensorValue:
     return ops.unsqueeze(ops.gather_nd(x, ops.max(place, 0), batch_dims=1), 1)
 
 
-def next_logits(
-    decoder: TextDecoder, texts: TensorValue, lengths: TensorValue, kv: Sequence[Any]
-) -> tuple[TensorValue, TensorValue]:
-    """The last token of every text, (batch, 1), and the logits of the next, (batch, vocab). The key and value of the
-    last go into the cache, which is given twice, as `Slots` has it."""
-    n_own = len(kv) // 3
-    own, cross, written = (grouped(kv[i : i + n_own], 2) for i in range(0, len(kv), n_own))
+def next_logits(decoder: TextDecoder, given: Mapping[str, Any]) -> tuple[TensorValue, TensorValue]:
+    """Returns the last token of every text, (batch, 1), and the logits of the next, (batch, vocab). The last's key and
+    value go into the cache, which is given twice, as `Slots` has it. given: what the graph is given."""
+    texts, lengths = given["texts"], given["lengths"]
+    kv, caches = keys_values(given), written(given)
+    own, cross, into = (grouped(each, 2) for each in (kv[: len(caches)], kv[len(caches) :], caches))
     # A text as long as the cache has ended, and it does not matter where its last token is computed again.
     n_past = ops.min(lengths, int(decoder.positional_embedding.shape[0])) - 1
     mask = mask_behind(n_past, own[0][0])
-    pairs = zip(own, written, strict=True)
+    pairs = zip(own, into, strict=True)
     slots = [Slots(k, v, k_written, v_written, n_past, mask) for (k, v), (k_written, v_written) in pairs]
     last = at(texts, ops.unsqueeze(lengths - 1, 1))
     cross_kv = [KeyValue(*(ops.permute(x, [0, 2, 1, 3]) for x in pair)) for pair in cross]
     return last, ops.squeeze(decoder.step_in_place(last, cross_kv, slots), 1)
 
 
-def step_program(dims: ModelDimensions, policy: Policy) -> Program:
-    """A step of the decoder, from texts, their lengths, the sums of their tokens' log-probabilities and the latest of
-    these to the same: the likeliest token behind every text that has not ended, is not as long as it may get, and has
-    had no log-probability that is not finite."""
+def next_log_probabilities(logits: TensorValue, given: Mapping[str, Any]) -> TensorValue:
+    """Returns `log_probabilities` of what a graph is given."""
+    names = ("texts", "lengths", "begins", "suppressed", "limits")
+    return log_probabilities(logits, *(given[name] for name in names))
 
-    def step(
-        decoder: TextDecoder,
-        texts: TensorValue,
-        lengths: TensorValue,
-        totals: TensorValue,
-        logprobs: TensorValue,
-        ends: TensorValue,
-        *others: Any,
-    ) -> list[TensorValue]:
-        (suppressed, begins, limits), kv = others[:3], others[3:]
-        last, logits = next_logits(decoder, texts, lengths, kv)
-        scores = log_probabilities(logits, texts, lengths, begins, suppressed, limits)
+
+def step_program(dims: ModelDimensions, policy: Policy) -> Program:
+    """Returns the graph of a step of the decoder, from texts, their lengths, the sums of their tokens'
+    log-probabilities and the latest of these to the same: the likeliest token behind every text that has not ended, is
+    not as long as it may get, and has had no log-probability that is not finite."""
+
+    def step(decoder: TextDecoder, **given: Any) -> list[TensorValue]:
+        texts, lengths, totals, logprobs = (given[name] for name in STATE)
+        last, logits = next_logits(decoder, given)
+        scores = next_log_probabilities(logits, given)
         token = ops.argmax(scores, axis=1)
         logprob = ops.squeeze(at(scores, token), 1)  # the greatest of what is not finite may be finite
         failed = ops.is_nan(logprobs) | ops.is_inf(logprobs)
-        goes_on = (ops.squeeze(last, 1) != limits[1:2]) & (lengths < ends) & ~failed
+        goes_on = (ops.squeeze(last, 1) != given["limits"][1:2]) & (lengths < given["ends"]) & ~failed
         places = ops.unsqueeze(indices(texts.shape[1], texts.device), 0)
         is_next = (places == ops.unsqueeze(lengths, 1)) & ops.unsqueeze(goes_on, 1)
         return [
@@ -134,25 +145,21 @@ def step_program(dims: ModelDimensions, policy: Policy) -> Program:
             ops.where(goes_on, logprob, logprobs),
         ]
 
-    state = ("texts", "lengths", "totals", "logprobs", "ends")
-    return Program(PICK, "decoder", TextDecoder(dims, policy), step, inputs(dims, policy, state))
+    types = inputs(dims, policy, (*STATE, "ends"))
+    return Program(SELECT_TOKENS, "decoder", TextDecoder(dims, policy), by_name(types, step), types)
 
 
 def candidates_program(dims: ModelDimensions, policy: Policy) -> Program:
-    """For beam search: the N_BEST likeliest tokens behind every text, and their log-probabilities, in falling order."""
+    """Returns the graph for beam search: the MAX_CANDIDATES likeliest tokens behind every text, and their
+    log-probabilities, in falling order."""
 
-    def candidates(
-        decoder: TextDecoder, texts: TensorValue, lengths: TensorValue, *others: Any
-    ) -> tuple[TensorValue, TensorValue]:
-        (suppressed, begins, limits), kv = others[:3], others[3:]
-        _, logits = next_logits(decoder, texts, lengths, kv)
-        scores = log_probabilities(logits, texts, lengths, begins, suppressed, limits)
-        logprobs, tokens = ops.top_k(scores, N_BEST)
+    def candidates(decoder: TextDecoder, **given: Any) -> tuple[TensorValue, TensorValue]:
+        _, logits = next_logits(decoder, given)
+        logprobs, tokens = ops.top_k(next_log_probabilities(logits, given), MAX_CANDIDATES)
         return ops.max(tokens, 0), logprobs  # a GPU may know no token for minus infinity
 
-    return Program(
-        CANDIDATES, "decoder", TextDecoder(dims, policy), candidates, inputs(dims, policy, ("texts", "lengths"))
-    )
+    types = inputs(dims, policy, ("texts", "lengths"))
+    return Program(CANDIDATES, "decoder", TextDecoder(dims, policy), by_name(types, candidates), types)
 
 
 def mask_behind(n_past: TensorValue, cache: TensorValue) -> TensorValue:
@@ -168,8 +175,9 @@ def inputs(dims: ModelDimensions, policy: Policy, state: Sequence[str]) -> dict[
     n_channel = dims.n_text_state // n_head
     layers = range(2 * dims.n_text_layer)
     dtype = flash_dtype(policy.compute)
-    own = {f"cache.{i}": TensorType(dtype, ["batch", "place", n_head, n_channel], device) for i in layers}
+    own = TensorType(dtype, ["batch", "place", n_head, n_channel], device)
     cross = TensorType(dtype, ["audio", dims.n_audio_ctx, n_head, n_channel], device)
+    kv = named([own for _ in layers], [cross for _ in layers])
     of_texts = {
         "texts": TensorType(DType.int64, ["batch", "text_place"], device),
         "lengths": TensorType(DType.int64, ["batch"], device),
@@ -182,7 +190,77 @@ def inputs(dims: ModelDimensions, policy: Policy, state: Sequence[str]) -> dict[
         "suppressed": TensorType(DType.bool, [dims.n_vocab], device),
         "begins": TensorType(DType.int64, ["batch"], device),
         "limits": TensorType(DType.int64, [2], device),
-        **own,
-        **{f"cross.{i}": cross for i in layers},
-        **{f"{name} written": each.as_buffer() for name, each in own.items()},
+        **kv,
+        **{f"{name} written": each.as_buffer() for name, each in kv.items() if "cache" in name},
     }
+
+
+# ---- the stepper ---------------------------------------------------------------------------------------------------
+
+
+class GPUStepper:
+    """Takes texts further in the memory of a device: Python waits only now and then."""
+
+    max_candidates = MAX_CANDIDATES
+
+    def __init__(self, graphs: Graphs, dims: ModelDimensions, device: Device):
+        self.graphs = graphs
+        self.dims = dims
+        self.device = device
+        self.of_thread = SlotsOfThread()
+
+    def advance(self, texts: Texts, cache: KeyValueCache, rules: Rules, n_token: Tensor) -> Advanced:
+        """Decodes texts by at most STEPS_AT_ONCE tokens of the likeliest ones, or by one with several candidates."""
+        check_room(int((texts.lengths + n_token).max()) - 1, self.dims.n_text_ctx)
+        seated = cache if isinstance(cache, JoinedCache) else self._in_slots(cache)
+        eot, n_free, n_best = rules.eot, self.dims.n_text_ctx + 1 - texts.tokens.shape[1], len(rules.places)
+        tokens = functional.pad(texts.tokens, (0, n_free), value=eot)
+        of_rules = self._there(suppressed=rules.suppressed, begins=rules.begins, limits=rules.limits)
+        given = {**of_rules, **seated.inputs(), **seated.written()}
+        if n_best > 1:
+            graph = self.graphs[CANDIDATES]
+            here = self._there(texts=tokens, lengths=texts.lengths)
+            found = back(graph.execute(*graph.in_order({**here, **given})))
+            best, logprobs = (each[:, :n_best] for each in found)
+            tokens = tokens.scatter(1, texts.lengths[:, None], best[:, :1])
+            lengths, totals = texts.lengths + 1, texts.totals + logprobs[:, 0]
+        else:
+            tokens, lengths, totals, latest = self._steps(texts._replace(tokens=tokens), n_token, given)
+            best, logprobs = tokens.gather(1, lengths[:, None] - 1), latest[:, None]
+        cache.n_token = int(lengths.max()) - 1
+        return Advanced(Texts(tokens[:, : int(lengths.max())], lengths, totals), Candidates(best, logprobs))
+
+    def _steps(self, texts: Texts, n_token: Tensor, given: Mapping[str, Buffer]) -> list[Tensor]:
+        graph = self.graphs[SELECT_TOKENS]
+        no_logprobs = torch.zeros(len(texts.tokens), dtype=torch.float32)
+        state = self._there(**texts._asdict(), logprobs=no_logprobs)
+        state["texts"] = state.pop("tokens")
+        ends = self._there(ends=texts.lengths + n_token)
+        for _ in range(min(int(n_token.max()), STEPS_AT_ONCE)):
+            latest = graph.execute(*graph.in_order({**state, **ends, **given}))
+            state = dict(zip(STATE, latest, strict=True))
+        return back([state[name] for name in STATE])
+
+    def _there(self, **tensors: Tensor) -> dict[str, Buffer]:
+        return {name: buffer(x).to(self.device) for name, x in tensors.items()}
+
+    def _in_slots(self, cache: KeyValueCache) -> JoinedCache:
+        """Returns the cache in the memory that kernels take: that of the thread's one before, if it fits."""
+        cache.settle()
+        room, wanted = ([kv.shape for kv in (*each.own, *each.cross)] for each in (self.of_thread.slots, cache))
+        if room not in ([], wanted):
+            self.of_thread.slots = CacheSlots(1, tokens_first=True)
+        self.of_thread.slots.place([cache])
+        return self.of_thread.slots.joined(1)
+
+
+class SlotsOfThread(local):
+    """What every thread has for itself, as others may use the same model at the same time: room for one window."""
+
+    def __init__(self) -> None:
+        self.slots = CacheSlots(1, tokens_first=True)
+
+
+def back(buffers: Sequence[Buffer]) -> list[Tensor]:
+    """Returns what is in buffers of a device."""
+    return [torch.from_dlpack(x.to(CPU())) for x in buffers]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ..errors import OptionError
-from .openai_loop import KeyValueCache
+from .cache import KeyValueCache
 
 if TYPE_CHECKING:
     from ..modules import TextDecoder
@@ -22,7 +22,7 @@ class ModuleCache(KeyValueCache, Mapping[nn.Module, torch.Tensor]):
     def __init__(self, decoder: "TextDecoder", cache: KeyValueCache | None = None):
         """cache: whose memory to take over."""
         c = cache or KeyValueCache()
-        super().__init__(c.own, c.cross, c.n_token, c.sources, c.first_row, c.memory)
+        super().__init__(c.own, c.cross, c.n_token, c.rows, c.first_row, c.memory)
         self.dims = decoder.dims
         attentions = [(block.attn, block.cross_attn) for block in decoder.blocks]
         self.own_modules, self.cross_modules = (
@@ -86,6 +86,6 @@ class ModuleCache(KeyValueCache, Mapping[nn.Module, torch.Tensor]):
         if not self.own or len(self.own[0]) != len(own[0]):
             self.own = []
         if any(module in self.replaced for module in self.cross_modules):
-            self.cross, self._inputs = [kv.contiguous() for kv in cross], []
-        self.n_token, self.rough_cross = 0, None
+            self.cross, self._inputs = [kv.contiguous() for kv in cross], {}
+        self.n_token, self.quantized_cross = 0, None
         self.append(own, self.dims.n_text_ctx)

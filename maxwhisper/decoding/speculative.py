@@ -1,14 +1,14 @@
-"""Greedy decoding by speculation: a rough copy of the decoder, the draft, guesses the next tokens of texts one by one,
-and the decoder checks them all at once.
+"""Greedy decoding by speculation: a draft, the decoder quantized, proposes the next tokens of texts one by one, and the
+decoder verifies them all at once.
 
 A step of the decoder waits for memory: for its weights, and for the keys and values of the audio. Several tokens in one
-step read these once, but all except the first have to be guessed. The draft reads less than half as much, and guesses
-right nearly always. A text gets nothing but what the decoder itself finds likeliest behind the tokens before, bit for
-bit: behind the first wrong guess the others are dropped.
+step read these once, but all except the first have to be proposed. The draft reads less than half as much, and is right
+nearly always. A text gets nothing but what the decoder itself finds likeliest behind the tokens before, bit for bit:
+behind the first wrong proposal the others are dropped.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from max.dtype import DType
@@ -17,18 +17,34 @@ from max.nn.layer import Module
 from torch import Tensor
 from whisper.model import ModelDimensions
 
-from ..engine.program import Program
+from ..engine.program import Program, by_name
 from ..engine.session import Policy
 from ..network.model import TextDecoder
-from .loop import append, embed_next, goes_on, nothing_found, rounds
-from .openai_loop import NoWeights, likeliest, picking_inputs, rules_inputs
+from .cache import UNIT_SIZE, KeyValueCache
+from .cpu import (
+    CPUStepper,
+    append,
+    begun,
+    embed_next,
+    finished,
+    goes_on,
+    inputs_of,
+    keys_values,
+    nothing_found,
+    rounds,
+    state,
+    steps_inputs,
+    written,
+)
+from .rules import NoWeights, Rules, top_tokens
+from .stepper import Advanced, Candidates, Graphs, Texts, check_room
 
-SPECULATE, ROUGH_KEYS = "decoder.speculate", "decoder.rough_keys"
+SPECULATE, QUANTIZE_KEYS = "decoder.speculate", "decoder.rough_keys"
 
-N_GUESS = 7
+N_PROPOSED = 7
 """Tokens that are guessed and then checked together with the one before: eight rows of a product for each text."""
 
-WORTH_GUESSING = 4
+WORTH_PROPOSING = 4
 """Tokens of every text for which a round of guesses takes less time than as many steps: if fewer are wanted, or come of
 rounds, steps are better."""
 
@@ -40,9 +56,8 @@ VECTORS = (
 )
 """Of a layer, as `maxwhisper.guess` takes them one behind the other."""
 
-UNIT_SIZE = DType.float32.size_in_bytes
 ROWS = 4096
-"""Of a matrix that are made rough at a time, so that little more memory is needed than for the outcome."""
+"""Of a matrix that are quantized at a time, so that little more memory is needed than for the outcome."""
 
 
 # ---- the draft -----------------------------------------------------------------------------------------------------
@@ -54,7 +69,7 @@ def matrices_size(n_state: int) -> int:
 
 
 class Draft(NamedTuple):
-    """A decoder's rough copy: what of it a CPU has beside the decoder, once guesses are asked for.
+    """A decoder's quantized copy: what of it a CPU has beside the decoder, once guesses are asked for.
 
     matrices: int8 (layer, number), vectors: float32 (layer, number), those of a layer one behind the other.
     token_embedding: uint8 (vocab, number), of four bits a number; the decoder's own computes the highest logits.
@@ -75,26 +90,7 @@ def draft_types(dims: ModelDimensions, policy: Policy) -> Draft:
     )
 
 
-def guess(
-    decoder: TextDecoder,
-    draft: Draft,
-    texts: BufferValue,
-    lengths: TensorValue,
-    rules: Sequence[TensorValue],
-    sources: TensorValue,
-    cache: TensorValue,
-    rough_cross: TensorValue,
-) -> TensorValue:
-    """The last token of each text and `N_GUESS` guesses, (batch, 1 + N_GUESS), which stand behind the text then."""
-    suppressed, begins, limits, _ = rules
-    values = [texts, lengths, begins, suppressed, limits, sources, cache, rough_cross, *draft]
-    values += [decoder.token_embedding.weight, decoder.positional_embedding, decoder.ln.weight, decoder.ln.bias]
-    tokens = TensorType(DType.int64, [lengths.shape[0], 1 + N_GUESS], lengths.device)
-    parameters = {"n_channel": int(cache.shape[-1])}
-    return ops.inplace_custom("maxwhisper.guess", lengths.device, values, [tokens], parameters=parameters)[0].tensor
-
-
-def make_rough(matrix: Tensor, bits: int, into: Tensor) -> None:
+def quantize(matrix: Tensor, bits: int, into: Tensor) -> None:
     """Writes a matrix (n_out, n_in) in 8 or 4 bits a number into int8 or uint8 (n_out, n_in * bits / 8 + UNIT_SIZE):
     behind each row stands the float32 that its numbers are multiples of. In 4 bits a byte holds a number of the first
     half of the row, and above it one of the second half, both 8 too high."""
@@ -120,87 +116,152 @@ def draft_of(tensors: Mapping[str, Tensor], dims: ModelDimensions) -> Draft:
             matrix = tensors[f"{layer}{name}.weight"]
             n_out, width = len(matrix), matrix.shape[1] + UNIT_SIZE
             start, end = end, end + n_out * width
-            make_rough(matrix, 8, row[start:end].view(n_out, width))
+            quantize(matrix, 8, row[start:end].view(n_out, width))
     token_embedding = torch.empty(dims.n_vocab, dims.n_text_state // 2 + UNIT_SIZE, dtype=torch.uint8)
-    make_rough(tensors["decoder.token_embedding.weight"], 4, token_embedding)
+    quantize(tensors["decoder.token_embedding.weight"], 4, token_embedding)
     vectors = [torch.cat([tensors[layer + name].float() for name in VECTORS]) for layer in layers]
     return Draft(matrices, torch.stack(vectors), token_embedding)
 
 
-# ---- its graphs ----------------------------------------------------------------------------------------------------
+# ---- graphs --------------------------------------------------------------------------------------------------------
 
 
-def draft_inputs(dims: ModelDimensions, policy: Policy) -> tuple[TensorType, TensorType]:
-    """The caches of texts, all in one, and the keys and values of their audio in int8; there may be more rows than
-    texts."""
-    n_channel = dims.n_text_state // dims.n_text_head
-    n_kv = 2 * dims.n_text_layer
-    cache = TensorType(policy.compute, [n_kv, "row", dims.n_text_head, "place", n_channel], policy.device)
-    shape: list[int | str] = [n_kv, "rough_row", dims.n_text_head, dims.n_audio_ctx, n_channel + UNIT_SIZE]
-    return cache, TensorType(DType.int8, shape, policy.device)
+def propose(decoder: TextDecoder, draft: Draft, before: TensorValue, given: Mapping[str, Any]) -> TensorValue:
+    """Returns the last token of each text, of lengths `before`, and `N_PROPOSED` of the draft's, (batch, 1 +
+    N_PROPOSED), which stand behind the text then. given: what the graph is given."""
+    names = ("begins", "suppressed", "limits", "rows", "cache", "quantized cross")
+    values = [given["texts"], before, *(given[name] for name in names), *draft]
+    values += [decoder.token_embedding.weight, decoder.positional_embedding, decoder.ln.weight, decoder.ln.bias]
+    tokens = TensorType(DType.int64, [before.shape[0], 1 + N_PROPOSED], before.device)
+    parameters = {"n_channel": int(given["cache"].shape[-1])}
+    return ops.inplace_custom("maxwhisper.guess", before.device, values, [tokens], parameters=parameters)[0].tensor
 
 
-def rough_room(cross: Sequence[Tensor], n_row: int) -> Tensor:
-    """For as many windows' keys and values in int8."""
-    _, n_head, n_key, n_channel = cross[0].shape
-    return torch.empty((len(cross), n_row, n_head, n_key, n_channel + UNIT_SIZE), dtype=torch.int8)
+def draft_inputs(dims: ModelDimensions, policy: Policy) -> dict[str, TensorType]:
+    """Returns how graphs take what the draft reads: the caches of texts, all in one, and the keys and values of their
+    audio in int8, of both of which there may be more rows than texts; and the draft, with each execution, so that it
+    need not be there where nobody proposes."""
+    n_channel, n_head, n_kv = dims.n_text_state // dims.n_text_head, dims.n_text_head, 2 * dims.n_text_layer
+    quantized: list[int | str] = [n_kv, "rough_row", n_head, dims.n_audio_ctx, n_channel + UNIT_SIZE]
+    return {
+        "cache": TensorType(policy.compute, [n_kv, "row", n_head, "place", n_channel], policy.device),
+        "quantized cross": TensorType(DType.int8, quantized, policy.device),
+        **{f"draft {name}": type for name, type in draft_types(dims, policy)._asdict().items()},
+    }
 
 
-def rough_keys_program(dims: ModelDimensions, policy: Policy) -> Program:
-    """Puts the keys and values of the audio into memory in int8, as the draft takes them, from a row on."""
+def quantize_keys_program(dims: ModelDimensions, policy: Policy) -> Program:
+    """Returns the graph that puts the keys and values of the audio into memory in int8, as the draft takes them, from a
+    row on."""
 
-    def round_them(_: Module, into: BufferValue, row: TensorValue, *cross: TensorValue) -> list[TensorValue]:
+    def quantize_keys(_: Module, into: BufferValue, row: TensorValue, *cross: TensorValue) -> list[TensorValue]:
         for number, kv in enumerate(cross):
             values = [into, kv, row, ops.constant([number], DType.int64, kv.device)]
             ops.inplace_custom("maxwhisper.rough_keys", kv.device, values, [])
         return []
 
-    inputs: dict[str, TensorType | BufferType] = {"into": draft_inputs(dims, policy)[1].as_buffer()}
-    inputs["row"] = TensorType(DType.int64, [1], policy.device)
-    inputs |= {name: each for name, each in picking_inputs(dims, policy).items() if "cross" in name}
-    return Program(ROUGH_KEYS, "", NoWeights(), round_them, inputs)
+    into = draft_inputs(dims, policy)["quantized cross"].as_buffer()
+    inputs: dict[str, TensorType | BufferType] = {"into": into, "row": TensorType(DType.int64, [1], policy.device)}
+    inputs |= {name: each for name, each in steps_inputs(dims, policy).items() if "cross" in name}
+    return Program(QUANTIZE_KEYS, "", NoWeights(), quantize_keys, inputs)
 
 
-def speculation_program(dims: ModelDimensions, policy: Policy) -> Program:
-    """As `pick_program`, for the likeliest token of each step alone: `N_GUESS` guesses behind every text, and what the
+def speculate_program(dims: ModelDimensions, policy: Policy) -> Program:
+    """Returns the graph of rounds of proposing and verifying: `N_PROPOSED` tokens behind every text, and what the
     decoder puts in their place, which is one token more if all are right. It goes on as long as every text may have
-    `WORTH_GUESSING` more, and rounds are worth it: credit begins with as many tokens, and a round adds what it
-    gives and takes as many for each text that goes on.
+    `WORTH_PROPOSING` more, and rounds are worth it: credit begins with as many tokens, and a round adds what it gives
+    and takes as many for each text that goes on.
 
-    Takes `draft_inputs` besides, the same caches once more, and the draft, and not the texts' last tokens. Every
-    text has audio of its own, and all have places for `N_GUESS` tokens more than they may have.
+    It gives what `select_tokens_program` gives, for the likeliest token of each step alone. Every text has audio of its
+    own, and all have places for `N_PROPOSED` tokens more than they may have.
     """
-    n_own, n_rule = 2 * dims.n_text_layer, len(rules_inputs(dims.n_vocab))
-    types = draft_types(dims, policy)
 
-    def speculate(
-        decoder: TextDecoder,
-        texts: BufferValue,
-        lengths: TensorValue,
-        ends: TensorValue,
-        totals: TensorValue,
-        *others: Any,
-    ) -> Sequence[TensorValue]:
-        others, draft = others[: -len(types)], Draft(*others[-len(types) :])
-        rules, (sources, *kv), caches = others[:n_rule], others[n_rule : -n_own - 2], others[-n_own - 2 : -2]
+    def speculate(decoder: TextDecoder, **given: Any) -> Sequence[TensorValue]:
+        texts, ends, rules = given["texts"], given["ends"], [given[name] for name in Rules._fields]
+        draft = Draft(*(given[f"draft {name}"] for name in Draft._fields))
+        kv, caches = keys_values(given), written(given)
 
-        def guess_and_check(
+        def propose_and_verify(
             credit: TensorValue, before: TensorValue, totals: TensorValue, *_: Any
         ) -> list[TensorValue]:
-            tokens = guess(decoder, draft, texts, before, rules, sources, *others[-2:])
+            tokens = propose(decoder, draft, before, given)
             x, offsets = embed_next(decoder, tokens, before)
-            logits, *new = decoder.steps(x, offsets, kv, sources)
+            logits, *new = decoder.steps(x, offsets, kv, given["rows"])
             append(caches, new, offsets)
-            candidates, logprobs, _, *after = likeliest(logits, texts, before, ends, totals, *rules)
+            candidates, logprobs, _, *after = top_tokens(logits, texts, before, ends, totals, *rules)
             totals, lengths, left = after
-            return [*goes_on(left, credit, before, lengths, WORTH_GUESSING), lengths, totals, candidates, logprobs]
+            return [*goes_on(left, credit, before, lengths, WORTH_PROPOSING), lengths, totals, candidates, logprobs]
 
-        start = [lengths, totals, *nothing_found(lengths, rules[-1])]
-        lengths, totals, *found = rounds(WORTH_GUESSING, start, guess_and_check)
+        start = [given["lengths"], given["totals"], *nothing_found(given["lengths"], given["places"])]
+        lengths, totals, *found = rounds(WORTH_PROPOSING, start, propose_and_verify)
         return [*found, totals, lengths]
 
-    inputs = picking_inputs(dims, policy)
+    inputs = {**steps_inputs(dims, policy), **draft_inputs(dims, policy)}
     del inputs["tokens"]
-    inputs |= dict(zip(("cache", "rough cross"), draft_inputs(dims, policy), strict=True))
-    inputs |= {f"draft {name}": type for name, type in types._asdict().items()}
-    return Program(SPECULATE, "decoder", TextDecoder(dims, policy), speculate, inputs)
+    return Program(SPECULATE, "decoder", TextDecoder(dims, policy), by_name(inputs, speculate), inputs)
+
+
+# ---- the stepper ---------------------------------------------------------------------------------------------------
+
+
+class Drafted(Graphs, Protocol):
+    """Graphs, and the draft that they take."""
+
+    @property
+    def draft(self) -> Draft:
+        """What the graph of speculation takes."""
+
+
+class SpeculativeStepper:
+    """Has tokens proposed and verified where that takes less time than steps, which another stepper takes."""
+
+    max_candidates = None
+
+    def __init__(self, graphs: Drafted, n_text_ctx: int):
+        self.graphs = graphs
+        self.n_text_ctx = n_text_ctx
+        self.inner = CPUStepper(graphs, n_text_ctx)
+
+    def advance(self, texts: Texts, cache: KeyValueCache, rules: Rules, n_token: Tensor) -> Advanced:
+        """Decodes texts as `CPUStepper` does, to the same tokens, or to fewer, if so few are left that others steps
+        take less time."""
+        check_room(int((texts.lengths + n_token).max()) - 1, self.n_text_ctx)
+        # Where keys of guesses go there must be a place too.
+        n_proposed = n_token.minimum(self.n_text_ctx + 1 - N_PROPOSED - texts.lengths)
+        of_its_own = len(cache.cross[0]) == len(texts.tokens)
+        if len(rules.places) > 1 or not of_its_own or not worth_proposing(n_proposed, n_token):
+            return self.inner.advance(texts, cache, rules, n_token)
+        advanced = self._propose(texts, cache, rules, n_token, n_proposed)
+        gained = advanced.texts.lengths - texts.lengths
+        idle = n_token == 0
+        ended = (advanced.texts.last()[:, 0] == rules.eot) & ~idle
+        if (
+            ended.any()
+            or not advanced.texts.totals.isfinite().all()
+            or not worth_proposing(n_proposed - gained, n_token)
+        ):
+            return advanced
+        return self.inner.advance(advanced.texts, cache, rules, n_token - gained)
+
+    def _propose(
+        self, texts: Texts, cache: KeyValueCache, rules: Rules, n_token: Tensor, n_proposed: Tensor
+    ) -> Advanced:
+        now = begun(texts, n_token, N_PROPOSED, rules.eot)
+        ends = torch.where(n_token == 0, now.lengths + WORTH_PROPOSING, now.lengths + n_proposed)
+        draft = {f"draft {name}": each for name, each in self.graphs.draft._asdict().items()}
+        candidates, logprobs, totals, lengths = self.graphs[SPECULATE](
+            **{**state(now, n_token), "ends": ends}, **rules._asdict(), **inputs_of(cache), **draft,
+            **{"cache": cache.memory, "quantized cross": cache.quantized(self._quantize)},
+        )  # fmt: skip
+        now = finished(texts, now._replace(totals=totals, lengths=lengths), n_token, rules.eot)
+        cache.n_token = int(now.lengths.max()) - 1
+        return Advanced(now, Candidates(candidates, logprobs))
+
+    def _quantize(self, cross: Sequence[Tensor], into: Tensor, row: int) -> None:
+        """Puts keys and values of audio into `room_for_quantized`, from a row on."""
+        self.graphs[QUANTIZE_KEYS](into, torch.tensor([row]), *cross)
+
+
+def worth_proposing(n_proposed: Tensor, n_token: Tensor) -> bool:
+    """Returns whether every text that may have tokens may have enough for a round."""
+    return int(n_proposed.masked_fill(n_token == 0, WORTH_PROPOSING).min()) >= WORTH_PROPOSING

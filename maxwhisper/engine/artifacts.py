@@ -38,7 +38,6 @@ from max.driver import (
 from max.dtype import DType
 from whisper.model import ModelDimensions
 
-from ..decoding.openai_loop import TOKEN_RULES
 from ..errors import ArtifactError, OptionError
 from .built_from import built_from
 from .instructions import PORTABLE_CPU, PORTABLE_FEATURES, cpu_features, cpu_target
@@ -56,6 +55,10 @@ TARGETS = (HOST, "sm_80", "sm_90a")
 PACKAGE = Path(__file__).parents[1]
 GRAPH_SOURCES = ("network", "decoding", "engine/program.py", "kernels")
 """The parts of PACKAGE that define graphs."""
+
+
+FLOAT32 = {"log_mel": ["n_mels"], "token_rules": []}
+"""The units that are float32 under every policy, and the dimensions that they depend on; others depend on all."""
 
 
 # ---- what decides the outcome of a compilation ---------------------------------------------------------------------
@@ -94,10 +97,9 @@ class Identity:
     def of(cls, unit: str, dims: ModelDimensions, policy: Policy, programs: Sequence[Program]) -> "Identity":
         """Returns the identity of programs that are known by the hash of their sources."""
         blocks, source = [program.name for program in programs], source_hash(programs)
-        if unit == "log_mel":
-            return cls(unit, blocks, {"n_mels": dims.n_mels}, "float32", "float32", source)
-        if unit == TOKEN_RULES:
-            return cls(unit, blocks, {}, "float32", "float32", source)
+        if unit in FLOAT32:
+            depends_on = {name: getattr(dims, name) for name in FLOAT32[unit]}
+            return cls(unit, blocks, depends_on, "float32", "float32", source)
         return cls(unit, blocks, dict(vars(dims)), policy.storage.name, policy.compute.name, source)
 
     @property

@@ -1,9 +1,4 @@
-"""Compiling in another process what this one needs next: MAX 26.7 compiles on little more than one core of a process.
-
-That process runs this module, with jobs as JSON:
-
-    python -m maxwhisper.engine.precompile JOB ...
-"""
+"""Another process compiles what this one needs next: MAX 26.7 compiles on little more than one core of a process."""
 
 import atexit
 import json
@@ -13,7 +8,6 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from .process import announced
 
@@ -97,27 +91,3 @@ class Job:
 
     def __str__(self) -> str:
         return json.dumps(asdict(self))
-
-
-def main() -> int:
-    # What this imports, imports the class above.
-    from max.dtype import DType
-    from max.graph import DeviceRef
-    from whisper.model import ModelDimensions
-
-    from ..whisper import programs_of
-    from .artifacts import Cache
-    from .program import Artifact
-    from .session import Policy
-
-    for line in sys.argv[1:]:
-        job = Job(**json.loads(line))
-        dims, policy = ModelDimensions(**job.dims), Policy(DeviceRef.CPU(), DType[job.storage], DType[job.compute])
-        load = Cache(Path(job.folder)).loader(job.unit, dims, policy)
-        Artifact(job.unit, programs_of(job.unit, dims, policy), "cpu", load)
-        print(line, flush=True)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

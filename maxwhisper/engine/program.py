@@ -57,6 +57,12 @@ class Program:
         return dtypes
 
 
+def by_name(inputs: Iterable[str], function: Callable[..., Sequence[TensorValue]]) -> Callable[..., Any]:
+    """Returns a program's function that hands its values to another one by the names of the inputs."""
+    names = list(inputs)
+    return lambda module, *values: function(module, **dict(zip(names, values, strict=True)))
+
+
 def signature(program: Program) -> list[Any]:
     """What tells a graph apart from most others."""
     return [program.name, *((name, str(type)) for name, type in program.inputs.items())]
@@ -81,10 +87,23 @@ class Executable:
     name: str
     model: Model
     weights: Mapping[str, torch.Tensor]  # MAX reads them in place, so they must live as long as the model
+    inputs: Sequence[str]
 
-    def __call__(self, *inputs: torch.Tensor | Buffer) -> list[torch.Tensor]:
+    def __call__(self, *inputs: torch.Tensor | Buffer, **named: torch.Tensor | Buffer) -> list[torch.Tensor]:
+        """Computes the outputs from all inputs, in their order or by their names.
+
+        Raises TypeError where some are missing or not known, DeviceError in a forked process.
+        """
         # MAX would convert tensors itself, but checks each against a protocol first, which a decoder's step feels.
-        return [torch.from_dlpack(output) for output in self.execute(*map(buffer, inputs))]
+        given = map(buffer, inputs or self.in_order(named))
+        return [torch.from_dlpack(output) for output in self.execute(*given)]
+
+    def in_order(self, named: Mapping[str, Any]) -> list[Any]:
+        """Returns inputs that are given by name as the graph takes them; raises TypeError as a call."""
+        if named.keys() != set(self.inputs):
+            missing, unknown = sorted(set(self.inputs) - named.keys()), sorted(named.keys() - set(self.inputs))
+            raise TypeError(f"{self.name}: inputs missing: {missing}, not known: {unknown}")
+        return [named[name] for name in self.inputs]
 
     def execute(self, *inputs: Buffer) -> list[Buffer]:
         """On MAX's own buffers; on a GPU it may still run afterwards. Raises DeviceError in a forked process."""
@@ -137,7 +156,7 @@ class Artifact:
         programs = list(programs)
         self.name = name
         self.slow = slow
-        self.graphs = [program.name for program in programs]
+        self.graphs = {program.name: list(program.inputs) for program in programs}
         compile_them = partial(self._compile, programs)
         with compiler():
             self.session = session(device)
@@ -167,7 +186,8 @@ class Artifact:
         with compiler():
             models = self.session.init_all(self.stored.compiled, weights_registry=values).values()
         # By order, not by name: MAX's cache takes graphs that differ in nothing but their names for the same.
-        return {name: Executable(name, model, values) for name, model in zip(self.graphs, models, strict=True)}
+        graphs = zip(self.graphs.items(), models, strict=True)
+        return {name: Executable(name, model, values, inputs) for (name, inputs), model in graphs}
 
 
 def weight_value(tensors: Mapping[str, torch.Tensor], name: str, dtype: DType) -> torch.Tensor:

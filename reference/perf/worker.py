@@ -88,7 +88,7 @@ class Blocks:
         """Whether the graphs of decode loops can be had: artifacts hold those of models that speak."""
         if self.suite.held is None:
             return True
-        from maxwhisper.whisper import DECODING
+        from maxwhisper.compiled import DECODING
 
         held, dims = self.suite.held.held, vars(self.suite.dims)
         return any(each.identity.unit == DECODING and each.identity.dims == dims for each in held)
@@ -186,7 +186,7 @@ class Blocks:
     def product_on_max(self, a: torch.Tensor) -> Callable[[], list[torch.Tensor]]:
         from max.graph import TensorType
 
-        from maxwhisper.decoding.openai_loop import NoWeights
+        from maxwhisper.decoding.rules import NoWeights
         from maxwhisper.engine.program import Artifact, Program
         from maxwhisper.network.model import linear
 

@@ -17,7 +17,7 @@ import sys
 from max.dtype import DType
 from max.graph import BufferType, DeviceRef, TensorType, ops
 from maxwhisper.engine.artifacts import aim_at
-from maxwhisper.decoding.openai_loop import NoWeights
+from maxwhisper.decoding.rules import NoWeights
 from maxwhisper.network.model import KeyValue, MultiHeadAttention, Slots, convolution_by_product
 from maxwhisper.engine.program import Artifact, Program
 from maxwhisper.engine.session import Policy

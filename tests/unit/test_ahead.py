@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from maxwhisper.checkpoint import load_checkpoint
+from maxwhisper.compiled import DECODING, Network
 from maxwhisper.engine import precompile as ahead
 from maxwhisper.engine.artifacts import Cache
 from maxwhisper.engine.precompile import MEMORY, Ahead, Job
 from maxwhisper.engine.program import COMPILE_LOG
-from maxwhisper.whisper import DECODING, Network
 
 NANO = Path(__file__).parents[2] / "fixtures" / "nano.pt"
 MODULE = """

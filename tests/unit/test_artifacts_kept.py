@@ -14,12 +14,13 @@ import maxwhisper.engine.built_from
 import maxwhisper.network.model
 import maxwhisper.whisper
 from maxwhisper.checkpoint import load_checkpoint
+from maxwhisper.compiled import policy_of, programs_of
 from maxwhisper.engine import artifacts
 from maxwhisper.engine.artifacts import HOST, MANIFEST, Cache, Identity
 from maxwhisper.engine.built_from import built_from
 from maxwhisper.engine.instructions import CPU
 from maxwhisper.engine.program import Stored
-from maxwhisper.whisper import Whisper, policy_of, programs_of
+from maxwhisper.whisper import Whisper
 
 ROOT = Path(__file__).parents[2]
 NANO = ROOT / "fixtures" / "nano.pt"

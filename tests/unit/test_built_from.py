@@ -8,11 +8,11 @@ import pytest
 
 import maxwhisper.engine.built_from
 from maxwhisper.checkpoint import load_checkpoint
+from maxwhisper.compiled import policy_of, programs_of, units_on
 from maxwhisper.engine.built_from import built_from
 from maxwhisper.engine.kernel_library import KERNELS, code
 from maxwhisper.engine.program import Program
 from maxwhisper.network.model import AudioEncoder
-from maxwhisper.whisper import policy_of, programs_of, units_on
 
 NANO = Path(__file__).parents[2] / "fixtures" / "nano.pt"
 STEM = AudioEncoder.stem

@@ -14,7 +14,9 @@ from whisper import decoding
 from whisper.tokenizer import get_tokenizer
 
 from maxwhisper import load_model
-from maxwhisper.decoding.openai_loop import TOKEN_RULES, BeamSearchDecoder, Picked, Rules, TokenRules
+from maxwhisper.decoding.openai_loop import BeamSearchDecoder
+from maxwhisper.decoding.rules import TOKEN_RULES, Rules, TokenRules
+from maxwhisper.decoding.stepper import Advanced
 from maxwhisper.engine.program import Executable
 from maxwhisper.errors import DecodingError
 from reference.formulas import Formula, judge_formula
@@ -73,7 +75,7 @@ OPTIONS = {
 }
 
 
-def picked(logits: torch.Tensor, tokens: torch.Tensor, chosen: list, n_best: int) -> Picked:
+def picked(logits: torch.Tensor, tokens: torch.Tensor, chosen: list, n_best: int) -> Advanced:
     rules = TokenRules.of(chosen, N_VOCAB, SAMPLE_BEGIN, EOT)
     assert rules is not None
     return rules.pick(graph(), logits, tokens, totals(tokens), n_best)
@@ -174,7 +176,7 @@ ENDED, SPEAKING = [*PROMPT, 40, EOT], [*PROMPT, 40, 50]
 
 
 @pytest.mark.parametrize(
-    ("texts", "likeliest", "expected"),
+    ("texts", "top_tokens", "expected"),
     [
         ([SPEAKING, SPEAKING], [60, 60], False),
         ([SPEAKING, SPEAKING], [60, EOT], True),
@@ -183,10 +185,10 @@ ENDED, SPEAKING = [*PROMPT, 40, EOT], [*PROMPT, 40, 50]
     ],
 )
 def test_steps_stop_where_a_text_ends_for_the_first_time(
-    texts: list[list[int]], likeliest: list[int], expected: bool
+    texts: list[list[int]], top_tokens: list[int], expected: bool
 ) -> None:
     logits, tokens = torch.zeros(2, N_VOCAB), torch.tensor(texts)
-    logits[[0, 1], likeliest] = 9
+    logits[[0, 1], top_tokens] = 9
     assert picked_by_graph(logits, tokens, [9, 8])[-1].tolist() == [0 if expected else 2]
 
 

@@ -252,7 +252,7 @@ def test_windows_of_a_recording_get_no_timestamps_and_no_text_before(monkeypatch
     engine = Adapter("", task_for(load_checkpoint(NANO).dims, None, 2))
     engine.model = model = whisper.load_model(str(NANO), "cpu")
     timestamp = model.dims.n_vocab - 1
-    with torch.no_grad():  # so that this one is the likeliest wherever it may be written
+    with torch.no_grad():  # so that this one is the top_tokens wherever it may be written
         model.decoder.ln.weight.fill_(0)
         model.decoder.ln.bias.fill_(1)
         model.decoder.token_embedding.weight[timestamp] = 100

@@ -13,11 +13,12 @@ from max.dtype import DType
 from max.graph import DeviceRef, TensorType
 from max.nn.layer import Module
 
+from maxwhisper.compiled import DECODING, programs_of, units_on
 from maxwhisper.engine.artifacts import HOST, MANIFEST, Artifacts
 from maxwhisper.engine.program import COMPILE_LOG, Program
 from maxwhisper.engine.session import Policy
 from maxwhisper.network.model import LayerNorm
-from maxwhisper.whisper import DECODING, load_model, programs_of, units_on
+from maxwhisper.whisper import load_model
 from reference.lowering import GRAPHS, Lowering, graphs, lower
 from reference.perf.worker import LOOPS, Blocks
 from reference.suite import FIXTURE, Suite, load, random_weights, trained

@@ -18,22 +18,16 @@ from whisper.model import Whisper as OpenAIWhisper
 import maxwhisper.whisper
 from maxwhisper.audio import load_audio, log_mel_spectrogram
 from maxwhisper.checkpoint import Checkpoint, load_checkpoint
-from maxwhisper.decoding.gpu import STEPS_AT_ONCE, candidates_program, log_probabilities, step_program
-from maxwhisper.decoding.openai_loop import (
-    N_BEST,
-    PICK,
-    TOKEN_RULES,
-    DecodingTask,
-    MaxInference,
-    NoWeights,
-    TokenRules,
-    rules_program,
-)
+from maxwhisper.compiled import rounded
+from maxwhisper.decoding.cpu import SELECT_TOKENS
+from maxwhisper.decoding.gpu import MAX_CANDIDATES, STEPS_AT_ONCE, candidates_program, log_probabilities, step_program
+from maxwhisper.decoding.openai_loop import DecodingTask, MaxInference
+from maxwhisper.decoding.rules import TOKEN_RULES, NoWeights, TokenRules, rules_program
 from maxwhisper.engine.program import Artifact, Executable, Program
 from maxwhisper.errors import DecodingError
 from maxwhisper.network.blocks import BLOCKS
 from maxwhisper.scheduling import OfThread
-from maxwhisper.whisper import Whisper, load_model, rounded
+from maxwhisper.whisper import Whisper, load_model
 from reference.chain import pytorch_logits
 from reference.judge import Comparison, judge
 from reference.suite import Suite, roundings, trained
@@ -135,11 +129,11 @@ def on_device(checkpoint: Checkpoint, dtype: str = "float32") -> Whisper:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             maxwhisper.whisper,
-            "picking_programs",
+            "stepper_programs",
             lambda *of: [rules_program(), step_program(*of), candidates_program(*of)],
         )
         model = Whisper(rounded(checkpoint, dtype), dtype=dtype)
-        assert model.decoder.network[PICK]  # compiled while patched
+        assert model.decoder.network[SELECT_TOKENS]  # compiled while patched
     model.decoder.on_device, model.decoder.of_thread = True, OfThread(on_device=True)
     return model
 
@@ -269,7 +263,7 @@ def test_a_text_goes_no_further_than_what_is_not_finite(model: Whisper) -> None:
     logprobs = torch.tensor([float("nan"), -float("inf"), -1.0])
     state = texts, torch.full((3,), SAMPLE_BEGIN), torch.zeros(3), logprobs, torch.full((3,), SAMPLE_BEGIN + 1)
     rules = TokenRules(N_VOCAB, SAMPLE_BEGIN, EOT).inputs(start, 1)
-    step = model.decoder.network[PICK]
+    step = model.decoder.network[SELECT_TOKENS]
     _, lengths, _, latest = step(*state, rules.suppressed, rules.begins, rules.limits, *kv, *kv[: len(kv) // 2])
     assert (lengths - SAMPLE_BEGIN).tolist() == [0, 0, 1]
     assert latest.isfinite().tolist() == [False, False, True]
@@ -286,7 +280,7 @@ def test_what_is_not_finite_is_an_error(beam_size: int | None) -> None:
         model.decode(windows(1), DecodingOptions(language="en", beam_size=beam_size, fp16=False))
 
 
-@pytest.mark.parametrize("beam_size", [N_BEST - 1, N_BEST])
+@pytest.mark.parametrize("beam_size", [MAX_CANDIDATES - 1, MAX_CANDIDATES])
 def test_as_many_beams_as_there_are_candidates_for_and_more(model: Whisper, usual: Whisper, beam_size: int) -> None:
     options = DecodingOptions(language="en", beam_size=beam_size, fp16=False)
     (ours,), (theirs,) = (each.decode(windows(1), options) for each in (model, usual))

@@ -16,9 +16,10 @@ import pytest
 import torch
 
 from maxwhisper import audio, load_model, log_mel_spectrogram
+from maxwhisper.compiled import Network
 from maxwhisper.engine.process import one_at_a_time
 from maxwhisper.errors import DeviceError
-from maxwhisper.whisper import Network, Whisper
+from maxwhisper.whisper import Whisper
 
 NANO = Path(__file__).parents[2] / "fixtures" / "nano.pt"
 SILENCE = np.zeros(16000, np.float32)

@@ -21,24 +21,18 @@ import maxwhisper.modules
 import maxwhisper.whisper
 from maxwhisper.audio import load_audio, log_mel_spectrogram
 from maxwhisper.checkpoint import load_checkpoint
-from maxwhisper.decoding.openai_loop import (
-    MAX_STEPS,
-    MaxInference,
-    NoWeights,
-    Texts,
-    TokenRules,
-    likeliest,
-    own_rows,
-    rules_inputs,
-    texts_inputs,
-)
-from maxwhisper.decoding.speculative import N_GUESS, SPECULATE, UNIT_SIZE, WORTH_GUESSING, Draft, draft_of, make_rough
+from maxwhisper.compiled import DTYPES
+from maxwhisper.decoding.cache import UNIT_SIZE, rows_of
+from maxwhisper.decoding.openai_loop import MAX_STEPS, MaxInference
+from maxwhisper.decoding.rules import NoWeights, TokenRules, rules_inputs, texts_inputs, top_tokens
+from maxwhisper.decoding.speculative import N_PROPOSED, SPECULATE, WORTH_PROPOSING, Draft, draft_of, quantize
+from maxwhisper.decoding.stepper import Texts
 from maxwhisper.engine.program import Artifact, Executable, Program
 from maxwhisper.engine.session import Policy
 from maxwhisper.errors import DecodingError
 from maxwhisper.network.blocks import BLOCKS
 from maxwhisper.network.model import Cache, KeyValue
-from maxwhisper.whisper import DTYPES, Whisper, load_model
+from maxwhisper.whisper import Whisper, load_model
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 NANO = FIXTURES / "nano.pt"
@@ -91,7 +85,7 @@ def decoded(model: Whisper, mels: torch.Tensor, **options: Any) -> Found:
 def by_steps(model: Whisper, mels: torch.Tensor, **options: Any) -> Found:
     """What is decoded without guesses."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(maxwhisper.modules, "WORTH_GUESSING", model.dims.n_text_ctx)
+        patch.setattr(maxwhisper.modules, "WORTH_PROPOSING", model.dims.n_text_ctx)
         return decoded(model, mels, **options)
 
 
@@ -180,7 +174,7 @@ def test_texts_that_have_ended_do_not_count(
     counted = Counted(model, monkeypatch)
     inference.pick(Texts.of(tokens, torch.zeros(5)), rules.inputs(tokens, 1), torch.tensor([0, 0, MAX_STEPS, 0, 0]))
     ((gained,),) = counted.gained
-    assert gained > MAX_STEPS - WORTH_GUESSING
+    assert gained > MAX_STEPS - WORTH_PROPOSING
 
 
 def test_a_round_that_cannot_go_on_is_an_error(
@@ -198,7 +192,7 @@ def test_a_round_that_cannot_go_on_is_an_error(
         decoded(model, mels[:1], suppress_tokens=[EOT])
 
 
-WANTED = N_GUESS - 1
+WANTED = N_PROPOSED - 1
 """Of each execution, which is then one round; or more, if rounds give one or two tokens, but these together give fewer
 than are wanted."""
 
@@ -235,7 +229,9 @@ def assert_nearly_all_right(counted: Counted, n_round: int) -> None:
         assert sum(gained) / len(gained) > 0.8 * WANTED
 
 
-@pytest.mark.parametrize("n_token", [1, WORTH_GUESSING, N_GUESS, N_GUESS + 1, N_GUESS + 2, 2 * N_GUESS + 3])
+@pytest.mark.parametrize(
+    "n_token", [1, WORTH_PROPOSING, N_PROPOSED, N_PROPOSED + 1, N_PROPOSED + 2, 2 * N_PROPOSED + 3]
+)
 def test_a_text_may_end_anywhere_in_a_round(model: Whisper, mels: torch.Tensor, n_token: int) -> None:
     options = {"suppress_tokens": [EOT], "sample_len": n_token}
     for some in (mels[:1], mels[:3]):
@@ -258,7 +254,7 @@ def pick() -> Executable:
     """The graph that picks tokens, of texts with guesses behind them."""
     logits = TensorType(DType.float32, ["batch", "token", N_VOCAB], DeviceRef.CPU())
     inputs = {"logits": logits, **texts_inputs(), **rules_inputs(N_VOCAB)}
-    program = Program("pick", "", NoWeights(), lambda _, *values: likeliest(*values), inputs)
+    program = Program("pick", "", NoWeights(), lambda _, *values: top_tokens(*values), inputs)
     return Artifact("picking guesses", [program], "cpu").init({})["pick"]
 
 
@@ -335,7 +331,7 @@ def test_several_tokens_of_a_layer_are_bitwise_as_many_steps() -> None:
     n_head, n_channel = dims.n_text_head, dims.n_text_state // dims.n_text_head
     own = [torch.randn(n_text, n_head, n_place, n_channel) for _ in range(2)]
     cross = [torch.randn(n_text, n_head, dims.n_audio_ctx, n_channel) for _ in range(2)]
-    x, lengths, sources = torch.randn(n_text, n_token, dims.n_text_state), torch.tensor(n_past), own_rows(2, n_place)
+    x, lengths, sources = torch.randn(n_text, n_token, dims.n_text_state), torch.tensor(n_past), rows_of(2, n_place)
     at_once = graph(x, lengths, sources, *own, *cross)
     for token in range(n_token):
         one = graph(x[:, token : token + 1], lengths + token, sources, *own, *cross)
@@ -358,7 +354,7 @@ def test_a_rough_matrix_has_the_nearest_multiples(bits: int, dtype: torch.dtype)
     between[7] = 0
     matrix = ((expected + between) * unit).to(dtype)
     before, packed = matrix.clone(), rough_like(matrix, bits)
-    make_rough(matrix, bits, packed)
+    quantize(matrix, bits, packed)
     assert matrix.equal(before)
     whole, units = packed[:, :-UNIT_SIZE], packed[:, -UNIT_SIZE:].contiguous().view(torch.float32)
     if bits == 4:

@@ -21,7 +21,7 @@ from whisper.tokenizer import get_tokenizer
 from maxwhisper.alignment import find_alignment, keep_alignment_compiled
 from maxwhisper.audio import load_audio, log_mel_spectrogram
 from maxwhisper.checkpoint import load_checkpoint
-from maxwhisper.decoding.openai_loop import KeyValueCache
+from maxwhisper.decoding.cache import KeyValueCache
 from maxwhisper.modules import TextDecoder
 from maxwhisper.scheduling import OfThread
 from maxwhisper.whisper import Whisper, load_model

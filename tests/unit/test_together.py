@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from maxwhisper.decoding.openai_loop import KeyValueCache, Rules, TokenRules, own_rows
+from maxwhisper.decoding.cache import CacheSlots, KeyValueCache, rows_of
+from maxwhisper.decoding.rules import Rules, TokenRules
 from maxwhisper.errors import AudioError, DecodingError, OptionError
-from maxwhisper.scheduling import Seats, loaded, transcribe_many
+from maxwhisper.scheduling import loaded, transcribe_many
 from maxwhisper.whisper import Whisper, load_model
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
@@ -103,20 +104,20 @@ def cache(value: float, n_text: int = 2) -> KeyValueCache:
     return made
 
 
-def make_rough(cross: Sequence[torch.Tensor], into: torch.Tensor, row: int) -> None:
+def quantize(cross: Sequence[torch.Tensor], into: torch.Tensor, row: int) -> None:
     into[:, row] = int(cross[0].max())
 
 
 def test_caches_keep_what_they_hold_from_seat_to_seat() -> None:
-    seats, held = Seats(3), [cache(float(i)) for i in (1, 2, 3)]
+    seats, held = CacheSlots(3), [cache(float(i)) for i in (1, 2, 3)]
     for present in ([2, 1, 0], [0, 1, 2], [0, 1], [1]):  # the others are gone
         placed = seats.place([held[i] for i in present])
         assert {id(each) for each in placed} == {id(held[i]) for i in present}
         sources, kv = seats.inputs(len(present))
         own, cross = (torch.from_dlpack(x) for x in kv)
-        assert sources.equal(own_rows(len(own), 8))
+        assert sources.equal(rows_of(len(own), 8))
         assert len(own) == 2 * len(present) and len(cross) == len(present)
-        memory, rough = (torch.from_dlpack(x) for x in seats.draft(len(present), make_rough))
+        memory, rough = (torch.from_dlpack(x) for x in seats.draft(len(present), quantize))
         assert memory[0].data_ptr() == own.data_ptr()
         for seat, each in enumerate(placed):
             value = held.index(each) + 1

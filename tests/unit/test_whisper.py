@@ -19,18 +19,14 @@ from whisper.model import disable_sdpa
 import maxwhisper
 from maxwhisper import cli
 from maxwhisper.audio import load_audio, log_mel_spectrogram
-from maxwhisper.decoding.openai_loop import (
-    TOKEN_RULES,
-    DecodingTask,
-    KeyValueCache,
-    MaxInference,
-    Picked,
-    Texts,
-    TokenRules,
-)
+from maxwhisper.compiled import DTYPES, storage_dtype
+from maxwhisper.decoding.cache import KeyValueCache
+from maxwhisper.decoding.openai_loop import DecodingTask, MaxInference
+from maxwhisper.decoding.rules import TOKEN_RULES, TokenRules
+from maxwhisper.decoding.stepper import Advanced, Texts
 from maxwhisper.errors import AudioError, DeviceError, OptionError
 from maxwhisper.options import within
-from maxwhisper.whisper import DTYPES, TextDecoder, Whisper, load_model, storage_dtype
+from maxwhisper.whisper import TextDecoder, Whisper, load_model
 from reference.formulas import judge_formula
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
@@ -261,12 +257,12 @@ def picked(
     rules: TokenRules,
     n_best: int = 1,
     n_token: int = 1,
-) -> Picked:
+) -> Advanced:
     wanted = torch.full((len(texts),), n_token)
     return inference.pick(Texts.of(texts, totals), rules.inputs(texts, n_best), wanted)
 
 
-def equal(ours: Picked, theirs: Picked) -> bool:
+def equal(ours: Advanced, theirs: Advanced) -> bool:
     """Bitwise."""
     pairs = zip(
         (*ours.texts, *vars(ours.candidates).values()), (*theirs.texts, *vars(theirs.candidates).values()), strict=True

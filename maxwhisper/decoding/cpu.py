@@ -1,0 +1,179 @@
+"""Decoding on a CPU: many steps in one execution, by kernels of our own.
+
+A graph finds the likeliest tokens of each step, rules included, so that Python sees a handful of numbers in place of
+a vocabulary of logits. The likeliest token is the next one, unless openai-whisper's beam search wants to choose.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from max.dtype import DType
+from max.graph import BufferType, BufferValue, TensorType, TensorValue, ops
+from torch import Tensor
+from torch.nn import functional
+from whisper.model import ModelDimensions
+
+from ..engine.program import Program, by_name
+from ..engine.session import Policy
+from ..network.blocks import BLOCKS
+from ..network.model import TextDecoder
+from .cache import KeyValueCache
+from .rules import Rules, rules_inputs, texts_inputs, top_tokens
+from .stepper import Advanced, Candidates, Graphs, Texts, check_room
+
+SELECT_TOKENS = "decoder.pick"
+
+
+# ---- graphs --------------------------------------------------------------------------------------------------------
+
+
+def select_tokens_program(dims: ModelDimensions, policy: Policy) -> Program:
+    """Returns the graph of steps of the decoder, each of which puts the likeliest token behind every text that has not
+    ended, and its keys and values into the cache, until one of these ends or is as long as it may get. It gives the
+    likeliest tokens of the last step and their log-probabilities, the texts' totals, and their lengths.
+
+    The texts may be of different lengths. Their caches are given twice, to be read and to be written: what is written
+    is a place that is not read in the same step. The next step reads it, and comes after: its tokens are those of
+    `top_tokens`, which as an in-place operation follows all that write into the caches.
+    """
+
+    def select_tokens(decoder: TextDecoder, tokens: TensorValue, **given: Any) -> Sequence[TensorValue]:
+        texts, ends, rows = given["texts"], given["ends"], given["rows"]
+        rules = [given[name] for name in Rules._fields]
+        kv, caches = keys_values(given), written(given)
+
+        def step(credit: TensorValue, before: TensorValue, *state: TensorValue) -> list[TensorValue]:
+            totals, tokens, *_ = state
+            x, offsets = embed_next(decoder, tokens, before)
+            logits, *new = decoder.steps(x, offsets, kv, rows)
+            append(caches, new, offsets)
+            candidates, logprobs, tokens, *after = top_tokens(logits, texts, before, ends, totals, *rules)
+            totals, lengths, left = after
+            return [*goes_on(left, credit, before, lengths, 1), lengths, totals, tokens, candidates, logprobs]
+
+        start = [given["lengths"], given["totals"], tokens, *nothing_found(given["lengths"], given["places"])]
+        lengths, totals, _, *found = rounds(1, start, step)
+        return [*found, totals, lengths]
+
+    inputs = steps_inputs(dims, policy)
+    return Program(SELECT_TOKENS, "decoder", TextDecoder(dims, policy), by_name(inputs, select_tokens), inputs)
+
+
+def steps_inputs(dims: ModelDimensions, policy: Policy) -> dict[str, TensorType | BufferType]:
+    """Returns what graphs take that decode several steps."""
+    given = BLOCKS["decoder.step"].inputs(dims, policy)
+    given.pop("offset")
+    inputs: dict[str, TensorType | BufferType] = {"tokens": given.pop("tokens")}
+    inputs |= {**texts_inputs(), **rules_inputs(dims.n_vocab)}
+    inputs["rows"] = TensorType(DType.int64, ["batch", "place"], policy.device)
+    return {**inputs, **given, **{f"{name} written": given[name].as_buffer() for name in given if "cache" in name}}
+
+
+def keys_values(given: Mapping[str, Any]) -> list[TensorValue]:
+    """Returns every layer's cache, keys and values, then those of the audio, of all that a graph is given."""
+    return [given[name] for name in given if name.startswith(("k_", "v_")) and not name.endswith("written")]
+
+
+def written(given: Mapping[str, Any]) -> list[BufferValue]:
+    """Returns the caches to write into, layer by layer, of all that a graph is given."""
+    return [given[name] for name in given if name.endswith("written")]
+
+
+def embed_next(decoder: TextDecoder, tokens: TensorValue, lengths: TensorValue) -> tuple[TensorValue, TensorValue]:
+    """Embeds tokens (batch, token) the first of which is the last of a text of that length; also returns how many come
+    before it, (batch,)."""
+    token_embedding, positional_embedding = decoder.token_embedding.weight, decoder.positional_embedding
+    x = TensorType(decoder.policy.compute, [*tokens.shape, token_embedding.shape[1]], tokens.device)
+    values = [tokens, lengths, token_embedding, positional_embedding]
+    embedded, offsets = ops.custom("maxwhisper.embed", tokens.device, values, [x, lengths.type])
+    return embedded.tensor, offsets.tensor
+
+
+def append(caches: Sequence[BufferValue], new: Sequence[TensorValue], offsets: TensorValue) -> None:
+    """Puts every layer's new keys and values, each (batch, token, state), into its cache, behind `offsets` (batch,)
+    places."""
+    for layer in range(0, len(new), 2):
+        values = [*caches[layer : layer + 2], *new[layer : layer + 2], offsets]
+        ops.inplace_custom("maxwhisper.append", offsets.device, values)
+
+
+def nothing_found(lengths: TensorValue, places: TensorValue) -> list[TensorValue]:
+    """Returns candidates of texts, and their log-probabilities, before there are any."""
+    shape = [lengths.shape[0], places.shape[0]]
+    types = [TensorType(dtype, shape, lengths.device) for dtype in (DType.int64, DType.float32)]
+    found = ops.custom("maxwhisper.nothing_found", lengths.device, [lengths, places], types)
+    return [each.tensor for each in found]
+
+
+def goes_on(
+    left: TensorValue, credit: TensorValue, before: TensorValue, lengths: TensorValue, worth: int
+) -> list[TensorValue]:
+    """Returns whether there is another round, and its credit: the graph of `maxwhisper.goes_on`."""
+    device = lengths.device
+    types = [TensorType(DType.bool, [1], device), credit.type]
+    values = [left, credit, before, lengths, ops.constant([worth], DType.int64, device)]
+    go_on, credit = (each.tensor for each in ops.custom("maxwhisper.goes_on", device, values, types))
+    return [go_on.reshape(()), credit]
+
+
+def rounds(worth: int, start: Sequence[TensorValue], body: Callable[..., Sequence[TensorValue]]) -> list[TensorValue]:
+    """Returns what is left of `start` after as many rounds as are worth it, one at least. body: of the credit and these
+    values, `goes_on` and the next ones."""
+    device = start[0].device
+    state = [ops.constant(True, DType.bool, device), ops.constant([worth], DType.int64, device), *start]
+    _, _, *end = ops.while_loop(state, lambda go_on, *_: go_on, lambda _, *values: body(*values))
+    return end
+
+
+# ---- the stepper ---------------------------------------------------------------------------------------------------
+
+
+class CPUStepper:
+    """Takes texts further step by step, in one execution of `select_tokens_program`."""
+
+    max_candidates = None
+
+    def __init__(self, graphs: Graphs, n_text_ctx: int):
+        self.graphs = graphs
+        self.n_text_ctx = n_text_ctx
+
+    def advance(self, texts: Texts, cache: KeyValueCache, rules: Rules, n_token: Tensor) -> Advanced:
+        """Decodes texts until one has ended, or has as many tokens more as it may have."""
+        check_room(int((texts.lengths + n_token).max()) - 1, self.n_text_ctx)
+        now = begun(texts, n_token, 0, rules.eot)
+        candidates, logprobs, totals, lengths = self.graphs[SELECT_TOKENS](
+            tokens=now.last(), **state(now, n_token), **rules._asdict(), **inputs_of(cache)
+        )
+        now = finished(texts, now._replace(totals=totals, lengths=lengths), n_token, rules.eot)
+        cache.n_token = int(now.lengths.max()) - 1
+        return Advanced(now, Candidates(candidates, logprobs))
+
+
+def begun(texts: Texts, n_token: Tensor, n_more: int, eot: int) -> Texts:
+    """Returns texts as graphs take and change them: with room for `n_token` (batch,) tokens and `n_more` of guesses.
+    A text that gets none takes part as the end of text alone, to which nothing is added."""
+    idle = n_token == 0
+    tokens = functional.pad(texts.tokens, (0, int(n_token.max()) + n_more), value=eot)
+    return Texts(tokens.masked_fill(idle[:, None], eot), texts.lengths.masked_fill(idle, 1), texts.totals)
+
+
+def finished(texts: Texts, now: Texts, n_token: Tensor, eot: int) -> Texts:
+    """Returns what has become of texts that `begun` gave: without guesses behind them, idle ones as they were."""
+    idle = n_token == 0
+    lengths = torch.where(idle, texts.lengths, now.lengths)
+    before = functional.pad(texts.tokens, (0, now.tokens.shape[1] - texts.tokens.shape[1]), value=eot)
+    tokens = torch.where(idle[:, None], before, now.tokens)[:, : int(lengths.max())]
+    tokens[torch.arange(tokens.shape[1]) >= lengths[:, None]] = eot
+    return Texts(tokens, lengths, now.totals)
+
+
+def state(texts: Texts, n_token: Tensor) -> dict[str, Tensor]:
+    """Returns the inputs of `texts_inputs`."""
+    tokens, lengths, totals = texts
+    return {"texts": tokens, "lengths": lengths, "ends": lengths + n_token, "totals": totals}
+
+
+def inputs_of(cache: KeyValueCache) -> dict[str, Any]:
+    """Returns the inputs that a cache is given as, to be read and to be written."""
+    return {"rows": cache.rows, **cache.inputs(), **cache.written()}

@@ -1,0 +1,10 @@
+"""Hooks of PyTorch's modules, which MAX does not call."""
+
+from torch import nn
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module would call more than the module."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
