@@ -1,5 +1,6 @@
 """Decoding in the memory of a device, on a CPU: the same operations as on a GPU, but for its attention."""
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
@@ -154,6 +155,23 @@ def usual() -> Whisper:
     return load_model(NANO)
 
 
+@pytest.fixture(scope="module")
+def recordings() -> list[np.ndarray]:
+    """Of one window and, cut to its second one, of several."""
+    return [load_audio(clip)[: 33 * SAMPLE_RATE] for clip in SOME]
+
+
+Alone = Callable[[int | None], list[dict[str, Any]]]
+"""From a number of beams to each recording's transcript, one after the other."""
+
+
+@pytest.fixture(scope="module")
+def alone(model: Whisper, recordings: list[np.ndarray]) -> Alone:
+    return cache(
+        lambda beam_size: [model.transcribe(each, temperature=0.0, beam_size=beam_size) for each in recordings]
+    )
+
+
 def texts(result: dict[str, Any]) -> list[tuple[Any, ...]]:
     return [(s["start"], s["end"], s["tokens"], s["no_speech_prob"]) for s in result["segments"]]
 
@@ -169,11 +187,12 @@ def test_transcripts_of_threads_that_share_a_model(model: Whisper) -> None:
 
 
 @BEAMS
-def test_transcripts(model: Whisper, usual: Whisper, beam_size: int | None) -> None:
+def test_transcripts(alone: Alone, usual: Whisper, recordings: list[np.ndarray], beam_size: int | None) -> None:
     """Of several windows each, which follow each other in the same memory."""
-    for clip in SOME:
-        ours, theirs = (each.transcribe(clip, temperature=0.0, beam_size=beam_size) for each in (model, usual))
+    for clip, audio, ours in zip(SOME, recordings, alone(beam_size), strict=True):
+        theirs = usual.transcribe(audio, temperature=0.0, beam_size=beam_size)
         assert texts(ours) == texts(theirs) and (texts(ours) or clip.stem == "silence")
+    assert any(len({segment["seek"] for segment in each["segments"]}) > 1 for each in alone(beam_size))
 
 
 @pytest.mark.nightly
@@ -187,11 +206,12 @@ def test_float16(usual: Whisper) -> None:
 
 
 @pytest.mark.parametrize(("batch_size", "beam_size"), [(2, None), (3, 2)])
-def test_together_as_alone(model: Whisper, batch_size: int, beam_size: int | None) -> None:
+def test_together_as_alone(
+    model: Whisper, alone: Alone, recordings: list[np.ndarray], batch_size: int, beam_size: int | None
+) -> None:
     """Texts of different lengths, in memory that others have left."""
-    options = {"temperature": 0.0, "beam_size": beam_size}
-    together = dict(model.transcribe_many(SOME, batch_size, **options))
-    assert together == {number: model.transcribe(clip, **options) for number, clip in enumerate(SOME)}
+    together = dict(model.transcribe_many(recordings, batch_size, temperature=0.0, beam_size=beam_size))
+    assert together == dict(enumerate(alone(beam_size)))
 
 
 def waveforms(n: int) -> list[np.ndarray]:
@@ -206,8 +226,8 @@ def windows(n: int) -> torch.Tensor:
 def test_windows_of_a_batch_as_alone(model: Whisper, usual: Whisper) -> None:
     """Of other batches than before, too, and of other windows for as many texts: there is room for each."""
     mel = windows(3)
-    for n, beam_size in ((1, 3), (3, None), (1, 3), (1, None), (2, None)):
-        options = DecodingOptions(language="en", beam_size=beam_size, fp16=False)
+    for n, beam_size, sample_len in ((1, 3, 12), (3, None, 12), (1, 3, 12), (1, None, 12), (2, None, None)):
+        options = DecodingOptions(language="en", beam_size=beam_size, sample_len=sample_len, fp16=False)
         ours, theirs = (each.decode(mel[:n], options) for each in (model, usual))
         assert [each.tokens for each in ours] == [each.tokens for each in theirs]
     task, suite = DecodingTask(usual, options), Suite(trained(), torch.float32)
@@ -240,10 +260,12 @@ def average(
 
 
 def test_a_text_that_fills_the_cache(model: Whisper, usual: Whisper) -> None:
-    options = DecodingOptions(language="en", without_timestamps=True, suppress_tokens=[EOT], sample_len=500, fp16=False)
+    """Behind as long a prompt as there can be."""
+    prompt = list(range(1000, 1223))
+    options = DecodingOptions(language="en", prompt=prompt, suppress_tokens=[EOT], sample_len=500, fp16=False)
     ours, theirs = (each.decode(windows(2), options) for each in (model, usual))
     assert [each.tokens for each in ours] == [each.tokens for each in theirs]
-    assert {len(each.tokens) for each in ours} == {model.dims.n_text_ctx + 1 - SAMPLE_BEGIN - 1}
+    assert {len(each.tokens) for each in ours} == {model.dims.n_text_ctx + 1 - SAMPLE_BEGIN - 1 - len(prompt)}
 
 
 def test_as_many_tokens_as_asked_for(model: Whisper) -> None:
@@ -275,20 +297,24 @@ def test_a_text_goes_no_further_than_what_is_not_finite(model: Whisper) -> None:
     assert latest.isfinite().tolist() == [False, False, True]
 
 
-@BEAMS
-def test_what_is_not_finite_is_an_error(beam_size: int | None) -> None:
-    """At a place behind the start, which nothing else looks at."""
+@pytest.fixture(scope="module")
+def not_finite() -> Whisper:
+    """A model which is so at a place behind the start, which nothing else looks at."""
     checkpoint = load_checkpoint(NANO)
     positions = checkpoint.tensors["decoder.positional_embedding"].clone()
     positions[SAMPLE_BEGIN + 2] = float("nan")
-    model = on_device(replace(checkpoint, tensors={**checkpoint.tensors, "decoder.positional_embedding": positions}))
+    return on_device(replace(checkpoint, tensors={**checkpoint.tensors, "decoder.positional_embedding": positions}))
+
+
+@BEAMS
+def test_what_is_not_finite_is_an_error(not_finite: Whisper, beam_size: int | None) -> None:
     with pytest.raises(DecodingError, match="not finite"):
-        model.decode(windows(1), DecodingOptions(language="en", beam_size=beam_size, fp16=False))
+        not_finite.decode(windows(1), DecodingOptions(language="en", beam_size=beam_size, fp16=False))
 
 
 @pytest.mark.parametrize("beam_size", [N_BEST - 1, N_BEST])
 def test_as_many_beams_as_there_are_candidates_for_and_more(model: Whisper, usual: Whisper, beam_size: int) -> None:
-    options = DecodingOptions(language="en", beam_size=beam_size, fp16=False)
+    options = DecodingOptions(language="en", beam_size=beam_size, sample_len=16, fp16=False)
     (ours,), (theirs,) = (each.decode(windows(1), options) for each in (model, usual))
     assert ours.tokens == theirs.tokens
 
