@@ -2,7 +2,8 @@
 
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache as cache_of
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from whisper.audio import SAMPLE_RATE
 
+from maxwhisper.audio import load_audio
 from maxwhisper.decoding.openai_loop import KeyValueCache, Rules, TokenRules, own_rows
 from maxwhisper.errors import AudioError, DecodingError, OptionError
 from maxwhisper.scheduling import Seats, loaded, transcribe_many
@@ -27,21 +30,35 @@ def model() -> Whisper:
     return load_model(FIXTURES / "nano.pt")
 
 
-def alone(model: Whisper, **options: Any) -> dict[int, dict[str, Any]]:
-    return {number: model.transcribe(clip, **options) for number, clip in enumerate(SOME)}
+@pytest.fixture(scope="module")
+def recordings() -> list[np.ndarray]:
+    """Of one window and, cut to its second one, of several."""
+    return [load_audio(clip)[: 33 * SAMPLE_RATE] for clip in SOME]
+
+
+@pytest.fixture(scope="module")
+def alone(model: Whisper, recordings: list[np.ndarray]) -> Callable[[int | None], dict[int, dict[str, Any]]]:
+    """From a number of beams to each recording's transcript."""
+    return cache_of(lambda beam_size: {i: model.transcribe(x, beam_size=beam_size) for i, x in enumerate(recordings)})
 
 
 @pytest.mark.parametrize("beam_size", [None, 3])
 @pytest.mark.parametrize("batch_size", [2, 9])
-def test_together_as_alone(model: Whisper, beam_size: int | None, batch_size: int) -> None:
-    assert len(SOME) == 5
-    together = dict(model.transcribe_many(SOME, batch_size, beam_size=beam_size))
-    assert together == alone(model, beam_size=beam_size)
+def test_together_as_alone(
+    model: Whisper,
+    alone: Callable[[int | None], dict[int, dict[str, Any]]],
+    recordings: list[np.ndarray],
+    beam_size: int | None,
+    batch_size: int,
+) -> None:
+    assert len(SOME) == 5 and any(segment["seek"] for each in alone(None).values() for segment in each["segments"])
+    together = dict(model.transcribe_many(recordings, batch_size, beam_size=beam_size))
+    assert together == alone(beam_size)
 
 
-def test_word_timestamps_together(model: Whisper) -> None:
-    assert dict(model.transcribe_many(SOME[:3], 3, word_timestamps=True)) == {
-        number: model.transcribe(clip, word_timestamps=True) for number, clip in enumerate(SOME[:3])
+def test_word_timestamps_together(model: Whisper, recordings: list[np.ndarray]) -> None:
+    assert dict(model.transcribe_many(recordings[:3], 3, word_timestamps=True)) == {
+        number: model.transcribe(audio, word_timestamps=True) for number, audio in enumerate(recordings[:3])
     }
 
 
