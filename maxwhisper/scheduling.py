@@ -93,7 +93,7 @@ def in_threads(
     options: dict[str, Any],
 ) -> Iterator[tuple[int, Result]]:
     """As `transcribe_many`, in as many threads, whose texts advance together."""
-    stepper = BatchingStepper(model.stepper, n_thread, tokens_first=model.device.type != "cpu")
+    stepper = BatchingStepper(model.stepper, n_thread)
     batching = model.stepping_by(stepper)
     results: SimpleQueue[tuple[int, Result] | BaseException] = SimpleQueue()
     enough = Event()

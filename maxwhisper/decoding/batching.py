@@ -36,13 +36,13 @@ class Stopped(Exception):
 class BatchingStepper:
     """Takes texts of several threads further together. A thread holds `turn` whenever it does not wait for tokens."""
 
-    def __init__(self, inner: Stepper, n_thread: int, tokens_first: bool):
-        """inner: what computes the steps. tokens_first: as of `CacheSlots`."""
+    def __init__(self, inner: Stepper, n_thread: int):
+        """inner: what computes the steps."""
         self.inner = inner
-        self.max_candidates = inner.max_candidates
+        self.max_candidates, self.tokens_first = inner.max_candidates, inner.tokens_first
         self.turn = Condition()
         self.n_thread = n_thread
-        self.slots = CacheSlots(n_thread, tokens_first)
+        self.slots = CacheSlots(n_thread, inner.tokens_first)
         self.waiting: list[Request] = []
         self.stopped = False
 
@@ -87,7 +87,7 @@ class BatchingStepper:
 
     def _compute(self, requests: Sequence[Request]) -> dict[int, Advanced]:
         """Returns what every request gets, by the id of its cache, which is as much longer then."""
-        if self.slots.tokens_first:
+        if self.tokens_first:
             for request in requests:
                 request.cache.settle()
         by_cache = {id(request.cache): request for request in requests}

@@ -133,6 +133,7 @@ class CPUStepper:
     """Takes texts further step by step, in one execution of `select_tokens_program`."""
 
     max_candidates = None
+    tokens_first = False
 
     def __init__(self, graphs: Graphs, n_text_ctx: int):
         self.graphs = graphs

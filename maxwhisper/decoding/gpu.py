@@ -202,6 +202,7 @@ class GPUStepper:
     """Takes texts further in the memory of a device: Python waits only now and then."""
 
     max_candidates = MAX_CANDIDATES
+    tokens_first = True
 
     def __init__(self, graphs: Graphs, dims: ModelDimensions, device: Device):
         self.graphs = graphs

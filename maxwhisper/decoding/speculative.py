@@ -216,6 +216,7 @@ class SpeculativeStepper:
     """Has tokens proposed and verified where that takes less time than steps, which another stepper takes."""
 
     max_candidates = None
+    tokens_first = False
 
     def __init__(self, graphs: Drafted, n_text_ctx: int):
         self.graphs = graphs

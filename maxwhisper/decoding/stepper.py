@@ -93,6 +93,10 @@ class Stepper(Protocol):
     def max_candidates(self) -> int | None:
         """How many candidates of a step it finds at most; None for as many as are wanted."""
 
+    @property
+    def tokens_first(self) -> bool:
+        """How it takes caches of several windows, as of `CacheSlots`."""
+
     def advance(self, texts: Texts, cache: KeyValueCache, rules: Rules, n_token: Tensor) -> Advanced:
         """Decodes texts, all but the last tokens of which are in the cache: each by at most as many tokens as `n_token`
         (batch,) says, until one has ended or has as many, or sooner, but by one at least.

@@ -18,6 +18,8 @@ from reference.judge import Comparison
 from reference.selection import compared_alone
 from reference.suite import CHOSEN, FIXTURE, Suite, load
 
+from ..conftest import group_of
+
 FEW = frozenset(["encoder.attention", "decoder.mlp.step"])
 
 
@@ -69,3 +71,9 @@ def test_a_process_is_given_all_of_a_model_or_of_a_file() -> None:
     assert of_model == {suite_job(FIXTURE, torch.float32)}
     assert group(compare("encoder", "tiny")) not in of_model
     assert group(item("test_one")) == "test_one" != group(item("test_other"))
+
+
+def test_a_group_is_known_by_the_names_of_its_tests(request: pytest.FixtureRequest) -> None:
+    """For those of this run, whichever they are."""
+    pairs = {(group(test), group_of(test.nodeid)) for test in request.session.items}
+    assert len(pairs) == len({by_test for by_test, _ in pairs}) == len({by_name for _, by_name in pairs})

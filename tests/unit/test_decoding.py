@@ -14,7 +14,7 @@ from whisper import decoding
 from whisper.tokenizer import get_tokenizer
 
 from maxwhisper import load_model
-from maxwhisper.decoding.openai_loop import BeamSearchDecoder
+from maxwhisper.decoding.openai_loop import BeamSearchDecoder, first_tokens
 from maxwhisper.decoding.rules import TOKEN_RULES, Rules, TokenRules
 from maxwhisper.decoding.stepper import Advanced
 from maxwhisper.engine.program import Executable
@@ -78,7 +78,7 @@ OPTIONS = {
 def picked(logits: torch.Tensor, tokens: torch.Tensor, chosen: list, n_best: int) -> Advanced:
     rules = TokenRules.of(chosen, N_VOCAB, SAMPLE_BEGIN, EOT)
     assert rules is not None
-    return rules.pick(graph(), logits, tokens, totals(tokens), n_best)
+    return first_tokens(graph(), rules, logits, tokens, totals(tokens), n_best)
 
 
 def totals(tokens: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -187,10 +188,12 @@ def test_a_worker_that_died_fails_the_run() -> None:
 
 def test_the_verdicts_of_workers_are_those_of_one_run(tmp_path: Path) -> None:
     selection = ["tests/parity", "-k", "encoder.layer_norm and speech", "--size", "fixture", "--dtype", "float32"]
-    command = [sys.executable, "-m", "pytest", *selection, "-n", "2", "--report", str(tmp_path)]
+    command = [sys.executable, "-m", "pytest", *selection, "-v", "-n", "2", "--dist", "loadgroup"]
+    command += ["--report", str(tmp_path)]
     path = os.pathsep.join(["/usr/bin", "/bin"])  # where another Python is the first, if any is
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PATH": path}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "parity: 10 pairs compared" in done.stdout and "2 passed" in done.stdout
+    assert len(set(re.findall(r"^\[(gw\d)\].* PASSED", done.stdout, re.M))) == 1, "both are of one model"
     report = json.loads((tmp_path / "report.json").read_text())
     assert (report["passed"], report["totals"]["pairs"]) == (True, 10)

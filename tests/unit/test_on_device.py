@@ -1,5 +1,6 @@
 """Decoding in the memory of a device, on a CPU: the same operations as on a GPU, but for its attention."""
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
@@ -9,24 +10,31 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
+from max.driver import CPU
 from max.dtype import DType
 from max.graph import DeviceRef, TensorType
 from whisper import DecodingOptions
 from whisper.audio import SAMPLE_RATE, pad_or_trim
 from whisper.model import Whisper as OpenAIWhisper
 
-import maxwhisper.whisper
+import maxwhisper.compiled
 from maxwhisper.audio import load_audio, log_mel_spectrogram
 from maxwhisper.checkpoint import Checkpoint, load_checkpoint
 from maxwhisper.compiled import rounded
 from maxwhisper.decoding.cpu import SELECT_TOKENS
-from maxwhisper.decoding.gpu import MAX_CANDIDATES, STEPS_AT_ONCE, candidates_program, log_probabilities, step_program
-from maxwhisper.decoding.openai_loop import DecodingTask, MaxInference
+from maxwhisper.decoding.gpu import (
+    MAX_CANDIDATES,
+    STEPS_AT_ONCE,
+    GPUStepper,
+    candidates_program,
+    log_probabilities,
+    step_program,
+)
+from maxwhisper.decoding.openai_loop import DecodingTask, MaxInference, first_tokens
 from maxwhisper.decoding.rules import TOKEN_RULES, NoWeights, TokenRules, rules_program
 from maxwhisper.engine.program import Artifact, Executable, Program
 from maxwhisper.errors import DecodingError
 from maxwhisper.network.blocks import BLOCKS
-from maxwhisper.scheduling import OfThread
 from maxwhisper.whisper import Whisper, load_model
 from reference.chain import pytorch_logits
 from reference.judge import Comparison, judge
@@ -128,14 +136,13 @@ def on_device(checkpoint: Checkpoint, dtype: str = "float32") -> Whisper:
     """A model on the CPU that decodes as on a GPU."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            maxwhisper.whisper,
+            maxwhisper.compiled,
             "stepper_programs",
             lambda *of: [rules_program(), step_program(*of), candidates_program(*of)],
         )
         model = Whisper(rounded(checkpoint, dtype), dtype=dtype)
         assert model.decoder.network[SELECT_TOKENS]  # compiled while patched
-    model.decoder.on_device, model.decoder.of_thread = True, OfThread(on_device=True)
-    return model
+    return model.stepping_by(GPUStepper(model.network, model.dims, CPU()))
 
 
 @pytest.fixture(scope="module")
@@ -146,6 +153,23 @@ def model() -> Whisper:
 @pytest.fixture(scope="module")
 def usual() -> Whisper:
     return load_model(NANO)
+
+
+@pytest.fixture(scope="module")
+def recordings() -> list[np.ndarray]:
+    """Of one window and, cut to its second one, of several."""
+    return [load_audio(clip)[: 33 * SAMPLE_RATE] for clip in SOME]
+
+
+Alone = Callable[[int | None], list[dict[str, Any]]]
+"""From a number of beams to each recording's transcript, one after the other."""
+
+
+@pytest.fixture(scope="module")
+def alone(model: Whisper, recordings: list[np.ndarray]) -> Alone:
+    return cache(
+        lambda beam_size: [model.transcribe(each, temperature=0.0, beam_size=beam_size) for each in recordings]
+    )
 
 
 def texts(result: dict[str, Any]) -> list[tuple[Any, ...]]:
@@ -163,11 +187,12 @@ def test_transcripts_of_threads_that_share_a_model(model: Whisper) -> None:
 
 
 @BEAMS
-def test_transcripts(model: Whisper, usual: Whisper, beam_size: int | None) -> None:
+def test_transcripts(alone: Alone, usual: Whisper, recordings: list[np.ndarray], beam_size: int | None) -> None:
     """Of several windows each, which follow each other in the same memory."""
-    for clip in SOME:
-        ours, theirs = (each.transcribe(clip, temperature=0.0, beam_size=beam_size) for each in (model, usual))
+    for clip, audio, ours in zip(SOME, recordings, alone(beam_size), strict=True):
+        theirs = usual.transcribe(audio, temperature=0.0, beam_size=beam_size)
         assert texts(ours) == texts(theirs) and (texts(ours) or clip.stem == "silence")
+    assert any(len({segment["seek"] for segment in each["segments"]}) > 1 for each in alone(beam_size))
 
 
 @pytest.mark.nightly
@@ -181,11 +206,12 @@ def test_float16(usual: Whisper) -> None:
 
 
 @pytest.mark.parametrize(("batch_size", "beam_size"), [(2, None), (3, 2)])
-def test_together_as_alone(model: Whisper, batch_size: int, beam_size: int | None) -> None:
+def test_together_as_alone(
+    model: Whisper, alone: Alone, recordings: list[np.ndarray], batch_size: int, beam_size: int | None
+) -> None:
     """Texts of different lengths, in memory that others have left."""
-    options = {"temperature": 0.0, "beam_size": beam_size}
-    together = dict(model.transcribe_many(SOME, batch_size, **options))
-    assert together == {number: model.transcribe(clip, **options) for number, clip in enumerate(SOME)}
+    together = dict(model.transcribe_many(recordings, batch_size, temperature=0.0, beam_size=beam_size))
+    assert together == dict(enumerate(alone(beam_size)))
 
 
 def waveforms(n: int) -> list[np.ndarray]:
@@ -200,8 +226,8 @@ def windows(n: int) -> torch.Tensor:
 def test_windows_of_a_batch_as_alone(model: Whisper, usual: Whisper) -> None:
     """Of other batches than before, too, and of other windows for as many texts: there is room for each."""
     mel = windows(3)
-    for n, beam_size in ((1, 3), (3, None), (1, 3), (1, None), (2, None)):
-        options = DecodingOptions(language="en", beam_size=beam_size, fp16=False)
+    for n, beam_size, sample_len in ((1, 3, 12), (3, None, 12), (1, 3, 12), (1, None, 12), (2, None, None)):
+        options = DecodingOptions(language="en", beam_size=beam_size, sample_len=sample_len, fp16=False)
         ours, theirs = (each.decode(mel[:n], options) for each in (model, usual))
         assert [each.tokens for each in ours] == [each.tokens for each in theirs]
     task, suite = DecodingTask(usual, options), Suite(trained(), torch.float32)
@@ -234,10 +260,12 @@ def average(
 
 
 def test_a_text_that_fills_the_cache(model: Whisper, usual: Whisper) -> None:
-    options = DecodingOptions(language="en", without_timestamps=True, suppress_tokens=[EOT], sample_len=500, fp16=False)
+    """Behind as long a prompt as there can be."""
+    prompt = list(range(1000, 1223))
+    options = DecodingOptions(language="en", prompt=prompt, suppress_tokens=[EOT], sample_len=500, fp16=False)
     ours, theirs = (each.decode(windows(2), options) for each in (model, usual))
     assert [each.tokens for each in ours] == [each.tokens for each in theirs]
-    assert {len(each.tokens) for each in ours} == {model.dims.n_text_ctx + 1 - SAMPLE_BEGIN - 1}
+    assert {len(each.tokens) for each in ours} == {model.dims.n_text_ctx + 1 - SAMPLE_BEGIN - 1 - len(prompt)}
 
 
 def test_as_many_tokens_as_asked_for(model: Whisper) -> None:
@@ -245,10 +273,10 @@ def test_as_many_tokens_as_asked_for(model: Whisper) -> None:
     inference, start = MaxInference(model, SAMPLE_BEGIN), torch.tensor([PROMPT] * 4)
     logits = inference.start(start, model.embed_audio(windows(4)), 0)[1]
     known = TokenRules(N_VOCAB, SAMPLE_BEGIN, EOT)
-    now = known.pick(model.network[TOKEN_RULES], logits, start, torch.zeros(4), 1).texts
+    now = first_tokens(model.network[TOKEN_RULES], known, logits, start, torch.zeros(4), 1).texts
     now.tokens[3, -1] = EOT
     n_token = torch.tensor([0, 1, STEPS_AT_ONCE + 1, 5])
-    then = inference.pick(now, known.inputs(now.tokens, 1), n_token).texts
+    then = inference.advance(now, known.inputs(now.tokens, 1), n_token).texts
     assert (then.lengths - now.lengths).tolist() == [0, 1, STEPS_AT_ONCE, 0]
     assert then.tokens[[0, 3], now.lengths[0] :].eq(EOT).all()
     assert then.totals[[0, 3]].equal(now.totals[[0, 3]]) and (then.totals < now.totals).tolist()[1:3] == [True, True]
@@ -258,31 +286,36 @@ def test_a_text_goes_no_further_than_what_is_not_finite(model: Whisper) -> None:
     """Else later tokens would hide it."""
     inference, start = MaxInference(model, SAMPLE_BEGIN), torch.tensor([PROMPT] * 3)
     inference.start(start, model.embed_audio(windows(3)), 0)
-    _, kv = model.decoder._seated(inference.cache).inputs(1)
+    cache = model.stepper._in_slots(inference.cache)
     texts = torch.nn.functional.pad(start, (0, 1))
     logprobs = torch.tensor([float("nan"), -float("inf"), -1.0])
-    state = texts, torch.full((3,), SAMPLE_BEGIN), torch.zeros(3), logprobs, torch.full((3,), SAMPLE_BEGIN + 1)
-    rules = TokenRules(N_VOCAB, SAMPLE_BEGIN, EOT).inputs(start, 1)
-    step = model.decoder.network[SELECT_TOKENS]
-    _, lengths, _, latest = step(*state, rules.suppressed, rules.begins, rules.limits, *kv, *kv[: len(kv) // 2])
+    lengths, ends = torch.full((3,), SAMPLE_BEGIN), torch.full((3,), SAMPLE_BEGIN + 1)
+    state = {"texts": texts, "lengths": lengths, "totals": torch.zeros(3), "logprobs": logprobs, "ends": ends}
+    rules = TokenRules(N_VOCAB, SAMPLE_BEGIN, EOT).inputs(start, 1)._asdict()
+    del rules["places"]
+    _, lengths, _, latest = model.network[SELECT_TOKENS](**state, **rules, **cache.inputs(), **cache.written())
     assert (lengths - SAMPLE_BEGIN).tolist() == [0, 0, 1]
     assert latest.isfinite().tolist() == [False, False, True]
 
 
-@BEAMS
-def test_what_is_not_finite_is_an_error(beam_size: int | None) -> None:
-    """At a place behind the start, which nothing else looks at."""
+@pytest.fixture(scope="module")
+def not_finite() -> Whisper:
+    """A model which is so at a place behind the start, which nothing else looks at."""
     checkpoint = load_checkpoint(NANO)
     positions = checkpoint.tensors["decoder.positional_embedding"].clone()
     positions[SAMPLE_BEGIN + 2] = float("nan")
-    model = on_device(replace(checkpoint, tensors={**checkpoint.tensors, "decoder.positional_embedding": positions}))
+    return on_device(replace(checkpoint, tensors={**checkpoint.tensors, "decoder.positional_embedding": positions}))
+
+
+@BEAMS
+def test_what_is_not_finite_is_an_error(not_finite: Whisper, beam_size: int | None) -> None:
     with pytest.raises(DecodingError, match="not finite"):
-        model.decode(windows(1), DecodingOptions(language="en", beam_size=beam_size, fp16=False))
+        not_finite.decode(windows(1), DecodingOptions(language="en", beam_size=beam_size, fp16=False))
 
 
 @pytest.mark.parametrize("beam_size", [MAX_CANDIDATES - 1, MAX_CANDIDATES])
 def test_as_many_beams_as_there_are_candidates_for_and_more(model: Whisper, usual: Whisper, beam_size: int) -> None:
-    options = DecodingOptions(language="en", beam_size=beam_size, fp16=False)
+    options = DecodingOptions(language="en", beam_size=beam_size, sample_len=16, fp16=False)
     (ours,), (theirs,) = (each.decode(windows(1), options) for each in (model, usual))
     assert ours.tokens == theirs.tokens
 
@@ -290,7 +323,7 @@ def test_as_many_beams_as_there_are_candidates_for_and_more(model: Whisper, usua
 def test_a_text_that_left_something_not_finite_does_no_harm_to_the_next(model: Whisper) -> None:
     before = model.transcribe(SOME[0], temperature=0.0)
     for left in (float("nan"), float("inf")):
-        for kv in model.decoder.of_thread.seats.own:
+        for kv in model.stepper.of_thread.slots.own:
             kv.fill_(left)
         assert model.transcribe(SOME[0], temperature=0.0) == before
 

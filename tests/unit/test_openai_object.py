@@ -313,7 +313,7 @@ def test_a_copy_has_hooks_heads_and_caches_of_its_own(model: Whisper, mel: torch
     assert seen == [0]
     alignment_heads(copied)
     assert copied.alignment_heads.to_dense().sum() == 1 < model.alignment_heads.to_dense().sum()
-    assert copied.network is model.network and copied.decoder.of_thread is not model.decoder.of_thread
+    assert copied.network is model.network and copied.stepper is not model.stepper
     assert copied.decoder.blocks[0] is not model.decoder.blocks[0]
 
 

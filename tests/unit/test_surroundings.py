@@ -12,6 +12,7 @@ import numba
 import numpy as np
 import pytest
 import torch
+from max.driver import CPU
 from numba.core.caching import FunctionCache, NullCache
 from whisper import DecodingOptions, timing
 from whisper.audio import pad_or_trim
@@ -22,8 +23,7 @@ from maxwhisper.alignment import find_alignment, keep_alignment_compiled
 from maxwhisper.audio import load_audio, log_mel_spectrogram
 from maxwhisper.checkpoint import load_checkpoint
 from maxwhisper.decoding.cache import KeyValueCache
-from maxwhisper.modules import TextDecoder
-from maxwhisper.scheduling import OfThread
+from maxwhisper.decoding.gpu import GPUStepper
 from maxwhisper.whisper import Whisper, load_model
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
@@ -91,9 +91,8 @@ def test_another_model_is_used_while_recordings_advance_together(model: Whisper,
     assert seen and all(each == alone for both in seen for each in both)
 
 
-def test_every_thread_has_its_own_seat_on_a_device(model: Whisper) -> None:
-    decoder = TextDecoder(model.dims, model.network, torch.device("cpu"))
-    decoder.on_device, decoder.of_thread = True, OfThread(on_device=True)
+def test_every_thread_has_its_own_slot_on_a_device(model: Whisper) -> None:
+    stepper = GPUStepper(model.network, model.dims, CPU())
 
     def cache(value: float) -> KeyValueCache:
         made = KeyValueCache(cross=[torch.full((1, 1, 5, 4), value)])
@@ -101,8 +100,8 @@ def test_every_thread_has_its_own_seat_on_a_device(model: Whisper) -> None:
         return made
 
     first, second = cache(1.0), cache(2.0)
-    decoder._seated(first)
-    at_once(lambda: decoder._seated(second))
+    stepper._in_slots(first)
+    at_once(lambda: stepper._in_slots(second))
     for each, value in ((first, 1.0), (second, 2.0)):
         assert (each.own[0][:, :, :3] == value).all() and (each.cross[0] == value).all()
 

@@ -2,15 +2,18 @@
 
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache as cache_of
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from whisper.audio import SAMPLE_RATE
 
+import maxwhisper.scheduling
+from maxwhisper.audio import load_audio
 from maxwhisper.decoding.cache import CacheSlots, KeyValueCache, rows_of
 from maxwhisper.decoding.rules import Rules, TokenRules
 from maxwhisper.errors import AudioError, DecodingError, OptionError
@@ -28,21 +31,35 @@ def model() -> Whisper:
     return load_model(FIXTURES / "nano.pt")
 
 
-def alone(model: Whisper, **options: Any) -> dict[int, dict[str, Any]]:
-    return {number: model.transcribe(clip, **options) for number, clip in enumerate(SOME)}
+@pytest.fixture(scope="module")
+def recordings() -> list[np.ndarray]:
+    """Of one window and, cut to its second one, of several."""
+    return [load_audio(clip)[: 33 * SAMPLE_RATE] for clip in SOME]
+
+
+@pytest.fixture(scope="module")
+def alone(model: Whisper, recordings: list[np.ndarray]) -> Callable[[int | None], dict[int, dict[str, Any]]]:
+    """From a number of beams to each recording's transcript."""
+    return cache_of(lambda beam_size: {i: model.transcribe(x, beam_size=beam_size) for i, x in enumerate(recordings)})
 
 
 @pytest.mark.parametrize("beam_size", [None, 3])
 @pytest.mark.parametrize("batch_size", [2, 9])
-def test_together_as_alone(model: Whisper, beam_size: int | None, batch_size: int) -> None:
-    assert len(SOME) == 5
-    together = dict(model.transcribe_many(SOME, batch_size, beam_size=beam_size))
-    assert together == alone(model, beam_size=beam_size)
+def test_together_as_alone(
+    model: Whisper,
+    alone: Callable[[int | None], dict[int, dict[str, Any]]],
+    recordings: list[np.ndarray],
+    beam_size: int | None,
+    batch_size: int,
+) -> None:
+    assert len(SOME) == 5 and any(segment["seek"] for each in alone(None).values() for segment in each["segments"])
+    together = dict(model.transcribe_many(recordings, batch_size, beam_size=beam_size))
+    assert together == alone(beam_size)
 
 
-def test_word_timestamps_together(model: Whisper) -> None:
-    assert dict(model.transcribe_many(SOME[:3], 3, word_timestamps=True)) == {
-        number: model.transcribe(clip, word_timestamps=True) for number, clip in enumerate(SOME[:3])
+def test_word_timestamps_together(model: Whisper, recordings: list[np.ndarray]) -> None:
+    assert dict(model.transcribe_many(recordings[:3], 3, word_timestamps=True)) == {
+        number: model.transcribe(audio, word_timestamps=True) for number, audio in enumerate(recordings[:3])
     }
 
 
@@ -59,7 +76,7 @@ def test_a_step_that_fails_is_the_failure_of_all_that_took_it(model: Whisper, mo
     def fail(*_: Any) -> None:
         raise DecodingError("no step today")
 
-    monkeypatch.setattr(model.decoder, "steps", fail)
+    monkeypatch.setattr(model.stepper, "advance", fail)
     found = dict(model.transcribe_many([SOME[0], SOME[0]], 2))
     assert [str(found[i]) for i in range(2)] == ["no step today"] * 2
 
@@ -95,7 +112,7 @@ def test_recordings_are_read_one_ahead() -> None:
     assert [number for number, _ in found] == [1, 2, 3]
 
 
-# ---- seats ---------------------------------------------------------------------------------------------------------
+# ---- slots ---------------------------------------------------------------------------------------------------------
 
 
 def cache(value: float, n_text: int = 2) -> KeyValueCache:
@@ -108,22 +125,23 @@ def quantize(cross: Sequence[torch.Tensor], into: torch.Tensor, row: int) -> Non
     into[:, row] = int(cross[0].max())
 
 
-def test_caches_keep_what_they_hold_from_seat_to_seat() -> None:
-    seats, held = CacheSlots(3), [cache(float(i)) for i in (1, 2, 3)]
+def test_caches_keep_what_they_hold_from_slot_to_slot() -> None:
+    slots, held = CacheSlots(3), [cache(float(i)) for i in (1, 2, 3)]
     for present in ([2, 1, 0], [0, 1, 2], [0, 1], [1]):  # the others are gone
-        placed = seats.place([held[i] for i in present])
+        placed = slots.place([held[i] for i in present])
         assert {id(each) for each in placed} == {id(held[i]) for i in present}
-        sources, kv = seats.inputs(len(present))
-        own, cross = (torch.from_dlpack(x) for x in kv)
-        assert sources.equal(rows_of(len(own), 8))
+        joined = slots.joined(len(present))
+        own, cross = joined.own[0], joined.cross[0]
+        assert joined.rows.equal(rows_of(len(own), 8))
         assert len(own) == 2 * len(present) and len(cross) == len(present)
-        memory, rough = (torch.from_dlpack(x) for x in seats.draft(len(present), quantize))
+        memory, quantized = joined.memory, joined.quantized(quantize)
+        assert memory is not None
         assert memory[0].data_ptr() == own.data_ptr()
-        for seat, each in enumerate(placed):
+        for slot, each in enumerate(placed):
             value = held.index(each) + 1
-            assert (own[2 * seat : 2 * seat + 2, :, :value] == value).all() and (cross[seat] == value).all()
-            assert (rough[:, seat] == value).all()
-            assert each.own[0].data_ptr() == own[2 * seat].data_ptr()
+            assert (own[2 * slot : 2 * slot + 2, :, :value] == value).all() and (cross[slot] == value).all()
+            assert (quantized[:, slot] == value).all()
+            assert each.own[0].data_ptr() == own[2 * slot].data_ptr()
 
 
 def test_rules_of_different_filters_do_not_join() -> None:
@@ -136,7 +154,12 @@ def test_rules_of_different_filters_do_not_join() -> None:
         Rules.joined(given)
 
 
-def test_a_thread_that_fails_outside_of_a_recording_ends_the_call() -> None:
-    model = SimpleNamespace(decoder=SimpleNamespace(on_device=False))  # it has nowhere to keep what is a thread's
-    with pytest.raises(AttributeError, match="of_thread"):
+def test_a_thread_that_fails_outside_of_a_recording_ends_the_call(
+    model: Whisper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("the thread is lost")
+
+    monkeypatch.setattr(maxwhisper.scheduling, "attempt", fail)
+    with pytest.raises(RuntimeError, match="the thread is lost"):
         list(transcribe_many(model, [np.zeros(16000, np.float32)] * 2, 2))

@@ -21,7 +21,7 @@ from maxwhisper import cli
 from maxwhisper.audio import load_audio, log_mel_spectrogram
 from maxwhisper.compiled import DTYPES, storage_dtype
 from maxwhisper.decoding.cache import KeyValueCache
-from maxwhisper.decoding.openai_loop import DecodingTask, MaxInference
+from maxwhisper.decoding.openai_loop import DecodingTask, MaxInference, first_tokens
 from maxwhisper.decoding.rules import TOKEN_RULES, TokenRules
 from maxwhisper.decoding.stepper import Advanced, Texts
 from maxwhisper.errors import AudioError, DeviceError, OptionError
@@ -243,7 +243,7 @@ def test_a_step_that_picks_gives_what_the_rules_make_of_its_logits(
     inference.logits(texts[:, :-1], features[:1])
     other = model.install_kv_cache_hooks(inference.cache)[0]
     logits = inference.logits(texts, features[:1])[:, -1]
-    expected = rules.pick(model.network[TOKEN_RULES], logits, texts, totals, n_best)
+    expected = first_tokens(model.network[TOKEN_RULES], rules, logits, texts, totals, n_best)
     inference.cache = other
     found = picked(inference, texts, totals, rules, n_best)
     assert equal(found, expected)
@@ -259,7 +259,7 @@ def picked(
     n_token: int = 1,
 ) -> Advanced:
     wanted = torch.full((len(texts),), n_token)
-    return inference.pick(Texts.of(texts, totals), rules.inputs(texts, n_best), wanted)
+    return inference.advance(Texts.of(texts, totals), rules.inputs(texts, n_best), wanted)
 
 
 def equal(ours: Advanced, theirs: Advanced) -> bool:
@@ -344,9 +344,9 @@ def test_texts_picked_for_may_be_read_from_each_others_rows(
     for n in range(n_start + 1, texts.shape[1] + 1):
         expected = picked(still, texts[:, :n], totals, rules, n_best=3)
     assert equal(found, expected)
-    assert not moved.cache.sources.equal(still.cache.sources)
+    assert not moved.cache.rows.equal(still.cache.rows)
     moved.cache.settle()
-    assert moved.cache.sources.equal(still.cache.sources)
+    assert moved.cache.rows.equal(still.cache.rows)
     for ours, theirs in zip(filled(moved.cache), filled(still.cache), strict=True):
         assert ours[:, :, n_start:].equal(theirs[:, :, n_start:])
 
@@ -410,7 +410,7 @@ class Scores:
 
     def __getitem__(self, name: str) -> Callable[..., list[torch.Tensor]]:
         aligned = [torch.zeros(1), self.scores]
-        return {"decoder.keys_values": lambda _: [], "decoder.alignment": lambda _: aligned}[name]
+        return {"decoder.keys_values": lambda **_: [], "decoder.alignment": lambda **_: aligned}[name]
 
     def tensors(self, part: str) -> dict[str, torch.Tensor]:
         return {name: tensor for name, tensor in self.decoder.items() if not name.startswith(("blocks.1", "blocks.2"))}
