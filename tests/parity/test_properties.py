@@ -134,8 +134,9 @@ def test_cached_is_uncached(suite: Suite, seed: int, length: int, data: Any) -> 
     check_steps(suite, random_tokens(suite, seed, 2, length), n_prompt)
 
 
-def test_cached_is_uncached_at_every_position(suite: Suite) -> None:
-    check_steps(suite, random_tokens(suite, 0, 1, N_CONTEXT), 1)
+@pytest.mark.parametrize("n_prompt", [pytest.param(1, marks=pytest.mark.nightly), N_CONTEXT - 48])
+def test_cached_is_uncached_up_to_the_last_position(suite: Suite, n_prompt: int) -> None:
+    check_steps(suite, random_tokens(suite, 0, 1, N_CONTEXT), n_prompt)
 
 
 def check_steps(suite: Suite, tokens: Tensor, n_prompt: int) -> None:

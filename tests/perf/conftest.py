@@ -1,19 +1,24 @@
 """What the benchmarks share: a process for each engine, the machine's ceilings, and the table at the end of the run."""
 
 from collections.abc import Iterator
+from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
 from reference.judge import dtype_name
-from reference.perf.engine import ENGINES, Setting, Worker
+from reference.perf.engine import ENGINES, WORKER, Setting, Worker
 from reference.perf.table import Row, table
 from reference.suite import CHECKPOINT, Suite
+
+FEW_TOKENS = Path(__file__).with_name("few_tokens.py")
 
 
 class Timing:
     """The workers of the setting that is being timed, and what was found in every setting."""
 
-    def __init__(self, checkpoint: str | None, artifacts: str | None):
+    def __init__(self, checkpoint: str | None, artifacts: str | None, script: Path = WORKER):
+        self.script = script
         self.checkpoint = checkpoint
         self.artifacts = artifacts
         self.workers: dict[tuple[Setting, str], Worker] = {}
@@ -29,7 +34,8 @@ class Timing:
         if any(earlier != setting for earlier, _ in self.workers):
             self.close()
         if (setting, engine) not in self.workers:
-            self.workers[setting, engine] = Worker(setting, name=engine)
+            with patch("reference.perf.engine.WORKER", self.script):
+                self.workers[setting, engine] = Worker(setting, name=engine)
         return self.workers[setting, engine]
 
     def ceilings(self, setting: Setting) -> dict[str, float]:
@@ -51,8 +57,9 @@ TIMING = pytest.StashKey[Timing]()
 
 @pytest.fixture(scope="session")
 def timing(pytestconfig: pytest.Config) -> Iterator[Timing]:
+    script = FEW_TOKENS if pytestconfig.getoption("benchmark_disable", True) else WORKER
     timing = pytestconfig.stash[TIMING] = Timing(
-        pytestconfig.getoption("--checkpoint"), pytestconfig.getoption("--artifacts")
+        pytestconfig.getoption("--checkpoint"), pytestconfig.getoption("--artifacts"), script
     )
     yield timing
     timing.close()
