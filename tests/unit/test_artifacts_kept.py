@@ -162,7 +162,7 @@ def test_what_another_process_keeps_meanwhile_is_no_failure(
 
 
 def test_a_model_without_a_spectrogram_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for part in ("Network", "AudioEncoder", "TextDecoder"):
+    for part in ("Network", "AudioEncoder", "TextDecoder", "stepper_of"):
         monkeypatch.setattr(maxwhisper.whisper, part, lambda *_: None)
     checkpoint = load_checkpoint(NANO)
     other = replace(checkpoint, dims=replace(checkpoint.dims, n_mels=40))

@@ -3,6 +3,7 @@
 import json
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache as cache_of
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,18 @@ def test_together_as_alone(
     assert len(SOME) == 5 and any(segment["seek"] for each in alone(None).values() for segment in each["segments"])
     together = dict(model.transcribe_many(recordings, batch_size, beam_size=beam_size))
     assert together == alone(beam_size)
+
+
+def test_threads_that_share_the_model_meanwhile(
+    model: Whisper, alone: Callable[[int | None], dict[int, dict[str, Any]]], recordings: list[np.ndarray]
+) -> None:
+    """Each transcribes for itself, beside recordings together on the same model, which others wait for."""
+    both = recordings[:2]
+    with ThreadPoolExecutor(8) as pool:
+        found = [pool.submit(model.transcribe, both[i % 2], beam_size=None) for i in range(8)]
+        together = dict(model.transcribe_many(both, 2, beam_size=None))
+        assert [each.result() for each in found] == [alone(None)[i % 2] for i in range(8)]
+    assert together == {i: alone(None)[i] for i in range(2)}
 
 
 def test_word_timestamps_together(model: Whisper, recordings: list[np.ndarray]) -> None:
