@@ -163,12 +163,26 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
+def options_of(way: str) -> dict[str, Any]:
+    return {**SHORT, "logprob_threshold": None, **WAYS[way]}
+
+
+@pytest.fixture(scope="module")
+def usual(model: Whisper, audio: np.ndarray) -> dict[str, dict[str, Any]]:
+    """By way to decode, the transcript with PyTorch's defaults as they are."""
+    found = {}
+    for way in WAYS:
+        torch.manual_seed(0)
+        found[way] = model.transcribe(audio, **options_of(way))
+    return found
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", SET)
-def test_defaults_of_the_program_change_no_transcript(model: Whisper, audio: np.ndarray, name: str, way: str) -> None:
-    options = {**SHORT, "logprob_threshold": None, **WAYS[way]}
-    torch.manual_seed(0)
-    expected = model.transcribe(audio, **options)
+def test_defaults_of_the_program_change_no_transcript(
+    model: Whisper, audio: np.ndarray, usual: dict[str, dict[str, Any]], name: str, way: str
+) -> None:
+    options, expected = options_of(way), usual[way]
     torch.manual_seed(0)
     with SET[name]():
         assert model.transcribe(audio, **options) == expected
@@ -176,32 +190,39 @@ def test_defaults_of_the_program_change_no_transcript(model: Whisper, audio: np.
             assert dict(model.transcribe_many([audio, audio], 2, **options)) == {0: expected, 1: expected}
 
 
+TOKENS, FOLLOWING = torch.tensor([[50258, 50259, 50359]]), torch.tensor([[50363]])
+
+
+def used(model: Whisper, audio: np.ndarray, mel: torch.Tensor) -> list[Any]:
+    """What is computed by what a model has beside `transcribe`."""
+    features = model.embed_audio(mel[None])
+    cache, _ = model.install_kv_cache_hooks()
+    logits = [model.decoder(given, features, kv_cache=cache) for given in (TOKENS, FOLLOWING)]
+    options = DecodingOptions(fp16=False, language="en", sample_len=3)
+    hook = model.decoder.ln.register_forward_hook(lambda *_: None)
+    in_pytorch = model.logits(TOKENS, features)
+    hook.remove()
+    return [
+        log_mel_spectrogram(audio).tolist(),
+        features.tolist(),
+        *(each.tolist() for each in (*logits, in_pytorch, model.logits(TOKENS, features))),
+        model.decode(mel, options).tokens,
+        model.detect_language(mel)[1],
+    ]
+
+
+@pytest.fixture(scope="module")
+def computed(model: Whisper, audio: np.ndarray, mel: torch.Tensor) -> list[Any]:
+    return used(model, audio, mel)
+
+
 @pytest.mark.parametrize("name", SET)
 def test_defaults_of_the_program_change_nothing_that_a_model_computes(
-    model: Whisper, audio: np.ndarray, mel: torch.Tensor, name: str
+    model: Whisper, audio: np.ndarray, mel: torch.Tensor, computed: list[Any], name: str
 ) -> None:
-    tokens, following = torch.tensor([[50258, 50259, 50359]]), torch.tensor([[50363]])
-
-    def use(model: Whisper) -> list[Any]:
-        features = model.embed_audio(mel[None])
-        cache, _ = model.install_kv_cache_hooks()
-        logits = [model.decoder(given, features, kv_cache=cache) for given in (tokens, following)]
-        options = DecodingOptions(fp16=False, language="en", sample_len=3)
-        hook = model.decoder.ln.register_forward_hook(lambda *_: None)
-        in_pytorch = model.logits(tokens, features)
-        hook.remove()
-        return [
-            log_mel_spectrogram(audio).tolist(),
-            features.tolist(),
-            *(each.tolist() for each in (*logits, in_pytorch, model.logits(tokens, features))),
-            model.decode(mel, options).tokens,
-            model.detect_language(mel)[1],
-        ]
-
-    expected = use(model)
     with SET[name]():
-        assert use(model) == expected
-        assert use(load_model(NANO)) == expected
+        assert used(model, audio, mel) == computed
+        assert used(load_model(NANO), audio, mel) == computed
         read = load_checkpoint(NANO).tensors
     assert all(tensor.equal(read[each]) for each, tensor in load_checkpoint(NANO).tensors.items())
 
