@@ -71,7 +71,7 @@ class Emitted:
 
     @classmethod
     def of(cls, text: str) -> "Emitted":
-        functions, *types = re.split(r"(?m)^(?=(?:@fieldwise_init\n)?(?:struct|trait) )", text, maxsplit=1)
+        functions, *types = re.split(r"(?m)^(?=from |(?:@fieldwise_init\n)?(?:struct|trait) )", text, maxsplit=1)
         imports, *functions = re.split(r"(?m)^(?=# FusionInfo:)", functions)
         named = {name_of(function): function for function in functions}
         kernels = {name: function for name, function in named.items() if not name.endswith("_async")}

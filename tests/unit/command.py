@@ -26,9 +26,13 @@ class StubModel:
 
     is_multilingual, num_languages = True, 99
     dims = SimpleNamespace(n_vocab=51865, n_text_ctx=448)
+    stepper = SimpleNamespace(max_candidates=None, tokens_first=False)
 
     def __init__(self) -> None:
         self.calls: list[dict[str, Any]] = []
+
+    def stepping_by(self, _: Any) -> "StubModel":
+        return self
 
     def transcribe(self, audio: np.ndarray, **options: Any) -> dict[str, Any]:
         assert audio.ndim == 1

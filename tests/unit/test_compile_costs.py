@@ -41,6 +41,8 @@ def __add_0123456789abcdef(arg):
 def __mul(arg):
     pass
 
+from layout import Coord
+
 @fieldwise_init
 struct Epilogue_0(Movable):
     pass
@@ -50,8 +52,11 @@ struct Epilogue_0(Movable):
 def test_a_kernel_alone_has_what_calls_it_and_all_types() -> None:
     emitted = Emitted.of(TEXT)
     assert (list(emitted.kernels), emitted.primitives) == (["__add_0123456789abcdef", "__mul"], 1)
+    alone = emitted.alone("__add_0123456789abcdef")
+    assert "from layout import Coord" in alone and "__mul" not in alone
     alone = emitted.alone("__mul")
-    assert alone.startswith("import layout") and "struct Epilogue_0" in alone
+    assert alone.startswith("import layout") and "from layout import Coord" in alone
+    assert "struct Epilogue_0" in alone
     assert "def __mul_async" in alone and "def __mul(" in alone
     assert "__add" not in alone and "__primitive" not in alone
 
@@ -63,7 +68,7 @@ def test_nothing_of_a_module_is_lost() -> None:
 
 
 def test_a_module_may_have_no_types() -> None:
-    assert Emitted.of(TEXT[: TEXT.index("@fieldwise_init")]).types == ""
+    assert Emitted.of(TEXT[: TEXT.index("from layout")]).types == ""
 
 
 def test_instantiations_of_a_kernel_are_of_one_kind() -> None:

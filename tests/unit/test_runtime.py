@@ -117,9 +117,9 @@ def test_no_thread_of_pytorch_waits_while_a_graph_runs(
 ) -> None:
     seen, call = [], Executable.__call__
 
-    def counted(self: Executable, *inputs: torch.Tensor) -> list[torch.Tensor]:
+    def counted(self: Executable, *inputs: torch.Tensor, **named: torch.Tensor) -> list[torch.Tensor]:
         seen.append(torch.get_num_threads())
-        return call(self, *inputs)
+        return call(self, *inputs, **named)
 
     model = load_model(NANO)
     monkeypatch.setattr(Executable, "__call__", counted)
