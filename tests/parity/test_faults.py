@@ -19,10 +19,9 @@ from reference.faults import (
     weight_faults,
     with_weight_fault,
 )
+from reference.pytest_plugin.models import SuiteFor
 from reference.results import Run
 from reference.suite import FIXTURE, Suite
-
-from .isolated import SuiteFor
 
 GraphsWith = Callable[[Suite, Fault], dict[str, Executable]]
 WEIGHT_FAULTS, GRAPH_FAULTS = list(weight_faults()), list(graph_faults())

@@ -15,10 +15,10 @@ import torch
 import reference.report.charts  # noqa: F401 - what a run inside this process imports first is not kept
 from maxwhisper.engine.program import COMPILE_LOG, CompileRecord
 from reference.chain import Chain
-from reference.distributed import packed, unpack_into
 from reference.faults import FaultVerdict, graph_faults, weight_faults
 from reference.judge import Comparison, Judgement, Measure, Output, explain
-from reference.pytest_plugin import Ending
+from reference.pytest_plugin.ending import Ending
+from reference.pytest_plugin.workers import packed, unpack_into
 from reference.results import Run
 from reference.transcripts import Transcript
 
@@ -28,7 +28,7 @@ pytest_plugins = ["pytester"]
 
 CONFTEST = """
 import pytest, torch
-from reference.pytest_plugin import Ending
+from reference.pytest_plugin.ending import Ending
 from reference.results import Run
 from reference.judge import Comparison, Judgement, Measure, Output
 
