@@ -15,7 +15,7 @@ import pytest
 from maxwhisper.engine.program import COMPILE_LOG
 
 from ..reasons import one_line
-from ..report import ReportError
+from ..report import ReportError, write
 from ..results import Run
 from ..verdicts import Lenient
 from .compiling import Compiling
@@ -179,7 +179,7 @@ class Ending:
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("default")  # no part of it is to be lost over one, whatever -W says
-                    self.run.write(Path(folder))
+                    write(self.run, Path(folder))
             except ReportError as error:
                 self.fail(session, f"--report: {error}")
 

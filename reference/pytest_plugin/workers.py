@@ -17,8 +17,10 @@ import torch
 from maxwhisper.engine.program import COMPILE_LOG, CompileRecord
 
 from ..ahead import suite_job
-from ..faults import Fault, graph_faults, weight_faults
+from ..faults import Fault
+from ..graph_faults import graph_faults
 from ..results import Run
+from ..weight_faults import weight_faults
 
 
 def is_worker(config: pytest.Config) -> bool:
