@@ -100,7 +100,7 @@ def test_unknown_revision_is_one_line(capsys: pytest.CaptureFixture) -> None:
 def test_worktree_is_gone_however_it_ends(error: type[BaseException]) -> None:
     before = worktrees()
     with pytest.raises(error), checked_out("HEAD") as trees:
-        assert (trees.base / "maxwhisper" / "model.py").is_file()
+        assert (trees.base / "maxwhisper" / "network" / "model.py").is_file()
         assert str(trees.base) in worktrees()
         raise error
     assert not trees.base.exists()
