@@ -17,7 +17,7 @@ from whisper.tokenizer import get_tokenizer
 from maxwhisper.audio import load_audio
 from maxwhisper.network.blocks import Block
 
-from .blocks import log_mel, split_heads
+from .blocks import TWINS, log_mel, split_heads
 
 FIXTURES = Path(__file__).parent.parent / "fixtures"
 CLIPS: list[dict[str, Any]] = json.loads((FIXTURES / "clips.json").read_text())["clips"]
@@ -110,7 +110,7 @@ class Activations:
 
 def is_step(block: Block) -> bool:
     """Whether the block takes one token behind a cache."""
-    return block.name.endswith((".step", ".cached"))
+    return TWINS[block.name].step
 
 
 def speech(dims: ModelDimensions) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ Heads: MAX keeps keys and values as (batch, head, token, channel), OpenAI as (ba
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -222,30 +223,91 @@ def decoder_alignment(model: Whisper, layer: int, tokens: Tensor, **kv: Tensor) 
     return [logits, *scores]
 
 
-TWINS: dict[str, Callable[..., list[Tensor]]] = {
-    "log_mel": log_mel,
-    "encoder.stem": encoder_stem,
-    "encoder.layer_norm": encoder_layer_norm,
-    "encoder.attention": encoder_attention,
-    "encoder.mlp": encoder_mlp,
-    "encoder.block": encoder_block,
-    "encoder": encoder,
-    "decoder.embedding": decoder_embedding,
-    "decoder.attention.causal": causal_attention,
-    "decoder.attention.cached": cached_attention,
-    "decoder.cross_attention.keys_values": cross_keys_values,
-    "decoder.cross_attention.prefill": cross_attention,
-    "decoder.cross_attention.step": cross_attention,
-    "decoder.mlp.prefill": decoder_mlp,
-    "decoder.mlp.step": decoder_mlp,
-    "decoder.block.prefill": decoder_block,
-    "decoder.block.step": decoder_block,
-    "decoder.logits.prefill": decoder_logits,
-    "decoder.logits.step": decoder_logits,
-    "decoder.keys_values": decoder_keys_values,
-    "decoder.prefill": decoder,
-    "decoder.start": decoder_start,
-    "decoder.step": decoder,
-    "decoder.alignment": decoder_alignment,
+# ---- the table -----------------------------------------------------------------------------------------------------
+
+Count = Callable[[ModelDimensions], int]
+
+
+@dataclass(frozen=True)
+class Twin:
+    """A block on PyTorch, and what decides how large its rounding errors may become.
+
+    forward: the function above. longest_reduction: the most terms that any one value inside the block is summed from.
+    roundings: how many values in a row it rounds to the dtype, each made from the one before. step: whether it takes
+    one token behind a cache.
+    """
+
+    forward: Callable[..., list[Tensor]]
+    longest_reduction: Count
+    roundings: Count
+    step: bool = False
+
+    def __call__(self, model: Whisper, layer: int, **inputs: Tensor) -> list[Tensor]:
+        """Compute the block's outputs with the weights of a layer of the model."""
+        return self.forward(model, layer, **inputs)
+
+
+def always(number: int) -> Count:
+    return lambda dims: number
+
+
+def audio_state(dims: ModelDimensions) -> int:
+    return dims.n_audio_state
+
+
+def text_state(dims: ModelDimensions) -> int:
+    return dims.n_text_state
+
+
+def times(factor: int, size: Count) -> Count:
+    return lambda dims: factor * size(dims)
+
+
+def attending(size: Count) -> Count:
+    """The longer of what a projection to queries, or the like, sums and of the audio that attention goes over."""
+    return lambda dims: max(size(dims), dims.n_audio_ctx)
+
+
+NORM, PROJECTIONS, MLP, SUM = 1, 3, 3, 1
+"""Values in a row that are rounded: a norm; query, weighted values and out; hidden, GELU and out; a sum."""
+STEM, EMBEDDING, LOGITS = 5, 1, NORM + 1
+AUDIO_BLOCK = NORM + PROJECTIONS + SUM + NORM + MLP + SUM
+TEXT_BLOCK = AUDIO_BLOCK + NORM + PROJECTIONS + SUM
+AUDIO_HIDDEN, TEXT_HIDDEN = times(4, audio_state), times(4, text_state)
+
+
+def whole_encoder(dims: ModelDimensions) -> int:
+    return STEM + dims.n_audio_layer * AUDIO_BLOCK + NORM
+
+
+def whole_decoder(dims: ModelDimensions) -> int:
+    return EMBEDDING + dims.n_text_layer * TEXT_BLOCK + LOGITS
+
+
+TWINS: dict[str, Twin] = {
+    "log_mel": Twin(log_mel, always(N_FFT), always(1)),
+    "encoder.stem": Twin(encoder_stem, times(3, audio_state), always(STEM)),
+    "encoder.layer_norm": Twin(encoder_layer_norm, audio_state, always(NORM)),
+    "encoder.attention": Twin(encoder_attention, attending(audio_state), always(PROJECTIONS)),
+    "encoder.mlp": Twin(encoder_mlp, AUDIO_HIDDEN, always(MLP)),
+    "encoder.block": Twin(encoder_block, attending(AUDIO_HIDDEN), always(AUDIO_BLOCK)),
+    "encoder": Twin(encoder, attending(AUDIO_HIDDEN), whole_encoder),
+    "decoder.embedding": Twin(decoder_embedding, always(1), always(EMBEDDING)),
+    "decoder.attention.causal": Twin(causal_attention, attending(text_state), always(PROJECTIONS)),
+    "decoder.attention.cached": Twin(cached_attention, attending(text_state), always(PROJECTIONS), step=True),
+    "decoder.cross_attention.keys_values": Twin(cross_keys_values, text_state, always(PROJECTIONS)),
+    "decoder.cross_attention.prefill": Twin(cross_attention, attending(text_state), always(PROJECTIONS)),
+    "decoder.cross_attention.step": Twin(cross_attention, attending(text_state), always(PROJECTIONS), step=True),
+    "decoder.mlp.prefill": Twin(decoder_mlp, TEXT_HIDDEN, always(MLP)),
+    "decoder.mlp.step": Twin(decoder_mlp, TEXT_HIDDEN, always(MLP), step=True),
+    "decoder.block.prefill": Twin(decoder_block, attending(TEXT_HIDDEN), always(TEXT_BLOCK)),
+    "decoder.block.step": Twin(decoder_block, attending(TEXT_HIDDEN), always(TEXT_BLOCK), step=True),
+    "decoder.logits.prefill": Twin(decoder_logits, text_state, always(LOGITS)),
+    "decoder.logits.step": Twin(decoder_logits, text_state, always(LOGITS), step=True),
+    "decoder.keys_values": Twin(decoder_keys_values, text_state, always(1)),
+    "decoder.prefill": Twin(decoder, attending(TEXT_HIDDEN), whole_decoder),
+    "decoder.start": Twin(decoder_start, attending(TEXT_HIDDEN), whole_decoder),
+    "decoder.step": Twin(decoder, attending(TEXT_HIDDEN), whole_decoder, step=True),
+    "decoder.alignment": Twin(decoder_alignment, attending(TEXT_HIDDEN), whole_decoder),
 }
 """By name of the block in `maxwhisper.network.blocks.BLOCKS`."""

@@ -19,14 +19,13 @@ from torch import Tensor
 from whisper.model import Whisper
 
 from maxwhisper.engine.program import Executable
-from maxwhisper.network.blocks import BLOCKS
 
 from .activations import AUDIO, hooked, speech, window_of
+from .blocks import TWINS, decoder_keys_values, log_mel
 from .blocks import decoder as decoder_twin
-from .blocks import decoder_keys_values, log_mel
 from .captures import SUMS
 from .judge import Comparison, Judgement, judge
-from .suite import Suite, longest_reduction, roundings
+from .suite import Suite
 
 Outputs = dict[str, Tensor]
 STEP = "step "
@@ -115,15 +114,14 @@ def teacher_forced(suite: Suite, clip: dict[str, Any]) -> Judgement:
 
 
 def judge_chained(suite: Suite, comparison: Comparison, oracle: Tensor, peer: Tensor, ours: Tensor | None) -> Judgement:
+    decoder = TWINS["decoder.prefill"]
     return judge(
         comparison,
         [oracle],
         [peer],
         [] if ours is None else [ours],
-        longest_reduction=longest_reduction(BLOCKS["decoder.prefill"], suite.dims),
-        roundings=roundings(
-            BLOCKS["encoder" if comparison.block.startswith("encoder") else "decoder.prefill"], suite.dims
-        ),
+        longest_reduction=decoder.longest_reduction(suite.dims),
+        roundings=(TWINS["encoder"] if comparison.block.startswith("encoder") else decoder).roundings(suite.dims),
         n_vocab=suite.dims.n_vocab,
         chained=True,
     )

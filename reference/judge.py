@@ -149,13 +149,23 @@ class Judgement:
 
     @property
     def worst(self) -> Measure:
-        """The measure that comes nearest to its budget, or exceeds it most."""
+        """The measure that comes nearest to its budget, or exceeds it most, a NaN before all others."""
         return max((measure for _, measure in self.measures), key=lambda measure: severity(measure.used))
 
     @property
     def relative_l2(self) -> Measure:
         """The relative L2 of the output that comes nearest to its budget in it."""
         return max((output["relative L2"] for output in self.outputs), key=lambda measure: severity(measure.used))
+
+    @property
+    def used(self) -> float:
+        """The largest share of a budget that the subject uses, infinite where values could not be compared."""
+        return severity(self.worst.used) if self.pairs and not self.defects else math.inf
+
+    @property
+    def ratio(self) -> float:
+        """MAX's relative L2 over PyTorch's; NaN where nothing was compared."""
+        return self.relative_l2.ratio if self.pairs else math.nan
 
     @property
     def bad_yardstick(self) -> list[str]:

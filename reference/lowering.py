@@ -35,8 +35,6 @@ from .captures import CAPTURED
 from .judge import dtype_name
 from .suite import DTYPES, TRAINED, Suite, load
 
-GRAPHS = (*BLOCKS, *(f"{name} captured" for name in CAPTURED))
-"""Of every model: its blocks, and those with captures."""
 PICKING = {
     "cpu": (TOKEN_RULES, SELECT_TOKENS, SPECULATE, QUANTIZE_KEYS),
     "gpu": (TOKEN_RULES, SELECT_TOKENS, CANDIDATES),
@@ -45,9 +43,13 @@ PICKING = {
 
 
 def graphs(target: str, size: str, dtype: torch.dtype) -> tuple[str, ...]:
-    """Every graph of a model for a target, by name."""
+    """Every graph of a model for a target, by name: its blocks, those with captures, and what picks tokens."""
     device = "cpu" if target == HOST else "gpu"
-    return (*GRAPHS, *(PICKING[device] if picks(device, size, dtype) else ()))
+    return (
+        *BLOCKS,
+        *(f"{name} captured" for name in CAPTURED),
+        *(PICKING[device] if picks(device, size, dtype) else ()),
+    )
 
 
 def picks(device: str, size: str, dtype: torch.dtype) -> bool:

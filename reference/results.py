@@ -129,15 +129,6 @@ class Run:
             lines.append(f"transcripts: {equal} of {len(self.transcripts)} equal to PyTorch Whisper's")
         return lines
 
-    def write(self, folder: Path) -> None:
-        """Writes report.html, report.json and summary.md into the folder.
-
-        Raises ReportError, after all that can be written has been, where one of them cannot.
-        """
-        from .report import write
-
-        write(self, folder)
-
 
 def fault_lines(faults: Sequence[FaultVerdict]) -> list[str]:
     lines = []

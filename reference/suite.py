@@ -10,7 +10,6 @@ from max.dtype import DType
 from max.graph import DeviceRef
 from max.graph import Module as GraphModule
 from torch import Tensor
-from whisper.audio import N_FFT
 from whisper.model import ModelDimensions, Whisper
 
 from maxwhisper.checkpoint import load_checkpoint
@@ -285,14 +284,14 @@ class Suite:
 
     def judged(self, comparison: Comparison, given: dict[str, Tensor], ours: list[Tensor]) -> Judgement:
         """The verdict on what MAX made of the inputs."""
-        block = BLOCKS[comparison.block]
+        twin = TWINS[comparison.block]
         verdict = partial(
             judge,
             comparison,
             *self.references(comparison, given),
             ours,
-            longest_reduction=longest_reduction(block, self.dims),
-            roundings=roundings(block, self.dims),
+            longest_reduction=twin.longest_reduction(self.dims),
+            roundings=twin.roundings(self.dims),
             n_vocab=self.dims.n_vocab,
         )
         first = verdict()
@@ -355,49 +354,6 @@ def comparisons(
             moments = [".first", ".late"] if kind in ("speech", activations.RANDOM) else [".late"]
             for moment in moments if is_step(block) else [""]:
                 yield Comparison(size, dtype, block.name, layer, kind + moment, device, seed)
-
-
-def longest_reduction(block: Block, dims: ModelDimensions) -> int:
-    """The most terms that any one value inside the block is summed from."""
-    n_state = dims.n_audio_state if block.path.startswith("encoder") else dims.n_text_state
-    if "layer_norm" in block.name or "logits" in block.name or "keys_values" in block.name:
-        return n_state
-    if "embedding" in block.name:
-        return 1
-    if block.name == "log_mel":
-        return N_FFT
-    if "stem" in block.name:
-        return 3 * n_state
-    if "mlp" in block.name:
-        return 4 * n_state
-    if "attention" in block.name:
-        return max(n_state, dims.n_audio_ctx)
-    return max(4 * n_state, dims.n_audio_ctx)
-
-
-NORM, PROJECTIONS, MLP, SUM = 1, 3, 3, 1
-"""Values in a row that are rounded: a norm; query, weighted values and out; hidden, GELU and out; a sum."""
-
-
-def roundings(block: Block, dims: ModelDimensions) -> int:
-    """How many values in a row the block rounds to the dtype, each made from the one before."""
-    audio_block = NORM + PROJECTIONS + SUM + NORM + MLP + SUM
-    text_block = audio_block + NORM + PROJECTIONS + SUM
-    stem, logits = 5, NORM + 1
-    whole = {
-        "encoder.stem": stem,
-        "encoder.block": audio_block,
-        "encoder": stem + dims.n_audio_layer * audio_block + NORM,
-        "decoder.block.prefill": text_block,
-        "decoder.block.step": text_block,
-        "decoder.logits.prefill": logits,
-        "decoder.logits.step": logits,
-    }
-    if block.name in whole:
-        return whole[block.name]
-    if block.name in ("decoder.prefill", "decoder.start", "decoder.step", "decoder.alignment"):
-        return 1 + dims.n_text_layer * text_block + logits
-    return MLP if "mlp" in block.name else PROJECTIONS if "attention" in block.name else 1
 
 
 def load(size: str, checkpoint: str | None = None) -> Model:

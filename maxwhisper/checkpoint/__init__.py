@@ -18,7 +18,6 @@ import math
 import os
 import re
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -44,6 +43,7 @@ from maxwhisper.checkpoint.vocabulary import check_vocabulary, vocabulary_size
 from maxwhisper.checkpoint.wrapped import OUTPUT, Named, model_in, named, rewriting
 from maxwhisper.engine.folders import cache_home, writable
 from maxwhisper.errors import CheckpointError, OptionError
+from maxwhisper.files import replacing
 
 Heads = tuple[tuple[int, int], ...]
 StrPath = str | os.PathLike[str]
@@ -110,19 +110,17 @@ def convert(source: StrPath, destination: StrPath) -> Path:
     if destination.suffix != ".safetensors":
         raise OptionError(f"{destination}: the destination must be a file name that ends in .safetensors")
     try:
-        with tempfile.TemporaryDirectory(prefix=".convert-", dir=destination.parent) as folder:
+        with replacing(destination) as unfinished:
             checkpoint = load_checkpoint(source)
             metadata = {_DIMS_KEY: json.dumps(asdict(checkpoint.dims))}
             if checkpoint.alignment_heads is not None:
                 metadata[_HEADS_KEY] = json.dumps(checkpoint.alignment_heads)
             # Cloned, because safetensors refuses tensors that share memory, as tied ones do.
             tensors = {name: tensor.clone() for name, tensor in checkpoint.tensors.items()}
-            unfinished = Path(folder) / destination.name
             unfinished.touch()
             mode = unfinished.stat().st_mode
             save_file(tensors, unfinished, metadata)
             unfinished.chmod(mode)  # safetensors makes its files private
-            os.replace(unfinished, destination)
     except (OSError, SafetensorError) as error:
         raise OptionError(f"{destination}: cannot be written: {reason(error)}") from error
     return destination

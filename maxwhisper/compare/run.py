@@ -19,6 +19,7 @@ from ..checkpoint import Checkpoint
 from ..doctor import ProbeError, ask
 from ..engine.session import device_named, find_device
 from ..errors import DeviceError, MaxWhisperError, OptionError
+from ..files import replacing
 from .convert import store
 from .engines import REFERENCE, SPECS, Spec, Task, missing, rows, versions
 from .material import Recording, checkpoint_for, recordings
@@ -278,9 +279,7 @@ def write_json(results: Results, path: Path) -> None:
 def written(path: Path, write: Any) -> None:
     """Has `write` make a file that gets its name afterwards; raises OptionError if it cannot be written."""
     try:
-        with tempfile.TemporaryDirectory(prefix=".maxwhisper-", dir=path.parent) as folder:
-            unfinished = Path(folder) / path.name
+        with replacing(path) as unfinished:
             write(unfinished)
-            unfinished.replace(path)
     except OSError as error:
         raise OptionError(f"{path}: cannot be written: {error.strerror or error}") from error

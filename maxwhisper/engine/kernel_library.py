@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +14,7 @@ from max.graph import KernelLibrary
 from mojo.run import subprocess_run_mojo
 
 from ..errors import OptionError
+from ..files import replacing
 from .folders import cache_folder
 from .process import announced, find_place_for_max_cache
 
@@ -73,14 +73,11 @@ def compile_kernels(package: Path) -> None:
     """
     try:
         package.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=package.parent) as unfinished:
-            # The name of the file becomes that of the package.
-            compiled = Path(unfinished, package.name)
+        with replacing(package) as compiled:  # the name of the file becomes that of the package
             find_place_for_max_cache()  # the compiler keeps things there too
             arguments = ["precompile", str(KERNELS), "-o", str(compiled)]
             with announced("compiling kernels: most of a minute the first time"):
                 subprocess_run_mojo(arguments, check=True, capture_output=True)
-            compiled.replace(package)
     except subprocess.CalledProcessError as error:
         raise RuntimeError(f"{KERNELS} does not compile:\n{error.stderr.decode()}") from error
     except OSError as error:

@@ -28,7 +28,11 @@ from whisper.decoding import DecodingOptions, DecodingResult
 from whisper.tokenizer import get_tokenizer
 
 import maxwhisper
-from maxwhisper.network.blocks import BLOCKS
+
+try:
+    from maxwhisper.network.blocks import BLOCKS
+except ModuleNotFoundError:  # of a tree whose modules do not stand in packages yet
+    from maxwhisper.blocks import BLOCKS  # type: ignore[import-not-found,no-redef]
 from reference.suite import DTYPES, Suite, load
 
 PR_SET_PDEATHSIG = 1

@@ -5,10 +5,11 @@ Markdown for GITHUB_STEP_SUMMARY. All three are renderings of a Run, say nothing
 other.
 """
 
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+
+from maxwhisper.files import replacing
 
 from ..reasons import one_line
 from ..results import Run, environment
@@ -49,19 +50,15 @@ def write(run: Run, folder: Path) -> None:
 
 
 def not_written(path: Path, text: Callable[[], str]) -> str | None:
-    """Writes the file under a temporary name beside it, then renames it; returns why that failed, if it did."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """Writes the file; returns why that failed, if it did."""
     try:
-        # A path or an option may hold bytes that are no text.
-        temporary.write_text(text(), encoding="utf-8", errors="backslashreplace")
-        os.replace(temporary, path)
+        with replacing(path) as unfinished:
+            # A path or an option may hold bytes that are no text.
+            unfinished.write_text(text(), encoding="utf-8", errors="backslashreplace")
     except Exception as error:
         earlier = remains(path)
         why = error.strerror if isinstance(error, OSError) and error.strerror else one_line(error)
         return f"{path} cannot be written: {why}{', and an earlier one cannot be removed' if earlier else ''}"
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
     return None
 
 

@@ -11,8 +11,9 @@ from maxwhisper.network.blocks import BLOCKS
 from ..activations import is_step
 from ..chain import STEP, Chain
 from ..faults import FaultVerdict
-from ..judge import Comparison, Judgement, Measure, dtype_name, severity
+from ..judge import Comparison, Judgement, dtype_name, severity
 from ..results import Run
+from ..suite import DTYPES
 from ..transcripts import Transcript
 
 # ---- numbers -------------------------------------------------------------------------------------------------------
@@ -111,31 +112,8 @@ def compile_log() -> tuple[int, int]:
 # ---- comparisons ---------------------------------------------------------------------------------------------------
 
 
-def nearest(judgement: Judgement) -> Measure | None:
-    """The measure that comes nearest to its budget, a NaN before all others; None where nothing was compared."""
-    return max((m for _, m in judgement.measures), key=lambda measure: severity(measure.used), default=None)
-
-
-def used(judgement: Judgement) -> float:
-    """The largest share of a budget that the subject uses, infinite where values could not be compared."""
-    measure = nearest(judgement)
-    return math.inf if measure is None or judgement.defects else severity(measure.used)
-
-
-def relative_l2(judgement: Judgement) -> Measure | None:
-    """The relative L2 of the output that is nearest to its budget in it; None where nothing was compared."""
-    found = [measure for _, measure in judgement.measures if measure.name == "relative L2"]
-    return max(found, key=lambda measure: severity(measure.used), default=None)
-
-
-def ratio(judgement: Judgement) -> float:
-    """MAX's relative L2 over PyTorch's; NaN where nothing was compared."""
-    measure = relative_l2(judgement)
-    return math.nan if measure is None else measure.ratio
-
-
 def worst_first(judgements: Sequence[Judgement]) -> list[Judgement]:
-    return sorted(judgements, key=lambda judgement: (judgement.passed, -used(judgement)))
+    return sorted(judgements, key=lambda judgement: (judgement.passed, -judgement.used))
 
 
 @dataclass(frozen=True)
@@ -162,20 +140,20 @@ def block_figures(run: Run) -> dict[str, dict[str, BlockFigures]]:
 
 
 def figures_of(judgements: Sequence[Judgement]) -> BlockFigures:
-    ratios = sorted((ratio(judgement) for judgement in judgements), key=severity)
+    ratios = sorted((judgement.ratio for judgement in judgements), key=severity)
     return BlockFigures(
         n=len(judgements),
         failed=sum(not judgement.passed for judgement in judgements),
         best=ratios[0],
         median=median(map(severity, ratios)),
         worst=ratios[-1],
-        used=max(map(used, judgements)),
+        used=max(judgement.used for judgement in judgements),
     )
 
 
 def dtypes_of(run: Run) -> list[str]:
     """The dtypes that were compared or in which faults were tried, the most precise first."""
-    order = ["float32", "float16", "bfloat16"]
+    order = list(DTYPES)
     found = [judgement.comparison.dtype for judgement in run.judgements] + [fault.dtype for fault in run.faults]
     return sorted({dtype_name(dtype) for dtype in found}, key=lambda name: order.index(name) if name in order else 9)
 
@@ -197,8 +175,8 @@ class Point:
 
 def chained_points(chain: Chain) -> list[Point]:
     """Relative L2 of every submodule that could be compared, in the order of computing."""
-    found = ((i, name, j, relative_l2(j)) for i, (name, j) in enumerate(chain.judgements.items()))
-    return [Point(i, name, m.subject, m.peer, m.budget, j.passed) for i, name, j, m in found if m]
+    found = ((i, name, j, j.relative_l2) for i, (name, j) in enumerate(chain.judgements.items()) if j.pairs)
+    return [Point(i, name, m.subject, m.peer, m.budget, j.passed) for i, name, j, m in found]
 
 
 def isolated_points(run: Run, chain: Chain) -> list[Point]:
@@ -206,10 +184,11 @@ def isolated_points(run: Run, chain: Chain) -> list[Point]:
     points = []
     places = {name: (i, j.comparison.dtype) for i, (name, j) in enumerate(chain.judgements.items())}
     for judgement in run.judgements:
-        c, measure = judgement.comparison, relative_l2(judgement)
+        c = judgement.comparison
         position, dtype = places.get(place(c), (None, None))
         same = c.size == chain.comparison.size and c.dtype == dtype and kind(c) == chain.comparison.inputs
-        if same and position is not None and measure:
+        if same and position is not None and judgement.pairs:
+            measure = judgement.relative_l2
             name = f"{c.block}, layer {c.layer}, {c.inputs}"
             points.append(Point(position, name, measure.subject, measure.peer, measure.budget, judgement.passed))
     return sorted(points, key=lambda point: point.position)
@@ -233,9 +212,10 @@ def place(comparison: Comparison) -> str:
 
 
 def worst_chains_first(chains: Sequence[Chain]) -> list[Chain]:
-    return sorted(
-        chains, key=lambda chain: (chain.passed, -max(map(used, chain.judgements.values()), default=math.inf))
-    )
+    def used(chain: Chain) -> float:
+        return max((judgement.used for judgement in chain.judgements.values()), default=math.inf)
+
+    return sorted(chains, key=lambda chain: (chain.passed, -used(chain)))
 
 
 # ---- faults --------------------------------------------------------------------------------------------------------

@@ -9,9 +9,7 @@ from .figures import (
     compile_log,
     failures,
     fixed,
-    ratio,
     share,
-    used,
     verdict,
 )
 from .markup import Html, element, folded, html, mark, none_of, table
@@ -82,11 +80,11 @@ def tiles(run: Run) -> Html:
     ]
     compared = [judgement for judgement in run.judgements if judgement.pairs]
     if compared:
-        largest = max(compared, key=lambda j: -math.inf if math.isnan(ratio(j)) else ratio(j))
-        closest = max(compared, key=used)
+        largest = max(compared, key=lambda j: -math.inf if math.isnan(j.ratio) else j.ratio)
+        closest = max(compared, key=lambda j: j.used)
         values += [
-            (fixed(ratio(largest)), "largest MAX / PyTorch", str(largest.comparison)),
-            (fixed(used(closest)), "of a budget used, at most", str(closest.comparison)),
+            (fixed(largest.ratio), "largest MAX / PyTorch", str(largest.comparison)),
+            (fixed(closest.used), "of a budget used, at most", str(closest.comparison)),
         ]
     return element(
         "dl",

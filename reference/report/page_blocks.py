@@ -13,11 +13,7 @@ from .figures import (
     block_figures,
     dtypes_of,
     fixed,
-    nearest,
-    ratio,
-    relative_l2,
     scientific,
-    used,
     worst_first,
 )
 from .markup import Html, element, folded, html, mark, none_of, table
@@ -163,10 +159,10 @@ def comparison_section(run: Run) -> Html:
 
 
 def comparison_row(judgement: Judgement) -> tuple[object, ...]:
-    c, l2, measure = judgement.comparison, relative_l2(judgement), nearest(judgement)
+    c, l2 = judgement.comparison, judgement.relative_l2 if judgement.pairs else None
     errors = (scientific(l2.subject), scientific(l2.peer)) if l2 else ("", "")
     inputs = c.inputs if not c.seed else f"{c.inputs}, seed {c.seed}"
-    name = measure.name if measure else "not comparable"
+    name = judgement.worst.name if judgement.pairs else "not comparable"
     return (
         element("code", c.block),
         c.layer,
@@ -174,8 +170,8 @@ def comparison_row(judgement: Judgement) -> tuple[object, ...]:
         dtype_name(c.dtype),
         inputs,
         *errors,
-        fixed(ratio(judgement)),
-        used_cell(used(judgement)),
+        fixed(judgement.ratio),
+        used_cell(judgement.used),
         name,
         mark(judgement.passed),
     )

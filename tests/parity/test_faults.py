@@ -12,17 +12,16 @@ from reference.chain import first_divergence
 from reference.faults import (
     Fault,
     compile_graph_faults,
-    graph_faults,
     isolated,
     until_caught,
     verdict,
-    weight_faults,
     with_weight_fault,
 )
+from reference.graph_faults import graph_faults
+from reference.pytest_plugin.models import SuiteFor
 from reference.results import Run
 from reference.suite import FIXTURE, Suite
-
-from .isolated import SuiteFor
+from reference.weight_faults import weight_faults
 
 GraphsWith = Callable[[Suite, Fault], dict[str, Executable]]
 WEIGHT_FAULTS, GRAPH_FAULTS = list(weight_faults()), list(graph_faults())

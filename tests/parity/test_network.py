@@ -1,22 +1,11 @@
-"""The graphs that transcribe: encoder, cross-attention keys and values, decoder prefill and step, alignment; each on
-its own, and all in a row."""
+"""The graphs that transcribe, all in a row."""
 
 import pytest
 
 from reference.activations import AUDIO
 from reference.chain import run_chain
-from reference.judge import Comparison
 from reference.results import Run
 from reference.suite import CHECKPOINT, FIXTURE, Suite
-
-from . import isolated
-
-
-@pytest.mark.compares(units=("network", "decoding", "alignment"))
-def test_isolated(
-    comparison: Comparison, suite_for: isolated.SuiteFor, run: Run, request: pytest.FixtureRequest
-) -> None:
-    isolated.check(comparison, suite_for, run, request)
 
 
 def test_chain(suite: Suite, run: Run) -> None:

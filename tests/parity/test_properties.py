@@ -16,7 +16,7 @@ from reference.activations import BATCH
 from reference.blocks import TWINS
 from reference.formulas import in_float64
 from reference.judge import Comparison, Judgement, judge
-from reference.suite import Suite, longest_reduction, roundings
+from reference.suite import Suite
 
 N_CONTEXT = 448
 
@@ -67,8 +67,8 @@ def expected(suite: Suite, block: str, names: list[str], inputs: list[Tensor], o
         oracle[: len(ours)],
         [x.cpu() for x in peer[: len(ours)]],
         ours,
-        longest_reduction=longest_reduction(BLOCKS[block], suite.dims),
-        roundings=roundings(BLOCKS[block], suite.dims),
+        longest_reduction=twin.longest_reduction(suite.dims),
+        roundings=twin.roundings(suite.dims),
         n_vocab=suite.dims.n_vocab,
     )
 

@@ -13,9 +13,9 @@ from maxwhisper.engine.artifacts import Artifacts
 from maxwhisper.network.blocks import BLOCKS
 from reference.ahead import suite_job
 from reference.captures import CAPTURED
-from reference.distributed import group
 from reference.judge import Comparison
-from reference.selection import compared_alone
+from reference.pytest_plugin.selection import compared_alone, models_of
+from reference.pytest_plugin.workers import group
 from reference.suite import CHOSEN, FIXTURE, Suite, load
 
 from ..conftest import group_of
@@ -67,13 +67,16 @@ def test_what_is_compiled_already_is_used(kept: bool, held: Artifacts | None) ->
 
 
 def test_a_process_is_given_all_of_a_model_or_of_a_file() -> None:
-    of_model = {group(compare(name)) for name in BLOCKS} | {group(item(suite=(FIXTURE, torch.float32)))}
+    def of(item: Any) -> str:
+        return group(models_of(item), item.path)
+
+    of_model = {of(compare(name)) for name in BLOCKS} | {of(item(suite=(FIXTURE, torch.float32)))}
     assert of_model == {suite_job(FIXTURE, torch.float32)}
-    assert group(compare("encoder", "tiny")) not in of_model
-    assert group(item("test_one")) == "test_one" != group(item("test_other"))
+    assert of(compare("encoder", "tiny")) not in of_model
+    assert of(item("test_one")) == "test_one" != of(item("test_other"))
 
 
 def test_a_group_is_known_by_the_names_of_its_tests(request: pytest.FixtureRequest) -> None:
     """For those of this run, whichever they are."""
-    pairs = {(group(test), group_of(test.nodeid)) for test in request.session.items}
+    pairs = {(group(models_of(test), test.path), group_of(test.nodeid)) for test in request.session.items}
     assert len(pairs) == len({by_test for by_test, _ in pairs}) == len({by_name for _, by_name in pairs})

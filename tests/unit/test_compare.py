@@ -34,11 +34,9 @@ from maxwhisper.compare.table import cells as figures
 from maxwhisper.compare.tokens import task_for, tokenizer_of
 from maxwhisper.compare.worker import Requests
 from maxwhisper.engine import session
-from maxwhisper.network.blocks import BLOCKS
-from reference.blocks import decoder, decoder_keys_values, pytorch_whisper
+from reference.blocks import TWINS, decoder, decoder_keys_values, pytorch_whisper
 from reference.chain import layers
 from reference.judge import Comparison, judge
-from reference.suite import longest_reduction, roundings
 
 ROOT = Path(__file__).parents[2]
 NANO = ROOT / "fixtures" / "nano.pt"
@@ -336,11 +334,11 @@ def test_the_graph_of_a_step_is_pytorchs_decoder() -> None:
         first, *own = graphs["step"](tokens[:, :3], *own, *cross)
         last, *own = graphs["step"](tokens[:, 3:], *own, *cross)
         peer, right = (logits_of(each, tokens, x) for each, x in ((model, features), (oracle, features.double())))
-    block = BLOCKS["decoder.prefill"]
+    twin = TWINS["decoder.prefill"]
     judgement = judge(
         *(Comparison("fixture", torch.float32, "decoder", 0, "random"), [right], [peer], [torch.cat([first, last], 1)]),
-        longest_reduction=longest_reduction(block, model.dims),
-        roundings=roundings(block, model.dims),
+        longest_reduction=twin.longest_reduction(model.dims),
+        roundings=twin.roundings(model.dims),
         n_vocab=model.dims.n_vocab,
     )
     assert judgement.passed, f"\n{judgement}"

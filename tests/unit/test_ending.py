@@ -16,12 +16,14 @@ import torch
 import reference.report.charts  # noqa: F401 - what a run inside this process imports first is not kept
 from maxwhisper.engine.program import COMPILE_LOG, CompileRecord
 from reference.chain import Chain
-from reference.distributed import packed, unpack_into
-from reference.faults import FaultVerdict, graph_faults, weight_faults
+from reference.faults import FaultVerdict
+from reference.graph_faults import graph_faults
 from reference.judge import Comparison, Judgement, Measure, Output, explain
-from reference.pytest_plugin import Ending
+from reference.pytest_plugin.ending import Ending
+from reference.pytest_plugin.workers import packed, unpack_into
 from reference.results import Run
 from reference.transcripts import Transcript
+from reference.weight_faults import weight_faults
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,7 +31,7 @@ pytest_plugins = ["pytester"]
 
 CONFTEST = """
 import pytest, torch
-from reference.pytest_plugin import Ending
+from reference.pytest_plugin.ending import Ending
 from reference.results import Run
 from reference.judge import Comparison, Judgement, Measure, Output
 
@@ -102,7 +104,7 @@ def test_a_report_that_cannot_be_written_is_a_line_and_a_failure(
     def full(*paths: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("reference.report.os.replace", full)
+    monkeypatch.setattr("os.replace", full)
     status, lines = run_with(pytester, "", f"--report={tmp_path}")
     assert status == pytest.ExitCode.TESTS_FAILED
     only(lines, SUMMARY)

@@ -349,14 +349,18 @@ def expected(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> list[Tens
     return [(scores.softmax(-1) @ v).transpose(1, 2).flatten(2), scores if k.dtype == torch.float64 else scores.float()]
 
 
+ROUNDINGS = 3
+"""Of values in a row, in PyTorch: scores, their softmax, and weighted values."""
+
+
 def check(
     name: str, ours: list[Tensor], q: Tensor, k: Tensor, v: Tensor, causal: bool = False, output: int = 0
 ) -> None:
     comparison = Comparison("a kernel", q.dtype, name, 0, "random", "cpu")
     oracle, peer = expected(q.double(), k.double(), v.double(), causal), expected(q, k, v, causal)
     terms = max(k.shape[2], N_CHANNEL)
-    three = ([each[output]] for each in (oracle, peer, ours))
-    found = judge(comparison, *three, longest_reduction=terms, roundings=1, n_vocab=0)
+    three = [[each[output]] for each in (oracle, peer, ours)]
+    found = judge(comparison, *three, longest_reduction=terms, roundings=ROUNDINGS, n_vocab=0)
     assert found.passed, f"\n{found}"
 
 

@@ -19,13 +19,14 @@ from maxwhisper.engine.program import COMPILE_LOG, Program
 from maxwhisper.engine.session import Policy
 from maxwhisper.network.model import LayerNorm
 from maxwhisper.whisper import load_model
-from reference.lowering import GRAPHS, Lowering, graphs, lower
+from reference.lowering import Lowering, graphs, lower
 from reference.perf.worker import LOOPS, Blocks
 from reference.suite import FIXTURE, Suite, load, random_weights, trained
 
 from .test_options import NANO, ROOT
 
 FLOAT32 = [(FIXTURE, torch.float32)]
+GRAPHS = graphs(HOST, "tiny", torch.float32)
 
 
 def run(*options: str) -> tuple[int, str]:

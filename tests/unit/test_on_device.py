@@ -36,9 +36,10 @@ from maxwhisper.engine.program import Artifact, Executable, Program
 from maxwhisper.errors import DecodingError
 from maxwhisper.network.blocks import BLOCKS
 from maxwhisper.whisper import Whisper, load_model
+from reference.blocks import TWINS
 from reference.chain import pytorch_logits
 from reference.judge import Comparison, judge
-from reference.suite import Suite, roundings, trained
+from reference.suite import Suite, trained
 
 from .test_decoding import (
     BEGIN,
@@ -240,7 +241,7 @@ def test_windows_of_a_batch_as_alone(model: Whisper, usual: Whisper) -> None:
         found = judge(
             *(comparison, oracle, peer, [torch.tensor([each.avg_logprob for each in some])]),
             longest_reduction=N_VOCAB,
-            roundings=roundings(BLOCKS["decoder.prefill"], suite.dims),
+            roundings=TWINS["decoder.prefill"].roundings(suite.dims),
         )
         assert found.passed, f"\n{found}"
 

@@ -23,7 +23,7 @@ Run = Callable[..., tuple[int, str]]
 
 @pytest.fixture
 def run(pytester: pytest.Pytester) -> Run:
-    """Exit status and output of a run inside this process: with a conftest.py of its own, so that neither options nor
+    """Exit status and output of a run inside this process: with a configuration of its own, so that neither options nor
     results leak from one into the other, and without the seconds that it takes to import PyTorch and MAX."""
 
     def run(*options: str | Path) -> tuple[int, str]:
@@ -81,7 +81,7 @@ def test_what_compiles_is_shown_while_the_test_runs(pytester: pytest.Pytester, m
 
 
 def test_what_compiles_is_shown_where_nothing_is_captured() -> None:
-    from conftest import Progress
+    from reference.pytest_plugin.progress import Progress
 
     reporter = Mock()
     plugins = Mock(get_plugin={"terminalreporter": reporter, "capturemanager": None}.get)
@@ -135,7 +135,7 @@ def test_a_run_of_faults_alone_succeeds(run: Run) -> None:
     ("arguments", "nothing"),
     [
         ("tests/parity", True),
-        ("-q tests/parity/test_mlp.py::test_isolated tests/unit -k mlp", True),
+        ("-q tests/parity/test_isolated.py::test_isolated tests/unit -k mlp", True),
         ("tests --benchmark-disable", True),
         ("", False),
         ("tests", False),

@@ -21,7 +21,8 @@ from maxwhisper.network.blocks import BLOCKS
 from reference import mistakes
 from reference.blocks import TWINS, decoder, decoder_keys_values, pytorch_whisper
 from reference.causes import likely_causes
-from reference.faults import Fault, faulty, graph_faults
+from reference.faults import Fault, faulty
+from reference.graph_faults import graph_faults
 from reference.judge import UNIT_ROUNDOFF, Comparison, Judgement, K, Measure, Output, condition, judge
 from reference.suite import FIXTURE, Suite, load
 from reference.transcripts import Yardstick

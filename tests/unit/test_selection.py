@@ -7,7 +7,8 @@ import pytest
 from whisper.model import ModelDimensions, Whisper
 
 from maxwhisper.network.blocks import BLOCKS
-from reference.selection import all_words, block_of, compares, finds, judges_itself, left_out, words_of
+from reference.pytest_plugin.selection import block_of, compares, judges_itself, left_out
+from reference.pytest_plugin.words import all_words, finds, words_of
 
 ROOT = Path(__file__).parents[2]
 PARITY, PERF = ROOT / "tests" / "parity", ROOT / "tests" / "perf"
@@ -91,7 +92,7 @@ class Collected:
         self.items, self.config = list(session.items), session.config
 
     def selected(self, expression: str) -> list[pytest.Item]:
-        """Those that are left by pytest and by conftest.py with -k."""
+        """Those that are left by pytest and by the suite's plugin with -k."""
         items = list(self.items)
         for item in items:
             item.extra_keyword_matches.clear()

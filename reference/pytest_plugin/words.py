@@ -1,18 +1,12 @@
-"""By which words pytest's -k finds a block, and whether a selection compares any.
+"""By which words pytest's -k finds a block.
 
 `-k` looks for a word inside the names of tests, which hold the names of their blocks. Who knows openai-whisper, PyTorch
 or transformers has other words for the same things: those of WORDS. They count where they are typed whole, so that
 `mlp` finds no whole block because a part of it is called `mlp_ln`, nor `attention` one for a ResidualAttentionBlock.
 """
 
-import re
-from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from functools import cache
-from typing import Any
-
-import pytest
-import torch
 
 from maxwhisper.network.blocks import BLOCKS
 
@@ -68,63 +62,3 @@ def all_words() -> list[str]:
     """Every word that finds a block: the parts of the blocks' names, then the others."""
     own = sorted({part for block in BLOCKS for part in block.split(".")})
     return [*own, *sorted({word for _, words in WORDS for word in words.split()} - set(own))]
-
-
-def block_of(item: pytest.Item) -> str | None:
-    """The name of the block that a test compares, times, compiles or puts a fault into; None for any other test."""
-    params: dict[str, Any] = getattr(getattr(item, "callspec", None), "params", {})
-    named = [getattr(params.get(name), "block", None) for name in ("comparison", "fault")]
-    named += [params.get("block"), params["graph"].removesuffix(" captured") if "lowering" in params else None]
-    return next((name for name in named if name in BLOCKS), None)
-
-
-def make_findable(items: Iterable[pytest.Item], expression: str) -> None:
-    """Has -k with this expression find the tests of every block that one of its words means."""
-    typed = set(re.findall(r"[\w.-]+", expression))
-    for item in items:
-        if block := block_of(item):
-            item.extra_keyword_matches.update(word for word in typed if finds(word, block))
-
-
-def compares(item: pytest.Item) -> bool:
-    """Whether a test leaves a comparison of MAX with PyTorch behind: of a block, a chain or a whole transcript.
-
-    What is tried on the judge is of wrong models, and properties are of one graph on made-up inputs.
-    """
-    return "run" in item.fixturenames and not item.get_closest_marker("faults")  # type: ignore[attr-defined]
-
-
-def models_of(item: pytest.Item) -> list[tuple[str, torch.dtype]]:
-    """The model, as (size, dtype), that a test is about; none for a test that is about none."""
-    params = getattr(getattr(item, "callspec", None), "params", {})
-    if "comparison" in params:
-        return [(params["comparison"].size, params["comparison"].dtype)]
-    return [params["suite"]] if "suite" in params else []
-
-
-def compared_alone(items: Iterable[pytest.Item]) -> dict[tuple[str, torch.dtype], frozenset[str]]:
-    """By model, as (size, dtype), the blocks that tests compare, where these are so few that to compile them without
-    the others takes less than half the time: whoever selects a few waits for them alone."""
-    compared: dict[tuple[str, torch.dtype], set[str]] = {}
-    for item in items:
-        comparison = getattr(getattr(item, "callspec", None), "params", {}).get("comparison")
-        if comparison is not None:
-            compared.setdefault((comparison.size, comparison.dtype), set()).add(comparison.block)
-    return {model: frozenset(names) for model, names in compared.items() if len(names) <= len(BLOCKS) // 2}
-
-
-def judges_itself(item: pytest.Item) -> bool:
-    """Whether a test asks the judge and leaves nothing behind, as those of properties do."""
-    names = item.fixturenames  # type: ignore[attr-defined]
-    return "parity" in item.nodeid and "suite" in names and "run" not in names
-
-
-def left_out(config: pytest.Config, selected: Sequence[pytest.Item]) -> str | None:
-    """What to say where -k or -m left nothing that compares, though what they chose from did; None where they left
-    something, or tests of other things alone."""
-    asked = {"-k": config.option.keyword, "-m": config.option.markexpr}
-    given = " ".join(f"{option} '{expression}'" for option, expression in asked.items() if expression)
-    parity = not selected or any("parity" in item.nodeid for item in selected)
-    if not given or not parity or any(compares(item) for item in selected):
-        return None
-    return f"no block was compared with PyTorch: {given} selects none. Words that do: {', '.join(all_words())}"

@@ -1,20 +1,17 @@
-"""The isolated parity test: a block on its own, in one layer, on one set of inputs, against its budget."""
+"""Every block of the table on its own, in every layer, on every kind of inputs, against its budget."""
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-import torch
 
 from reference.chain import AUDIO, run_chain
 from reference.judge import Comparison, Judgement, dtype_name
+from reference.pytest_plugin.models import SuiteFor
 from reference.results import Run
 from reference.suite import Suite
 
-SuiteFor = Callable[[str, torch.dtype], Suite]
 
-
-def check(comparison: Comparison, suite_for: SuiteFor, run: Run, request: pytest.FixtureRequest) -> None:
+def test_isolated(comparison: Comparison, suite_for: SuiteFor, run: Run, request: pytest.FixtureRequest) -> None:
     """Judges the comparison; a failure says all there is to know about it on one screen."""
     suite = suite_for(comparison.size, comparison.dtype)
     judgement = suite.judge(comparison)

@@ -1,11 +1,9 @@
 """What a run of the suite says at its end, whatever else fails there, and however many processes ran its tests."""
 
-import logging
 import sys
 import traceback
 import warnings
 from collections.abc import Generator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -16,33 +14,53 @@ import pytest
 
 from maxwhisper.engine.program import COMPILE_LOG
 
-from .distributed import is_worker, packed, unpack_into
-from .reasons import one_line
-from .report import ReportError
-from .results import Run
+from ..reasons import one_line
+from ..report import ReportError, write
+from ..results import Run
+from ..verdicts import Lenient
+from .compiling import Compiling
+from .models import RUN
+from .selection import COMPARES, judges_itself, left_out
+from .workers import is_worker, packed, unpack_into
 
 PLUGGY = Path(pluggy.__file__).parent
 FOUND = "maxwhisper_found"
 """Attribute of the report of a test that ran in a worker."""
 
 
-class Progress(logging.Handler):
-    """Shows what is being compiled, and for how long, which pytest would keep to itself."""
-
-    def __init__(self, plugins: pytest.PytestPluginManager):
-        super().__init__(logging.INFO)
-        self.reporter: Any = plugins.get_plugin("terminalreporter")
-        capture = plugins.get_plugin("capturemanager")
-        self.uncaptured = capture.global_and_fixture_disabled if capture else nullcontext
-
-    def emit(self, record: logging.LogRecord) -> None:
-        with self.uncaptured():  # a test runs, and its output is kept
-            self.reporter.ensure_newline()
-            self.reporter.write_line(record.getMessage(), flush=True)
-
-
 CHOSEN = "maxwhisper_chosen"
 """Key of `Chosen` in what a worker gives back."""
+
+
+ENDING = pytest.StashKey["Ending"]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[RUN] = run = Run()
+    config.stash[ENDING] = ending = Ending(config, run)
+    config.pluginmanager.register(ending)
+    if cache := getattr(config, "cache", None):
+        config.cache = Lenient(cache, run.note)  # type: ignore[assignment]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A parity run that compared nothing has shown nothing, and neither has one of whose blocks -k left none."""
+    config = session.config
+    if config.getoption("collectonly"):
+        return
+    reason = left_out(config, session.items) if config.stash.get(COMPARES, False) else None
+    chosen = Chosen(reason, any(judges_itself(item) for item in session.items))
+    if is_worker(config):
+        config.workeroutput[CHOSEN] = vars(chosen)  # type: ignore[attr-defined]
+        return
+    ending = config.stash[ENDING]
+    chosen = ending.chosen_by_workers or chosen
+    if chosen.nothing:
+        ending.fail(session, chosen.nothing)
+    parity = any("parity" in name for name in ending.selected(session))
+    if parity and not (ending.run.compared or Compiling.of(config).lowering or chosen.judges_itself):
+        ending.fail(session)
 
 
 @dataclass(frozen=True)
@@ -161,7 +179,7 @@ class Ending:
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("default")  # no part of it is to be lost over one, whatever -W says
-                    self.run.write(Path(folder))
+                    write(self.run, Path(folder))
             except ReportError as error:
                 self.fail(session, f"--report: {error}")
 

@@ -6,17 +6,21 @@ the test it was running.
 
 import io
 import pickle
+from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from maxwhisper.engine.program import COMPILE_LOG, CompileRecord
 
-from .ahead import suite_job
-from .faults import Fault, graph_faults, weight_faults
-from .results import Run
-from .selection import models_of
+from ..ahead import suite_job
+from ..faults import Fault
+from ..graph_faults import graph_faults
+from ..results import Run
+from ..weight_faults import weight_faults
 
 
 def is_worker(config: pytest.Config) -> bool:
@@ -29,9 +33,9 @@ def is_distributed(config: pytest.Config) -> bool:
     return config.getoption("dist", "no") != "no"
 
 
-def group(item: pytest.Item) -> str:
-    """What --dist loadgroup leaves to one process: all that takes a model, and files of tests that take none."""
-    return "-".join(suite_job(*model) for model in models_of(item)) or item.path.stem
+def group(models: Sequence[tuple[str, torch.dtype]], file: Path) -> str:
+    """Name what --dist loadgroup leaves to one process: all that takes a model, and files of tests that take none."""
+    return "-".join(suite_job(*model) for model in models) or file.stem
 
 
 class Pickler(pickle.Pickler):

@@ -1,0 +1,77 @@
+"""What other processes compile: ahead of later tests, and for the targets of --compile-only."""
+
+import itertools
+import logging
+from collections.abc import Sequence
+
+import pytest
+
+from maxwhisper.engine.precompile import Ahead
+
+from ..ahead import WhenCompiling, compile_ahead
+from ..lowering import Lowering
+from .options import Options
+
+
+class Compiling:
+    """The processes of a run that compile.
+
+    ahead: what later tests need. lowering: by target of --compile-only, in the order in which they were started.
+    """
+
+    def __init__(self, config: pytest.Config):
+        self.options = Options.of(config)
+        self.ahead: list[Ahead] = []
+        self.lowering: dict[str, Lowering] = {}
+
+    @classmethod
+    def of(cls, config: pytest.Config) -> "Compiling":
+        """Return those of a run."""
+        return config.stash.setdefault(COMPILING, cls(config))
+
+    def start(self, jobs: Sequence[str]) -> None:
+        """Have jobs done by a process, from when this one compiles something on."""
+        self.ahead.append(compile_ahead(jobs, self.options.checkpoint, self.options.device))
+        logging.getLogger("maxwhisper").addHandler(WhenCompiling(self.ahead[-1]))
+
+    def wait(self, job: str) -> None:
+        """Wait for the job if a process does it."""
+        for ahead in self.ahead:
+            ahead.wait(job, job)
+
+    def for_target(self, target: str) -> Lowering:
+        """Return the process that compiles for a target, started at the first call."""
+        if target not in self.lowering:
+            self.stop_lowering()  # one at a time: two would take as long, and twice the memory
+            models = list(itertools.product(self.options.sizes, self.options.dtypes))
+            out = self.options.compiled_into / target
+            self.lowering[target] = Lowering(target, models, out, self.options.checkpoint)
+        return self.lowering[target]
+
+    def stop_lowering(self) -> None:
+        for each in self.lowering.values():
+            each.stop()
+
+    def stop(self) -> None:
+        for each in self.ahead:
+            each.stop()
+        self.stop_lowering()
+
+
+COMPILING = pytest.StashKey[Compiling]()
+
+
+@pytest.fixture
+def lowering(request: pytest.FixtureRequest) -> Lowering:
+    """The process that compiles for a target of --compile-only."""
+    return Compiling.of(request.config).for_target(request.param)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    Compiling.of(session.config).stop()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for each in Compiling.of(config).lowering.values():
+        terminalreporter.write_line(each.summary())

@@ -1,0 +1,97 @@
+"""The models that a run compares, few of them in memory at a time, and the fixtures that tests are given."""
+
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any
+
+import pytest
+import torch
+
+from maxwhisper.engine.folders import cache_folder
+
+from ..activations import FIXTURES
+from ..ahead import TRANSCRIBING, suite_job
+from ..results import Run
+from ..suite import Model, Suite, load
+from .compiling import Compiling
+from .options import Options
+
+SuiteFor = Callable[[str, torch.dtype], Suite]
+RUN = pytest.StashKey[Run]()
+"""What a run has found."""
+
+
+class Models:
+    """The models and suites of a run.
+
+    asked: by size and dtype, the blocks that are compared alone. model, suite: from a size, and from a size and a
+    dtype, the last two of which are kept.
+    """
+
+    def __init__(self, config: pytest.Config):
+        self.config, self.options = config, Options.of(config)
+        self.asked: dict[tuple[str, torch.dtype], frozenset[str]] = {}
+        self.model: Callable[[str], Model] = lru_cache(maxsize=2)(lambda size: load(size, self.options.checkpoint))
+        self.suite: SuiteFor = lru_cache(maxsize=2)(self.new_suite)
+
+    @classmethod
+    def of(cls, config: pytest.Config) -> "Models":
+        """Return those of a run."""
+        return config.stash.setdefault(MODELS, cls(config))
+
+    def new_suite(self, size: str, dtype: torch.dtype) -> Suite:
+        """Make a suite, once its blocks are compiled if another process compiles them."""
+        only, options = self.asked.get((size, dtype), frozenset()), self.options
+        Compiling.of(self.config).wait(suite_job(size, dtype, only))
+        memory = getattr(self.config, "cache", None)
+        return Suite(self.model(size), dtype, options.device, options.artifacts, memory, only)
+
+
+MODELS = pytest.StashKey[Models]()
+
+
+@pytest.fixture
+def suite(request: pytest.FixtureRequest) -> Suite:
+    """The suite of one --size in one --dtype."""
+    return Models.of(request.config).suite(*request.param)
+
+
+@pytest.fixture
+def suite_for(request: pytest.FixtureRequest) -> SuiteFor:
+    """From a size and a dtype to their suite."""
+    return Models.of(request.config).suite
+
+
+@pytest.fixture
+def run(request: pytest.FixtureRequest) -> Run:
+    """Where tests leave what they found, for the report and the last lines of the run."""
+    return request.config.stash[RUN]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_artifacts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache folder with all that the user's holds, but for the artifacts: what `load_model` keeps is of this run, so
+    that nothing is judged which an earlier one compiled."""
+    users, own = cache_folder("kernels").parent, tmp_path_factory.mktemp("cache")
+    for shared in ("kernels", "graphs", "locks"):
+        (users / shared).mkdir(parents=True, exist_ok=True)
+    for entry in set(users.iterdir()) - {users / "artifacts"}:
+        (own / entry.name).symlink_to(entry.absolute())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MAXWHISPER_CACHE_DIR", str(own))
+        yield
+
+
+@pytest.fixture(scope="session")
+def checkpoint_path(request: pytest.FixtureRequest) -> str:
+    """The checkpoint that whole transcripts are made with: the user's, or the trained fixture."""
+    Compiling.of(request.config).wait(TRANSCRIBING)
+    return Options.of(request.config).checkpoint or str(FIXTURES / "nano.pt")
+
+
+@pytest.fixture(scope="session")
+def loading(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """What the options have `load_model` do beside loading a checkpoint."""
+    get = request.config.getoption
+    options = {"artifacts": get("--artifacts"), "or_compile": get("--or-compile")}
+    return {"device": Options.of(request.config).device, **options}

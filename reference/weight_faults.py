@@ -1,0 +1,211 @@
+"""Wrong models of wrong weights: what a loader or a converter gets wrong."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from whisper.audio import N_FFT, SAMPLE_RATE
+from whisper.model import ModelDimensions
+
+from .faults import LAYER, Fault, Tensors
+
+ENCODER, DECODER = f"encoder.blocks.{LAYER}", f"decoder.blocks.{LAYER}"
+
+
+def at(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Tensors, ModelDimensions], Tensors]:
+    """One tensor changed."""
+    return lambda tensors, dims: {name: change(tensors[name])}
+
+
+def swapped(one: str, other: str) -> Callable[[Tensors, ModelDimensions], Tensors]:
+    """Two tensors, or all tensors of two modules, in each other's places."""
+
+    def change(tensors: Tensors, dims: ModelDimensions) -> Tensors:
+        names = [name for name in tensors if name == one or name.startswith(one + ".")]
+        pairs = {name: other + name.removeprefix(one) for name in names}
+        return {a: tensors[b] for a, b in pairs.items() if b in tensors} | {
+            b: tensors[a] for a, b in pairs.items() if b in tensors
+        }
+
+    return change
+
+
+def copied(source: str, destination: str) -> Callable[[Tensors, ModelDimensions], Tensors]:
+    """All tensors of one module in the place of another's: stale weights."""
+    return lambda tensors, dims: {
+        destination + name.removeprefix(source): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(source + ".")
+    }
+
+
+def zeros(x: Tensor) -> Tensor:
+    return torch.zeros_like(x)
+
+
+def heads_exchanged(x: Tensor) -> Tensor:
+    """(n_state, n_in): the rows of the first head and those of the second exchanged."""
+    return torch.cat([x[64:128], x[:64], x[128:]])
+
+
+def one_element_off(x: Tensor) -> Tensor:
+    """One element off by a hundredth of its row's norm."""
+    y = x.clone()
+    y[7, 11] += x[7].float().norm() / 100
+    return y
+
+
+def rounded_to_8_bits(x: Tensor) -> Tensor:
+    step = x.float().abs().max() / 127
+    return ((x.float() / step).round() * step).to(x.dtype)
+
+
+def bits_read_as_bfloat16(x: Tensor) -> Tensor:
+    return x.half().view(torch.bfloat16).float().clamp(-65504, 65504).half().to(x.dtype)
+
+
+def one_row(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def of(x: Tensor) -> Tensor:
+        y = x.clone()
+        y[5] = change(x[5])
+        return y
+
+    return of
+
+
+def half_window(x: Tensor) -> Tensor:
+    """The Fourier basis (row, PIECE, tap) under a symmetric Hann window in the place of the periodic one."""
+    windows = (torch.hann_window(N_FFT, periodic=p, dtype=torch.float64) for p in (True, False))
+    periodic, symmetric = (window.reshape(-1, x.shape[1]).T for window in windows)
+    return torch.where(periodic == 0, 0, x.double() / periodic.clamp(min=1e-300) * symmetric).float()
+
+
+def weight_faults() -> Iterator[Fault]:
+    """Every one is some lines of what a loader or a converter gets wrong."""
+
+    def fault(name: str, block: str, path: str, change: Any, published: bool = False) -> Fault:
+        return Fault(name, block, path, change=change, published=published)
+
+    attn, cross = "encoder.attention", "decoder.cross_attention.prefill"
+    e, d = f"{ENCODER}.attn", f"{DECODER}.attn"
+    yield fault("query bias dropped", attn, e, at(f"{e}.query.bias", zeros))
+    yield fault("value bias dropped", attn, e, at(f"{e}.value.bias", zeros))
+    yield fault("out bias dropped", attn, e, at(f"{e}.out.bias", zeros))
+    yield fault("key and value swapped", attn, e, swapped(f"{e}.key.weight", f"{e}.value.weight"))
+    yield fault("query and key swapped", attn, e, swapped(f"{e}.query.weight", f"{e}.key.weight"))
+    yield fault("square weight transposed", attn, e, at(f"{e}.out.weight", lambda x: x.T.contiguous()))
+    yield fault("heads of the query permuted", attn, e, at(f"{e}.query.weight", heads_exchanged))
+    yield fault("heads of out permuted", attn, e, at(f"{e}.out.weight", lambda x: heads_exchanged(x.T).T.contiguous()))
+    yield fault("one element off by 1 % of its row", attn, e, at(f"{e}.value.weight", one_element_off))
+    yield fault("one row's sign", attn, e, at(f"{e}.value.weight", one_row(torch.neg)))
+    yield fault("rounded to bfloat16", attn, e, at(f"{e}.value.weight", lambda x: x.bfloat16().to(x.dtype)))
+    yield fault("rounded to 8 bits", attn, e, at(f"{e}.value.weight", rounded_to_8_bits))
+    yield fault(
+        "float16 read as bfloat16",
+        "encoder.mlp",
+        f"{ENCODER}.mlp",
+        at(f"{ENCODER}.mlp.2.weight", bits_read_as_bfloat16),
+    )
+    yield fault("mlp bias dropped", "encoder.mlp", f"{ENCODER}.mlp", at(f"{ENCODER}.mlp.0.bias", zeros))
+    yield fault(
+        "stale mlp of another layer",
+        "decoder.mlp.prefill",
+        f"{DECODER}.mlp",
+        copied("decoder.blocks.0.mlp", f"{DECODER}.mlp"),
+    )
+    yield fault("encoder layers swapped", "encoder.block", "encoder.blocks.0", swapped("encoder.blocks.0", ENCODER))
+    yield fault("decoder layers swapped", "decoder.block.prefill", DECODER, swapped(DECODER, "decoder.blocks.2"))
+    yield fault(
+        "another norm's weights",
+        "encoder.layer_norm",
+        f"{ENCODER}.attn_ln",
+        copied(f"{ENCODER}.mlp_ln", f"{ENCODER}.attn_ln"),
+    )
+    yield fault("norm's bias dropped", "encoder.layer_norm", f"{ENCODER}.attn_ln", at(f"{ENCODER}.attn_ln.bias", zeros))
+    yield fault("causal attention's value bias dropped", "decoder.attention.causal", d, at(f"{d}.value.bias", zeros))
+    yield fault(
+        "cross-attention's weights from self-attention",
+        cross,
+        f"{DECODER}.cross_attn",
+        copied(d, f"{DECODER}.cross_attn"),
+    )
+    yield fault("cross-attention silent", cross, f"{DECODER}.cross_attn", at(f"{DECODER}.cross_attn.out.weight", zeros))
+    yield fault(
+        "cross-attention's value bias dropped",
+        "decoder.cross_attention.keys_values",
+        f"{DECODER}.cross_attn",
+        at(f"{DECODER}.cross_attn.value.bias", zeros),
+    )
+    yield fault(
+        "audio positions shifted by one",
+        "encoder.stem",
+        "encoder.stem",
+        at("encoder.positional_embedding", lambda x: x.roll(1, 0)),
+    )
+    yield fault("conv taps reversed", "encoder.stem", "encoder.conv1", at("encoder.conv1.weight", lambda x: x.flip(2)))
+    yield fault(
+        "conv channels transposed",
+        "encoder.stem",
+        "encoder.conv2",
+        at("encoder.conv2.weight", lambda x: x.transpose(0, 1).contiguous()),
+        True,
+    )
+    yield fault("conv bias dropped", "encoder.stem", "encoder.conv2", at("encoder.conv2.bias", zeros))
+    yield fault(
+        "text positions shifted by one",
+        "decoder.embedding",
+        "decoder.embedding",
+        at("decoder.positional_embedding", lambda x: x.roll(-1, 0)),
+    )
+    yield fault(
+        "vocabulary shifted by one",
+        "decoder.embedding",
+        "decoder.token_embedding",
+        at("decoder.token_embedding.weight", lambda x: x.roll(1, 0)),
+    )
+    yield fault(
+        "one word's vector lost",
+        "decoder.logits.prefill",
+        "decoder",
+        at("decoder.token_embedding.weight", one_row(zeros)),
+    )
+    yield fault(
+        "last norm of the decoder skipped",
+        "decoder.logits.prefill",
+        "decoder.ln",
+        lambda t, dims: {
+            "decoder.ln.weight": torch.ones_like(t["decoder.ln.weight"]),
+            "decoder.ln.bias": zeros(t["decoder.ln.bias"]),
+        },
+    )
+    yield fault(
+        "last norm of the encoder without weights",
+        "encoder",
+        "encoder.ln_post",
+        lambda t, dims: {
+            "encoder.ln_post.weight": torch.ones_like(t["encoder.ln_post.weight"]),
+            "encoder.ln_post.bias": zeros(t["encoder.ln_post.bias"]),
+        },
+    )
+    yield fault(
+        "mel filters not normalised", "log_mel", "log_mel", at("log_mel.filters", lambda x: x / x.amax(1, keepdim=True))
+    )
+    yield fault(
+        "mel filters of another scale",
+        "log_mel",
+        "log_mel",
+        lambda t, dims: {"log_mel.filters": htk_filters(*t["log_mel.filters"].shape)},
+    )
+    yield fault("symmetric window", "log_mel", "log_mel", at("log_mel.fourier", half_window))
+
+
+def htk_filters(n_mels: int, n_rows: int) -> Tensor:
+    """Triangles of equal width on HTK's mel scale, area one, (n_mels, n_rows); Whisper's are on Slaney's."""
+    mel = torch.linspace(0, 2595 * math.log10(1 + 8000 / 700), n_mels + 2, dtype=torch.float64)
+    hertz = 700 * (10 ** (mel / 2595) - 1)
+    bins = torch.arange(n_rows, dtype=torch.float64) * SAMPLE_RATE / N_FFT
+    low, middle, high = hertz[:-2, None], hertz[1:-1, None], hertz[2:, None]
+    triangles = torch.minimum((bins - low) / (middle - low), (high - bins) / (high - middle)).clamp(min=0)
+    return (triangles * 2 / (high - low)).float()
