@@ -182,7 +182,7 @@ def test_a_tree_without_the_api_is_named(tmp_path: Path) -> None:
     (tmp_path / "maxwhisper").mkdir()
     (tmp_path / "maxwhisper" / "__init__.py").touch()
     (tmp_path / "maxwhisper" / "blocks.py").touch()
-    with pytest.raises(WorkerError, match=r"^base v0: .* ImportError: cannot import name 'BLOCKS' from"):
+    with pytest.raises(WorkerError, match=r"^base v0: .* ModuleNotFoundError: No module named 'reference'"):
         Worker(SETTING, tmp_path, "base v0")
 
 
