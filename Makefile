@@ -27,10 +27,11 @@ demo: $(INSTALLED)  ## transcribe a clip, then compare every block with PyTorch
 	$(BIN)/maxwhisper transcribe $(CLIP) --model $(CHECKPOINT) --output_format vtt --output_dir build/demo
 	$(BIN)/python -m reference --checkpoint $(CHECKPOINT)
 
-lint: $(INSTALLED)  ## ruff and mypy
+lint: $(INSTALLED)  ## ruff, mypy and import-linter
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 test: lint  ## lint, then every test, in JOBS processes; REPORT=DIR writes the report there
 	$(BIN)/pytest tests --benchmark-disable -n $(JOBS) --dist loadgroup $(addprefix --report ,$(REPORT))

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from functools import cache
 from threading import RLock
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,9 +13,6 @@ from numba.core.caching import NullCache
 from whisper import timing
 
 from .rebind import rebind
-
-if TYPE_CHECKING:
-    from .whisper import Whisper
 
 log = logging.getLogger("maxwhisper")
 
@@ -40,7 +37,7 @@ class Attention:
 class Scored:
     """What `find_alignment` takes for a model, for one call: threads that share the model do not meet in its hooks."""
 
-    def __init__(self, model: "Whisper"):
+    def __init__(self, model: Any):
         self.model = model
         self.dims, self.device, self.alignment_heads = model.dims, model.device, model.alignment_heads
         blocks = [SimpleNamespace(cross_attn=Attention()) for _ in range(model.dims.n_text_layer)]
@@ -54,7 +51,7 @@ class Scored:
         return logits
 
 
-def find_alignment(model: "Whisper", *args: Any, **kwargs: Any) -> list[timing.WordTiming]:
+def find_alignment(model: Any, *args: Any, **kwargs: Any) -> list[timing.WordTiming]:
     """openai-whisper's; through the model's own hooks only where it has others."""
     with ALIGNING:
         return timing.find_alignment(model if model.decoder.hooked() else Scored(model), *args, **kwargs)

@@ -12,27 +12,25 @@ import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from tiktoken import Encoding
 from whisper.audio import FRAMES_PER_SECOND, HOP_LENGTH
 from whisper.decoding import DecodingOptions
+from whisper.model import Whisper
 from whisper.tokenizer import Tokenizer, get_tokenizer
 from whisper.transcribe import transcribe
 
 from .errors import OptionError, warn_once
-
-if TYPE_CHECKING:
-    from .whisper import Whisper
 
 TASKS = ("transcribe", "translate")
 OF_THE_LOOP = frozenset(inspect.signature(transcribe).parameters)
 """The options of `transcribe` that `decode` does not have, and temperature, which there is one number."""
 
 
-def transcribing(options: Mapping[str, Any], model: "Whisper") -> dict[str, Any]:
+def transcribing(options: Mapping[str, Any], model: Whisper) -> dict[str, Any]:
     """The options of `transcribe` but for clip_timestamps, as openai-whisper's code takes them.
 
     Raises OptionError for a value that it could not use, TypeError for an option that it does not have.
@@ -59,7 +57,7 @@ def transcribing(options: Mapping[str, Any], model: "Whisper") -> dict[str, Any]
     return found | {name: getattr(checked, name) for name in of_decode}
 
 
-def decoding(options: DecodingOptions, model: "Whisper", tasks: Sequence[str] = (*TASKS, "lang_id")) -> DecodingOptions:
+def decoding(options: DecodingOptions, model: Whisper, tasks: Sequence[str] = (*TASKS, "lang_id")) -> DecodingOptions:
     """The options of `decode` as openai-whisper's code takes them. Raises OptionError for what it could not use."""
     if not isinstance(options, DecodingOptions):
         raise refused("options", options, "whisper.DecodingOptions")
@@ -149,7 +147,7 @@ def token_ids(name: str, value: Any, n_vocab: int, least: int = 0) -> list[int]:
     return ids
 
 
-def text_or_tokens(name: str, value: Any, model: "Whisper") -> Any:
+def text_or_tokens(name: str, value: Any, model: Whisper) -> Any:
     if value is None:
         return None
     if not isinstance(value, str):
@@ -165,7 +163,7 @@ def text_or_tokens(name: str, value: Any, model: "Whisper") -> Any:
 # ---- prompts -------------------------------------------------------------------------------------------------------
 
 
-def tokenizer_of(model: "Whisper") -> Tokenizer:
+def tokenizer_of(model: Whisper) -> Tokenizer:
     return get_tokenizer(model.is_multilingual, num_languages=model.num_languages)
 
 
@@ -174,22 +172,22 @@ def special_token_in(text: str, encoding: Encoding) -> str | None:
     return next((each for each in encoding.special_tokens_set if each in text), None) if "<|" in text else None
 
 
-def check_plain(name: str, text: str, model: "Whisper") -> None:
+def check_plain(name: str, text: str, model: Whisper) -> None:
     """Raises OptionError for a text with special tokens."""
     if special := special_token_in(text, tokenizer_of(model).encoding):
         raise OptionError(f"{name} holds {special}, a special token: expected text without these")
 
 
-def prompt_tokens(text: str, model: "Whisper") -> list[int]:
+def prompt_tokens(text: str, model: Whisper) -> list[int]:
     return tokenizer_of(model).encode(" " + text.strip())
 
 
-def longest_prompt(model: "Whisper") -> int:
+def longest_prompt(model: Whisper) -> int:
     """Tokens of a prompt that a decoder is given, the last ones."""
     return model.dims.n_text_ctx // 2 - 1
 
 
-def check_prompt(name: str, text: str, model: "Whisper") -> None:
+def check_prompt(name: str, text: str, model: Whisper) -> None:
     """Raises OptionError as `check_plain`, and warns of a text that is too long to be used whole."""
     check_plain(name, text, model)
     n_token, longest = len(prompt_tokens(text, model)), longest_prompt(model)
@@ -197,7 +195,7 @@ def check_prompt(name: str, text: str, model: "Whisper") -> None:
         warn_once(f"{name} has {n_token} tokens, of which the last {longest} are used: shorten it")
 
 
-def carried(text: str, model: "Whisper") -> Callable[..., DecodingOptions] | None:
+def carried(text: str, model: Whisper) -> Callable[..., DecodingOptions] | None:
     """The options of every window, where `carry_initial_prompt` has it begin with a text that leaves no room for more;
     None where there is room. openai-whisper's loop would have the text before the window push it out."""
     tokens, longest = prompt_tokens(text, model), longest_prompt(model)

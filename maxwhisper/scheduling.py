@@ -12,21 +12,31 @@ from contextlib import closing
 from os import PathLike
 from queue import SimpleQueue
 from threading import Event, Thread
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
 
 from .audio import SAMPLE_RATE, read_audio
 from .decoding.batching import BatchingStepper
+from .decoding.stepper import Stepper
 from .errors import OptionError
-
-if TYPE_CHECKING:
-    from .whisper import Whisper
 
 Waveform = np.ndarray | Tensor
 Audio = str | PathLike[str] | Waveform
 Result = dict[str, Any] | Exception
+
+
+class Model(Protocol):
+    """What transcribes, and can be had with another stepper."""
+
+    stepper: Stepper
+
+    def stepping_by(self, stepper: Stepper) -> "Model":
+        """Returns the model with another stepper."""
+
+    def transcribe(self, audio: Waveform, **options: Any) -> dict[str, Any]:
+        """Returns a recording's transcript."""
 
 
 def loaded(
@@ -58,7 +68,7 @@ def loaded(
 
 
 def transcribe_many(
-    model: "Whisper", audio: Sequence[Audio], batch_size: int = 1, **options: Any
+    model: Model, audio: Sequence[Audio], batch_size: int = 1, **options: Any
 ) -> Iterator[tuple[int, Result]]:
     """The number of every recording and what `Whisper.transcribe` returns or raises for it, as each is done.
 
@@ -87,7 +97,7 @@ def attempt(
 
 
 def in_threads(
-    model: "Whisper",
+    model: Model,
     audio: Sequence[Audio],
     n_thread: int,
     options: dict[str, Any],

@@ -1,16 +1,13 @@
 """The decoder's cache as openai-whisper's code sees it: a dict by module."""
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import OptionError
 from .cache import KeyValueCache
-
-if TYPE_CHECKING:
-    from ..modules import TextDecoder
 
 
 class ModuleCache(KeyValueCache, Mapping[nn.Module, torch.Tensor]):
@@ -19,7 +16,7 @@ class ModuleCache(KeyValueCache, Mapping[nn.Module, torch.Tensor]):
     same ones cut short.
     """
 
-    def __init__(self, decoder: "TextDecoder", cache: KeyValueCache | None = None):
+    def __init__(self, decoder: Any, cache: KeyValueCache | None = None):
         """cache: whose memory to take over."""
         c = cache or KeyValueCache()
         super().__init__(c.own, c.cross, c.n_token, c.rows, c.first_row, c.memory)
