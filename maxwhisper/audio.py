@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from itertools import groupby
 from threading import Event
 
@@ -19,8 +20,7 @@ import numpy as np
 import torch
 from whisper.audio import CHUNK_LENGTH, HOP_LENGTH, N_FFT, N_FRAMES, N_SAMPLES, SAMPLE_RATE
 
-from .engine.process import compiler
-from .engine.program import Artifact, Executable, Loader
+from .engine.program import Artifact, Executable
 from .engine.surroundings import cpu_by_default, one_torch_thread
 from .errors import AudioError, OptionError, warn_once
 from .network.log_mel import LogMelSpectrogram, log_mel_program, log_mel_weights
@@ -72,8 +72,8 @@ def load_audio(file: str | os.PathLike[str], sr: int = SAMPLE_RATE) -> np.ndarra
 
 
 def read_audio(file: str | os.PathLike[str], sr: int, stopped: Event) -> np.ndarray:
-    """As `load_audio`, for a thread that reads ahead: once `stopped` is set, it no longer waits for a pipe, and raises
-    AudioError."""
+    """Reads audio as `load_audio` does, for a thread that reads ahead: once `stopped` is set, it no longer waits for a
+    pipe, and raises AudioError."""
     name = os.fsdecode(file)
     if sr <= 0:
         raise OptionError(f"sr is the number of samples per second and must be positive, not {sr}")
@@ -225,23 +225,15 @@ def _resample(frames: Iterable[av.AudioFrame], sr: int) -> Iterator[av.AudioFram
         yield from resampler.resample(None)
 
 
-_SPECTROGRAMS: dict[int, Executable] = {}
+@cache
+def compiled_spectrogram(n_mels: int) -> Executable:
+    """Returns the spectrogram on the CPU, where openai-whisper computes it too, for waveforms of any length, compiled.
 
-
-def compiled_spectrogram(n_mels: int, load: Loader | None = None) -> Executable:
-    """The spectrogram on the CPU, where openai-whisper computes it too, compiled for waveforms of any length: once in a
-    process, unless `load` gives it at the first call. Raises ArtifactError where `load` does."""
-    if n_mels not in _SPECTROGRAMS:
-        with compiler():
-            if n_mels not in _SPECTROGRAMS:  # another thread may have been there meanwhile
-                _SPECTROGRAMS[n_mels] = _compile(n_mels, load)
-    return _SPECTROGRAMS[n_mels]
-
-
-def _compile(n_mels: int, load: Loader | None) -> Executable:
+    Raises OptionError for an n_mels other than 80 and 128.
+    """
     weights = {f"log_mel.{name}": tensor for name, tensor in log_mel_weights(n_mels).items()}
     program = log_mel_program(n_mels)
-    return Artifact(program.name, [program], "cpu", load).init(weights)[program.name]
+    return Artifact(program.name, [program], "cpu").init(weights)[program.name]
 
 
 def as_waveform(audio: np.ndarray | torch.Tensor) -> torch.Tensor:
@@ -269,8 +261,6 @@ def as_array(audio: object) -> np.ndarray:
         raise OptionError(f"audio is a {type(audio).__name__} that is no array of samples: {error}") from error
 
 
-@cpu_by_default()
-@one_torch_thread()
 def log_mel_spectrogram(
     audio: str | os.PathLike[str] | np.ndarray | torch.Tensor, n_mels: int = 80, padding: int = 0
 ) -> torch.Tensor:
@@ -281,6 +271,15 @@ def log_mel_spectrogram(
     Raises: AudioError if the file cannot be read, a sample is not finite, or there are too few samples to mirror;
     OptionError for a waveform of another shape or of integers, a negative padding, or an n_mels other than 80 and 128.
     """
+    return spectrogram(compiled_spectrogram(n_mels), audio, padding)
+
+
+@cpu_by_default()
+@one_torch_thread()
+def spectrogram(
+    compiled: Executable, audio: str | os.PathLike[str] | np.ndarray | torch.Tensor, padding: int = 0
+) -> torch.Tensor:
+    """Computes `log_mel_spectrogram` by a graph that `compiled_spectrogram` or a model has compiled."""
     waveform = as_waveform(load_audio(audio) if isinstance(audio, str | os.PathLike) else audio)
     if padding < 0:
         raise OptionError(f"padding is a number of samples and must not be negative, not {padding}")
@@ -291,5 +290,5 @@ def log_mel_spectrogram(
         raise AudioError(f"audio of {len(waveform)} samples is too short: a spectrogram needs {N_FFT // 2 + 1}")
     if max(waveform.aminmax(), key=abs).abs() > LOUDEST:
         warn_once(f"audio has samples beyond {LOUDEST}, expected floats in [-1, 1]: divide 16-bit samples by 32768")
-    [log_mel] = compiled_spectrogram(n_mels)(waveform)
+    [log_mel] = compiled(audio=waveform)
     return log_mel

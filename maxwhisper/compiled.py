@@ -22,6 +22,7 @@ from .engine.program import Artifact, Executable, Program, buffer
 from .engine.session import TORCH_DTYPE, Policy, find_device
 from .errors import OptionError
 from .network.blocks import BLOCKS
+from .network.log_mel import log_mel_weights
 
 STORAGE = {torch.float16: DType.float16, torch.bfloat16: DType.bfloat16}
 
@@ -115,6 +116,8 @@ class Network:
 
     def _load(self, unit: str) -> dict[str, Executable]:
         dims, tensors, name = self.checkpoint.dims, self.checkpoint.tensors, self.checkpoint.name
+        if unit == "log_mel":
+            tensors = {f"log_mel.{name}": tensor for name, tensor in log_mel_weights(dims.n_mels).items()}
         device = "cpu" if unit in ON_CPU else self.device
         policy = policy_of(tensors, device, self.policy.compute.name)
         load = self.artifacts.loader(unit, dims, policy) if self.artifacts else None

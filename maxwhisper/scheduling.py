@@ -102,7 +102,7 @@ def in_threads(
     n_thread: int,
     options: dict[str, Any],
 ) -> Iterator[tuple[int, Result]]:
-    """As `transcribe_many`, in as many threads, whose texts advance together."""
+    """Transcribes as `transcribe_many` does, in as many threads, whose texts advance together."""
     stepper = BatchingStepper(model.stepper, n_thread)
     batching = model.stepping_by(stepper)
     results: SimpleQueue[tuple[int, Result] | BaseException] = SimpleQueue()

@@ -22,7 +22,7 @@ from whisper.tokenizer import Tokenizer
 from whisper.transcribe import transcribe
 
 from .alignment import add_word_timestamps, keep_alignment_compiled
-from .audio import as_waveform, compiled_spectrogram, load_audio, log_mel_spectrogram
+from .audio import as_waveform, load_audio, spectrogram
 from .checkpoint import Checkpoint, StrPath, load_checkpoint
 from .compiled import ON_CPU, Network, arithmetic, policy_of, programs_of, rounded, units_on
 from .decoding.cache import KeyValueCache
@@ -157,10 +157,8 @@ class Whisper(Frozen, OpenAIWhisper):
         if self._device.type == "cuda" and not torch.cuda.is_available():
             raise DeviceError(f"device '{device}' needs a PyTorch that finds the GPU too; this one does not")
         self.network = network = Network(checkpoint, device, artifacts, dtype)
-        if artifacts:
-            policy = policy_of(checkpoint.tensors, "cpu", dtype)
-            if self.dims.n_mels in N_MELS:  # for others there is no spectrogram
-                compiled_spectrogram(self.dims.n_mels, artifacts.loader("log_mel", self.dims, policy))
+        if artifacts and self.dims.n_mels in N_MELS:  # for others there is no spectrogram
+            network["log_mel"]  # with what it takes from there, or the error
         self.encoder = AudioEncoder(self.dims, network, self._device)
         self.decoder = TextDecoder(self.dims, network, self._device)
         self.stepper = stepper_of(network, self.dims)
@@ -190,7 +188,7 @@ class Whisper(Frozen, OpenAIWhisper):
         return model
 
     def check_unchanged(self) -> None:
-        """As of encoder and decoder."""
+        """Raises OptionError as encoder and decoder do."""
         self.encoder.check_unchanged()
         self.decoder.check_unchanged()
 
@@ -241,7 +239,7 @@ class Whisper(Frozen, OpenAIWhisper):
             keep_alignment_compiled()
         clips = within(clip_timestamps, len(audio))
         names: dict[str, Any] = {
-            "log_mel_spectrogram": log_mel_spectrogram,
+            "log_mel_spectrogram": lambda audio, _, padding: spectrogram(self.network["log_mel"], audio, padding),
             "add_word_timestamps": add_word_timestamps,
         }
         if progress:

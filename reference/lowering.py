@@ -101,7 +101,7 @@ def units(suite: Suite) -> Iterator[tuple[str, list[Program]]]:
 
 
 def loaded(policy: Policy) -> Policy:
-    """As `load_model` has it, where matrices are rounded to the dtype of arithmetic below float32."""
+    """Returns what `load_model` has, where matrices are rounded to the dtype of arithmetic below float32."""
     return policy if policy.compute == DType.float32 else replace(policy, storage=policy.compute)
 
 

@@ -15,7 +15,7 @@ SMALLEST = {
 """By dtype, the size below which an error is no longer relative to its value: what lies between subnormal numbers is
 rounded to one of them, and sums in float32 may flush those of float32 to zero."""
 POSITIONS_AT_A_TIME = 4
-"""Of which KL divergences are computed."""
+"""The outputs of which KL divergences are computed."""
 
 
 def severity(x: float) -> float:
@@ -156,7 +156,7 @@ def largest_error(error: Norms, oracle: Norms) -> float:
 
 
 def measure_values(oracle: Norms, peer: Norms, subject: Norms, allowed: Allowance) -> list[Measure]:
-    """Of the errors of peer and subject."""
+    """Returns the ratio of the errors of peer and subject."""
     n_position, n_channel, floor = len(oracle.positions), len(oracle.channels), allowed.floor
     # A rounding error is relative to its own value, so a channel's follows that channel, and the largest error the
     # largest value where that is further out than the largest of so many normal errors.
@@ -209,7 +209,7 @@ def kl_divergences(right: Tensor, *others: Tensor) -> list[Tensor]:
 def measure_logits(
     oracle: Tensor, peer: Tensor, subject: Tensor, size: Norms, peer_error: Norms, floor: float
 ) -> list[Measure]:
-    """As probabilities over the vocabulary.
+    """Measures outputs as probabilities over the vocabulary.
 
     KL divergence grows with the square of an error e of the logits, at most as e**2 / 2, so its budget is that of its
     root. Where two tokens' logits are nearer than twice the error of each, either may be the first choice.

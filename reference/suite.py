@@ -72,7 +72,7 @@ class Model:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the weights and dimensions."""
+        """Returns a hash of the weights and dimensions."""
         return fingerprint(self.tensors, repr(self.dims))
 
     @cached_property

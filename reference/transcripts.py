@@ -61,7 +61,7 @@ class Yardstick:
 
     @cached_property
     def weights(self) -> str:
-        """Of everything that makes up the model."""
+        """Returns a hash of everything that makes up the model."""
         heads = self.model.alignment_heads.to_dense()
         return fingerprint(self.model.state_dict() | {"alignment_heads": heads}, repr(self.model.dims))
 
@@ -73,7 +73,7 @@ class Yardstick:
         return f"maxwhisper/transcripts/{fingerprint({'audio': torch.from_numpy(audio)}, self.weights, *others)}"
 
     def transcribe(self, audio: np.ndarray, **options: Any) -> dict[str, Any]:
-        """As openai-whisper's, from memory where it is known."""
+        """Returns openai-whisper's, from memory where it is known."""
         if self.memory is None or (key := self.key(audio, options)) is None:
             return self.model.transcribe(audio, **options)
         known = self.memory.get(key, None)

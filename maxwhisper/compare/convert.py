@@ -106,7 +106,7 @@ def write_hugging_face(checkpoint: "Checkpoint", folder: Path) -> None:
 
 
 def write_ctranslate2(checkpoint: "Checkpoint", folder: Path) -> None:
-    """As the published models of faster-whisper are made: from a Hugging Face folder, in float16."""
+    """Converts as the published models of faster-whisper are made: from a Hugging Face folder, in float16."""
     from ctranslate2.converters import TransformersConverter
 
     source = convert("hugging-face", checkpoint.path.parents[1])

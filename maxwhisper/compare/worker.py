@@ -61,7 +61,7 @@ class Requests:
         return {"tokens": [int(token) for tokens in generated for token in tokens]}
 
     def generate_batch(self, mel: str, n_tokens: int) -> dict[str, Any]:
-        """As `windows`, all at once."""
+        """Does what `windows` does, all at once."""
         generated = self.engine.generate_batch(np.load(mel), n_tokens)
         return {"tokens": [int(token) for tokens in generated for token in tokens]}
 

@@ -59,7 +59,7 @@ class KeyValueCache:
         self.n_token = end
 
     def repeat(self, times: int) -> None:
-        """As many copies of every text, side by side; the texts are still in their own rows."""
+        """Makes as many copies of every text, side by side; the texts are still in their own rows."""
         own, n_token, n_place = self.own, self.n_token, self.own[0].shape[2]
         self.own, self.n_token = [], 0
         self.append([kv[:, :, :n_token].repeat_interleave(times, 0) for kv in own], n_place)

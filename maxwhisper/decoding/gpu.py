@@ -20,7 +20,9 @@ from whisper.model import ModelDimensions
 
 from ..engine.program import Program, buffer, by_name
 from ..engine.session import Policy
-from ..network.model import KeyValue, Slots, TextDecoder, flash_dtype, grouped, indices
+from ..network.keys_values import KeyValue, Slots, flash_dtype
+from ..network.model import TextDecoder
+from ..network.shapes import grouped, indices
 from .cache import CacheSlots, JoinedCache, KeyValueCache, named
 from .cpu import SELECT_TOKENS, keys_values, written
 from .rules import Rules
@@ -51,8 +53,8 @@ def log_probabilities(
     suppressed: TensorValue,
     limits: TensorValue,
 ) -> TensorValue:
-    """Of every next token (batch, vocab), by openai-whisper's rules: minus infinity for those excluded; not finite if a
-    logit is NaN, or no token is left.
+    """Returns those of every next token (batch, vocab), by openai-whisper's rules: minus infinity for those excluded;
+    not finite if a logit is NaN, or no token is left.
 
     By MAX's operations, for any device: what `maxwhisper.pick` has inside, whose Mojo source says what goes in. logits:
     (batch, vocab).
@@ -71,7 +73,8 @@ def log_probabilities(
 
 
 def log_sum_exp(x: TensorValue) -> TensorValue:
-    """Of (batch, n), (batch, 1); of minus infinity alone minus infinity, of anything with NaN in it NaN."""
+    """Returns that of (batch, n), (batch, 1); of minus infinity alone minus infinity, of anything with NaN in it
+    NaN."""
     greatest = ops.max(x, axis=1)
     base = ops.where(greatest > NEVER, greatest, 0)
     # MAX's exponential of NaN is a number.
@@ -170,7 +173,8 @@ def mask_behind(n_past: TensorValue, cache: TensorValue) -> TensorValue:
 
 
 def inputs(dims: ModelDimensions, policy: Policy, state: Sequence[str]) -> dict[str, TensorType | BufferType]:
-    """Of both programs. Keys and values are (row, token, head, channel), as MAX's kernels for GPUs take them."""
+    """Returns the inputs of both programs. Keys and values are (row, token, head, channel), as MAX's kernels for GPUs
+    take them."""
     device, n_head = policy.device, dims.n_text_head
     n_channel = dims.n_text_state // n_head
     layers = range(2 * dims.n_text_layer)
@@ -213,11 +217,11 @@ class GPUStepper:
     def advance(self, texts: Texts, cache: KeyValueCache, rules: Rules, n_token: Tensor) -> Advanced:
         """Decodes texts by at most STEPS_AT_ONCE tokens of the likeliest ones, or by one with several candidates."""
         check_room(int((texts.lengths + n_token).max()) - 1, self.dims.n_text_ctx)
-        seated = cache if isinstance(cache, JoinedCache) else self._in_slots(cache)
+        in_slots = cache if isinstance(cache, JoinedCache) else self._in_slots(cache)
         eot, n_free, n_best = rules.eot, self.dims.n_text_ctx + 1 - texts.tokens.shape[1], len(rules.places)
         tokens = functional.pad(texts.tokens, (0, n_free), value=eot)
         of_rules = self._there(suppressed=rules.suppressed, begins=rules.begins, limits=rules.limits)
-        given = {**of_rules, **seated.inputs(), **seated.written()}
+        given = {**of_rules, **in_slots.inputs(), **in_slots.written()}
         if n_best > 1:
             graph = self.graphs[CANDIDATES]
             here = self._there(texts=tokens, lengths=texts.lengths)

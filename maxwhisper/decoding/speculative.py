@@ -42,11 +42,11 @@ from .stepper import Advanced, Candidates, Graphs, Texts, check_room
 SPECULATE, QUANTIZE_KEYS = "decoder.speculate", "decoder.rough_keys"
 
 N_PROPOSED = 7
-"""Tokens that are guessed and then checked together with the one before: eight rows of a product for each text."""
+"""Tokens that are proposed and then verified together with the one before: eight rows of a product for each text."""
 
 WORTH_PROPOSING = 4
-"""Tokens of every text for which a round of guesses takes less time than as many steps: if fewer are wanted, or come of
-rounds, steps are better."""
+"""Tokens of every text for which a round of proposals takes less time than as many steps: if fewer are wanted, or come
+of rounds, steps are better."""
 
 MATRICES = ("attn.query", "attn.key", "attn.value", "attn.out", "cross_attn.query", "cross_attn.out", "mlp.0", "mlp.2")
 VECTORS = (
@@ -54,22 +54,22 @@ VECTORS = (
     *("cross_attn_ln.weight", "cross_attn_ln.bias", "cross_attn.query.bias", "cross_attn.out.bias"),
     *("mlp_ln.weight", "mlp_ln.bias", "mlp.0.bias", "mlp.2.bias"),
 )
-"""Of a layer, as `maxwhisper.guess` takes them one behind the other."""
+"""The weights of a layer as `maxwhisper.guess` takes them one behind the other."""
 
 ROWS = 4096
-"""Of a matrix that are quantized at a time, so that little more memory is needed than for the outcome."""
+"""Rows of a matrix that are quantized at a time, so that little more memory is needed than for the outcome."""
 
 
 # ---- the draft -----------------------------------------------------------------------------------------------------
 
 
 def matrices_size(n_state: int) -> int:
-    """Of a layer in int8, in bytes: six from state to state, and both of the MLP."""
+    """Returns the size of a layer in int8, in bytes: six from state to state, and both of the MLP."""
     return 10 * n_state * (n_state + UNIT_SIZE) + n_state * (4 * n_state + UNIT_SIZE)
 
 
 class Draft(NamedTuple):
-    """A decoder's quantized copy: what of it a CPU has beside the decoder, once guesses are asked for.
+    """A decoder's quantized copy: what of it a CPU has beside the decoder, once proposals are asked for.
 
     matrices: int8 (layer, number), vectors: float32 (layer, number), those of a layer one behind the other.
     token_embedding: uint8 (vocab, number), of four bits a number; the decoder's own computes the highest logits.
@@ -81,7 +81,7 @@ class Draft(NamedTuple):
 
 
 def draft_types(dims: ModelDimensions, policy: Policy) -> Draft:
-    """How graphs take a draft: with each execution, so that it need not be there where nobody guesses."""
+    """Returns how graphs take a draft: with each execution, so that it need not be there where nobody guesses."""
     n_layer, n_state = dims.n_text_layer, dims.n_text_state
     return Draft(
         TensorType(DType.int8, [n_layer, matrices_size(n_state)], policy.device),
@@ -227,7 +227,7 @@ class SpeculativeStepper:
         """Decodes texts as `CPUStepper` does, to the same tokens, or to fewer, if so few are left that others steps
         take less time."""
         check_room(int((texts.lengths + n_token).max()) - 1, self.n_text_ctx)
-        # Where keys of guesses go there must be a place too.
+        # Where keys of proposals go there must be a place too.
         n_proposed = n_token.minimum(self.n_text_ctx + 1 - N_PROPOSED - texts.lengths)
         of_its_own = len(cache.cross[0]) == len(texts.tokens)
         if len(rules.places) > 1 or not of_its_own or not worth_proposing(n_proposed, n_token):

@@ -309,7 +309,7 @@ def writing(out: str | os.PathLike[str], target: str) -> Iterator[Writer]:
 
 @contextmanager
 def replacing(out: Path, target: str) -> Iterator[Writer]:
-    """As `writing`, in the place of whatever is there. Raises OSError if it cannot be written."""
+    """Writes as `writing` does, in the place of whatever is there. Raises OSError if it cannot be written."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
         new, old = Path(temporary) / "new", Path(temporary) / "old"
@@ -345,7 +345,7 @@ class Cache:
         return (self.folder / f"{unit}-{key(replace(by_sources, source=built_from(programs)), target)}").exists()
 
     def loader(self, unit: str, dims: ModelDimensions, policy: Policy) -> Loader:
-        """As `Artifacts.loader`; compiles and keeps what is not there."""
+        """Loads as `Artifacts.loader` does; compiles and keeps what is not there."""
         device = policy.device.device_type.value
 
         def load(programs: Sequence[Program], compile_them: Callable[[], Stored]) -> Stored:

@@ -32,8 +32,8 @@ from whisper.model import ModelDimensions
 from ..engine.program import Program
 from ..engine.session import Policy
 from . import model
+from .keys_values import Cache, KeyValue
 from .log_mel import LogMelSpectrogram
-from .model import Cache, KeyValue
 
 Inputs = dict[str, TensorType]
 

@@ -10,7 +10,7 @@ from whisper.audio import HOP_LENGTH, N_FFT, mel_filters
 
 from ..engine.program import Program
 from ..errors import OptionError
-from .model import convolution
+from .products import convolution
 
 N_BINS = N_FFT // 2 + 1
 """Frequencies of the Fourier transform of a frame, from 0 to SAMPLE_RATE / 2."""

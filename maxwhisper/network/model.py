@@ -14,11 +14,10 @@ Shapes: batch and text length are symbolic; audio length and widths are static a
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from typing import Any
 
 from max.dtype import DType
-from max.graph import BufferValue, DeviceRef, Dim, Graph, StaticDim, TensorType, TensorValue, Weight, ops
+from max.graph import TensorType, TensorValue, Weight, ops
 from max.nn.attention import MHAMaskVariant
 from max.nn.kernels import flash_attention_gpu, masked_flash_attention_gpu
 from max.nn.layer import LayerList, Module
@@ -26,215 +25,9 @@ from whisper.model import ModelDimensions
 
 from ..engine.session import Policy
 from .gelu import gelu
-
-
-class KeyValue(NamedTuple):
-    """Keys and values of one attention, each (batch, head, token, channel)."""
-
-    k: TensorValue
-    v: TensorValue
-
-
-class Cache(NamedTuple):
-    """Keys and values of the tokens before, each (row, head, place, channel), in the first `length` places; length is
-    int64 on the CPU, a scalar, or (batch,) where a kernel of ours attends. What the other places hold is never read.
-
-    sources: int64 (batch, place), for kernels of ours, which find a text's key and value of a place in that row; where
-    there are none, every text has its own row.
-    """
-
-    k: TensorValue
-    v: TensorValue
-    length: TensorValue
-    sources: TensorValue | None = None
-
-    def for_kernel(self, batch: Dim) -> list[TensorValue]:
-        """What kernels take: keys, values, length and sources of every text."""
-        sources = self.sources
-        if sources is None:
-            rows = ops.unsqueeze(indices(batch, self.k.device), 1)
-            sources = rows.broadcast_to((batch, self.k.shape[2]))
-        return [self.k, self.v, self.length.broadcast_to((batch,)), sources]
-
-    def followed_by(self, new: KeyValue) -> KeyValue:
-        """The cached keys and values and the new ones, in new memory."""
-        assert self.sources is None, "only kernels of ours read other rows"
-        filled = (slice(0, self.length), "past")
-        past = (x[:, :, filled] for x in (self.k, self.v))
-        return KeyValue(*(ops.concat(pair, axis=2) for pair in zip(past, new, strict=True)))
-
-
-def flash_dtype(dtype: DType) -> DType:
-    """What flash attention computes in: not in float16, which MAX 26.7's kernel for an H100 does not take."""
-    return DType.float32 if dtype == DType.float16 else dtype
-
-
-class Slots(NamedTuple):
-    """A cache on any device, for one token of each text, whose key and value are put into it before it is read.
-
-    k, v: (batch, place, head, channel), finite in every place, in `flash_dtype`. k_written, v_written: the same memory,
-        to be written.
-    n_past: int64 (batch,), how many places of a text are filled.
-    mask: float32 (batch, 1, place), 0 for those and for the next one, minus infinity for the others.
-    """
-
-    k: TensorValue
-    v: TensorValue
-    k_written: BufferValue
-    v_written: BufferValue
-    n_past: TensorValue
-    mask: TensorValue
-
-    def filled(self, q: TensorValue, new: KeyValue) -> tuple[TensorValue, KeyValue]:
-        """The queries (batch, 1, state), and keys and values of every place, the new ones among them.
-
-        That they are there the graph only knows by the queries, which the operation returns that puts them there.
-        """
-        tokens_first = (ops.permute(x, [0, 2, 1, 3]).reshape(q.shape) for x in new)
-        rows = [x.cast(self.k.dtype) for x in (q, *tokens_first)]
-        values = [self.k_written, self.v_written, *rows, self.n_past]
-        (queries,) = ops.inplace_custom("maxwhisper.store", q.device, values, [rows[0].type])
-        return queries.tensor, KeyValue(*(ops.permute(x, [0, 2, 1, 3]) for x in (self.k, self.v)))
-
-
-FEW_TOKENS = 16
-"""As many rows as wait for memory, not for arithmetic, when they are multiplied with a matrix; audio has more."""
-
-
-def linear(x: TensorValue, weight: TensorValue, bias: TensorValue | None = None) -> TensorValue:
-    """x @ weight.T + bias in the dtype of x: (batch, token, n_in) by (n_out, n_in) to (batch, token, n_out).
-
-    On a CPU it is rounded once, the bias added, as PyTorch does. A product that is rounded before its bias is added is
-    wrong by nearly the same at every position: by how far the bias is from a multiple of the product's last digit.
-    """
-    if not x.device.is_cpu():
-        return device_product(x, weight, bias)
-    audio = isinstance(x.shape[1], StaticDim) and int(x.shape[1]) > FEW_TOKENS
-    y = (convolution if audio else text_product)(x, weight)
-    return (y if bias is None else y + bias).cast(x.dtype)
-
-
-def text_product(x: TensorValue, weight: TensorValue) -> TensorValue:
-    """x @ weight.T in float32 for as many rows as a text has tokens, on a CPU.
-
-    By a kernel of our own, which reads the weights as they are stored, once: MAX's matrix product would first copy them
-    all into another layout, which takes longer than the product itself.
-    """
-    return custom_product("maxwhisper.linear", x, weight, x.shape[1])
-
-
-def convolution(x: TensorValue, weight: TensorValue, stride: int = 1, n_y: Dim | None = None) -> TensorValue:
-    """Convolution over time in float32, without padding and bias, on a CPU: x (batch, frame, n_in) by weight (n_out,
-    n_in, taps), or (n_out, n_in) for one tap, to (batch, n_y, n_out).
-
-    By a kernel of our own for the many rows that audio has. n_y: as many frames as that makes, where the number of x's
-    is symbolic.
-    """
-    n_out, taps = weight.shape[0], int(weight.shape[2]) if weight.rank == 3 else 1
-    if n_y is None:
-        n_y = Dim((int(x.shape[1]) - taps) // stride + 1)
-    parameters = {"taps": taps, "stride": stride}
-    return custom_product("maxwhisper.convolution", x, weight.reshape((n_out, -1)), n_y, parameters)
-
-
-def convolution_by_product(
-    x: TensorValue, weight: TensorValue, bias: TensorValue | None = None, stride: int = 1
-) -> TensorValue:
-    """Convolution over time in the dtype of x as one matrix product, of the frames that each output sees, side by side,
-    where MAX 26.7 has no kernel for GPUs but a plain loop. x: (batch, frame, n_in); weight: (n_out, n_in, taps)."""
-    n_out, taps = int(weight.shape[0]), int(weight.shape[2])
-    last = int(x.shape[1]) - taps
-    seen = ops.concat([x[:, tap : last + tap + 1 : stride] for tap in range(taps)], axis=2)
-    rows = ops.permute(weight, [0, 2, 1]).reshape((n_out, -1))
-    return device_product(seen, rows, bias)
-
-
-def custom_product(
-    name: str, x: TensorValue, weight: TensorValue, n_row: Dim, parameters: dict[str, Any] | None = None
-) -> TensorValue:
-    """A product of x (batch, row, n_in) with a matrix by a kernel of ours, float32 (batch, n_row, n_out); the kernel
-    rounds the weights to the dtype of x, as PyTorch does."""
-    y = TensorType(DType.float32, [x.shape[0], n_row, weight.shape[0]], x.device)
-    return ops.custom(name, x.device, [x, weight], [y], parameters=parameters)[0].tensor
-
-
-def device_product(x: TensorValue, weight: TensorValue, bias: TensorValue | None = None) -> TensorValue:
-    """As `linear`, off the CPU. In bfloat16 it is rounded before the bias is added: with anything else behind it, MAX
-    26.7's kernel for an H100 does not compile."""
-    if bias is not None and x.dtype == DType.float16:
-        return biased_product(x, weight.cast(x.dtype), bias)
-    return shared(matrix_product, *((x, weight) if bias is None else (x, weight, bias)))
-
-
-def matrix_product(x: TensorValue, weight: TensorValue, bias: TensorValue | None = None) -> TensorValue:
-    """As `linear`, by MAX's operation, which rounds to the dtype of x what a bias is then added to."""
-    y = x @ ops.transpose(weight.cast(x.dtype), 0, 1)
-    return y if bias is None else y + bias.cast(x.dtype)
-
-
-def biased_product(x: TensorValue, weight: TensorValue, bias: TensorValue) -> TensorValue:
-    """As `linear`, rounded once, by MAX's kernels in an operation of our own."""
-    rows = x.reshape((-1, x.shape[2]))
-    shape = [rows.shape[0], weight.shape[0]]
-    types = [TensorType(dtype, shape, x.device) for dtype in (x.dtype, DType.float32)]
-    y = ops.custom("maxwhisper.biased_product", x.device, [rows, weight, bias], types)[0].tensor
-    return y.reshape((*x.shape[:2], weight.shape[0]))
-
-
-SUBGRAPHS: WeakKeyDictionary[Graph, dict[str, Graph]] = WeakKeyDictionary()
-
-
-def shared(function: Callable[..., TensorValue], *inputs: TensorValue) -> TensorValue:
-    """function(*inputs), as a subgraph that all calls with inputs of the same types share.
-
-    MAX fuses what follows a matrix product into its kernel and compiles that kernel again for every difference, eight
-    seconds each; behind a subgraph's boundary all products of one shape are one kernel.
-    """
-    subgraphs = SUBGRAPHS.setdefault(Graph.current, {})
-    key = f"{function.__name__}{[value.type for value in inputs]}"
-    if key not in subgraphs:
-        name = f"{Graph.current.name}.{function.__name__}.{len(subgraphs)}"
-        types = [value.type for value in inputs]
-        with Graph.current.add_subgraph(name, input_types=types, devices=[inputs[0].device]) as subgraph:
-            subgraph.output(function(*(value.tensor for value in subgraph.inputs)))
-        subgraphs[key] = subgraph
-    return ops.call(subgraphs[key], *inputs)[0].tensor
-
-
-def length(dim: Dim) -> TensorValue:
-    """The length of a dimension, known when the graph runs, as an int64 scalar on the CPU."""
-    return ops.shape_to_tensor([dim]).reshape(())
-
-
-def indices(dim: Dim, device: DeviceRef) -> TensorValue:
-    """0, 1, 2 ... along a dimension, int64."""
-    return ops.range(0, length(dim), 1, out_dim=dim, dtype=DType.int64, device=device)
-
-
-def causal_mask(n_token: Dim, policy: Policy) -> TensorValue:
-    """(token, token): 0 where a query may see a key, minus infinity where the key is later.
-
-    By band_part: MAX 26.7 drops a mask that is made by comparing positions when it fuses attention on CPU.
-    """
-    minus_infinity = ops.constant(float("-inf"), DType.float32, policy.device)
-    return ops.band_part(minus_infinity.broadcast_to((n_token, n_token)), num_lower=-1, num_upper=0, exclude=True)
-
-
-def split_rows(x: TensorValue, n_row: Dim) -> TensorValue:
-    """(batch, token, state) to (n_row, batch / n_row * token, state): consecutive sequences side by side in one row."""
-    batch, n_token, n_state = x.shape
-    if batch == n_row:
-        return x
-    width = batch * n_token // n_row
-    return x.reshape((batch * n_token, n_state)).rebind((n_row * width, n_state)).reshape((n_row, width, n_state))
-
-
-def join_rows(x: TensorValue, batch: Dim, n_token: Dim) -> TensorValue:
-    """The inverse of `split_rows`: back to (batch, n_token, state)."""
-    n_row, width, n_state = x.shape
-    if batch == n_row:
-        return x
-    return x.reshape((n_row * width, n_state)).rebind((batch * n_token, n_state)).reshape((batch, n_token, n_state))
+from .keys_values import Cache, KeyValue, Slots, flash_dtype
+from .products import convolution, convolution_by_product, linear
+from .shapes import causal_mask, grouped, indices, join_rows, split_rows
 
 
 class LayerNorm(Module):
@@ -323,7 +116,7 @@ class MultiHeadAttention(Module):
         return self.out(wv), qk
 
     def scores_by_kernel(self, q: TensorValue, kv: KeyValue) -> tuple[TensorValue, TensorValue]:
-        """As `by_kernel`, and the scores before softmax."""
+        """Attends as `by_kernel` does; also returns the scores before softmax."""
         qk = TensorType(DType.float32, [q.shape[0], kv.k.shape[1], q.shape[1], kv.k.shape[2]], q.device)
         parameters = {"n_channel": self.n_channel}
         scores = ops.custom("maxwhisper.attention_scores", q.device, [q, kv.k], [qk], parameters=parameters)
@@ -354,7 +147,7 @@ class MultiHeadAttention(Module):
     def by_flash_attention(
         self, q: TensorValue, kv: KeyValue, mask: TensorValue | None = None, cache: Cache | None = None
     ) -> TensorValue:
-        """As `by_kernel`, by MAX's kernels for GPUs, which know a causal mask, (token, token), without reading it."""
+        """Attends by MAX's kernels for GPUs, which know a causal mask, (token, token), without reading it."""
         kv = kv if cache is None else cache.followed_by(kv)
         rows = split_rows(q, kv.k.shape[0])
         heads = rows.reshape((*rows.shape[:2], self.n_head, self.n_channel))
@@ -370,7 +163,7 @@ class MultiHeadAttention(Module):
     def written_out(
         self, q: TensorValue, kv: KeyValue, mask: TensorValue | None = None, cache: Cache | None = None
     ) -> TensorValue:
-        """As `by_kernel`, by MAX's operations."""
+        """Attends as `by_kernel` does, by MAX's operations."""
         return self.heads_attention(q, kv if cache is None else cache.followed_by(kv), mask)[0]
 
     def heads_attention(
@@ -466,23 +259,23 @@ class ResidualAttentionBlock(Module):
         return follow(x, KeyValue(k_cross, v_cross), Cache(k_cache, v_cache, offset))
 
     def written_out(self, x: TensorValue, cross_kv: KeyValue, cache: Cache) -> tuple[TensorValue, ...]:
-        """As `step`, submodule by submodule."""
+        """Computes `step` submodule by submodule."""
         y, kv, _ = self(x, cross_kv, cache=cache)
         return y, *kv
 
     def step_in_place(self, x: TensorValue, cross_kv: KeyValue, slots: Slots) -> tuple[TensorValue]:
-        """As `step`, submodule by submodule; the token's keys and values are in the cache afterwards."""
+        """Computes `step` submodule by submodule; the token's keys and values are in the cache afterwards."""
         return (self(x, cross_kv, cache=slots)[0],)
 
     def by_kernel(self, x: TensorValue, cross_kv: KeyValue, cache: Cache) -> tuple[TensorValue, ...]:
-        """As `step`, by one kernel of our own, for CPUs, in float32: threads start once for all of it."""
+        """Computes `step` by one kernel of our own, for CPUs, in float32: threads start once for all of it."""
         assert x.shape[1] == 1, "the keys and values of several tokens would need another order"
         y, *new = self.steps(x, cross_kv, cache)
         shape = (x.shape[0], self.attn.n_head, 1, self.attn.n_channel)
         return y, *(each.reshape(shape) for each in new)
 
     def steps(self, x: TensorValue, cross_kv: KeyValue, cache: Cache) -> tuple[TensorValue, ...]:
-        """As `by_kernel`, for a few tokens x (batch, token, state); their keys and values are of that shape too."""
+        """Computes a few tokens x (batch, token, state) by that kernel; keys and values are of that shape too."""
         y, outputs = self.kernel_outputs(x, cross_kv, cache)
         return y, outputs[self.attn.key], outputs[self.attn.value]
 
@@ -509,7 +302,7 @@ class ResidualAttentionBlock(Module):
         return y, found | {attn: found[attn.out], cross_attn: found[cross_attn.out], self.mlp: found[mlp_out]}
 
     def align(self, x: TensorValue, k_cross: TensorValue, v_cross: TensorValue) -> tuple[TensorValue, ...]:
-        """As `prefill`, but returns the cross-attention's scores (batch, head, token, n_audio_ctx) beside x."""
+        """Computes `prefill`, but returns the cross-attention's scores (batch, head, token, n_audio_ctx) beside x."""
         kv = KeyValue(k_cross, v_cross)
         y, _, scores = self(x, kv, causal_mask(x.shape[1], self.policy), with_scores=True)
         assert scores is not None
@@ -560,14 +353,6 @@ class Embedding(Module):
         return ops.gather(self.weight, indices, axis=0).cast(DType.float32)
 
 
-START = 0  # the position of a text's first token
-
-
-def grouped(values: Sequence[TensorValue], size: int) -> list[Sequence[TensorValue]]:
-    """The values in consecutive groups."""
-    return [values[i : i + size] for i in range(0, len(values), size)]
-
-
 class TextDecoder(Module):
     """Tokens and audio features to logits over the vocabulary."""
 
@@ -607,12 +392,12 @@ class TextDecoder(Module):
 
     def __call__(self, tokens: TensorValue, *cross_kv: TensorValue) -> list[TensorValue]:
         """A whole text: tokens (batch, token) to logits (batch, token, n_vocab), and every layer's keys and values."""
-        x, *kv = self._layers(ResidualAttentionBlock.prefill, self.embed(tokens, START), grouped(cross_kv, 2))
+        x, *kv = self._layers(ResidualAttentionBlock.prefill, self.embed(tokens, offset=0), grouped(cross_kv, 2))
         return [self.logits(x), *kv]
 
     def start(self, tokens: TensorValue, positions: TensorValue, *cross_kv: TensorValue) -> list[TensorValue]:
-        """As `__call__`, but logits (batch, position, n_vocab) at some `positions` (position,) of the text alone."""
-        x, *kv = self._layers(ResidualAttentionBlock.prefill, self.embed(tokens, START), grouped(cross_kv, 2))
+        """Computes a whole text, but logits (batch, position, n_vocab) at some `positions` (position,) alone."""
+        x, *kv = self._layers(ResidualAttentionBlock.prefill, self.embed(tokens, offset=0), grouped(cross_kv, 2))
         return [self.logits(ops.gather(x, positions, axis=1)), *kv]
 
     def step(self, tokens: TensorValue, offset: TensorValue, *kv: TensorValue) -> list[TensorValue]:
@@ -629,7 +414,7 @@ class TextDecoder(Module):
     def steps(
         self, x: TensorValue, offset: TensorValue, kv: Sequence[TensorValue], sources: TensorValue
     ) -> list[TensorValue]:
-        """As `step`, for a few tokens that are embedded already, x (batch, token, state), on a CPU: logits (batch,
+        """Computes `step` for a few tokens that are embedded already, x (batch, token, state), on a CPU: logits (batch,
         token, n_vocab), and every layer's keys and values, each (batch, token, state). sources: of all caches, as of a
         `Cache`."""
         own, cross = grouped(kv[: len(kv) // 2], 2), grouped(kv[len(kv) // 2 :], 2)
@@ -645,8 +430,8 @@ class TextDecoder(Module):
         return self.logits(x)
 
     def align(self, tokens: TensorValue, *cross_kv: TensorValue) -> list[TensorValue]:
-        """As `__call__`, but every layer's cross-attention scores stand behind the logits."""
-        x, *scores = self._layers(ResidualAttentionBlock.align, self.embed(tokens, START), grouped(cross_kv, 2))
+        """Computes a whole text, but every layer's cross-attention scores stand behind the logits."""
+        x, *scores = self._layers(ResidualAttentionBlock.align, self.embed(tokens, offset=0), grouped(cross_kv, 2))
         return [self.logits(x), *scores]
 
     def _layers(

@@ -192,7 +192,7 @@ class Blocks:
 
         from maxwhisper.decoding.rules import NoWeights
         from maxwhisper.engine.program import Artifact, Program
-        from maxwhisper.network.model import linear
+        from maxwhisper.network.products import linear
 
         policy = self.suite.policy
         shapes = {"x": [1, MATRIX, MATRIX], "weight": [MATRIX, MATRIX]}

@@ -57,7 +57,7 @@ class Verdict:
 
 
 def verdict(run: Run) -> Verdict:
-    """Of the comparisons and of pytest: a test that compares nothing can fail too."""
+    """The failures of the comparisons and of pytest: a test that compares nothing can fail too."""
     if not run.compared:
         return Verdict(False, "; ".join(["nothing was compared", *run.lost]))
     if failed := list(what_failed(run)):

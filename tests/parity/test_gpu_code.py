@@ -18,7 +18,9 @@ from max.dtype import DType
 from max.graph import BufferType, DeviceRef, TensorType, ops
 from maxwhisper.engine.artifacts import aim_at
 from maxwhisper.decoding.rules import NoWeights
-from maxwhisper.network.model import KeyValue, MultiHeadAttention, Slots, convolution_by_product
+from maxwhisper.network.keys_values import KeyValue, Slots
+from maxwhisper.network.model import MultiHeadAttention
+from maxwhisper.network.products import convolution_by_product
 from maxwhisper.engine.program import Artifact, Program
 from maxwhisper.engine.session import Policy
 

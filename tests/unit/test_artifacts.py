@@ -252,6 +252,17 @@ def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
     assert alone("", MAXWHISPER_CACHE_DIR=str(moved))[:2] == (texts, 0)
 
 
+def test_artifacts_count_whatever_was_loaded_before(changed: Callable[..., Path]) -> None:
+    """Each model has its own spectrogram, and not the first one's of the process."""
+
+    def without_log_mel(manifest: Manifest) -> None:
+        manifest["artifacts"] = [entry for entry in manifest["artifacts"] if entry["unit"] != "log_mel"]
+
+    load_model(NANO)
+    with pytest.raises(ArtifactError, match="expected log_mel"):
+        load_model(NANO, artifacts=changed(without_log_mel))
+
+
 # ---- the hash ------------------------------------------------------------------------------------------------------
 
 

@@ -20,17 +20,10 @@ from maxwhisper.engine.folders import cache_folder
 from maxwhisper.engine.program import Artifact, Executable, Program
 from maxwhisper.engine.session import TORCH_DTYPE, Policy
 from maxwhisper.errors import OptionError
-from maxwhisper.network.model import (
-    Cache,
-    KeyValue,
-    MultiHeadAttention,
-    Slots,
-    causal_mask,
-    convolution,
-    convolution_by_product,
-    linear,
-    text_product,
-)
+from maxwhisper.network.keys_values import Cache, KeyValue, Slots
+from maxwhisper.network.model import MultiHeadAttention
+from maxwhisper.network.products import convolution, convolution_by_product, linear, text_product
+from maxwhisper.network.shapes import causal_mask
 from reference.formulas import bound_of_sums, judge_formula
 from reference.judge import UNIT_ROUNDOFF, Comparison, judge
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from maxwhisper import audio, load_model, log_mel_spectrogram
+from maxwhisper import load_model, log_mel_spectrogram
 from maxwhisper.compiled import Network
 from maxwhisper.engine.process import one_at_a_time
 from maxwhisper.errors import DeviceError
@@ -32,20 +32,18 @@ MEL = torch.zeros(80, 3000)  # PyTorch itself would make it with threads that a 
 @pytest.mark.parametrize("name", ["decoder.alignment", "log_mel"])
 def test_what_two_threads_need_is_compiled_once(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load_model(NANO)
-    both, calls = threading.Barrier(2), []
-    load = Network._load if name != "log_mel" else audio._compile
+    both, calls, load = threading.Barrier(2), [], Network._load
+    model.network.executables.pop(name, None)
 
     def counted(*arguments: object) -> object:
         calls.append(arguments[0])
         return load(*arguments)
 
     monkeypatch.setattr(Network, "_load", counted)
-    monkeypatch.setattr(audio, "_compile", counted)
-    monkeypatch.setattr(audio, "_SPECTROGRAMS", {})
 
     def use() -> object:
         both.wait()
-        return audio.compiled_spectrogram(80) if name == "log_mel" else model.encoder.network[name]
+        return model.network[name]
 
     with ThreadPoolExecutor(2) as pool:
         first, second = (pool.submit(use) for _ in range(2))

@@ -31,7 +31,7 @@ from maxwhisper.engine.program import Artifact, Executable, Program
 from maxwhisper.engine.session import Policy
 from maxwhisper.errors import DecodingError
 from maxwhisper.network.blocks import BLOCKS
-from maxwhisper.network.model import Cache, KeyValue
+from maxwhisper.network.keys_values import Cache, KeyValue
 from maxwhisper.whisper import Whisper, load_model
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"

@@ -47,7 +47,7 @@ class Engine(ABC):
         """Exactly `n_tokens` tokens after the prompt: `eot` is suppressed. Raises NotImplementedError if it cannot."""
 
     def windows(self, mels: "np.ndarray", n_tokens: int) -> list[list[int]]:
-        """As `generate`, for each of (window, n_mels, 3000)."""
+        """Generates as `generate` does, for each of (window, n_mels, 3000)."""
         return [self.generate(self.encode(mel), n_tokens) for mel in mels]
 
     @abstractmethod
@@ -55,11 +55,12 @@ class Engine(ABC):
         """All tokens of a recording, float32 (samples,) at 16 kHz, with timestamps and one temperature, 0."""
 
     def generate_batch(self, mels: "np.ndarray", n_tokens: int) -> list[list[int]]:
-        """As `encode` and `generate`, of windows (window, n_mels, 3000) that are computed at once."""
+        """Encodes and generates, of windows (window, n_mels, 3000) that are computed at once."""
         raise NotImplementedError
 
     def transcribe_fixed(self, audio: "np.ndarray", n_tokens: int) -> list[int]:
-        """As `transcribe`, but `n_tokens` for every 30 s, without timestamps, and each text without those before."""
+        """Transcribes as `transcribe` does, but `n_tokens` for every 30 s, without timestamps, and each text without
+        those before."""
         raise NotImplementedError
 
     def detect_language(self, mel: "np.ndarray") -> str:

@@ -40,7 +40,7 @@ class Adapter(Engine):
         return self.decoded(features, 1, n_tokens)[0]
 
     def decoded(self, features: Any, n_window: int, n_tokens: int) -> list[list[int]]:
-        """As `generate`, for each of so many windows."""
+        """Generates as `generate` does, for each of so many windows."""
         # CTranslate2 stops at half of max_length, or when text and prompt, less one token, are as long as it.
         max_length = max(2 * n_tokens, n_tokens + len(self.task.prompt) - 1)
         results = self.model.model.generate(

@@ -1,0 +1,77 @@
+"""Keys and values of attention, and the caches that they are read from."""
+
+from typing import NamedTuple
+
+from max.dtype import DType
+from max.graph import BufferValue, Dim, TensorValue, ops
+
+from .shapes import indices
+
+
+class KeyValue(NamedTuple):
+    """Keys and values of one attention, each (batch, head, token, channel)."""
+
+    k: TensorValue
+    v: TensorValue
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens before, each (row, head, place, channel), in the first `length` places; length is
+    int64 on the CPU, a scalar, or (batch,) where a kernel of ours attends. What the other places hold is never read.
+
+    sources: int64 (batch, place), for kernels of ours, which find a text's key and value of a place in that row; where
+    there are none, every text has its own row.
+    """
+
+    k: TensorValue
+    v: TensorValue
+    length: TensorValue
+    sources: TensorValue | None = None
+
+    def for_kernel(self, batch: Dim) -> list[TensorValue]:
+        """What kernels take: keys, values, length and sources of every text."""
+        sources = self.sources
+        if sources is None:
+            rows = ops.unsqueeze(indices(batch, self.k.device), 1)
+            sources = rows.broadcast_to((batch, self.k.shape[2]))
+        return [self.k, self.v, self.length.broadcast_to((batch,)), sources]
+
+    def followed_by(self, new: KeyValue) -> KeyValue:
+        """The cached keys and values and the new ones, in new memory."""
+        assert self.sources is None, "only kernels of ours read other rows"
+        filled = (slice(0, self.length), "past")
+        past = (x[:, :, filled] for x in (self.k, self.v))
+        return KeyValue(*(ops.concat(pair, axis=2) for pair in zip(past, new, strict=True)))
+
+
+def flash_dtype(dtype: DType) -> DType:
+    """What flash attention computes in: not in float16, which MAX 26.7's kernel for an H100 does not take."""
+    return DType.float32 if dtype == DType.float16 else dtype
+
+
+class Slots(NamedTuple):
+    """A cache on any device, for one token of each text, whose key and value are put into it before it is read.
+
+    k, v: (batch, place, head, channel), finite in every place, in `flash_dtype`. k_written, v_written: the same memory,
+        to be written.
+    n_past: int64 (batch,), how many places of a text are filled.
+    mask: float32 (batch, 1, place), 0 for those and for the next one, minus infinity for the others.
+    """
+
+    k: TensorValue
+    v: TensorValue
+    k_written: BufferValue
+    v_written: BufferValue
+    n_past: TensorValue
+    mask: TensorValue
+
+    def filled(self, q: TensorValue, new: KeyValue) -> tuple[TensorValue, KeyValue]:
+        """The queries (batch, 1, state), and keys and values of every place, the new ones among them.
+
+        That they are there the graph only knows by the queries, which the operation returns that puts them there.
+        """
+        tokens_first = (ops.permute(x, [0, 2, 1, 3]).reshape(q.shape) for x in new)
+        rows = [x.cast(self.k.dtype) for x in (q, *tokens_first)]
+        values = [self.k_written, self.v_written, *rows, self.n_past]
+        (queries,) = ops.inplace_custom("maxwhisper.store", q.device, values, [rows[0].type])
+        return queries.tensor, KeyValue(*(ops.permute(x, [0, 2, 1, 3]) for x in (self.k, self.v)))

@@ -1,0 +1,111 @@
+"""Products with matrices and convolutions: by kernels of our own on a CPU, by MAX's on other devices."""
+
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from max.dtype import DType
+from max.graph import Dim, Graph, StaticDim, TensorType, TensorValue, ops
+
+FEW_TOKENS = 16
+"""So many rows wait for memory, not for arithmetic, when they are multiplied with a matrix; audio has more."""
+
+
+def linear(x: TensorValue, weight: TensorValue, bias: TensorValue | None = None) -> TensorValue:
+    """x @ weight.T + bias in the dtype of x: (batch, token, n_in) by (n_out, n_in) to (batch, token, n_out).
+
+    On a CPU it is rounded once, the bias added, as PyTorch does. A product that is rounded before its bias is added is
+    wrong by nearly the same at every position: by how far the bias is from a multiple of the product's last digit.
+    """
+    if not x.device.is_cpu():
+        return device_product(x, weight, bias)
+    audio = isinstance(x.shape[1], StaticDim) and int(x.shape[1]) > FEW_TOKENS
+    y = (convolution if audio else text_product)(x, weight)
+    return (y if bias is None else y + bias).cast(x.dtype)
+
+
+def text_product(x: TensorValue, weight: TensorValue) -> TensorValue:
+    """x @ weight.T in float32 for as many rows as a text has tokens, on a CPU.
+
+    By a kernel of our own, which reads the weights as they are stored, once: MAX's matrix product would first copy them
+    all into another layout, which takes longer than the product itself.
+    """
+    return custom_product("maxwhisper.linear", x, weight, x.shape[1])
+
+
+def convolution(x: TensorValue, weight: TensorValue, stride: int = 1, n_y: Dim | None = None) -> TensorValue:
+    """Convolution over time in float32, without padding and bias, on a CPU: x (batch, frame, n_in) by weight (n_out,
+    n_in, taps), or (n_out, n_in) for one tap, to (batch, n_y, n_out).
+
+    By a kernel of our own for the many rows that audio has. n_y: as many frames as that makes, where the number of x's
+    is symbolic.
+    """
+    n_out, taps = weight.shape[0], int(weight.shape[2]) if weight.rank == 3 else 1
+    if n_y is None:
+        n_y = Dim((int(x.shape[1]) - taps) // stride + 1)
+    parameters = {"taps": taps, "stride": stride}
+    return custom_product("maxwhisper.convolution", x, weight.reshape((n_out, -1)), n_y, parameters)
+
+
+def convolution_by_product(
+    x: TensorValue, weight: TensorValue, bias: TensorValue | None = None, stride: int = 1
+) -> TensorValue:
+    """Convolution over time in the dtype of x as one matrix product, of the frames that each output sees, side by side,
+    where MAX 26.7 has no kernel for GPUs but a plain loop. x: (batch, frame, n_in); weight: (n_out, n_in, taps)."""
+    n_out, taps = int(weight.shape[0]), int(weight.shape[2])
+    last = int(x.shape[1]) - taps
+    seen = ops.concat([x[:, tap : last + tap + 1 : stride] for tap in range(taps)], axis=2)
+    rows = ops.permute(weight, [0, 2, 1]).reshape((n_out, -1))
+    return device_product(seen, rows, bias)
+
+
+def custom_product(
+    name: str, x: TensorValue, weight: TensorValue, n_row: Dim, parameters: dict[str, Any] | None = None
+) -> TensorValue:
+    """A product of x (batch, row, n_in) with a matrix by a kernel of ours, float32 (batch, n_row, n_out); the kernel
+    rounds the weights to the dtype of x, as PyTorch does."""
+    y = TensorType(DType.float32, [x.shape[0], n_row, weight.shape[0]], x.device)
+    return ops.custom(name, x.device, [x, weight], [y], parameters=parameters)[0].tensor
+
+
+def device_product(x: TensorValue, weight: TensorValue, bias: TensorValue | None = None) -> TensorValue:
+    """Computes `linear` off the CPU. In bfloat16 it is rounded before the bias is added: with anything else behind it,
+    MAX 26.7's kernel for an H100 does not compile."""
+    if bias is not None and x.dtype == DType.float16:
+        return biased_product(x, weight.cast(x.dtype), bias)
+    return shared(matrix_product, *((x, weight) if bias is None else (x, weight, bias)))
+
+
+def matrix_product(x: TensorValue, weight: TensorValue, bias: TensorValue | None = None) -> TensorValue:
+    """Computes `linear` by MAX's operation, which rounds to the dtype of x what a bias is then added to."""
+    y = x @ ops.transpose(weight.cast(x.dtype), 0, 1)
+    return y if bias is None else y + bias.cast(x.dtype)
+
+
+def biased_product(x: TensorValue, weight: TensorValue, bias: TensorValue) -> TensorValue:
+    """Computes `linear`, rounded once, by MAX's kernels in an operation of our own."""
+    rows = x.reshape((-1, x.shape[2]))
+    shape = [rows.shape[0], weight.shape[0]]
+    types = [TensorType(dtype, shape, x.device) for dtype in (x.dtype, DType.float32)]
+    y = ops.custom("maxwhisper.biased_product", x.device, [rows, weight, bias], types)[0].tensor
+    return y.reshape((*x.shape[:2], weight.shape[0]))
+
+
+SUBGRAPHS: WeakKeyDictionary[Graph, dict[str, Graph]] = WeakKeyDictionary()
+
+
+def shared(function: Callable[..., TensorValue], *inputs: TensorValue) -> TensorValue:
+    """function(*inputs), as a subgraph that all calls with inputs of the same types share.
+
+    MAX fuses what follows a matrix product into its kernel and compiles that kernel again for every difference, eight
+    seconds each; behind a subgraph's boundary all products of one shape are one kernel.
+    """
+    subgraphs = SUBGRAPHS.setdefault(Graph.current, {})
+    key = f"{function.__name__}{[value.type for value in inputs]}"
+    if key not in subgraphs:
+        name = f"{Graph.current.name}.{function.__name__}.{len(subgraphs)}"
+        types = [value.type for value in inputs]
+        with Graph.current.add_subgraph(name, input_types=types, devices=[inputs[0].device]) as subgraph:
+            subgraph.output(function(*(value.tensor for value in subgraph.inputs)))
+        subgraphs[key] = subgraph
+    return ops.call(subgraphs[key], *inputs)[0].tensor
