@@ -36,4 +36,4 @@ def test_everything_is_collected(pytester: pytest.Pytester) -> None:
     files = [PARITY, SPEED.parent, Path(__file__).with_name("test_perf.py")]
     done = pytester.runpytest_inprocess(*OPTIONS, "--collect-only", *files)
     assert done.ret == pytest.ExitCode.OK
-    assert all(name in done.stdout.str() for name in ("test_stem.py", "test_speed.py", "test_perf.py"))
+    assert all(name in done.stdout.str() for name in ("test_isolated.py", "test_speed.py", "test_perf.py"))
