@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from itertools import groupby
-from threading import Event
+from threading import Event, Lock
 
 import av
 import av.container
@@ -225,6 +225,10 @@ def _resample(frames: Iterable[av.AudioFrame], sr: int) -> Iterator[av.AudioFram
         yield from resampler.resample(None)
 
 
+COMPILING = Lock()
+"""Held by the thread that asks for the spectrogram of no model, so that the second of two finds it compiled."""
+
+
 @cache
 def compiled_spectrogram(n_mels: int) -> Executable:
     """Returns the spectrogram on the CPU, where openai-whisper computes it too, for waveforms of any length, compiled.
@@ -261,6 +265,8 @@ def as_array(audio: object) -> np.ndarray:
         raise OptionError(f"audio is a {type(audio).__name__} that is no array of samples: {error}") from error
 
 
+@cpu_by_default()
+@one_torch_thread()
 def log_mel_spectrogram(
     audio: str | os.PathLike[str] | np.ndarray | torch.Tensor, n_mels: int = 80, padding: int = 0
 ) -> torch.Tensor:
@@ -271,7 +277,9 @@ def log_mel_spectrogram(
     Raises: AudioError if the file cannot be read, a sample is not finite, or there are too few samples to mirror;
     OptionError for a waveform of another shape or of integers, a negative padding, or an n_mels other than 80 and 128.
     """
-    return spectrogram(compiled_spectrogram(n_mels), audio, padding)
+    with COMPILING:
+        compiled = compiled_spectrogram(n_mels)
+    return spectrogram(compiled, audio, padding)
 
 
 @cpu_by_default()

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from maxwhisper import load_model, log_mel_spectrogram
+from maxwhisper import audio, load_model, log_mel_spectrogram
 from maxwhisper.compiled import Network
 from maxwhisper.engine.process import one_at_a_time
 from maxwhisper.errors import DeviceError
@@ -48,6 +48,28 @@ def test_what_two_threads_need_is_compiled_once(name: str, monkeypatch: pytest.M
     with ThreadPoolExecutor(2) as pool:
         first, second = (pool.submit(use) for _ in range(2))
     assert first.result() is second.result() and len(calls) == 1
+
+
+def test_a_spectrogram_without_a_model_is_compiled_once_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever device a program has its tensors on by default, and however many of its threads come at once."""
+    waveform, both, calls = torch.rand(16000), threading.Barrier(2), []
+    expected, weights = log_mel_spectrogram(waveform), audio.log_mel_weights
+
+    def counted(n_mels: int) -> dict[str, torch.Tensor]:
+        calls.append(n_mels)
+        return weights(n_mels)
+
+    monkeypatch.setattr(audio, "log_mel_weights", counted)
+    audio.compiled_spectrogram.cache_clear()
+
+    def use() -> torch.Tensor:
+        both.wait()
+        with torch.device("meta"):
+            return log_mel_spectrogram(waveform)
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = (pool.submit(use) for _ in range(2))
+    assert first.result().equal(expected) and second.result().equal(expected) and calls == [80]
 
 
 @pytest.mark.parametrize(("what", "waits"), [("this", True), ("something else", False)])
