@@ -21,7 +21,7 @@ NEEDS_BASE = @test -n "$(BASE)" || { echo "make $@ needs a git revision: make $@
 help:  ## list these targets
 	@sed -n 's/^\([a-z0-9-]*\):.*  ## \(.*\)/make \1\t\2/p' Makefile
 
-setup: $(INSTALLED)  ## install into .venv, with PYTHON (python3 unless given)
+setup: $(INSTALLED)  ## install into .venv, with PYTHON (python3 unless given), and compile the kernels
 
 demo: $(INSTALLED)  ## transcribe a clip, then compare every block with PyTorch
 	$(BIN)/maxwhisper transcribe $(CLIP) --model $(CHECKPOINT) --output_format vtt --output_dir build/demo
@@ -112,4 +112,5 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) is " + sys.version.split()[0] + ". Name another: make setup PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -c 'from maxwhisper.engine.kernel_library import kernel_library; kernel_library()'
 	touch $@

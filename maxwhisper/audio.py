@@ -235,9 +235,8 @@ def compiled_spectrogram(n_mels: int) -> Executable:
 
     Raises OptionError for an n_mels other than 80 and 128.
     """
-    weights = {f"log_mel.{name}": tensor for name, tensor in log_mel_weights(n_mels).items()}
     program = log_mel_program(n_mels)
-    return Artifact(program.name, [program], "cpu").init(weights)[program.name]
+    return Artifact(program.name, [program], "cpu").init(log_mel_weights(n_mels))[program.name]
 
 
 def as_waveform(audio: np.ndarray | torch.Tensor) -> torch.Tensor:

@@ -22,22 +22,21 @@ from .engine.program import Artifact, Executable, Program, buffer
 from .engine.session import TORCH_DTYPE, Policy, find_device
 from .errors import OptionError
 from .network.blocks import BLOCKS
-from .network.log_mel import log_mel_weights
+from .network.log_mel import LOG_MEL, N_MELS, log_mel_weights
 
 STORAGE = {torch.float16: DType.float16, torch.bfloat16: DType.bfloat16}
 
-ON_CPU = ("log_mel", TOKEN_RULES)
-"""What runs on the CPU whatever the device: the spectrogram, as openai-whisper's, and the pick of a first token."""
-
+ON_CPU = (LOG_MEL, TOKEN_RULES)
+"""What runs on the CPU beside a GPU: the spectrogram, as openai-whisper's, and the pick of a first token."""
 
 DECODING = "decoding"
 """The unit of what decodes tokens behind the first one, and picks them."""
 
 
 def units_on(device: str) -> tuple[str, ...]:
-    """What transcribes on a device, by the unit that compiles together."""
-    units = ("log_mel", "network", DECODING, "alignment")
-    return units if device == "cpu" else (*units, TOKEN_RULES)
+    """What transcribes on a device, by the unit that compiles together: on a CPU the spectrogram with the network."""
+    units = ("network", DECODING, "alignment")
+    return units if device == "cpu" else (*ON_CPU, *units)
 
 
 DTYPES = {dtype.name: dtype for dtype in (DType.float32, DType.float16, DType.bfloat16)}
@@ -58,11 +57,16 @@ def policy_of(tensors: Mapping[str, torch.Tensor], device: str, dtype: str) -> P
 
 
 def programs_of(unit: str, dims: ModelDimensions, policy: Policy) -> list[Program]:
-    """The graphs of one of `units_on`."""
+    """The graphs of one of `units_on`; no spectrogram for a number of mel bands that openai-whisper has none for."""
     if unit == TOKEN_RULES:
         return [rules_program()]
-    blocks = [block.program(dims, policy) for block in BLOCKS.values() if block.unit == unit]
-    return [*blocks, *stepper_programs(dims, policy)] if unit == DECODING else blocks
+    if unit == LOG_MEL:
+        return [BLOCKS[LOG_MEL].program(dims, policy)]
+    blocks = [block for block in BLOCKS.values() if block.unit == unit]
+    if not policy.device.is_cpu() or dims.n_mels not in N_MELS:
+        blocks = [block for block in blocks if block.name != LOG_MEL]
+    programs = [block.program(dims, policy) for block in blocks]
+    return [*programs, *stepper_programs(dims, policy)] if unit == DECODING else programs
 
 
 def stepper_programs(dims: ModelDimensions, policy: Policy) -> list[Program]:
@@ -75,9 +79,9 @@ def stepper_programs(dims: ModelDimensions, policy: Policy) -> list[Program]:
 
 def unit_of(name: str, device: str) -> str:
     """What the graph of this name compiles together with on a device."""
-    if name in BLOCKS:
-        return BLOCKS[name].unit
-    return TOKEN_RULES if name == TOKEN_RULES and device != "cpu" else DECODING
+    if name in ON_CPU and device != "cpu":
+        return name
+    return BLOCKS[name].unit if name in BLOCKS else DECODING
 
 
 class Network:
@@ -115,17 +119,17 @@ class Network:
         return Draft(*map(buffer, draft_of(self.checkpoint.tensors, self.checkpoint.dims)))
 
     def _load(self, unit: str) -> dict[str, Executable]:
-        dims, tensors, name = self.checkpoint.dims, self.checkpoint.tensors, self.checkpoint.name
-        if unit == "log_mel":
-            tensors = {f"log_mel.{name}": tensor for name, tensor in log_mel_weights(dims.n_mels).items()}
-        device = "cpu" if unit in ON_CPU else self.device
-        policy = policy_of(tensors, device, self.policy.compute.name)
+        dims, name, device, policy = self.checkpoint.dims, self.checkpoint.name, self.device, self.policy
+        if unit in ON_CPU:
+            device, policy = "cpu", replace(policy, device=DeviceRef.CPU())
         load = self.artifacts.loader(unit, dims, policy) if self.artifacts else None
         if unit == DECODING:
             for job in self.ahead.jobs:
                 self.ahead.wait(job, f"{unit} of {name}")
         slow = self.ahead.start if unit == "network" else None
-        return Artifact(f"{unit} of {name}", programs_of(unit, dims, policy), device, load, slow).init(tensors)
+        programs = programs_of(unit, dims, policy)
+        mel = log_mel_weights(dims.n_mels) if LOG_MEL in (program.name for program in programs) else {}
+        return Artifact(f"{unit} of {name}", programs, device, load, slow).init({**self.checkpoint.tensors, **mel})
 
     def _jobs(self) -> list[str]:
         """What another process compiles while this one compiles the network, where it can be kept."""

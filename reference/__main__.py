@@ -13,7 +13,7 @@ from .activations import FIXTURES, KINDS
 from .ahead import WhenCompiling, compile_ahead, suite_job
 from .suite import CHECKPOINT, Suite, trained
 
-N_FIRST = 9
+N_FIRST = 8
 """How many of the blocks that are not of the network take as long to compile as the others."""
 
 
@@ -29,7 +29,7 @@ class Halves:
         self.suites = first, last
         job = suite_job(CHECKPOINT, torch.float32, last.only)
         self.ahead, self.job = compile_ahead([job], str(checkpoint), "cpu"), job
-        if not first.parts_kept:
+        if not first.kept("parts"):
             logging.getLogger("maxwhisper").addHandler(WhenCompiling(self.ahead))
 
     def of(self, block: Block) -> Suite:

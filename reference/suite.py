@@ -13,13 +13,13 @@ from torch import Tensor
 from whisper.model import ModelDimensions, Whisper
 
 from maxwhisper.checkpoint import load_checkpoint
-from maxwhisper.compiled import ON_CPU, storage_dtype
+from maxwhisper.compiled import ON_CPU, storage_dtype, unit_of
 from maxwhisper.engine.artifacts import Artifacts, Cache
 from maxwhisper.engine.folders import cache_folder
 from maxwhisper.engine.program import Artifact, Executable, Program
 from maxwhisper.engine.session import TORCH_DTYPE, Policy, find_device
 from maxwhisper.network.blocks import BLOCKS, Block
-from maxwhisper.network.log_mel import log_mel_weights
+from maxwhisper.network.log_mel import LOG_MEL, log_mel_weights
 
 from . import activations, tf32
 from .activations import FIXTURES, Activations, is_step
@@ -128,8 +128,7 @@ class Suite:
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
         """The checkpoint's, and those of the log-mel spectrogram."""
-        mel = {f"log_mel.{name}": tensor for name, tensor in log_mel_weights(self.dims.n_mels).items()}
-        return {**self.model.tensors, **mel}
+        return {**self.model.tensors, **log_mel_weights(self.dims.n_mels)}
 
     # ---- the subject -----------------------------------------------------------------------------------------------
 
@@ -153,20 +152,25 @@ class Suite:
     def unit(self, block: Block) -> str:
         """What the block compiles together with."""
         whole = self.whole(block)
-        alone = block.name in self.only and whole == "parts" and not self.held
-        return CHOSEN if alone and not self.parts_kept else whole
+        alone = block.name in self.only and (whole == "parts" or block.name == LOG_MEL) and not self.held
+        return CHOSEN if alone and not self.kept(whole) else whole
+
+    def kept(self, unit: str) -> bool:
+        """Whether a unit has been compiled already."""
+        if unit not in self.found_kept:
+            self.found_kept[unit] = self.cache.holds(unit, self.dims, self.policy, self.programs(unit))
+        return self.found_kept[unit]
 
     @cached_property
-    def parts_kept(self) -> bool:
-        """Whether they have been compiled already."""
-        return self.cache.holds("parts", self.dims, self.policy, self.programs("parts"))
+    def found_kept(self) -> dict[str, bool]:
+        return {}
 
     def whole(self, block: Block) -> str:
         """What compiles together where all blocks are asked for: all of the model, but where whole transcripts are
         made, the network alone, as `load_model` compiles it."""
         transcribes = self.dtype == torch.float32 and self.model.size in TRAINED
-        alone = ("log_mel", "network") if transcribes else ("log_mel",)
-        return block.unit if block.unit in alone else "parts"
+        unit = unit_of(block.name, self.device)
+        return unit if unit in ON_CPU or unit == "network" and transcribes else "parts"
 
     @cached_property
     def captures(self) -> dict[str, tuple[Program, list[str]]]:
@@ -182,11 +186,9 @@ class Suite:
 
     def programs(self, unit: str) -> list[Program]:
         """The graphs of a unit; "parts" holds those with captures too."""
-        policy = replace(self.policy, device=DeviceRef.CPU()) if unit == "log_mel" else self.policy
-        whole = "parts" if unit == CHOSEN else unit
-        blocks = [block for block in BLOCKS.values() if self.whole(block) == whole]
-        if unit == CHOSEN:
-            blocks = [block for block in blocks if block.name in self.only]
+        policy = replace(self.policy, device=DeviceRef.CPU()) if unit in ON_CPU else self.policy
+        of = self.unit if unit == CHOSEN else self.whole
+        blocks = [block for block in BLOCKS.values() if of(block) == unit]
         programs = [block.program(self.dims, policy) for block in blocks]
         return [*programs, *(self.captures[name][0] for name in CAPTURED)] if unit == "parts" else programs
 

@@ -47,9 +47,9 @@ class Block:
     module: builds the MAX module that holds its weights.
     function: from that module and one value per input to the outputs.
     inputs: the graph's inputs, in order.
-    unit: what compiles into one artifact: "log_mel" alone, as it depends only on the number of mel bands; "network",
-        what audio and the start of a text go through; "decoding", what decodes the rest of it, with the graphs that
-        pick tokens; "alignment", for word timestamps; "parts", the rest.
+    unit: what compiles into one artifact: "network", what audio and the start of a text go through (for a GPU without
+        the spectrogram, which runs on the CPU); "decoding", what decodes the rest of it, with the graphs that pick
+        tokens; "alignment", for word timestamps; "parts", the rest.
     """
 
     name: str
@@ -222,7 +222,7 @@ CROSS = f"{TEXT_LAYER}.cross_attn"
 BLOCKS: dict[str, Block] = {
     block.name: block
     for block in (
-        Block("log_mel", "log_mel", log_mel, one, audio, unit="log_mel"),
+        Block("log_mel", "log_mel", log_mel, one, audio, unit="network"),
         Block("encoder.stem", "encoder", audio_stem, lambda m, x: (m.stem(x),), mel),
         Block("encoder.layer_norm", f"{LAYER}.attn_ln", audio_layer_norm, one, audio_x),
         Block("encoder.attention", f"{LAYER}.attn", audio_attention, encoder_attention, audio_x),

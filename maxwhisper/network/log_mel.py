@@ -18,6 +18,8 @@ N_ROWS = -(-N_BINS // 16) * 16
 """N_BINS, and as many zeros behind them as fill a kernel's vectors."""
 PIECE = math.gcd(N_FFT, HOP_LENGTH)
 """Samples in what overlapping frames are put together from."""
+LOG_MEL = "log_mel"
+"""The name of the graph and of the unit, and what the names of its weights begin with."""
 N_MELS = (80, 128)
 """Filter banks that openai-whisper ships: 128 bands for large-v3 and turbo, 80 for all others."""
 
@@ -26,7 +28,7 @@ class LogMelSpectrogram(Module):
     """The log-mel spectrogram of one waveform: openai-whisper's `log_mel_spectrogram`, after its padding.
 
     audio: float32 (samples,), any number of samples above N_FFT // 2. Returns float32 (n_mels, samples // HOP_LENGTH).
-    Weights, as `log_mel_weights` makes them:
+    Weights, as `log_mel_weights` makes them, behind "log_mel.":
         fourier  (2 * N_ROWS, PIECE, N_FFT // PIECE)  Hann window times Fourier basis, cosines before sines
         filters  (n_mels, N_ROWS)                     mel filter bank
 
@@ -64,7 +66,7 @@ class LogMelSpectrogram(Module):
 
 
 def log_mel_weights(n_mels: int) -> dict[str, torch.Tensor]:
-    """The weights of `LogMelSpectrogram`, float32: computed in float64, the filter bank from openai-whisper's assets.
+    """Computes the weights of the graph, by name, float32: in float64, the filter bank from openai-whisper's assets.
 
     Raises OptionError for a number of mel bands that openai-whisper has no filter bank for.
     """
@@ -77,8 +79,8 @@ def log_mel_weights(n_mels: int) -> dict[str, torch.Tensor]:
     unused = N_ROWS - N_BINS
     rows = torch.nn.functional.pad(basis, (0, 0, 0, unused))  # (2, N_ROWS, N_FFT)
     return {
-        "fourier": rows.reshape(2 * N_ROWS, -1, PIECE).mT.float().contiguous(),
-        "filters": torch.nn.functional.pad(mel_filters("cpu", n_mels), (0, unused)),
+        f"{LOG_MEL}.fourier": rows.reshape(2 * N_ROWS, -1, PIECE).mT.float().contiguous(),
+        f"{LOG_MEL}.filters": torch.nn.functional.pad(mel_filters("cpu", n_mels), (0, unused)),
     }
 
 
@@ -86,4 +88,4 @@ def log_mel_program(n_mels: int) -> Program:
     """Returns the graph of `LogMelSpectrogram` on the CPU, where openai-whisper computes it too."""
     cpu = DeviceRef.CPU()
     inputs = {"audio": TensorType(DType.float32, ["samples"], cpu)}
-    return Program("log_mel", "log_mel", LogMelSpectrogram(n_mels, cpu), lambda m, audio: (m(audio),), inputs)
+    return Program(LOG_MEL, LOG_MEL, LogMelSpectrogram(n_mels, cpu), lambda m, audio: (m(audio),), inputs)

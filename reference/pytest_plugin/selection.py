@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from maxwhisper.network.blocks import BLOCKS
+from maxwhisper.network.log_mel import LOG_MEL
 
 from ..ahead import TRANSCRIBING, suite_job
 from .compiling import Compiling
@@ -102,7 +103,7 @@ def make_findable(items: Iterable[pytest.Item], expression: str) -> None:
         if block := block_of(item):
             item.extra_keyword_matches.update(word for word in typed if finds(word, block))
             # What transcribes is compared by itself and, in test_network.py, in a row.
-            if "comparison" in parameters(item) and BLOCKS[block].unit not in ("log_mel", "parts"):
+            if "comparison" in parameters(item) and BLOCKS[block].unit != "parts" and block != LOG_MEL:
                 item.extra_keyword_matches.add("network")
 
 

@@ -35,9 +35,9 @@ def keys(units: dict[str, list[Program]]) -> dict[str, str]:
     [
         (lambda text: f'"""Other words."""\n# A comment.\n{text}\n', "linear.mojo", set()),
         (lambda text: f"{text}\ncomptime MORE = 1\n", "product.mojo", set()),  # a GPU's
-        (lambda text: f"{text}\ncomptime MORE = 1\n", "convolution.mojo", {"log_mel", "network"}),
+        (lambda text: f"{text}\ncomptime MORE = 1\n", "convolution.mojo", {"network"}),
         (lambda text: f"{text}\ncomptime MORE = 1\n", "draft.mojo", {"decoding"}),
-        (lambda text: f"{text}\ncomptime MORE = 1\n", "tiles.mojo", {"log_mel", "network", "decoding", "alignment"}),
+        (lambda text: f"{text}\ncomptime MORE = 1\n", "tiles.mojo", {"network", "decoding", "alignment"}),
     ],
     ids=["a comment", "a kernel of no graph", "a kernel", "another kernel", "what kernels share"],
 )

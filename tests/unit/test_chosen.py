@@ -31,10 +31,10 @@ def compare(block: str, size: str = FIXTURE) -> Any:
     return item(comparison=Comparison(size, torch.float32, block, 0, "speech"))
 
 
-def suite(kept: bool, held: Artifacts | None = None) -> Suite:
+def suite(kept: bool, held: Artifacts | None = None, only: frozenset[str] = FEW) -> Suite:
     """Of which `kept` says whether all has been compiled earlier."""
-    made = Suite(load(FIXTURE), torch.float32, held=held, only=FEW)
-    vars(made)["parts_kept"] = kept
+    made = Suite(load(FIXTURE), torch.float32, held=held, only=only)
+    made.found_kept.update(network=kept, parts=kept)
     return made
 
 
@@ -58,6 +58,12 @@ def test_few_blocks_compile_without_the_others() -> None:
     assert {program.name for program in few.programs(CHOSEN)} == FEW
     assert {program.name for program in few.programs("parts")} > FEW | {f"{name} captured" for name in CAPTURED}
     assert CHOSEN not in few.units  # which are all that a chain takes
+
+
+def test_the_spectrogram_compiles_without_the_network_that_a_transcript_takes_it_from() -> None:
+    few = suite(kept=False, only=frozenset(["log_mel", "encoder"]))
+    assert [few.unit(BLOCKS[name]) for name in ("log_mel", "encoder")] == [CHOSEN, "network"]
+    assert [program.name for program in few.programs(CHOSEN)] == ["log_mel"]
 
 
 @pytest.mark.parametrize(("kept", "held"), [(True, None), (False, Mock(spec=Artifacts))], ids=["kept", "artifacts"])
