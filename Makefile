@@ -33,8 +33,14 @@ lint: $(INSTALLED)  ## ruff, mypy and import-linter
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-test: lint  ## lint, then every test, in JOBS processes; REPORT=DIR writes the report there
-	$(BIN)/pytest tests --benchmark-disable -n $(JOBS) --dist loadgroup $(addprefix --report ,$(REPORT))
+# Comparisons have all cores, as users compute; then unit tests run in processes that share the cores out.
+define TESTS
+$(BIN)/pytest tests/parity tests/perf --benchmark-disable $(1) $(addprefix --report ,$(REPORT)); status=$$?; \
+$(BIN)/pytest tests/unit --benchmark-disable -n $(JOBS) --dist loadgroup $(1) && exit $$status
+endef
+
+test: lint  ## lint, then every test, unit tests in JOBS processes; REPORT=DIR writes the report there
+	$(call TESTS,)
 
 test-nightly: $(INSTALLED)  ## the tests that are too slow for every merge
 	$(BIN)/pytest tests --benchmark-disable --nightly -m nightly
@@ -44,7 +50,7 @@ test-peers: $(INSTALLED)  ## what is compared with other engines, which are inst
 	$(BIN)/pytest tests/unit/test_compare.py tests/unit/test_checkpoints_in_transformers.py --require-peers
 
 test-x86-64-v3: $(INSTALLED)  ## every test as on a CPU without AVX-512
-	$(BIN)/pytest tests --benchmark-disable -n $(JOBS) --dist loadgroup --cpu x86-64-v3 $(addprefix --report ,$(REPORT))
+	$(call TESTS,--cpu x86-64-v3)
 
 test-faults: $(INSTALLED)  ## the judge on trial: every fault, in every dtype (nightly)
 	$(BIN)/pytest tests/parity/test_faults.py --size fixture --dtype all --faults all

@@ -179,8 +179,10 @@ def decoder_keys_values(model: Whisper, layer: int, audio_features: Tensor) -> l
     return [t for i in range(model.dims.n_text_layer) for t in cross_keys_values(model, i, audio_features)]
 
 
-def decoder(model: Whisper, layer: int, tokens: Tensor, **kv: Tensor) -> list[Tensor]:
-    """The decoder at prefill, and at a step when there are an offset and caches."""
+def decoder(
+    model: Whisper, layer: int, tokens: Tensor, positions: Tensor | slice = slice(None), **kv: Tensor
+) -> list[Tensor]:
+    """The decoder at prefill, and at a step when there are an offset and caches; its logits at some positions alone."""
     offset = kv.get("offset", torch.tensor(0))
     (x,) = decoder_embedding(model, 0, tokens, offset)
     others: list[Tensor] = []
@@ -188,13 +190,7 @@ def decoder(model: Whisper, layer: int, tokens: Tensor, **kv: Tensor) -> list[Te
         own = {name.removesuffix(f".{i}"): t for name, t in kv.items() if name.endswith(f".{i}")}
         x, *new = decoder_block(model, i, x, offset=offset, **own)
         others += new
-    return [*decoder_logits(model, 0, x), *others]
-
-
-def decoder_start(model: Whisper, layer: int, tokens: Tensor, positions: Tensor, **kv: Tensor) -> list[Tensor]:
-    """The decoder at prefill, with logits at some positions alone."""
-    logits, *others = decoder(model, layer, tokens, **kv)
-    return [logits[:, positions], *others]
+    return [*decoder_logits(model, 0, x[:, positions]), *others]
 
 
 def cross_scores(attn: MultiHeadAttention, x: Tensor, k_cross: Tensor) -> Tensor:
@@ -306,7 +302,7 @@ TWINS: dict[str, Twin] = {
     "decoder.logits.step": Twin(decoder_logits, text_state, always(LOGITS), step=True),
     "decoder.keys_values": Twin(decoder_keys_values, text_state, always(1)),
     "decoder.prefill": Twin(decoder, attending(TEXT_HIDDEN), whole_decoder),
-    "decoder.start": Twin(decoder_start, attending(TEXT_HIDDEN), whole_decoder),
+    "decoder.start": Twin(decoder, attending(TEXT_HIDDEN), whole_decoder),
     "decoder.step": Twin(decoder, attending(TEXT_HIDDEN), whole_decoder, step=True),
     "decoder.alignment": Twin(decoder_alignment, attending(TEXT_HIDDEN), whole_decoder),
 }

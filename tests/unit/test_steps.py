@@ -1,0 +1,153 @@
+"""The judge of steppers on trial: a right stepper passes, and each of these wrong ones does not."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+
+from maxwhisper import load_model
+from maxwhisper.decoding.cache import KeyValueCache
+from maxwhisper.decoding.rules import Rules
+from maxwhisper.decoding.stepper import Advanced, Stepper, Texts
+from reference.steps import Scene, judge_steps
+from reference.suite import Suite, trained
+
+GREEDY = Scene("2 windows", (9, 20), (7, 7))
+BEAMS = Scene("3 beams of 2 windows", (8, 15), (1, 1), n_text=3, n_best=4)
+
+
+@pytest.fixture(scope="module")
+def judged() -> Suite:
+    return Suite(trained(), torch.float32)
+
+
+@pytest.fixture(scope="module")
+def stepper() -> Stepper:
+    return load_model(Path(__file__).parents[2] / "fixtures" / "nano.pt").stepper
+
+
+@dataclass
+class Wrong:
+    """A stepper that another one takes the steps of: with other texts or rules, or a result that is changed."""
+
+    inner: Stepper
+    given: Callable[[Texts, KeyValueCache, Rules], tuple[Texts, Rules]] = lambda texts, cache, rules: (texts, rules)
+    found: Callable[[Advanced, KeyValueCache], Advanced] = lambda advanced, cache: advanced
+    max_candidates: int | None = field(default=None, init=False)
+    tokens_first: bool = field(default=False, init=False)
+
+    def advance(self, texts: Texts, cache: KeyValueCache, rules: Rules, n_token: torch.Tensor) -> Advanced:
+        texts, rules = self.given(texts, cache, rules)
+        return self.found(self.inner.advance(texts, cache, rules, n_token), cache)
+
+
+def test_a_right_one_passes(judged: Suite, stepper: Stepper) -> None:
+    assert all(judge_steps(judged, Wrong(stepper), scene).passed for scene in (GREEDY, BEAMS))
+
+
+def other_audio(texts: Texts, cache: KeyValueCache, rules: Rules) -> tuple[Texts, Rules]:
+    for kv in cache.cross:
+        kv.copy_(kv.flip(0))
+    return texts, rules
+
+
+def another_texts_row(texts: Texts, cache: KeyValueCache, rules: Rules) -> tuple[Texts, Rules]:
+    cache.rows[3:6, 13] = cache.rows[3:6, 13].flip(0)
+    return texts, rules
+
+
+def anything_allowed(texts: Texts, cache: KeyValueCache, rules: Rules) -> tuple[Texts, Rules]:
+    return texts, rules._replace(suppressed=torch.zeros_like(rules.suppressed))
+
+
+def timestamps_like_text(texts: Texts, cache: KeyValueCache, rules: Rules) -> tuple[Texts, Rules]:
+    return texts, rules._replace(limits=torch.tensor([len(rules.suppressed), rules.eot]))
+
+
+def sums_begin_at_nothing(texts: Texts, cache: KeyValueCache, rules: Rules) -> tuple[Texts, Rules]:
+    return texts._replace(totals=torch.zeros_like(texts.totals)), rules
+
+
+def one_place_back(texts: Texts, cache: KeyValueCache, rules: Rules) -> tuple[Texts, Rules]:
+    return texts._replace(tokens=texts.tokens[:, 1:], lengths=texts.lengths - 1), rules
+
+
+def token_changed(advanced: Advanced, cache: KeyValueCache) -> Advanced:
+    tokens = advanced.texts.tokens.clone()
+    tokens[0, advanced.texts.lengths[0] - 2] += 1
+    return advanced._replace(texts=advanced.texts._replace(tokens=tokens))
+
+
+def sum_off(advanced: Advanced, cache: KeyValueCache) -> Advanced:
+    return advanced._replace(texts=advanced.texts._replace(totals=advanced.texts.totals * (1 - 1e-4)))
+
+
+def candidates_swapped(advanced: Advanced, cache: KeyValueCache) -> Advanced:
+    advanced.candidates.tokens[4] = advanced.candidates.tokens[4].flip(0)
+    return advanced
+
+
+def another_candidate(advanced: Advanced, cache: KeyValueCache) -> Advanced:
+    advanced.candidates.tokens[2, -1] += 1
+    return advanced
+
+
+def log_probability_off(advanced: Advanced, cache: KeyValueCache) -> Advanced:
+    advanced.candidates.logprobs[1, 1] += 1e-3
+    return advanced
+
+
+def earlier_key_overwritten(advanced: Advanced, cache: KeyValueCache) -> Advanced:
+    cache.own[2][0, 1, 3] *= 1 + 1e-6
+    return advanced
+
+
+def new_value_lost(advanced: Advanced, cache: KeyValueCache) -> Advanced:
+    cache.own[-1][1, :, advanced.texts.lengths[1] - 2] = 0
+    return advanced
+
+
+def another_texts_new_keys(advanced: Advanced, cache: KeyValueCache) -> Advanced:
+    cache.own[0][0, :, advanced.texts.lengths[0] - 2] = cache.own[0][1, :, advanced.texts.lengths[1] - 2]
+    return advanced
+
+
+def shorter_by_one(advanced: Advanced, cache: KeyValueCache) -> Advanced:
+    return advanced._replace(texts=advanced.texts._replace(lengths=advanced.texts.lengths - 1))
+
+
+@pytest.mark.parametrize(
+    ("fault", "scene"),
+    [
+        (other_audio, GREEDY),
+        (other_audio, BEAMS),
+        (another_texts_row, BEAMS),
+        (anything_allowed, GREEDY),
+        (timestamps_like_text, Scene("one text", (9,), (9,))),
+        (sums_begin_at_nothing, GREEDY),
+        (one_place_back, GREEDY),
+    ],
+)
+def test_what_is_given_wrongly_fails(judged: Suite, stepper: Stepper, fault: Callable, scene: Scene) -> None:
+    assert not judge_steps(judged, Wrong(stepper, given=fault), scene).passed
+
+
+@pytest.mark.parametrize(
+    ("fault", "scene"),
+    [
+        (token_changed, GREEDY),
+        (sum_off, GREEDY),
+        (candidates_swapped, BEAMS),
+        (another_candidate, BEAMS),
+        (log_probability_off, BEAMS),
+        (earlier_key_overwritten, GREEDY),
+        (new_value_lost, GREEDY),
+        (another_texts_new_keys, BEAMS),
+        (another_texts_new_keys, GREEDY),
+        (shorter_by_one, GREEDY),
+    ],
+)
+def test_what_is_found_wrongly_fails(judged: Suite, stepper: Stepper, fault: Callable, scene: Scene) -> None:
+    assert not judge_steps(judged, Wrong(stepper, found=fault), scene).passed
