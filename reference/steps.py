@@ -162,10 +162,9 @@ def given(suite: Suite, scene: Scene, unwritten: float) -> Given:
         for each in windows
     ]
     own = [torch.full((n, dims.n_text_head, dims.n_text_ctx, dims.n_text_state // dims.n_text_head), unwritten)]
-    memory = torch.stack(own * 2 * dims.n_text_layer).to(suite.dtype)
-    cache = KeyValueCache(
-        list(memory), list(cross.values()), max(scene.lengths) - 1, rows_of(n, dims.n_text_ctx), memory=memory
-    )
+    memory = torch.stack(own * 2 * dims.n_text_layer).to(suite.torch_device, suite.dtype)
+    audio = [kv.to(suite.torch_device, copy=True) for kv in cross.values()]
+    cache = KeyValueCache(list(memory), audio, max(scene.lengths) - 1, rows_of(n, dims.n_text_ctx), memory=memory)
     made = Given(scene, windows, cross, texts, Rules.joined(rules), cache)
     for text in range(n):
         fill(made, suite, text, generator)
@@ -182,13 +181,20 @@ def fill(made: Given, suite: Suite, text: int, generator: torch.Generator) -> No
         turn = torch.arange(past) % scene.n_text  # another beam's row at every place
         cache.rows[text, :past] = first + (text - first + turn) % scene.n_text
         for kv, cached in zip(own, cache.own, strict=True):
-            cached[cache.rows[text, :past], :, torch.arange(past)] = kv[0].transpose(0, 1).to(cached.dtype)
+            cached[cache.rows[text, :past], :, torch.arange(past)] = kv[0].transpose(0, 1).to(cached)
+
+
+def kept(cache: KeyValueCache, text: int, n_token: int) -> list[Tensor]:
+    """Returns every layer's keys and values of a text's first tokens, (token, head, channel)."""
+    rows = cache.rows[text, :n_token] - cache.first_row
+    return [kv[rows, :, torch.arange(n_token)].cpu() for kv in cache.own]
 
 
 def forward(model: Whisper, made: Given, tokens: Tensor, text: int, positions: Iterable[int]) -> list[Tensor]:
     """Returns PyTorch's logits (1, position, vocab) at some positions of a text, and every layer's keys and values."""
-    cross = {name: kv.to(model.compute) for name, kv in made.cross_of(text).items()}
-    return TWINS["decoder.start"](model, 0, tokens=tokens[None], positions=torch.tensor([*positions]), **cross)
+    cross = {name: kv.to(model.device, model.compute) for name, kv in made.cross_of(text).items()}
+    tokens, at = tokens[None].to(model.device), torch.tensor([*positions])
+    return [x.cpu() for x in TWINS["decoder.start"](model, 0, tokens=tokens, positions=at, **cross)]
 
 
 def filtered(logits: Tensor, made: Given, text: int, tokens: Tensor, first: int) -> Tensor:
@@ -239,21 +245,19 @@ def three(suite: Suite, made: Given, advanced: Advanced, text: int) -> tuple[Fou
 
     candidates = advanced.candidates
     found, of_total = candidates.tokens[text, :n_best], advanced.texts.totals[text] + scale.sum()
-    written = [kv[text, :, n_before - 1 : len(tokens) - 1].transpose(0, 1).flatten(1) for kv in made.cache.own]
+    written = [kv[n_before - 1 :].flatten(1) for kv in kept(made.cache, text, len(tokens) - 1)]
     selected, of_candidates = right.gather(1, chosen)[:, 0], right[-1, found]
     ours = Found(selected, of_total, candidates.logprobs[text] + scale[-1], of_candidates, written)
     oracle = reckoned(right, scale, right_kv, right.argmax(1, keepdim=True))
     return oracle, reckoned(theirs.double(), their_scale.double(), their_kv, theirs.argmax(1, keepdim=True)), ours
 
 
-def judge_steps(suite: Suite, stepper: Stepper, scene: Scene, unwritten: float = torch.nan) -> Judgement:
+def judge_steps(suite: Suite, stepper: Stepper, scene: Scene) -> Judgement:
     """Judges what a stepper makes of a scene: the tokens it selects, their sums, candidates and log-probabilities, and
-    the keys and values that it leaves in the cache.
-
-    unwritten: what stands in the cache's places that hold nothing yet.
-    """
-    made = given(suite, scene, unwritten)
-    before = [kv.clone() for kv in made.cache.own]
+    the keys and values that it leaves in the cache. Where the cache holds nothing yet stands NaN, on a GPU, whose
+    attention multiplies that with 0, a large number."""
+    made = given(suite, scene, unwritten=1e4 if stepper.tokens_first else torch.nan)
+    before = [kept(made.cache, text, n - 1) for text, n in enumerate(made.texts.lengths.tolist())]
     with torch.no_grad():
         advanced = stepper.advance(made.texts, made.cache, made.rules, made.n_token)
     comparison = Comparison(suite.model.size, suite.dtype, "decoding", 0, scene.name, suite.device)
@@ -284,8 +288,11 @@ def joined(found: Sequence[Found], n_best: int) -> list[Tensor]:
     return [*(x.double() for x in logits), *kv]
 
 
-def broken_promises(made: Given, advanced: Advanced, before: Sequence[Tensor]) -> Iterable[str]:
-    """Finds what `Stepper.advance` promises and did not keep, each text's tokens and cache apart."""
+def broken_promises(made: Given, advanced: Advanced, before: Sequence[list[Tensor]]) -> Iterable[str]:
+    """Finds what `Stepper.advance` promises and did not keep, each text's tokens and cache apart.
+
+    before: of each text, what `kept` gave for its cache.
+    """
     texts, n_token, eot = advanced.texts, made.n_token, made.rules.eot
     gained = texts.lengths - made.texts.lengths
     for text, length in enumerate(made.texts.lengths.tolist()):
@@ -296,10 +303,6 @@ def broken_promises(made: Given, advanced: Advanced, before: Sequence[Tensor]) -
             yield f"text {text}: {int(gained[text])} tokens more, expected 1 to {most}"
         if (now[texts.lengths[text] :] != eot).any() or (now[length : texts.lengths[text] - 1] == eot).any():
             yield f"text {text}: tokens behind its end"
-        places, rows = torch.arange(length - 1), made.cache.rows[text, : length - 1]
-        kept = (was[rows, :, places].equal(kv[rows, :, places]) for was, kv in zip(before, made.cache.own, strict=True))
-        if most and not all(kept):
+        now_kept = kept(made.cache, text, length - 1)
+        if most and not all(was.equal(kv.to(was.dtype)) for was, kv in zip(before[text], now_kept, strict=True)):
             yield f"text {text}: keys and values of its earlier tokens have changed"
-    ended = texts.last()[:, 0] == eot
-    if not (ended | (gained == n_token))[n_token > 0].any():
-        yield "no text has ended or has as many tokens as it may have"

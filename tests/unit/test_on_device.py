@@ -39,6 +39,7 @@ from maxwhisper.whisper import Whisper, load_model
 from reference.blocks import TWINS
 from reference.chain import pytorch_logits
 from reference.judge import Comparison, judge
+from reference.steps import SCENES, Scene, judge_steps
 from reference.suite import Suite, trained
 
 from .test_decoding import (
@@ -177,7 +178,8 @@ def texts(result: dict[str, Any]) -> list[tuple[Any, ...]]:
     return [(s["start"], s["end"], s["tokens"], s["no_speech_prob"]) for s in result["segments"]]
 
 
-BEAMS = pytest.mark.parametrize("beam_size", [None, 2])
+AT_NIGHT = pytest.param(2, marks=pytest.mark.nightly)  # what stands in its place is `test_steps_pass_the_judge`
+BEAMS = pytest.mark.parametrize("beam_size", [None, AT_NIGHT])
 
 
 def test_transcripts_of_threads_that_share_a_model(model: Whisper) -> None:
@@ -185,6 +187,12 @@ def test_transcripts_of_threads_that_share_a_model(model: Whisper) -> None:
     alone = [model.transcribe(clip, **options) for clip in SOME[:2]]
     with ThreadPoolExecutor(2) as threads:
         assert list(threads.map(lambda clip: model.transcribe(clip, **options), SOME[:2])) == alone
+
+
+@pytest.mark.parametrize("scene", SCENES, ids=str)
+def test_steps_pass_the_judge(model: Whisper, scene: Scene) -> None:
+    judgement = judge_steps(Suite(trained(), torch.float32), model.stepper, scene)
+    assert judgement.passed, str(judgement)
 
 
 @BEAMS
@@ -206,7 +214,7 @@ def test_float16(usual: Whisper) -> None:
     assert sum(a == b for a, b in zip(ours, theirs, strict=True)) >= len(SOME) - 1
 
 
-@pytest.mark.parametrize(("batch_size", "beam_size"), [(2, None), (3, 2)])
+@pytest.mark.parametrize(("batch_size", "beam_size"), [(2, None), pytest.param(3, 2, marks=pytest.mark.nightly)])
 def test_together_as_alone(
     model: Whisper, alone: Alone, recordings: list[np.ndarray], batch_size: int, beam_size: int | None
 ) -> None:
@@ -260,6 +268,7 @@ def average(
     return logprobs.sum(0) / (len(tokens) + 1)
 
 
+@pytest.mark.nightly
 def test_a_text_that_fills_the_cache(model: Whisper, usual: Whisper) -> None:
     """Behind as long a prompt as there can be."""
     prompt = list(range(1000, 1223))
