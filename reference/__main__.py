@@ -9,9 +9,11 @@ import torch
 from maxwhisper.engine.program import COMPILE_LOG
 from maxwhisper.network.blocks import BLOCKS, Block
 
-from .activations import FIXTURES, KINDS
+from .activations import KINDS
 from .ahead import WhenCompiling, compile_ahead, suite_job
-from .suite import CHECKPOINT, Suite, trained
+from .fixtures import NANO
+from .models import CHECKPOINT, trained
+from .suite import Suite
 
 N_FIRST = 9
 """How many of the blocks that are not of the network take as long to compile as the others."""
@@ -29,7 +31,7 @@ class Halves:
         self.suites = first, last
         job = suite_job(CHECKPOINT, torch.float32, last.only)
         self.ahead, self.job = compile_ahead([job], str(checkpoint), "cpu"), job
-        if not first.parts_kept:
+        if not first.subject.parts_kept:
             logging.getLogger("maxwhisper").addHandler(WhenCompiling(self.ahead))
 
     def of(self, block: Block) -> Suite:
@@ -43,7 +45,7 @@ class Halves:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m reference", description=__doc__)
-    parser.add_argument("--checkpoint", default=FIXTURES / "nano.pt", help="path or name (default: %(default)s)")
+    parser.add_argument("--checkpoint", default=NANO, help="path or name (default: %(default)s)")
     checkpoint = parser.parse_args().checkpoint
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     suites = Halves(checkpoint)

@@ -116,7 +116,8 @@ class FaultVerdict:
 def with_weight_fault(suite: Suite, fault: Fault) -> dict[str, Executable]:
     """Every graph of the suite, with the fault in its weights."""
     assert fault.change is not None
-    return suite.graphs({**suite.tensors, **fault.change(suite.tensors, suite.dims)}, LAYER)
+    tensors = suite.subject.tensors
+    return suite.subject.graphs_with({**tensors, **fault.change(tensors, suite.dims)}, LAYER)
 
 
 def faulty(fault: Fault, right: Program) -> Program:
@@ -134,7 +135,7 @@ def compile_graph_faults(suite: Suite, faults: Sequence[Fault]) -> dict[str, Exe
     """The faulty blocks of graph faults, by the fault's name, compiled together."""
     programs = [faulty(fault, BLOCKS[fault.block].program(suite.dims, suite.policy)) for fault in faults]
     artifact = Artifact(f"{suite.model.size}, graph faults", programs, suite.device)
-    return artifact.init(suite.tensors, audio_layer=LAYER, text_layer=LAYER)
+    return artifact.init(suite.subject.tensors, audio_layer=LAYER, text_layer=LAYER)
 
 
 def isolated(suite: Suite, fault: Fault, executable: Executable) -> Iterator[Judgement]:

@@ -25,8 +25,8 @@ from types import FrameType
 from maxwhisper.compare.run import written
 from maxwhisper.errors import MaxWhisperError, OptionError
 
+from ..models import DTYPES, FIXTURE, SIZES
 from ..reasons import one_line
-from ..suite import DTYPES, FIXTURE, SIZES
 from .engine import ROOT, Setting, Worker
 from .verdict import Verdict, verdict
 

@@ -108,7 +108,7 @@ def measure_data(measure: Measure) -> dict[str, Any]:
 def explanation_data(explanation: Explanation) -> dict[str, Any]:
     return {
         **picked(explanation, "output", "worst", "oracle", "peer", "subject"),
-        "causes": [picked(cause, "name", "before", "after") for cause in explanation.causes],
+        "causes": [picked(diagnosis, "name", "before", "after") for diagnosis in explanation.diagnoses],
         "errors": map_data(explanation.errors),
     }
 
@@ -123,7 +123,7 @@ def chain_data(chain: Chain) -> dict[str, Any]:
         "passed": chain.passed,
         "first_divergence": chain.first_divergence,
         "submodules": [{"name": name, **judgement_data(judgement)} for name, judgement in chain.judgements.items()],
-        "capture_effects": [picked(effect, "output", "identical", "relative_l2") for effect in chain.capture_effects],
+        "capture_effects": [picked(effect, "output", "identical", "relative_l2") for effect in chain.effects],
     }
 
 

@@ -12,8 +12,8 @@ from ..activations import is_step
 from ..chain import STEP, Chain
 from ..faults import FaultVerdict
 from ..judge import Comparison, Judgement, dtype_name, severity
+from ..models import DTYPES
 from ..results import Run
-from ..suite import DTYPES
 from ..transcripts import Transcript
 
 # ---- numbers -------------------------------------------------------------------------------------------------------

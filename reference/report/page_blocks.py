@@ -127,7 +127,7 @@ def map_figure(judgement: Judgement, explanation: Explanation, name: str, attemp
         element("figcaption", judgement.comparison),
         chart,
         element("p", f"Output {e.output}, worst at {list(e.worst)}: {values}", class_="quiet"),
-        *(element("p", f"Looks like: {cause}", class_="quiet") for cause in e.causes[:2]),
+        *(element("p", f"Looks like: {diagnosis}", class_="quiet") for diagnosis in e.diagnoses[:2]),
     )
 
 

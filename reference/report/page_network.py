@@ -32,7 +32,7 @@ def network_section(run: Run, attempts: Attempts) -> Html:
         ),
         *(drawn[id(chain)] for chain in shown),
         folded(f"{len(rest)} more chains", *rest) if rest else "",
-        element("h3", "First divergence, and what capturing changed"),
+        element("h3", "First divergence, and what intermediates changed"),
         chain_table(chains),
     )
 
@@ -76,7 +76,7 @@ def chain_table(chains: Sequence[Chain]) -> Html:
         diverged = mark(chain.passed, "none", divergence(chain))
         changed = [
             f"{e.output}: {'identical' if e.identical else f'changed by {scientific(e.relative_l2)}'}"
-            for e in chain.capture_effects
+            for e in chain.effects
         ]
         cells = (
             c.size,
@@ -87,5 +87,5 @@ def chain_table(chains: Sequence[Chain]) -> Html:
             "; ".join(changed) or "not run",
         )
         rows.append(cells)
-    header = ("size", "dtype", "inputs", "submodules", "first divergence", "captures changed (relative L2)")
+    header = ("size", "dtype", "inputs", "submodules", "first divergence", "changed by intermediates (relative L2)")
     return table(header, rows)

@@ -18,9 +18,10 @@ from reference.faults import (
     with_weight_fault,
 )
 from reference.graph_faults import graph_faults
+from reference.models import FIXTURE
 from reference.pytest_plugin.models import SuiteFor
 from reference.results import Run
-from reference.suite import FIXTURE, Suite
+from reference.suite import Suite
 from reference.weight_faults import weight_faults
 
 GraphsWith = Callable[[Suite, Fault], dict[str, Executable]]

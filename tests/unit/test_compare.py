@@ -26,7 +26,7 @@ from maxwhisper.compare import convert, engines, run, stepwise
 from maxwhisper.compare.engines import SPECS, Engine, Spec, Task, missing, rows
 from maxwhisper.compare.engines import maxwhisper as maxwhisper_engine
 from maxwhisper.compare.engines.on_pytorch import OnPyTorch
-from maxwhisper.compare.material import SIZES, checkpoint_for, recordings
+from maxwhisper.compare.material import SIZES, checkpoint_for, dimensions, recordings
 from maxwhisper.compare.process import EngineError, Worker, awake
 from maxwhisper.compare.results import Row
 from maxwhisper.compare.scores import agreement, word_error_rate
@@ -370,7 +370,7 @@ def test_the_cache_is_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_random_weights_are_the_same_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(SIZES, "tiniest", (80, 1000, 64, 1, 2))
+    monkeypatch.setitem(SIZES, "tiniest", dimensions(80, 1000, 64, 1, 2))
     first, second = checkpoint_for("random:tiniest"), checkpoint_for("random:tiniest")
     assert convert.digest(first) == convert.digest(second)
     assert (first.dims.n_audio_state, first.dims.n_audio_layer, first.dims.n_text_layer) == (64, 1, 2)

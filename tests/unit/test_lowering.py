@@ -20,8 +20,9 @@ from maxwhisper.engine.session import Policy
 from maxwhisper.network.model import LayerNorm
 from maxwhisper.whisper import load_model
 from reference.lowering import Lowering, graphs, lower
+from reference.models import FIXTURE, load, trained
 from reference.perf.worker import LOOPS, Blocks
-from reference.suite import FIXTURE, Suite, load, random_weights, trained
+from reference.suite import Suite
 
 from .test_options import NANO, ROOT
 
@@ -93,7 +94,7 @@ def test_decode_loops_are_timed_from_its_artifacts(gated: Path) -> None:
 def test_decode_loops_are_not_timed_from_artifacts_that_pick_no_tokens(gated: Path) -> None:
     """Of another model, or of none."""
     held = Artifacts(gated, "cpu")
-    tiny = Blocks(Suite(random_weights("tiny"), torch.float32, held=held))
+    tiny = Blocks(Suite(load("tiny"), torch.float32, held=held))
     assert tiny.suite.dims != trained().dims and not {*LOOPS} & {*tiny.takes()}
     held.held = [each for each in held.held if each.identity.unit != DECODING]
     assert not {*LOOPS} & {*Blocks(Suite(trained(), torch.float32, held=held)).takes()}

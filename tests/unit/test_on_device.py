@@ -39,7 +39,8 @@ from maxwhisper.whisper import Whisper, load_model
 from reference.blocks import TWINS
 from reference.chain import pytorch_logits
 from reference.judge import Comparison, judge
-from reference.suite import Suite, trained
+from reference.models import trained
+from reference.suite import Suite
 
 from .test_decoding import (
     BEGIN,
@@ -126,7 +127,7 @@ def test_blocks_of_products_pass_the_judge(dtype: torch.dtype, monkeypatch: pyte
         artifact = Artifact("as on a GPU", [block.program(suite.dims, suite.policy) for block in blocks], "cpu")
     for block in blocks:
         for comparison in suite.comparisons(block, ["speech"]):
-            run = artifact.init(suite.tensors, audio_layer=comparison.layer)[block.name]
+            run = artifact.init(suite.subject.tensors, audio_layer=comparison.layer)[block.name]
             assert suite.judge(comparison, run).passed
 
 

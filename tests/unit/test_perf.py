@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from maxwhisper.errors import MaxWhisperError, OptionError
 from maxwhisper.network.blocks import BLOCKS
+from reference.models import SIZES, load, trained
 from reference.perf import compile_base, gate, worker
 from reference.perf.costs import Cost, costs
 from reference.perf.engine import ENGINES, ROOT, Setting, Worker, WorkerError
@@ -26,7 +27,7 @@ from reference.perf.gate import Trees, checked_out, compare
 from reference.perf.table import Row, table
 from reference.perf.verdict import FACTOR, P, Verdict, verdict
 from reference.perf.worker import LOOPS, MATRIX, N_TOKEN, Blocks
-from reference.suite import SIZES, Suite, random_weights, trained
+from reference.suite import Suite
 from tests.perf.conftest import Timing
 from tests.perf.test_speed import Timed
 
@@ -254,7 +255,7 @@ def test_a_tree_that_cannot_read_artifacts_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_decode_loops_are_timed_in_float32(dtype: torch.dtype) -> None:
-    taken = Blocks(Suite(random_weights("tiny"), dtype)).takes()
+    taken = Blocks(Suite(load("tiny"), dtype)).takes()
     assert list(taken) == [*BLOCKS, *(LOOPS if dtype == torch.float32 else [])]
 
 
@@ -348,7 +349,7 @@ def test_time_on_a_gpu_is_in_the_data_and_in_the_table(tiny: Suite, device: list
 
 @pytest.fixture(scope="module")
 def tiny() -> Suite:
-    return Suite(random_weights("tiny"), torch.float32)
+    return Suite(load("tiny"), torch.float32)
 
 
 def cost_of(suite: Suite, block: str) -> dict[str, Cost]:

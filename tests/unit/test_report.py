@@ -18,7 +18,7 @@ import whisper
 
 import reference.report
 from maxwhisper.engine.program import COMPILE_LOG, CompileRecord
-from reference.chain import CaptureEffect, Chain
+from reference.chain import Chain, IntermediatesEffect
 from reference.faults import Fault, FaultVerdict
 from reference.judge import Comparison, Explanation, Judgement, Measure, Output, explain, judge
 from reference.report import ReportError, write
@@ -57,7 +57,7 @@ def chain(error: float = 2e-7, inputs: str = "speech") -> Chain:
     judgements = {name: judgement(name) for name in names}
     judgements["decoder.embedding"] = judgement("decoder.embedding", 0.0)
     judgements["encoder.blocks.0.mlp"] = judgement("encoder.blocks.0.mlp", error)
-    effects = CaptureEffect("encoder", True, 0.0), CaptureEffect("decoder", False, 3e-8)
+    effects = IntermediatesEffect("encoder", True, 0.0), IntermediatesEffect("decoder", False, 3e-8)
     return Chain(Comparison("fixture", torch.float32, "chain", 0, inputs), judgements, effects)
 
 
