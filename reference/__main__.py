@@ -6,11 +6,11 @@ import sys
 
 import torch
 
-from maxwhisper.engine.program import COMPILE_LOG
 from maxwhisper.network.blocks import BLOCKS, Block
 
 from .activations import KINDS
 from .ahead import WhenCompiling, compile_ahead, suite_job
+from .compile_log import CompileRecord, compilations
 from .fixtures import NANO
 from .models import CHECKPOINT, trained
 from .suite import Suite
@@ -48,7 +48,16 @@ def main() -> int:
     parser.add_argument("--checkpoint", default=NANO, help="path or name (default: %(default)s)")
     checkpoint = parser.parse_args().checkpoint
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    suites = Halves(checkpoint)
+    compiled: list[CompileRecord] = []
+    with compilations(compiled.append):
+        passed = print_verdicts(Halves(checkpoint))
+    graphs, seconds = sum(r.graphs for r in compiled), sum(r.seconds for r in compiled)
+    print(f"\n{graphs} graphs compiled in {seconds:.1f} s")
+    return 0 if passed else 1
+
+
+def print_verdicts(suites: Halves) -> bool:
+    """Prints a line for every block; tells whether all passed."""
     print("relative L2 to float64, worst output, layer and inputs of each block; MAX and PyTorch both in float32\n")
     print(f"{'block':38}{'MAX':>11}{'PyTorch':>11}{'ratio':>8}  verdict")
     passed = True
@@ -60,9 +69,7 @@ def main() -> int:
         passed &= verdict
         figures = f"{worst.subject:11.2e}{worst.peer:11.2e}{worst.ratio:8.2f}"
         print(f"{block.name:38}{figures}  {'ok' if verdict else 'FAILED'}", flush=True)
-    graphs, seconds = sum(r.graphs for r in COMPILE_LOG), sum(r.seconds for r in COMPILE_LOG)
-    print(f"\n{graphs} graphs compiled in {seconds:.1f} s")
-    return 0 if passed else 1
+    return passed
 
 
 if __name__ == "__main__":

@@ -13,9 +13,8 @@ from pathlib import Path
 import torch
 from max.driver import Accelerator, accelerator_count
 
-from maxwhisper.engine.program import COMPILE_LOG
-
 from .chain import Chain
+from .compile_log import CompileRecord
 from .faults import FaultVerdict
 from .judge import Judgement, dtype_name
 from .reasons import one_line
@@ -23,7 +22,7 @@ from .transcripts import Transcript
 from .versions import version
 
 PACKAGES = ("maxwhisper", "max", "torch", "openai-whisper", "numpy")
-FOUND = ("judgements", "chains", "faults", "transcripts", "lost")
+FOUND = ("judgements", "chains", "faults", "transcripts", "compiled", "lost")
 """Fields of a run that its tests fill."""
 
 
@@ -39,6 +38,7 @@ class Run:
     chains: list[Chain] = field(default_factory=list)
     faults: list[FaultVerdict] = field(default_factory=list)
     transcripts: list[Transcript] = field(default_factory=list)
+    compiled: list[CompileRecord] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
     notes: dict[str, str] = field(default_factory=dict)
     test_seconds: float = 0.0
@@ -104,7 +104,11 @@ class Run:
 
     @property
     def compile_seconds(self) -> float:
-        return sum(record.seconds for record in COMPILE_LOG)
+        return sum(record.seconds for record in self.compiled)
+
+    @property
+    def graphs_compiled(self) -> int:
+        return sum(record.graphs for record in self.compiled)
 
     @property
     def compare_seconds(self) -> float:

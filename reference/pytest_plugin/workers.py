@@ -14,8 +14,6 @@ from typing import Any
 import pytest
 import torch
 
-from maxwhisper.engine.program import COMPILE_LOG, CompileRecord
-
 from ..ahead import suite_job
 from ..faults import Fault
 from ..graph_faults import graph_faults
@@ -55,15 +53,13 @@ def faults() -> dict[str, Fault]:
     return {fault.name: fault for fault in (*weight_faults(), *graph_faults())}
 
 
-def packed(found: Run, compiled: list[CompileRecord]) -> bytes:
-    """Return what a test found, and what was compiled for it, as bytes for `unpack_into`."""
+def packed(found: Run) -> bytes:
+    """Return what a test found as bytes for `unpack_into`."""
     stream = io.BytesIO()
-    Pickler(stream).dump((found, compiled))
+    Pickler(stream).dump(found)
     return stream.getvalue()
 
 
 def unpack_into(run: Run, data: bytes) -> None:
-    """Add to the run, and to this process's log of compilations, what `packed` made."""
-    found, compiled = Unpickler(io.BytesIO(data)).load()
-    run.add(found)
-    COMPILE_LOG.extend(compiled)
+    """Add to the run what `packed` made."""
+    run.add(Unpickler(io.BytesIO(data)).load())

@@ -6,13 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from maxwhisper.engine.program import COMPILE_LOG
-
 from ..chain import Chain
 from ..faults import FaultVerdict
 from ..judge import Comparison, Explanation, Judgement, K, Measure, Output, dtype_name
 from ..results import Run
-from .figures import FaultTotals, compile_log, failures, fault_totals, outcome, verdict
+from .figures import FaultTotals, failures, fault_totals, outcome, verdict
 
 SCHEMA_VERSION = 1
 MAP_DIGITS = 4
@@ -50,7 +48,7 @@ def as_data(run: Run, machine: dict[str, str]) -> dict[str, Any]:
         "k": K,
         "totals": totals(run),
         "environment": machine,
-        "compile_log": [picked(record, "name", "graphs", "seconds") for record in COMPILE_LOG],
+        "compile_log": [picked(record, "name", "graphs", "seconds") for record in run.compiled],
         "judgements": [judgement_data(judgement) for judgement in run.judgements],
         "chains": [chain_data(chain) for chain in run.chains],
         "faults": [fault_data(fault) for fault in run.faults],
@@ -59,7 +57,6 @@ def as_data(run: Run, machine: dict[str, str]) -> dict[str, Any]:
 
 
 def totals(run: Run) -> dict[str, Any]:
-    graphs, artifacts = compile_log()
     return {
         "pairs": run.pairs,
         "pairs_recalled": run.recalled_pairs,
@@ -71,8 +68,8 @@ def totals(run: Run) -> dict[str, Any]:
         "transcripts_failed": sum(not transcript.equal for transcript in run.transcripts),
         "faults": {dtype: fault_total_data(each) for dtype, each in fault_totals(run.faults).items()},
         "failures": len(failures(run)),
-        "artifacts_compiled": artifacts,
-        "graphs_compiled": graphs,
+        "artifacts_compiled": len(run.compiled),
+        "graphs_compiled": run.graphs_compiled,
         "compile_seconds": run.compile_seconds,
         "compare_seconds": run.compare_seconds,
         "test_seconds": run.test_seconds,

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from maxwhisper.engine.program import COMPILE_LOG
 from maxwhisper.network.blocks import BLOCKS
 
 from ..activations import is_step
@@ -102,11 +101,6 @@ def what_held(run: Run) -> Iterator[str]:
 
 def divergence(chain: Chain) -> str:
     return chain.first_divergence or ("nothing: no submodule was judged" if not chain.judgements else "none")
-
-
-def compile_log() -> tuple[int, int]:
-    """How many graphs were compiled, in how many artifacts."""
-    return sum(record.graphs for record in COMPILE_LOG), len(COMPILE_LOG)
 
 
 # ---- comparisons ---------------------------------------------------------------------------------------------------

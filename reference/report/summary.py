@@ -6,7 +6,6 @@ from ..results import Run
 from .figures import (
     BlockFigures,
     block_figures,
-    compile_log,
     divergence,
     dtypes_of,
     failures,
@@ -39,8 +38,8 @@ def plain(text: str) -> str:
 
 
 def total_lines(run: Run, machine: dict[str, str]) -> list[str]:
-    graphs, artifacts = compile_log()
-    compiled = f"{graphs} graphs in {artifacts} artifacts compiled in {run.compile_seconds:.1f} s"
+    graphs = f"{run.graphs_compiled} graphs in {len(run.compiled)} artifacts"
+    compiled = f"{graphs} compiled in {run.compile_seconds:.1f} s"
     lines = [
         f"{run.pairs:,} pairs compared in {run.compare_seconds:.1f} s{run.recalled_note}; {compiled}",
         ", ".join(f"{name} {machine[name]}" for name in SHOWN_IN_HEADING if name in machine),

@@ -68,7 +68,7 @@ def test_pytorch_and_numpy_compute_without_avx_512() -> None:
 def test_max_compiles_for_the_cpu_that_is_named(target: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     said = Mock()
     monkeypatch.setattr(session, "set_virtual_cpu_target", said)
-    monkeypatch.setattr(session, "InferenceSession", Mock())
+    monkeypatch.setattr(session, "Session", Mock())
     if target:
         monkeypatch.setenv(CPU, target)
     session.session.__wrapped__("cpu")

@@ -5,7 +5,6 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from html.parser import HTMLParser
@@ -17,8 +16,8 @@ import torch
 import whisper
 
 import reference.report
-from maxwhisper.engine.program import COMPILE_LOG, CompileRecord
 from reference.chain import Chain, IntermediatesEffect
+from reference.compile_log import CompileRecord
 from reference.faults import Fault, FaultVerdict
 from reference.judge import Comparison, Explanation, Judgement, Measure, Output, explain, judge
 from reference.report import ReportError, write
@@ -71,15 +70,6 @@ def fault(
     return FaultVerdict(wrong, dtype, isolated, **known)  # type: ignore[arg-type]
 
 
-@pytest.fixture(autouse=True)
-def compiled() -> Iterator[None]:
-    """The log of compilations is the process's own, which other tests fill."""
-    before = list(COMPILE_LOG)
-    COMPILE_LOG[:] = [CompileRecord("fixture, float32, parts", 19, 2.5)]
-    yield
-    COMPILE_LOG[:] = before
-
-
 def passing() -> Run:
     return Run(
         judgements=[
@@ -94,6 +84,7 @@ def passing() -> Run:
             fault("rounded", torch.bfloat16, checks=(), effect={"speech": 1e-5}, used=0.5),
         ],
         transcripts=[Transcript("english-1.wav", "greedy", True, 41)],
+        compiled=[CompileRecord("fixture, float32, parts", 19, 2.5)],
         test_seconds=4.0,
         started=datetime(2026, 1, 2, 3, 4, tzinfo=UTC),
         command="pytest tests/parity -k 'mlp or chain'",
