@@ -10,6 +10,7 @@ from max.dtype import DType
 from max.graph import DeviceRef
 from whisper.model import ModelDimensions
 
+from . import names
 from .checkpoint import Checkpoint
 from .decoding.cpu import select_tokens_program
 from .decoding.gpu import candidates_program, step_program
@@ -40,7 +41,7 @@ def units_on(device: str) -> tuple[str, ...]:
     return units if device == "cpu" else (*units, TOKEN_RULES)
 
 
-DTYPES = {dtype.name: dtype for dtype in (DType.float32, DType.float16, DType.bfloat16)}
+DTYPES = {name: DType[name] for name in names.DTYPES}
 """What can be computed in."""
 
 

@@ -24,7 +24,8 @@ from maxwhisper.network.blocks import BLOCKS
 
 from .fixtures import NANO
 from .judge import dtype_name
-from .models import DTYPES, load
+from .measures import DTYPES
+from .models import load
 from .suite import Suite
 
 TRANSCRIBING = "transcribing"

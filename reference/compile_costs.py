@@ -31,7 +31,8 @@ from maxwhisper.engine.program import Artifact, Program
 from maxwhisper.engine.session import session
 
 from .judge import dtype_name
-from .models import DTYPES, FIXTURE, SIZES, load
+from .measures import DTYPES
+from .models import FIXTURE, SIZES, load
 from .suite import Suite
 
 EXECUTABLE = 4

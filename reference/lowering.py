@@ -33,7 +33,8 @@ from maxwhisper.network.blocks import BLOCKS
 
 from .intermediates import WITH_INTERMEDIATES
 from .judge import dtype_name
-from .models import DTYPES, TRAINED, load
+from .measures import DTYPES
+from .models import TRAINED, load
 from .suite import Suite
 
 PICKING = {

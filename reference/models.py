@@ -11,17 +11,12 @@ from whisper.model import ModelDimensions, Whisper
 
 from maxwhisper.checkpoint import load_checkpoint
 from maxwhisper.compare.material import dimensions
-from maxwhisper.compiled import DTYPES as MAX_DTYPES
-from maxwhisper.engine.session import TORCH_DTYPE
 
 from . import activations
 from .activations import Activations
 from .blocks import pytorch_whisper
 from .fixtures import NANO
 from .verdicts import fingerprint
-
-DTYPES = {name: TORCH_DTYPE[dtype] for name, dtype in MAX_DTYPES.items()}
-"""PyTorch's dtypes that blocks are compared in, by name, the most precise first."""
 
 FIXTURE, CHECKPOINT = "fixture", "checkpoint"
 TRAINED = (FIXTURE, CHECKPOINT)

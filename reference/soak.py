@@ -17,7 +17,8 @@ from maxwhisper.network.blocks import BLOCKS
 from .activations import RANDOM
 from .blocks import TWINS
 from .judge import Comparison, Judgement, dtype_name
-from .models import DTYPES, load
+from .measures import DTYPES
+from .models import load
 from .suite import Suite
 
 

@@ -5,21 +5,19 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
-from max.graph import DeviceRef
 from torch import Tensor
 from whisper.model import ModelDimensions, Whisper
 
-from maxwhisper.compiled import DTYPES as MAX_DTYPES
-from maxwhisper.compiled import storage_dtype
+from maxwhisper.compiled import policy_of
 from maxwhisper.engine.artifacts import Artifacts
 from maxwhisper.engine.program import Executable
-from maxwhisper.engine.session import Policy, find_device
+from maxwhisper.engine.session import Policy
 from maxwhisper.network.blocks import BLOCKS, Block
 
 from .blocks import pytorch_whisper
 from .inputs import comparisons, inputs
 from .judge import Comparison, Explanation, Judgement, dtype_name
-from .models import DTYPES as DTYPES  # for reference.perf.worker, which finds it here in every revision
+from .measures import DTYPES as DTYPES  # for reference.perf.worker, which finds it here in every revision
 from .models import Model
 from .models import load as load
 from .subject import Subject
@@ -59,9 +57,7 @@ class Suite:
 
     @cached_property
     def policy(self) -> Policy:
-        compute = MAX_DTYPES[dtype_name(self.dtype)]
-        storage = storage_dtype(self.model.tensors, self.device, compute)
-        return Policy(DeviceRef.from_device(find_device(self.device)), storage, compute)
+        return policy_of(self.model.tensors, self.device, dtype_name(self.dtype))
 
     @cached_property
     def peer(self) -> Whisper:

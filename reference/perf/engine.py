@@ -13,8 +13,8 @@ from typing import Any
 from maxwhisper.compare.process import awake
 from maxwhisper.errors import MaxWhisperError
 
-ROOT = Path(__file__).parents[2]
-"""The tree that this file is of."""
+from ..fixtures import ROOT
+
 WORKER = Path(__file__).with_name("worker.py")
 ENGINES = ("MAX", "PyTorch")
 

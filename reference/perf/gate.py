@@ -25,9 +25,11 @@ from types import FrameType
 from maxwhisper.compare.run import written
 from maxwhisper.errors import MaxWhisperError, OptionError
 
-from ..models import DTYPES, FIXTURE, SIZES
+from ..fixtures import ROOT
+from ..measures import DTYPES
+from ..models import FIXTURE, SIZES
 from ..reasons import one_line
-from .engine import ROOT, Setting, Worker
+from .engine import Setting, Worker
 from .verdict import Verdict, verdict
 
 CONFIRMATIONS = 2

@@ -12,7 +12,8 @@ from maxwhisper.engine.artifacts import TARGETS, Artifacts
 from maxwhisper.engine.session import device_named, gpu_found
 from maxwhisper.errors import ArtifactError, MaxWhisperError
 
-from ..models import CHECKPOINT, DTYPES, FIXTURE, SIZES, trained
+from ..measures import DTYPES
+from ..models import CHECKPOINT, FIXTURE, SIZES, trained
 from ..older_cpu import AS_ON, heeded
 from .workers import is_distributed, is_worker
 

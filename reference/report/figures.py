@@ -11,7 +11,7 @@ from ..activations import is_step
 from ..chain import STEP, Chain
 from ..faults import FaultVerdict
 from ..judge import Comparison, Judgement, dtype_name, severity
-from ..models import DTYPES
+from ..measures import DTYPES
 from ..results import Run
 from ..transcripts import Transcript
 

@@ -13,10 +13,10 @@ from maxwhisper.compiled import DECODING, Network
 from maxwhisper.engine import precompile as ahead
 from maxwhisper.engine.artifacts import Cache
 from maxwhisper.engine.precompile import MEMORY, Ahead, Job
+from reference.fixtures import NANO
 
 from .compiling import nothing_compiles
 
-NANO = Path(__file__).parents[2] / "fixtures" / "nano.pt"
 MODULE = """
 import sys, time
 for job in sys.argv[1:]:

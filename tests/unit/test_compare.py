@@ -36,12 +36,11 @@ from maxwhisper.compare.worker import Requests
 from maxwhisper.engine import session
 from reference.blocks import TWINS, decoder, decoder_keys_values, pytorch_whisper
 from reference.chain import layers
+from reference.fixtures import FIXTURES, NANO
 from reference.judge import Comparison, judge
 
-ROOT = Path(__file__).parents[2]
-NANO = ROOT / "fixtures" / "nano.pt"
-CLIP = ROOT / "fixtures" / "clips" / "english-1.wav"
-LONG = ROOT / "fixtures" / "clips" / "english-long.mp3"
+CLIP = FIXTURES / "clips" / "english-1.wav"
+LONG = FIXTURES / "clips" / "english-long.mp3"
 TEXT = "Where is the young doctor that Hector found?"
 
 
@@ -400,12 +399,12 @@ def test_a_text_beside_the_audio_is_read_and_one_that_is_given_wins(tmp_path: Pa
 
 
 def test_five_minutes_of_speech_are_made_of_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "fixtures"))
+    monkeypatch.syspath_prepend(str(FIXTURES))
     clips = importlib.import_module("clips")
     monkeypatch.setattr(clips, "TALK", tmp_path / "cache" / "talk.wav")
     clips.make_talk()
     [talk] = recordings([str(clips.TALK)], None)
-    entries = {clip["text"]: clip for clip in json.loads((ROOT / "fixtures" / "clips.json").read_text())["clips"]}
+    entries = {clip["text"]: clip for clip in json.loads((FIXTURES / "clips.json").read_text())["clips"]}
     chosen = [entries[line] for line in (talk.text or "").splitlines()]
     assert {clip["language"] for clip in chosen} == {"en"}
     assert round(talk.seconds) == round(sum(clip["duration"] for clip in chosen))

@@ -16,6 +16,7 @@ import reference.report.charts  # noqa: F401 - what a run inside this process im
 from reference.chain import Chain
 from reference.compile_log import CompileRecord
 from reference.faults import FaultVerdict
+from reference.fixtures import ROOT
 from reference.graph_faults import graph_faults
 from reference.judge import Comparison, Judgement, Measure, Output, explain
 from reference.pytest_plugin.ending import Ending
@@ -23,8 +24,6 @@ from reference.pytest_plugin.workers import packed, unpack_into
 from reference.results import Run
 from reference.transcripts import Transcript
 from reference.weight_faults import weight_faults
-
-ROOT = Path(__file__).parents[2]
 
 pytest_plugins = ["pytester"]
 

@@ -1,7 +1,6 @@
 """Tensors and arrays of every kind, given to the drop-in as mel, tokens, features and audio."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,14 +13,14 @@ from whisper.audio import pad_or_trim
 from maxwhisper.audio import as_waveform, load_audio, log_mel_spectrogram
 from maxwhisper.errors import OptionError
 from maxwhisper.whisper import Whisper, load_model
+from reference.fixtures import FIXTURES, NANO
 
-FIXTURES = Path(__file__).parents[2] / "fixtures"
 SHORT: dict[str, Any] = {"fp16": False, "language": "en", "sample_len": 5}
 
 
 @pytest.fixture(scope="module")
 def model() -> Whisper:
-    return load_model(FIXTURES / "nano.pt")
+    return load_model(NANO)
 
 
 @pytest.fixture(scope="module")

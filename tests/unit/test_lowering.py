@@ -19,13 +19,13 @@ from maxwhisper.engine.program import Program
 from maxwhisper.engine.session import Policy
 from maxwhisper.network.model import LayerNorm
 from maxwhisper.whisper import load_model
+from reference.fixtures import NANO, ROOT
 from reference.lowering import Lowering, graphs, lower
 from reference.models import FIXTURE, load, trained
 from reference.perf.worker import LOOPS, Blocks
 from reference.suite import Suite
 
 from .compiling import nothing_compiles
-from .test_options import NANO, ROOT
 
 FLOAT32 = [(FIXTURE, torch.float32)]
 GRAPHS = graphs(HOST, "tiny", torch.float32)

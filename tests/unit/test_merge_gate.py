@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from reference.fixtures import ROOT
 from reference.merge_gate import verdict
 
-ROOT = Path(__file__).parents[2]
 WORKFLOW = (ROOT / ".github" / "workflows" / "parity.yml").read_text()
 RUNS = re.findall(r"^ +(?:- )?run: (.*)$", WORKFLOW, re.MULTILINE)
 JOBS = re.findall(r"^  ([\w-]+):$", WORKFLOW.partition("\njobs:\n")[2], re.MULTILINE)

@@ -14,10 +14,10 @@ from maxwhisper.engine import instructions, session
 from maxwhisper.engine.artifacts import HOST, Writer
 from maxwhisper.engine.instructions import CPU, PORTABLE_FEATURES, cpu_features, cpu_target, warn_of_slow_dtype
 from maxwhisper.errors import OptionError
+from reference.fixtures import NANO
 from reference.older_cpu import AS_ON, asked_for, heeded
 
 V3 = "x86-64-v3"
-NANO = Path(__file__).parents[2] / "fixtures" / "nano.pt"
 
 
 @pytest.fixture(autouse=True)

@@ -38,6 +38,7 @@ from maxwhisper.network.blocks import BLOCKS
 from maxwhisper.whisper import Whisper, load_model
 from reference.blocks import TWINS
 from reference.chain import pytorch_logits
+from reference.fixtures import NANO
 from reference.judge import Comparison, judge
 from reference.models import trained
 from reference.suite import Suite
@@ -55,9 +56,7 @@ from .test_decoding import (
     histories,
     random_logits,
 )
-from .test_together import FIXTURES, SOME
-
-NANO = FIXTURES / "nano.pt"
+from .test_together import SOME
 
 
 @cache

@@ -6,7 +6,6 @@ import copy
 import gzip
 import pickle
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,9 +22,8 @@ from maxwhisper.audio import load_audio
 from maxwhisper.engine.surroundings import one_torch_thread
 from maxwhisper.errors import DeviceError, MaxWhisperError, OptionError
 from maxwhisper.whisper import Whisper, load_model
+from reference.fixtures import FIXTURES, NANO
 
-FIXTURES = Path(__file__).parents[2] / "fixtures"
-NANO = FIXTURES / "nano.pt"
 SHORT: dict[str, Any] = {"fp16": False, "language": "en", "sample_len": 5}
 TEXT = [2305, 307, 264, 2199, 2848]
 

@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 
 from maxwhisper.errors import MaxWhisperError, OptionError
 from maxwhisper.network.blocks import BLOCKS
+from reference.fixtures import ROOT
 from reference.models import SIZES, load, trained
 from reference.perf import compile_base, gate, worker
 from reference.perf.costs import Cost, costs
-from reference.perf.engine import ENGINES, ROOT, Setting, Worker, WorkerError
+from reference.perf.engine import ENGINES, Setting, Worker, WorkerError
 from reference.perf.gate import Trees, checked_out, compare
 from reference.perf.table import Row, table
 from reference.perf.verdict import FACTOR, P, Verdict, verdict

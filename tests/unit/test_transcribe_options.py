@@ -16,16 +16,16 @@ from maxwhisper.audio import load_audio, log_mel_spectrogram
 from maxwhisper.batched import transcribe_batched
 from maxwhisper.errors import OptionError
 from maxwhisper.whisper import Whisper, load_model
+from reference.fixtures import FIXTURES, NANO
 
 from .command import CLIP, StubModel, assert_one_line, status
 
-FIXTURES = Path(__file__).parents[2] / "fixtures"
 SHORT: dict[str, Any] = {"language": "en", "temperature": 0.0, "sample_len": 5}
 
 
 @pytest.fixture(scope="module")
 def model() -> Whisper:
-    return load_model(FIXTURES / "nano.pt")
+    return load_model(NANO)
 
 
 @pytest.fixture(scope="module")
