@@ -49,7 +49,7 @@ class Fault:
 
 
 @dataclass(frozen=True)
-class FaultVerdict:
+class FaultResult:
     """What the judge made of a fault in one dtype.
 
     checks: those that failed, "isolated: <measure>" or "chain". divergence: where the chain first left its budget, None
@@ -157,13 +157,13 @@ def until_caught(judgements: Iterable[Judgement]) -> list[Judgement]:
     return seen
 
 
-def verdict(
+def result_of(
     fault: Fault,
     dtype: torch.dtype,
     judgements: Sequence[Judgement],
     in_float32: Sequence[Judgement],
     divergence: str | None,
-) -> FaultVerdict:
+) -> FaultResult:
     """in_float32: for a fault that was not caught the same judgements in float32, where the error is the fault's effect
     and hardly any rounding."""
     failed = {f"isolated: {measure.name}" for j in judgements for _, measure in j.measures if not measure.within}
@@ -172,4 +172,4 @@ def verdict(
     used = max((j.worst.used if j.pairs and not j.defects else math.inf for j in judgements), default=0.0)
     rounding = {j.comparison.inputs: j.relative_l2.peer for j in judgements if j.pairs}
     effect = {j.comparison.inputs: j.relative_l2.subject if j.pairs else math.inf for j in in_float32}
-    return FaultVerdict(fault, dtype, tuple(checks), divergence, used, rounding, effect)
+    return FaultResult(fault, dtype, tuple(checks), divergence, used, rounding, effect)

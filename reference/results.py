@@ -15,7 +15,7 @@ from max.driver import Accelerator, accelerator_count
 
 from .chain import Chain
 from .compile_log import CompileRecord
-from .faults import FaultVerdict
+from .faults import FaultResult
 from .judge import Judgement, dtype_name
 from .reasons import one_line
 from .transcripts import Transcript
@@ -36,7 +36,7 @@ class Run:
 
     judgements: list[Judgement] = field(default_factory=list)
     chains: list[Chain] = field(default_factory=list)
-    faults: list[FaultVerdict] = field(default_factory=list)
+    faults: list[FaultResult] = field(default_factory=list)
     transcripts: list[Transcript] = field(default_factory=list)
     compiled: list[CompileRecord] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
@@ -134,7 +134,7 @@ class Run:
         return lines
 
 
-def fault_lines(faults: Sequence[FaultVerdict]) -> list[str]:
+def fault_lines(faults: Sequence[FaultResult]) -> list[str]:
     lines = []
     for dtype in dict.fromkeys(fault.dtype for fault in faults):
         of = [fault for fault in faults if fault.dtype == dtype]

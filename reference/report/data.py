@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from ..chain import Chain
-from ..faults import FaultVerdict
+from ..faults import FaultResult
 from ..judge import Comparison, Explanation, Judgement, K, Measure, Output, dtype_name
 from ..results import Run
-from .figures import FaultTotals, failures, fault_totals, outcome, verdict
+from .figures import FaultTotals, conclusion, failures, fault_totals, outcome
 
 SCHEMA_VERSION = 1
 MAP_DIGITS = 4
@@ -37,7 +37,7 @@ def picked(record: Any, *names: str) -> dict[str, Any]:
 
 
 def as_data(run: Run, machine: dict[str, str]) -> dict[str, Any]:
-    found = verdict(run)
+    found = conclusion(run)
     return {
         "schema_version": SCHEMA_VERSION,
         "passed": found.passed,
@@ -124,15 +124,15 @@ def chain_data(chain: Chain) -> dict[str, Any]:
     }
 
 
-def fault_data(found: FaultVerdict) -> dict[str, Any]:
+def fault_data(found: FaultResult) -> dict[str, Any]:
     known = picked(found.fault, "name", "block", "path", "published")
-    verdict = picked(found, "accepted", "caught", "right_block", "checks", "only_check", "divergence", "used")
+    result = picked(found, "accepted", "caught", "right_block", "checks", "only_check", "divergence", "used")
     return {
         **known,
         "kind": "weights" if found.fault.change else "graph",
         "dtype": dtype_name(found.dtype),
         "outcome": outcome(found),
-        **verdict,
+        **result,
         "effect": dict(found.effect),
         "rounding": dict(found.rounding),
     }

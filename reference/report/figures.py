@@ -9,7 +9,7 @@ from maxwhisper.network.blocks import BLOCKS
 
 from ..activations import is_step
 from ..chain import STEP, Chain
-from ..faults import FaultVerdict
+from ..faults import FaultResult
 from ..judge import Comparison, Judgement, dtype_name, severity
 from ..measures import DTYPES
 from ..results import Run
@@ -40,11 +40,11 @@ def share(part: int, whole: int, what: str) -> str:
     return f"{part} of {whole} {what}"
 
 
-# ---- the verdict ---------------------------------------------------------------------------------------------------
+# ---- the conclusion ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Conclusion:
     """Whether a run passed, and why in one line."""
 
     passed: bool
@@ -55,18 +55,18 @@ class Verdict:
         return "PASSED" if self.passed else "FAILED"
 
 
-def verdict(run: Run) -> Verdict:
+def conclusion(run: Run) -> Conclusion:
     """The failures of the comparisons and of pytest: a test that compares nothing can fail too."""
     if not run.compared:
-        return Verdict(False, "; ".join(["nothing was compared", *run.lost]))
+        return Conclusion(False, "; ".join(["nothing was compared", *run.lost]))
     if failed := list(what_failed(run)):
-        return Verdict(False, "; ".join(failed))
+        return Conclusion(False, "; ".join(failed))
     held = "; ".join(what_held(run))
     if run.exit_status:
-        return Verdict(
+        return Conclusion(
             False, f"pytest ended with status {run.exit_status}: something beside the comparisons failed ({held})"
         )
-    return Verdict(True, held)
+    return Conclusion(True, held)
 
 
 def what_failed(run: Run) -> Iterator[str]:
@@ -219,13 +219,13 @@ OUTCOMES = (MISSED, WRONG_BLOCK, BELOW, CAUGHT)
 """The worst first. Only the first two are failures."""
 
 
-def outcome(fault: FaultVerdict) -> str:
+def outcome(fault: FaultResult) -> str:
     if fault.caught:
         return CAUGHT if fault.right_block else WRONG_BLOCK
     return BELOW if fault.accepted else MISSED
 
 
-def largest_effect(fault: FaultVerdict) -> tuple[str, float, float] | None:
+def largest_effect(fault: FaultResult) -> tuple[str, float, float] | None:
     """The kind of inputs on which the fault stands out most from PyTorch's rounding, its effect and that rounding."""
     kinds = [name for name in fault.rounding if name in fault.effect]
     if not kinds:
@@ -248,7 +248,7 @@ class FaultTotals:
     published: int
 
 
-def fault_totals(faults: Sequence[FaultVerdict]) -> dict[str, FaultTotals]:
+def fault_totals(faults: Sequence[FaultResult]) -> dict[str, FaultTotals]:
     totals = {}
     for dtype in dict.fromkeys(fault.dtype for fault in faults):
         of = [fault for fault in faults if fault.dtype == dtype]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from ..results import Run
 from .attempts import Attempts
-from .figures import failures, fixed, share, verdict
+from .figures import conclusion, failures, fixed, share
 from .markup import Html, element, folded, html, mark, none_of, table
 from .page_blocks import block_section, comparison_section, map_section
 from .page_faults import fault_section
@@ -28,7 +28,7 @@ SECTIONS = {
 
 def page(run: Run, machine: dict[str, str], attempts: Attempts) -> str:
     """HTML of the whole page; a section or a chart that cannot be made is a line in its place."""
-    found = verdict(run)
+    found = conclusion(run)
     contents = {
         "failures": attempts("failures", failure_section, run),
         "blocks": attempts("blocks", block_section, run, attempts),
@@ -55,10 +55,10 @@ def page(run: Run, machine: dict[str, str], attempts: Attempts) -> str:
 
 
 def header(run: Run) -> Html:
-    found = verdict(run)
+    found = conclusion(run)
     reason = element("span", found.reason[:1].upper() + found.reason[1:], class_="reason")
     banner = element(
-        "p", element("strong", found.word), " ", reason, class_=f"verdict {'good' if found.passed else 'bad'}"
+        "p", element("strong", found.word), " ", reason, class_=f"conclusion {'good' if found.passed else 'bad'}"
     )
     started = f"{run.started:%Y-%m-%d %H:%M %Z}"
     origin = element("p", element("code", run.command), element("br"), started, class_="quiet")
@@ -110,7 +110,7 @@ def transcript_section(run: Run) -> Html:
     ordered = sorted(run.transcripts, key=lambda transcript: transcript.equal)
     equal = sum(transcript.equal for transcript in ordered)
     rows = [(t.clip, t.decoding, t.n_compared, mark(t.equal, "equal", "differs"), t.difference) for t in ordered]
-    listed = table(("clip", "decoding", "tokens or words", "verdict", "first difference"), rows)
+    listed = table(("clip", "decoding", "tokens or words", "result", "first difference"), rows)
     title = f"{share(equal, len(ordered), 'transcripts')} equal to PyTorch Whisper's"
     return folded(title, listed, opened=equal < len(ordered))
 

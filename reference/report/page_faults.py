@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ..faults import FaultVerdict
+from ..faults import FaultResult
 from ..judge import dtype_name
 from ..results import Run
 from .figures import (
@@ -27,7 +27,7 @@ def fault_section(run: Run) -> Html:
     if not run.faults:
         return none_of("faults")
     dtypes = [dtype for dtype in dtypes_of(run) if any(dtype_name(f.dtype) == dtype for f in run.faults)]
-    by_fault: dict[str, dict[str, FaultVerdict]] = {}
+    by_fault: dict[str, dict[str, FaultResult]] = {}
     for found in run.faults:
         by_fault.setdefault(found.fault.name, {})[dtype_name(found.dtype)] = found
     ordered = sorted(by_fault.values(), key=lambda of: min(map(telling, of.values())))
@@ -57,7 +57,7 @@ COMMON = 4
 """The rank of a fault that is caught by several checks."""
 
 
-def telling(found: FaultVerdict) -> tuple[int, float]:
+def telling(found: FaultResult) -> tuple[int, float]:
     """What to look at first: the missed, then the wrong block, below rounding, one check, and last what is caught
     easily."""
     rank = [MISSED, WRONG_BLOCK, BELOW].index(outcome(found)) if outcome(found) != CAUGHT else COMMON
@@ -83,7 +83,7 @@ def totals_table(totals: dict[str, FaultTotals]) -> Html:
     return table(header, rows, class_="figures")
 
 
-def fault_row(of: dict[str, FaultVerdict], dtypes: Sequence[str]) -> list[Html]:
+def fault_row(of: dict[str, FaultResult], dtypes: Sequence[str]) -> list[Html]:
     fault = next(iter(of.values())).fault
     published = element("span", "published", class_="badge", title="an earlier published attempt made this mistake")
     name = element("th", fault.name, " ", published if fault.published else "", scope="row")
@@ -95,7 +95,7 @@ def fault_row(of: dict[str, FaultVerdict], dtypes: Sequence[str]) -> list[Html]:
     ]
 
 
-def fault_cell(found: FaultVerdict) -> Html:
+def fault_cell(found: FaultResult) -> Html:
     state = outcome(found)
     alone = element("span", "only one check", class_="badge", title="nobody must delete that check")
     lines = [

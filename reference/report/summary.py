@@ -6,13 +6,13 @@ from ..results import Run
 from .figures import (
     BlockFigures,
     block_figures,
+    conclusion,
     divergence,
     dtypes_of,
     failures,
     fault_totals,
     fixed,
     share,
-    verdict,
 )
 
 LINES = 60
@@ -21,7 +21,7 @@ SHOWN_IN_HEADING = ("processor", "GPU", "max", "torch")
 
 
 def summary(run: Run, machine: dict[str, str]) -> str:
-    found = verdict(run)
+    found = conclusion(run)
     lines = [f"## Parity: {found.word.lower()}", "", f"**{found.word}**: {plain(found.reason)}.", ""]
     lines += [f"- {plain(line)}" for line in total_lines(run, machine)]
     lines += failure_lines(run)

@@ -15,7 +15,7 @@ import torch
 import reference.report.charts  # noqa: F401 - what a run inside this process imports first is not kept
 from reference.chain import Chain
 from reference.compile_log import CompileRecord
-from reference.faults import FaultVerdict
+from reference.faults import FaultResult
 from reference.fixtures import ROOT
 from reference.graph_faults import graph_faults
 from reference.judge import Comparison, Judgement, Measure, Output, explain
@@ -129,14 +129,14 @@ def everything() -> Run:
     measures = (Measure("relative L2", math.inf, 1e-7, 4e-7),)
     explanations = explain([oracle], [oracle.float()], [oracle.float() + 1])
     judgement = Judgement(comparison, (Output(0, (1, 2, 3), measures),), ("shape",), explanations=explanations)
-    verdicts = [
-        FaultVerdict(fault, torch.float32, ("chain",), None, 2.0, {"speech": 1e-3}, {"speech": 1e-2})
+    results = [
+        FaultResult(fault, torch.float32, ("chain",), None, 2.0, {"speech": 1e-3}, {"speech": 1e-2})
         for fault in (*weight_faults(), *graph_faults())
     ]
     return Run(
         judgements=[judgement],
         chains=[Chain(comparison, {"encoder": judgement}, ())],
-        faults=verdicts,
+        faults=results,
         transcripts=[Transcript("english-1.wav", "greedy", True, 41)],
         compiled=[CompileRecord("fixture, float32, parts", 19, 2.5)],
         lost=["a worker"],
@@ -152,7 +152,7 @@ def test_what_a_worker_finds_arrives_whole() -> None:
         unpack_into(run, packed(found))
     for name in ("judgements", "chains", "transcripts", "compiled", "lost"):
         assert getattr(run, name) == getattr(everything(), name) * 2, name
-    assert [str(verdict) for verdict in run.faults] == [str(verdict) for verdict in everything().faults] * 2
+    assert [str(each) for each in run.faults] == [str(each) for each in everything().faults] * 2
     errors = (each.judgements[0].explanations[0].errors for each in (run, found))
     assert torch.equal(*errors)
     assert run.notes == {"cache": "the same of another worker"}

@@ -47,5 +47,5 @@ def slowed(graph: str, tmp_path: Path) -> Path:
 def test_what_is_slowed_fails(graph: str, slower: str, other: str, tmp_path: Path) -> None:
     setting = Setting("fixture", "float32", "cpu")
     report = compare(setting, Trees(slowed(graph, tmp_path), ROOT, "this tree"), [slower, other], 40)
-    assert len(report.verdicts) == 2
+    assert len(report.tests) == 2
     assert report.failed == [slower], report.markdown()

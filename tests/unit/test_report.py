@@ -18,7 +18,7 @@ import whisper
 import reference.report
 from reference.chain import Chain, IntermediatesEffect
 from reference.compile_log import CompileRecord
-from reference.faults import Fault, FaultVerdict
+from reference.faults import Fault, FaultResult
 from reference.judge import Comparison, Explanation, Judgement, Measure, Output, explain, judge
 from reference.report import ReportError, write
 from reference.results import Run
@@ -62,12 +62,12 @@ def chain(error: float = 2e-7, inputs: str = "speech") -> Chain:
 
 def fault(
     name: str, dtype: torch.dtype = torch.float32, checks: tuple[str, ...] = ("chain",), **more: object
-) -> FaultVerdict:
+) -> FaultResult:
     wrong = Fault(name, "encoder.mlp", "encoder.blocks.1.mlp", change=lambda tensors, dims: {}, published=True)
     isolated = tuple(f"isolated: {check}" if check != "chain" else check for check in checks)
     known: dict[str, object] = {"divergence": "encoder.blocks.1.mlp" if "chain" in checks else None, "used": 30.0}
     known |= {"rounding": {"speech": 1e-3}, "effect": {"speech": 1e-2}} | more
-    return FaultVerdict(wrong, dtype, isolated, **known)  # type: ignore[arg-type]
+    return FaultResult(wrong, dtype, isolated, **known)  # type: ignore[arg-type]
 
 
 def passing() -> Run:
