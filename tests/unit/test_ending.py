@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -20,7 +21,6 @@ from reference.fixtures import ROOT
 from reference.graph_faults import graph_faults
 from reference.judge import Comparison, Judgement, Measure, Output, explain
 from reference.pytest_plugin.ending import Ending
-from reference.pytest_plugin.workers import packed, unpack_into
 from reference.results import Run
 from reference.transcripts import Transcript
 from reference.weight_faults import weight_faults
@@ -149,7 +149,7 @@ def test_what_a_worker_finds_arrives_whole() -> None:
     found = worker.taken()
     assert found.anything and not worker.anything
     for _ in range(2):
-        unpack_into(run, packed(found))
+        run.add(pickle.loads(pickle.dumps(found)))
     for name in ("judgements", "chains", "transcripts", "compiled", "lost"):
         assert getattr(run, name) == getattr(everything(), name) * 2, name
     assert [str(each) for each in run.faults] == [str(each) for each in everything().faults] * 2
