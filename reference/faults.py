@@ -11,6 +11,7 @@ over the whole network, which must then name a submodule inside the faulty block
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from max.graph import TensorValue
@@ -23,7 +24,7 @@ from maxwhisper.network.blocks import BLOCKS, Block
 
 from . import mistakes
 from .activations import KINDS
-from .judge import Judgement, K
+from .judge import Judgement, K, dtype_name
 from .suite import Suite
 
 Tensors = dict[str, Tensor]
@@ -36,8 +37,8 @@ class Fault:
     """A wrong model.
 
     block: the entry of BLOCKS, the innermost, that is wrong by it. path: its place in the PyTorch model, where the
-    first divergence must lie. change: of the tensors. patched: of the code, while the graph is built. published:
-    whether an earlier attempt at this port is known to have made it.
+    first divergence must lie. change: of the tensors. patched: of the code, while the graph is built. kind: "weights"
+    or "graph". published: whether an earlier attempt at this port is known to have made it.
     """
 
     name: str
@@ -45,7 +46,12 @@ class Fault:
     path: str
     change: Callable[[Tensors, ModelDimensions], Mapping[str, Tensor]] | None = None
     patched: mistakes.Patch | None = None
+    kind: str = "weights"
     published: bool = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns all but the functions, which cannot be pickled, and which whoever reads of a fault does not call."""
+        return vars(self) | {"change": None, "patched": None}
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,56 @@ class FaultResult:
             figures = f"effect {self.effect[kind]:.1e}, PyTorch's rounding {self.rounding[kind]:.1e}"
             lines.append(f"  relative L2, {kind}: {figures}")
         return "\n".join(lines)
+
+
+def path_of(block: str) -> str:
+    """Returns the place of a block in the PyTorch model, in LAYER where it is in a layer."""
+    return BLOCKS[block].path.format(audio_layer=LAYER, text_layer=LAYER)
+
+
+# ---- what many came to ----------------------------------------------------------------------------------------------
+
+MISSED, WRONG_BLOCK, BELOW, CAUGHT = "missed", "caught, in the wrong block", "not caught, below the budget", "caught"
+OUTCOMES = (MISSED, WRONG_BLOCK, BELOW, CAUGHT)
+"""The worst first. Only the first two are failures."""
+
+
+def outcome(fault: FaultResult) -> str:
+    if fault.caught:
+        return CAUGHT if fault.right_block else WRONG_BLOCK
+    return BELOW if fault.accepted else MISSED
+
+
+@dataclass(frozen=True)
+class FaultTotals:
+    """Of one dtype. below: not caught, and below PyTorch's rounding; between: that and the budget."""
+
+    n: int
+    caught: int
+    right_block: int
+    below: int
+    between: int
+    missed: int
+    only_one: int
+    published: int
+
+
+def fault_totals(faults: Sequence[FaultResult]) -> dict[str, FaultTotals]:
+    totals = {}
+    for dtype in dict.fromkeys(fault.dtype for fault in faults):
+        of = [fault for fault in faults if fault.dtype == dtype]
+        outcomes = [outcome(fault) for fault in of]
+        totals[dtype_name(dtype)] = FaultTotals(
+            n=len(of),
+            caught=sum(fault.caught for fault in of),
+            right_block=outcomes.count(CAUGHT),
+            below=(below := sum(not fault.caught and fault.below_rounding for fault in of)),
+            between=outcomes.count(BELOW) - below,
+            missed=outcomes.count(MISSED),
+            only_one=sum(fault.only_check is not None for fault in of),
+            published=sum(fault.fault.published for fault in of),
+        )
+    return totals
 
 
 # ---- the trial -----------------------------------------------------------------------------------------------------

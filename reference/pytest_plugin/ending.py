@@ -1,5 +1,10 @@
-"""What a run of the suite says at its end, whatever else fails there, and however many processes ran its tests."""
+"""What a run of the suite says at its end, whatever else fails there, and however many processes ran its tests.
 
+What a worker of pytest-xdist finds travels with the report of the test that found it, so that a worker which dies takes
+no verdict with it but that of the test it was running.
+"""
+
+import pickle
 import sys
 import traceback
 import warnings
@@ -21,7 +26,7 @@ from ..verdicts import Lenient
 from .compiling import Compiling
 from .models import RUN
 from .selection import COMPARES, judges_itself, left_out
-from .workers import is_worker, packed, unpack_into
+from .workers import is_worker
 
 PLUGGY = Path(pluggy.__file__).parent
 FOUND = "maxwhisper_found"
@@ -101,13 +106,13 @@ class Ending:
         if is_worker(self.config):
             found = self.run.taken()
             if found.anything:
-                vars(report)[FOUND] = packed(found)
+                vars(report)[FOUND] = pickle.dumps(found)
         return report
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if not is_worker(self.config) and FOUND in vars(report):
-            unpack_into(self.run, vars(report).pop(FOUND))
+            self.run.add(pickle.loads(vars(report).pop(FOUND)))
         if "tests/parity" in report.nodeid:
             self.run.test_seconds += report.duration
 

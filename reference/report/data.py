@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor
 
 from ..chain import Chain
-from ..faults import FaultResult
+from ..faults import FaultResult, FaultTotals, fault_totals, outcome
 from ..judge import Comparison, Explanation, Judgement, K, Measure, Output, dtype_name
 from ..results import Run
-from .figures import FaultTotals, conclusion, failures, fault_totals, outcome
+from .figures import conclusion, failures
 
 SCHEMA_VERSION = 1
 MAP_DIGITS = 4
@@ -125,11 +125,10 @@ def chain_data(chain: Chain) -> dict[str, Any]:
 
 
 def fault_data(found: FaultResult) -> dict[str, Any]:
-    known = picked(found.fault, "name", "block", "path", "published")
+    known = picked(found.fault, "name", "block", "path", "kind", "published")
     result = picked(found, "accepted", "caught", "right_block", "checks", "only_check", "divergence", "used")
     return {
         **known,
-        "kind": "weights" if found.fault.change else "graph",
         "dtype": dtype_name(found.dtype),
         "outcome": outcome(found),
         **result,

@@ -9,7 +9,7 @@ from maxwhisper.network.blocks import BLOCKS
 
 from ..activations import is_step
 from ..chain import STEP, Chain
-from ..faults import FaultResult
+from ..faults import FaultResult, outcome
 from ..judge import Comparison, Judgement, dtype_name, severity
 from ..measures import DTYPES
 from ..results import Run
@@ -214,16 +214,6 @@ def worst_chains_first(chains: Sequence[Chain]) -> list[Chain]:
 
 # ---- faults --------------------------------------------------------------------------------------------------------
 
-MISSED, WRONG_BLOCK, BELOW, CAUGHT = "missed", "caught, in the wrong block", "not caught, below the budget", "caught"
-OUTCOMES = (MISSED, WRONG_BLOCK, BELOW, CAUGHT)
-"""The worst first. Only the first two are failures."""
-
-
-def outcome(fault: FaultResult) -> str:
-    if fault.caught:
-        return CAUGHT if fault.right_block else WRONG_BLOCK
-    return BELOW if fault.accepted else MISSED
-
 
 def largest_effect(fault: FaultResult) -> tuple[str, float, float] | None:
     """The kind of inputs on which the fault stands out most from PyTorch's rounding, its effect and that rounding."""
@@ -232,38 +222,6 @@ def largest_effect(fault: FaultResult) -> tuple[str, float, float] | None:
         return None
     most = max(kinds, key=lambda name: severity(fault.effect[name] / (fault.rounding[name] or 1e-300)))
     return most, fault.effect[most], fault.rounding[most]
-
-
-@dataclass(frozen=True)
-class FaultTotals:
-    """Of one dtype. below: not caught, and below PyTorch's rounding; between: that and the budget."""
-
-    n: int
-    caught: int
-    right_block: int
-    below: int
-    between: int
-    missed: int
-    only_one: int
-    published: int
-
-
-def fault_totals(faults: Sequence[FaultResult]) -> dict[str, FaultTotals]:
-    totals = {}
-    for dtype in dict.fromkeys(fault.dtype for fault in faults):
-        of = [fault for fault in faults if fault.dtype == dtype]
-        outcomes = [outcome(fault) for fault in of]
-        totals[dtype_name(dtype)] = FaultTotals(
-            n=len(of),
-            caught=sum(fault.caught for fault in of),
-            right_block=outcomes.count(CAUGHT),
-            below=(below := sum(not fault.caught and fault.below_rounding for fault in of)),
-            between=outcomes.count(BELOW) - below,
-            missed=outcomes.count(MISSED),
-            only_one=sum(fault.only_check is not None for fault in of),
-            published=sum(fault.fault.published for fault in of),
-        )
-    return totals
 
 
 # ---- failures ------------------------------------------------------------------------------------------------------

@@ -8,14 +8,7 @@ from torch import Tensor
 from ..judge import Explanation, Judgement, K, dtype_name
 from ..results import Run
 from .attempts import Attempts
-from .figures import (
-    BlockFigures,
-    block_figures,
-    dtypes_of,
-    fixed,
-    scientific,
-    worst_first,
-)
+from .figures import BlockFigures, block_figures, dtypes_of, fixed, scientific, worst_first
 from .markup import Html, element, folded, html, mark, none_of, table
 
 MAPS = 6

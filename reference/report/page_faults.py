@@ -2,22 +2,10 @@
 
 from collections.abc import Sequence
 
-from ..faults import FaultResult
+from ..faults import BELOW, CAUGHT, MISSED, WRONG_BLOCK, FaultResult, FaultTotals, fault_totals, outcome
 from ..judge import dtype_name
 from ..results import Run
-from .figures import (
-    BELOW,
-    CAUGHT,
-    MISSED,
-    WRONG_BLOCK,
-    FaultTotals,
-    dtypes_of,
-    fault_totals,
-    fixed,
-    largest_effect,
-    outcome,
-    scientific,
-)
+from .figures import dtypes_of, fixed, largest_effect, scientific
 from .markup import Html, element, folded, html, mark, none_of, table
 
 TONE = {MISSED: "bad", WRONG_BLOCK: "bad", BELOW: "warn", CAUGHT: "good"}

@@ -6,13 +6,7 @@ from ..chain import Chain
 from ..judge import dtype_name
 from ..results import Run
 from .attempts import Attempts
-from .figures import (
-    chained_points,
-    divergence,
-    isolated_points,
-    scientific,
-    worst_chains_first,
-)
+from .figures import chained_points, divergence, isolated_points, scientific, worst_chains_first
 from .markup import Html, element, folded, html, mark, none_of, table
 
 

@@ -2,18 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
+from ..faults import fault_totals
 from ..results import Run
-from .figures import (
-    BlockFigures,
-    block_figures,
-    conclusion,
-    divergence,
-    dtypes_of,
-    failures,
-    fault_totals,
-    fixed,
-    share,
-)
+from .figures import BlockFigures, block_figures, conclusion, divergence, dtypes_of, failures, fixed, share
 
 LINES = 60
 FAILURES, DIVERGENCES = 10, 4
