@@ -6,7 +6,7 @@ from ..faults import BELOW, CAUGHT, MISSED, WRONG_BLOCK, FaultResult, FaultTotal
 from ..judge import dtype_name
 from ..results import Run
 from .figures import dtypes_of, fixed, largest_effect, scientific
-from .markup import Html, element, folded, html, mark, none_of, table
+from .markup import Html, element, folded, html, mark, none_of, table, table_of
 
 TONE = {MISSED: "bad", WRONG_BLOCK: "bad", BELOW: "warn", CAUGHT: "good"}
 
@@ -54,21 +54,19 @@ def telling(found: FaultResult) -> tuple[int, float]:
 
 def totals_table(totals: dict[str, FaultTotals]) -> Html:
     rows = [
-        (
-            dtype,
-            f"{t.caught} of {t.n}",
-            t.right_block,
-            t.below,
-            t.between,
-            mark(not t.missed, "0", str(t.missed)),
-            t.only_one,
-            t.published,
-        )
+        {
+            "dtype": dtype,
+            "caught": f"{t.caught} of {t.n}",
+            "in the right block": t.right_block,
+            "below rounding": t.below,
+            "between that and the budget": t.between,
+            "missed": mark(not t.missed, "0", str(t.missed)),
+            "by one check alone": t.only_one,
+            "published": t.published,
+        }
         for dtype, t in totals.items()
     ]
-    uncaught = "below rounding", "between that and the budget", "missed"
-    header = ("dtype", "caught", "in the right block", *uncaught, "by one check alone", "published")
-    return table(header, rows, class_="figures")
+    return table_of(rows, "figures")
 
 
 def fault_row(of: dict[str, FaultResult], dtypes: Sequence[str]) -> list[Html]:

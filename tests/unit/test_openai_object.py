@@ -13,7 +13,6 @@ import pytest
 import torch
 import whisper
 from whisper import DecodingOptions, timing, tokenizer
-from whisper.audio import pad_or_trim
 from whisper.model import Whisper as OpenAIWhisper
 from whisper.model import disable_sdpa
 
@@ -36,26 +35,6 @@ def one_thread() -> Iterator[None]:
     keep_alignment_compiled()
     with one_torch_thread():
         yield
-
-
-@pytest.fixture(scope="module")
-def model() -> Whisper:
-    return load_model(NANO)
-
-
-@pytest.fixture(scope="module")
-def openai() -> OpenAIWhisper:
-    return whisper.load_model(str(NANO), device="cpu")
-
-
-@pytest.fixture(scope="module")
-def audio() -> np.ndarray:
-    return load_audio(FIXTURES / "clips" / "english-4.ogg")
-
-
-@pytest.fixture(scope="module")
-def mel(audio: np.ndarray) -> torch.Tensor:
-    return whisper.log_mel_spectrogram(pad_or_trim(audio))
 
 
 # ---- what works, and gives what openai-whisper's object gives -------------------------------------------------------
