@@ -47,7 +47,7 @@ test-nightly: $(INSTALLED)  ## the tests that are too slow for every merge
 
 test-peers: $(INSTALLED)  ## what is compared with other engines, which are installed first; a skip fails
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[peers]'
-	$(BIN)/pytest tests/unit/test_compare.py tests/unit/test_checkpoints_in_transformers.py --require-peers
+	$(BIN)/pytest tests/unit/test_compare*.py tests/unit/test_checkpoints_in_transformers.py --require-peers
 
 test-x86-64-v3: $(INSTALLED)  ## every test as on a CPU without AVX-512
 	$(call TESTS,--cpu x86-64-v3)

@@ -10,6 +10,7 @@ from max.dtype import DType
 from max.graph import DeviceRef
 from whisper.model import ModelDimensions
 
+from . import names
 from .checkpoint import Checkpoint
 from .decoding.cpu import select_tokens_program
 from .decoding.gpu import candidates_program, step_program
@@ -39,7 +40,7 @@ def units_on(device: str) -> tuple[str, ...]:
     return units if device == "cpu" else (*ON_CPU, *units)
 
 
-DTYPES = {dtype.name: dtype for dtype in (DType.float32, DType.float16, DType.bfloat16)}
+DTYPES = {name: DType[name] for name in names.DTYPES}
 """What can be computed in."""
 
 

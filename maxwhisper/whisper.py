@@ -87,7 +87,7 @@ def compile_model(
 ) -> None:
     """Compiles what transcribes with a checkpoint, and writes it into the folder `out` for `load_model(artifacts=out)`.
 
-    target: "host", this machine's CPU, or a GPU's architecture, as in `engine.artifacts.TARGETS`. After compiling for a
+    target: "host", this machine's CPU, or a GPU's architecture, as in `names.TARGETS`. After compiling for a
     GPU, this process cannot use one. dtype: as of `load_model`.
 
     Raises CheckpointError, and OptionError for another target or dtype, or for a folder that cannot be written.

@@ -6,12 +6,14 @@ import sys
 
 import torch
 
-from maxwhisper.engine.program import COMPILE_LOG
 from maxwhisper.network.blocks import BLOCKS, Block
 
-from .activations import FIXTURES, KINDS
+from .activations import KINDS
 from .ahead import WhenCompiling, compile_ahead, suite_job
-from .suite import CHECKPOINT, Suite, trained
+from .compile_log import CompileRecord, compilations
+from .fixtures import NANO
+from .models import CHECKPOINT, trained
+from .suite import Suite
 
 N_FIRST = 8
 """How many of the blocks that are not of the network take as long to compile as the others."""
@@ -29,7 +31,7 @@ class Halves:
         self.suites = first, last
         job = suite_job(CHECKPOINT, torch.float32, last.only)
         self.ahead, self.job = compile_ahead([job], str(checkpoint), "cpu"), job
-        if not first.kept("parts"):
+        if not first.subject.kept("parts"):
             logging.getLogger("maxwhisper").addHandler(WhenCompiling(self.ahead))
 
     def of(self, block: Block) -> Suite:
@@ -43,10 +45,19 @@ class Halves:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m reference", description=__doc__)
-    parser.add_argument("--checkpoint", default=FIXTURES / "nano.pt", help="path or name (default: %(default)s)")
+    parser.add_argument("--checkpoint", default=NANO, help="path or name (default: %(default)s)")
     checkpoint = parser.parse_args().checkpoint
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    suites = Halves(checkpoint)
+    compiled: list[CompileRecord] = []
+    with compilations(compiled.append):
+        passed = print_verdicts(Halves(checkpoint))
+    graphs, seconds = sum(r.graphs for r in compiled), sum(r.seconds for r in compiled)
+    print(f"\n{graphs} graphs compiled in {seconds:.1f} s")
+    return 0 if passed else 1
+
+
+def print_verdicts(suites: Halves) -> bool:
+    """Prints a line for every block; tells whether all passed."""
     print("relative L2 to float64, worst output, layer and inputs of each block; MAX and PyTorch both in float32\n")
     print(f"{'block':38}{'MAX':>11}{'PyTorch':>11}{'ratio':>8}  verdict")
     passed = True
@@ -58,9 +69,7 @@ def main() -> int:
         passed &= verdict
         figures = f"{worst.subject:11.2e}{worst.peer:11.2e}{worst.ratio:8.2f}"
         print(f"{block.name:38}{figures}  {'ok' if verdict else 'FAILED'}", flush=True)
-    graphs, seconds = sum(r.graphs for r in COMPILE_LOG), sum(r.seconds for r in COMPILE_LOG)
-    print(f"\n{graphs} graphs compiled in {seconds:.1f} s")
-    return 0 if passed else 1
+    return passed
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,8 +17,8 @@ from maxwhisper.audio import load_audio
 from maxwhisper.network.blocks import Block
 
 from .blocks import TWINS, log_mel, split_heads
+from .fixtures import FIXTURES
 
-FIXTURES = Path(__file__).parent.parent / "fixtures"
 CLIPS: list[dict[str, Any]] = json.loads((FIXTURES / "clips.json").read_text())["clips"]
 """What is said in every clip, and in which language; see fixtures/README.md."""
 N_PROMPT = 4

@@ -22,9 +22,11 @@ from maxwhisper.engine.precompile import Ahead
 from maxwhisper.engine.program import Artifact
 from maxwhisper.network.blocks import BLOCKS
 
-from .activations import FIXTURES
+from .fixtures import NANO
 from .judge import dtype_name
-from .suite import DTYPES, Suite, load
+from .measures import DTYPES
+from .models import load
+from .suite import Suite
 
 TRANSCRIBING = "transcribing"
 
@@ -61,7 +63,7 @@ def main() -> int:
     options = parser.parse_args()
     for job in options.jobs:
         if job == TRANSCRIBING:
-            checkpoint = load_checkpoint(options.checkpoint or FIXTURES / "nano.pt")
+            checkpoint = load_checkpoint(options.checkpoint or NANO)
             policy = policy_of(checkpoint.tensors, options.device, "float32")
             for unit in units_on(options.device):
                 Artifact(unit, programs_of(unit, checkpoint.dims, policy), options.device)
@@ -69,8 +71,8 @@ def main() -> int:
             size, dtype, *only = job.split(":")
             names = frozenset(",".join(only).split(",")) - {""}
             suite = Suite(load(size, options.checkpoint), DTYPES[dtype], options.device, only=names)
-            for unit in {suite.unit(BLOCKS[name]) for name in names} or suite.units:
-                suite.artifact(unit)
+            for unit in {suite.subject.unit(BLOCKS[name]) for name in names} or suite.subject.units:
+                suite.subject.artifact(unit)
         print(job, flush=True)
     return 0
 

@@ -14,13 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from whisper.audio import HOP_LENGTH, N_FFT, log_mel_spectrogram, mel_filters
-from whisper.model import (
-    LayerNorm,
-    ModelDimensions,
-    MultiHeadAttention,
-    ResidualAttentionBlock,
-    Whisper,
-)
+from whisper.model import LayerNorm, ModelDimensions, MultiHeadAttention, ResidualAttentionBlock, Whisper
 
 # In float32 the peer computes in float32. On a GPU PyTorch would convolve in TF32, whose mantissa has 10 bits.
 torch.backends.cuda.matmul.allow_tf32 = False
@@ -101,24 +95,14 @@ def encoder_stem(model: Whisper, layer: int, mel: Tensor) -> list[Tensor]:
     return [(x + encoder.positional_embedding).to(x.dtype)]
 
 
-def encoder_layer_norm(model: Whisper, layer: int, x: Tensor) -> list[Tensor]:
-    return [model.encoder.blocks[layer].attn_ln(x)]
+def submodule(path: str) -> Callable[..., list[Tensor]]:
+    """A submodule of the model by its name, "{layer}" standing for the layer's number, with its one input."""
 
+    def forward(model: Whisper, layer: int, **x: Tensor) -> list[Tensor]:
+        y = model.get_submodule(path.format(layer=layer))(*x.values())
+        return [y[0] if isinstance(y, tuple) else y]
 
-def encoder_attention(model: Whisper, layer: int, x: Tensor) -> list[Tensor]:
-    return [model.encoder.blocks[layer].attn(x)[0]]
-
-
-def encoder_mlp(model: Whisper, layer: int, x: Tensor) -> list[Tensor]:
-    return [model.encoder.blocks[layer].mlp(x)]
-
-
-def encoder_block(model: Whisper, layer: int, x: Tensor) -> list[Tensor]:
-    return [model.encoder.blocks[layer](x)]
-
-
-def encoder(model: Whisper, layer: int, mel: Tensor) -> list[Tensor]:
-    return [model.encoder(mel)]
+    return forward
 
 
 def decoder_embedding(model: Whisper, layer: int, tokens: Tensor, offset: Tensor) -> list[Tensor]:
@@ -153,10 +137,6 @@ def cross_keys_values(model: Whisper, layer: int, audio_features: Tensor) -> lis
 def cross_attention(model: Whisper, layer: int, x: Tensor, k_cross: Tensor, v_cross: Tensor) -> list[Tensor]:
     attn = model.decoder.blocks[layer].cross_attn
     return [attn(x, x, kv_cache=cross_attention_cache(attn, k_cross, v_cross, x.shape[0]))[0]]
-
-
-def decoder_mlp(model: Whisper, layer: int, x: Tensor) -> list[Tensor]:
-    return [model.decoder.blocks[layer].mlp(x)]
 
 
 def decoder_block(model: Whisper, layer: int, x: Tensor, **kv: Tensor) -> list[Tensor]:
@@ -283,19 +263,19 @@ def whole_decoder(dims: ModelDimensions) -> int:
 TWINS: dict[str, Twin] = {
     "log_mel": Twin(log_mel, always(N_FFT), always(1)),
     "encoder.stem": Twin(encoder_stem, times(3, audio_state), always(STEM)),
-    "encoder.layer_norm": Twin(encoder_layer_norm, audio_state, always(NORM)),
-    "encoder.attention": Twin(encoder_attention, attending(audio_state), always(PROJECTIONS)),
-    "encoder.mlp": Twin(encoder_mlp, AUDIO_HIDDEN, always(MLP)),
-    "encoder.block": Twin(encoder_block, attending(AUDIO_HIDDEN), always(AUDIO_BLOCK)),
-    "encoder": Twin(encoder, attending(AUDIO_HIDDEN), whole_encoder),
+    "encoder.layer_norm": Twin(submodule("encoder.blocks.{layer}.attn_ln"), audio_state, always(NORM)),
+    "encoder.attention": Twin(submodule("encoder.blocks.{layer}.attn"), attending(audio_state), always(PROJECTIONS)),
+    "encoder.mlp": Twin(submodule("encoder.blocks.{layer}.mlp"), AUDIO_HIDDEN, always(MLP)),
+    "encoder.block": Twin(submodule("encoder.blocks.{layer}"), attending(AUDIO_HIDDEN), always(AUDIO_BLOCK)),
+    "encoder": Twin(submodule("encoder"), attending(AUDIO_HIDDEN), whole_encoder),
     "decoder.embedding": Twin(decoder_embedding, always(1), always(EMBEDDING)),
     "decoder.attention.causal": Twin(causal_attention, attending(text_state), always(PROJECTIONS)),
     "decoder.attention.cached": Twin(cached_attention, attending(text_state), always(PROJECTIONS), step=True),
     "decoder.cross_attention.keys_values": Twin(cross_keys_values, text_state, always(PROJECTIONS)),
     "decoder.cross_attention.prefill": Twin(cross_attention, attending(text_state), always(PROJECTIONS)),
     "decoder.cross_attention.step": Twin(cross_attention, attending(text_state), always(PROJECTIONS), step=True),
-    "decoder.mlp.prefill": Twin(decoder_mlp, TEXT_HIDDEN, always(MLP)),
-    "decoder.mlp.step": Twin(decoder_mlp, TEXT_HIDDEN, always(MLP), step=True),
+    "decoder.mlp.prefill": Twin(submodule("decoder.blocks.{layer}.mlp"), TEXT_HIDDEN, always(MLP)),
+    "decoder.mlp.step": Twin(submodule("decoder.blocks.{layer}.mlp"), TEXT_HIDDEN, always(MLP), step=True),
     "decoder.block.prefill": Twin(decoder_block, attending(TEXT_HIDDEN), always(TEXT_BLOCK)),
     "decoder.block.step": Twin(decoder_block, attending(TEXT_HIDDEN), always(TEXT_BLOCK), step=True),
     "decoder.logits.prefill": Twin(decoder_logits, text_state, always(LOGITS)),

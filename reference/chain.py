@@ -6,13 +6,12 @@ way. Every submodule's output is judged under its name in the PyTorch model, in 
 outside its budget is the first divergence: all that was fed to it was within.
 
 To see inside a graph, every layer's output is made an output of the graph as well, which can change how the compiler
-fuses. So the chain also runs on graphs without captures, and says whether the captures changed what came out.
+fuses. So the chain also runs on graphs without intermediates, and says whether these changed what came out.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -23,18 +22,20 @@ from maxwhisper.engine.program import Executable
 from .activations import AUDIO, hooked, speech, window_of
 from .blocks import TWINS, decoder_keys_values, log_mel
 from .blocks import decoder as decoder_twin
-from .captures import SUMS
+from .intermediates import SUMS
 from .judge import Comparison, Judgement, judge
 from .suite import Suite
 
 Outputs = dict[str, Tensor]
 STEP = "step "
 """Stands before the names of what was computed at the step."""
+ENDS = ("encoder", "decoder", STEP + "decoder")
+"""What comes out at the end of the network's graphs."""
 
 
 @dataclass(frozen=True)
-class CaptureEffect:
-    """What capturing did to an output of a graph. relative_l2: of the change, to the output without captures."""
+class IntermediatesEffect:
+    """What putting out intermediates did to an output of a graph. relative_l2: of the change, to the output without."""
 
     output: str
     identical: bool
@@ -47,7 +48,7 @@ class Chain:
 
     comparison: Comparison
     judgements: Mapping[str, Judgement]
-    capture_effects: tuple[CaptureEffect, ...]
+    effects: tuple[IntermediatesEffect, ...]
 
     @property
     def passed(self) -> bool:
@@ -63,8 +64,8 @@ class Chain:
         if self.first_divergence:
             lines += [f"first divergence: {self.first_divergence}", str(self.judgements[self.first_divergence])]
         lines += [
-            f"captures changed {effect.output} by {effect.relative_l2:.1e} (relative L2)"
-            for effect in self.capture_effects
+            f"intermediates changed {effect.output} by {effect.relative_l2:.1e} (relative L2)"
+            for effect in self.effects
             if not effect.identical
         ]
         return "\n".join(lines)
@@ -73,13 +74,13 @@ class Chain:
 def run_chain(suite: Suite, kind: str = "speech") -> Chain:
     """The chain over one of the waveforms AUDIO and the text of "speech", the last token as the step."""
     audio, tokens = speech(suite.dims)
-    graphs = suite.own_graphs
-    ours = max_chain(suite, graphs, AUDIO[kind](audio), tokens)
-    plain = max_plain(suite, graphs, AUDIO[kind](audio), tokens)
+    graphs, waveform = suite.subject.graphs, AUDIO[kind](audio)
+    ours = max_chain(suite, graphs, waveform, tokens)
+    plain = max_chain(suite, graphs, waveform, tokens, intermediates=False)
     comparison = Comparison(suite.model.size, suite.dtype, "chain", 0, kind, suite.device)
-    tensors = {"audio": AUDIO[kind](audio), "tokens": tokens, **ours}
+    tensors = {"audio": waveform, "tokens": tokens, **ours}
     judgements = suite.recalled(comparison, tensors, lambda: [each for _, each in judge_chain(suite, kind, ours)])
-    effects = tuple(capture_effect(name, value, ours[name]) for name, value in plain.items())
+    effects = tuple(effect(name, plain[name], ours[name]) for name in ENDS)
     return Chain(comparison, {each.comparison.block: each for each in judgements}, effects)
 
 
@@ -101,7 +102,7 @@ def judge_chain(suite: Suite, kind: str, ours: Outputs) -> Iterator[tuple[str, J
 def teacher_forced(suite: Suite, clip: dict[str, Any]) -> Judgement:
     """The chain over a clip's first window with its own text given: the logits of every next token."""
     audio, tokens = window_of(clip, suite.dims)
-    ours = max_plain(suite, suite.own_graphs, audio, tokens)["decoder"]
+    ours = max_chain(suite, suite.subject.graphs, audio, tokens, intermediates=False)["decoder"]
     comparison = Comparison(suite.model.size, suite.dtype, "decoder.prefill", 0, clip["file"], suite.device)
 
     def judged() -> list[Judgement]:
@@ -127,23 +128,19 @@ def judge_chained(suite: Suite, comparison: Comparison, oracle: Tensor, peer: Te
     )
 
 
-REFERENCES: WeakKeyDictionary[Suite, dict[str, tuple[Outputs, Outputs]]] = WeakKeyDictionary()
-
-
 def references(suite: Suite, kind: str) -> tuple[Outputs, Outputs]:
     """What oracle and peer make of a waveform, computed once: a fault changes only the subject."""
-    known = REFERENCES.setdefault(suite, {})
-    if kind not in known:
+    if kind not in suite.chains:
         waveform, tokens = speech(suite.dims)
         audio = AUDIO[kind](waveform)
         oracle = pytorch_chain(suite.model.oracle, audio, tokens, torch.float64)
-        known[kind] = oracle, pytorch_chain(suite.peer, audio, tokens, suite.dtype)
-    return known[kind]
+        suite.chains[kind] = oracle, pytorch_chain(suite.peer, audio, tokens, suite.dtype)
+    return suite.chains[kind]
 
 
-def capture_effect(output: str, plain: Tensor, captured: Tensor) -> CaptureEffect:
-    change = (captured.double() - plain.double()).norm() / plain.double().norm()
-    return CaptureEffect(output, torch.equal(plain, captured), float(change))
+def effect(output: str, plain: Tensor, ours: Tensor) -> IntermediatesEffect:
+    change = (ours.double() - plain.double()).norm() / plain.double().norm()
+    return IntermediatesEffect(output, torch.equal(plain, ours), float(change))
 
 
 @torch.no_grad()
@@ -205,13 +202,16 @@ def named(prefix: str, inputs: Outputs, outputs: Outputs) -> Outputs:
     return values
 
 
-def max_chain(suite: Suite, graphs: Mapping[str, Executable], audio: Tensor, tokens: Tensor) -> Outputs:
-    """Every captured layer's output on MAX, as `pytorch_chain` names it."""
+def max_chain(
+    suite: Suite, graphs: Mapping[str, Executable], audio: Tensor, tokens: Tensor, intermediates: bool = True
+) -> Outputs:
+    """Returns what MAX computes, as `pytorch_chain` names it: every layer's output, or without intermediates the
+    log-mel spectrogram and ENDS."""
     values: Outputs = {}
 
     def part(block: str, prefix: str, *inputs: Tensor) -> list[Tensor]:
-        names = suite.captured_names(block)
-        results = graphs[f"{block} captured"](*inputs)
+        names = suite.subject.intermediate_names(block) if intermediates else []
+        results = graphs[f"{block} with intermediates" if intermediates else block](*inputs)
         n_output = len(results) - len(names)
         values.update({prefix + name: value.cpu() for name, value in zip(names, results[n_output:], strict=True)})
         values[prefix + block.partition(".")[0]] = results[0].cpu()
@@ -224,14 +224,3 @@ def max_chain(suite: Suite, graphs: Mapping[str, Executable], audio: Tensor, tok
     _, *cache = part("decoder.prefill", "", tokens[:, :-1], *cross)
     part("decoder.step", STEP, tokens[:, -1:], length_of(cache), *cache, *cross)
     return values
-
-
-def max_plain(suite: Suite, graphs: Mapping[str, Executable], audio: Tensor, tokens: Tensor) -> Outputs:
-    """What comes out at the end of the graphs without captures."""
-    tokens = tokens.to(suite.torch_device)
-    (mel,) = graphs["log_mel"](audio)
-    (features,) = graphs["encoder"](mel[None].to(suite.torch_device, suite.dtype))
-    cross = graphs["decoder.keys_values"](features)
-    logits, *cache = graphs["decoder.prefill"](tokens[:, :-1], *cross)
-    step = graphs["decoder.step"](tokens[:, -1:], length_of(cache), *cache, *cross)[0]
-    return {"encoder": features.cpu(), "decoder": logits.cpu(), STEP + "decoder": step.cpu()}

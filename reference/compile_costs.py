@@ -21,7 +21,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
 from max.dtype import DType
 from max.graph import DeviceRef, TensorType
 
@@ -31,7 +30,10 @@ from maxwhisper.engine.kernel_library import kernel_library
 from maxwhisper.engine.program import Artifact, Program
 from maxwhisper.engine.session import session
 
-from .suite import DTYPES, FIXTURE, SIZES, TRAINED, Suite, load
+from .judge import dtype_name
+from .measures import DTYPES
+from .models import FIXTURE, SIZES, load
+from .suite import Suite
 
 EXECUTABLE = 4
 """A flag of a section."""
@@ -41,15 +43,15 @@ ADDITION = "an addition"
 
 def modules(suite: Suite) -> list[str]:
     """Returns what is compiled for a model, by unit; where it transcribes, what that takes besides."""
-    transcribes = suite.dtype == torch.float32 and suite.model.size in TRAINED
-    return [ADDITION, *suite.units, *((DECODING, "alignment") if transcribes else ())]
+    return [ADDITION, *suite.subject.units, *((DECODING, "alignment") if suite.subject.transcribes else ())]
 
 
 def programs(suite: Suite, module: str) -> list[Program]:
     if module == ADDITION:
         x = TensorType(DType.float32, [31], DeviceRef.CPU())
         return [Program("addition", "", NoWeights(), lambda _, x: [x + x], {"x": x})]
-    return suite.programs(module) if module in suite.units else programs_of(module, suite.dims, suite.policy)
+    subject = suite.subject
+    return subject.programs(module) if module in subject.units else programs_of(module, suite.dims, suite.policy)
 
 
 def numbered(programs: Sequence[Program]) -> list[Program]:
@@ -139,7 +141,7 @@ def built(text: str) -> tuple[float, int]:
 def compile_alone(suite: Suite, module: str) -> tuple[float, Emitted]:
     """Returns the processor time that a process with empty caches takes to compile a module, and what MAX wrote."""
     command = [sys.executable, "-m", "reference.compile_costs", "--only", module]
-    command += ["--size", suite.model.size, "--dtype", str(suite.dtype).removeprefix("torch.")]
+    command += ["--size", suite.model.size, "--dtype", dtype_name(suite.dtype)]
     with tempfile.TemporaryDirectory() as folder:
         _, done = timed(command, MODULAR_CACHE_DIR=str(Path(folder, "cache")))
         done.check_returncode()

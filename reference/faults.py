@@ -11,6 +11,7 @@ over the whole network, which must then name a submodule inside the faulty block
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from max.graph import TensorValue
@@ -23,7 +24,7 @@ from maxwhisper.network.blocks import BLOCKS, Block
 
 from . import mistakes
 from .activations import KINDS
-from .judge import Judgement, K
+from .judge import Judgement, K, dtype_name
 from .suite import Suite
 
 Tensors = dict[str, Tensor]
@@ -36,8 +37,8 @@ class Fault:
     """A wrong model.
 
     block: the entry of BLOCKS, the innermost, that is wrong by it. path: its place in the PyTorch model, where the
-    first divergence must lie. change: of the tensors. patched: of the code, while the graph is built. published:
-    whether an earlier attempt at this port is known to have made it.
+    first divergence must lie. change: of the tensors. patched: of the code, while the graph is built. kind: "weights"
+    or "graph". published: whether an earlier attempt at this port is known to have made it.
     """
 
     name: str
@@ -45,11 +46,16 @@ class Fault:
     path: str
     change: Callable[[Tensors, ModelDimensions], Mapping[str, Tensor]] | None = None
     patched: mistakes.Patch | None = None
+    kind: str = "weights"
     published: bool = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Returns all but the functions, which cannot be pickled, and which whoever reads of a fault does not call."""
+        return vars(self) | {"change": None, "patched": None}
 
 
 @dataclass(frozen=True)
-class FaultVerdict:
+class FaultResult:
     """What the judge made of a fault in one dtype.
 
     checks: those that failed, "isolated: <measure>" or "chain". divergence: where the chain first left its budget, None
@@ -110,13 +116,64 @@ class FaultVerdict:
         return "\n".join(lines)
 
 
+def path_of(block: str) -> str:
+    """Returns the place of a block in the PyTorch model, in LAYER where it is in a layer."""
+    return BLOCKS[block].path.format(audio_layer=LAYER, text_layer=LAYER)
+
+
+# ---- what many came to ----------------------------------------------------------------------------------------------
+
+MISSED, WRONG_BLOCK, BELOW, CAUGHT = "missed", "caught, in the wrong block", "not caught, below the budget", "caught"
+OUTCOMES = (MISSED, WRONG_BLOCK, BELOW, CAUGHT)
+"""The worst first. Only the first two are failures."""
+
+
+def outcome(fault: FaultResult) -> str:
+    if fault.caught:
+        return CAUGHT if fault.right_block else WRONG_BLOCK
+    return BELOW if fault.accepted else MISSED
+
+
+@dataclass(frozen=True)
+class FaultTotals:
+    """Of one dtype. below: not caught, and below PyTorch's rounding; between: that and the budget."""
+
+    n: int
+    caught: int
+    right_block: int
+    below: int
+    between: int
+    missed: int
+    only_one: int
+    published: int
+
+
+def fault_totals(faults: Sequence[FaultResult]) -> dict[str, FaultTotals]:
+    totals = {}
+    for dtype in dict.fromkeys(fault.dtype for fault in faults):
+        of = [fault for fault in faults if fault.dtype == dtype]
+        outcomes = [outcome(fault) for fault in of]
+        totals[dtype_name(dtype)] = FaultTotals(
+            n=len(of),
+            caught=sum(fault.caught for fault in of),
+            right_block=outcomes.count(CAUGHT),
+            below=(below := sum(not fault.caught and fault.below_rounding for fault in of)),
+            between=outcomes.count(BELOW) - below,
+            missed=outcomes.count(MISSED),
+            only_one=sum(fault.only_check is not None for fault in of),
+            published=sum(fault.fault.published for fault in of),
+        )
+    return totals
+
+
 # ---- the trial -----------------------------------------------------------------------------------------------------
 
 
 def with_weight_fault(suite: Suite, fault: Fault) -> dict[str, Executable]:
     """Every graph of the suite, with the fault in its weights."""
     assert fault.change is not None
-    return suite.graphs({**suite.tensors, **fault.change(suite.tensors, suite.dims)}, LAYER)
+    tensors = suite.subject.tensors
+    return suite.subject.graphs_with({**tensors, **fault.change(tensors, suite.dims)}, LAYER)
 
 
 def faulty(fault: Fault, right: Program) -> Program:
@@ -134,7 +191,7 @@ def compile_graph_faults(suite: Suite, faults: Sequence[Fault]) -> dict[str, Exe
     """The faulty blocks of graph faults, by the fault's name, compiled together."""
     programs = [faulty(fault, BLOCKS[fault.block].program(suite.dims, suite.policy)) for fault in faults]
     artifact = Artifact(f"{suite.model.size}, graph faults", programs, suite.device)
-    return artifact.init(suite.tensors, audio_layer=LAYER, text_layer=LAYER)
+    return artifact.init(suite.subject.tensors, audio_layer=LAYER, text_layer=LAYER)
 
 
 def isolated(suite: Suite, fault: Fault, executable: Executable) -> Iterator[Judgement]:
@@ -156,13 +213,13 @@ def until_caught(judgements: Iterable[Judgement]) -> list[Judgement]:
     return seen
 
 
-def verdict(
+def result_of(
     fault: Fault,
     dtype: torch.dtype,
     judgements: Sequence[Judgement],
     in_float32: Sequence[Judgement],
     divergence: str | None,
-) -> FaultVerdict:
+) -> FaultResult:
     """in_float32: for a fault that was not caught the same judgements in float32, where the error is the fault's effect
     and hardly any rounding."""
     failed = {f"isolated: {measure.name}" for j in judgements for _, measure in j.measures if not measure.within}
@@ -171,4 +228,4 @@ def verdict(
     used = max((j.worst.used if j.pairs and not j.defects else math.inf for j in judgements), default=0.0)
     rounding = {j.comparison.inputs: j.relative_l2.peer for j in judgements if j.pairs}
     effect = {j.comparison.inputs: j.relative_l2.subject if j.pairs else math.inf for j in in_float32}
-    return FaultVerdict(fault, dtype, tuple(checks), divergence, used, rounding, effect)
+    return FaultResult(fault, dtype, tuple(checks), divergence, used, rounding, effect)

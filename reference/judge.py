@@ -36,7 +36,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .causes import Cause, likely_causes
+from .diagnosis import Diagnosis, diagnose
 from .measures import (
     SMALLEST,
     UNIT_ROUNDOFF,
@@ -78,6 +78,11 @@ class Comparison:
     device: str = "cpu"
     seed: int = 0
 
+    @property
+    def torch_device(self) -> torch.device:
+        """Returns PyTorch's name for the device."""
+        return torch.device("cpu" if self.device == "cpu" else "cuda")
+
     def __str__(self) -> str:
         model = f"{self.size}, {dtype_name(self.dtype)}, {self.device}"
         return f"{self.block}, layer {self.layer}, {model}, {self.inputs}, seed {self.seed}"
@@ -102,7 +107,7 @@ class Explanation:
     worst: index of the largest error, and there the values of oracle, peer and subject.
     errors: absolute errors of the subject over the oracle's RMS, (position, channel), the largest of each cell where
     there are more than MAP_SHAPE.
-    causes: the mistakes that explain the errors, the best explanation first.
+    diagnoses: the mistakes that explain the errors, the best explanation first.
     """
 
     output: int
@@ -111,12 +116,12 @@ class Explanation:
     peer: float
     subject: float
     errors: Tensor = field(repr=False, compare=False)
-    causes: tuple[Cause, ...]
+    diagnoses: tuple[Diagnosis, ...]
 
     def __str__(self) -> str:
         values = f"MAX {self.subject:.9g}, PyTorch {self.peer:.9g}, float64 {self.oracle:.9g}"
         lines = [f"  output {self.output}, worst at {list(self.worst)}: {values}"]
-        return "\n".join(lines + [f"  looks like: {cause}" for cause in self.causes])
+        return "\n".join(lines + [f"  looks like: {diagnosis}" for diagnosis in self.diagnoses])
 
 
 @dataclass(frozen=True)
@@ -311,4 +316,4 @@ def explain_output(
     shape = [min(most, n) for most, n in zip(MAP_SHAPE, rows(error).shape, strict=True)]
     errors = torch.nn.functional.adaptive_max_pool2d(rows(error).float()[None], shape)[0] / (norms(oracle).rms or 1)
     right, theirs, mine = (float(x.reshape(-1)[flat]) for x in (oracle, peer, subject))
-    return Explanation(index, worst, right, theirs, mine, errors, likely_causes(oracle, ours, inside))
+    return Explanation(index, worst, right, theirs, mine, errors, diagnose(oracle, ours, inside))

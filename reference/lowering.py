@@ -31,9 +31,11 @@ from maxwhisper.engine.program import Artifact, Program
 from maxwhisper.engine.session import Policy
 from maxwhisper.network.blocks import BLOCKS
 
-from .captures import CAPTURED
+from .intermediates import WITH_INTERMEDIATES
 from .judge import dtype_name
-from .suite import DTYPES, TRAINED, Suite, load
+from .measures import DTYPES
+from .models import TRAINED, load
+from .suite import Suite
 
 PICKING = {
     "cpu": (TOKEN_RULES, SELECT_TOKENS, SPECULATE, QUANTIZE_KEYS),
@@ -43,11 +45,11 @@ PICKING = {
 
 
 def graphs(target: str, size: str, dtype: torch.dtype) -> tuple[str, ...]:
-    """Every graph of a model for a target, by name: its blocks, those with captures, and what picks tokens."""
+    """Every graph of a model for a target, by name: its blocks, those with intermediates, and what picks tokens."""
     device = "cpu" if target == HOST else "gpu"
     return (
         *BLOCKS,
-        *(f"{name} captured" for name in CAPTURED),
+        *(f"{name} with intermediates" for name in WITH_INTERMEDIATES),
         *(PICKING[device] if picks(device, size, dtype) else ()),
     )
 
@@ -94,9 +96,9 @@ def message(error: BaseException) -> str:
 
 def units(suite: Suite) -> Iterator[tuple[str, list[Program]]]:
     """What the suite compiles together, and what `load_model` compiles beside that for whole transcripts."""
-    yield from ((unit, suite.programs(unit)) for unit in suite.units)
+    yield from ((unit, suite.subject.programs(unit)) for unit in suite.subject.units)
     if picks(suite.device, suite.model.size, suite.dtype):
-        others = [unit for unit in units_on(suite.device) if unit not in suite.units]
+        others = [unit for unit in units_on(suite.device) if unit not in suite.subject.units]
         yield from ((unit, programs_of(unit, suite.dims, loaded(suite.policy))) for unit in others)
 
 
@@ -109,11 +111,11 @@ def lower_all(suite: Suite, writer: Writer) -> dict[str, str]:
     """Adds every artifact of the suite to the folder; returns what does not lower, and why."""
     failures: dict[str, str] = {}
     for unit, programs in units(suite):
-        policy = suite.policy if unit in suite.units else loaded(suite.policy)
+        policy = suite.policy if unit in suite.subject.units else loaded(suite.policy)
         identity = Identity.of(unit, suite.dims, policy, programs)
         if identity in writer:  # models share the log-mel spectrogram
             continue
-        artifact, found = lower(suite.name(unit), programs, suite.device_of(unit))
+        artifact, found = lower(suite.subject.name(unit), programs, suite.subject.device_of(unit))
         failures |= found
         if artifact:
             writer.add(identity, artifact.stored, built_from(programs))

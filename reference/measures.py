@@ -6,8 +6,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from maxwhisper import names
+
 K = 4.0
-UNIT_ROUNDOFF = {dtype: torch.finfo(dtype).eps / 2 for dtype in (torch.float32, torch.float16, torch.bfloat16)}
+DTYPES = {name: getattr(torch, name) for name in names.DTYPES}
+"""PyTorch's dtypes that blocks are compared in, by name, the most precise first."""
+UNIT_ROUNDOFF = {dtype: torch.finfo(dtype).eps / 2 for dtype in DTYPES.values()}
 SMALLEST = {
     dtype: max(torch.finfo(dtype).smallest_normal, torch.finfo(torch.float32).smallest_normal / unit)
     for dtype, unit in UNIT_ROUNDOFF.items()

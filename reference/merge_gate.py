@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 
-def verdict(needs: dict[str, dict[str, Any]], excused: Collection[str], reports: Collection[str]) -> list[str]:
+def objections(needs: dict[str, dict[str, Any]], excused: Collection[str], reports: Collection[str]) -> list[str]:
     """Why the merge must not happen; empty if it may.
 
     needs: GitHub's `needs` context. excused: jobs that may have been skipped. reports: job, device and the path of a
@@ -60,7 +60,7 @@ def main() -> int:
     parser.add_argument("--excused", default="", help="jobs that may have been skipped, with spaces between them")
     parser.add_argument("--report", action="append", default=[], metavar="JOB:DEVICE:PATH")
     options = parser.parse_args()
-    reasons = verdict(json.loads(options.needs), options.excused.split(), options.report)
+    reasons = objections(json.loads(options.needs), options.excused.split(), options.report)
     print("\n".join(reasons) or "every job succeeded and compared something")
     return 1 if reasons else 0
 

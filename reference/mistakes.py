@@ -204,6 +204,18 @@ def stem(form: str) -> Patch:
     return lambda: patch.object(model.AudioEncoder, "stem", call)
 
 
+def embedding(change: Callable[[Any], Any]) -> Patch:
+    """Tokens embedded at another position."""
+    embed = model.TextDecoder.embed
+    return method(model.TextDecoder, "embed", lambda self, tokens, offset: embed(self, tokens, change(offset)))
+
+
+def layers(change: Callable[[Sequence[Any]], Sequence[Any]]) -> Patch:
+    """The decoder's layers given other inputs, or each another's."""
+    right = model.TextDecoder._layers
+    return method(model.TextDecoder, "_layers", lambda self, name, x, inputs: right(self, name, x, change(inputs)))
+
+
 def residual(form: str) -> Patch:
     """A residual block with its parts put together wrongly."""
 

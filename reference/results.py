@@ -8,22 +8,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
 
 import torch
 from max.driver import Accelerator, accelerator_count
 
-from maxwhisper.engine.program import COMPILE_LOG
+from maxwhisper.compare.run import processor
 
 from .chain import Chain
-from .faults import FaultVerdict
-from .judge import Judgement, dtype_name
+from .compile_log import CompileRecord
+from .faults import FaultResult, fault_totals
+from .judge import Judgement
 from .reasons import one_line
 from .transcripts import Transcript
 from .versions import version
 
 PACKAGES = ("maxwhisper", "max", "torch", "openai-whisper", "numpy")
-FOUND = ("judgements", "chains", "faults", "transcripts", "lost")
+FOUND = ("judgements", "chains", "faults", "transcripts", "compiled", "lost")
 """Fields of a run that its tests fill."""
 
 
@@ -37,8 +37,9 @@ class Run:
 
     judgements: list[Judgement] = field(default_factory=list)
     chains: list[Chain] = field(default_factory=list)
-    faults: list[FaultVerdict] = field(default_factory=list)
+    faults: list[FaultResult] = field(default_factory=list)
     transcripts: list[Transcript] = field(default_factory=list)
+    compiled: list[CompileRecord] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
     notes: dict[str, str] = field(default_factory=dict)
     test_seconds: float = 0.0
@@ -104,7 +105,11 @@ class Run:
 
     @property
     def compile_seconds(self) -> float:
-        return sum(record.seconds for record in COMPILE_LOG)
+        return sum(record.seconds for record in self.compiled)
+
+    @property
+    def graphs_compiled(self) -> int:
+        return sum(record.graphs for record in self.compiled)
 
     @property
     def compare_seconds(self) -> float:
@@ -130,16 +135,12 @@ class Run:
         return lines
 
 
-def fault_lines(faults: Sequence[FaultVerdict]) -> list[str]:
-    lines = []
-    for dtype in dict.fromkeys(fault.dtype for fault in faults):
-        of = [fault for fault in faults if fault.dtype == dtype]
-        caught, right = sum(fault.caught for fault in of), sum(fault.right_block for fault in of)
-        missed = [fault for fault in of if not fault.caught]
-        below = sum(fault.below_rounding for fault in missed)
-        found = f"{dtype_name(dtype)}: {caught} of {len(of)} caught, {right} in the right block"
-        lines.append(f"faults, {found}; {below} of the other {len(missed)} below PyTorch's rounding")
-    return lines
+def fault_lines(faults: Sequence[FaultResult]) -> list[str]:
+    return [
+        f"faults, {dtype}: {t.caught} of {t.n} caught, {t.right_block} in the right block; "
+        f"{t.below} of the other {t.n - t.caught} below PyTorch's rounding"
+        for dtype, t in fault_totals(faults).items()
+    ]
 
 
 def environment() -> dict[str, str]:
@@ -166,13 +167,3 @@ def gpu() -> str:
     """The GPU's name and MAX's for its architecture, "none" where there is none."""
     found = Accelerator().architecture_name if accelerator_count() else "none"
     return f"{torch.cuda.get_device_name()} ({found})" if torch.cuda.is_available() else found
-
-
-def processor() -> str:
-    """The processor's name, where the system tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()

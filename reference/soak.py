@@ -17,7 +17,9 @@ from maxwhisper.network.blocks import BLOCKS
 from .activations import RANDOM
 from .blocks import TWINS
 from .judge import Comparison, Judgement, dtype_name
-from .suite import DTYPES, Suite, load
+from .measures import DTYPES
+from .models import load
+from .suite import Suite
 
 
 def pytorch_in_the_subjects_place(suite: Suite, comparison: Comparison) -> Callable[..., list[Tensor]]:

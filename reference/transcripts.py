@@ -16,7 +16,7 @@ from whisper.model import Whisper as OpenAIWhisper
 from maxwhisper.audio import load_audio
 from maxwhisper.whisper import AudioEncoder, TextDecoder, Whisper
 
-from .activations import FIXTURES
+from .fixtures import FIXTURES
 from .verdicts import Memory, circumstances, fingerprint
 
 DECODING: dict[str, dict[str, Any]] = {

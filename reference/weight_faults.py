@@ -9,7 +9,7 @@ from torch import Tensor
 from whisper.audio import N_FFT, SAMPLE_RATE
 from whisper.model import ModelDimensions
 
-from .faults import LAYER, Fault, Tensors
+from .faults import LAYER, Fault, Tensors, path_of
 
 ENCODER, DECODER = f"encoder.blocks.{LAYER}", f"decoder.blocks.{LAYER}"
 
@@ -82,123 +82,69 @@ def half_window(x: Tensor) -> Tensor:
     return torch.where(periodic == 0, 0, x.double() / periodic.clamp(min=1e-300) * symmetric).float()
 
 
+def without_weights(norm: str) -> Callable[[Tensors, ModelDimensions], Tensors]:
+    """A norm that only normalises."""
+    weight, bias = f"{norm}.weight", f"{norm}.bias"
+    return lambda tensors, dims: {weight: torch.ones_like(tensors[weight]), bias: zeros(tensors[bias])}
+
+
 def weight_faults() -> Iterator[Fault]:
-    """Every one is some lines of what a loader or a converter gets wrong."""
+    """Yields faults of which each is some lines of what a loader or a converter gets wrong."""
 
-    def fault(name: str, block: str, path: str, change: Any, published: bool = False) -> Fault:
-        return Fault(name, block, path, change=change, published=published)
+    def fault(name: str, block: str, change: Any, path: str = "", published: bool = False) -> Fault:
+        return Fault(name, block, path or path_of(block), change=change, published=published)
 
-    attn, cross = "encoder.attention", "decoder.cross_attention.prefill"
-    e, d = f"{ENCODER}.attn", f"{DECODER}.attn"
-    yield fault("query bias dropped", attn, e, at(f"{e}.query.bias", zeros))
-    yield fault("value bias dropped", attn, e, at(f"{e}.value.bias", zeros))
-    yield fault("out bias dropped", attn, e, at(f"{e}.out.bias", zeros))
-    yield fault("key and value swapped", attn, e, swapped(f"{e}.key.weight", f"{e}.value.weight"))
-    yield fault("query and key swapped", attn, e, swapped(f"{e}.query.weight", f"{e}.key.weight"))
-    yield fault("square weight transposed", attn, e, at(f"{e}.out.weight", lambda x: x.T.contiguous()))
-    yield fault("heads of the query permuted", attn, e, at(f"{e}.query.weight", heads_exchanged))
-    yield fault("heads of out permuted", attn, e, at(f"{e}.out.weight", lambda x: heads_exchanged(x.T).T.contiguous()))
-    yield fault("one element off by 1 % of its row", attn, e, at(f"{e}.value.weight", one_element_off))
-    yield fault("one row's sign", attn, e, at(f"{e}.value.weight", one_row(torch.neg)))
-    yield fault("rounded to bfloat16", attn, e, at(f"{e}.value.weight", lambda x: x.bfloat16().to(x.dtype)))
-    yield fault("rounded to 8 bits", attn, e, at(f"{e}.value.weight", rounded_to_8_bits))
-    yield fault(
-        "float16 read as bfloat16",
-        "encoder.mlp",
-        f"{ENCODER}.mlp",
-        at(f"{ENCODER}.mlp.2.weight", bits_read_as_bfloat16),
-    )
-    yield fault("mlp bias dropped", "encoder.mlp", f"{ENCODER}.mlp", at(f"{ENCODER}.mlp.0.bias", zeros))
-    yield fault(
-        "stale mlp of another layer",
-        "decoder.mlp.prefill",
-        f"{DECODER}.mlp",
-        copied("decoder.blocks.0.mlp", f"{DECODER}.mlp"),
-    )
-    yield fault("encoder layers swapped", "encoder.block", "encoder.blocks.0", swapped("encoder.blocks.0", ENCODER))
-    yield fault("decoder layers swapped", "decoder.block.prefill", DECODER, swapped(DECODER, "decoder.blocks.2"))
-    yield fault(
-        "another norm's weights",
-        "encoder.layer_norm",
-        f"{ENCODER}.attn_ln",
-        copied(f"{ENCODER}.mlp_ln", f"{ENCODER}.attn_ln"),
-    )
-    yield fault("norm's bias dropped", "encoder.layer_norm", f"{ENCODER}.attn_ln", at(f"{ENCODER}.attn_ln.bias", zeros))
-    yield fault("causal attention's value bias dropped", "decoder.attention.causal", d, at(f"{d}.value.bias", zeros))
-    yield fault(
-        "cross-attention's weights from self-attention",
-        cross,
-        f"{DECODER}.cross_attn",
-        copied(d, f"{DECODER}.cross_attn"),
-    )
-    yield fault("cross-attention silent", cross, f"{DECODER}.cross_attn", at(f"{DECODER}.cross_attn.out.weight", zeros))
-    yield fault(
-        "cross-attention's value bias dropped",
-        "decoder.cross_attention.keys_values",
-        f"{DECODER}.cross_attn",
-        at(f"{DECODER}.cross_attn.value.bias", zeros),
-    )
-    yield fault(
-        "audio positions shifted by one",
-        "encoder.stem",
-        "encoder.stem",
-        at("encoder.positional_embedding", lambda x: x.roll(1, 0)),
-    )
-    yield fault("conv taps reversed", "encoder.stem", "encoder.conv1", at("encoder.conv1.weight", lambda x: x.flip(2)))
-    yield fault(
-        "conv channels transposed",
-        "encoder.stem",
-        "encoder.conv2",
-        at("encoder.conv2.weight", lambda x: x.transpose(0, 1).contiguous()),
-        True,
-    )
-    yield fault("conv bias dropped", "encoder.stem", "encoder.conv2", at("encoder.conv2.bias", zeros))
-    yield fault(
-        "text positions shifted by one",
-        "decoder.embedding",
-        "decoder.embedding",
-        at("decoder.positional_embedding", lambda x: x.roll(-1, 0)),
-    )
-    yield fault(
-        "vocabulary shifted by one",
-        "decoder.embedding",
-        "decoder.token_embedding",
-        at("decoder.token_embedding.weight", lambda x: x.roll(1, 0)),
-    )
-    yield fault(
-        "one word's vector lost",
-        "decoder.logits.prefill",
-        "decoder",
-        at("decoder.token_embedding.weight", one_row(zeros)),
-    )
-    yield fault(
-        "last norm of the decoder skipped",
-        "decoder.logits.prefill",
-        "decoder.ln",
-        lambda t, dims: {
-            "decoder.ln.weight": torch.ones_like(t["decoder.ln.weight"]),
-            "decoder.ln.bias": zeros(t["decoder.ln.bias"]),
-        },
-    )
-    yield fault(
-        "last norm of the encoder without weights",
-        "encoder",
-        "encoder.ln_post",
-        lambda t, dims: {
-            "encoder.ln_post.weight": torch.ones_like(t["encoder.ln_post.weight"]),
-            "encoder.ln_post.bias": zeros(t["encoder.ln_post.bias"]),
-        },
-    )
-    yield fault(
-        "mel filters not normalised", "log_mel", "log_mel", at("log_mel.filters", lambda x: x / x.amax(1, keepdim=True))
-    )
-    yield fault(
-        "mel filters of another scale",
-        "log_mel",
-        "log_mel",
-        lambda t, dims: {"log_mel.filters": htk_filters(*t["log_mel.filters"].shape)},
-    )
-    yield fault("symmetric window", "log_mel", "log_mel", at("log_mel.fourier", half_window))
+    attn, mlp, norm, e = "encoder.attention", "encoder.mlp", "encoder.layer_norm", f"{ENCODER}.attn"
+    yield fault("query bias dropped", attn, at(f"{e}.query.bias", zeros))
+    yield fault("value bias dropped", attn, at(f"{e}.value.bias", zeros))
+    yield fault("out bias dropped", attn, at(f"{e}.out.bias", zeros))
+    yield fault("key and value swapped", attn, swapped(f"{e}.key.weight", f"{e}.value.weight"))
+    yield fault("query and key swapped", attn, swapped(f"{e}.query.weight", f"{e}.key.weight"))
+    yield fault("square weight transposed", attn, at(f"{e}.out.weight", lambda x: x.T.contiguous()))
+    yield fault("heads of the query permuted", attn, at(f"{e}.query.weight", heads_exchanged))
+    yield fault("heads of out permuted", attn, at(f"{e}.out.weight", lambda x: heads_exchanged(x.T).T.contiguous()))
+    yield fault("one element off by 1 % of its row", attn, at(f"{e}.value.weight", one_element_off))
+    yield fault("one row's sign", attn, at(f"{e}.value.weight", one_row(torch.neg)))
+    yield fault("rounded to bfloat16", attn, at(f"{e}.value.weight", lambda x: x.bfloat16().to(x.dtype)))
+    yield fault("rounded to 8 bits", attn, at(f"{e}.value.weight", rounded_to_8_bits))
+    yield fault("float16 read as bfloat16", mlp, at(f"{ENCODER}.mlp.2.weight", bits_read_as_bfloat16))
+    yield fault("mlp bias dropped", mlp, at(f"{ENCODER}.mlp.0.bias", zeros))
+    stale = copied("decoder.blocks.0.mlp", f"{DECODER}.mlp")
+    yield fault("stale mlp of another layer", "decoder.mlp.prefill", stale)
+    first = "encoder.blocks.0"
+    yield fault("encoder layers swapped", "encoder.block", swapped(first, ENCODER), first)
+    yield fault("decoder layers swapped", "decoder.block.prefill", swapped(DECODER, "decoder.blocks.2"))
+    yield fault("another norm's weights", norm, copied(f"{ENCODER}.mlp_ln", f"{ENCODER}.attn_ln"))
+    yield fault("norm's bias dropped", norm, at(f"{ENCODER}.attn_ln.bias", zeros))
+
+    cross, d, c = "decoder.cross_attention", f"{DECODER}.attn", f"{DECODER}.cross_attn"
+    causal = at(f"{d}.value.bias", zeros)
+    yield fault("causal attention's value bias dropped", "decoder.attention.causal", causal)
+    yield fault("cross-attention's weights from self-attention", f"{cross}.prefill", copied(d, c))
+    yield fault("cross-attention silent", f"{cross}.prefill", at(f"{c}.out.weight", zeros))
+    yield fault("cross-attention's value bias dropped", f"{cross}.keys_values", at(f"{c}.value.bias", zeros))
+
+    stem, conv, embedding = "encoder.stem", "encoder.conv1", "decoder.embedding"
+    late = at("encoder.positional_embedding", lambda x: x.roll(1, 0))
+    yield fault("audio positions shifted by one", stem, late, stem)
+    yield fault("conv taps reversed", stem, at(f"{conv}.weight", lambda x: x.flip(2)), conv)
+    conv, words = "encoder.conv2", "decoder.token_embedding"
+    transposed = at(f"{conv}.weight", lambda x: x.transpose(0, 1).contiguous())
+    yield fault("conv channels transposed", stem, transposed, conv, True)
+    yield fault("conv bias dropped", stem, at(f"{conv}.bias", zeros), conv)
+    early = at("decoder.positional_embedding", lambda x: x.roll(-1, 0))
+    yield fault("text positions shifted by one", embedding, early, embedding)
+    yield fault("vocabulary shifted by one", embedding, at(f"{words}.weight", lambda x: x.roll(1, 0)), words)
+
+    logits, ln, post = "decoder.logits.prefill", "decoder.ln", "encoder.ln_post"
+    yield fault("one word's vector lost", logits, at(f"{words}.weight", one_row(zeros)))
+    yield fault("last norm of the decoder skipped", logits, without_weights(ln), ln)
+    yield fault("last norm of the encoder without weights", "encoder", without_weights(post), post)
+
+    filters = "log_mel.filters"
+    yield fault("mel filters not normalised", "log_mel", at(filters, lambda x: x / x.amax(1, keepdim=True)))
+    yield fault("mel filters of another scale", "log_mel", at(filters, lambda x: htk_filters(*x.shape)))
+    yield fault("symmetric window", "log_mel", at("log_mel.fourier", half_window))
 
 
 def htk_filters(n_mels: int, n_rows: int) -> Tensor:

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from reference.judge import dtype_name
-from reference.suite import CHECKPOINT, DTYPES, FIXTURE, SIZES
+from reference.measures import DTYPES
+from reference.models import CHECKPOINT, FIXTURE, SIZES
 
 MODEL = re.compile(
     rf"\[((?:{'|'.join((CHECKPOINT, FIXTURE, *SIZES))})-(?:{'|'.join(map(dtype_name, DTYPES.values()))}))\b"

@@ -31,6 +31,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from whisper.model import ModelDimensions
 
+from maxwhisper import names
 from maxwhisper.checkpoint.hugging_face import (
     HUGGING_FACE_DIMS,
     hugging_face_name,
@@ -48,7 +49,7 @@ from maxwhisper.files import replacing
 Heads = tuple[tuple[int, int], ...]
 StrPath = str | os.PathLike[str]
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+DTYPES = tuple(getattr(torch, name) for name in names.DTYPES)
 
 _DIMS_KEY = "whisper_dims"
 _HEADS_KEY = "whisper_alignment_heads"

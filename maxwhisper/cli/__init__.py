@@ -14,14 +14,13 @@ from typing import Any, NoReturn
 
 from .. import __version__
 from ..errors import MaxWhisperError
-from .option_types import DTYPES, above_zero
+from ..names import DTYPES, TARGETS
+from .option_types import above_zero
 from .terminal import failed, messages_on_stderr, standard_output
 from .transcribe_command import transcribe
 from .transcribe_options import add_transcribe
 
 # PyTorch, MAX and openai-whisper are imported where they are used: they take seconds, and Ctrl-C must work meanwhile.
-
-TARGETS = ("host", "sm_80", "sm_90a")  # those of maxwhisper.engine.artifacts, which takes seconds to import
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

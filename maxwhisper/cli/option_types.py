@@ -6,8 +6,6 @@ cannot be imported.
 
 import argparse
 
-DTYPES = ("float32", "float16", "bfloat16")  # those of maxwhisper.whisper, which takes seconds to import
-
 
 def above_zero(value: str) -> int:
     if not value.isdecimal() or int(value) == 0:

@@ -4,8 +4,9 @@ import argparse
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from ..names import DTYPES
 from ..pipes import is_terminal, not_a_file, pipe_behind
-from .option_types import DTYPES, above_zero, language, optional_float, optional_int, prompt, str2bool
+from .option_types import above_zero, language, optional_float, optional_int, prompt, str2bool
 from .outputs import FORMATS, WORD_OPTIONS, output_name
 
 

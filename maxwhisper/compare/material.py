@@ -14,15 +14,22 @@ from ..checkpoint import Checkpoint, expected_tensors, load_checkpoint
 from ..errors import OptionError
 
 RANDOM = "random:"
+
+
+def dimensions(n_mels: int, n_vocab: int, n_state: int, n_audio_layer: int, n_text_layer: int) -> ModelDimensions:
+    """Returns those of a model whose encoder and decoder are equally wide, with heads of 64 channels."""
+    heads = n_state // 64
+    return ModelDimensions(n_mels, 1500, n_state, heads, n_audio_layer, n_vocab, 448, n_state, heads, n_text_layer)
+
+
 SIZES = {
-    "tiny": (80, 51865, 384, 4, 4),
-    "base": (80, 51865, 512, 6, 6),
-    "small": (80, 51865, 768, 12, 12),
-    "medium": (80, 51865, 1024, 24, 24),
-    "large-v3": (128, 51866, 1280, 32, 32),
-    "turbo": (128, 51866, 1280, 32, 4),
+    "tiny": dimensions(80, 51865, 384, 4, 4),
+    "base": dimensions(80, 51865, 512, 6, 6),
+    "small": dimensions(80, 51865, 768, 12, 12),
+    "medium": dimensions(80, 51865, 1024, 24, 24),
+    "large-v3": dimensions(128, 51866, 1280, 32, 32),
+    "turbo": dimensions(128, 51866, 1280, 32, 4),
 }
-"""n_mels, n_vocab, width and the layers of encoder and decoder; heads have 64 channels."""
 
 
 def checkpoint_for(model: str) -> Checkpoint:
@@ -35,9 +42,7 @@ def checkpoint_for(model: str) -> Checkpoint:
     size = model.removeprefix(RANDOM)
     if size not in SIZES:
         raise OptionError(f"--model {model}: random weights are of {', '.join(SIZES)}")
-    n_mels, n_vocab, state, encoder, decoder = SIZES[size]
-    heads = state // 64
-    dims = ModelDimensions(n_mels, 1500, state, heads, encoder, n_vocab, 448, state, heads, decoder)
+    dims = SIZES[size]
     generator = torch.Generator().manual_seed(0)
     tensors = {name: random_tensor(name, shape, generator) for name, shape in expected_tensors(dims).items()}
     return Checkpoint(model, Path(model), dims, tensors, None)

@@ -6,8 +6,8 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,34 +21,33 @@ class EngineError(Exception):
     """An engine failed; the message is one line."""
 
 
-class Worker:
-    """Starts the process of an engine; the first request is "load" or "prepare"."""
+class RequestProcess:
+    """Starts a process of Python that answers requests, each of them and each answer a line of JSON."""
 
-    def __init__(self, spec: Spec, folder: Path, task: Task):
-        self.spec = spec
+    def __init__(self, arguments: Sequence[str], **options: Any):
+        """options: of `subprocess.Popen`."""
         self.messages = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115, closed by close()
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "maxwhisper.compare.worker", spec.name, str(folder), json.dumps(asdict(task))],
+        self.process: subprocess.Popen[str] = subprocess.Popen(
+            [sys.executable, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.messages,
             text=True,
-            env=environment(task.threads),
+            **options,
         )
-        if task.threads < len(cpus := available_cpus()):
-            # Also for engines, MAX among them, that are told no number of threads.
-            os.sched_setaffinity(self.process.pid, cpus[: task.threads])
 
     def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
-        """The answer to a request; raises EngineError if the engine fails or its process ends."""
-        assert self.process.stdin and self.process.stdout
-        try:
+        """Returns the answer to a request; raises EngineError if it is an error, or the process ends."""
+        assert self.process.stdin
+        with suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
             self.process.stdin.flush()
-            line = self.process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
+        return self.answer()
+
+    def answer(self) -> dict[str, Any]:
+        """Returns the next answer; raises EngineError as `ask`."""
+        assert self.process.stdout
+        if not (line := self.process.stdout.readline()):
             raise EngineError(f"its process ended with status {self.process.wait()}: {self.last_message()}")
         answer = json.loads(line)
         if "error" in answer:
@@ -64,6 +63,18 @@ class Worker:
         self.process.kill()
         self.process.communicate()
         self.messages.close()
+
+
+class Worker(RequestProcess):
+    """Starts the process of an engine; the first request is "load" or "prepare"."""
+
+    def __init__(self, spec: Spec, folder: Path, task: Task):
+        self.spec = spec
+        arguments = ["-m", "maxwhisper.compare.worker", spec.name, str(folder), json.dumps(asdict(task))]
+        super().__init__(arguments, env=environment(task.threads))
+        if task.threads < len(cpus := available_cpus()):
+            # Also for engines, MAX among them, that are told no number of threads.
+            os.sched_setaffinity(self.process.pid, cpus[: task.threads])
 
 
 @contextmanager

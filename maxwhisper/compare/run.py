@@ -266,9 +266,10 @@ def gpu() -> dict[str, Any]:
 
 
 def processor() -> str:
+    """Returns the processor's name, or its architecture where the system does not tell it."""
     info = Path("/proc/cpuinfo")
     names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return names[0].split(":")[1].strip() if names else platform.processor()
+    return names[0].split(":")[1].strip() if names else platform.processor() or platform.machine()
 
 
 def write_json(results: Results, path: Path) -> None:

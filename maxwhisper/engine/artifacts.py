@@ -39,6 +39,7 @@ from max.dtype import DType
 from whisper.model import ModelDimensions
 
 from ..errors import ArtifactError, OptionError
+from ..names import HOST, TARGETS
 from .built_from import built_from
 from .instructions import PORTABLE_CPU, PORTABLE_FEATURES, cpu_features, cpu_target
 from .program import Loader, Program, Stored
@@ -48,9 +49,6 @@ log = logging.getLogger("maxwhisper")
 
 MANIFEST = "manifest.json"
 FORMAT = 2
-HOST = "host"
-TARGETS = (HOST, "sm_80", "sm_90a")
-"""What there is to compile for: this machine's CPU, or a GPU by its architecture."""
 
 PACKAGE = Path(__file__).parents[1]
 GRAPH_SOURCES = ("network", "decoding", "engine/program.py", "kernels")

@@ -6,6 +6,7 @@ together compile together, into one artifact. MAX keeps artifacts in its compile
 unless ``MODULAR_CACHE_DIR`` says otherwise; to find one there it needs the graphs, which `artifacts.Cache` does not.
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,8 +26,10 @@ from max.nn.layer import Module
 from ..errors import CheckpointError
 from .kernel_library import kernel_library
 from .process import announced, compiler, one_at_a_time, refuse_after_fork, wait_at_exit
-from .session import TORCH_DTYPE, session
-from .surroundings import LOGGER_RUNS, long_timer_slack
+from .session import TORCH_DTYPE, Session, session
+from .surroundings import long_timer_slack
+
+log = logging.getLogger("maxwhisper.compiled")
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ class Executable:
     model: Model
     weights: Mapping[str, torch.Tensor]  # MAX reads them in place, so they must live as long as the model
     inputs: Sequence[str]
+    session: Session
 
     def __call__(self, *inputs: torch.Tensor | Buffer, **named: torch.Tensor | Buffer) -> list[torch.Tensor]:
         """Computes the outputs from all inputs, in their order or by their names.
@@ -108,25 +112,12 @@ class Executable:
     def execute(self, *inputs: Buffer) -> list[Buffer]:
         """On MAX's own buffers; on a GPU it may still run afterwards. Raises DeviceError in a forked process."""
         refuse_after_fork()
-        if LOGGER_RUNS.is_set():
+        if self.session.has_executed:
             return self.model.execute(*inputs)
         with long_timer_slack():
             outputs = self.model.execute(*inputs)
-        LOGGER_RUNS.set()
+        self.session.has_executed = True
         return outputs
-
-
-@dataclass(frozen=True)
-class CompileRecord:
-    """What one compilation held and how long it took, cache hits included."""
-
-    name: str
-    graphs: int
-    seconds: float
-
-
-COMPILE_LOG: list[CompileRecord] = []
-"""Every compilation of this process, in order."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +162,7 @@ class Artifact:
         # Another process that compiles the same leaves it in MAX's cache.
         with announced(message, slow=self.slow), one_at_a_time(repr([*map(signature, programs), weights])):
             compiled = self.session.compile(module, custom_extensions=kernel_library().library_paths())
-        COMPILE_LOG.append(CompileRecord(self.name, count, time.perf_counter() - start))
+        log.debug("%s: %d graphs in %.1f s", self.name, count, time.perf_counter() - start)
         wait_at_exit()
         return Stored(compiled, weights)
 
@@ -187,7 +178,7 @@ class Artifact:
             models = self.session.init_all(self.stored.compiled, weights_registry=values).values()
         # By order, not by name: MAX's cache takes graphs that differ in nothing but their names for the same.
         graphs = zip(self.graphs.items(), models, strict=True)
-        return {name: Executable(name, model, values, inputs) for (name, inputs), model in graphs}
+        return {name: Executable(name, model, values, inputs, self.session) for (name, inputs), model in graphs}
 
 
 def weight_value(tensors: Mapping[str, torch.Tensor], name: str, dtype: DType) -> torch.Tensor:

@@ -75,10 +75,19 @@ def device_named(name: str) -> str:
     return ("gpu" if gpu_found() else "cpu") if name == "auto" else name
 
 
+class Session(InferenceSession):
+    """MAX's session of a device.
+
+    has_executed: whether it has executed a graph. MAX 26.7 starts a thread that logs with the first of a process.
+    """
+
+    has_executed = False
+
+
 @cache
-def session(device: str) -> InferenceSession:
+def session(device: str) -> Session:
     """The one session of a device; it compiles for the CPU that the environment names, or for the machine's own."""
     find_place_for_max_cache()
     if target := cpu_target():
         set_virtual_cpu_target(target)
-    return InferenceSession(devices=[find_device(device)])
+    return Session(devices=[find_device(device)])

@@ -2,7 +2,6 @@
 
 import ctypes
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,10 +9,6 @@ import torch
 
 PR_SET_TIMERSLACK, PR_GET_TIMERSLACK = 29, 30
 """What Linux's prctl is told to do; man 2 prctl."""
-
-
-LOGGER_RUNS = threading.Event()
-"""Whether the thread is there that MAX 26.7 starts with the first execution of a process."""
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from max.dtype import DType
 from max.graph import Dim, Graph, StaticDim, TensorType, TensorValue, ops
@@ -91,16 +90,13 @@ def biased_product(x: TensorValue, weight: TensorValue, bias: TensorValue) -> Te
     return y.reshape((*x.shape[:2], weight.shape[0]))
 
 
-SUBGRAPHS: WeakKeyDictionary[Graph, dict[str, Graph]] = WeakKeyDictionary()
-
-
 def shared(function: Callable[..., TensorValue], *inputs: TensorValue) -> TensorValue:
     """function(*inputs), as a subgraph that all calls with inputs of the same types share.
 
     MAX fuses what follows a matrix product into its kernel and compiles that kernel again for every difference, eight
     seconds each; behind a subgraph's boundary all products of one shape are one kernel.
     """
-    subgraphs = SUBGRAPHS.setdefault(Graph.current, {})
+    subgraphs: dict[str, Graph] = vars(Graph.current).setdefault("maxwhisper_subgraphs", {})
     key = f"{function.__name__}{[value.type for value in inputs]}"
     if key not in subgraphs:
         name = f"{Graph.current.name}.{function.__name__}.{len(subgraphs)}"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from maxwhisper.errors import MaxWhisperError
 
-from ..suite import FIXTURE
+from ..models import FIXTURE
 from .gate import GateError, Trees, checked_out, terminated
 
 

@@ -19,6 +19,7 @@ from whisper.model import Whisper, disable_sdpa
 from maxwhisper.network.blocks import BLOCKS
 
 from ..blocks import TWINS
+from ..inputs import moved
 from ..judge import Comparison
 from ..suite import Suite
 
@@ -58,8 +59,7 @@ def costs(suite: Suite, comparison: Comparison) -> dict[str, Cost]:
     spectrogram's, are read whole.
     """
     block, layer = BLOCKS[comparison.block], comparison.layer
-    device = torch.device("cpu") if comparison.device == "cpu" else suite.torch_device
-    inputs = {name: x.to(device) if x.ndim else x for name, x in suite.inputs(block, comparison).items()}
+    inputs = moved(suite.inputs(block, comparison), comparison.torch_device)
     # OpenAI's attention written out, for its products to be counted; the fused one is a single operation.
     with torch.no_grad(), disable_sdpa(), FlopCounterMode(display=False) as flops, WeightsRead(suite.peer) as weights:
         outputs = TWINS[block.name](suite.peer, layer, **inputs)

@@ -25,10 +25,12 @@ from types import FrameType
 from maxwhisper.compare.run import written
 from maxwhisper.errors import MaxWhisperError, OptionError
 
+from ..fixtures import ROOT
+from ..measures import DTYPES
+from ..models import FIXTURE, SIZES
 from ..reasons import one_line
-from ..suite import DTYPES, FIXTURE, SIZES
-from .engine import ROOT, Setting, Worker
-from .verdict import Verdict, verdict
+from .engine import Setting, Worker
+from .rank_test import RankTest, rank_test
 
 CONFIRMATIONS = 2
 """How many more pairs of processes have to find a block slower before it fails."""
@@ -56,30 +58,30 @@ class Report:
     """What the gate found. added, removed: blocks that only head, or only base, has."""
 
     heading: str
-    verdicts: Sequence[Verdict]
+    tests: Sequence[RankTest]
     added: Sequence[str]
     removed: Sequence[str]
     own_inputs: Sequence[str]
 
     @property
     def failed(self) -> list[str]:
-        return [v.block for v in self.verdicts if v.failed]
+        return [v.block for v in self.tests if v.failed]
 
     def markdown(self) -> str:
         lines = [
             self.heading,
             "",
-            "| block | base, median | head, median | head / base | p | verdict |",
+            "| block | base, median | head, median | head / base | p | result |",
             "|---|---:|---:|---:|---:|---|",
         ]
-        for v in self.verdicts:
+        for v in self.tests:
             note = "; each on inputs of its own, for they differ" if v.block in self.own_inputs else ""
             figures = f"{v.base * 1e3:.4g} ms | {v.head * 1e3:.4g} ms | {v.ratio:.2f} | {v.p:.1e}"
             lines.append(f"| {v.block} | {figures} | {v}{note} |")
         lines += [f"| {block} | | | | | new |" for block in self.added]
         lines += [f"| {block} | | | | | removed |" for block in self.removed]
         end = f"{len(self.failed)} failed: {', '.join(self.failed)}" if self.failed else "none failed"
-        return "\n".join([*lines, "", f"{len(self.verdicts)} blocks timed, {end}.", ""])
+        return "\n".join([*lines, "", f"{len(self.tests)} blocks timed, {end}.", ""])
 
 
 # ---- the two trees -------------------------------------------------------------------------------------------------
@@ -140,7 +142,7 @@ def save_inputs(setting: Setting, trees: Trees, blocks: Sequence[str], own: Sequ
                 base.ask("save", block=block, path=str(folder / f"{block}.base"))
 
 
-def rounds(pair: tuple[Worker, Worker], block: str, files: tuple[Path, Path], n_round: int) -> Verdict:
+def rounds(pair: tuple[Worker, Worker], block: str, files: tuple[Path, Path], n_round: int) -> RankTest:
     """Times a block on base and head by turns, in an order drawn for each pair of rounds."""
     for worker, file in zip(pair, files, strict=True):
         worker.ask("prepare", block=block, path=str(file), engine="MAX")
@@ -151,15 +153,15 @@ def rounds(pair: tuple[Worker, Worker], block: str, files: tuple[Path, Path], n_
         for side in random.sample((0, 1), 2):
             time.sleep(PAUSE)
             found[side].append(median(pair[side].ask("time", block=block, calls=calls)))
-    return verdict(block, *found)
+    return rank_test(block, *found)
 
 
-def timed(setting: Setting, trees: Trees, blocks: Sequence[str], own: Sequence[str], n_round: int) -> list[Verdict]:
-    """A verdict for each block; one that fails is timed again by fresh processes, and the last verdict stands."""
+def timed(setting: Setting, trees: Trees, blocks: Sequence[str], own: Sequence[str], n_round: int) -> list[RankTest]:
+    """A test of each block; one that fails is timed again by fresh processes, and the last test stands."""
     with tempfile.TemporaryDirectory() as folder:
         save_inputs(setting, trees, blocks, own, Path(folder))
 
-        def verdicts(blocks: Sequence[str]) -> Iterator[Verdict]:
+        def tests(blocks: Sequence[str]) -> Iterator[RankTest]:
             with workers(setting, trees) as pair:
                 for block in blocks:
                     files = [Path(folder) / f"{block}.{side if block in own else 'head'}" for side in ("base", "head")]
@@ -167,11 +169,11 @@ def timed(setting: Setting, trees: Trees, blocks: Sequence[str], own: Sequence[s
                     print(f"{block}: {found.ratio:.2f}, p {found.p:.1e}", file=sys.stderr, flush=True)
                     yield found
 
-        found = {v.block: v for v in verdicts(blocks)}
+        found = {v.block: v for v in tests(blocks)}
         for _ in range(CONFIRMATIONS):
             if suspects := [block for block, v in found.items() if v.failed]:
                 print(f"again, by fresh processes: {', '.join(suspects)}", file=sys.stderr, flush=True)
-                found |= {v.block: v for v in verdicts(suspects)}
+                found |= {v.block: v for v in tests(suspects)}
     return list(found.values())
 
 

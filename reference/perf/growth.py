@@ -32,11 +32,11 @@ from maxwhisper.compare.run import PAUSE, machine, written
 from maxwhisper.compare.tokens import task_for
 from maxwhisper.errors import MaxWhisperError, OptionError
 
+from ..fixtures import FIXTURES
 from ..reasons import one_line
-from .engine import ROOT
 from .growth_report import Cost, Growth, Point, Row, markdown, plot
 
-CLIP = ROOT / "fixtures" / "clips" / "english-4.ogg"
+CLIP = FIXTURES / "clips" / "english-4.ogg"
 TOKENS = 20
 """Of every 30 s: few, for an hour of audio not to take PyTorch one."""
 LONG = 30

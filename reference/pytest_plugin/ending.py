@@ -1,9 +1,15 @@
-"""What a run of the suite says at its end, whatever else fails there, and however many processes ran its tests."""
+"""What a run of the suite says at its end, whatever else fails there, and however many processes ran its tests.
 
+What a worker of pytest-xdist finds travels with the report of the test that found it, so that a worker which dies takes
+no verdict with it but that of the test it was running.
+"""
+
+import pickle
 import sys
 import traceback
 import warnings
 from collections.abc import Generator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -12,8 +18,7 @@ from typing import Any
 import pluggy
 import pytest
 
-from maxwhisper.engine.program import COMPILE_LOG
-
+from ..compile_log import compilations
 from ..reasons import one_line
 from ..report import ReportError, write
 from ..results import Run
@@ -21,7 +26,7 @@ from ..verdicts import Lenient
 from .compiling import Compiling
 from .models import RUN
 from .selection import COMPARES, judges_itself, left_out
-from .workers import is_worker, packed, unpack_into
+from .workers import is_worker
 
 PLUGGY = Path(pluggy.__file__).parent
 FOUND = "maxwhisper_found"
@@ -37,6 +42,9 @@ ENDING = pytest.StashKey["Ending"]()
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[RUN] = run = Run()
+    stack = ExitStack()
+    stack.enter_context(compilations(lambda record: run.compiled.append(record)))
+    config.add_cleanup(stack.close)
     config.stash[ENDING] = ending = Ending(config, run)
     config.pluginmanager.register(ending)
     if cache := getattr(config, "cache", None):
@@ -85,7 +93,6 @@ class Ending:
         self.distributed: list[str] = []
         self.chosen_by_workers: Chosen | None = None
         self.lines: list[str] = []
-        self.n_sent = len(COMPILE_LOG)
 
     # ---- what was found ----------------------------------------------------------------------------------------------
 
@@ -97,16 +104,15 @@ class Ending:
         if report.skipped and not hasattr(report, "wasxfail") and self.config.getoption("--require-peers"):
             report.outcome, report.longrepr = "failed", f"--require-peers: {report.longrepr[-1]}"  # type: ignore[index]
         if is_worker(self.config):
-            found, compiled = self.run.taken(), COMPILE_LOG[self.n_sent :]
-            if found.anything or compiled:
-                vars(report)[FOUND] = packed(found, compiled)
-            self.n_sent = len(COMPILE_LOG)
+            found = self.run.taken()
+            if found.anything:
+                vars(report)[FOUND] = pickle.dumps(found)
         return report
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if not is_worker(self.config) and FOUND in vars(report):
-            unpack_into(self.run, vars(report).pop(FOUND))
+            self.run.add(pickle.loads(vars(report).pop(FOUND)))
         if "tests/parity" in report.nodeid:
             self.run.test_seconds += report.duration
 
@@ -158,7 +164,9 @@ class Ending:
             self.lines += self.run.summary_lines()
         except Exception as error:
             self.fail(session, f"what was found cannot be summed up: {one_line(error)}")
-        self.lines += compile_lines()
+        if compiled := self.run.compiled:
+            seconds = f"{self.run.compile_seconds:.1f} s"
+            self.lines.append(f"compile: {self.run.graphs_compiled} graphs in {len(compiled)} artifacts, {seconds}")
         reporter = self.config.pluginmanager.get_plugin("terminalreporter")
         if reporter is None:
             for line in (*self.run.lost, *self.run.notes.values()):
@@ -189,13 +197,6 @@ class Ending:
             terminalreporter.write_line(line)
         for line in (*self.run.lost, *self.run.notes.values()):
             terminalreporter.write_line(line, yellow=True)
-
-
-def compile_lines() -> list[str]:
-    if not COMPILE_LOG:
-        return []
-    graphs, seconds = sum(r.graphs for r in COMPILE_LOG), sum(r.seconds for r in COMPILE_LOG)
-    return [f"compile: {graphs} graphs in {len(COMPILE_LOG)} artifacts, {seconds:.1f} s"]
 
 
 def place(error: BaseException) -> str:

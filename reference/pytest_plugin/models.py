@@ -9,10 +9,11 @@ import torch
 
 from maxwhisper.engine.folders import cache_folder
 
-from ..activations import FIXTURES
 from ..ahead import TRANSCRIBING, suite_job
+from ..fixtures import NANO
+from ..models import Model, load
 from ..results import Run
-from ..suite import Model, Suite, load
+from ..suite import Suite
 from .compiling import Compiling
 from .options import Options
 
@@ -86,7 +87,7 @@ def own_artifacts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def checkpoint_path(request: pytest.FixtureRequest) -> str:
     """The checkpoint that whole transcripts are made with: the user's, or the trained fixture."""
     Compiling.of(request.config).wait(TRANSCRIBING)
-    return Options.of(request.config).checkpoint or str(FIXTURES / "nano.pt")
+    return Options.of(request.config).checkpoint or str(NANO)
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,9 @@ from maxwhisper.engine.artifacts import TARGETS, Artifacts
 from maxwhisper.engine.session import device_named, gpu_found
 from maxwhisper.errors import ArtifactError, MaxWhisperError
 
+from ..measures import DTYPES
+from ..models import CHECKPOINT, FIXTURE, SIZES, trained
 from ..older_cpu import AS_ON, heeded
-from ..suite import CHECKPOINT, DTYPES, FIXTURE, SIZES, trained
 from .workers import is_distributed, is_worker
 
 ALL_SIZES = (FIXTURE, *SIZES)

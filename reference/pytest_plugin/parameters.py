@@ -9,9 +9,10 @@ import torch
 from maxwhisper.network.blocks import BLOCKS
 
 from ..activations import KINDS, RANDOM
+from ..inputs import comparisons
 from ..judge import Comparison, dtype_name
 from ..lowering import graphs
-from ..suite import FIXTURE, SIZES, TRAINED, comparisons
+from ..models import FIXTURE, SIZES, TRAINED
 from .models import Models
 from .options import Options
 

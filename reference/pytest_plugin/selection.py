@@ -92,7 +92,7 @@ def block_of(item: pytest.Item) -> str | None:
     """The name of the block that a test compares, times, compiles or puts a fault into; None for any other test."""
     params = parameters(item)
     named = [getattr(params.get(name), "block", None) for name in ("comparison", "fault")]
-    named += [params.get("block"), params["graph"].removesuffix(" captured") if "lowering" in params else None]
+    named += [params.get("block"), str(params.get("graph")).removesuffix(" with intermediates")]
     return next((name for name in named if name in BLOCKS), None)
 
 

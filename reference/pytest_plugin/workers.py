@@ -1,26 +1,12 @@
-"""What the workers of pytest-xdist find, on its way to the process that they work for.
+"""The workers of pytest-xdist: whether this process is one, and what is left to one of them."""
 
-It travels with the report of the test that found it, so that a worker which dies takes no verdict with it but that of
-the test it was running.
-"""
-
-import io
-import pickle
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from maxwhisper.engine.program import COMPILE_LOG, CompileRecord
-
 from ..ahead import suite_job
-from ..faults import Fault
-from ..graph_faults import graph_faults
-from ..results import Run
-from ..weight_faults import weight_faults
 
 
 def is_worker(config: pytest.Config) -> bool:
@@ -36,34 +22,3 @@ def is_distributed(config: pytest.Config) -> bool:
 def group(models: Sequence[tuple[str, torch.dtype]], file: Path) -> str:
     """Name what --dist loadgroup leaves to one process: all that takes a model, and files of tests that take none."""
     return "-".join(suite_job(*model) for model in models) or file.stem
-
-
-class Pickler(pickle.Pickler):
-    """Faults hold functions, which cannot be pickled; their names can."""
-
-    def persistent_id(self, value: Any) -> str | None:
-        return value.name if isinstance(value, Fault) else None
-
-
-class Unpickler(pickle.Unpickler):
-    def persistent_load(self, name: str) -> Fault:
-        return faults()[name]
-
-
-@cache
-def faults() -> dict[str, Fault]:
-    return {fault.name: fault for fault in (*weight_faults(), *graph_faults())}
-
-
-def packed(found: Run, compiled: list[CompileRecord]) -> bytes:
-    """Return what a test found, and what was compiled for it, as bytes for `unpack_into`."""
-    stream = io.BytesIO()
-    Pickler(stream).dump((found, compiled))
-    return stream.getvalue()
-
-
-def unpack_into(run: Run, data: bytes) -> None:
-    """Add to the run, and to this process's log of compilations, what `packed` made."""
-    found, compiled = Unpickler(io.BytesIO(data)).load()
-    run.add(found)
-    COMPILE_LOG.extend(compiled)

@@ -143,13 +143,10 @@ def along_the_network(
     with matplotlib.rc_context(STYLE):
         figure, axes = new_figure(11, 4)
         tips: dict[str, list[str]] = {}
-        for gid, points, of in (
-            ("isolated-pytorch", isolated, "peer"),
-            ("isolated-max", isolated, "subject"),
-            ("chained-pytorch", chained, "peer"),
-            ("chained-max", chained, "subject"),
-        ):
-            draw_errors(axes, gid, points, [getattr(point, of) for point in points], tips)
+        for gid in SERIES:
+            points = isolated if gid.startswith("isolated") else chained
+            errors = [point.peer if gid.endswith("pytorch") else point.subject for point in points]
+            draw_errors(axes, gid, points, errors, tips)
         axes.step(
             [p.position for p in chained],
             [p.budget for p in chained],

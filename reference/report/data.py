@@ -6,13 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from maxwhisper.engine.program import COMPILE_LOG
-
 from ..chain import Chain
-from ..faults import FaultVerdict
+from ..faults import FaultResult, FaultTotals, fault_totals, outcome
 from ..judge import Comparison, Explanation, Judgement, K, Measure, Output, dtype_name
 from ..results import Run
-from .figures import FaultTotals, compile_log, failures, fault_totals, outcome, verdict
+from .figures import conclusion, failures
 
 SCHEMA_VERSION = 1
 MAP_DIGITS = 4
@@ -39,7 +37,7 @@ def picked(record: Any, *names: str) -> dict[str, Any]:
 
 
 def as_data(run: Run, machine: dict[str, str]) -> dict[str, Any]:
-    found = verdict(run)
+    found = conclusion(run)
     return {
         "schema_version": SCHEMA_VERSION,
         "passed": found.passed,
@@ -50,7 +48,7 @@ def as_data(run: Run, machine: dict[str, str]) -> dict[str, Any]:
         "k": K,
         "totals": totals(run),
         "environment": machine,
-        "compile_log": [picked(record, "name", "graphs", "seconds") for record in COMPILE_LOG],
+        "compile_log": [picked(record, "name", "graphs", "seconds") for record in run.compiled],
         "judgements": [judgement_data(judgement) for judgement in run.judgements],
         "chains": [chain_data(chain) for chain in run.chains],
         "faults": [fault_data(fault) for fault in run.faults],
@@ -59,7 +57,6 @@ def as_data(run: Run, machine: dict[str, str]) -> dict[str, Any]:
 
 
 def totals(run: Run) -> dict[str, Any]:
-    graphs, artifacts = compile_log()
     return {
         "pairs": run.pairs,
         "pairs_recalled": run.recalled_pairs,
@@ -71,8 +68,8 @@ def totals(run: Run) -> dict[str, Any]:
         "transcripts_failed": sum(not transcript.equal for transcript in run.transcripts),
         "faults": {dtype: fault_total_data(each) for dtype, each in fault_totals(run.faults).items()},
         "failures": len(failures(run)),
-        "artifacts_compiled": artifacts,
-        "graphs_compiled": graphs,
+        "artifacts_compiled": len(run.compiled),
+        "graphs_compiled": run.graphs_compiled,
         "compile_seconds": run.compile_seconds,
         "compare_seconds": run.compare_seconds,
         "test_seconds": run.test_seconds,
@@ -108,7 +105,7 @@ def measure_data(measure: Measure) -> dict[str, Any]:
 def explanation_data(explanation: Explanation) -> dict[str, Any]:
     return {
         **picked(explanation, "output", "worst", "oracle", "peer", "subject"),
-        "causes": [picked(cause, "name", "before", "after") for cause in explanation.causes],
+        "causes": [picked(diagnosis, "name", "before", "after") for diagnosis in explanation.diagnoses],
         "errors": map_data(explanation.errors),
     }
 
@@ -123,19 +120,18 @@ def chain_data(chain: Chain) -> dict[str, Any]:
         "passed": chain.passed,
         "first_divergence": chain.first_divergence,
         "submodules": [{"name": name, **judgement_data(judgement)} for name, judgement in chain.judgements.items()],
-        "capture_effects": [picked(effect, "output", "identical", "relative_l2") for effect in chain.capture_effects],
+        "capture_effects": [picked(effect, "output", "identical", "relative_l2") for effect in chain.effects],
     }
 
 
-def fault_data(found: FaultVerdict) -> dict[str, Any]:
-    known = picked(found.fault, "name", "block", "path", "published")
-    verdict = picked(found, "accepted", "caught", "right_block", "checks", "only_check", "divergence", "used")
+def fault_data(found: FaultResult) -> dict[str, Any]:
+    known = picked(found.fault, "name", "block", "path", "kind", "published")
+    result = picked(found, "accepted", "caught", "right_block", "checks", "only_check", "divergence", "used")
     return {
         **known,
-        "kind": "weights" if found.fault.change else "graph",
         "dtype": dtype_name(found.dtype),
         "outcome": outcome(found),
-        **verdict,
+        **result,
         "effect": dict(found.effect),
         "rounding": dict(found.rounding),
     }

@@ -5,15 +5,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from maxwhisper.engine.program import COMPILE_LOG
 from maxwhisper.network.blocks import BLOCKS
 
 from ..activations import is_step
 from ..chain import STEP, Chain
-from ..faults import FaultVerdict
+from ..faults import FaultResult, outcome
 from ..judge import Comparison, Judgement, dtype_name, severity
+from ..measures import DTYPES
 from ..results import Run
-from ..suite import DTYPES
 from ..transcripts import Transcript
 
 # ---- numbers -------------------------------------------------------------------------------------------------------
@@ -41,11 +40,11 @@ def share(part: int, whole: int, what: str) -> str:
     return f"{part} of {whole} {what}"
 
 
-# ---- the verdict ---------------------------------------------------------------------------------------------------
+# ---- the conclusion ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Conclusion:
     """Whether a run passed, and why in one line."""
 
     passed: bool
@@ -56,18 +55,18 @@ class Verdict:
         return "PASSED" if self.passed else "FAILED"
 
 
-def verdict(run: Run) -> Verdict:
+def conclusion(run: Run) -> Conclusion:
     """The failures of the comparisons and of pytest: a test that compares nothing can fail too."""
     if not run.compared:
-        return Verdict(False, "; ".join(["nothing was compared", *run.lost]))
+        return Conclusion(False, "; ".join(["nothing was compared", *run.lost]))
     if failed := list(what_failed(run)):
-        return Verdict(False, "; ".join(failed))
+        return Conclusion(False, "; ".join(failed))
     held = "; ".join(what_held(run))
     if run.exit_status:
-        return Verdict(
+        return Conclusion(
             False, f"pytest ended with status {run.exit_status}: something beside the comparisons failed ({held})"
         )
-    return Verdict(True, held)
+    return Conclusion(True, held)
 
 
 def what_failed(run: Run) -> Iterator[str]:
@@ -102,11 +101,6 @@ def what_held(run: Run) -> Iterator[str]:
 
 def divergence(chain: Chain) -> str:
     return chain.first_divergence or ("nothing: no submodule was judged" if not chain.judgements else "none")
-
-
-def compile_log() -> tuple[int, int]:
-    """How many graphs were compiled, in how many artifacts."""
-    return sum(record.graphs for record in COMPILE_LOG), len(COMPILE_LOG)
 
 
 # ---- comparisons ---------------------------------------------------------------------------------------------------
@@ -220,56 +214,14 @@ def worst_chains_first(chains: Sequence[Chain]) -> list[Chain]:
 
 # ---- faults --------------------------------------------------------------------------------------------------------
 
-MISSED, WRONG_BLOCK, BELOW, CAUGHT = "missed", "caught, in the wrong block", "not caught, below the budget", "caught"
-OUTCOMES = (MISSED, WRONG_BLOCK, BELOW, CAUGHT)
-"""The worst first. Only the first two are failures."""
 
-
-def outcome(fault: FaultVerdict) -> str:
-    if fault.caught:
-        return CAUGHT if fault.right_block else WRONG_BLOCK
-    return BELOW if fault.accepted else MISSED
-
-
-def largest_effect(fault: FaultVerdict) -> tuple[str, float, float] | None:
+def largest_effect(fault: FaultResult) -> tuple[str, float, float] | None:
     """The kind of inputs on which the fault stands out most from PyTorch's rounding, its effect and that rounding."""
     kinds = [name for name in fault.rounding if name in fault.effect]
     if not kinds:
         return None
     most = max(kinds, key=lambda name: severity(fault.effect[name] / (fault.rounding[name] or 1e-300)))
     return most, fault.effect[most], fault.rounding[most]
-
-
-@dataclass(frozen=True)
-class FaultTotals:
-    """Of one dtype. below: not caught, and below PyTorch's rounding; between: that and the budget."""
-
-    n: int
-    caught: int
-    right_block: int
-    below: int
-    between: int
-    missed: int
-    only_one: int
-    published: int
-
-
-def fault_totals(faults: Sequence[FaultVerdict]) -> dict[str, FaultTotals]:
-    totals = {}
-    for dtype in dict.fromkeys(fault.dtype for fault in faults):
-        of = [fault for fault in faults if fault.dtype == dtype]
-        outcomes = [outcome(fault) for fault in of]
-        totals[dtype_name(dtype)] = FaultTotals(
-            n=len(of),
-            caught=sum(fault.caught for fault in of),
-            right_block=outcomes.count(CAUGHT),
-            below=(below := sum(not fault.caught and fault.below_rounding for fault in of)),
-            between=outcomes.count(BELOW) - below,
-            missed=outcomes.count(MISSED),
-            only_one=sum(fault.only_check is not None for fault in of),
-            published=sum(fault.fault.published for fault in of),
-        )
-    return totals
 
 
 # ---- failures ------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """HTML from Python values: whatever is not Html already is escaped, so that nobody has to remember to."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 
@@ -30,6 +30,11 @@ def table(header: Sequence[object], rows: Iterable[Sequence[object]], **attribut
     body = [element("tr", *(cell("td", value) for value in row)) for row in rows]
     whole = element("table", element("thead", head), element("tbody", *body), **attributes)
     return element("div", whole, class_="scroll", tabindex=0)
+
+
+def table_of(rows: Sequence[Mapping[str, object]], class_: str | None = None) -> Html:
+    """A table of rows that name their cells; there is at least one."""
+    return table(list(rows[0]), [list(row.values()) for row in rows], class_=class_)
 
 
 def cell(tag: str, content: object) -> Html:

@@ -3,15 +3,9 @@
 import math
 from pathlib import Path
 
-from ..results import COMPILE_LOG, Run
+from ..results import Run
 from .attempts import Attempts
-from .figures import (
-    compile_log,
-    failures,
-    fixed,
-    share,
-    verdict,
-)
+from .figures import conclusion, failures, fixed, share
 from .markup import Html, element, folded, html, mark, none_of, table
 from .page_blocks import block_section, comparison_section, map_section
 from .page_faults import fault_section
@@ -34,7 +28,7 @@ SECTIONS = {
 
 def page(run: Run, machine: dict[str, str], attempts: Attempts) -> str:
     """HTML of the whole page; a section or a chart that cannot be made is a line in its place."""
-    found = verdict(run)
+    found = conclusion(run)
     contents = {
         "failures": attempts("failures", failure_section, run),
         "blocks": attempts("blocks", block_section, run, attempts),
@@ -43,7 +37,7 @@ def page(run: Run, machine: dict[str, str], attempts: Attempts) -> str:
         "faults": attempts("faults", fault_section, run),
         "transcripts": attempts("transcripts", transcript_section, run),
         "comparisons": attempts("comparisons", comparison_section, run),
-        "environment": attempts("environment", environment_section, machine),
+        "environment": attempts("environment", environment_section, run, machine),
     }
     sections = [element("section", element("h2", SECTIONS[id]), body, id=id) for id, body in contents.items()]
     links = [element("a", title, href=f"#{id}") for id, title in SECTIONS.items()]
@@ -61,10 +55,10 @@ def page(run: Run, machine: dict[str, str], attempts: Attempts) -> str:
 
 
 def header(run: Run) -> Html:
-    found = verdict(run)
+    found = conclusion(run)
     reason = element("span", found.reason[:1].upper() + found.reason[1:], class_="reason")
     banner = element(
-        "p", element("strong", found.word), " ", reason, class_=f"verdict {'good' if found.passed else 'bad'}"
+        "p", element("strong", found.word), " ", reason, class_=f"conclusion {'good' if found.passed else 'bad'}"
     )
     started = f"{run.started:%Y-%m-%d %H:%M %Z}"
     origin = element("p", element("code", run.command), element("br"), started, class_="quiet")
@@ -72,11 +66,10 @@ def header(run: Run) -> Html:
 
 
 def tiles(run: Run) -> Html:
-    graphs, artifacts = compile_log()
     values = [
         (f"{run.pairs:,}", "pairs compared", f"{len(run.judgements)} comparisons, {len(run.chains)} chains"),
         (f"{run.compare_seconds:.1f} s", "comparing", f"in tests, without compiling{run.recalled_note}"),
-        (f"{run.compile_seconds:.1f} s", "compiling", f"{graphs} graphs in {artifacts} artifacts"),
+        (f"{run.compile_seconds:.1f} s", "compiling", f"{run.graphs_compiled} graphs in {len(run.compiled)} artifacts"),
     ]
     compared = [judgement for judgement in run.judgements if judgement.pairs]
     if compared:
@@ -117,13 +110,13 @@ def transcript_section(run: Run) -> Html:
     ordered = sorted(run.transcripts, key=lambda transcript: transcript.equal)
     equal = sum(transcript.equal for transcript in ordered)
     rows = [(t.clip, t.decoding, t.n_compared, mark(t.equal, "equal", "differs"), t.difference) for t in ordered]
-    listed = table(("clip", "decoding", "tokens or words", "verdict", "first difference"), rows)
+    listed = table(("clip", "decoding", "tokens or words", "result", "first difference"), rows)
     title = f"{share(equal, len(ordered), 'transcripts')} equal to PyTorch Whisper's"
     return folded(title, listed, opened=equal < len(ordered))
 
 
-def environment_section(machine: dict[str, str]) -> Html:
-    compiled = [(r.name, r.graphs, f"{r.seconds:.1f} s") for r in sorted(COMPILE_LOG, key=lambda r: -r.seconds)]
+def environment_section(run: Run, machine: dict[str, str]) -> Html:
+    compiled = [(r.name, r.graphs, f"{r.seconds:.1f} s") for r in sorted(run.compiled, key=lambda r: -r.seconds)]
     listed = table(("artifact", "graphs", "time, cache hits included"), compiled, class_="figures")
     return html(
         table(("", ""), machine.items(), class_="plain"),

@@ -8,15 +8,8 @@ from torch import Tensor
 from ..judge import Explanation, Judgement, K, dtype_name
 from ..results import Run
 from .attempts import Attempts
-from .figures import (
-    BlockFigures,
-    block_figures,
-    dtypes_of,
-    fixed,
-    scientific,
-    worst_first,
-)
-from .markup import Html, element, folded, html, mark, none_of, table
+from .figures import BlockFigures, block_figures, dtypes_of, fixed, scientific, worst_first
+from .markup import Html, element, folded, html, mark, none_of, table_of
 
 MAPS = 6
 """How many maps of errors are shown."""
@@ -127,7 +120,7 @@ def map_figure(judgement: Judgement, explanation: Explanation, name: str, attemp
         element("figcaption", judgement.comparison),
         chart,
         element("p", f"Output {e.output}, worst at {list(e.worst)}: {values}", class_="quiet"),
-        *(element("p", f"Looks like: {cause}", class_="quiet") for cause in e.causes[:2]),
+        *(element("p", f"Looks like: {diagnosis}", class_="quiet") for diagnosis in e.diagnoses[:2]),
     )
 
 
@@ -138,40 +131,25 @@ def comparison_section(run: Run) -> Html:
     if not run.judgements:
         return none_of("comparisons of blocks on their own")
     ordered = worst_first(run.judgements)
-    header = (
-        "block",
-        "layer",
-        "size",
-        "dtype",
-        "inputs",
-        "MAX",
-        "PyTorch",
-        "ratio",
-        "used",
-        "nearest measure",
-        "verdict",
-    )
-    listed = table(header, map(comparison_row, ordered[:LISTED]), class_="comparisons")
+    listed = table_of([comparison_row(judgement) for judgement in ordered[:LISTED]], "comparisons")
     left = len(ordered) - LISTED
     more = element("p", f"{left} more, all nearer to right than these, are in report.json.", class_="quiet")
     title = f"{len(ordered)} comparisons, the worst first (errors: relative L2)"
     return folded(title, listed, more if left > 0 else "")
 
 
-def comparison_row(judgement: Judgement) -> tuple[object, ...]:
+def comparison_row(judgement: Judgement) -> dict[str, object]:
     c, l2 = judgement.comparison, judgement.relative_l2 if judgement.pairs else None
-    errors = (scientific(l2.subject), scientific(l2.peer)) if l2 else ("", "")
-    inputs = c.inputs if not c.seed else f"{c.inputs}, seed {c.seed}"
-    name = judgement.worst.name if judgement.pairs else "not comparable"
-    return (
-        element("code", c.block),
-        c.layer,
-        c.size,
-        dtype_name(c.dtype),
-        inputs,
-        *errors,
-        fixed(judgement.ratio),
-        used_cell(judgement.used),
-        name,
-        mark(judgement.passed),
-    )
+    return {
+        "block": element("code", c.block),
+        "layer": c.layer,
+        "size": c.size,
+        "dtype": dtype_name(c.dtype),
+        "inputs": c.inputs if not c.seed else f"{c.inputs}, seed {c.seed}",
+        "MAX": scientific(l2.subject) if l2 else "",
+        "PyTorch": scientific(l2.peer) if l2 else "",
+        "ratio": fixed(judgement.ratio),
+        "used": used_cell(judgement.used),
+        "nearest measure": judgement.worst.name if judgement.pairs else "not comparable",
+        "verdict": mark(judgement.passed),
+    }

@@ -2,23 +2,11 @@
 
 from collections.abc import Sequence
 
-from ..faults import FaultVerdict
+from ..faults import BELOW, CAUGHT, MISSED, WRONG_BLOCK, FaultResult, FaultTotals, fault_totals, outcome
 from ..judge import dtype_name
 from ..results import Run
-from .figures import (
-    BELOW,
-    CAUGHT,
-    MISSED,
-    WRONG_BLOCK,
-    FaultTotals,
-    dtypes_of,
-    fault_totals,
-    fixed,
-    largest_effect,
-    outcome,
-    scientific,
-)
-from .markup import Html, element, folded, html, mark, none_of, table
+from .figures import dtypes_of, fixed, largest_effect, scientific
+from .markup import Html, element, folded, html, mark, none_of, table, table_of
 
 TONE = {MISSED: "bad", WRONG_BLOCK: "bad", BELOW: "warn", CAUGHT: "good"}
 
@@ -27,7 +15,7 @@ def fault_section(run: Run) -> Html:
     if not run.faults:
         return none_of("faults")
     dtypes = [dtype for dtype in dtypes_of(run) if any(dtype_name(f.dtype) == dtype for f in run.faults)]
-    by_fault: dict[str, dict[str, FaultVerdict]] = {}
+    by_fault: dict[str, dict[str, FaultResult]] = {}
     for found in run.faults:
         by_fault.setdefault(found.fault.name, {})[dtype_name(found.dtype)] = found
     ordered = sorted(by_fault.values(), key=lambda of: min(map(telling, of.values())))
@@ -57,7 +45,7 @@ COMMON = 4
 """The rank of a fault that is caught by several checks."""
 
 
-def telling(found: FaultVerdict) -> tuple[int, float]:
+def telling(found: FaultResult) -> tuple[int, float]:
     """What to look at first: the missed, then the wrong block, below rounding, one check, and last what is caught
     easily."""
     rank = [MISSED, WRONG_BLOCK, BELOW].index(outcome(found)) if outcome(found) != CAUGHT else COMMON
@@ -66,24 +54,22 @@ def telling(found: FaultVerdict) -> tuple[int, float]:
 
 def totals_table(totals: dict[str, FaultTotals]) -> Html:
     rows = [
-        (
-            dtype,
-            f"{t.caught} of {t.n}",
-            t.right_block,
-            t.below,
-            t.between,
-            mark(not t.missed, "0", str(t.missed)),
-            t.only_one,
-            t.published,
-        )
+        {
+            "dtype": dtype,
+            "caught": f"{t.caught} of {t.n}",
+            "in the right block": t.right_block,
+            "below rounding": t.below,
+            "between that and the budget": t.between,
+            "missed": mark(not t.missed, "0", str(t.missed)),
+            "by one check alone": t.only_one,
+            "published": t.published,
+        }
         for dtype, t in totals.items()
     ]
-    uncaught = "below rounding", "between that and the budget", "missed"
-    header = ("dtype", "caught", "in the right block", *uncaught, "by one check alone", "published")
-    return table(header, rows, class_="figures")
+    return table_of(rows, "figures")
 
 
-def fault_row(of: dict[str, FaultVerdict], dtypes: Sequence[str]) -> list[Html]:
+def fault_row(of: dict[str, FaultResult], dtypes: Sequence[str]) -> list[Html]:
     fault = next(iter(of.values())).fault
     published = element("span", "published", class_="badge", title="an earlier published attempt made this mistake")
     name = element("th", fault.name, " ", published if fault.published else "", scope="row")
@@ -95,7 +81,7 @@ def fault_row(of: dict[str, FaultVerdict], dtypes: Sequence[str]) -> list[Html]:
     ]
 
 
-def fault_cell(found: FaultVerdict) -> Html:
+def fault_cell(found: FaultResult) -> Html:
     state = outcome(found)
     alone = element("span", "only one check", class_="badge", title="nobody must delete that check")
     lines = [

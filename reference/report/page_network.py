@@ -6,14 +6,8 @@ from ..chain import Chain
 from ..judge import dtype_name
 from ..results import Run
 from .attempts import Attempts
-from .figures import (
-    chained_points,
-    divergence,
-    isolated_points,
-    scientific,
-    worst_chains_first,
-)
-from .markup import Html, element, folded, html, mark, none_of, table
+from .figures import chained_points, divergence, isolated_points, scientific, worst_chains_first
+from .markup import Html, element, folded, html, mark, none_of, table, table_of
 
 
 def network_section(run: Run, attempts: Attempts) -> Html:
@@ -32,7 +26,7 @@ def network_section(run: Run, attempts: Attempts) -> Html:
         ),
         *(drawn[id(chain)] for chain in shown),
         folded(f"{len(rest)} more chains", *rest) if rest else "",
-        element("h3", "First divergence, and what capturing changed"),
+        element("h3", "First divergence, and what intermediates changed"),
         chain_table(chains),
     )
 
@@ -73,19 +67,12 @@ def chain_table(chains: Sequence[Chain]) -> Html:
     rows = []
     for chain in chains:
         c = chain.comparison
-        diverged = mark(chain.passed, "none", divergence(chain))
         changed = [
             f"{e.output}: {'identical' if e.identical else f'changed by {scientific(e.relative_l2)}'}"
-            for e in chain.capture_effects
+            for e in chain.effects
         ]
-        cells = (
-            c.size,
-            dtype_name(c.dtype),
-            c.inputs,
-            len(chain.judgements),
-            diverged,
-            "; ".join(changed) or "not run",
-        )
-        rows.append(cells)
-    header = ("size", "dtype", "inputs", "submodules", "first divergence", "captures changed (relative L2)")
-    return table(header, rows)
+        row = {"size": c.size, "dtype": dtype_name(c.dtype), "inputs": c.inputs, "submodules": len(chain.judgements)}
+        row["first divergence"] = mark(chain.passed, "none", divergence(chain))
+        row["changed by intermediates (relative L2)"] = "; ".join(changed) or "not run"
+        rows.append(row)
+    return table_of(rows)

@@ -2,19 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 
+from ..faults import fault_totals
 from ..results import Run
-from .figures import (
-    BlockFigures,
-    block_figures,
-    compile_log,
-    divergence,
-    dtypes_of,
-    failures,
-    fault_totals,
-    fixed,
-    share,
-    verdict,
-)
+from .figures import BlockFigures, block_figures, conclusion, divergence, dtypes_of, failures, fixed, share
 
 LINES = 60
 FAILURES, DIVERGENCES = 10, 4
@@ -22,7 +12,7 @@ SHOWN_IN_HEADING = ("processor", "GPU", "max", "torch")
 
 
 def summary(run: Run, machine: dict[str, str]) -> str:
-    found = verdict(run)
+    found = conclusion(run)
     lines = [f"## Parity: {found.word.lower()}", "", f"**{found.word}**: {plain(found.reason)}.", ""]
     lines += [f"- {plain(line)}" for line in total_lines(run, machine)]
     lines += failure_lines(run)
@@ -39,8 +29,8 @@ def plain(text: str) -> str:
 
 
 def total_lines(run: Run, machine: dict[str, str]) -> list[str]:
-    graphs, artifacts = compile_log()
-    compiled = f"{graphs} graphs in {artifacts} artifacts compiled in {run.compile_seconds:.1f} s"
+    graphs = f"{run.graphs_compiled} graphs in {len(run.compiled)} artifacts"
+    compiled = f"{graphs} compiled in {run.compile_seconds:.1f} s"
     lines = [
         f"{run.pairs:,} pairs compared in {run.compare_seconds:.1f} s{run.recalled_note}; {compiled}",
         ", ".join(f"{name} {machine[name]}" for name in SHOWN_IN_HEADING if name in machine),

@@ -13,14 +13,15 @@ from reference.faults import (
     Fault,
     compile_graph_faults,
     isolated,
+    result_of,
     until_caught,
-    verdict,
     with_weight_fault,
 )
 from reference.graph_faults import graph_faults
+from reference.models import FIXTURE
 from reference.pytest_plugin.models import SuiteFor
 from reference.results import Run
-from reference.suite import FIXTURE, Suite
+from reference.suite import Suite
 from reference.weight_faults import weight_faults
 
 GraphsWith = Callable[[Suite, Fault], dict[str, Executable]]
@@ -28,7 +29,7 @@ WEIGHT_FAULTS, GRAPH_FAULTS = list(weight_faults()), list(graph_faults())
 
 
 def try_on_the_judge(fault: Fault, suite: Suite, suite_for: SuiteFor, run: Run, graphs: GraphsWith) -> None:
-    """Records the verdict and fails unless it is accepted. `graphs` gives a suite's graphs with the fault in them."""
+    """Records the result and fails unless it is accepted. `graphs` gives a suite's graphs with the fault in them."""
     if fault.block == "log_mel" and suite.dtype != torch.float32:
         pytest.skip("the log-mel spectrogram is float32 in every dtype")
     wrong = graphs(suite, fault)
@@ -39,7 +40,7 @@ def try_on_the_judge(fault: Fault, suite: Suite, suite_for: SuiteFor, run: Run, 
     if judgements[-1].passed and not divergence and suite.dtype != torch.float32:
         exact = suite_for(FIXTURE, torch.float32)
         in_float32 = list(isolated(exact, fault, graphs(exact, fault)[fault.block]))
-    found = verdict(fault, suite.dtype, judgements, in_float32, divergence)
+    found = result_of(fault, suite.dtype, judgements, in_float32, divergence)
     run.faults.append(found)
     if not found.accepted:
         pytest.fail(f"\n{found}", pytrace=False)

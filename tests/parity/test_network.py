@@ -4,8 +4,9 @@ import pytest
 
 from reference.activations import AUDIO
 from reference.chain import run_chain
+from reference.models import CHECKPOINT, FIXTURE
 from reference.results import Run
-from reference.suite import CHECKPOINT, FIXTURE, Suite
+from reference.suite import Suite
 
 
 def test_chain(suite: Suite, run: Run) -> None:

@@ -7,9 +7,10 @@ from unittest.mock import patch
 import pytest
 
 from reference.judge import dtype_name
+from reference.models import CHECKPOINT
 from reference.perf.engine import ENGINES, WORKER, Setting, Worker
 from reference.perf.table import Row, table
-from reference.suite import CHECKPOINT, Suite
+from reference.suite import Suite
 
 FEW_TOKENS = Path(__file__).with_name("few_tokens.py")
 

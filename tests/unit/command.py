@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from maxwhisper.cli import main
+from reference.fixtures import ROOT
 
-ROOT = Path(__file__).parents[2]
 CLIP = ROOT / "fixtures" / "clips" / "english-1.wav"
 
 WORDS = [{"word": " Hello", "start": 0.0, "end": 0.5, "probability": 0.9}]

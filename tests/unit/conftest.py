@@ -1,15 +1,47 @@
-"""What every test leaves as it found it."""
+"""What tests are given, and what every one leaves as it found it."""
 
 import os
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
+import torch
+import whisper
+from whisper.audio import pad_or_trim
+from whisper.model import Whisper as OpenAIWhisper
 
+from maxwhisper.audio import load_audio
 from maxwhisper.decoding.openai_loop import not_in_graph
 from maxwhisper.engine.artifacts import not_kept
 from maxwhisper.engine.instructions import warn_of_slow_dtype
 from maxwhisper.errors import warn_once
 from maxwhisper.frozen import in_pytorch
+from maxwhisper.whisper import Whisper, load_model
+from reference.fixtures import FIXTURES, NANO
+
+
+@pytest.fixture(scope="module")
+def model() -> Whisper:
+    """The trained fixture on MAX."""
+    return load_model(NANO)
+
+
+@pytest.fixture(scope="module")
+def openai() -> OpenAIWhisper:
+    """The trained fixture in PyTorch."""
+    return whisper.load_model(str(NANO), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def audio() -> np.ndarray:
+    """The samples of an English clip."""
+    return load_audio(FIXTURES / "clips" / "english-4.ogg")
+
+
+@pytest.fixture(scope="module")
+def mel(audio: np.ndarray) -> torch.Tensor:
+    """The log-mel spectrogram of the clip's first window, (n_mels, 3000)."""
+    return whisper.log_mel_spectrogram(pad_or_trim(audio))
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,8 @@ from typing import Any
 import llvmlite.binding as llvm
 from mojo._package_root import get_package_root
 
-ROOT = Path(__file__).parents[2]
+from reference.fixtures import ROOT
+
 LIBRARIES = ("cudart", "cublasLt", "cublas")
 Version = tuple[int, int, int]
 

@@ -22,13 +22,14 @@ from maxwhisper.engine import artifacts
 from maxwhisper.engine.artifacts import HOST, MANIFEST, Artifacts, aim_at, source_hash, writing
 from maxwhisper.engine.folders import cache_folder
 from maxwhisper.engine.instructions import EMITTED, PORTABLE_FEATURES, cpu_features, listed_features
-from maxwhisper.engine.program import COMPILE_LOG
 from maxwhisper.errors import ArtifactError, OptionError
 from maxwhisper.whisper import Whisper, compile_model, load_model
+from reference.compile_log import CompileRecord, compilations
+from reference.fixtures import FIXTURES, NANO, ROOT
 
-ROOT = Path(__file__).parents[2]
-NANO = ROOT / "fixtures" / "nano.pt"
-CLIP = ROOT / "fixtures" / "clips" / "english-4.ogg"
+from .compiling import nothing_compiles
+
+CLIP = FIXTURES / "clips" / "english-4.ogg"
 PACKAGE = ROOT / "maxwhisper"
 
 Manifest = dict[str, Any]
@@ -70,6 +71,7 @@ def network(manifest: Manifest) -> Manifest:
 ALONE = """
 import json, resource, sys
 from concurrent.futures import ThreadPoolExecutor
+from reference.compile_log import compilations
 
 
 def load():
@@ -82,16 +84,17 @@ def transcribe(model, temperature):
     return model.transcribe(sys.argv[3], word_timestamps=True, temperature=temperature, beam_size=None)["text"]
 
 
-with ThreadPoolExecutor(1) as pool:
-    model = pool.submit(load).result()
-with ThreadPoolExecutor(2) as pool:
-    texts = list(pool.map(transcribe, [model, model], [0, 0]))
+records = []
+with compilations(records.append):
+    with ThreadPoolExecutor(1) as pool:
+        model = pool.submit(load).result()
+    with ThreadPoolExecutor(2) as pool:
+        texts = list(pool.map(transcribe, [model, model], [0, 0]))
 
 from maxwhisper.engine.kernel_library import kernel_library
-from maxwhisper.engine.program import COMPILE_LOG
 
 used = resource.getrusage(resource.RUSAGE_SELF)
-compiled = len(COMPILE_LOG) + kernel_library.cache_info().currsize
+compiled = len(records) + kernel_library.cache_info().currsize
 print(json.dumps([texts, compiled, used.ru_utime + used.ru_stime]))
 """
 
@@ -166,12 +169,11 @@ def test_a_mismatch_is_refused_by_name(
 def test_artifacts_of_the_same_graphs_fit(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever else has changed in the sources since."""
     monkeypatch.setattr(artifacts, "source_hash", lambda _: "of other comments")
-    before = len(COMPILE_LOG)
-    load_model(NANO, artifacts=compiled)
-    monkeypatch.setattr(artifacts, "built_from", lambda _: "something else")
-    with pytest.raises(ArtifactError, match="source is .*, expected of other comments"):
+    with nothing_compiles():
         load_model(NANO, artifacts=compiled)
-    assert len(COMPILE_LOG) == before
+        monkeypatch.setattr(artifacts, "built_from", lambda _: "something else")
+        with pytest.raises(ArtifactError, match="source is .*, expected of other comments"):
+            load_model(NANO, artifacts=compiled)
 
 
 def test_files_that_are_missing_are_named(compiled: Path, changed: Callable[..., Path], tmp_path: Path) -> None:
@@ -196,10 +198,10 @@ def test_what_does_not_fit_is_compiled_if_asked_for(
     folder = changed(
         lambda m: (m if where == "folder" else network(m)).update(max="25.1.0", source="other", built_from="")
     )
-    before = len(COMPILE_LOG)
-    with caplog.at_level(logging.WARNING, "maxwhisper"):
+    records: list[CompileRecord] = []
+    with caplog.at_level(logging.WARNING, "maxwhisper"), compilations(records.append):
         model = load_model(NANO, artifacts=folder, or_compile=True)
-    assert isinstance(model, Whisper) and len(COMPILE_LOG) > before
+    assert isinstance(model, Whisper) and records
     reason = "max is 25.1.0" if where == "folder" else "source is other"
     assert any(reason in line and line.endswith("compiling instead") for line in caplog.messages)
 
@@ -345,4 +347,3 @@ def test_targets() -> None:
     with pytest.raises(OptionError, match="target sm_80: must be compiled for in a process that has used no device"):
         aim_at("sm_80")
     assert aim_at(HOST) == "cpu"
-    assert artifacts.TARGETS == cli.TARGETS

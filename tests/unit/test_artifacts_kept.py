@@ -21,9 +21,7 @@ from maxwhisper.engine.built_from import built_from
 from maxwhisper.engine.instructions import CPU
 from maxwhisper.engine.program import Stored
 from maxwhisper.whisper import Whisper
-
-ROOT = Path(__file__).parents[2]
-NANO = ROOT / "fixtures" / "nano.pt"
+from reference.fixtures import NANO
 
 
 class Compiled(Exception):

@@ -13,8 +13,8 @@ from maxwhisper.engine.built_from import built_from
 from maxwhisper.engine.kernel_library import KERNELS, code
 from maxwhisper.engine.program import Program
 from maxwhisper.network.model import AudioEncoder
+from reference.fixtures import NANO
 
-NANO = Path(__file__).parents[2] / "fixtures" / "nano.pt"
 STEM = AudioEncoder.stem
 
 

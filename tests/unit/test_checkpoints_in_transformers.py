@@ -16,8 +16,7 @@ from maxwhisper.checkpoint import load_checkpoint
 from maxwhisper.compare.engines import SPECS, missing
 from maxwhisper.compare.tokens import task_for
 from maxwhisper.errors import CheckpointError
-
-from .test_options import NANO, ROOT
+from reference.fixtures import FIXTURES, NANO
 
 CLIPS = [("english-2.flac", "en"), ("german-1.wav", "de")]
 TIMESTAMP = 50364
@@ -63,7 +62,7 @@ def assert_transcribes_as_transformers(ours: Path, theirs: Path) -> None:
     engine = Adapter("", task_for(load_checkpoint(NANO).dims, None, 2))
     engine.load(theirs)
     for file, language in CLIPS:
-        audio = load_audio(ROOT / "fixtures" / "clips" / file)
+        audio = load_audio(FIXTURES / "clips" / file)
         result = model.transcribe(audio, language=language, temperature=0.0)
         tokens = [token for segment in result["segments"] for token in segment["tokens"]]
         assert times_as_one(tokens) == times_as_one(engine.transcribe(audio, language))

@@ -12,11 +12,13 @@ import torch
 from maxwhisper.engine.artifacts import Artifacts
 from maxwhisper.network.blocks import BLOCKS
 from reference.ahead import suite_job
-from reference.captures import CAPTURED
+from reference.intermediates import WITH_INTERMEDIATES
 from reference.judge import Comparison
+from reference.models import FIXTURE, load
 from reference.pytest_plugin.selection import compared_alone, models_of
 from reference.pytest_plugin.workers import group
-from reference.suite import CHOSEN, FIXTURE, Suite, load
+from reference.subject import CHOSEN
+from reference.suite import Suite
 
 from ..conftest import group_of
 
@@ -34,7 +36,7 @@ def compare(block: str, size: str = FIXTURE) -> Any:
 def suite(kept: bool, held: Artifacts | None = None, only: frozenset[str] = FEW) -> Suite:
     """Of which `kept` says whether all has been compiled earlier."""
     made = Suite(load(FIXTURE), torch.float32, held=held, only=only)
-    made.found_kept.update(network=kept, parts=kept)
+    made.subject.found_kept.update(network=kept, parts=kept)
     return made
 
 
@@ -53,10 +55,11 @@ def test_more_than_half_of_the_blocks_are_not_few() -> None:
 
 
 def test_few_blocks_compile_without_the_others() -> None:
-    few = suite(kept=False)
+    few = suite(kept=False).subject
     assert {block.name for block in BLOCKS.values() if few.unit(block) == CHOSEN} == FEW
     assert {program.name for program in few.programs(CHOSEN)} == FEW
-    assert {program.name for program in few.programs("parts")} > FEW | {f"{name} captured" for name in CAPTURED}
+    others = {f"{name} with intermediates" for name in WITH_INTERMEDIATES}
+    assert {program.name for program in few.programs("parts")} > FEW | others
     assert CHOSEN not in few.units  # which are all that a chain takes
 
 
@@ -69,7 +72,7 @@ def test_the_spectrogram_compiles_without_the_network_that_a_transcript_takes_it
 @pytest.mark.parametrize(("kept", "held"), [(True, None), (False, Mock(spec=Artifacts))], ids=["kept", "artifacts"])
 def test_what_is_compiled_already_is_used(kept: bool, held: Artifacts | None) -> None:
     """Artifacts hold units, and none of a selection."""
-    assert {suite(kept, held).unit(BLOCKS[name]) for name in FEW} == {"parts"}
+    assert {suite(kept, held).subject.unit(BLOCKS[name]) for name in FEW} == {"parts"}
 
 
 def test_a_process_is_given_all_of_a_model_or_of_a_file() -> None:

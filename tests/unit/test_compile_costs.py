@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from reference.compile_costs import Emitted, kind, modules, numbered, programs
-from reference.suite import Suite, trained
+from reference.models import trained
+from reference.suite import Suite
 
 TEXT = """import layout
 

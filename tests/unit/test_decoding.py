@@ -2,7 +2,6 @@
 
 import math
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,9 +18,9 @@ from maxwhisper.decoding.rules import TOKEN_RULES, Rules, TokenRules
 from maxwhisper.decoding.stepper import Advanced
 from maxwhisper.engine.program import Executable
 from maxwhisper.errors import DecodingError
+from reference.fixtures import NANO
 from reference.formulas import Formula, judge_formula
 
-NANO = Path(__file__).parents[2] / "fixtures" / "nano.pt"
 TOKENIZER = get_tokenizer(True, num_languages=99, language="en", task="transcribe")
 N_VOCAB, BEGIN, EOT = 51865, TOKENIZER.timestamp_begin, TOKENIZER.eot
 PROMPT = list(TOKENIZER.sot_sequence)

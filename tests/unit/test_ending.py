@@ -3,10 +3,10 @@
 import json
 import math
 import os
+import pickle
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -14,18 +14,16 @@ import pytest
 import torch
 
 import reference.report.charts  # noqa: F401 - what a run inside this process imports first is not kept
-from maxwhisper.engine.program import COMPILE_LOG, CompileRecord
 from reference.chain import Chain
-from reference.faults import FaultVerdict
+from reference.compile_log import CompileRecord
+from reference.faults import FaultResult
+from reference.fixtures import ROOT
 from reference.graph_faults import graph_faults
 from reference.judge import Comparison, Judgement, Measure, Output, explain
 from reference.pytest_plugin.ending import Ending
-from reference.pytest_plugin.workers import packed, unpack_into
 from reference.results import Run
 from reference.transcripts import Transcript
 from reference.weight_faults import weight_faults
-
-ROOT = Path(__file__).parents[2]
 
 pytest_plugins = ["pytester"]
 
@@ -45,14 +43,6 @@ def pytest_configure(config):
     run.judgements.append(Judgement(Comparison("fixture", torch.float32, "encoder.mlp", 0, "speech"), (output,), ()))
 """
 SUMMARY = "parity: 1 pairs compared"
-
-
-@pytest.fixture(autouse=True)
-def compiled() -> Iterator[None]:
-    """The log of compilations is the process's own."""
-    before = list(COMPILE_LOG)
-    yield
-    COMPILE_LOG[:] = before
 
 
 def run_with(pytester: pytest.Pytester, plugin: str, *options: str) -> tuple[int, list[str]]:
@@ -139,15 +129,16 @@ def everything() -> Run:
     measures = (Measure("relative L2", math.inf, 1e-7, 4e-7),)
     explanations = explain([oracle], [oracle.float()], [oracle.float() + 1])
     judgement = Judgement(comparison, (Output(0, (1, 2, 3), measures),), ("shape",), explanations=explanations)
-    verdicts = [
-        FaultVerdict(fault, torch.float32, ("chain",), None, 2.0, {"speech": 1e-3}, {"speech": 1e-2})
+    results = [
+        FaultResult(fault, torch.float32, ("chain",), None, 2.0, {"speech": 1e-3}, {"speech": 1e-2})
         for fault in (*weight_faults(), *graph_faults())
     ]
     return Run(
         judgements=[judgement],
         chains=[Chain(comparison, {"encoder": judgement}, ())],
-        faults=verdicts,
+        faults=results,
         transcripts=[Transcript("english-1.wav", "greedy", True, 41)],
+        compiled=[CompileRecord("fixture, float32, parts", 19, 2.5)],
         lost=["a worker"],
         notes={"cache": "a note"},
     )
@@ -155,19 +146,17 @@ def everything() -> Run:
 
 def test_what_a_worker_finds_arrives_whole() -> None:
     worker, run = everything(), Run(test_seconds=2.0, notes={"cache": "the same of another worker"})
-    COMPILE_LOG.clear()
-    record = CompileRecord("fixture, float32, parts", 19, 2.5)
     found = worker.taken()
     assert found.anything and not worker.anything
     for _ in range(2):
-        unpack_into(run, packed(found, [record]))
-    for name in ("judgements", "chains", "transcripts", "lost"):
+        run.add(pickle.loads(pickle.dumps(found)))
+    for name in ("judgements", "chains", "transcripts", "compiled", "lost"):
         assert getattr(run, name) == getattr(everything(), name) * 2, name
-    assert [str(verdict) for verdict in run.faults] == [str(verdict) for verdict in everything().faults] * 2
+    assert [str(each) for each in run.faults] == [str(each) for each in everything().faults] * 2
     errors = (each.judgements[0].explanations[0].errors for each in (run, found))
     assert torch.equal(*errors)
     assert run.notes == {"cache": "the same of another worker"}
-    assert (run.test_seconds, COMPILE_LOG) == (2.0, [record] * 2)
+    assert run.test_seconds == 2.0
 
 
 def test_a_worker_that_died_fails_the_run() -> None:

@@ -20,10 +20,8 @@ from maxwhisper.compare.engines.openai_whisper import Adapter
 from maxwhisper.compare.material import Recording
 from maxwhisper.compare.process import EngineError, Worker
 from maxwhisper.compare.tokens import task_for
+from reference.fixtures import NANO
 from reference.perf import growth
-
-NANO = growth.ROOT / "fixtures" / "nano.pt"
-
 
 # ---- the command, with known answers in the place of processes -----------------------------------------------------
 

@@ -1,37 +1,18 @@
 """Tensors and arrays of every kind, given to the drop-in as mel, tokens, features and audio."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import whisper
 from whisper import DecodingOptions
-from whisper.audio import pad_or_trim
 
-from maxwhisper.audio import as_waveform, load_audio, log_mel_spectrogram
+from maxwhisper.audio import as_waveform, log_mel_spectrogram
 from maxwhisper.errors import OptionError
-from maxwhisper.whisper import Whisper, load_model
+from maxwhisper.whisper import Whisper
 
-FIXTURES = Path(__file__).parents[2] / "fixtures"
 SHORT: dict[str, Any] = {"fp16": False, "language": "en", "sample_len": 5}
-
-
-@pytest.fixture(scope="module")
-def model() -> Whisper:
-    return load_model(FIXTURES / "nano.pt")
-
-
-@pytest.fixture(scope="module")
-def audio() -> np.ndarray:
-    return load_audio(FIXTURES / "clips" / "english-4.ogg")
-
-
-@pytest.fixture(scope="module")
-def mel(audio: np.ndarray) -> torch.Tensor:
-    return whisper.log_mel_spectrogram(pad_or_trim(audio))
 
 
 MELS: dict[str, Callable[[torch.Tensor], Any]] = {

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from reference.merge_gate import verdict
+from reference.fixtures import ROOT
+from reference.merge_gate import objections
 
-ROOT = Path(__file__).parents[2]
 WORKFLOW = (ROOT / ".github" / "workflows" / "parity.yml").read_text()
 RUNS = re.findall(r"^ +(?:- )?run: (.*)$", WORKFLOW, re.MULTILINE)
 JOBS = re.findall(r"^  ([\w-]+):$", WORKFLOW.partition("\njobs:\n")[2], re.MULTILINE)
@@ -59,7 +59,7 @@ def test_whatever_has_a_base_is_gated_against_it() -> None:
     assert done.returncode and b"make perf-gate needs a git revision" in done.stdout
 
 
-# ---- the verdict ---------------------------------------------------------------------------------------------------
+# ---- objections -------------------------------------------------------------------------------------------------
 
 
 def needs(**results: str) -> dict[str, dict[str, Any]]:
@@ -81,19 +81,19 @@ def report(tmp_path: Path) -> Path:
 
 
 def test_it_passes_when_every_job_succeeded_and_compared_something(report: Path) -> None:
-    assert verdict(needs(), [], [f"gpu:gpu:{report}"]) == []
+    assert objections(needs(), [], [f"gpu:gpu:{report}"]) == []
 
 
 @pytest.mark.parametrize("result", ["skipped", "cancelled", "failure"])
 def test_a_job_that_did_not_succeed_fails_it(result: str, report: Path) -> None:
-    assert verdict(needs(gpu=result), [], [f"gpu:gpu:{report}"]) == [f"gpu: {result}"]
+    assert objections(needs(gpu=result), [], [f"gpu:gpu:{report}"]) == [f"gpu: {result}"]
 
 
 def test_an_excused_job_may_be_skipped_and_nothing_else(report: Path) -> None:
     missing = report.with_name("nowhere.json")
-    assert verdict(needs(gpu="skipped"), ["gpu"], [f"gpu:gpu:{missing}"]) == []
-    assert verdict(needs(gpu="cancelled"), ["gpu"], []) == ["gpu: cancelled"]
-    assert verdict(needs(cpu="skipped"), ["gpu"], []) == ["cpu: skipped"]
+    assert objections(needs(gpu="skipped"), ["gpu"], [f"gpu:gpu:{missing}"]) == []
+    assert objections(needs(gpu="cancelled"), ["gpu"], []) == ["gpu: cancelled"]
+    assert objections(needs(cpu="skipped"), ["gpu"], []) == ["cpu: skipped"]
 
 
 @pytest.mark.parametrize(
@@ -113,16 +113,16 @@ def test_a_report_that_shows_nothing_fails_it(content: Any, reason: str, report:
     report.unlink()
     if content is not None:
         report.write_text(content if isinstance(content, str) else json.dumps(content))
-    reasons = verdict(needs(), [], [f"gpu:gpu:{report}"])
+    reasons = objections(needs(), [], [f"gpu:gpu:{report}"])
     assert reasons and all(each.startswith(f"gpu: {report}: ") for each in reasons)
     assert re.search(reason, " ".join(reasons))
 
 
 def test_benchmarks_on_the_device_pass(report: Path) -> None:
     report.write_text(json.dumps({"benchmarks": [{"group": "encoder, tiny, float32, gpu"}]}))
-    assert verdict(needs(), [], [f"gpu:gpu:{report}"]) == []
+    assert objections(needs(), [], [f"gpu:gpu:{report}"]) == []
 
 
 def test_a_gate_without_jobs_or_with_a_stray_report_fails(report: Path) -> None:
-    assert verdict({}, [], []) == ["no job is needed"]
-    assert verdict(needs(), [], [f"tpu:gpu:{report}"]) == ["tpu: is to report, but is not needed"]
+    assert objections({}, [], []) == ["no job is needed"]
+    assert objections(needs(), [], [f"tpu:gpu:{report}"]) == ["tpu: is to report, but is not needed"]

@@ -14,10 +14,10 @@ from maxwhisper.engine import instructions, session
 from maxwhisper.engine.artifacts import HOST, Writer
 from maxwhisper.engine.instructions import CPU, PORTABLE_FEATURES, cpu_features, cpu_target, warn_of_slow_dtype
 from maxwhisper.errors import OptionError
+from reference.fixtures import NANO
 from reference.older_cpu import AS_ON, asked_for, heeded
 
 V3 = "x86-64-v3"
-NANO = Path(__file__).parents[2] / "fixtures" / "nano.pt"
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +68,7 @@ def test_pytorch_and_numpy_compute_without_avx_512() -> None:
 def test_max_compiles_for_the_cpu_that_is_named(target: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     said = Mock()
     monkeypatch.setattr(session, "set_virtual_cpu_target", said)
-    monkeypatch.setattr(session, "InferenceSession", Mock())
+    monkeypatch.setattr(session, "Session", Mock())
     if target:
         monkeypatch.setenv(CPU, target)
     session.session.__wrapped__("cpu")

@@ -38,9 +38,11 @@ from maxwhisper.network.blocks import BLOCKS
 from maxwhisper.whisper import Whisper, load_model
 from reference.blocks import TWINS
 from reference.chain import pytorch_logits
+from reference.fixtures import NANO
 from reference.judge import Comparison, judge
+from reference.models import trained
 from reference.steps import SCENES, Scene, judge_steps
-from reference.suite import Suite, trained
+from reference.suite import Suite
 
 from .test_decoding import (
     BEGIN,
@@ -55,9 +57,7 @@ from .test_decoding import (
     histories,
     random_logits,
 )
-from .test_together import FIXTURES, SOME
-
-NANO = FIXTURES / "nano.pt"
+from .test_together import SOME
 
 
 @cache
@@ -127,7 +127,7 @@ def test_blocks_of_products_pass_the_judge(dtype: torch.dtype, monkeypatch: pyte
         artifact = Artifact("as on a GPU", [block.program(suite.dims, suite.policy) for block in blocks], "cpu")
     for block in blocks:
         for comparison in suite.comparisons(block, ["speech"]):
-            run = artifact.init(suite.tensors, audio_layer=comparison.layer)[block.name]
+            run = artifact.init(suite.subject.tensors, audio_layer=comparison.layer)[block.name]
             assert suite.judge(comparison, run).passed
 
 

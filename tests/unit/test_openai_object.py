@@ -6,7 +6,6 @@ import copy
 import gzip
 import pickle
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,6 @@ import pytest
 import torch
 import whisper
 from whisper import DecodingOptions, timing, tokenizer
-from whisper.audio import pad_or_trim
 from whisper.model import Whisper as OpenAIWhisper
 from whisper.model import disable_sdpa
 
@@ -23,9 +21,8 @@ from maxwhisper.audio import load_audio
 from maxwhisper.engine.surroundings import one_torch_thread
 from maxwhisper.errors import DeviceError, MaxWhisperError, OptionError
 from maxwhisper.whisper import Whisper, load_model
+from reference.fixtures import FIXTURES, NANO
 
-FIXTURES = Path(__file__).parents[2] / "fixtures"
-NANO = FIXTURES / "nano.pt"
 SHORT: dict[str, Any] = {"fp16": False, "language": "en", "sample_len": 5}
 TEXT = [2305, 307, 264, 2199, 2848]
 
@@ -38,26 +35,6 @@ def one_thread() -> Iterator[None]:
     keep_alignment_compiled()
     with one_torch_thread():
         yield
-
-
-@pytest.fixture(scope="module")
-def model() -> Whisper:
-    return load_model(NANO)
-
-
-@pytest.fixture(scope="module")
-def openai() -> OpenAIWhisper:
-    return whisper.load_model(str(NANO), device="cpu")
-
-
-@pytest.fixture(scope="module")
-def audio() -> np.ndarray:
-    return load_audio(FIXTURES / "clips" / "english-4.ogg")
-
-
-@pytest.fixture(scope="module")
-def mel(audio: np.ndarray) -> torch.Tensor:
-    return whisper.log_mel_spectrogram(pad_or_trim(audio))
 
 
 # ---- what works, and gives what openai-whisper's object gives -------------------------------------------------------

@@ -10,10 +10,9 @@ from unittest.mock import Mock
 
 import pytest
 
+from reference.fixtures import NANO, ROOT
 from reference.quiet import times_nothing
 
-ROOT = Path(__file__).parents[2]
-NANO = ROOT / "fixtures" / "nano.pt"
 PARITY = ROOT / "tests" / "parity"
 
 pytest_plugins = ["pytester"]

@@ -1,4 +1,4 @@
-"""The gate's verdict and what surrounds it, the counts of a block's work, and processes that do not start."""
+"""The gate's rank test and what surrounds it, the counts of a block's work, and processes that do not start."""
 
 import math
 import random
@@ -19,14 +19,16 @@ from hypothesis import strategies as st
 
 from maxwhisper.errors import MaxWhisperError, OptionError
 from maxwhisper.network.blocks import BLOCKS
+from reference.fixtures import ROOT
+from reference.models import SIZES, load, trained
 from reference.perf import compile_base, gate, worker
 from reference.perf.costs import Cost, costs
-from reference.perf.engine import ENGINES, ROOT, Setting, Worker, WorkerError
+from reference.perf.engine import ENGINES, Setting, Worker, WorkerError
 from reference.perf.gate import Trees, checked_out, compare
+from reference.perf.rank_test import FACTOR, P, RankTest, rank_test
 from reference.perf.table import Row, table
-from reference.perf.verdict import FACTOR, P, Verdict, verdict
 from reference.perf.worker import LOOPS, MATRIX, N_TOKEN, Blocks
-from reference.suite import SIZES, Suite, random_weights, trained
+from reference.suite import Suite
 from tests.perf.conftest import Timing
 from tests.perf.test_speed import Timed
 
@@ -35,36 +37,36 @@ SECONDS = st.floats(1e-6, 10, allow_nan=False)
 ROUNDS = st.lists(SECONDS, min_size=1, max_size=60)
 
 
-# ---- verdict -------------------------------------------------------------------------------------------------------
+# ---- rank test -----------------------------------------------------------------------------------------------------
 
 
 @given(ROUNDS)
 def test_a_sample_passes_against_itself(rounds: list[float]) -> None:
-    assert not verdict("block", rounds, rounds).failed
+    assert not rank_test("block", rounds, rounds).failed
 
 
 @given(st.lists(SECONDS, min_size=20, max_size=60), st.floats(1.0, 10.0))
 def test_every_round_slower_than_every_other_fails_beyond_the_factor(base: list[float], times: float) -> None:
     head = [max(base) * times + 1e-6] * len(base)
-    found = verdict("block", base, head)
+    found = rank_test("block", base, head)
     assert found.significant
     assert found.failed == (found.ratio > FACTOR)
-    assert not verdict("block", head, base).failed, "faster is no failure"
+    assert not rank_test("block", head, base).failed, "faster is no failure"
 
 
 @given(ROUNDS, ROUNDS, st.sampled_from([2.0**-10, 2.0**10]))
 def test_the_unit_of_time_does_not_matter(base: list[float], head: list[float], unit: float) -> None:
-    found = verdict("block", base, head)
-    scaled = verdict("block", [x * unit for x in base], [x * unit for x in head])
+    found = rank_test("block", base, head)
+    scaled = rank_test("block", [x * unit for x in base], [x * unit for x in head])
     assert scaled.ratio == found.ratio
 
 
 def test_a_large_slowdown_in_few_rounds_is_not_significant() -> None:
-    assert not verdict("block", [1.0, 1.1, 1.2], [9.0, 9.1, 9.2]).failed
+    assert not rank_test("block", [1.0, 1.1, 1.2], [9.0, 9.1, 9.2]).failed
 
 
 def test_a_significant_slowdown_within_the_factor_passes() -> None:
-    found = verdict("block", [1 + i / 1000 for i in range(40)], [1.09 + i / 1000 for i in range(40)])
+    found = rank_test("block", [1 + i / 1000 for i in range(40)], [1.09 + i / 1000 for i in range(40)])
     assert found.p < P
     assert not found.failed
 
@@ -72,14 +74,14 @@ def test_a_significant_slowdown_within_the_factor_passes() -> None:
 def test_rounds_of_one_distribution_fail_hardly_ever() -> None:
     draw = random.Random(0)
     sample = [[draw.lognormvariate(0, 0.5) for _ in range(40)] for _ in range(2000)]
-    alarms = sum(verdict("block", a, b).failed for a, b in zip(sample[::2], sample[1::2], strict=True))
+    alarms = sum(rank_test("block", a, b).failed for a, b in zip(sample[::2], sample[1::2], strict=True))
     assert alarms <= 5, "0.001 of 1000 are expected"
 
 
 @pytest.mark.parametrize(("base", "head"), [([], [1.0]), ([1.0], [])])
-def test_no_rounds_are_no_verdict(base: list[float], head: list[float]) -> None:
+def test_no_rounds_are_no_test(base: list[float], head: list[float]) -> None:
     with pytest.raises(ValueError, match="no rounds of"):
-        verdict("block", base, head)
+        rank_test("block", base, head)
 
 
 # ---- trees and processes -------------------------------------------------------------------------------------------
@@ -149,7 +151,7 @@ def blocks_of(monkeypatch: pytest.MonkeyPatch):  # noqa: ANN201
 
     def put(base: dict[str, list[str]], head: dict[str, list[str]]) -> None:
         monkeypatch.setattr(gate, "Worker", lambda _, tree, name: StandIn(base if tree.name == "base" else head))
-        equal = lambda setting, trees, blocks, own, n_round: [Verdict(block, 0.002, 0.002, 0.7) for block in blocks]  # noqa: E731
+        equal = lambda setting, trees, blocks, own, n_round: [RankTest(block, 0.002, 0.002, 0.7) for block in blocks]  # noqa: E731
         monkeypatch.setattr(gate, "timed", equal)
 
     return put
@@ -161,7 +163,7 @@ TREES = Trees(Path("head"), Path("base"), "main")
 def test_new_removed_and_changed_blocks_are_listed(blocks_of) -> None:  # noqa: ANN001
     blocks_of({"a": ["x"], "old": ["x"], "c": ["x"]}, {"a": ["x"], "new": ["x"], "c": ["x", "k_cache"]})
     report = compare(SETTING, TREES, [], 40)
-    assert [v.block for v in report.verdicts] == ["a", "c"]
+    assert [v.block for v in report.tests] == ["a", "c"]
     assert (report.added, report.removed, report.own_inputs) == (["new"], ["old"], ["c"])
     assert not report.failed
 
@@ -254,7 +256,7 @@ def test_a_tree_that_cannot_read_artifacts_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_decode_loops_are_timed_in_float32(dtype: torch.dtype) -> None:
-    taken = Blocks(Suite(random_weights("tiny"), dtype)).takes()
+    taken = Blocks(Suite(load("tiny"), dtype)).takes()
     assert list(taken) == [*BLOCKS, *(LOOPS if dtype == torch.float32 else [])]
 
 
@@ -348,7 +350,7 @@ def test_time_on_a_gpu_is_in_the_data_and_in_the_table(tiny: Suite, device: list
 
 @pytest.fixture(scope="module")
 def tiny() -> Suite:
-    return Suite(random_weights("tiny"), torch.float32)
+    return Suite(load("tiny"), torch.float32)
 
 
 def cost_of(suite: Suite, block: str) -> dict[str, Cost]:

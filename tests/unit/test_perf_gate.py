@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from reference.perf.engine import ROOT, Setting
+from reference.fixtures import FIXTURES, ROOT
+from reference.perf.engine import Setting
 from reference.perf.gate import Trees, compare
 
 pytestmark = pytest.mark.clock
@@ -30,7 +31,7 @@ def slowed(graph: str, tmp_path: Path) -> Path:
     tree = tmp_path / "slowed"
     for package in ("maxwhisper", "reference"):
         shutil.copytree(ROOT / package, tree / package, ignore=shutil.ignore_patterns("__pycache__"))
-    (tree / "fixtures").symlink_to(ROOT / "fixtures")
+    (tree / "fixtures").symlink_to(FIXTURES)
     runtime = tree / "maxwhisper" / "engine" / "program.py"
     runtime.write_text(runtime.read_text() + FIVE_TIMES.format(graph=graph))
     return tree
@@ -46,5 +47,5 @@ def slowed(graph: str, tmp_path: Path) -> Path:
 def test_what_is_slowed_fails(graph: str, slower: str, other: str, tmp_path: Path) -> None:
     setting = Setting("fixture", "float32", "cpu")
     report = compare(setting, Trees(slowed(graph, tmp_path), ROOT, "this tree"), [slower, other], 40)
-    assert len(report.verdicts) == 2
+    assert len(report.tests) == 2
     assert report.failed == [slower], report.markdown()

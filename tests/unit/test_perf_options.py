@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from reference.perf.engine import ROOT
+from reference.fixtures import ROOT
 
 pytestmark = pytest.mark.clock
 

@@ -1,4 +1,4 @@
-"""What the gate on speed says of its verdicts, on the terminal and in a file."""
+"""What the gate on speed says of its tests, on the terminal and in a file."""
 
 from pathlib import Path
 
@@ -6,9 +6,9 @@ import pytest
 
 from reference.perf import gate
 from reference.perf.gate import Report
-from reference.perf.verdict import Verdict
+from reference.perf.rank_test import RankTest
 
-SLOWER, EQUAL = Verdict("encoder", 0.1, 0.12, 1e-9), Verdict("decoder.step", 0.002, 0.002, 0.7)
+SLOWER, EQUAL = RankTest("encoder", 0.1, 0.12, 1e-9), RankTest("decoder.step", 0.002, 0.002, 0.7)
 
 
 def test_report_is_a_table_with_every_block() -> None:
@@ -22,11 +22,11 @@ def test_report_is_a_table_with_every_block() -> None:
     assert "2 blocks timed, 1 failed: encoder." in text
 
 
-@pytest.mark.parametrize(("verdicts", "status"), [([EQUAL], 0), ([EQUAL, SLOWER], 1)])
+@pytest.mark.parametrize(("tests", "status"), [([EQUAL], 0), ([EQUAL, SLOWER], 1)])
 def test_exit_status(
-    verdicts: list[Verdict], status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    tests: list[RankTest], status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(gate, "compare", lambda *_: Report("MAX", verdicts, [], [], []))
+    monkeypatch.setattr(gate, "compare", lambda *_: Report("MAX", tests, [], [], []))
     output = tmp_path / "build" / "gate.md"
     assert gate.main(["HEAD", "--output", str(output)]) == status
     assert output.read_text().strip() == capsys.readouterr().out.strip()

@@ -9,7 +9,6 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,8 +19,8 @@ from maxwhisper.compiled import Network
 from maxwhisper.engine.process import one_at_a_time
 from maxwhisper.errors import DeviceError
 from maxwhisper.whisper import Whisper
+from reference.fixtures import NANO
 
-NANO = Path(__file__).parents[2] / "fixtures" / "nano.pt"
 SILENCE = np.zeros(16000, np.float32)
 MEL = torch.zeros(80, 3000)  # PyTorch itself would make it with threads that a child has not
 

@@ -14,17 +14,18 @@ import pytest
 import torch
 from max.graph import Module as GraphModule
 from torch import Tensor
-from whisper.model import ModelDimensions, Whisper
+from whisper.model import ModelDimensions
 
 from maxwhisper.engine.program import Program
 from maxwhisper.network.blocks import BLOCKS
 from reference import mistakes
 from reference.blocks import TWINS, decoder, decoder_keys_values, pytorch_whisper
-from reference.causes import likely_causes
+from reference.diagnosis import diagnose
 from reference.faults import Fault, faulty
 from reference.graph_faults import graph_faults
 from reference.judge import UNIT_ROUNDOFF, Comparison, Judgement, K, Measure, Output, condition, judge
-from reference.suite import FIXTURE, Suite, load
+from reference.models import FIXTURE, load, random_weights
+from reference.suite import Suite
 from reference.transcripts import Yardstick
 
 DIMS = ModelDimensions(
@@ -35,10 +36,7 @@ DIMS = ModelDimensions(
 
 @pytest.fixture(scope="module")
 def tensors() -> dict[str, torch.Tensor]:
-    torch.manual_seed(0)
-    model = Whisper(DIMS)
-    torch.nn.init.normal_(model.decoder.positional_embedding)
-    return model.state_dict()
+    return random_weights(DIMS)
 
 
 def test_every_block_has_a_twin() -> None:
@@ -290,13 +288,13 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_recognised(mistake: str) -> None:
     oracle = torch.randn(2, 128, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    causes = likely_causes(oracle, MISTAKES[mistake](oracle))
+    causes = diagnose(oracle, MISTAKES[mistake](oracle))
     assert causes and mistake in causes[0].name
 
 
 def test_noise_is_not_taken_for_a_mistake() -> None:
     oracle = torch.randn(2, 128, 128, dtype=torch.float64)
-    assert not likely_causes(oracle, oracle + torch.randn_like(oracle))
+    assert not diagnose(oracle, oracle + torch.randn_like(oracle))
 
 
 # ---- tolerances ----------------------------------------------------------------------------------------------------

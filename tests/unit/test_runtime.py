@@ -20,9 +20,9 @@ from maxwhisper.engine.program import Artifact, Executable, Program
 from maxwhisper.engine.surroundings import PR_GET_TIMERSLACK, long_timer_slack, one_torch_thread
 from maxwhisper.network.model import GELU
 from maxwhisper.whisper import Whisper, load_model
+from reference.fixtures import NANO
 
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="timer slack is Linux's")
-NANO = Path(__file__).parents[2] / "fixtures" / "nano.pt"
 TASKS = Path("/proc/self/task")
 
 

@@ -7,10 +7,10 @@ import pytest
 from whisper.model import ModelDimensions, Whisper
 
 from maxwhisper.network.blocks import BLOCKS
+from reference.fixtures import ROOT
 from reference.pytest_plugin.selection import block_of, compares, judges_itself, left_out
 from reference.pytest_plugin.words import all_words, finds, words_of
 
-ROOT = Path(__file__).parents[2]
 PARITY, PERF = ROOT / "tests" / "parity", ROOT / "tests" / "perf"
 
 pytest_plugins = ["pytester"]

@@ -33,9 +33,8 @@ from maxwhisper.errors import DecodingError
 from maxwhisper.network.blocks import BLOCKS
 from maxwhisper.network.keys_values import Cache, KeyValue
 from maxwhisper.whisper import Whisper, load_model
+from reference.fixtures import FIXTURES, NANO
 
-FIXTURES = Path(__file__).parents[2] / "fixtures"
-NANO = FIXTURES / "nano.pt"
 CLIPS = [Path(clip["file"]).name for clip in json.loads((FIXTURES / "clips.json").read_text())["clips"]]
 SOME = slice(None, None, 3)
 """Of the clips: five, short and long, in two languages."""

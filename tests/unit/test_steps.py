@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +10,10 @@ from maxwhisper import load_model
 from maxwhisper.decoding.cache import KeyValueCache
 from maxwhisper.decoding.rules import Rules
 from maxwhisper.decoding.stepper import Advanced, Stepper, Texts
+from reference.fixtures import NANO
+from reference.models import trained
 from reference.steps import Scene, judge_steps
-from reference.suite import Suite, trained
+from reference.suite import Suite
 
 GREEDY = Scene("2 windows", (9, 20), (7, 7))
 BEAMS = Scene("3 beams of 2 windows", (8, 15), (1, 1), n_text=3, n_best=4)
@@ -25,7 +26,7 @@ def judged() -> Suite:
 
 @pytest.fixture(scope="module")
 def stepper() -> Stepper:
-    return load_model(Path(__file__).parents[2] / "fixtures" / "nano.pt").stepper
+    return load_model(NANO).stepper
 
 
 @dataclass

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numba
@@ -25,17 +24,11 @@ from maxwhisper.checkpoint import load_checkpoint
 from maxwhisper.decoding.cache import KeyValueCache
 from maxwhisper.decoding.gpu import GPUStepper
 from maxwhisper.whisper import Whisper, load_model
+from reference.fixtures import FIXTURES, NANO
 
-FIXTURES = Path(__file__).parents[2] / "fixtures"
-NANO = FIXTURES / "nano.pt"
 SHORT: dict[str, Any] = {"language": "en", "temperature": 0.0, "sample_len": 8}
 PATIENCE = 60.0
 """Seconds after which what would wait for ever is taken to."""
-
-
-@pytest.fixture(scope="module")
-def model() -> Whisper:
-    return load_model(NANO)
 
 
 @pytest.fixture(scope="module")

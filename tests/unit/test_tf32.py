@@ -6,6 +6,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,9 +17,10 @@ from whisper.model import disable_sdpa
 from maxwhisper.network.blocks import BLOCKS
 from reference.blocks import TWINS
 from reference.judge import Comparison, Judgement
+from reference.models import FIXTURE, load
 from reference.report import write
 from reference.results import Run
-from reference.suite import FIXTURE, Suite, load
+from reference.suite import Suite
 from reference.tf32 import TF32, name, operand
 
 LAST_BITS = 23 - 10
@@ -44,7 +46,7 @@ def test_the_peer_computes_without_tf32(fixture: Suite) -> None:
 
     of = comparison(fixture, "encoder.stem")
     hook = fixture.peer.encoder.conv1.register_forward_hook(look)
-    fixture.references(of, fixture.inputs(BLOCKS[of.block], of))
+    assert fixture.trial(of, Mock()).peer
     hook.remove()
     assert seen == [(False, False)]
 
@@ -129,14 +131,13 @@ def judged(
             given = dict(zip(BLOCKS[block].inputs(fixture.dims, fixture.policy), inputs, strict=True))
             return [change(x) for x in TWINS[block](fixture.peer, of.layer, **given)]
 
-    mine = replace(fixture)  # with executables of its own
-    mine.executables[mine.unit(BLOCKS[block]), of.layer] = {block: subject}
-    return replace(mine.judge(of), explanations=mine.explain(of))
+    trial = fixture.trial(of, subject)
+    return replace(trial.judge(), explanations=trial.explain())
 
 
 def named(judgement: Judgement) -> list[str]:
     """The best explanation of each output."""
-    return [e.causes[0].name if e.causes else "" for e in judgement.explanations]
+    return [e.diagnoses[0].name if e.diagnoses else "" for e in judgement.explanations]
 
 
 WITH_PRODUCTS = ("encoder.stem", "encoder.attention", "encoder.mlp", "decoder.attention.causal", "decoder.logits.step")

@@ -11,9 +11,10 @@ from torch import Tensor
 from maxwhisper.network.blocks import BLOCKS
 from reference import verdicts
 from reference.judge import Comparison, Judgement
+from reference.models import FIXTURE, Model, load
 from reference.results import Run
 from reference.soak import pytorch_in_the_subjects_place
-from reference.suite import FIXTURE, Model, Suite, load
+from reference.suite import Suite
 from reference.verdicts import Lenient, Memory
 
 pytestmark = pytest.mark.filterwarnings("ignore:TF32 acceleration")  # of PyTorch, where oneDNN's flags are set
@@ -46,7 +47,8 @@ def judged(
     of = of or comparison(model)
     suite = Suite(model, torch.float32, memory=memory)
     right = pytorch_in_the_subjects_place(suite, of)
-    suite.executables[suite.unit(BLOCK), of.layer] = {BLOCK.name: lambda *inputs: change(right(*inputs))}
+    subject = suite.subject
+    subject.executables[subject.unit(BLOCK), of.layer] = {BLOCK.name: lambda *inputs: change(right(*inputs))}
     return suite.judge(of)
 
 
@@ -164,5 +166,14 @@ def test_nothing_is_kept_where_a_version_is_not_known(
 
 def test_sources_are_all_of_the_judges() -> None:
     names = {path.name for path in verdicts.JUDGE.glob("*.py")}
-    assert {"judge.py", "measures.py", "suite.py", "blocks.py", "activations.py", "chain.py", "verdicts.py"} <= names
+    assert {
+        "judge.py",
+        "measures.py",
+        "suite.py",
+        "trial.py",
+        "blocks.py",
+        "activations.py",
+        "chain.py",
+        "verdicts.py",
+    } <= names
     assert verdicts.TABLE.name == "blocks.py"

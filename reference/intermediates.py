@@ -14,10 +14,10 @@ from maxwhisper.engine.session import Policy
 from maxwhisper.network.blocks import Block
 from maxwhisper.network.model import ResidualAttentionBlock
 
-CAPTURED = ("encoder", "decoder.prefill", "decoder.step")
-"""Blocks whose layers are captured."""
+WITH_INTERMEDIATES = ("encoder", "decoder.prefill", "decoder.step")
+"""Blocks that are compiled with their intermediates too."""
 SUMS = {"encoder.blocks.0": "encoder.stem", "decoder.blocks.0": "decoder.embedding"}
-"""Values that are no submodule's output: what goes into these submodules is captured under these names."""
+"""Values that are no submodule's output: what goes into these submodules is found under these names."""
 
 
 @contextmanager
@@ -52,9 +52,9 @@ def layer_outputs(module: Module, path: str) -> Iterator[dict[str, TensorValue]]
         clear_hooks()
 
 
-def captured(block: Block, dims: ModelDimensions, policy: Policy) -> tuple[Program, list[str]]:
-    """The block's program with every layer's output behind its own outputs, and a list that holds those layers' names
-    once the program has been traced."""
+def with_intermediates(block: Block, dims: ModelDimensions, policy: Policy) -> tuple[Program, list[str]]:
+    """Returns the block's program with every layer's output behind its own outputs, and a list that holds those layers'
+    names once the program has been traced."""
     program = block.program(dims, policy)
     names: list[str] = []
 
@@ -64,4 +64,4 @@ def captured(block: Block, dims: ModelDimensions, policy: Policy) -> tuple[Progr
         names[:] = list(found)
         return [*outputs, *found.values()]
 
-    return Program(f"{block.name} captured", program.path, program.module, function, program.inputs), names
+    return Program(f"{block.name} with intermediates", program.path, program.module, function, program.inputs), names

@@ -14,7 +14,7 @@ FACTOR = 1.10
 
 
 @dataclass(frozen=True)
-class Verdict:
+class RankTest:
     """Of a block's rounds: medians in seconds, ratio of head to base, and p of the two-sided Mann-Whitney test."""
 
     block: str
@@ -40,8 +40,8 @@ class Verdict:
         return "ok, faster" if self.significant and self.ratio < 1 / FACTOR else "ok"
 
 
-def verdict(block: str, base: Sequence[float], head: Sequence[float]) -> Verdict:
+def rank_test(block: str, base: Sequence[float], head: Sequence[float]) -> RankTest:
     """Judges rounds of base and head, each in seconds per call. Raises ValueError where there are none of one."""
     if not base or not head:
         raise ValueError(f"{block}: no rounds of {'head' if base else 'base'}")
-    return Verdict(block, median(base), median(head), float(mannwhitneyu(base, head).pvalue))
+    return RankTest(block, median(base), median(head), float(mannwhitneyu(base, head).pvalue))

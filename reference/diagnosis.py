@@ -13,7 +13,7 @@ EXPLAINED = 0.2
 
 
 @dataclass(frozen=True)
-class Cause:
+class Diagnosis:
     """A mistake that turns the oracle's values nearly into the subject's.
 
     before, after: relative L2 of the subject to the oracle, and to the oracle with the mistake made.
@@ -27,15 +27,15 @@ class Cause:
         return f"{self.name} (relative L2 {self.before:.1e}, with this mistake in the oracle {self.after:.1e})"
 
 
-def likely_causes(oracle: Tensor, subject: Tensor, inside: Mapping[str, Tensor] | None = None) -> tuple[Cause, ...]:
-    """The mistakes that explain the difference, the best explanation first.
+def diagnose(oracle: Tensor, subject: Tensor, inside: Mapping[str, Tensor] | None = None) -> tuple[Diagnosis, ...]:
+    """Returns the mistakes that explain the difference, the best explanation first.
 
     inside: what the oracle makes of its inputs with mistakes that its values do not show, by their names.
     """
     before = distance(oracle, subject)
     tried = [*mistakes(oracle, subject), *(inside or {}).items()]
-    causes = [Cause(name, before, distance(mistaken, subject)) for name, mistaken in tried]
-    return tuple(sorted((c for c in causes if c.after < EXPLAINED * before), key=lambda c: c.after))
+    found = [Diagnosis(name, before, distance(mistaken, subject)) for name, mistaken in tried]
+    return tuple(sorted((each for each in found if each.after < EXPLAINED * before), key=lambda each: each.after))
 
 
 def distance(oracle: Tensor, subject: Tensor) -> float:

@@ -1,0 +1,86 @@
+"""The models whose blocks are compared: the trained one, a user's checkpoint, and random weights of every size."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from whisper.model import ModelDimensions, Whisper
+
+from maxwhisper.checkpoint import load_checkpoint
+from maxwhisper.compare.material import dimensions
+
+from . import activations
+from .activations import Activations
+from .blocks import pytorch_whisper
+from .fixtures import NANO
+from .verdicts import fingerprint
+
+FIXTURE, CHECKPOINT = "fixture", "checkpoint"
+TRAINED = (FIXTURE, CHECKPOINT)
+
+SIZES: dict[str, ModelDimensions] = {
+    "tiny": dimensions(80, 51865, 384, 4, 4),
+    "tiny.en": dimensions(80, 51864, 384, 1, 1),
+    "base": dimensions(80, 51865, 512, 1, 1),
+    "small": dimensions(80, 51865, 768, 1, 1),
+    "medium": dimensions(80, 51865, 1024, 1, 1),
+    "large-v3": dimensions(128, 51866, 1280, 1, 1),
+    "turbo": dimensions(128, 51866, 1280, 1, 4),
+}
+"""Models of random weights: tiny whole, of the others one layer each, for layers of one model differ only in weights;
+of turbo its four decoder layers. Beside them there is "fixture", the trained model, and a user's "checkpoint"."""
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """Weights, and the oracle with them. size: a key of SIZES, FIXTURE or CHECKPOINT."""
+
+    size: str
+    dims: ModelDimensions
+    tensors: Mapping[str, Tensor]
+    known: dict[str, Activations] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return f"Model({self.size})"
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Returns a hash of the weights and dimensions."""
+        return fingerprint(self.tensors, repr(self.dims))
+
+    @cached_property
+    def oracle(self) -> Whisper:
+        """Returns PyTorch's model in float64."""
+        return pytorch_whisper(self.dims, self.tensors, torch.float64)
+
+    def activations(self, kind: str) -> Activations:
+        """Returns what the inputs of a kind are made from, recorded at the first call."""
+        source = activations.source(kind)
+        if source not in self.known:
+            self.known[source] = activations.recorded(self.oracle, source)
+        return self.known[source]
+
+
+def load(size: str, checkpoint: str | None = None) -> Model:
+    """Returns the model of a size; CHECKPOINT is that of a path or name."""
+    if size == CHECKPOINT:
+        assert checkpoint is not None
+        return trained(checkpoint, CHECKPOINT)
+    return trained() if size == FIXTURE else Model(size, SIZES[size], random_weights(SIZES[size]))
+
+
+def trained(path: str | Path = NANO, size: str = FIXTURE) -> Model:
+    """Returns the model of a checkpoint, by default the trained one of the fixtures."""
+    checkpoint = load_checkpoint(path)
+    return Model(size, checkpoint.dims, checkpoint.tensors)
+
+
+def random_weights(dims: ModelDimensions) -> dict[str, Tensor]:
+    """Returns PyTorch's initial weights, in float16 as OpenAI stores its own; the same at every call."""
+    torch.manual_seed(0)
+    model = Whisper(replace(dims))
+    torch.nn.init.normal_(model.decoder.positional_embedding, std=dims.n_text_state**-0.5)
+    return {name: tensor.half() for name, tensor in model.state_dict().items()}

@@ -1,0 +1,98 @@
+"""A block on trial: the three computations of one comparison, each made once, and what the judge says of them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from . import tf32
+from .blocks import TWINS
+from .formulas import in_float64
+from .inputs import moved
+from .judge import UNIT_ROUNDOFF, Comparison, Explanation, Judgement, condition, explain, judge
+
+if TYPE_CHECKING:
+    from .suite import Suite
+
+Outputs = list[Tensor]
+Run = Callable[..., Outputs]
+"""A block on MAX, or what stands in for one: from its inputs in order to its outputs."""
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """Oracle, peer and subject of a comparison on the same inputs, the oracle's own.
+
+    given: the inputs by name, in the dtype under test. run: the subject.
+    """
+
+    suite: "Suite"
+    comparison: Comparison
+    given: dict[str, Tensor]
+    run: Run
+
+    @cached_property
+    def there(self) -> dict[str, Tensor]:
+        """Returns the inputs where peer and subject compute."""
+        return moved(self.given, self.comparison.torch_device)
+
+    @cached_property
+    @torch.no_grad()
+    def subject(self) -> Outputs:
+        """Returns what MAX makes of the inputs."""
+        return [x.cpu() for x in self.run(*self.there.values())]
+
+    @cached_property
+    @torch.no_grad()
+    def peer(self) -> Outputs:
+        """Returns what PyTorch in the dtype under test makes of the inputs."""
+        twin = TWINS[self.comparison.block]
+        return [x.cpu() for x in twin(self.suite.peer, self.comparison.layer, **self.there)]
+
+    @cached_property
+    def oracle(self) -> Outputs:
+        """Returns what PyTorch in float64 makes of the inputs."""
+        return self.exactly(in_float64(self.given))
+
+    @torch.no_grad()
+    def exactly(self, inputs: dict[str, Tensor]) -> Outputs:
+        """Returns what PyTorch in float64 makes of other inputs of that dtype."""
+        return TWINS[self.comparison.block](self.suite.model.oracle, self.comparison.layer, **inputs)
+
+    def judge(self) -> Judgement:
+        """Returns the verdict; the condition of the block is found where it would not pass without."""
+        twin, dims = TWINS[self.comparison.block], self.suite.dims
+        verdict = partial(
+            judge,
+            self.comparison,
+            self.oracle,
+            self.peer,
+            self.subject,
+            longest_reduction=twin.longest_reduction(dims),
+            roundings=twin.roundings(dims),
+            n_vocab=dims.n_vocab,
+        )
+        first = verdict()
+        return first if first.passed or first.defects else verdict(condition=self.condition)
+
+    @property
+    def condition(self) -> float:
+        """Returns the condition of the block on the inputs, for roundings in the comparison's dtype."""
+        unit, seed = UNIT_ROUNDOFF[self.comparison.dtype], self.comparison.seed
+        return condition(self.exactly, in_float64(self.given), unit, seed)
+
+    def explain(self) -> tuple[Explanation, ...]:
+        """Returns where and how MAX errs."""
+        return explain(self.oracle, self.peer, self.subject, self.in_tf32())
+
+    def in_tf32(self) -> dict[str, Outputs]:
+        """Returns what the oracle makes of the inputs with products in TF32, by what a failure of float32 then looks
+        like."""
+        found = {}
+        for rounding in tf32.ROUNDINGS if self.comparison.dtype == torch.float32 else ():
+            with tf32.TF32(rounding):
+                found[tf32.name(rounding)] = self.exactly(in_float64(self.given))
+        return found

@@ -1,0 +1,275 @@
+"""The Mojo kernels of attention, on sizes that fill no vector and no tile."""
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from max.dtype import DType
+from max.graph import DeviceRef, TensorType, TensorValue
+from max.nn.layer import Module
+from torch import Tensor
+
+from maxwhisper.decoding.gpu import mask_behind
+from maxwhisper.engine.program import Artifact, Executable, Program
+from maxwhisper.engine.session import Policy
+from maxwhisper.network.keys_values import Cache, KeyValue, Slots
+from maxwhisper.network.model import MultiHeadAttention
+from maxwhisper.network.shapes import causal_mask
+from reference.judge import Comparison, judge
+
+N_CHANNEL = 64
+ATTENTION, SCORES = 0, 1
+
+
+@cache
+def graphs() -> dict[str, Executable]:
+    """All of this file, by name: most of a compilation does not depend on how many there are."""
+    return Artifact("kernels of attention", attentions(), "cpu").init({})
+
+
+class Attention(Module):
+    def cross(self, q: TensorValue, k: TensorValue, v: TensorValue) -> list[TensorValue]:
+        return [self.attn.by_kernel(q, KeyValue(k, v))]
+
+    def scores(self, q: TensorValue, k: TensorValue, v: TensorValue) -> tuple[TensorValue, ...]:
+        return self.attn.scores_by_kernel(q, KeyValue(k, v))
+
+    def cached(
+        self, q: TensorValue, k: TensorValue, v: TensorValue, length: TensorValue, *new: TensorValue
+    ) -> list[TensorValue]:
+        return [self.attn.by_kernel(q, KeyValue(*new), cache=Cache(k, v, length))]
+
+    def scattered(
+        self, q: TensorValue, k: TensorValue, v: TensorValue, length: TensorValue, *others: TensorValue
+    ) -> list[TensorValue]:
+        *new, sources = others
+        return [self.attn.by_kernel(q, KeyValue(*new), cache=Cache(k, v, length, sources))]
+
+    def written_out(
+        self, q: TensorValue, k: TensorValue, v: TensorValue, length: TensorValue, *new: TensorValue
+    ) -> tuple[TensorValue, ...]:
+        """What takes the kernels' place in faults."""
+        kv, cache = KeyValue(*new), Cache(k, v, length)
+        scores = self.attn.heads_attention(q, cache.followed_by(kv), None)[SCORES]
+        return self.attn.written_out(q, kv, cache=cache), scores
+
+    def in_place(self, q: TensorValue, *others: Any) -> list[TensorValue]:
+        k, v, n_past, k_new, v_new, k_written, v_written = others
+        slots = Slots(k, v, k_written, v_written, n_past, mask_behind(n_past, k))
+        queries, kv = slots.filled(q, KeyValue(k_new, v_new))
+        return [self.attn.written_out(queries, kv, slots.mask)]
+
+    def causal(self, q: TensorValue, k: TensorValue, v: TensorValue) -> list[TensorValue]:
+        return [self.attn.by_kernel(q, KeyValue(k, v), causal_mask(q.shape[1], self.attn.policy))]
+
+    @property
+    def attn(self) -> MultiHeadAttention:
+        """One without weights of its own: a graph would want their values."""
+        policy = Policy(DeviceRef.CPU(), DType.float32, DType.float32)
+        return MultiHeadAttention(2 * N_CHANNEL, 2, policy)
+
+    def __call__(self) -> None:
+        raise NotImplementedError
+
+
+def attentions() -> list[Program]:
+    cpu = DeviceRef.CPU()
+
+    def queries(state: str | int, number: str | int = 1) -> dict[str, TensorType]:
+        return {"q": TensorType(DType.float32, ["batch", number, state], cpu)}
+
+    def heads(rows: str, places: str | int, n_head: str | int = "head") -> TensorType:
+        return TensorType(DType.float32, [rows, n_head, places, N_CHANNEL], cpu)
+
+    def behind_a_cache(n_head: str | int) -> dict[str, TensorType]:
+        places, new = heads("batch", "place", n_head), heads("batch", 1, n_head)
+        return {"k": places, "v": places, "length": length, "k_new": new, "v_new": new}
+
+    length, lengths = TensorType(DType.int64, [], cpu), TensorType(DType.int64, ["batch"], cpu)
+    cross = {**queries("state"), "k": heads("row", "key"), "v": heads("row", "key")}
+    cached = {**queries("state"), **behind_a_cache("head")}
+    scattered = {**cached, "sources": TensorType(DType.int64, ["batch", "place"], cpu)}
+    written_out = {**queries(2 * N_CHANNEL), **behind_a_cache(2)}
+    slot = TensorType(DType.float32, ["batch", "place", 2, N_CHANNEL], cpu)
+    in_place = {**written_out, "k": slot, "v": slot, "length": lengths}
+    in_place |= {f"{name} written": slot.as_buffer() for name in "kv"}
+    many = {**cross, **queries("state", "token")}
+    half = {name: TensorType(DType.bfloat16, kind.shape, cpu) for name, kind in many.items()}
+    causal = {**many, **dict.fromkeys(("k", "v"), heads("row", "token"))}
+    return [
+        Program("many", "", Attention(), Attention.scores, many),
+        Program("many, bfloat16", "", Attention(), Attention.scores, half),
+        Program("causal", "", Attention(), Attention.causal, causal),
+        Program("cross", "", Attention(), Attention.cross, cross),
+        Program("cached", "", Attention(), Attention.cached, cached),
+        Program("of other lengths", "", Attention(), Attention.cached, {**cached, "length": lengths}),
+        Program("of other rows", "", Attention(), Attention.scattered, scattered),
+        Program("written out", "", Attention(), Attention.written_out, written_out),
+        Program("in place", "", Attention(), Attention.in_place, in_place),
+    ]
+
+
+def expected(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> list[Tensor]:
+    """Attention, and its scores; k and v are repeated for the texts that share them."""
+    n_head, shared = k.shape[1], len(q) // len(k)
+    k, v = (x.repeat_interleave(shared, 0) for x in (k, v))
+    split = q.unflatten(2, (n_head, N_CHANNEL)).transpose(1, 2)
+    scores = split @ k.transpose(2, 3) * N_CHANNEL**-0.5
+    if causal:
+        scores = scores + torch.full(scores.shape[2:], float("-inf")).triu(1)
+    return [(scores.softmax(-1) @ v).transpose(1, 2).flatten(2), scores if k.dtype == torch.float64 else scores.float()]
+
+
+ROUNDINGS = 3
+"""Of values in a row, in PyTorch: scores, their softmax, and weighted values."""
+
+
+def check(
+    name: str, ours: list[Tensor], q: Tensor, k: Tensor, v: Tensor, causal: bool = False, output: int = 0
+) -> None:
+    comparison = Comparison("a kernel", q.dtype, name, 0, "random", "cpu")
+    oracle, peer = expected(q.double(), k.double(), v.double(), causal), expected(q, k, v, causal)
+    terms = max(k.shape[2], N_CHANNEL)
+    three = [[each[output]] for each in (oracle, peer, ours)]
+    found = judge(comparison, *three, longest_reduction=terms, roundings=ROUNDINGS, n_vocab=0)
+    assert found.passed, f"\n{found}"
+
+
+SIZES = {"rows": st.integers(1, 3), "n_head": st.integers(1, 3), "seed": st.integers(0, 2**32 - 1)}
+
+
+@settings(max_examples=60, deadline=None)
+@given(shared=st.integers(1, 9), n_key=st.integers(1, 300), **SIZES)
+def test_attention_of_texts_that_share_keys(rows: int, shared: int, n_head: int, n_key: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(rows * shared, 1, n_head * N_CHANNEL, generator=generator)
+    k, v = torch.randn(2, rows, n_head, n_key, N_CHANNEL, generator=generator)
+    check("cross", graphs()["cross"](q, k, v), q, k, v)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    shared=st.integers(1, 3),
+    n_token=st.integers(2, 80),
+    n_key=st.integers(1, 300),
+    **SIZES,
+)
+def test_attention_of_many_queries(
+    dtype: torch.dtype, rows: int, shared: int, n_head: int, n_token: int, n_key: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(rows * shared, n_token, n_head * N_CHANNEL, generator=generator).to(dtype)
+    k, v = torch.randn(2, rows, n_head, n_key, N_CHANNEL, generator=generator).to(dtype)
+    name = "many" if dtype == torch.float32 else "many, bfloat16"
+    check(name, graphs()[name](q, k, v), q, k, v, output=ATTENTION)
+    q, k = q.abs(), k.abs()  # a score may be near 0 by chance else, and its relative error anything
+    check(name, graphs()[name](q, k, v), q, k, v, output=SCORES)
+
+
+@settings(max_examples=60, deadline=None)
+@given(n_token=st.integers(2, 300), **SIZES)
+def test_causal_attention(rows: int, n_head: int, n_token: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(rows, n_token, n_head * N_CHANNEL, generator=generator)
+    k, v = torch.randn(2, rows, n_head, n_token, N_CHANNEL, generator=generator)
+    check("causal", graphs()["causal"](q, k, v), q, k, v, causal=True)
+
+
+@settings(max_examples=60, deadline=None)
+@given(n_past=st.integers(0, 300), n_free=st.integers(0, 20), **SIZES)
+def test_attention_behind_a_cache_reads_nothing_that_is_not_filled(
+    rows: int, n_head: int, n_past: int, n_free: int, seed: int
+) -> None:
+    check_cached("cached", rows, n_head, n_past, n_free, seed)
+
+
+@pytest.mark.parametrize("n_past", [1, 17])
+@pytest.mark.parametrize("n_free", [0, 3])
+def test_attention_behind_a_cache_written_out(n_past: int, n_free: int) -> None:
+    check_cached("written out", 3, 2, n_past, n_free, seed=0)
+    check_cached("written out", 3, 2, n_past, n_free, seed=0, output=SCORES)
+
+
+@settings(max_examples=60, deadline=None)
+@given(n_place=st.integers(1, 300), rows=st.integers(1, 4), data=st.data())
+def test_attention_behind_a_cache_in_place(n_place: int, rows: int, data: st.DataObject) -> None:
+    n_past = torch.tensor([data.draw(st.integers(0, n_place - 1)) for _ in range(rows)])
+    q, k_new, v_new = torch.randn(rows, 1, 2 * N_CHANNEL), *torch.randn(2, rows, 2, 1, N_CHANNEL)
+    caches = torch.randn(2, rows, n_place, 2, N_CHANNEL)
+    before = caches.clone()
+    (ours,) = graphs()["in place"](q, *caches, n_past, k_new, v_new, *caches)
+    for row, place in enumerate(n_past.tolist()):
+        before[:, row, place] = torch.stack([k_new, v_new])[:, row, :, 0]
+        k, v = before[:, row : row + 1, : place + 1].transpose(2, 3)
+        check("in place", [ours[row : row + 1]], q[row : row + 1], k, v)
+    assert caches.equal(before)
+
+
+def check_cached(
+    graph: str, rows: int, n_head: int, n_past: int, n_free: int, seed: int, output: int = ATTENTION
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(rows, 1, n_head * N_CHANNEL, generator=generator)
+    k, v = torch.randn(2, rows, n_head, n_past + 1, N_CHANNEL, generator=generator)
+    if output == SCORES:
+        q, k = q.abs(), k.abs()
+    nothing = torch.full((rows, n_head, n_free, N_CHANNEL), float("nan"))
+    caches = (torch.cat([x[:, :, :n_past], nothing], 2) for x in (k, v))
+    ours = graphs()[graph](q, *caches, torch.tensor(n_past), k[:, :, n_past:], v[:, :, n_past:])
+    check(graph, ours, q, k, v, output=output)
+
+
+def test_attention_of_a_text_is_bitwise_the_same_among_any_others() -> None:
+    q, (k, v) = torch.randn(11, 1, 6 * N_CHANNEL), torch.randn(2, 1, 6, 1500, N_CHANNEL)
+    (together,) = graphs()["cross"](q, k, v)
+    assert together.equal(torch.cat([graphs()["cross"](each[None], k, v)[0] for each in q]))
+
+
+def test_a_query_is_bitwise_the_same_among_any_others() -> None:
+    q, (k, v) = torch.randn(3, 400, 2 * N_CHANNEL), torch.randn(2, 3, 2, 131, N_CHANNEL)
+    together, _ = graphs()["many"](q, k, v)
+    for text, n_token in ((0, 400), (1, 399), (2, 5)):
+        alone, _ = graphs()["many"](q[text : text + 1, -n_token:], k[text : text + 1], v[text : text + 1])
+        assert together[text : text + 1, -n_token:].equal(alone)
+
+
+@pytest.mark.parametrize("n_key", [5, 100, 131])
+@pytest.mark.parametrize("name", ["cross", "many", "many, bfloat16"])
+def test_a_key_that_is_no_number_is_seen(name: str, n_key: int) -> None:
+    """Wherever it stands among those that are compared with each other for the greatest score."""
+    dtype = torch.bfloat16 if "bfloat16" in name else torch.float32
+    q, (k, v) = (
+        torch.ones(1, 1 if name == "cross" else 7, N_CHANNEL, dtype=dtype),
+        torch.ones(2, 1, 1, n_key, N_CHANNEL),
+    )
+    for place in (0, n_key // 2, n_key - 1):
+        broken = k.to(dtype)
+        broken[:, :, place] = float("nan")
+        assert graphs()[name](q, broken, v.to(dtype))[0].isnan().all()
+
+
+def test_texts_of_other_lengths_attend_as_they_do_alone() -> None:
+    q, lengths = torch.randn(4, 1, 3 * N_CHANNEL), [5, 0, 17, 1]
+    k, v, k_new, v_new = (torch.randn(4, 3, n, N_CHANNEL) for n in (20, 20, 1, 1))
+    (together,) = graphs()["of other lengths"](q, k, v, torch.tensor(lengths), k_new, v_new)
+    rows = [[x[i : i + 1] for x in (q, k, v, k_new, v_new)] for i in range(4)]
+    alone = [graphs()["cached"](*row[:3], torch.tensor(n), *row[3:])[0] for row, n in zip(rows, lengths, strict=True)]
+    assert together.equal(torch.cat(alone))
+
+
+@settings(max_examples=60, deadline=None)
+@given(n_past=st.integers(0, 300), **SIZES)
+def test_places_may_be_read_from_any_row(rows: int, n_head: int, n_past: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    q, k_new, v_new = (torch.randn(rows, *shape, generator=generator) for shape in (
+        (1, n_head * N_CHANNEL), (n_head, 1, N_CHANNEL), (n_head, 1, N_CHANNEL)
+    ))  # fmt: skip
+    k, v = torch.randn(2, rows, n_head, n_past + 2, N_CHANNEL, generator=generator)
+    sources = torch.randint(0, rows, (rows, n_past + 2), generator=generator)
+    gathered = (x[sources, :, torch.arange(n_past + 2)].transpose(1, 2) for x in (k, v))
+    (ours,) = graphs()["of other rows"](q, k, v, torch.tensor(n_past), k_new, v_new, sources)
+    assert ours.equal(graphs()["cached"](q, *gathered, torch.tensor(n_past), k_new, v_new)[0])
