@@ -65,8 +65,8 @@ def test_few_blocks_compile_without_the_others() -> None:
 
 def test_the_spectrogram_compiles_without_the_network_that_a_transcript_takes_it_from() -> None:
     few = suite(kept=False, only=frozenset(["log_mel", "encoder"]))
-    assert [few.unit(BLOCKS[name]) for name in ("log_mel", "encoder")] == [CHOSEN, "network"]
-    assert [program.name for program in few.programs(CHOSEN)] == ["log_mel"]
+    assert [few.subject.unit(BLOCKS[name]) for name in ("log_mel", "encoder")] == [CHOSEN, "network"]
+    assert [program.name for program in few.subject.programs(CHOSEN)] == ["log_mel"]
 
 
 @pytest.mark.parametrize(("kept", "held"), [(True, None), (False, Mock(spec=Artifacts))], ids=["kept", "artifacts"])
