@@ -17,18 +17,13 @@ from maxwhisper import batched
 from maxwhisper.audio import load_audio
 from maxwhisper.batched import CHUNK, LONGEST, MARGIN, SILENCE, SPEECH, pieces, probabilities, transcribe_batched
 from maxwhisper.errors import OptionError
-from maxwhisper.whisper import Whisper, load_model
+from maxwhisper.whisper import Whisper
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 LONG = FIXTURES / "clips" / "english-long.mp3"
 SENTENCES = next(
     clip for clip in json.loads((FIXTURES / "clips.json").read_text())["clips"] if clip["file"].endswith(LONG.name)
 )["segments"]
-
-
-@pytest.fixture(scope="module")
-def model() -> Whisper:
-    return load_model(FIXTURES / "nano.pt")
 
 
 @given(

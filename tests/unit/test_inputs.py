@@ -11,22 +11,12 @@ import whisper
 from whisper import DecodingOptions
 from whisper.audio import pad_or_trim
 
-from maxwhisper.audio import as_waveform, load_audio, log_mel_spectrogram
+from maxwhisper.audio import as_waveform, log_mel_spectrogram
 from maxwhisper.errors import OptionError
-from maxwhisper.whisper import Whisper, load_model
+from maxwhisper.whisper import Whisper
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 SHORT: dict[str, Any] = {"fp16": False, "language": "en", "sample_len": 5}
-
-
-@pytest.fixture(scope="module")
-def model() -> Whisper:
-    return load_model(FIXTURES / "nano.pt")
-
-
-@pytest.fixture(scope="module")
-def audio() -> np.ndarray:
-    return load_audio(FIXTURES / "clips" / "english-4.ogg")
 
 
 @pytest.fixture(scope="module")

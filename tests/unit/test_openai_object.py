@@ -41,21 +41,6 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def model() -> Whisper:
-    return load_model(NANO)
-
-
-@pytest.fixture(scope="module")
-def openai() -> OpenAIWhisper:
-    return whisper.load_model(str(NANO), device="cpu")
-
-
-@pytest.fixture(scope="module")
-def audio() -> np.ndarray:
-    return load_audio(FIXTURES / "clips" / "english-4.ogg")
-
-
-@pytest.fixture(scope="module")
 def mel(audio: np.ndarray) -> torch.Tensor:
     return whisper.log_mel_spectrogram(pad_or_trim(audio))
 

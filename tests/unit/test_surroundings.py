@@ -34,11 +34,6 @@ PATIENCE = 60.0
 
 
 @pytest.fixture(scope="module")
-def model() -> Whisper:
-    return load_model(NANO)
-
-
-@pytest.fixture(scope="module")
 def audio() -> np.ndarray:
     return load_audio(FIXTURES / "clips" / "english-4.ogg")[:36000]
 

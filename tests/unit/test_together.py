@@ -19,17 +19,12 @@ from maxwhisper.decoding.cache import CacheSlots, KeyValueCache, rows_of
 from maxwhisper.decoding.rules import Rules, TokenRules
 from maxwhisper.errors import AudioError, DecodingError, OptionError
 from maxwhisper.scheduling import loaded, transcribe_many
-from maxwhisper.whisper import Whisper, load_model
+from maxwhisper.whisper import Whisper
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 CLIPS = [FIXTURES / clip["file"] for clip in json.loads((FIXTURES / "clips.json").read_text())["clips"]]
 SOME = [clip for clip in CLIPS if clip.stem in ("english-1", "english-long", "german-2", "silence", "english-3")]
 """Of one window and of several, in two languages, and without speech."""
-
-
-@pytest.fixture(scope="module")
-def model() -> Whisper:
-    return load_model(FIXTURES / "nano.pt")
 
 
 @pytest.fixture(scope="module")

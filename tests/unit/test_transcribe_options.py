@@ -12,25 +12,15 @@ from whisper import DecodingOptions
 from whisper.audio import pad_or_trim
 from whisper.tokenizer import get_tokenizer
 
-from maxwhisper.audio import load_audio, log_mel_spectrogram
+from maxwhisper.audio import log_mel_spectrogram
 from maxwhisper.batched import transcribe_batched
 from maxwhisper.errors import OptionError
-from maxwhisper.whisper import Whisper, load_model
+from maxwhisper.whisper import Whisper
 
 from .command import CLIP, StubModel, assert_one_line, status
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 SHORT: dict[str, Any] = {"language": "en", "temperature": 0.0, "sample_len": 5}
-
-
-@pytest.fixture(scope="module")
-def model() -> Whisper:
-    return load_model(FIXTURES / "nano.pt")
-
-
-@pytest.fixture(scope="module")
-def audio() -> np.ndarray:
-    return load_audio(FIXTURES / "clips" / "english-4.ogg")
 
 
 @pytest.fixture(scope="module")
