@@ -6,7 +6,6 @@ package that wrote it. A folder appears when it is complete.
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from ..engine.folders import cache_folder
 from ..errors import OptionError
+from ..files import replacing
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
@@ -52,15 +52,9 @@ def complete(folder: Path, write: Callable[[Path], None]) -> None:
     """Has `write` fill a folder that gets its name afterwards; does nothing if there is one of this name."""
     if folder.exists():
         return
-    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder.parent) as unfinished:
-        inside = Path(unfinished) / folder.name
-        inside.mkdir()
-        write(inside)
-        try:
-            inside.rename(folder)
-        except OSError:
-            if not folder.exists():  # otherwise another process has been faster
-                raise
+    with replacing(folder) as unfinished:
+        unfinished.mkdir()
+        write(unfinished)
 
 
 def write_openai(checkpoint: "Checkpoint", folder: Path) -> None:

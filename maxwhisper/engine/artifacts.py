@@ -18,7 +18,6 @@ import json
 import logging
 import os
 import platform
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
@@ -39,6 +38,7 @@ from max.dtype import DType
 from whisper.model import ModelDimensions
 
 from ..errors import ArtifactError, OptionError
+from ..files import replacing
 from .built_from import built_from
 from .instructions import PORTABLE_CPU, PORTABLE_FEATURES, cpu_features, cpu_target
 from .program import Loader, Program, Stored
@@ -301,25 +301,21 @@ def writing(out: str | os.PathLike[str], target: str) -> Iterator[Writer]:
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / MANIFEST).exists())):
         raise OptionError(f"--out {out}: is there already, and is no folder of artifacts")
     try:
-        with replacing(out, target) as writer:
+        with written(out, target) as writer:
             yield writer
     except OSError as error:
         raise OptionError(f"--out {out}: cannot be written: {error.strerror or error}") from error
 
 
 @contextmanager
-def replacing(out: Path, target: str) -> Iterator[Writer]:
+def written(out: Path, target: str) -> Iterator[Writer]:
     """Writes as `writing` does, in the place of whatever is there. Raises OSError if it cannot be written."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
-        new, old = Path(temporary) / "new", Path(temporary) / "old"
-        new.mkdir()
-        writer = Writer(new, target)
+    with replacing(out) as folder:
+        folder.mkdir()
+        writer = Writer(folder, target)
         yield writer
         writer.finish()
-        if out.exists():
-            out.rename(old)
-        new.rename(out)
 
 
 # ---- keeping what was compiled -------------------------------------------------------------------------------------
@@ -392,7 +388,7 @@ def link_to(place: Path, link: Path) -> None:
 
 def keep(stored: Stored, identity: Identity, target: str, place: Path) -> None:
     try:
-        with replacing(place, target) as writer:
+        with written(place, target) as writer:
             writer.manifest["cpu"]["features"] = cpu_features()  # compiled for this CPU, not for any that has a GPU
             writer.add(identity, stored, identity.source)
     except Exception as error:  # what was compiled can be used, whatever MAX or the disk says against keeping it
