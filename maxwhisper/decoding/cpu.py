@@ -143,12 +143,8 @@ class CPUStepper:
         """Decodes texts until one has ended, or has as many tokens more as it may have."""
         check_room(int((texts.lengths + n_token).max()) - 1, self.n_text_ctx)
         now = begun(texts, n_token, 0, rules.eot)
-        candidates, logprobs, totals, lengths = self.graphs[SELECT_TOKENS](
-            tokens=now.last(), **state(now, n_token), **rules._asdict(), **inputs_of(cache)
-        )
-        now = finished(texts, now._replace(totals=totals, lengths=lengths), n_token, rules.eot)
-        cache.n_token = int(now.lengths.max()) - 1
-        return Advanced(now, Candidates(candidates, logprobs))
+        given = {"tokens": now.last(), **state(now, n_token), **rules._asdict(), **inputs_of(cache)}
+        return finished(texts, now, self.graphs[SELECT_TOKENS](**given), cache, n_token, rules.eot)
 
 
 def begun(texts: Texts, n_token: Tensor, n_more: int, eot: int) -> Texts:
@@ -159,14 +155,19 @@ def begun(texts: Texts, n_token: Tensor, n_more: int, eot: int) -> Texts:
     return Texts(tokens.masked_fill(idle[:, None], eot), texts.lengths.masked_fill(idle, 1), texts.totals)
 
 
-def finished(texts: Texts, now: Texts, n_token: Tensor, eot: int) -> Texts:
-    """Returns what has become of texts that `begun` gave: without guesses behind them, idle ones as they were."""
+def finished(
+    texts: Texts, now: Texts, found: Sequence[Tensor], cache: KeyValueCache, n_token: Tensor, eot: int
+) -> Advanced:
+    """Returns what a graph has found, and made of texts that `begun` gave: without guesses behind them, idle ones as
+    they were. The cache is as long as the longest."""
+    candidates, logprobs, totals, lengths = found
     idle = n_token == 0
-    lengths = torch.where(idle, texts.lengths, now.lengths)
+    lengths = torch.where(idle, texts.lengths, lengths)
     before = functional.pad(texts.tokens, (0, now.tokens.shape[1] - texts.tokens.shape[1]), value=eot)
     tokens = torch.where(idle[:, None], before, now.tokens)[:, : int(lengths.max())]
     tokens[torch.arange(tokens.shape[1]) >= lengths[:, None]] = eot
-    return Texts(tokens, lengths, now.totals)
+    cache.n_token = int(lengths.max()) - 1
+    return Advanced(Texts(tokens, lengths, totals), Candidates(candidates, logprobs))
 
 
 def state(texts: Texts, n_token: Tensor) -> dict[str, Tensor]:

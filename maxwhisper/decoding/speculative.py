@@ -37,7 +37,7 @@ from .cpu import (
     written,
 )
 from .rules import NoWeights, Rules, top_tokens
-from .stepper import Advanced, Candidates, Graphs, Texts, check_room
+from .stepper import Advanced, Graphs, Texts, check_room
 
 SPECULATE, QUANTIZE_KEYS = "decoder.speculate", "decoder.rough_keys"
 
@@ -212,16 +212,10 @@ class Drafted(Graphs, Protocol):
         """What the graph of speculation takes."""
 
 
-class SpeculativeStepper:
-    """Has tokens proposed and verified where that takes less time than steps, which another stepper takes."""
+class SpeculativeStepper(CPUStepper):
+    """Has tokens proposed and verified where that takes less time than steps."""
 
-    max_candidates = None
-    tokens_first = False
-
-    def __init__(self, graphs: Drafted, n_text_ctx: int):
-        self.graphs = graphs
-        self.n_text_ctx = n_text_ctx
-        self.inner = CPUStepper(graphs, n_text_ctx)
+    graphs: Drafted
 
     def advance(self, texts: Texts, cache: KeyValueCache, rules: Rules, n_token: Tensor) -> Advanced:
         """Decodes texts as `CPUStepper` does, to the same tokens, or to fewer, if so few are left that others steps
@@ -231,7 +225,7 @@ class SpeculativeStepper:
         n_proposed = n_token.minimum(self.n_text_ctx + 1 - N_PROPOSED - texts.lengths)
         of_its_own = len(cache.cross[0]) == len(texts.tokens)
         if len(rules.places) > 1 or not of_its_own or not worth_proposing(n_proposed, n_token):
-            return self.inner.advance(texts, cache, rules, n_token)
+            return super().advance(texts, cache, rules, n_token)
         advanced = self._propose(texts, cache, rules, n_token, n_proposed)
         gained = advanced.texts.lengths - texts.lengths
         idle = n_token == 0
@@ -242,21 +236,17 @@ class SpeculativeStepper:
             or not worth_proposing(n_proposed - gained, n_token)
         ):
             return advanced
-        return self.inner.advance(advanced.texts, cache, rules, n_token - gained)
+        return super().advance(advanced.texts, cache, rules, n_token - gained)
 
     def _propose(
         self, texts: Texts, cache: KeyValueCache, rules: Rules, n_token: Tensor, n_proposed: Tensor
     ) -> Advanced:
         now = begun(texts, n_token, N_PROPOSED, rules.eot)
-        ends = torch.where(n_token == 0, now.lengths + WORTH_PROPOSING, now.lengths + n_proposed)
-        draft = {f"draft {name}": each for name, each in self.graphs.draft._asdict().items()}
-        candidates, logprobs, totals, lengths = self.graphs[SPECULATE](
-            **{**state(now, n_token), "ends": ends}, **rules._asdict(), **inputs_of(cache), **draft,
-            **{"cache": cache.memory, "quantized cross": cache.quantized(self._quantize)},
-        )  # fmt: skip
-        now = finished(texts, now._replace(totals=totals, lengths=lengths), n_token, rules.eot)
-        cache.n_token = int(now.lengths.max()) - 1
-        return Advanced(now, Candidates(candidates, logprobs))
+        given = {**state(now, n_token), **rules._asdict(), **inputs_of(cache)}
+        given["ends"] = torch.where(n_token == 0, now.lengths + WORTH_PROPOSING, now.lengths + n_proposed)
+        given |= {f"draft {name}": each for name, each in self.graphs.draft._asdict().items()}
+        given |= {"cache": cache.memory, "quantized cross": cache.quantized(self._quantize)}
+        return finished(texts, now, self.graphs[SPECULATE](**given), cache, n_token, rules.eot)
 
     def _quantize(self, cross: Sequence[Tensor], into: Tensor, row: int) -> None:
         """Puts keys and values of audio into `room_for_quantized`, from a row on."""
