@@ -17,17 +17,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from max.dtype import DType
-from max.graph import TensorType, TensorValue, Weight, ops
-from max.nn.attention import MHAMaskVariant
-from max.nn.kernels import flash_attention_gpu, masked_flash_attention_gpu
+from max.graph import TensorValue, Weight, ops
 from max.nn.layer import LayerList, Module
 from whisper.model import ModelDimensions
 
 from ..engine.session import Policy
+from .backends import Attention, Steps
 from .gelu import gelu
-from .keys_values import Cache, KeyValue, Slots, flash_dtype
-from .products import convolution, convolution_by_product, linear
-from .shapes import causal_mask, grouped, indices, join_rows, split_rows
+from .keys_values import Cache, KeyValue, Slots
+from .products import convolve, linear
+from .shapes import causal_mask, grouped, indices
 
 
 class LayerNorm(Module):
@@ -71,12 +70,10 @@ class Conv1d(Module):
     def __call__(self, x: TensorValue) -> TensorValue:
         """(batch, time, n_in) to (batch, time / stride, n_out)."""
         padded = ops.pad(x, [0, 0, self.padding, self.padding, 0, 0])
-        if not x.device.is_cpu():
-            return convolution_by_product(padded, self.weight, self.bias, self.stride)
-        return (convolution(padded, self.weight, self.stride) + self.bias).cast(x.dtype)
+        return convolve(padded, self.weight, self.bias, self.stride)
 
 
-class MultiHeadAttention(Module):
+class MultiHeadAttention(Attention):
     """Attention of queries from x over given keys and values, and the projections that make those."""
 
     def __init__(self, n_state: int, n_head: int, policy: Policy):
@@ -97,96 +94,16 @@ class MultiHeadAttention(Module):
     def __call__(
         self, x: TensorValue, kv: KeyValue, mask: TensorValue | None = None, cache: Cache | Slots | None = None
     ) -> TensorValue:
-        """Attend from x (batch, token, state) to kv, and to what is cached before it, which takes one token.
+        """Attends from x (batch, token, state) to kv, and to what is cached before it, which takes one token.
 
         kv may have fewer rows than the batch: with several sequences per audio window, consecutive ones share a row.
         """
-        q = self.query(x)
-        if isinstance(cache, Slots):
-            q, kv = cache.filled(q, kv)
-            attend = self.written_out if x.device.is_cpu() else self.by_flash_attention
-            return self.out(attend(q, kv, cache.mask))
-        attend = self.by_kernel if x.device.is_cpu() else self.by_flash_attention
-        return self.out(attend(q, kv, mask, cache))
+        return self.out(self.attend(self.query(x), kv, mask, cache))
 
     def with_scores(self, x: TensorValue, kv: KeyValue) -> tuple[TensorValue, TensorValue]:
-        """Attend from x to kv; also the scores before softmax (batch, head, token, key)."""
-        q = self.query(x)
-        wv, qk = self.scores_by_kernel(q, kv) if x.device.is_cpu() else self.heads_attention(q, kv, None)
+        """Attends from x to kv; also returns the scores before softmax (batch, head, token, key)."""
+        wv, qk = self.attend_with_scores(self.query(x), kv)
         return self.out(wv), qk
-
-    def scores_by_kernel(self, q: TensorValue, kv: KeyValue) -> tuple[TensorValue, TensorValue]:
-        """Attends as `by_kernel` does; also returns the scores before softmax."""
-        qk = TensorType(DType.float32, [q.shape[0], kv.k.shape[1], q.shape[1], kv.k.shape[2]], q.device)
-        parameters = {"n_channel": self.n_channel}
-        scores = ops.custom("maxwhisper.attention_scores", q.device, [q, kv.k], [qk], parameters=parameters)
-        return self.by_kernel(q, kv), scores[0].tensor
-
-    def by_kernel(
-        self, q: TensorValue, kv: KeyValue, mask: TensorValue | None = None, cache: Cache | None = None
-    ) -> TensorValue:
-        """Attention of q (batch, token, state) by kernels of our own, for CPUs, which add up in float32.
-
-        Those of one token read the cache where it is, and the keys and values of a window once for all texts that share
-        them.
-        """
-        if cache is not None:
-            assert q.shape[1] == 1, "the kernel would compute the first token alone"
-            name = "maxwhisper.cached_attention"
-            inputs = [q.cast(DType.float32), *cache.for_kernel(q.shape[0]), *kv]
-        elif q.shape[1] == 1:
-            name, inputs = "maxwhisper.attention", [q.cast(DType.float32), *kv]
-        elif mask is None:
-            name, inputs = "maxwhisper.tiled_attention", [q, *kv]
-        else:
-            name, inputs = "maxwhisper.masked_attention", [q, *kv, mask]
-        wv = TensorType(inputs[0].dtype, q.shape, q.device)
-        parameters = {"n_channel": self.n_channel}
-        return ops.custom(name, q.device, inputs, [wv], parameters=parameters)[0].tensor.cast(q.dtype)
-
-    def by_flash_attention(
-        self, q: TensorValue, kv: KeyValue, mask: TensorValue | None = None, cache: Cache | None = None
-    ) -> TensorValue:
-        """Attends by MAX's kernels for GPUs, which know a causal mask, (token, token), without reading it."""
-        kv = kv if cache is None else cache.followed_by(kv)
-        rows = split_rows(q, kv.k.shape[0])
-        heads = rows.reshape((*rows.shape[:2], self.n_head, self.n_channel))
-        values = [x.cast(flash_dtype(x.dtype)) for x in (heads, *(ops.permute(x, [0, 2, 1, 3]) for x in kv))]
-        scale = self.n_channel**-0.5
-        if mask is not None and mask.rank > 2:
-            wv = masked_flash_attention_gpu(*values, mask, scale)
-        else:
-            variant = MHAMaskVariant.NULL_MASK if mask is None else MHAMaskVariant.CAUSAL_MASK
-            wv = flash_attention_gpu(*values, variant, scale)
-        return join_rows(wv.cast(self.policy.compute).reshape(rows.shape), *q.shape[:2])
-
-    def written_out(
-        self, q: TensorValue, kv: KeyValue, mask: TensorValue | None = None, cache: Cache | None = None
-    ) -> TensorValue:
-        """Attends as `by_kernel` does, by MAX's operations."""
-        return self.heads_attention(q, kv if cache is None else cache.followed_by(kv), mask)[0]
-
-    def heads_attention(
-        self, q: TensorValue, kv: KeyValue, mask: TensorValue | None
-    ) -> tuple[TensorValue, TensorValue]:
-        """Attention of q (batch, token, state), and the scores before softmax (batch, head, token, key). Where texts
-        share a row of kv they stand side by side meanwhile."""
-        rows = split_rows(q, kv.k.shape[0])
-        rows = rows.reshape((*rows.shape[:2], self.n_head, self.n_channel))
-        wv, qk = self.qkv_attention(ops.permute(rows, [0, 2, 1, 3]), kv, mask)
-        _, n_head, _, n_key = qk.shape
-        wv, qk = (ops.permute(x, [0, 2, 1, 3]) for x in (wv, qk))
-        wv, qk = (join_rows(x.reshape((*x.shape[:2], -1)), *q.shape[:2]) for x in (wv, qk))
-        return wv, ops.permute(qk.reshape((*q.shape[:2], n_head, n_key)), [0, 2, 1, 3])
-
-    def qkv_attention(self, q: TensorValue, kv: KeyValue, mask: TensorValue | None) -> tuple[TensorValue, TensorValue]:
-        # On a CPU MAX replaces exactly this form, with the scale as right operand, by a fused kernel. It adds up in the
-        # dtype it is given, and 1,500 keys are too many for bfloat16, so attention is float32 at any precision.
-        q, k, v = (x.cast(DType.float32) for x in (q, *kv))
-        qk = (q @ ops.transpose(k, 2, 3)) * ops.constant(self.n_channel**-0.5, DType.float32, q.device)
-        if mask is not None:
-            qk = qk + (mask if mask.rank == 2 else ops.unsqueeze(mask, 1))
-        return (ops.softmax(qk) @ v).cast(self.policy.compute), qk
 
 
 class GELU(Module):
@@ -199,7 +116,7 @@ def mlp(n_state: int, policy: Policy) -> LayerList:
     return LayerList([Linear(n_state, 4 * n_state, policy), GELU(), Linear(4 * n_state, n_state, policy)])
 
 
-class ResidualAttentionBlock(Module):
+class ResidualAttentionBlock(Steps):
     """Self-attention, cross-attention in the decoder, MLP; each behind a layer norm and around a residual."""
 
     def __init__(self, n_state: int, n_head: int, policy: Policy, cross_attention: bool = False):
@@ -243,63 +160,6 @@ class ResidualAttentionBlock(Module):
         """The block in the decoder over a whole text; also returns its keys and values, the cache of the next step."""
         y, kv, _ = self(x, KeyValue(k_cross, v_cross), causal_mask(x.shape[1], self.policy))
         return y, *kv
-
-    def step(
-        self,
-        x: TensorValue,
-        offset: TensorValue,
-        k_cache: TensorValue,
-        v_cache: TensorValue,
-        k_cross: TensorValue,
-        v_cross: TensorValue,
-    ) -> tuple[TensorValue, ...]:
-        """The block in the decoder for one token behind `offset` cached ones; also returns the token's keys and values,
-        which the caller puts into the cache."""
-        follow = self.by_kernel if x.device.is_cpu() else self.written_out
-        return follow(x, KeyValue(k_cross, v_cross), Cache(k_cache, v_cache, offset))
-
-    def written_out(self, x: TensorValue, cross_kv: KeyValue, cache: Cache) -> tuple[TensorValue, ...]:
-        """Computes `step` submodule by submodule."""
-        y, kv, _ = self(x, cross_kv, cache=cache)
-        return y, *kv
-
-    def step_in_place(self, x: TensorValue, cross_kv: KeyValue, slots: Slots) -> tuple[TensorValue]:
-        """Computes `step` submodule by submodule; the token's keys and values are in the cache afterwards."""
-        return (self(x, cross_kv, cache=slots)[0],)
-
-    def by_kernel(self, x: TensorValue, cross_kv: KeyValue, cache: Cache) -> tuple[TensorValue, ...]:
-        """Computes `step` by one kernel of our own, for CPUs, in float32: threads start once for all of it."""
-        assert x.shape[1] == 1, "the keys and values of several tokens would need another order"
-        y, *new = self.steps(x, cross_kv, cache)
-        shape = (x.shape[0], self.attn.n_head, 1, self.attn.n_channel)
-        return y, *(each.reshape(shape) for each in new)
-
-    def steps(self, x: TensorValue, cross_kv: KeyValue, cache: Cache) -> tuple[TensorValue, ...]:
-        """Computes a few tokens x (batch, token, state) by that kernel; keys and values are of that shape too."""
-        y, outputs = self.kernel_outputs(x, cross_kv, cache)
-        return y, outputs[self.attn.key], outputs[self.attn.value]
-
-    def kernel_outputs(
-        self, x: TensorValue, cross_kv: KeyValue, cache: Cache
-    ) -> tuple[TensorValue, dict[Module, TensorValue]]:
-        """The block's output and that of each submodule, all (batch, token, width), in the dtype of x."""
-        assert self.cross_attn is not None and self.cross_attn_ln is not None
-        attn, cross_attn, (hidden, active, mlp_out) = self.attn, self.cross_attn, self.mlp
-        layers = [
-            self.attn_ln, attn.query, attn.key, attn.value, attn.out,
-            self.cross_attn_ln, cross_attn.query, cross_attn.out, self.mlp_ln, hidden, mlp_out,
-        ]  # fmt: skip
-        weights = [weight for layer in layers for weight in (layer.weight, layer.bias) if weight is not None]
-        widths = (x.shape[2], hidden.weight.shape[0])
-        narrow, wide = (TensorType(DType.float32, [*x.shape[:2], width], x.device) for width in widths)
-        in_between = [narrow] * 4
-        types = [narrow, *(wide if layer is hidden else narrow for layer in layers), wide, *in_between]
-        inputs = [x.cast(DType.float32), *cache.for_kernel(x.shape[0]), *cross_kv, *weights]
-        parameters = {"n_channel": attn.n_channel}
-        results = ops.custom("maxwhisper.decoder_block", x.device, inputs, types, parameters=parameters)
-        y, *values = (result.tensor.cast(x.dtype) for result in results)
-        found = dict(zip([*layers, active], values, strict=False))
-        return y, found | {attn: found[attn.out], cross_attn: found[cross_attn.out], self.mlp: found[mlp_out]}
 
     def align(self, x: TensorValue, k_cross: TensorValue, v_cross: TensorValue) -> tuple[TensorValue, ...]:
         """Computes `prefill`, but returns the cross-attention's scores (batch, head, token, n_audio_ctx) beside x."""
