@@ -39,16 +39,9 @@ def select_tokens_program(dims: ModelDimensions, policy: Policy) -> Program:
     """
 
     def select_tokens(decoder: TextDecoder, tokens: TensorValue, **given: Any) -> Sequence[TensorValue]:
-        texts, ends, rows = given["texts"], given["ends"], given["rows"]
-        rules = [given[name] for name in Rules._fields]
-        kv, caches = keys_values(given), written(given)
-
         def step(credit: TensorValue, before: TensorValue, *state: TensorValue) -> list[TensorValue]:
             totals, tokens, *_ = state
-            x, offsets = embed_next(decoder, tokens, before)
-            logits, *new = decoder.steps(x, offsets, kv, rows)
-            append(caches, new, offsets)
-            candidates, logprobs, tokens, *after = top_tokens(logits, texts, before, ends, totals, *rules)
+            candidates, logprobs, tokens, *after = behind(decoder, tokens, before, totals, given)
             totals, lengths, left = after
             return [*goes_on(left, credit, before, lengths, 1), lengths, totals, tokens, candidates, logprobs]
 
@@ -88,6 +81,18 @@ def embed_next(decoder: TextDecoder, tokens: TensorValue, lengths: TensorValue) 
     values = [tokens, lengths, token_embedding, positional_embedding]
     embedded, offsets = ops.custom("maxwhisper.embed", tokens.device, values, [x, lengths.type])
     return embedded.tensor, offsets.tensor
+
+
+def behind(
+    decoder: TextDecoder, tokens: TensorValue, before: TensorValue, totals: TensorValue, given: Mapping[str, Any]
+) -> list[TensorValue]:
+    """Finds what follows tokens (batch, token) the first of which is the last of a text of length `before`, puts their
+    keys and values into the cache, and returns what `top_tokens` does. given: what the graph is given."""
+    x, offsets = embed_next(decoder, tokens, before)
+    logits, *new = decoder.steps(x, offsets, keys_values(given), given["rows"])
+    append(written(given), new, offsets)
+    rules = (given[name] for name in Rules._fields)
+    return top_tokens(logits, given["texts"], before, given["ends"], totals, *rules)
 
 
 def append(caches: Sequence[BufferValue], new: Sequence[TensorValue], offsets: TensorValue) -> None:

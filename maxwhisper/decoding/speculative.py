@@ -21,22 +21,8 @@ from ..engine.program import Program, by_name
 from ..engine.session import Policy
 from ..network.model import TextDecoder
 from .cache import UNIT_SIZE, KeyValueCache
-from .cpu import (
-    CPUStepper,
-    append,
-    begun,
-    embed_next,
-    finished,
-    goes_on,
-    inputs_of,
-    keys_values,
-    nothing_found,
-    rounds,
-    state,
-    steps_inputs,
-    written,
-)
-from .rules import NoWeights, Rules, top_tokens
+from .cpu import CPUStepper, begun, behind, finished, goes_on, inputs_of, nothing_found, rounds, state, steps_inputs
+from .rules import NoWeights, Rules
 from .stepper import Advanced, Graphs, Texts, check_room
 
 SPECULATE, QUANTIZE_KEYS = "decoder.speculate", "decoder.rough_keys"
@@ -107,7 +93,7 @@ def quantize(matrix: Tensor, bits: int, into: Tensor) -> None:
 
 
 def draft_of(tensors: Mapping[str, Tensor], dims: ModelDimensions) -> Draft:
-    """The draft of a checkpoint's decoder."""
+    """Returns the draft of a checkpoint's decoder."""
     matrices = torch.empty(dims.n_text_layer, matrices_size(dims.n_text_state), dtype=torch.int8)
     layers = [f"decoder.blocks.{layer}." for layer in range(dims.n_text_layer)]
     for layer, row in zip(layers, matrices, strict=True):
@@ -177,18 +163,13 @@ def speculate_program(dims: ModelDimensions, policy: Policy) -> Program:
     """
 
     def speculate(decoder: TextDecoder, **given: Any) -> Sequence[TensorValue]:
-        texts, ends, rules = given["texts"], given["ends"], [given[name] for name in Rules._fields]
         draft = Draft(*(given[f"draft {name}"] for name in Draft._fields))
-        kv, caches = keys_values(given), written(given)
 
         def propose_and_verify(
             credit: TensorValue, before: TensorValue, totals: TensorValue, *_: Any
         ) -> list[TensorValue]:
             tokens = propose(decoder, draft, before, given)
-            x, offsets = embed_next(decoder, tokens, before)
-            logits, *new = decoder.steps(x, offsets, kv, given["rows"])
-            append(caches, new, offsets)
-            candidates, logprobs, _, *after = top_tokens(logits, texts, before, ends, totals, *rules)
+            candidates, logprobs, _, *after = behind(decoder, tokens, before, totals, given)
             totals, lengths, left = after
             return [*goes_on(left, credit, before, lengths, WORTH_PROPOSING), lengths, totals, candidates, logprobs]
 
@@ -209,7 +190,7 @@ class Drafted(Graphs, Protocol):
 
     @property
     def draft(self) -> Draft:
-        """What the graph of speculation takes."""
+        """Returns what the graph of speculation takes."""
 
 
 class SpeculativeStepper(CPUStepper):
