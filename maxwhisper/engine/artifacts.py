@@ -65,7 +65,7 @@ FLOAT32 = {"log_mel": ["n_mels"], "token_rules": []}
 
 
 def source_hash(programs: Sequence[Program] = ()) -> str:
-    """SHA-256 of the sources that define the graphs, and of those of the programs' own functions."""
+    """Returns SHA-256 of the sources that define the graphs, and of those of the programs' own functions."""
     parts = [PACKAGE / part for part in GRAPH_SOURCES]
     files = {
         file for part in parts for file in ([part] if part.is_file() else [*part.rglob("*.py"), *part.rglob("*.mojo")])
@@ -104,12 +104,12 @@ class Identity:
 
     @property
     def file(self) -> str:
-        """The name of the artifact's file."""
+        """Returns the name of the artifact's file."""
         digest = hashlib.sha256(json.dumps(vars(self), sort_keys=True).encode()).hexdigest()
         return f"{self.unit}-{self.compute}-{digest[:12]}.mef"
 
     def differences(self, found: "Identity") -> list[str]:
-        """What is not as here in another identity."""
+        """Returns what is not as here in another identity."""
         ours, theirs = self._flat(), found._flat()
         return [
             f"{name} is {theirs.get(name, 'absent')}, expected {ours.get(name, 'absent')}"
@@ -123,7 +123,7 @@ class Identity:
 
 
 def target_of(device: str) -> str:
-    """What is compiled for on a device of this machine."""
+    """Returns what is compiled for on a device of this machine."""
     return HOST if device == "cpu" else Accelerator().architecture_name
 
 
@@ -202,7 +202,7 @@ class Artifacts:
             log.warning("%s: compiling instead", error)
 
     def loader(self, unit: str, dims: ModelDimensions, policy: Policy) -> Loader:
-        """What gives a unit of a model to `Artifact`; it raises ArtifactError if the folder does not hold the unit."""
+        """Returns what gives a unit of a model to `Artifact`; it raises ArtifactError if the folder lacks the unit."""
 
         def load(programs: Sequence[Program], compile_them: Callable[[], Stored]) -> Stored:
             with self._excused():
@@ -212,8 +212,8 @@ class Artifacts:
         return load
 
     def read(self, wanted: Identity, programs: Sequence[Program] = ()) -> Stored:
-        """An artifact of the folder; raises ArtifactError if it has not this one, or not whole. One of other sources
-        will do if the programs are the same."""
+        """Reads an artifact of the folder; raises ArtifactError if it has not this one, or not whole. One of other
+        sources will do if the programs are the same."""
         of_unit = [held for held in self.held if held.identity.unit == wanted.unit]
         if not of_unit:
             units = ", ".join(sorted({held.identity.unit for held in self.held})) or "nothing"
@@ -293,7 +293,7 @@ class Writer:
 
 @contextmanager
 def writing(out: str | os.PathLike[str], target: str) -> Iterator[Writer]:
-    """A folder of artifacts that appears as `out` when it is complete, in the place of an earlier one.
+    """Gives a folder of artifacts that appears as `out` when it is complete, in the place of an earlier one.
 
     Raises OptionError if it cannot be written, or if `out` holds anything but artifacts.
     """
@@ -334,7 +334,7 @@ class Cache:
         self.folder = folder
 
     def holds(self, unit: str, dims: ModelDimensions, policy: Policy, programs: Sequence[Program]) -> bool:
-        """Whether a unit of a model is there."""
+        """Returns whether a unit of a model is there."""
         target, by_sources = target_of(policy.device.device_type.value), Identity.of(unit, dims, policy, programs)
         if (self.folder / f"sources-{key(by_sources, target)}").exists():
             return True
@@ -369,7 +369,7 @@ class Cache:
 
 
 def key(identity: Identity, target: str) -> str:
-    """A hash of an artifact's identity and of what it is compiled with and for."""
+    """Returns a hash of an artifact's identity and of what it is compiled with and for."""
     # MAX's settings can change what it compiles.
     settings = {name: value for name, value in os.environ.items() if name.startswith("MODULAR_")}
     relevant = {name: value for name, value in settings.items() if not name.endswith("CACHE_DIR")}

@@ -47,7 +47,7 @@ class Attention(Module):
     def by_kernel(
         self, q: TensorValue, kv: KeyValue, mask: TensorValue | None = None, cache: Cache | None = None
     ) -> TensorValue:
-        """Attention of q (batch, token, state) by kernels of our own, for CPUs, which add up in float32.
+        """Attends by kernels of our own, for CPUs, which add up in float32.
 
         Those of one token read the cache where it is, and the keys and values of a window once for all texts that share
         them.
@@ -93,7 +93,7 @@ class Attention(Module):
     def heads_attention(
         self, q: TensorValue, kv: KeyValue, mask: TensorValue | None = None
     ) -> tuple[TensorValue, TensorValue]:
-        """Attention of q (batch, token, state), and the scores before softmax (batch, head, token, key). Where texts
+        """Attends by MAX's operations; also returns the scores before softmax (batch, head, token, key). Where texts
         share a row of kv they stand side by side meanwhile."""
         rows = split_rows(q, kv.k.shape[0])
         rows = rows.reshape((*rows.shape[:2], self.n_head, self.n_channel))
@@ -132,8 +132,8 @@ class Steps(Module):
         k_cross: TensorValue,
         v_cross: TensorValue,
     ) -> tuple[TensorValue, ...]:
-        """The block in the decoder for one token behind `offset` cached ones; also returns the token's keys and values,
-        which the caller puts into the cache."""
+        """Computes the block for one token behind `offset` cached ones; also returns the token's keys and values, which
+        the caller puts into the cache."""
         follow = self.by_kernel if own_kernels(x.device) else self.written_out
         return follow(x, KeyValue(k_cross, v_cross), Cache(k_cache, v_cache, offset))
 
@@ -161,7 +161,7 @@ class Steps(Module):
     def kernel_outputs(
         self, x: TensorValue, cross_kv: KeyValue, cache: Cache
     ) -> tuple[TensorValue, dict[Module, TensorValue]]:
-        """The block's output and that of each submodule, all (batch, token, width), in the dtype of x."""
+        """Returns the block's output and that of each submodule, all (batch, token, width), in the dtype of x."""
         attn, cross_attn, (hidden, active, mlp_out) = self.attn, self.cross_attn, self.mlp
         layers = [
             self.attn_ln, attn.query, attn.key, attn.value, attn.out,

@@ -68,7 +68,7 @@ class Conv1d(Module):
         self.bias = Weight("bias", DType.float32, [n_out], policy.device)
 
     def __call__(self, x: TensorValue) -> TensorValue:
-        """(batch, time, n_in) to (batch, time / stride, n_out)."""
+        """Convolves (batch, time, n_in) to (batch, time / stride, n_out)."""
         padded = ops.pad(x, [0, 0, self.padding, self.padding, 0, 0])
         return convolve(padded, self.weight, self.bias, self.stride)
 
@@ -87,7 +87,7 @@ class MultiHeadAttention(Attention):
         self.out = Linear(n_state, n_state, policy)
 
     def keys_values(self, x: TensorValue) -> KeyValue:
-        """Keys and values of x (batch, token, state)."""
+        """Computes keys and values of x (batch, token, state)."""
         shape = (*x.shape[:2], self.n_head, self.n_channel)
         return KeyValue(*(ops.permute(project(x).reshape(shape), [0, 2, 1, 3]) for project in (self.key, self.value)))
 
@@ -112,7 +112,7 @@ class GELU(Module):
 
 
 def mlp(n_state: int, policy: Policy) -> LayerList:
-    """Linear, GELU, Linear through four times the width; a sequence as in PyTorch, for its tensors' names."""
+    """Returns Linear, GELU, Linear through four times the width; a sequence as in PyTorch, for its tensors' names."""
     return LayerList([Linear(n_state, 4 * n_state, policy), GELU(), Linear(4 * n_state, n_state, policy)])
 
 
@@ -137,8 +137,8 @@ class ResidualAttentionBlock(Steps):
         cache: Cache | Slots | None = None,
         with_scores: bool = False,
     ) -> tuple[TensorValue, KeyValue, TensorValue | None]:
-        """x (batch, token, state) to the same shape; also the self-attention's keys and values of x, and the
-        cross-attention's scores, or None where they are not asked for."""
+        """Turns x (batch, token, state) to the same shape; also returns the self-attention's keys and values of x, and
+        the cross-attention's scores, or None where they are not asked for."""
         normed = self.attn_ln(x)
         kv = self.attn.keys_values(normed)
         x = x + self.attn(normed, kv, mask, cache)
@@ -153,11 +153,11 @@ class ResidualAttentionBlock(Steps):
         return x + self.mlp(self.mlp_ln(x)), kv, scores
 
     def encode(self, x: TensorValue) -> tuple[TensorValue]:
-        """The block in the encoder: every frame attends to every frame."""
+        """Computes the block in the encoder: every frame attends to every frame."""
         return (self(x)[0],)
 
     def prefill(self, x: TensorValue, k_cross: TensorValue, v_cross: TensorValue) -> tuple[TensorValue, ...]:
-        """The block in the decoder over a whole text; also returns its keys and values, the cache of the next step."""
+        """Computes the block in the decoder over a text; also returns its keys and values, the next step's cache."""
         y, kv, _ = self(x, KeyValue(k_cross, v_cross), causal_mask(x.shape[1], self.policy))
         return y, *kv
 
@@ -187,14 +187,14 @@ class AudioEncoder(Module):
         self.ln_post = LayerNorm(n_state, policy)
 
     def stem(self, mel: TensorValue) -> TensorValue:
-        """Convolutions and positional table: (batch, n_mels, 2 * n_audio_ctx) to (batch, n_audio_ctx, state)."""
+        """Adds positions to convolutions: (batch, n_mels, 2 * n_audio_ctx) to (batch, n_audio_ctx, state)."""
         x = ops.transpose(mel, 1, 2)
         x = gelu(self.conv1(x))
         x = gelu(self.conv2(x))
         return (x.cast(DType.float32) + self.positional_embedding).cast(self.policy.compute)
 
     def __call__(self, mel: TensorValue) -> TensorValue:
-        """(batch, n_mels, 2 * n_audio_ctx) to audio features (batch, n_audio_ctx, state)."""
+        """Encodes (batch, n_mels, 2 * n_audio_ctx) to audio features (batch, n_audio_ctx, state)."""
         x = self.stem(mel)
         for block in self.blocks:
             (x,) = block.encode(x)
@@ -209,7 +209,7 @@ class Embedding(Module):
         self.weight = Weight("weight", policy.storage, [n_rows, n_state], policy.device)
 
     def __call__(self, indices: TensorValue) -> TensorValue:
-        """Indices of any shape to float32 vectors, in one more dimension."""
+        """Turns indices of any shape to float32 vectors, in one more dimension."""
         return ops.gather(self.weight, indices, axis=0).cast(DType.float32)
 
 
@@ -233,7 +233,7 @@ class TextDecoder(Module):
         self.ln = LayerNorm(n_state, policy)
 
     def embed(self, tokens: TensorValue, offset: TensorValue | int) -> TensorValue:
-        """Tokens (batch, token), the first at position `offset`, a scalar or (batch,), to vectors (batch, token,
+        """Embeds tokens (batch, token), the first at position `offset`, a scalar or (batch,), as vectors (batch, token,
         state)."""
         start = offset.to(tokens.device) if isinstance(offset, TensorValue) else offset
         if isinstance(start, TensorValue) and start.rank:
@@ -243,15 +243,15 @@ class TextDecoder(Module):
         return x.cast(self.policy.compute)
 
     def keys_values(self, audio_features: TensorValue) -> list[TensorValue]:
-        """Every layer's cross-attention keys and values of the audio features (audio, n_audio_ctx, state)."""
+        """Computes every layer's cross-attention keys and values of the audio features (audio, n_audio_ctx, state)."""
         return [value for block in self.blocks for value in block.cross_attn.keys_values(audio_features)]
 
     def logits(self, x: TensorValue) -> TensorValue:
-        """(batch, token, state) to float32 logits (batch, token, n_vocab)."""
+        """Turns (batch, token, state) to float32 logits (batch, token, n_vocab)."""
         return linear(self.ln(x), self.token_embedding.weight).cast(DType.float32)
 
     def __call__(self, tokens: TensorValue, *cross_kv: TensorValue) -> list[TensorValue]:
-        """A whole text: tokens (batch, token) to logits (batch, token, n_vocab), and every layer's keys and values."""
+        """Decodes a text: tokens (batch, token) to logits (batch, token, n_vocab), and all layers' keys and values."""
         x, *kv = self._layers(ResidualAttentionBlock.prefill, self.embed(tokens, offset=0), grouped(cross_kv, 2))
         return [self.logits(x), *kv]
 
@@ -261,8 +261,8 @@ class TextDecoder(Module):
         return [self.logits(ops.gather(x, positions, axis=1)), *kv]
 
     def step(self, tokens: TensorValue, offset: TensorValue, *kv: TensorValue) -> list[TensorValue]:
-        """One token (batch, 1) behind `offset` cached ones: logits (batch, 1, n_vocab), and every layer's keys and
-        values of the token, which the caller puts into the cache.
+        """Decodes one token (batch, 1) behind `offset` cached ones: logits (batch, 1, n_vocab), and every layer's keys
+        and values of the token, which the caller puts into the cache.
 
         kv: every layer's cache, keys and values, then every layer's cross-attention keys and values.
         """
@@ -283,8 +283,8 @@ class TextDecoder(Module):
         return [self.logits(x), *new]
 
     def step_in_place(self, tokens: TensorValue, cross: Sequence[KeyValue], slots: Sequence[Slots]) -> TensorValue:
-        """Logits (batch, 1, n_vocab) of one token of each text (batch, 1), by layer cross-attention's keys and values
-        and the cache."""
+        """Returns logits (batch, 1, n_vocab) of one token of each text (batch, 1), by layer cross-attention's keys and
+        values and the cache."""
         x = self.embed(tokens, slots[0].n_past)
         (x,) = self._layers(ResidualAttentionBlock.step_in_place, x, list(zip(cross, slots, strict=True)))
         return self.logits(x)
@@ -300,7 +300,7 @@ class TextDecoder(Module):
         x: TensorValue,
         inputs: Sequence[Sequence[Any]],
     ) -> list[TensorValue]:
-        """x after every layer's `method`, each with its own inputs, and what the layers return beside x."""
+        """Returns x after every layer's `method`, each with its own inputs, and what the layers return beside x."""
         others: list[TensorValue] = []
         for block, own in zip(self.blocks, inputs, strict=True):
             x, *new = method(block, x, *own)

@@ -37,20 +37,20 @@ def convolve(x: TensorValue, weight: TensorValue, bias: TensorValue, stride: int
 
 
 def text_product(x: TensorValue, weight: TensorValue) -> TensorValue:
-    """x @ weight.T in float32 for as many rows as a text has tokens, on a CPU.
+    """Computes x @ weight.T in float32 for as many rows as a text has tokens, on a CPU.
 
-    By a kernel of our own, which reads the weights as they are stored, once: MAX's matrix product would first copy them
-    all into another layout, which takes longer than the product itself.
+    It is a kernel of our own, which reads the weights as they are stored, once: MAX's matrix product would first copy
+    them all into another layout, which takes longer than the product itself.
     """
     return custom_product("maxwhisper.linear", x, weight, x.shape[1])
 
 
 def convolution(x: TensorValue, weight: TensorValue, stride: int = 1, n_y: Dim | None = None) -> TensorValue:
-    """Convolution over time in float32, without padding and bias, on a CPU: x (batch, frame, n_in) by weight (n_out,
+    """Convolves over time in float32, without padding and bias, on a CPU: x (batch, frame, n_in) by weight (n_out,
     n_in, taps), or (n_out, n_in) for one tap, to (batch, n_y, n_out).
 
-    By a kernel of our own for the many rows that audio has. n_y: as many frames as that makes, where the number of x's
-    is symbolic.
+    It is a kernel of our own for the many rows that audio has. n_y: as many frames as that makes, where the number of
+    x's is symbolic.
     """
     n_out, taps = weight.shape[0], int(weight.shape[2]) if weight.rank == 3 else 1
     if n_y is None:
@@ -62,7 +62,7 @@ def convolution(x: TensorValue, weight: TensorValue, stride: int = 1, n_y: Dim |
 def convolution_by_product(
     x: TensorValue, weight: TensorValue, bias: TensorValue | None = None, stride: int = 1
 ) -> TensorValue:
-    """Convolution over time in the dtype of x as one matrix product, of the frames that each output sees, side by side,
+    """Convolves over time in the dtype of x by one matrix product, of the frames that each output sees, side by side,
     where MAX 26.7 has no kernel for GPUs but a plain loop. x: (batch, frame, n_in); weight: (n_out, n_in, taps)."""
     n_out, taps = int(weight.shape[0]), int(weight.shape[2])
     last = int(x.shape[1]) - taps
@@ -74,7 +74,7 @@ def convolution_by_product(
 def custom_product(
     name: str, x: TensorValue, weight: TensorValue, n_row: Dim, parameters: dict[str, Any] | None = None
 ) -> TensorValue:
-    """A product of x (batch, row, n_in) with a matrix by a kernel of ours, float32 (batch, n_row, n_out); the kernel
+    """Multiplies x (batch, row, n_in) with a matrix by a kernel of ours, to float32 (batch, n_row, n_out); the kernel
     rounds the weights to the dtype of x, as PyTorch does."""
     y = TensorType(DType.float32, [x.shape[0], n_row, weight.shape[0]], x.device)
     return ops.custom(name, x.device, [x, weight], [y], parameters=parameters)[0].tensor
@@ -107,7 +107,7 @@ SUBGRAPHS: WeakKeyDictionary[Graph, dict[str, Graph]] = WeakKeyDictionary()
 
 
 def shared(function: Callable[..., TensorValue], *inputs: TensorValue) -> TensorValue:
-    """function(*inputs), as a subgraph that all calls with inputs of the same types share.
+    """Calls function(*inputs) as a subgraph that all calls with inputs of the same types share.
 
     MAX fuses what follows a matrix product into its kernel and compiles that kernel again for every difference, eight
     seconds each; behind a subgraph's boundary all products of one shape are one kernel.
