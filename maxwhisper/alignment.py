@@ -52,7 +52,7 @@ class Scored:
 
 
 def find_alignment(model: Any, *args: Any, **kwargs: Any) -> list[timing.WordTiming]:
-    """openai-whisper's; through the model's own hooks only where it has others."""
+    """Finds the times of words as openai-whisper does; through the model's own hooks only where it has others."""
     with ALIGNING:
         return timing.find_alignment(model if model.decoder.hooked() else Scored(model), *args, **kwargs)
 

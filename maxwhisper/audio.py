@@ -104,7 +104,7 @@ def _open(name: str, stopped: Event) -> Iterator[av.container.InputContainer]:
 
 
 def duration(file: str | os.PathLike[str]) -> float | None:
-    """Seconds of audio in a file, as it says itself; 0 if it cannot be read.
+    """Returns the seconds of audio in a file, as it says itself; 0 if it cannot be read.
 
     None where only reading all of it would show: of a file that does not say, and of whatever is no file on a disk,
     such as a pipe or an address, which is not opened.
@@ -155,7 +155,7 @@ class Timeline:
     """How far the frames of a stream, by their times in the file, are behind where their samples alone would be."""
 
     def __init__(self, start: int | None, duration: int | None):
-        """start, duration: those of the file, in units of 1 / av.time_base; None if it does not say."""
+        """Takes start and duration of the file, in units of 1 / av.time_base; None if it does not say."""
         self.position = None if start is None else start / av.time_base
         # A time behind it is none: damaged, or one before the start in a format whose times wrap around.
         self.end = math.inf if start is None or not duration else (start + duration) / av.time_base
@@ -179,7 +179,7 @@ class Timeline:
 
     @property
     def unfilled(self) -> str | None:
-        """What there is more time in than samples, if that is noticeable."""
+        """Says what there is more time in than samples; None where that is not noticeable."""
         if self.at_first is None or self.at_most <= NOTICEABLE:
             return None
         parts = {
@@ -190,8 +190,8 @@ class Timeline:
 
 
 def _joined(frames: Iterable[av.AudioFrame]) -> Iterator[av.AudioFrame]:
-    """The same samples in frames of JOINED: those of many codecs are so short that each costs more in Python than in
-    libav."""
+    """Yields the same samples in frames of JOINED: those of many codecs are so short that each costs more in Python
+    than in libav."""
     for _, section in groupby(frames, lambda frame: (frame.format.name, frame.layout.name, frame.sample_rate)):
         fifo = av.AudioFifo()
         for frame in section:
@@ -240,7 +240,7 @@ def compiled_spectrogram(n_mels: int) -> Executable:
 
 
 def as_waveform(audio: np.ndarray | torch.Tensor) -> torch.Tensor:
-    """An array or a tensor of floats in any memory layout, as float32 (samples,) on the CPU, without gradient.
+    """Converts an array or a tensor of floats in any memory layout to float32 (samples,) on the CPU, without gradient.
 
     Raises OptionError for another shape, for integers, and for what is no array.
     """
@@ -269,7 +269,7 @@ def as_array(audio: object) -> np.ndarray:
 def log_mel_spectrogram(
     audio: str | os.PathLike[str] | np.ndarray | torch.Tensor, n_mels: int = 80, padding: int = 0
 ) -> torch.Tensor:
-    """The log-mel spectrogram of a file or of a 16 kHz waveform (samples,) with `padding` zeros appended, on MAX.
+    """Computes on MAX the log-mel spectrogram of a file or a 16 kHz waveform (samples,), `padding` zeros behind it.
 
     Returns what openai-whisper's function of that name does: float32 (n_mels, (samples + padding) // HOP_LENGTH).
     It is without gradient. Warns of samples far outside of [-1, 1].

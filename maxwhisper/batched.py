@@ -38,7 +38,7 @@ Span = tuple[int, int]
 
 
 def probabilities(audio: np.ndarray) -> np.ndarray:
-    """How likely each CHUNK of the audio, float32 (samples,) at 16 kHz, is speech; the last one is padded.
+    """Returns how likely each CHUNK of the audio, float32 (samples,) at 16 kHz, is speech; the last one is padded.
 
     Raises OptionError if the detector is not installed.
     """
@@ -56,7 +56,7 @@ def probabilities(audio: np.ndarray) -> np.ndarray:
 
 
 def speech(found: np.ndarray) -> list[Span]:
-    """Where speech is, by the probabilities of all chunks, with at least SHORTEST_SILENCE in between."""
+    """Finds where speech is, by the probabilities of all chunks, with at least SHORTEST_SILENCE in between."""
     spans: list[Span] = []
     start, last = None, 0
     for i, probability in enumerate(found):
@@ -71,8 +71,8 @@ def speech(found: np.ndarray) -> list[Span]:
 
 
 def pieces(found: np.ndarray) -> list[Span]:
-    """Spans that hold all speech, in order, none longer than a window: as much speech in each as fits. Speech without a
-    silence for a whole window is cut in its second half, where it is least likely speech."""
+    """Returns spans that hold all speech, in order, none longer than a window: as much speech in each as fits. Speech
+    without a silence for a whole window is cut in its second half, where it is least likely speech."""
     cut: list[Span] = []
     for start, end in speech(found):
         while end - start > LONGEST:
@@ -91,7 +91,7 @@ def pieces(found: np.ndarray) -> list[Span]:
 
 
 def with_margins(spans: list[Span], n_chunk: int) -> list[Span]:
-    """The spans with silence around each, of which neighbours share what is between them."""
+    """Returns the spans with silence around each, of which neighbours share what is between them."""
     ends = [0, *(end for _, end in spans)]
     starts = [*(start for start, _ in spans), n_chunk]
     gaps = [start - end for end, start in zip(ends, starts, strict=True)]
@@ -108,7 +108,7 @@ def transcribe_batched(
     progress: Callable[[float], None] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """A result as of `Whisper.transcribe`, with its options, from pieces that are transcribed each by itself.
+    """Transcribes as `Whisper.transcribe` does, with its options and result, but each piece by itself.
 
     The language, if not given, is that of the first piece; None where there is no speech.
     Raises OptionError for clip_timestamps, and if the voice-activity detector is not installed.
@@ -146,7 +146,6 @@ def language_of(model: "Whisper", audio: np.ndarray) -> str:
 
 
 def moved(segment: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """The segment, that much later."""
 
     def later(timed: dict[str, Any]) -> dict[str, Any]:
         return {**timed, "start": timed["start"] + seconds, "end": timed["end"] + seconds}

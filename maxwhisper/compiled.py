@@ -35,7 +35,7 @@ DECODING = "decoding"
 
 
 def units_on(device: str) -> tuple[str, ...]:
-    """What transcribes on a device, by the unit that compiles together: on a CPU the spectrogram with the network."""
+    """Returns what transcribes on a device, by the unit that compiles together: on a CPU network and spectrogram."""
     units = ("network", DECODING, "alignment")
     return units if device == "cpu" else (*ON_CPU, *units)
 
@@ -45,20 +45,20 @@ DTYPES = {name: DType[name] for name in names.DTYPES}
 
 
 def arithmetic(dtype: str) -> DType:
-    """The dtype of a name; raises OptionError if it is none of DTYPES."""
+    """Returns the dtype of a name; raises OptionError if it is none of DTYPES."""
     if dtype not in DTYPES:
         raise OptionError(f"dtype '{dtype}' is not known: expected {' or '.join(DTYPES)}")
     return DTYPES[dtype]
 
 
 def policy_of(tensors: Mapping[str, torch.Tensor], device: str, dtype: str) -> Policy:
-    """How a checkpoint is computed on a device."""
+    """Decides how a checkpoint is computed on a device."""
     compute = arithmetic(dtype)
     return Policy(DeviceRef.from_device(find_device(device)), storage_dtype(tensors, device, compute), compute)
 
 
 def programs_of(unit: str, dims: ModelDimensions, policy: Policy) -> list[Program]:
-    """The graphs of one of `units_on`; no spectrogram for a number of mel bands that openai-whisper has none for."""
+    """Returns the graphs of one of `units_on`, with a spectrogram if openai-whisper has one for the number of bands."""
     if unit == TOKEN_RULES:
         return [rules_program()]
     if unit == LOG_MEL:
@@ -79,7 +79,7 @@ def stepper_programs(dims: ModelDimensions, policy: Policy) -> list[Program]:
 
 
 def unit_of(name: str, device: str) -> str:
-    """What the graph of this name compiles together with on a device."""
+    """Returns what the graph of this name compiles together with on a device."""
     if name in ON_CPU and device != "cpu":
         return name
     return BLOCKS[name].unit if name in BLOCKS else DECODING
@@ -99,11 +99,11 @@ class Network:
         self.executables = self._load("network")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Network":
-        """The same one, since nobody changes it: compiled graphs and weights have no copies."""
+        """Returns the same network, since nobody changes it: compiled graphs and weights have no copies."""
         return self
 
     def tensors(self, part: str) -> dict[str, torch.Tensor]:
-        """The tensors that MAX has read of "encoder" or "decoder", in its memory on the CPU, by their names there."""
+        """Returns the tensors that MAX has read of "encoder" or "decoder", in its memory on the CPU, by name."""
         weights = self.executables["encoder"].weights.items()
         return {name.removeprefix(f"{part}."): tensor for name, tensor in weights if name.startswith(f"{part}.")}
 
@@ -116,7 +116,7 @@ class Network:
 
     @cached_property
     def draft(self) -> Draft:
-        """What proposes the next tokens, as graphs take it."""
+        """Returns what proposes the next tokens, as graphs take it."""
         return Draft(*map(buffer, draft_of(self.checkpoint.tensors, self.checkpoint.dims)))
 
     def _load(self, unit: str) -> dict[str, Executable]:
@@ -133,7 +133,7 @@ class Network:
         return Artifact(f"{unit} of {name}", programs, device, load, slow).init({**self.checkpoint.tensors, **mel})
 
     def _jobs(self) -> list[str]:
-        """What another process compiles while this one compiles the network, where it can be kept."""
+        """Returns what another process compiles while this one compiles the network, where it can be kept."""
         if self.device != "cpu" or not isinstance(self.artifacts, Cache):
             return []
         dims, policy, folder = vars(self.checkpoint.dims), self.policy, str(self.artifacts.folder)
@@ -141,12 +141,12 @@ class Network:
 
 
 def is_matrix(name: str, tensor: torch.Tensor) -> bool:
-    """Whether a tensor is stored in the dtype of `Policy.storage`."""
+    """Returns whether a tensor is stored in the dtype of `Policy.storage`."""
     return tensor.ndim > 1 and "positional_embedding" not in name
 
 
 def rounded(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
-    """The checkpoint for arithmetic in a dtype: matrices that each use would round to it are rounded once."""
+    """Rounds the checkpoint for arithmetic in a dtype: matrices that each use would round to it are rounded once."""
     if dtype == "float32":
         return checkpoint
     half = TORCH_DTYPE[arithmetic(dtype)]
@@ -157,8 +157,8 @@ def rounded(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
 
 
 def storage_dtype(tensors: Mapping[str, torch.Tensor], device: str, compute: DType) -> DType:
-    """The dtype that all matrices are stored in where that is float16 or bfloat16, float32 otherwise: and in it on a
-    GPU, for arithmetic in float32, which would widen all weights at every use."""
+    """Returns the dtype that all matrices are stored in where that is float16 or bfloat16, float32 otherwise: and in it
+    on a GPU, for arithmetic in float32, which would widen all weights at every use."""
     if device != "cpu" and compute == DType.float32:
         return compute
     dtypes = {tensor.dtype for name, tensor in tensors.items() if is_matrix(name, tensor)}

@@ -1,13 +1,5 @@
 """Every error that maxwhisper raises on purpose, and how it warns.
 
-    MaxWhisperError
-    ├── ArtifactError     graphs compiled ahead of time that do not fit the model, the machine or MAX
-    ├── AudioError        a file that cannot be read as audio, or samples that are not finite
-    ├── CheckpointError   a checkpoint that is missing, damaged, or does not describe a Whisper
-    ├── DecodingError     logits that no text can be decoded from
-    ├── DeviceError       a device or a precision that is not there
-    └── OptionError       an option whose value cannot be used
-
 The command line prints the message of any of them as one line and exits with status 1.
 """
 

@@ -1,4 +1,4 @@
-"""Files that are whole or not there."""
+"""Files and folders that are whole or not there."""
 
 import tempfile
 from collections.abc import Iterator
@@ -8,11 +8,14 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a place for a file of the same name, which takes that of `path` in one step when it is complete.
+    """Gives a place for a file or a folder of the same name, which takes that of `path` when it is complete: a file in
+    one step, a folder just after an earlier one has gone.
 
     Where the block raises, what was under `path` stays as it was. Raises OSError if nothing can be written there.
     """
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
         unfinished = Path(folder, path.name)
         yield unfinished
+        if unfinished.is_dir() and path.exists():
+            path.rename(Path(folder, f"{path.name}.earlier"))
         unfinished.replace(path)

@@ -31,7 +31,7 @@ class Unfilled(TorchFunctionMode):
 
 @contextmanager
 def without_memory() -> Iterator[None]:
-    """Modules made meanwhile have parameters of a shape alone."""
+    """Has modules that are made meanwhile have parameters of a shape alone."""
     with torch.device("meta"), Unfilled():
         yield
 
@@ -47,7 +47,7 @@ class Member(NamedTuple):
 
 
 def state_of(value: torch.Tensor | nn.Module) -> tuple[int, ...]:
-    """Differs once a tensor has been written to, or has other memory."""
+    """Returns what differs once a tensor has been written to, or has other memory."""
     if isinstance(value, nn.Module):
         return ()
     return 0 if value.is_inference() else value._version, value.data_ptr()
@@ -68,7 +68,7 @@ class Frozen(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where its inputs and outputs are."""
+        """Says where its inputs and outputs are."""
         return self._device
 
     def hold(self, network: Network, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
@@ -99,11 +99,11 @@ class Frozen(nn.Module):
         return f"{path}.{name}" if path else name
 
     def hooked(self) -> list[nn.Module]:
-        """The modules inside that have hooks, which MAX calls no more than the modules themselves."""
+        """Returns the modules inside that have hooks, which MAX calls no more than the modules themselves."""
         return [module for module in self.inside if has_hooks(module)]
 
     def why_pytorch(self, x: torch.Tensor) -> str | None:
-        """What only PyTorch can do with an input x, as it would be said to a user."""
+        """Says what only PyTorch can do with an input x, as it would be said to a user."""
         if torch.jit.is_tracing() or torch.compiler.is_compiling():
             return "its operations are traced"
         if x.requires_grad and torch.is_grad_enabled():
@@ -127,7 +127,7 @@ class Frozen(nn.Module):
         return self
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """What `to`, `half`, `float`, `cuda` and the like come to: nothing, if the model is there already."""
+        """Does what `to`, `half`, `float`, `cuda` and the like come to: nothing, if the model is there already."""
         now = torch.empty(0, dtype=self.network.dtype, device=self.device)
         try:
             then = fn(now)
@@ -146,7 +146,7 @@ class Frozen(nn.Module):
         return f"the model stays on {self.device.type}, where load_model(..., device=...) has put it"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """A model of its own, but for what nobody may change: the graphs and the weights."""
+        """Makes a model of its own, but for what nobody may change: the graphs and the weights."""
         self.check_unchanged()
         memo |= {id(member.value): member.value for member in self.members if member.state}
         copied = memo[id(self)] = type(self).__new__(type(self))

@@ -36,9 +36,9 @@ class AudioEncoder(Frozen, openai.AudioEncoder):
         self.hold(network, network.tensors("encoder"), device)
 
     def forward(self, mel: torch.Tensor) -> torch.Tensor:
-        """([batch,] n_mels, 2 * n_audio_ctx) to ([batch,] n_audio_ctx, state), in the dtype of mel.
+        """Encodes ([batch,] n_mels, 2 * n_audio_ctx) to ([batch,] n_audio_ctx, state), in the dtype of mel.
 
-        In PyTorch while modules inside have hooks, or mel requires a gradient that is not switched off.
+        It is computed in PyTorch while modules inside have hooks, or mel requires a gradient that is not switched off.
 
         Raises AudioError for another shape, or for values that are not finite, and OptionError for what is no tensor of
         floats, or if weights were changed.
@@ -90,7 +90,7 @@ class TextDecoder(Frozen, openai.TextDecoder):
         kv_cache: Any = None,
         positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Logits of tokens x (batch, token) given audio features xa (audio, n_audio_ctx, state), as float32
+        """Returns the logits of tokens x (batch, token) given audio features xa (audio, n_audio_ctx, state), as float32
         (batch, token, n_vocab).
 
         positions: (position,) int64, with an empty cache; the logits are then of the tokens there alone.
@@ -153,7 +153,7 @@ class TextDecoder(Frozen, openai.TextDecoder):
         return self.network["decoder.keys_values"](audio_features=xa.to(self.device, self.network.dtype))
 
     def _wants_scores(self) -> bool:
-        """Whether all hooks inside are such as openai-whisper looks for the times of words with."""
+        """Returns whether all hooks inside are such as openai-whisper looks for the times of words with."""
         attentions = [block.cross_attn for block in self.blocks]
         return not openai.MultiHeadAttention.use_sdpa and all(
             module in attentions and not module._forward_pre_hooks and not module._forward_hooks_with_kwargs
@@ -161,7 +161,7 @@ class TextDecoder(Frozen, openai.TextDecoder):
         )
 
     def _aligned(self, x: torch.Tensor, xa: torch.Tensor) -> tuple[torch.Tensor, bool]:
-        """Logits, and whether a hook that received scores gave something in their place."""
+        """Returns the logits, and whether a hook that received scores gave something in their place."""
         logits, scores = self.alignment(x, xa)
         given = [
             hook(block.cross_attn, (), (None, qk))
@@ -172,8 +172,8 @@ class TextDecoder(Frozen, openai.TextDecoder):
 
     @one_torch_thread()
     def alignment(self, x: torch.Tensor, xa: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Logits of tokens as `forward` takes them, and of every layer the scores of cross-attention before softmax,
-        float32 (batch, head, token, n_audio_ctx)."""
+        """Returns the logits of tokens as `forward` takes them, and of every layer the scores of cross-attention before
+        softmax, float32 (batch, head, token, n_audio_ctx)."""
         tokens, cross = x.to(self.device, torch.int64), named([], self._keys_values(xa))
         logits, *scores = self.network["decoder.alignment"](tokens=tokens, **cross)
         return logits, [qk.float() for qk in scores]

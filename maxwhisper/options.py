@@ -31,17 +31,15 @@ OF_THE_LOOP = frozenset(inspect.signature(transcribe).parameters)
 
 
 def transcribing(options: Mapping[str, Any], model: Whisper) -> dict[str, Any]:
-    """The options of `transcribe` but for clip_timestamps, as openai-whisper's code takes them.
+    """Returns the options of `transcribe` but for clip_timestamps, as openai-whisper's code takes them.
 
     Raises OptionError for a value that it could not use, TypeError for an option that it does not have.
     """
     found = dict(options)
-    for name in ("compression_ratio_threshold", "logprob_threshold", "no_speech_threshold"):
+    least = dict.fromkeys(("compression_ratio_threshold", "logprob_threshold", "no_speech_threshold"), -math.inf)
+    for name, limit in {**least, "hallucination_silence_threshold": 0.0}.items():
         if found.get(name) is not None:
-            found[name] = number(name, found[name], least=-math.inf)
-    name = "hallucination_silence_threshold"
-    if found.get(name) is not None:
-        found[name] = number(name, found[name])
+            found[name] = number(name, found[name], limit)
     if "temperature" in found:
         found["temperature"] = temperatures(found["temperature"])
     for name in ("prepend_punctuations", "append_punctuations"):
@@ -58,7 +56,7 @@ def transcribing(options: Mapping[str, Any], model: Whisper) -> dict[str, Any]:
 
 
 def decoding(options: DecodingOptions, model: Whisper, tasks: Sequence[str] = (*TASKS, "lang_id")) -> DecodingOptions:
-    """The options of `decode` as openai-whisper's code takes them. Raises OptionError for what it could not use."""
+    """Returns the options of `decode` as openai-whisper's code takes them; raises OptionError for unusable ones."""
     if not isinstance(options, DecodingOptions):
         raise refused("options", options, "whisper.DecodingOptions")
     if options.task not in tasks:
@@ -91,12 +89,12 @@ def refused(name: str, value: object, expected: str) -> OptionError:
 
 
 def scalar(value: Any) -> Any:
-    """Python's number in the place of NumPy's or PyTorch's."""
+    """Returns Python's number in the place of NumPy's or PyTorch's."""
     return value.item() if isinstance(value, np.generic | np.ndarray | torch.Tensor) and value.ndim == 0 else value
 
 
 def number(name: str, value: Any, least: float = 0.0) -> Any:
-    """A finite number from `least` on; any number, infinities too, where that is minus infinity."""
+    """Returns a finite number from `least` on; any number, infinities too, where that is minus infinity."""
     found, finite = scalar(value), least > -math.inf
     if not isinstance(found, Real) or not float(found) >= least or finite and math.isinf(found):
         raise refused(name, value, f"a number from {least:g} on" if finite else "a number")
@@ -115,7 +113,7 @@ def is_several(value: Any) -> bool:
 
 
 def temperatures(value: Any) -> Any:
-    """A temperature, or those to try one after the other."""
+    """Returns a temperature, or those to try one after the other."""
     value = scalar(value)
     if not is_several(value):
         return number("temperature", value)
@@ -125,7 +123,7 @@ def temperatures(value: Any) -> Any:
 
 
 def parts(value: Any) -> Any:
-    """What stands between the commas of a string, as far as they are whole numbers; what is none stays as it is."""
+    """Returns the whole numbers between the commas of a string; what is none of these stays as it is."""
     if not isinstance(value, str):
         return value
     try:
@@ -168,7 +166,7 @@ def tokenizer_of(model: Whisper) -> Tokenizer:
 
 
 def special_token_in(text: str, encoding: Encoding) -> str | None:
-    """A special token whose name is in a text, if there is one: they are not made from text."""
+    """Finds a special token whose name is in a text, if there is one: they are not made from text."""
     return next((each for each in encoding.special_tokens_set if each in text), None) if "<|" in text else None
 
 
@@ -183,7 +181,7 @@ def prompt_tokens(text: str, model: Whisper) -> list[int]:
 
 
 def longest_prompt(model: Whisper) -> int:
-    """Tokens of a prompt that a decoder is given, the last ones."""
+    """Returns how many tokens of a prompt a decoder is given, the last ones."""
     return model.dims.n_text_ctx // 2 - 1
 
 
@@ -196,8 +194,8 @@ def check_prompt(name: str, text: str, model: Whisper) -> None:
 
 
 def carried(text: str, model: Whisper) -> Callable[..., DecodingOptions] | None:
-    """The options of every window, where `carry_initial_prompt` has it begin with a text that leaves no room for more;
-    None where there is room. openai-whisper's loop would have the text before the window push it out."""
+    """Returns the options of every window, where `carry_initial_prompt` has it begin with a text that leaves no room
+    for more; None where there is room. openai-whisper's loop would have the text before the window push it out."""
     tokens, longest = prompt_tokens(text, model), longest_prompt(model)
     if len(tokens) < longest:
         return None
@@ -208,7 +206,7 @@ def carried(text: str, model: Whisper) -> Callable[..., DecodingOptions] | None:
 
 
 def within(timestamps: Any, n_samples: int) -> list[float]:
-    """The `clip_timestamps` of `transcribe`, moved to the end of the audio where they lie behind it: openai-whisper's
+    """Moves the `clip_timestamps` of `transcribe` to the end of the audio where they lie behind it: openai-whisper's
     loop would never end there. Raises OptionError for what is no time in seconds."""
     given = timestamps.split(",") if isinstance(timestamps, str) and timestamps else timestamps
     try:

@@ -11,7 +11,7 @@ from threading import Event
 from .errors import AudioError
 
 STANDARD_INPUT = "-"
-"""As ffmpeg has it, and so openai-whisper; a file of this name is ./-"""
+"""The name that ffmpeg has for it, and so openai-whisper; a file of this name is ./-"""
 DESCRIPTOR = re.compile(r"/(?:dev|proc/self)/fd/(\d{1,9})")
 
 IN_MEMORY = 2**26
@@ -23,7 +23,7 @@ PATIENCE = 100
 
 
 def descriptor(name: str) -> int | None:
-    """The number of the open descriptor that a name stands for, None if it is another name."""
+    """Returns the number of the open descriptor that a name stands for, None if it is another name."""
     if name in (STANDARD_INPUT, "/dev/stdin"):
         return 0
     found = DESCRIPTOR.fullmatch(name)
@@ -31,7 +31,7 @@ def descriptor(name: str) -> int | None:
 
 
 def status_of(name: str) -> os.stat_result | None:
-    """What the system knows of a file; None if there is no file of this name, or it may not be looked at."""
+    """Returns what the system knows of a file; None if there is no file of this name, or it may not be looked at."""
     number = descriptor(name)
     try:
         return os.stat(name) if number is None else os.fstat(number)
@@ -40,7 +40,7 @@ def status_of(name: str) -> os.stat_result | None:
 
 
 def is_regular(name: str) -> bool:
-    """Whether a name is that of a file that can be opened as often as one likes."""
+    """Returns whether a name is that of a file that can be opened as often as one likes."""
     status = status_of(name)
     return status is not None and stat.S_ISREG(status.st_mode) and name != STANDARD_INPUT
 
@@ -51,7 +51,7 @@ def is_terminal(name: str) -> bool:
 
 
 def pipe_behind(name: str) -> tuple[int, int] | None:
-    """Device and inode of a pipe or socket, the same by whatever name; None for anything else."""
+    """Returns device and inode of a pipe or socket, the same by whatever name; None for anything else."""
     status = status_of(name)
     if status is None or not (stat.S_ISFIFO(status.st_mode) or stat.S_ISSOCK(status.st_mode)):
         return None
@@ -63,7 +63,7 @@ def not_a_file(name: str, kind: str) -> str:
 
 
 def open_once(name: str) -> int | None:
-    """A new descriptor of what can be read once; None for files and for whatever else libav opens by its name.
+    """Opens a new descriptor of what can be read once; None for files and for whatever else libav opens by its name.
 
     Raises AudioError for devices, most of which never end, and for a standard input that is closed.
     """
@@ -109,7 +109,7 @@ class Pipe:
             raise AudioError(f"{self.source}: nothing came through it")
 
     def read(self, n: int) -> bytes:
-        """The bytes from the position on: n of them, or as many as there are up to the end."""
+        """Returns the bytes from the position on: n of them, or as many as there are up to the end."""
         self._receive(self.position + n)
         if self.error:
             return b""
@@ -149,7 +149,6 @@ class Pipe:
             raise AudioError(f"{self.source}: cannot be kept in a temporary file: {reason}") from error
 
     def _next(self) -> bytes:
-        """The next bytes, none at the end."""
         poll = select.poll()
         poll.register(self.descriptor, select.POLLIN)
         while True:

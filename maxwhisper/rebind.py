@@ -6,7 +6,7 @@ from typing import Any
 
 
 def rebind(function: FunctionType, **names: Any) -> Callable[..., Any]:
-    """A copy of `function` that reads `names` where the original reads the globals of its module.
+    """Returns a copy of `function` that reads `names` where the original reads the globals of its module.
 
     So the library's own code runs over MAX, and the library itself stays as it is for everyone else.
     """

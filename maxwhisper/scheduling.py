@@ -42,7 +42,7 @@ class Model(Protocol):
 def loaded(
     audio: Iterable[Audio], stopped: Event | None = None
 ) -> Generator[tuple[int, Waveform | Exception], None, None]:
-    """Every recording's number and waveform, or what reading it raised; the next one is read meanwhile.
+    """Yields every recording's number and waveform, or what reading it raised; the next one is read meanwhile.
 
     stopped: set by whoever wants no more while another thread waits here; set at the end in any case.
     """
@@ -70,7 +70,7 @@ def loaded(
 def transcribe_many(
     model: Model, audio: Sequence[Audio], batch_size: int = 1, **options: Any
 ) -> Iterator[tuple[int, Result]]:
-    """The number of every recording and what `Whisper.transcribe` returns or raises for it, as each is done.
+    """Yields the number of every recording and what `Whisper.transcribe` returns or raises for it, as each is done.
 
     batch_size: how many recordings to decode together. Raises OptionError if that is not above 0.
     """

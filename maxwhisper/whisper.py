@@ -104,7 +104,7 @@ def compile_model(
 
 
 def plain(value: Any) -> Any:
-    """A result with Python's numbers in the place of NumPy's, which not everything that writes results takes."""
+    """Returns a result with Python's numbers in the place of NumPy's, which not all that writes results takes."""
     if isinstance(value, dict):
         return {name: plain(each) for name, each in value.items()}
     if isinstance(value, list):
@@ -125,7 +125,7 @@ class Frames:
         self.update(self.left)  # of windows without speech it is not told
 
     def update(self, n: int) -> None:
-        """n: in frames of the spectrogram."""
+        """Takes n frames of the spectrogram as done."""
         self.left -= n
         self.progress(n / FRAMES_PER_SECOND)
 
@@ -197,7 +197,7 @@ class Whisper(Frozen, OpenAIWhisper):
     def decode(
         self, mel: torch.Tensor, options: DecodingOptions | None = None, **kwargs: Any
     ) -> DecodingResult | list[DecodingResult]:
-        """openai-whisper's `decode`: the text of a window, mel (n_mels, 3000) or its audio features, or of a batch.
+        """Decodes a window, mel (n_mels, 3000) or its audio features, or a batch, as openai-whisper's `decode` does.
 
         Raises AudioError for another shape, OptionError for what is no tensor of floats and for options that cannot be
         used, and DecodingError, besides what openai-whisper raises.
@@ -208,9 +208,9 @@ class Whisper(Frozen, OpenAIWhisper):
 
     @cpu_by_default()
     def detect_language(self, mel: torch.Tensor, tokenizer: Tokenizer | None = None) -> tuple[torch.Tensor, Any]:
-        """openai-whisper's `detect_language`: the token of a window's language, and the probability of each.
+        """Finds a window's language as openai-whisper's `detect_language` does: its token, and the probability of each.
 
-        Raises AudioError and OptionError as `decode`.
+        Raises AudioError and OptionError as `decode` does.
         """
         check_floats("mel", mel)
         return super().detect_language(mel, tokenizer)
@@ -223,7 +223,7 @@ class Whisper(Frozen, OpenAIWhisper):
         progress: Callable[[float], None] | None = None,
         **options: Any,
     ) -> dict[str, Any]:
-        """openai-whisper's `transcribe`, with its options and its result.
+        """Transcribes as openai-whisper's `transcribe` does, with its options and its result.
 
         fp16 is False unless given: arithmetic is that of `load_model`, and float16 would only round the audio features.
         progress: called with the seconds of audio done since the last call; takes the place of OpenAI's bar.
@@ -253,16 +253,16 @@ class Whisper(Frozen, OpenAIWhisper):
     def transcribe_many(
         self, audio: Sequence[Audio], batch_size: int = 1, **options: Any
     ) -> Iterator[tuple[int, Result]]:
-        """The number of each recording, and what `transcribe` returns or raises for it, in the order in which they are
-        done: the same as one at a time.
+        """Yields the number of each recording, and what `transcribe` returns or raises for it, in the order in which
+        they are done: the same as one at a time.
 
         batch_size: how many recordings to decode together. Raises OptionError if that is not above 0.
         """
         return transcribe_many(self, audio, batch_size, **options)
 
     def install_kv_cache_hooks(self, cache: Mapping[torch.nn.Module, torch.Tensor] | None = None) -> Any:
-        """A cache for `decoder`, a copy of `cache` if given, and the hooks to remove afterwards: none are needed,
-        unless modules inside the decoder have hooks already."""
+        """Returns a cache for `decoder`, a copy of `cache` if given, and the hooks to remove afterwards: none are
+        needed, unless modules inside the decoder have hooks already."""
         if self.decoder.hooked():
             return super().install_kv_cache_hooks(cache)
         if isinstance(cache, KeyValueCache):
@@ -288,7 +288,6 @@ def restored(
     alignment_heads: torch.Tensor,
     training: bool,
 ) -> Whisper:
-    """A model that was pickled."""
     model = Whisper(checkpoint, device, artifacts, dtype)
     model.register_buffer("alignment_heads", alignment_heads, persistent=False)
     return model.train(training)

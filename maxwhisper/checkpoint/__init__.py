@@ -128,7 +128,7 @@ def convert(source: StrPath, destination: StrPath) -> Path:
 
 
 def expected_tensors(dims: ModelDimensions) -> dict[str, tuple[int, ...]]:
-    """The name and shape of every tensor in the state dict of OpenAI's Whisper of these dimensions, in its order."""
+    """Returns name and shape of every tensor of OpenAI's Whisper of these dimensions, in the state dict's order."""
     audio, text = dims.n_audio_state, dims.n_text_state
     shapes: dict[str, tuple[int, ...]] = {"encoder.positional_embedding": (dims.n_audio_ctx, audio)}
     shapes |= _layer("encoder.conv1", audio, dims.n_mels, 3)
@@ -254,7 +254,7 @@ def _dimensions(path: Path, values: object) -> ModelDimensions:
 
 
 def _heads(path: Path, dims: ModelDimensions, pairs: object) -> Heads | None:
-    """The alignment heads in OpenAI's order; None, with a warning, if there are none or they are of another model."""
+    """Returns alignment heads in OpenAI's order; None, with a warning, where there are none or another model's."""
     if pairs is None:
         return None
     shape = f"a layer (of {dims.n_text_layer}) and a head (of {dims.n_text_head})"
@@ -284,7 +284,7 @@ def _warn(message: str) -> None:
 def _validated(
     path: Path, dims: ModelDimensions, model: Named, plain_name: Callable[[str], str] = str
 ) -> dict[str, torch.Tensor]:
-    """The tensors of `model` in OpenAI's names and order; `plain_name` maps an OpenAI name to its plain name there."""
+    """Returns the tensors of `model` in OpenAI's names and order; `plain_name` maps an OpenAI name to the one there."""
     # Before anything is listed by layer: the dimensions may claim any number of them.
     for part, claimed in (("encoder", dims.n_audio_layer), ("decoder", dims.n_text_layer)):
         pattern = re.compile(rf"{part}\.(?:blocks|layers)\.([0-9]+)\.")

@@ -46,7 +46,7 @@ _WEIGHTS = (
 
 
 def read_config(folder: Path, weights: Path | None) -> dict[str, Any]:
-    """The content of config.json, with every key of HUGGING_FACE_DIMS.
+    """Reads config.json, with every key of HUGGING_FACE_DIMS.
 
     `weights`: the file that was asked for, if it was not the folder. Raises CheckpointError for another kind of model,
     for quantized weights, and for a folder with an adapter, which transformers would apply.
@@ -66,7 +66,7 @@ def read_config(folder: Path, weights: Path | None) -> dict[str, Any]:
 
 
 def with_tied_embedding(model: Named, config: dict[str, Any]) -> Named:
-    """`model` without its output projection, which is the token embedding where only one of the two was stored."""
+    """Returns `model` without its output projection, which is the token embedding where one of the two was stored."""
     tensors, names = dict(model.tensors), dict(model.names)
     output, name = tensors.pop(OUTPUT), names.pop(OUTPUT)
     embedding = hugging_face_name("decoder.token_embedding.weight")
@@ -83,7 +83,7 @@ def hugging_face_name(name: str) -> str:
 
 
 def read_weights(folder: Path, weights: Path | None) -> tuple[Path, dict[Any, Any]]:
-    """The file, of all shards their index, and the tensors in it by the names they have there.
+    """Returns the file, of all shards their index, and the tensors in it by the names they have there.
 
     Reads `weights` if given. Raises CheckpointError.
     """

@@ -45,7 +45,7 @@ def unpickle(path: Path) -> dict[Any, Any]:
 
 
 def _without(path: Path, foreign: str) -> str:
-    """How to store the tensors of a whole model that was pickled, where `foreign` shows it to be one."""
+    """Says how to store the tensors of a whole model that was pickled, where `foreign` shows it to be one."""
     model = f"model = torch.load({str(path)!r}, weights_only=False)"
     if foreign == "whisper.model.Whisper":
         saved = "torch.save({'dims': vars(model.dims), 'model_state_dict': model.state_dict()}, 'whisper.pt')"
@@ -57,7 +57,7 @@ def _without(path: Path, foreign: str) -> str:
 
 
 def can_be_mapped(path: Path) -> bool:
-    """Whether torch can map the tensors in this file; raises BadZipFile if a checksum in the archive does not hold."""
+    """Returns whether torch can map the tensors in this file; raises BadZipFile if a checksum in it does not hold."""
     with path.open("rb") as file:
         if file.read(4) != b"PK\x03\x04":
             return False  # the format before torch 1.6
@@ -87,18 +87,18 @@ def parse_json(path: Path, text: str | bytes) -> Any:
 
 
 def as_lines(*lines: str) -> str:
-    """Lines of Python within a message of one line."""
+    """Returns lines of Python within a message of one line."""
     return f"run `{'; '.join(lines)}`"
 
 
 def some(names: Any) -> str:
-    """Up to three names, and how many more there are."""
+    """Returns up to three names, and how many more there are."""
     listed = sorted(map(repr, names))
     return ", ".join(listed[:3]) + (f" and {len(listed) - 3} more" if len(listed) > 3 else "")
 
 
 def reason(error: Exception) -> str:
-    """An exception as one line."""
+    """Returns an exception as one line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -6,7 +6,7 @@ it, without an error. So other sizes are refused, and where a Hugging Face folde
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,7 +53,7 @@ def check_vocabulary(path: Path, n_vocab: int) -> None:
 
 
 def vocabulary_size(folder: Path, n_vocab: int, generating: dict[str, Any]) -> int:
-    """How many of the `n_vocab` rows of the token embedding in a Hugging Face folder are OpenAI's vocabulary.
+    """Returns how many of the `n_vocab` rows of the token embedding in a Hugging Face folder are OpenAI's vocabulary.
 
     `generating`: the content of generation_config.json. More rows may follow if the tokenizer in the folder shows that
     none of them is a token, as where the embedding is padded to a multiple of 64.
@@ -81,7 +81,7 @@ def vocabulary_size(folder: Path, n_vocab: int, generating: dict[str, Any]) -> i
 
 
 def _size_without_tokenizer(folder: Path, n_vocab: int, generating: dict[str, Any]) -> int:
-    """`n_vocab`, if it is a size of OpenAI's that generation_config.json does not contradict."""
+    """Returns `n_vocab`, if it is a size of OpenAI's that generation_config.json does not contradict."""
     no_timestamps = generating.get("no_timestamps_token_id")
     stated = no_timestamps + _BEHIND["<|notimestamps|>"] if isinstance(no_timestamps, int) else n_vocab
     is_more = stated in ENCODINGS and stated < n_vocab
@@ -116,7 +116,7 @@ def _check_names(folder: Path, tokens: list[Token], size: int) -> None:
 
 
 def _letters() -> list[str]:
-    """The letter that stands for each byte where Hugging Face spells tokens of text."""
+    """Returns the letter that stands for each byte where Hugging Face spells tokens of text."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte if byte in printable else next(others)) for byte in range(0x100)]
@@ -136,7 +136,7 @@ def _resize(folder: Path, size: int | str) -> str:
 
 
 def _tokens(folder: Path) -> list[Token]:
-    """Every token that a file of the folder's tokenizer states."""
+    """Returns every token that a file of the folder's tokenizer states."""
     found = []
     for file, pairs in _READERS.items():
         path = folder / file
@@ -151,22 +151,15 @@ def _tokens(folder: Path) -> list[Token]:
     return found
 
 
-def _pairs_in_tokenizer(content: dict[str, Any]) -> list[tuple[str, Any]]:
-    added = [(token["content"], token["id"]) for token in content["added_tokens"]]
-    return [*content["model"]["vocab"].items(), *added]
-
-
-def _pairs_in_config(content: dict[str, Any]) -> list[tuple[str, Any]]:
-    return [(token["content"], id_) for id_, token in content.get("added_tokens_decoder", {}).items()]
-
-
-def _pairs(content: dict[str, Any]) -> list[tuple[str, Any]]:
-    return list(content.items())
-
-
-_READERS: dict[str, Callable[[dict[str, Any]], list[tuple[str, Any]]]] = {
-    "tokenizer.json": _pairs_in_tokenizer,
-    "tokenizer_config.json": _pairs_in_config,
-    "vocab.json": _pairs,
-    "added_tokens.json": _pairs,
+_READERS: dict[str, Callable[[dict[str, Any]], Iterable[tuple[str, Any]]]] = {
+    "tokenizer.json": lambda content: [
+        *content["model"]["vocab"].items(),
+        *((token["content"], token["id"]) for token in content["added_tokens"]),
+    ],
+    "tokenizer_config.json": lambda content: [
+        (token["content"], id_) for id_, token in content.get("added_tokens_decoder", {}).items()
+    ],
+    "vocab.json": dict.items,
+    "added_tokens.json": dict.items,
 }
+"""What gives the name and the id of every token in a file of a tokenizer."""

@@ -44,7 +44,7 @@ class Named:
 
 
 def named(path: Path, stored: object) -> Named:
-    """The tensors of the state dict `stored` by plain name.
+    """Returns the tensors of the state dict `stored` by plain name.
 
     Raises CheckpointError for adapters, quantized weights, and more than one model.
     """
@@ -65,7 +65,7 @@ def named(path: Path, stored: object) -> Named:
 
 
 def model_in(path: Path, content: dict[Any, Any]) -> tuple[object, object]:
-    """The dimensions and the state dict in what a `.pt` file holds.
+    """Returns the dimensions and the state dict in what a `.pt` file holds.
 
     Raises CheckpointError, with what the file is and what to do, if it does not hold both, or several state dicts.
     """
@@ -86,7 +86,7 @@ def model_in(path: Path, content: dict[Any, Any]) -> tuple[object, object]:
 
 
 def rewriting(path: Path, content: dict[Any, Any], key: Any = None) -> str:
-    """What makes a checkpoint of the state dict under `key` of what a file holds, or of all of it if that is None.
+    """Says what makes a checkpoint of the state dict under `key` of what a file holds, or of all of it if that is None.
 
     Raises CheckpointError as `named` does.
     """
@@ -168,7 +168,7 @@ def _unwrapped(name: Any) -> str:
 
 
 def _prefixes(stored: Iterable[Any]) -> list[str]:
-    """What stands before the names of encoder and decoder in a state dict, each once."""
+    """Returns what stands before the names of encoder and decoder in a state dict, each once."""
     matches = (_PART.match(_unwrapped(name)) for name in stored)
     return sorted({match[1] for match in matches if match})
 

@@ -54,7 +54,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> Parser:
-    """The parser of the whole command; `run` among its results is the function to call with all others."""
+    """Builds the parser of the whole command; `run` among its results is the function to call with all others."""
     parser = Parser("maxwhisper", description="OpenAI's Whisper on Modular's MAX.")
     parser.add_argument("--version", action="version", version=f"maxwhisper {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)

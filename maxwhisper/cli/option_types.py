@@ -28,7 +28,7 @@ def optional_float(value: str) -> float | None:
 
 
 def prompt(value: str) -> str:
-    """A text without the names of special tokens."""
+    """Returns a text without the names of special tokens as it is, and refuses another one."""
     if "<|" in value:
         from whisper.tokenizer import get_encoding
 
@@ -40,7 +40,7 @@ def prompt(value: str) -> str:
 
 
 def language(value: str) -> str:
-    """A language's code or its capitalised name, as OpenAI's command takes them."""
+    """Returns a language's code or its capitalised name, as OpenAI's command takes them, and refuses others."""
     from whisper.tokenizer import LANGUAGES, TO_LANGUAGE_CODE
 
     if value not in LANGUAGES and value not in {name.title() for name in TO_LANGUAGE_CODE}:

@@ -18,7 +18,7 @@ WORD_OPTIONS = ("highlight_words", "max_line_count", "max_line_width", "max_word
 
 
 def output_name(audio: str) -> str:
-    """The name of an audio file's output files, without the ending.
+    """Returns the name of an audio file's output files, without the ending.
 
     Standard input has the name that it has as /dev/stdin: most commands would take `-.txt` for an option.
     """
@@ -27,7 +27,7 @@ def output_name(audio: str) -> str:
 
 @contextmanager
 def unfinished(output_dir: str) -> Iterator[str]:
-    """A folder in `output_dir` for files that are still being written; raises OptionError if there can be none."""
+    """Gives a folder in `output_dir` for files that are being written; raises OptionError if there can be none."""
     try:
         os.makedirs(output_dir, exist_ok=True)
         folder = tempfile.TemporaryDirectory(prefix=".maxwhisper-", dir=output_dir, ignore_cleanup_errors=True)
@@ -82,7 +82,7 @@ def noted(target: str, failures: list[str]) -> Iterator[None]:
 
 @contextmanager
 def removed_on_failure(file: str) -> Iterator[None]:
-    """On a full disk others may have room where a part of this file was."""
+    """Removes a file that is not complete: on a full disk others may have room where a part of it was."""
     try:
         yield
     except BaseException:

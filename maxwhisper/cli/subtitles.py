@@ -10,9 +10,9 @@ SYNTAX: dict[str, dict[int, str]] = {
     "vtt": {STAND_INS[ord("&")]: "&amp;", STAND_INS[ord("<")]: "&lt;", STAND_INS[ord(">")]: ">"},
     "srt": {stand_in: chr(character) for character, stand_in in STAND_INS.items()},
 }
-"""By format, how it has what STAND_INS stand for."""
+"""What each format has for what STAND_INS stand for."""
 ARROW = re.compile(f"--+{chr(STAND_INS[ord('>')])}")
-"""Of a text: a reader would take its line for one of times."""
+"""What a text must not hold: a reader would take its line for one of times."""
 
 
 def as_cues(result: dict[str, Any]) -> dict[str, Any]:

@@ -18,13 +18,13 @@ def failed(message: str) -> int:
 
 
 def one_line(message: object) -> str:
-    """A message as standard error can show it, whatever is in the names of files."""
+    """Returns a message as standard error can show it, whatever is in the names of files."""
     return " ".join(str(message).split()).encode(errors="backslashreplace").decode()
 
 
 @contextmanager
 def messages_on_stderr() -> Iterator[None]:
-    """Log messages and warnings go to standard error, one line each."""
+    """Has log messages and warnings go to standard error, one line each."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("maxwhisper: %(message)s"))
     level, propagate = log.level, log.propagate
@@ -79,7 +79,7 @@ class StandardOutput:
 
     @property
     def lost(self) -> str | None:
-        """Why something that was written is lost, if it is."""
+        """Says why something that was written is lost, if it is."""
         if isinstance(self.error, BrokenPipeError):
             return "standard output was closed"
         return f"standard output: {self.error.strerror or self.error}" if self.error else None

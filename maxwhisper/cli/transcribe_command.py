@@ -63,7 +63,7 @@ def transcribe(parser: argparse.ArgumentParser, **options: Any) -> int:
 
 
 def transcripts(model: Any, files: list[str], options: dict[str, Any]) -> Iterator[tuple[int, Any]]:
-    """The number of every file and its result, or what was raised, as each is done."""
+    """Yields the number of every file and its result, or what was raised, as each is done."""
     from ..batched import BATCH_SIZE, transcribe_batched
     from ..scheduling import attempt, loaded, transcribe_many
 
@@ -78,8 +78,8 @@ def transcripts(model: Any, files: list[str], options: dict[str, Any]) -> Iterat
 
 @contextmanager
 def shown(files: list[str], options: dict[str, Any]) -> Iterator[Callable[[str, dict[str, Any]], None]]:
-    """What to call with a file that is done and its result, while `options` have the model show the rest: a progress
-    bar, or the text, which of files that advance together comes when each is done."""
+    """Gives what to call with a file that is done and its result, while `options` have the model show the rest: a
+    progress bar, or the text, which of files that advance together comes when each is done."""
     if options["verbose"] is False:
         with progress_bar(files) as options["progress"]:
             yield lambda audio, result: None
@@ -102,8 +102,8 @@ def show(audio: str, result: dict[str, Any]) -> None:
 
 @contextmanager
 def progress_bar(files: list[str]) -> Iterator[Callable[[float], None]]:
-    """A bar on standard error, of the seconds of audio that are done; what to call with more of them. Where a file's
-    length is not known beforehand, as of a pipe, it is a count."""
+    """Shows a bar on standard error, of the seconds of audio that are done, and gives what to call with more of them.
+    Where a file's length is not known beforehand, as of a pipe, it is a count."""
     import tqdm
 
     from ..audio import duration
@@ -124,7 +124,7 @@ def progress_bar(files: list[str]) -> Iterator[Callable[[float], None]]:
 
 
 def temperatures(first: float, increment: float | None) -> tuple[float, ...]:
-    """What to decode with, in the order of trying."""
+    """Returns what to decode with, in the order of trying."""
     import numpy as np
 
     if increment is None or first > 1:

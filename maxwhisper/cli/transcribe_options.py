@@ -92,7 +92,7 @@ def add_words(add: Callable[..., Any]) -> None:
 
 
 def unusable(options: dict[str, Any]) -> str | None:
-    """What is wrong with the values of the options, if anything is; their types are right."""
+    """Says what is wrong with the values of the options, if anything is; their types are right."""
     positive = ("best_of", "beam_size", "patience", "temperature_increment_on_fallback", *WORD_OPTIONS[1:])
     for name in positive:
         if options[name] is not None and not options[name] > 0:
@@ -118,7 +118,7 @@ def unusable(options: dict[str, Any]) -> str | None:
 
 
 def without_effect(options: dict[str, Any]) -> Iterator[str]:
-    """Which options have no effect beside the others, in the words of OpenAI's command where it says so."""
+    """Yields which options have no effect beside the others, in the words of OpenAI's command where it says so."""
     if options["max_line_count"] and not options["max_line_width"]:
         yield "--max_line_count has no effect without --max_line_width"
     if options["max_words_per_line"] and options["max_line_width"]:
@@ -128,7 +128,7 @@ def without_effect(options: dict[str, Any]) -> Iterator[str]:
 
 
 def unusable_files(files: list[str]) -> str | None:
-    """What is wrong with the names of the audio files, taken together or of standard input, if anything is."""
+    """Says what is wrong with the names of the audio files, taken together or of standard input, if anything is."""
     if terminal := next(filter(is_terminal, files), None):
         return f"argument AUDIO: {not_a_file(terminal, 'terminal')}"
     names = [output_name(audio) for audio in files]

@@ -34,7 +34,7 @@ def run(json: str | None, plot: str | None, text: list[str] | None, threads: int
 
 
 def available() -> int:
-    """How many CPUs this process may run on."""
+    """Returns how many CPUs this process may run on."""
     from .process import available_cpus
 
     return len(available_cpus()) or os.cpu_count() or 1

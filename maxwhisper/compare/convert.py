@@ -6,7 +6,6 @@ package that wrote it. A folder appears when it is complete.
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from ..engine.folders import cache_folder
 from ..errors import OptionError
+from ..files import replacing
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def store(checkpoint: "Checkpoint") -> Path:
-    """The checkpoint's folder in the cache, with the checkpoint in OpenAI's format in it, as `openai/model.pt`.
+    """Returns the checkpoint's folder in the cache, with the checkpoint in OpenAI's format in it, as `openai/model.pt`.
 
     Raises OptionError if the cache cannot be written to.
     """
@@ -38,7 +38,7 @@ def store(checkpoint: "Checkpoint") -> Path:
 
 
 def digest(checkpoint: "Checkpoint") -> str:
-    """A hash of everything that makes the checkpoint, whatever file it came from."""
+    """Returns a hash of everything that makes the checkpoint, whatever file it came from."""
     import torch
 
     hashed = hashlib.sha256(json.dumps(asdict(checkpoint.dims)).encode())
@@ -52,15 +52,9 @@ def complete(folder: Path, write: Callable[[Path], None]) -> None:
     """Has `write` fill a folder that gets its name afterwards; does nothing if there is one of this name."""
     if folder.exists():
         return
-    with tempfile.TemporaryDirectory(prefix=".unfinished-", dir=folder.parent) as unfinished:
-        inside = Path(unfinished) / folder.name
-        inside.mkdir()
-        write(inside)
-        try:
-            inside.rename(folder)
-        except OSError:
-            if not folder.exists():  # otherwise another process has been faster
-                raise
+    with replacing(folder) as unfinished:
+        unfinished.mkdir()
+        write(unfinished)
 
 
 def write_openai(checkpoint: "Checkpoint", folder: Path) -> None:
@@ -82,7 +76,7 @@ class Conversion:
 
 
 def converted(kind: str, checkpoint_folder: Path) -> Path:
-    """The folder with the checkpoint in a format, a key of CONVERSIONS; raises KeyError for another."""
+    """Returns the folder with the checkpoint in a format, a key of CONVERSIONS; raises KeyError for another."""
     if kind == "openai":
         return checkpoint_folder / "openai"
     return checkpoint_folder / f"{kind}-{version(CONVERSIONS[kind].package)}"
@@ -127,11 +121,12 @@ def write_openvino(checkpoint: "Checkpoint", folder: Path) -> None:
     from .stepwise import graphs
 
     write_dims(checkpoint, folder)
-    for name, module in graphs(checkpoint).items():
-        example, dynamic = module.example(), module.dynamic()
-        model = openvino.convert_model(module, example_input=example)
-        for port, tensor, name_of_input in zip(model.inputs, example, dynamic, strict=True):
-            sizes = [-1 if axis in dynamic[name_of_input] else size for axis, size in enumerate(tensor.shape)]
+    for name, graph in graphs(checkpoint).items():
+        model = openvino.convert_model(graph.module, example_input=graph.example)
+        for port, tensor, (name_of_input, dynamic) in zip(
+            model.inputs, graph.example, graph.inputs.items(), strict=True
+        ):
+            sizes = [-1 if axis in dynamic else size for axis, size in enumerate(tensor.shape)]
             port.get_tensor().set_names({name_of_input})
             port.get_node().set_partial_shape(openvino.PartialShape(sizes))
         model.validate_nodes_and_infer_types()
@@ -144,15 +139,16 @@ def write_onnx(checkpoint: "Checkpoint", folder: Path) -> None:
     from .stepwise import graphs
 
     write_dims(checkpoint, folder)
-    for name, module in graphs(checkpoint).items():
-        inputs, outputs = module.dynamic(), module.outputs()
-        axes = {each: {axis: f"{each}.{axis}" for axis in axes} for each, axes in (inputs | outputs).items()}
+    for name, graph in graphs(checkpoint).items():
+        axes = {
+            each: {axis: f"{each}.{axis}" for axis in axes} for each, axes in {**graph.inputs, **graph.outputs}.items()
+        }
         torch.onnx.export(
-            module,
-            module.example(),
+            graph.module,
+            graph.example,
             str(folder / f"{name}.onnx"),
-            input_names=list(inputs),
-            output_names=list(outputs),
+            input_names=list(graph.inputs),
+            output_names=list(graph.outputs),
             dynamic_axes=axes,
             opset_version=18,
             dynamo=False,  # the other exporter needs one more package

@@ -35,7 +35,7 @@ def integers(file: BinaryIO, *values: int) -> None:
 
 
 def write_vocabulary(checkpoint: Checkpoint, file: BinaryIO) -> None:
-    """The tokens of text, each as its bytes; whisper.cpp knows the special ones by their place."""
+    """Writes the tokens of text, each as its bytes; whisper.cpp knows the special ones by their place."""
     tokenizer = tokenizer_of(checkpoint.dims)
     integers(file, tokenizer.eot)
     for token in range(tokenizer.eot):

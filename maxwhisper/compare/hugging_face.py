@@ -37,7 +37,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def ends(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The tokens that every configuration names."""
+    """Returns the tokens that every configuration names."""
     ids = {f"{name}_token_id": tokenizer.eot for name in ("bos", "eos", "pad")}
     return ids | {
         "decoder_start_token_id": tokenizer.sot,
@@ -82,7 +82,7 @@ def generation_config(checkpoint: Checkpoint, tokenizer: Tokenizer) -> dict[str,
 
 
 def fast_tokenizer(tokenizer: Tokenizer, n_vocab: int) -> Any:
-    """openai-whisper's encoding as an object of the tokenizers library."""
+    """Returns openai-whisper's encoding as an object of the tokenizers library."""
     file = Path(whisper.__file__).parent / "assets" / tokenizer.encoding.name
     fast = TikTokenConverter(str(file)).tokenizer()
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -33,7 +33,7 @@ SIZES = {
 
 
 def checkpoint_for(model: str) -> Checkpoint:
-    """The checkpoint of a name or path, or random weights for `random:` and a key of SIZES.
+    """Returns the checkpoint of a name or path, or random weights for `random:` and a key of SIZES.
 
     Raises CheckpointError, and OptionError for an unknown size.
     """
@@ -49,7 +49,7 @@ def checkpoint_for(model: str) -> Checkpoint:
 
 
 def random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """float16, as OpenAI's: layers that keep the size of what passes through, the same at every call."""
+    """Returns float16, as OpenAI's: layers that keep the size of what passes through, the same at every call."""
     if name == "encoder.positional_embedding":
         return sinusoids(*shape).half()
     if len(shape) == 1:
@@ -72,7 +72,7 @@ class Recording:
         return len(self.audio) / SAMPLE_RATE
 
     def windows(self, n_mels: int) -> np.ndarray:
-        """Log-mel of all of it in windows of 30 s, the last one padded: float32 (window, n_mels, 3000)."""
+        """Returns the log-mel of all of it in windows of 30 s, the last one padded: float32 (window, n_mels, 3000)."""
         count = math.ceil(len(self.audio) / N_SAMPLES)
         mel = log_mel_spectrogram(self.audio, n_mels, padding=N_SAMPLES * count - len(self.audio)).numpy()
         return np.ascontiguousarray(mel.reshape(n_mels, count, N_FRAMES).transpose(1, 0, 2))

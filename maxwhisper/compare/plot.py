@@ -10,7 +10,7 @@ from .run import written
 
 
 def write_plot(results: Results, path: Path) -> None:
-    """Bars of total time, encoder, time per token and memory; raises OptionError if it cannot be written."""
+    """Draws bars of total time, encoder, time per token and memory; raises OptionError if it cannot be written."""
     rows = [row for row in results.rows if row.total_s and not row.error][::-1]
     names = [row.name for row in rows]
     panels = {
@@ -29,7 +29,7 @@ def write_plot(results: Results, path: Path) -> None:
 
 
 def shown(value: float | None, factor: float) -> float:
-    """NaN, which has no bar, where nothing was measured, or noise has made a difference negative."""
+    """Returns NaN, which has no bar, where nothing was measured, or noise has made a difference negative."""
     return value * factor if value is not None and value > 0 else math.nan
 
 

@@ -92,12 +92,13 @@ def awake(process: subprocess.Popen[str]) -> Iterator[None]:
 
 
 def available_cpus() -> list[int]:
-    """The CPUs this process may run on; empty where the system does not tell, and processes cannot be held to some."""
+    """Returns the CPUs this process may run on; none where the system does not tell, and cannot hold it to some."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
 
 def environment(threads: int) -> Mapping[str, str]:
-    """No engine looks for models on the network, reports on its use, or takes more threads than given."""
+    """Returns what keeps an engine from looking for models on the network, from reporting on its use, and from taking
+    more threads than given."""
     quiet = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
     quiet["CI"] = "true"  # what keeps OpenVINO's converter from reporting
     return {**os.environ, **quiet, **dict.fromkeys(THREADS, str(threads))}

@@ -1,7 +1,7 @@
 """What a comparison has found."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
@@ -50,9 +50,6 @@ class Results:
     @property
     def failed(self) -> bool:
         return any(row.error for row in self.rows)
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def middle(values: Sequence[float]) -> float | None:

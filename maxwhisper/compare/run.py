@@ -33,7 +33,7 @@ PAUSE = 0.5
 STEPS = 64
 """Tokens from which the time of one is computed, unless --tokens says how many."""
 REPEATS = 3
-"""Of a window, and of a text of a fixed number of tokens, in each round; the fastest counts."""
+"""How often a window, and a text of a fixed number of tokens, is computed in each round; the fastest counts."""
 
 log = logging.getLogger("maxwhisper")
 
@@ -113,11 +113,11 @@ class Comparison:
         return str(path)
 
     def mel(self, recording: Recording) -> np.ndarray:
-        """The first 30 s, float32 (n_mels, 3000)."""
+        """Returns the first 30 s, float32 (n_mels, 3000)."""
         return log_mel_spectrogram(pad_or_trim(recording.audio), self.dims.n_mels).numpy()
 
     def run(self, specs: list[Spec]) -> list[Row]:
-        """A row for each of `specs`; raises MaxWhisperError if the reference fails."""
+        """Returns a row for each of `specs`; raises MaxWhisperError if the reference fails."""
         rows = {spec.name: Row(spec.name, spec.note, versions(spec), missing(spec)) for spec in specs}
         spoken = self.reference()
         with contextlib.ExitStack() as stack:
@@ -140,7 +140,7 @@ class Comparison:
         return list(rows.values())
 
     def reference(self) -> list[list[int]]:
-        """The tokens of PyTorch Whisper for each recording, and the language that it hears, which all others get."""
+        """Returns PyTorch Whisper's tokens for each recording, and finds the languages, which all others get."""
         spec = next(spec for spec in SPECS if spec.name == REFERENCE)
         log.info("the reference: %s", spec.name)
         with contextlib.closing(Worker(spec, self.folder, self.task)) as worker:
@@ -154,7 +154,7 @@ class Comparison:
                 raise MaxWhisperError(f"{spec.name}, which the others are compared with: {error}") from error
 
     def started(self, spec: Spec, row: Row, stack: contextlib.ExitStack) -> Worker:
-        """The worker of an engine with its model loaded, timed; raises EngineError."""
+        """Starts the worker of an engine and loads its model, timed; raises EngineError."""
         log.info("preparing %s", spec.name)
         with contextlib.closing(Worker(spec, self.folder, self.task)) as preparing:
             preparing.ask("prepare")
@@ -165,7 +165,7 @@ class Comparison:
         return worker
 
     def measure(self, worker: Worker, row: Row, spoken: list[list[int]]) -> None:
-        """One round of an engine; raises EngineError."""
+        """Measures one round of an engine; raises EngineError."""
         with awake(worker.process):
             time.sleep(PAUSE)
             if not row.total_s:
@@ -178,7 +178,7 @@ class Comparison:
                 self.measure_window(worker, row)
 
     def measure_window(self, worker: Worker, row: Row) -> None:
-        """The times of one window and one token; raises EngineError."""
+        """Measures one window and one token; raises EngineError."""
         # Of several, as an engine's memory was given back while others had their turn, and its threads slept.
         encoded = [worker.ask("encode", mel=self.window) for _ in range(REPEATS)]
         steps = self.tokens or STEPS
@@ -193,15 +193,13 @@ class Comparison:
                     token.append((fastest(many, clock) - fastest(one, clock)) / (steps - 1))
 
     def transcribed(self, worker: Worker) -> list[dict[str, Any]]:
-        """The answers for each recording."""
         if self.tokens is not None:
             return [worker.ask("windows", mel=path, n_tokens=self.tokens) for path in self.audio]
         pairs = zip(self.audio, self.languages, strict=True)
         return [worker.ask("transcribe", audio=path, language=language) for path, language in pairs]
 
     def generated(self, worker: Worker, count: int) -> list[dict[str, Any]]:
-        """The answers with `count` tokens, none if the engine cannot; raises EngineError if it gives another number of
-        them."""
+        """Returns the answers with `count` tokens, none if the engine cannot; raises EngineError for another number."""
         answers = [worker.ask("generate", n_tokens=count) for _ in range(REPEATS)]
         for answer in answers:
             if answer["tokens"] is None:
@@ -232,7 +230,7 @@ class Comparison:
 
 @contextlib.contextmanager
 def reported(row: Row) -> Iterator[None]:
-    """An engine's failure is its row's, and the others go on."""
+    """Keeps an engine's failure to its row, while the others go on."""
     try:
         yield
     except EngineError as error:
@@ -255,7 +253,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
 
 
 def gpu() -> dict[str, Any]:
-    """Its name and driver, and the CUDA that PyTorch was built with, as `maxwhisper doctor` finds them."""
+    """Returns the GPU's name and driver, and PyTorch's CUDA version, as `maxwhisper doctor` finds them."""
     try:
         driver, torch = ask("driver"), ask("torch")
     except ProbeError as error:
@@ -274,7 +272,7 @@ def processor() -> str:
 
 def write_json(results: Results, path: Path) -> None:
     """Writes everything that was found; the file appears when it is complete."""
-    written(path, lambda unfinished: unfinished.write_text(json.dumps(results.as_json(), indent=1)))
+    written(path, lambda unfinished: unfinished.write_text(json.dumps(asdict(results), indent=1)))
 
 
 def written(path: Path, write: Any) -> None:

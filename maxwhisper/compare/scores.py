@@ -7,7 +7,8 @@ from whisper.normalizers import BasicTextNormalizer, EnglishTextNormalizer
 
 
 def agreement(reference: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]) -> float | None:
-    """Share of equal tokens in the best alignment of two lists of transcripts, from 0 to 1; None if both are empty."""
+    """Returns the share, 0 to 1, of equal tokens in the best alignment of two lists of transcripts; None if both are
+    empty."""
     as_words = [[" ".join(map(str, each)) for each in side] for side in (reference, tokens)]
     counts = jiwer.process_words(as_words[0], as_words[1])
     total = counts.hits + counts.substitutions + counts.deletions + counts.insertions
@@ -15,7 +16,7 @@ def agreement(reference: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]
 
 
 def word_error_rate(reference: Sequence[str], texts: Sequence[str], languages: Sequence[str]) -> float | None:
-    """Over all transcripts, after openai-whisper's normalizers; None if the reference has no words."""
+    """Returns the word error rate after openai-whisper's normalizers; None if the reference has no words."""
     sides = [
         [normalized(text, language) for text, language in zip(side, languages, strict=True)]
         for side in (reference, texts)

@@ -9,7 +9,8 @@ The own cache holds keys and values layer by layer, each (batch, head, token so 
 
 import inspect
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,99 +24,66 @@ from ..checkpoint import Checkpoint
 from ..decoding.openai_loop import rebind
 
 BATCH = 2
-"""Of the inputs to trace with: with 1, PyTorch's exporter would fix it."""
+"""How many texts the inputs to trace with have: with 1, PyTorch's exporter would fix the number."""
 
 
-def graphs(checkpoint: Checkpoint) -> dict[str, "Exported"]:
-    """The three graphs in float32, by name."""
-    model = OpenAIWhisper(checkpoint.dims)
+class Exported(NamedTuple):
+    """A graph, with what an exporter asks about it.
+
+    module: computes it. example: inputs to trace with. inputs, outputs: by name, the axes without a fixed size.
+    """
+
+    module: nn.Module
+    example: tuple[Tensor, ...]
+    inputs: Mapping[str, tuple[int, ...]]
+    outputs: Mapping[str, tuple[int, ...]]
+
+
+def graphs(checkpoint: Checkpoint) -> dict[str, Exported]:
+    """Returns the three graphs in float32, by name."""
+    dims, model = checkpoint.dims, OpenAIWhisper(checkpoint.dims)
     model.load_state_dict(checkpoint.tensors)
     model.float().eval().requires_grad_(False)
-    return {"encoder": Encoder(model), "cross": Cross(model), "step": Step(model)}
+    mel = torch.zeros(1, dims.n_mels, 2 * dims.n_audio_ctx)
+    features = torch.zeros(1, dims.n_audio_ctx, dims.n_audio_state)
+    tokens = torch.zeros(BATCH, 2, dtype=torch.int64)
+    head, channel = dims.n_text_head, dims.n_text_state // dims.n_text_head
+    own = [torch.zeros(BATCH, head, 3, channel)] * (2 * dims.n_text_layer)
+    cross = [torch.zeros(1, head, dims.n_audio_ctx, channel)] * (2 * dims.n_text_layer)
+    names = {kind: cache_names(kind, dims) for kind in ("own", "cross", "next")}
+    fixed = dict.fromkeys(names["cross"], ())
+    growing, grown = (dict.fromkeys(names[kind], (0, 2)) for kind in ("own", "next"))
+    return {
+        "encoder": Exported(model.encoder, (mel,), {"mel": ()}, {"features": ()}),
+        "cross": Exported(Cross(model), (features,), {"features": ()}, fixed),
+        "step": Exported(
+            Step(model), (tokens, *own, *cross), {"tokens": (0, 1), **growing, **fixed}, {"logits": (0, 1), **grown}
+        ),
+    }
 
 
-class Exported(nn.Module, ABC):
-    """A graph, with what an exporter asks about it."""
+def cache_names(kind: str, dims: ModelDimensions) -> list[str]:
+    return [f"{kind}.{part}.{layer}" for layer in range(dims.n_text_layer) for part in ("key", "value")]
 
+
+def heads(x: Tensor, attention: Any) -> Tensor:
+    """Turns (batch, token, state) to (batch, head, token, channel)."""
+    return x.unflatten(2, (attention.n_head, -1)).transpose(1, 2)
+
+
+class Cross(nn.Module):
     def __init__(self, model: OpenAIWhisper):
         super().__init__()
-        self.dims = model.dims
-
-    @abstractmethod
-    def example(self) -> tuple[Tensor, ...]:
-        """Inputs to trace with."""
-
-    @abstractmethod
-    def dynamic(self) -> dict[str, tuple[int, ...]]:
-        """The name of each input and its axes without a fixed size."""
-
-    @abstractmethod
-    def outputs(self) -> dict[str, tuple[int, ...]]:
-        """The same of each output."""
-
-    def cache_names(self, kind: str) -> list[str]:
-        return [f"{kind}.{part}.{layer}" for layer in range(self.dims.n_text_layer) for part in ("key", "value")]
-
-    def heads(self, x: Tensor) -> Tensor:
-        """(batch, token, state) to (batch, head, token, channel)."""
-        return x.unflatten(2, (self.dims.n_text_head, self.dims.n_text_state // self.dims.n_text_head)).transpose(1, 2)
-
-
-class Encoder(Exported):
-    def __init__(self, model: OpenAIWhisper):
-        super().__init__(model)
-        self.encoder = model.encoder
-
-    def example(self) -> tuple[Tensor, ...]:
-        return (torch.zeros(1, self.dims.n_mels, 2 * self.dims.n_audio_ctx),)
-
-    def dynamic(self) -> dict[str, tuple[int, ...]]:
-        return {"mel": ()}
-
-    def outputs(self) -> dict[str, tuple[int, ...]]:
-        return {"features": ()}
-
-    def forward(self, mel: Tensor) -> Tensor:
-        return self.encoder(mel)
-
-
-class Cross(Exported):
-    def __init__(self, model: OpenAIWhisper):
-        super().__init__(model)
         self.attentions: Any = nn.ModuleList(block.cross_attn for block in model.decoder.blocks)
 
-    def example(self) -> tuple[Tensor, ...]:
-        return (torch.zeros(1, self.dims.n_audio_ctx, self.dims.n_audio_state),)
-
-    def dynamic(self) -> dict[str, tuple[int, ...]]:
-        return {"features": ()}
-
-    def outputs(self) -> dict[str, tuple[int, ...]]:
-        return dict.fromkeys(self.cache_names("cross"), ())
-
     def forward(self, features: Tensor) -> tuple[Tensor, ...]:
-        pairs = [(self.heads(each.key(features)), self.heads(each.value(features))) for each in self.attentions]
-        return tuple(tensor for pair in pairs for tensor in pair)
+        return tuple(heads(project(features), each) for each in self.attentions for project in (each.key, each.value))
 
 
-class Step(Exported):
+class Step(nn.Module):
     def __init__(self, model: OpenAIWhisper):
-        super().__init__(model)
+        super().__init__()
         self.decoder: Any = model.decoder
-
-    def example(self) -> tuple[Tensor, ...]:
-        dims = self.dims
-        head, channel = dims.n_text_head, dims.n_text_state // dims.n_text_head
-        own = [torch.zeros(BATCH, head, 3, channel)] * (2 * dims.n_text_layer)
-        cross = [torch.zeros(1, head, dims.n_audio_ctx, channel)] * (2 * dims.n_text_layer)
-        return torch.zeros(BATCH, 2, dtype=torch.int64), *own, *cross
-
-    def dynamic(self) -> dict[str, tuple[int, ...]]:
-        own, cross = self.cache_names("own"), self.cache_names("cross")
-        return {"tokens": (0, 1), **dict.fromkeys(own, (0, 2)), **dict.fromkeys(cross, ())}
-
-    def outputs(self) -> dict[str, tuple[int, ...]]:
-        return {"logits": (0, 1), **dict.fromkeys(self.cache_names("next"), (0, 2))}
 
     def forward(self, tokens: Tensor, *cache: Tensor) -> tuple[Tensor, ...]:
         own, cross = cache[: len(cache) // 2], cache[len(cache) // 2 :]
@@ -127,8 +95,8 @@ class Step(Exported):
         kept: list[Tensor] = []
         for i, block in enumerate(self.decoder.blocks):
             h = block.attn_ln(x)
-            k = torch.cat([own[2 * i], self.heads(block.attn.key(h))], 2)
-            v = torch.cat([own[2 * i + 1], self.heads(block.attn.value(h))], 2)
+            k = torch.cat([own[2 * i], heads(block.attn.key(h), block.attn)], 2)
+            v = torch.cat([own[2 * i + 1], heads(block.attn.value(h), block.attn)], 2)
             kept += [k, v]
             x = x + self.attend(block.attn, h, k, v, visible)
             x = x + self.attend(block.cross_attn, block.cross_attn_ln(x), cross[2 * i], cross[2 * i + 1], None)
@@ -137,7 +105,7 @@ class Step(Exported):
         return logits, *kept
 
     def attend(self, attention: Any, x: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
-        q = self.heads(attention.query(x))
+        q = heads(attention.query(x), attention)
         return attention.out(scaled_dot_product_attention(q, k, v, visible).transpose(1, 2).flatten(2))
 
 
@@ -146,7 +114,7 @@ class Backend(ABC):
 
     @abstractmethod
     def encode(self, mel: np.ndarray) -> np.ndarray:
-        """(1, n_mels, 3000) to (1, n_audio_ctx, state)."""
+        """Encodes (1, n_mels, 3000) to (1, n_audio_ctx, state)."""
 
     @abstractmethod
     def start(self, features: np.ndarray, batch: int) -> None:
@@ -154,14 +122,14 @@ class Backend(ABC):
 
     @abstractmethod
     def step(self, tokens: np.ndarray) -> np.ndarray:
-        """Logits of tokens, int64 (batch, token), and these into the own cache."""
+        """Returns the logits of tokens, int64 (batch, token), and puts these into the own cache."""
 
     @abstractmethod
     def rearrange(self, source_indices: list[int]) -> None:
         """Puts row `source_indices[i]` of the own cache in the place of row i."""
 
     def empty(self, dims: ModelDimensions, batch: int) -> np.ndarray:
-        """An own cache of one layer's keys or values without tokens."""
+        """Returns an own cache of one layer's keys or values without tokens."""
         return np.zeros((batch, dims.n_text_head, 0, dims.n_text_state // dims.n_text_head), np.float32)
 
 

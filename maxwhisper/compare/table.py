@@ -16,11 +16,11 @@ COLUMNS = (
     "WER to text",
 )
 DEVICE_COLUMNS = ("encoder device ms", "device ms per token")
-"""Of a GPU, behind the fourth."""
+"""What a table for a GPU has behind its fourth column."""
 
 
 def table(results: Results) -> str:
-    """The table, a line for each engine that has no figures, and the fairness notes."""
+    """Returns the table, a line for each engine that has no figures, and the fairness notes."""
     on_gpu = results.options["device"] == "gpu"
     columns = (*COLUMNS[:4], *DEVICE_COLUMNS, *COLUMNS[4:]) if on_gpu else COLUMNS
     rows = [cells(row, results.audio_s, on_gpu) for row in results.rows if row.total_s and not row.error]
@@ -76,7 +76,7 @@ def without_figures(results: Results) -> list[str]:
 
 
 def notes(results: Results) -> list[str]:
-    """What each engine was given, and what it does differently."""
+    """Returns what each engine was given, and what it does differently."""
     options, machine = results.options, results.machine
     search = f"beam search, {options['beam_size']} beams" if options["beam_size"] else "greedy"
     lines = [

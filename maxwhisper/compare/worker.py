@@ -55,18 +55,18 @@ class Requests:
         return {"tokens": [int(token) for token in tokens]}
 
     def windows(self, mel: str, n_tokens: int) -> dict[str, Any]:
-        """A fixed number of tokens for every window of (window, n_mels, 3000)."""
+        """Decodes a fixed number of tokens for every window of (window, n_mels, 3000)."""
         generated = self.engine.windows(np.load(mel), n_tokens)
         self.engine.synchronize()
         return {"tokens": [int(token) for tokens in generated for token in tokens]}
 
     def generate_batch(self, mel: str, n_tokens: int) -> dict[str, Any]:
-        """Does what `windows` does, all at once."""
+        """Decodes a fixed number of tokens for every window of (window, n_mels, 3000), all at once."""
         generated = self.engine.generate_batch(np.load(mel), n_tokens)
         return {"tokens": [int(token) for tokens in generated for token in tokens]}
 
     def transcribe_fixed(self, audio: str, n_tokens: int) -> dict[str, Any]:
-        """A fixed number of tokens for every 30 s of (samples,), the spectrogram made by the engine itself."""
+        """Decodes a fixed number of tokens for every 30 s of (samples,), the spectrogram made by the engine itself."""
         return {"tokens": [int(token) for token in self.engine.transcribe_fixed(np.load(audio), n_tokens)]}
 
     def encode(self, mel: str) -> dict[str, Any]:
@@ -76,7 +76,7 @@ class Requests:
         return times
 
     def generate(self, n_tokens: int) -> dict[str, Any]:
-        """The tokens are None where the engine cannot do this with these options."""
+        """Decodes tokens, which are None where the engine cannot do this with these options."""
         try:
             tokens, times = self.timed(lambda: self.engine.generate(self.features, n_tokens))
         except NotImplementedError:
@@ -84,7 +84,7 @@ class Requests:
         return {"tokens": [int(token) for token in tokens], **times}
 
     def timed(self, call: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
-        """What `call` returns, and the fields of its time: by the clock, and on the device where there are events."""
+        """Returns what `call` returns, and its times: by the clock, and on the device where there are events."""
         first, start = self.engine.event(), time.perf_counter()
         result = call()
         last = self.engine.event()
@@ -100,7 +100,7 @@ class Requests:
 
 
 def peak_memory() -> int:
-    """The most bytes of memory that this process has had at a time."""
+    """Returns the most bytes of memory that this process has had at a time."""
     status = Path("/proc/self/status")
     if status.exists():  # where it is that of the program, and not also of the process that started it
         [line] = [line for line in status.read_text().splitlines() if line.startswith("VmHWM:")]
@@ -111,7 +111,7 @@ def peak_memory() -> int:
 
 
 def answer(function: Callable[..., dict[str, Any]], arguments: dict[str, Any]) -> dict[str, Any]:
-    """The fields of an answer, the function's time among them unless it took its own."""
+    """Returns the fields of an answer, the function's time among them unless it took its own."""
     start = time.perf_counter()
     try:
         fields = function(**arguments)

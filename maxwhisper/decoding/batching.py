@@ -37,7 +37,7 @@ class BatchingStepper:
     """Takes texts of several threads further together. A thread holds `turn` whenever it does not wait for tokens."""
 
     def __init__(self, inner: Stepper, n_thread: int):
-        """inner: what computes the steps."""
+        """Takes the steps of `n_thread` threads, which `inner` computes."""
         self.inner = inner
         self.max_candidates, self.tokens_first = inner.max_candidates, inner.tokens_first
         self.turn = Condition()

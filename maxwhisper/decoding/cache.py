@@ -112,7 +112,7 @@ class KeyValueCache:
 
 
 def wait_for_pytorch(written: Tensor) -> None:
-    """For what it does to a tensor, which MAX does not wait for where it has a buffer of it already."""
+    """Waits for what PyTorch does to a tensor, as MAX does not where it has a buffer of it already."""
     if written.is_cuda:
         torch.cuda.synchronize(written.device)
 
@@ -152,7 +152,7 @@ class CacheSlots:
         self.buffers: dict[int, dict[str, Buffer]] = {}
 
     def place(self, caches: Sequence[KeyValueCache]) -> list[KeyValueCache]:
-        """The caches in the order of their slots, which are the first ones; nobody else keeps one."""
+        """Puts caches into the first slots and returns them in the order of these; nobody else keeps one."""
         n = len(caches)
         free = [slot for slot in range(n) if self.taken[slot] not in caches]
         for cache in caches:
@@ -219,8 +219,8 @@ class JoinedCache(KeyValueCache):
 
 
 def room_for_tokens_first(kv: Tensor, n: int) -> Tensor:
-    """Room for n times as many rows as `kv` has, (row, head, token, channel); in memory the tokens of a row come before
-    its heads."""
+    """Returns room for n times as many rows as `kv` has, (row, head, token, channel); in memory the tokens of a row
+    come before its heads."""
     n_row, n_head, n_token, n_channel = kv.shape
     dtype = torch.float32 if kv.dtype == torch.float16 else kv.dtype  # as `flash_dtype` has it
     return kv.new_empty((n * n_row, n_token, n_head, n_channel), dtype=dtype).transpose(1, 2)

@@ -39,16 +39,9 @@ def select_tokens_program(dims: ModelDimensions, policy: Policy) -> Program:
     """
 
     def select_tokens(decoder: TextDecoder, tokens: TensorValue, **given: Any) -> Sequence[TensorValue]:
-        texts, ends, rows = given["texts"], given["ends"], given["rows"]
-        rules = [given[name] for name in Rules._fields]
-        kv, caches = keys_values(given), written(given)
-
         def step(credit: TensorValue, before: TensorValue, *state: TensorValue) -> list[TensorValue]:
             totals, tokens, *_ = state
-            x, offsets = embed_next(decoder, tokens, before)
-            logits, *new = decoder.steps(x, offsets, kv, rows)
-            append(caches, new, offsets)
-            candidates, logprobs, tokens, *after = top_tokens(logits, texts, before, ends, totals, *rules)
+            candidates, logprobs, tokens, *after = behind(decoder, tokens, before, totals, given)
             totals, lengths, left = after
             return [*goes_on(left, credit, before, lengths, 1), lengths, totals, tokens, candidates, logprobs]
 
@@ -88,6 +81,18 @@ def embed_next(decoder: TextDecoder, tokens: TensorValue, lengths: TensorValue) 
     values = [tokens, lengths, token_embedding, positional_embedding]
     embedded, offsets = ops.custom("maxwhisper.embed", tokens.device, values, [x, lengths.type])
     return embedded.tensor, offsets.tensor
+
+
+def behind(
+    decoder: TextDecoder, tokens: TensorValue, before: TensorValue, totals: TensorValue, given: Mapping[str, Any]
+) -> list[TensorValue]:
+    """Finds what follows tokens (batch, token) the first of which is the last of a text of length `before`, puts their
+    keys and values into the cache, and returns what `top_tokens` does. given: what the graph is given."""
+    x, offsets = embed_next(decoder, tokens, before)
+    logits, *new = decoder.steps(x, offsets, keys_values(given), given["rows"])
+    append(written(given), new, offsets)
+    rules = (given[name] for name in Rules._fields)
+    return top_tokens(logits, given["texts"], before, given["ends"], totals, *rules)
 
 
 def append(caches: Sequence[BufferValue], new: Sequence[TensorValue], offsets: TensorValue) -> None:
@@ -143,12 +148,8 @@ class CPUStepper:
         """Decodes texts until one has ended, or has as many tokens more as it may have."""
         check_room(int((texts.lengths + n_token).max()) - 1, self.n_text_ctx)
         now = begun(texts, n_token, 0, rules.eot)
-        candidates, logprobs, totals, lengths = self.graphs[SELECT_TOKENS](
-            tokens=now.last(), **state(now, n_token), **rules._asdict(), **inputs_of(cache)
-        )
-        now = finished(texts, now._replace(totals=totals, lengths=lengths), n_token, rules.eot)
-        cache.n_token = int(now.lengths.max()) - 1
-        return Advanced(now, Candidates(candidates, logprobs))
+        given = {"tokens": now.last(), **state(now, n_token), **rules._asdict(), **inputs_of(cache)}
+        return finished(texts, now, self.graphs[SELECT_TOKENS](**given), cache, n_token, rules.eot)
 
 
 def begun(texts: Texts, n_token: Tensor, n_more: int, eot: int) -> Texts:
@@ -159,14 +160,19 @@ def begun(texts: Texts, n_token: Tensor, n_more: int, eot: int) -> Texts:
     return Texts(tokens.masked_fill(idle[:, None], eot), texts.lengths.masked_fill(idle, 1), texts.totals)
 
 
-def finished(texts: Texts, now: Texts, n_token: Tensor, eot: int) -> Texts:
-    """Returns what has become of texts that `begun` gave: without guesses behind them, idle ones as they were."""
+def finished(
+    texts: Texts, now: Texts, found: Sequence[Tensor], cache: KeyValueCache, n_token: Tensor, eot: int
+) -> Advanced:
+    """Returns what a graph has found, and made of texts that `begun` gave: without guesses behind them, idle ones as
+    they were. The cache is as long as the longest."""
+    candidates, logprobs, totals, lengths = found
     idle = n_token == 0
-    lengths = torch.where(idle, texts.lengths, now.lengths)
+    lengths = torch.where(idle, texts.lengths, lengths)
     before = functional.pad(texts.tokens, (0, now.tokens.shape[1] - texts.tokens.shape[1]), value=eot)
     tokens = torch.where(idle[:, None], before, now.tokens)[:, : int(lengths.max())]
     tokens[torch.arange(tokens.shape[1]) >= lengths[:, None]] = eot
-    return Texts(tokens, lengths, now.totals)
+    cache.n_token = int(lengths.max()) - 1
+    return Advanced(Texts(tokens, lengths, totals), Candidates(candidates, logprobs))
 
 
 def state(texts: Texts, n_token: Tensor) -> dict[str, Tensor]:

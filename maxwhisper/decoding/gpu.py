@@ -25,14 +25,14 @@ from ..network.model import TextDecoder
 from ..network.shapes import grouped, indices
 from .cache import CacheSlots, JoinedCache, KeyValueCache, named
 from .cpu import SELECT_TOKENS, keys_values, written
-from .rules import Rules
+from .rules import Rules, rules_inputs, texts_inputs
 from .stepper import Advanced, Candidates, Graphs, Texts, check_room
 
 CANDIDATES = "decoder.candidates"
 """The graph of beam search, which compiles together with that of steps."""
 
 MAX_CANDIDATES = 8
-"""That a step finds, and one more than there can be beams."""
+"""How many a step finds, one more than there can be beams."""
 
 STATE = ("texts", "lengths", "totals", "logprobs")
 """What a step takes and gives."""
@@ -84,7 +84,7 @@ def log_sum_exp(x: TensorValue) -> TensorValue:
 def rules_of_timestamps(
     texts: TensorValue, lengths: TensorValue, begins: TensorValue, begin: TensorValue, eot: TensorValue
 ) -> tuple[TensorValue, TensorValue]:
-    """For every text, (batch, 1): the first token of text, and the first timestamp, that may follow."""
+    """Returns for every text, (batch, 1), the first token of text, and the first timestamp, that may follow."""
     places = ops.unsqueeze(indices(texts.shape[1], texts.device), 0)
     first, last = ops.unsqueeze(begins, 1), ops.unsqueeze(lengths - 1, 1)
     stamped = (texts >= begin) & (places >= first) & (places <= last)
@@ -100,7 +100,7 @@ def rules_of_timestamps(
 
 
 def at(x: TensorValue, place: TensorValue) -> TensorValue:
-    """What is at a place of each row of (batch, place), both (batch, 1); the first for a place before it."""
+    """Returns what is at a place of each row of (batch, place), both (batch, 1); the first for a place before it."""
     return ops.unsqueeze(ops.gather_nd(x, ops.max(place, 0), batch_dims=1), 1)
 
 
@@ -166,7 +166,7 @@ def candidates_program(dims: ModelDimensions, policy: Policy) -> Program:
 
 
 def mask_behind(n_past: TensorValue, cache: TensorValue) -> TensorValue:
-    """The mask of `Slots`, for a cache (batch, place, head, channel)."""
+    """Returns the mask of `Slots`, for a cache (batch, place, head, channel)."""
     places = indices(cache.shape[1], cache.device).reshape((1, 1, cache.shape[1]))
     visible = places <= n_past.reshape((n_past.shape[0], 1, 1))
     return ops.where(visible, ops.constant(0, DType.float32, cache.device), NEVER)
@@ -182,18 +182,11 @@ def inputs(dims: ModelDimensions, policy: Policy, state: Sequence[str]) -> dict[
     own = TensorType(dtype, ["batch", "place", n_head, n_channel], device)
     cross = TensorType(dtype, ["audio", dims.n_audio_ctx, n_head, n_channel], device)
     kv = named([own for _ in layers], [cross for _ in layers])
-    of_texts = {
-        "texts": TensorType(DType.int64, ["batch", "text_place"], device),
-        "lengths": TensorType(DType.int64, ["batch"], device),
-        "totals": TensorType(DType.float32, ["batch"], device),
-        "logprobs": TensorType(DType.float32, ["batch"], device),
-        "ends": TensorType(DType.int64, ["batch"], device),
-    }
+    given = {**texts_inputs(device), **rules_inputs(dims.n_vocab, device)}
+    given["texts"] = TensorType(DType.int64, ["batch", "text_place"], device)  # which is not written into
+    given["logprobs"] = TensorType(DType.float32, ["batch"], device)
     return {
-        **{name: of_texts[name] for name in state},
-        "suppressed": TensorType(DType.bool, [dims.n_vocab], device),
-        "begins": TensorType(DType.int64, ["batch"], device),
-        "limits": TensorType(DType.int64, [2], device),
+        **{name: given[name] for name in (*state, "suppressed", "begins", "limits")},
         **kv,
         **{f"{name} written": each.as_buffer() for name, each in kv.items() if "cache" in name},
     }

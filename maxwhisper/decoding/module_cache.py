@@ -17,7 +17,7 @@ class ModuleCache(KeyValueCache, Mapping[nn.Module, torch.Tensor]):
     """
 
     def __init__(self, decoder: Any, cache: KeyValueCache | None = None):
-        """cache: whose memory to take over."""
+        """Takes over the memory of `cache`, or begins with none."""
         c = cache or KeyValueCache()
         super().__init__(c.own, c.cross, c.n_token, c.rows, c.first_row, c.memory)
         self.dims = decoder.dims
@@ -65,7 +65,7 @@ class ModuleCache(KeyValueCache, Mapping[nn.Module, torch.Tensor]):
             super().settle()
 
     def _split(self, module: nn.Module) -> torch.Tensor:
-        """Keys or values as (batch, head, token, channel)."""
+        """Returns keys or values as (batch, head, token, channel)."""
         if module not in self:
             raise OptionError("some keys or values of the cache are missing")
         kv, state = self[module], self.dims.n_text_state

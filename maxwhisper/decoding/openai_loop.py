@@ -43,8 +43,8 @@ class MaxInference(decoding.Inference):
         return self.model.decoder(tokens, audio_features, kv_cache=self.cache)
 
     def start(self, tokens: torch.Tensor, audio_features: torch.Tensor, position: int) -> list[torch.Tensor]:
-        """Logits, each (batch, vocab), at a position of the prompt and at its end. As many consecutive texts as share a
-        row of audio features are the same still, and are computed once."""
+        """Returns logits, each (batch, vocab), at a position of the prompt and at its end. As many consecutive texts as
+        share a row of audio features are the same still, and are computed once."""
         n_same = len(tokens) // len(audio_features)
         positions = torch.tensor([position, tokens.shape[1] - 1])
         logits = self.model.decoder(tokens[::n_same], audio_features, kv_cache=self.cache, positions=positions)
@@ -70,7 +70,7 @@ class MaxInference(decoding.Inference):
 
 
 def log_softmax(logits: Tensor | Candidates, dim: int) -> Tensor | Candidates:
-    """Candidates are normalised already."""
+    """Computes openai-whisper's of logits; leaves candidates as they are, which are normalised already."""
     return logits if isinstance(logits, Candidates) else functional.log_softmax(logits, dim=dim)
 
 
@@ -106,7 +106,7 @@ def not_in_graph(reason: str) -> None:
 
 
 def inference_of(model: Any, initial_token_length: int) -> decoding.Inference:
-    """How a model's decoder is called: openai-whisper's way where modules inside have hooks."""
+    """Chooses how a model's decoder is called: openai-whisper's way where modules inside have hooks."""
     kind = decoding.PyTorchInference if model.decoder.hooked() else MaxInference
     return kind(model, initial_token_length)
 
@@ -137,7 +137,7 @@ class DecodingTask(decoding.DecodingTask):
         return super()._get_audio_features(mel.to(torch.float16 if self.options.fp16 else torch.float32))
 
     def _main_loop(self, audio_features: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, list[float]]:
-        """What openai-whisper's loop does, with tokens from a graph where it can find them."""
+        """Does what openai-whisper's loop does, with tokens from a graph where it can find them."""
         rules = self._rules()
         if rules is None:
             return self._openai_loop(audio_features, tokens)
@@ -163,7 +163,7 @@ class DecodingTask(decoding.DecodingTask):
     def _beams(
         self, tokens: Tensor, sum_logprobs: Tensor, candidates: Candidates, rules: "TokenRules", n_end: int
     ) -> tuple[Tensor, Tensor]:
-        """Beams of up to `n_end` tokens, and their sums of log-probabilities."""
+        """Returns beams of up to `n_end` tokens, and their sums of log-probabilities."""
         while True:
             tokens, completed = self.decoder.update(tokens, candidates, sum_logprobs)
             if completed or tokens.shape[1] >= n_end:
@@ -173,7 +173,7 @@ class DecodingTask(decoding.DecodingTask):
             candidates = self.inference.advance(Texts.of(tokens, sum_logprobs), inputs, one).candidates
 
     def _greedy(self, texts: "Texts", rules: "TokenRules", n_end: int) -> "Texts":
-        """The texts until each has ended, or has `n_end` tokens."""
+        """Returns the texts until each has ended, or has `n_end` tokens."""
         while True:
             left = (n_end - texts.lengths).masked_fill(texts.last()[:, 0] == self.tokenizer.eot, 0)
             if not left.any():
@@ -181,8 +181,8 @@ class DecodingTask(decoding.DecodingTask):
             texts = self.inference.advance(texts, rules.inputs(texts.tokens, 1), left.clamp(max=MAX_STEPS)).texts
 
     def _rules(self) -> TokenRules | None:
-        """None where all logits are needed: to draw tokens at random, for more beams than the stepper has candidates
-        for, for hooks, or for a decoder or filters not known."""
+        """Returns None where all logits are needed: to draw tokens at random, for more beams than the stepper has
+        candidates for, for hooks, or for a decoder or filters not known."""
         if self.options.temperature != 0:
             not_in_graph("tokens are drawn at random")
             return None

@@ -15,6 +15,8 @@ from ..engine.program import Program
 TOKEN_RULES = "token_rules"
 """The graph of the rules alone."""
 
+CPU = DeviceRef.CPU()
+
 
 def top_tokens(
     logits: TensorValue,
@@ -27,8 +29,8 @@ def top_tokens(
     limits: TensorValue,
     places: TensorValue,
 ) -> list[TensorValue]:
-    """The graph of `maxwhisper.pick`, whose Mojo source says what goes in and out: logits (batch, token, vocab) and the
-    rest, to candidates, their log-probabilities, tokens, totals, lengths, and how many more tokens the texts may have.
+    """Calls `maxwhisper.pick`, whose Mojo source says what goes in and out: logits (batch, token, vocab) and the rest,
+    to candidates, their log-probabilities, tokens, totals, lengths, and how many more tokens the texts may have.
 
     places: (candidate,), of which only the length counts.
     """
@@ -54,34 +56,32 @@ class NoWeights(Module):
 
 
 def rules_program() -> Program:
-    """The graph, for any vocabulary."""
+    """Returns the graph of the rules alone, for any vocabulary."""
 
     def pick(_: Module, logits: TensorValue, *others: Any) -> Sequence[TensorValue]:
         return top_tokens(ops.unsqueeze(logits, 1), *others)
 
-    logits = TensorType(DType.float32, ["batch", "vocab"], DeviceRef.CPU())
+    logits = TensorType(DType.float32, ["batch", "vocab"], CPU)
     return Program(TOKEN_RULES, "", NoWeights(), pick, {"logits": logits, **texts_inputs(), **rules_inputs("vocab")})
 
 
-def texts_inputs() -> dict[str, TensorType | BufferType]:
-    """Texts, to which `top_tokens` adds, and how long they may get."""
-    cpu = DeviceRef.CPU()
+def texts_inputs(device: DeviceRef = CPU) -> dict[str, TensorType | BufferType]:
+    """Returns how graphs take texts, to which `top_tokens` adds, and how long these may get."""
     return {
-        "texts": BufferType(DType.int64, ["batch", "text_place"], cpu),
-        "lengths": TensorType(DType.int64, ["batch"], cpu),
-        "ends": TensorType(DType.int64, ["batch"], cpu),
-        "totals": TensorType(DType.float32, ["batch"], cpu),
+        "texts": BufferType(DType.int64, ["batch", "text_place"], device),
+        "lengths": TensorType(DType.int64, ["batch"], device),
+        "ends": TensorType(DType.int64, ["batch"], device),
+        "totals": TensorType(DType.float32, ["batch"], device),
     }
 
 
-def rules_inputs(n_vocab: int | str) -> dict[str, TensorType | BufferType]:
-    """What `top_tokens` takes beside logits and texts."""
-    cpu = DeviceRef.CPU()
+def rules_inputs(n_vocab: int | str, device: DeviceRef = CPU) -> dict[str, TensorType | BufferType]:
+    """Returns how graphs take what `top_tokens` takes beside logits and texts."""
     return {
-        "suppressed": TensorType(DType.bool, [n_vocab], cpu),
-        "begins": TensorType(DType.int64, ["batch"], cpu),
-        "limits": TensorType(DType.int64, [2], cpu),
-        "places": TensorType(DType.int64, ["candidate"], cpu),
+        "suppressed": TensorType(DType.bool, [n_vocab], device),
+        "begins": TensorType(DType.int64, ["batch"], device),
+        "limits": TensorType(DType.int64, [2], device),
+        "places": TensorType(DType.int64, ["candidate"], device),
     }
 
 
@@ -95,12 +95,12 @@ class Rules(NamedTuple):
 
     @property
     def eot(self) -> int:
-        """The end of text."""
+        """Returns the end of text."""
         return int(self.limits[1])
 
     @classmethod
     def joined(cls, rules: Sequence["Rules"]) -> "Rules":
-        """Those of several tasks with the same filters, for all their texts."""
+        """Returns the rules of several tasks with the same filters, for all their texts."""
         first = rules[0]
         for each in rules:
             assert each.suppressed.equal(first.suppressed) and each.limits.equal(first.limits)
@@ -121,7 +121,7 @@ class TokenRules:
 
     @classmethod
     def of(cls, filters: Sequence[Any], n_vocab: int, sample_begin: int, eot: int) -> "TokenRules | None":
-        """The rules of some filters; None if there is one among them that is not openai-whisper's."""
+        """Returns the rules of some filters; None if there is one among them that is not openai-whisper's."""
         rules = cls(n_vocab, sample_begin, eot)
         for each in filters:
             if type(each) is decoding.SuppressBlank:
@@ -144,8 +144,8 @@ class TokenRules:
             self.suppressed_first[self.timestamp_begin + rule.max_initial_timestamp_index + 1 :] = True
 
     def inputs(self, tokens: Tensor, n_best: int) -> Rules:
-        """What graphs take beside logits and texts to find the `n_best` likeliest tokens behind the tokens (batch,
-        token)."""
+        """Returns what graphs take beside logits and texts to find the `n_best` likeliest tokens behind the tokens
+        (batch, token)."""
         suppressed = self.suppressed if tokens.shape[1] > self.sample_begin else self.suppressed_first
         begins = torch.full((len(tokens),), self.sample_begin)
         limits = torch.tensor([self.timestamp_begin, self.eot])

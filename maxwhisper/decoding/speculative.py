@@ -21,23 +21,9 @@ from ..engine.program import Program, by_name
 from ..engine.session import Policy
 from ..network.model import TextDecoder
 from .cache import UNIT_SIZE, KeyValueCache
-from .cpu import (
-    CPUStepper,
-    append,
-    begun,
-    embed_next,
-    finished,
-    goes_on,
-    inputs_of,
-    keys_values,
-    nothing_found,
-    rounds,
-    state,
-    steps_inputs,
-    written,
-)
-from .rules import NoWeights, Rules, top_tokens
-from .stepper import Advanced, Candidates, Graphs, Texts, check_room
+from .cpu import CPUStepper, begun, behind, finished, goes_on, inputs_of, nothing_found, rounds, state, steps_inputs
+from .rules import NoWeights, Rules
+from .stepper import Advanced, Graphs, Texts, check_room
 
 SPECULATE, QUANTIZE_KEYS = "decoder.speculate", "decoder.rough_keys"
 
@@ -107,7 +93,7 @@ def quantize(matrix: Tensor, bits: int, into: Tensor) -> None:
 
 
 def draft_of(tensors: Mapping[str, Tensor], dims: ModelDimensions) -> Draft:
-    """The draft of a checkpoint's decoder."""
+    """Returns the draft of a checkpoint's decoder."""
     matrices = torch.empty(dims.n_text_layer, matrices_size(dims.n_text_state), dtype=torch.int8)
     layers = [f"decoder.blocks.{layer}." for layer in range(dims.n_text_layer)]
     for layer, row in zip(layers, matrices, strict=True):
@@ -177,18 +163,13 @@ def speculate_program(dims: ModelDimensions, policy: Policy) -> Program:
     """
 
     def speculate(decoder: TextDecoder, **given: Any) -> Sequence[TensorValue]:
-        texts, ends, rules = given["texts"], given["ends"], [given[name] for name in Rules._fields]
         draft = Draft(*(given[f"draft {name}"] for name in Draft._fields))
-        kv, caches = keys_values(given), written(given)
 
         def propose_and_verify(
             credit: TensorValue, before: TensorValue, totals: TensorValue, *_: Any
         ) -> list[TensorValue]:
             tokens = propose(decoder, draft, before, given)
-            x, offsets = embed_next(decoder, tokens, before)
-            logits, *new = decoder.steps(x, offsets, kv, given["rows"])
-            append(caches, new, offsets)
-            candidates, logprobs, _, *after = top_tokens(logits, texts, before, ends, totals, *rules)
+            candidates, logprobs, _, *after = behind(decoder, tokens, before, totals, given)
             totals, lengths, left = after
             return [*goes_on(left, credit, before, lengths, WORTH_PROPOSING), lengths, totals, candidates, logprobs]
 
@@ -209,19 +190,13 @@ class Drafted(Graphs, Protocol):
 
     @property
     def draft(self) -> Draft:
-        """What the graph of speculation takes."""
+        """Returns what the graph of speculation takes."""
 
 
-class SpeculativeStepper:
-    """Has tokens proposed and verified where that takes less time than steps, which another stepper takes."""
+class SpeculativeStepper(CPUStepper):
+    """Has tokens proposed and verified where that takes less time than steps."""
 
-    max_candidates = None
-    tokens_first = False
-
-    def __init__(self, graphs: Drafted, n_text_ctx: int):
-        self.graphs = graphs
-        self.n_text_ctx = n_text_ctx
-        self.inner = CPUStepper(graphs, n_text_ctx)
+    graphs: Drafted
 
     def advance(self, texts: Texts, cache: KeyValueCache, rules: Rules, n_token: Tensor) -> Advanced:
         """Decodes texts as `CPUStepper` does, to the same tokens, or to fewer, if so few are left that others steps
@@ -231,7 +206,7 @@ class SpeculativeStepper:
         n_proposed = n_token.minimum(self.n_text_ctx + 1 - N_PROPOSED - texts.lengths)
         of_its_own = len(cache.cross[0]) == len(texts.tokens)
         if len(rules.places) > 1 or not of_its_own or not worth_proposing(n_proposed, n_token):
-            return self.inner.advance(texts, cache, rules, n_token)
+            return super().advance(texts, cache, rules, n_token)
         advanced = self._propose(texts, cache, rules, n_token, n_proposed)
         gained = advanced.texts.lengths - texts.lengths
         idle = n_token == 0
@@ -242,21 +217,17 @@ class SpeculativeStepper:
             or not worth_proposing(n_proposed - gained, n_token)
         ):
             return advanced
-        return self.inner.advance(advanced.texts, cache, rules, n_token - gained)
+        return super().advance(advanced.texts, cache, rules, n_token - gained)
 
     def _propose(
         self, texts: Texts, cache: KeyValueCache, rules: Rules, n_token: Tensor, n_proposed: Tensor
     ) -> Advanced:
         now = begun(texts, n_token, N_PROPOSED, rules.eot)
-        ends = torch.where(n_token == 0, now.lengths + WORTH_PROPOSING, now.lengths + n_proposed)
-        draft = {f"draft {name}": each for name, each in self.graphs.draft._asdict().items()}
-        candidates, logprobs, totals, lengths = self.graphs[SPECULATE](
-            **{**state(now, n_token), "ends": ends}, **rules._asdict(), **inputs_of(cache), **draft,
-            **{"cache": cache.memory, "quantized cross": cache.quantized(self._quantize)},
-        )  # fmt: skip
-        now = finished(texts, now._replace(totals=totals, lengths=lengths), n_token, rules.eot)
-        cache.n_token = int(now.lengths.max()) - 1
-        return Advanced(now, Candidates(candidates, logprobs))
+        given = {**state(now, n_token), **rules._asdict(), **inputs_of(cache)}
+        given["ends"] = torch.where(n_token == 0, now.lengths + WORTH_PROPOSING, now.lengths + n_proposed)
+        given |= {f"draft {name}": each for name, each in self.graphs.draft._asdict().items()}
+        given |= {"cache": cache.memory, "quantized cross": cache.quantized(self._quantize)}
+        return finished(texts, now, self.graphs[SPECULATE](**given), cache, n_token, rules.eot)
 
     def _quantize(self, cross: Sequence[Tensor], into: Tensor, row: int) -> None:
         """Puts keys and values of audio into `room_for_quantized`, from a row on."""

@@ -50,7 +50,7 @@ class Texts(NamedTuple):
 
     @classmethod
     def of(cls, tokens: Tensor, totals: Tensor) -> "Texts":
-        """Texts of the same length."""
+        """Makes texts of the same length."""
         return cls(tokens, torch.full((len(tokens),), tokens.shape[1]), totals)
 
     @classmethod
@@ -60,7 +60,7 @@ class Texts(NamedTuple):
         return cls(torch.cat(tokens), *(torch.cat(each) for each in list(zip(*texts, strict=True))[1:]))
 
     def last(self) -> Tensor:
-        """The last token of each, (batch, 1)."""
+        """Returns the last token of each, (batch, 1)."""
         return self.tokens.gather(1, self.lengths[:, None] - 1)
 
 
@@ -91,11 +91,11 @@ class Stepper(Protocol):
 
     @property
     def max_candidates(self) -> int | None:
-        """How many candidates of a step it finds at most; None for as many as are wanted."""
+        """Says how many candidates of a step it finds at most; None for as many as are wanted."""
 
     @property
     def tokens_first(self) -> bool:
-        """How it takes caches of several windows, as of `CacheSlots`."""
+        """Says whether it takes caches of several windows with the tokens of a row before its heads."""
 
     def advance(self, texts: Texts, cache: KeyValueCache, rules: Rules, n_token: Tensor) -> Advanced:
         """Decodes texts, all but the last tokens of which are in the cache: each by at most as many tokens as `n_token`

@@ -18,7 +18,6 @@ import json
 import logging
 import os
 import platform
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
@@ -39,6 +38,7 @@ from max.dtype import DType
 from whisper.model import ModelDimensions
 
 from ..errors import ArtifactError, OptionError
+from ..files import replacing
 from ..names import HOST, TARGETS
 from .built_from import built_from
 from .instructions import PORTABLE_CPU, PORTABLE_FEATURES, cpu_features, cpu_target
@@ -63,7 +63,7 @@ FLOAT32 = {"log_mel": ["n_mels"], "token_rules": []}
 
 
 def source_hash(programs: Sequence[Program] = ()) -> str:
-    """SHA-256 of the sources that define the graphs, and of those of the programs' own functions."""
+    """Returns SHA-256 of the sources that define the graphs, and of those of the programs' own functions."""
     parts = [PACKAGE / part for part in GRAPH_SOURCES]
     files = {
         file for part in parts for file in ([part] if part.is_file() else [*part.rglob("*.py"), *part.rglob("*.mojo")])
@@ -102,12 +102,12 @@ class Identity:
 
     @property
     def file(self) -> str:
-        """The name of the artifact's file."""
+        """Returns the name of the artifact's file."""
         digest = hashlib.sha256(json.dumps(vars(self), sort_keys=True).encode()).hexdigest()
         return f"{self.unit}-{self.compute}-{digest[:12]}.mef"
 
     def differences(self, found: "Identity") -> list[str]:
-        """What is not as here in another identity."""
+        """Returns what is not as here in another identity."""
         ours, theirs = self._flat(), found._flat()
         return [
             f"{name} is {theirs.get(name, 'absent')}, expected {ours.get(name, 'absent')}"
@@ -121,7 +121,7 @@ class Identity:
 
 
 def target_of(device: str) -> str:
-    """What is compiled for on a device of this machine."""
+    """Returns what is compiled for on a device of this machine."""
     return HOST if device == "cpu" else Accelerator().architecture_name
 
 
@@ -200,7 +200,7 @@ class Artifacts:
             log.warning("%s: compiling instead", error)
 
     def loader(self, unit: str, dims: ModelDimensions, policy: Policy) -> Loader:
-        """What gives a unit of a model to `Artifact`; it raises ArtifactError if the folder does not hold the unit."""
+        """Returns what gives a unit of a model to `Artifact`; it raises ArtifactError if the folder lacks the unit."""
 
         def load(programs: Sequence[Program], compile_them: Callable[[], Stored]) -> Stored:
             with self._excused():
@@ -210,8 +210,8 @@ class Artifacts:
         return load
 
     def read(self, wanted: Identity, programs: Sequence[Program] = ()) -> Stored:
-        """An artifact of the folder; raises ArtifactError if it has not this one, or not whole. One of other sources
-        will do if the programs are the same."""
+        """Reads an artifact of the folder; raises ArtifactError if it has not this one, or not whole. One of other
+        sources will do if the programs are the same."""
         of_unit = [held for held in self.held if held.identity.unit == wanted.unit]
         if not of_unit:
             units = ", ".join(sorted({held.identity.unit for held in self.held})) or "nothing"
@@ -291,7 +291,7 @@ class Writer:
 
 @contextmanager
 def writing(out: str | os.PathLike[str], target: str) -> Iterator[Writer]:
-    """A folder of artifacts that appears as `out` when it is complete, in the place of an earlier one.
+    """Gives a folder of artifacts that appears as `out` when it is complete, in the place of an earlier one.
 
     Raises OptionError if it cannot be written, or if `out` holds anything but artifacts.
     """
@@ -299,25 +299,21 @@ def writing(out: str | os.PathLike[str], target: str) -> Iterator[Writer]:
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / MANIFEST).exists())):
         raise OptionError(f"--out {out}: is there already, and is no folder of artifacts")
     try:
-        with replacing(out, target) as writer:
+        with written(out, target) as writer:
             yield writer
     except OSError as error:
         raise OptionError(f"--out {out}: cannot be written: {error.strerror or error}") from error
 
 
 @contextmanager
-def replacing(out: Path, target: str) -> Iterator[Writer]:
+def written(out: Path, target: str) -> Iterator[Writer]:
     """Writes as `writing` does, in the place of whatever is there. Raises OSError if it cannot be written."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
-        new, old = Path(temporary) / "new", Path(temporary) / "old"
-        new.mkdir()
-        writer = Writer(new, target)
+    with replacing(out) as folder:
+        folder.mkdir()
+        writer = Writer(folder, target)
         yield writer
         writer.finish()
-        if out.exists():
-            out.rename(old)
-        new.rename(out)
 
 
 # ---- keeping what was compiled -------------------------------------------------------------------------------------
@@ -336,7 +332,7 @@ class Cache:
         self.folder = folder
 
     def holds(self, unit: str, dims: ModelDimensions, policy: Policy, programs: Sequence[Program]) -> bool:
-        """Whether a unit of a model is there."""
+        """Returns whether a unit of a model is there."""
         target, by_sources = target_of(policy.device.device_type.value), Identity.of(unit, dims, policy, programs)
         if (self.folder / f"sources-{key(by_sources, target)}").exists():
             return True
@@ -371,7 +367,7 @@ class Cache:
 
 
 def key(identity: Identity, target: str) -> str:
-    """A hash of an artifact's identity and of what it is compiled with and for."""
+    """Returns a hash of an artifact's identity and of what it is compiled with and for."""
     # MAX's settings can change what it compiles.
     settings = {name: value for name, value in os.environ.items() if name.startswith("MODULAR_")}
     relevant = {name: value for name, value in settings.items() if not name.endswith("CACHE_DIR")}
@@ -390,7 +386,7 @@ def link_to(place: Path, link: Path) -> None:
 
 def keep(stored: Stored, identity: Identity, target: str, place: Path) -> None:
     try:
-        with replacing(place, target) as writer:
+        with written(place, target) as writer:
             writer.manifest["cpu"]["features"] = cpu_features()  # compiled for this CPU, not for any that has a GPU
             writer.add(identity, stored, identity.source)
     except Exception as error:  # what was compiled can be used, whatever MAX or the disk says against keeping it

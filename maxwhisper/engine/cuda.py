@@ -66,14 +66,14 @@ class LibrarySet:
 
     @property
     def usable(self) -> bool:
-        """Whether it has what MAX opens. libcublas does without libcudart, which is linked into it."""
+        """Tells whether it has what MAX opens. libcublas does without libcudart, which is linked into it."""
         return all(library in self.files for library in OPENED_BY_MAX)
 
 
 def places(
     path: Sequence[str] | None = None, environ: Mapping[str, str] = os.environ, root: Path = Path("/")
 ) -> list[Place]:
-    """Where CUDA libraries may be, in the order of preference: pip, conda, then the system's folders.
+    """Returns where CUDA libraries may be, in the order of preference: pip, conda, then the system's folders.
 
     path: folders of Python packages, `sys.path` unless given. root: where the system's folders start.
     """
@@ -85,7 +85,7 @@ def places(
 
 
 def pip_places(sites: Iterable[Path]) -> Iterator[Place]:
-    """NVIDIA's wheels, which torch's CUDA builds require too: one folder for CUDA 13, one per library for CUDA 12."""
+    """Yields NVIDIA's wheels, as torch's CUDA builds require: one folder for CUDA 13, one per library for CUDA 12."""
     for site in sites:
         nvidia = site / "nvidia"
         yield Place("pip", (nvidia / "cu13" / "lib", nvidia / "cublas" / "lib", nvidia / "cuda_runtime" / "lib"))
@@ -124,7 +124,7 @@ def version_in(name: str) -> Version:
 
 
 def find(where: Iterable[Place]) -> list[LibrarySet]:
-    """Every set of which at least one library or broken link is there, in MAX's order of versions, then of places."""
+    """Finds the sets of which a library or a broken link is there, in MAX's order of versions, then of places."""
     where = list(where)
     return [found for major in MAJORS for place in where if (found := look(place, major))]
 
@@ -189,7 +189,7 @@ def preload() -> Preload:
 
 
 def install_hint(driver: Version | None) -> str:
-    """The command that installs the libraries for a driver of this CUDA version."""
+    """Returns the command that installs the libraries for a driver of this CUDA version."""
     return f"pip install 'maxwhisper[cuda{12 if driver and driver[0] < 13 else 13}]'"
 
 
@@ -215,7 +215,7 @@ def load_first(sets: Sequence[LibrarySet], before: Loaded, driver: Version | Non
 
 
 def candidates(sets: Sequence[LibrarySet], here: Mapping[str, str], major: int) -> Iterator[LibrarySet]:
-    """What may be loaded of one CUDA version, in the order of preference; `here` is what is loaded, by library."""
+    """Yields what may be loaded of one CUDA version, in the order of preference. here: what is loaded, by library."""
     fitting = [each for each in sets if each.usable and agrees(each, here)]
     for each in sorted(fitting, key=lambda each: len(each.problems)):  # stable: places keep their order
         yield replace(each, files={**each.files, **here})
@@ -227,7 +227,7 @@ def candidates(sets: Sequence[LibrarySet], here: Mapping[str, str], major: int) 
 
 
 def agrees(candidate: LibrarySet, here: Mapping[str, str]) -> bool:
-    """Whether no library that MAX opens is loaded already from elsewhere."""
+    """Returns whether no library that MAX opens is loaded already from elsewhere."""
     return all(os.path.realpath(candidate.files[each]) == here[each] for each in OPENED_BY_MAX if each in here)
 
 
@@ -264,7 +264,7 @@ def dotted(version: Sequence[int] | None) -> str:
 
 
 def version_of(library: str, handle: ctypes.CDLL) -> Version:
-    """The version that a loaded library reports. Raises OSError if it does not."""
+    """Returns the version that a loaded library reports. Raises OSError if it does not."""
     value = ctypes.c_int()
     try:
         if library == "cudart":
@@ -283,7 +283,7 @@ def version_of(library: str, handle: ctypes.CDLL) -> Version:
 
 
 def loaded() -> dict[tuple[str, int], str]:
-    """The CUDA libraries that this process has loaded; none where the system has no /proc."""
+    """Returns the CUDA libraries that this process has loaded; none where the system has no /proc."""
     try:
         maps = Path("/proc/self/maps").read_text(errors="surrogateescape")
     except OSError:
@@ -296,7 +296,7 @@ def loaded() -> dict[tuple[str, int], str]:
 
 
 def driver_version() -> Version | None:
-    """The newest CUDA version that the NVIDIA driver supports, (major, minor); None without a driver."""
+    """Returns the newest CUDA version that the NVIDIA driver supports, (major, minor); None without a driver."""
     value = ctypes.c_int()
     try:
         status = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(value))

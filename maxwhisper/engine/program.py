@@ -14,9 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from max.driver import (
-    Buffer,
-)
+from max.driver import Buffer
 from max.dtype import DType
 from max.engine import CompiledModel, Model
 from max.graph import BufferType, Graph, TensorType, TensorValue, Value
@@ -67,17 +65,17 @@ def by_name(inputs: Iterable[str], function: Callable[..., Sequence[TensorValue]
 
 
 def signature(program: Program) -> list[Any]:
-    """What tells a graph apart from most others."""
+    """Returns what tells a graph apart from most others."""
     return [program.name, *((name, str(type)) for name, type in program.inputs.items())]
 
 
 def tensor_or_buffer(value: Value[Any]) -> Any:
-    """An input of a graph: one that it may write into is a buffer."""
+    """Returns an input of a graph as a tensor, or one that it may write into as a buffer."""
     return value.buffer if isinstance(value.type, BufferType) else value.tensor
 
 
 def buffer(tensor: torch.Tensor | Buffer) -> Buffer:
-    """The tensor as MAX takes it: in the same memory if that is contiguous."""
+    """Returns the tensor as MAX takes it: in the same memory if that is contiguous."""
     if isinstance(tensor, Buffer):
         return tensor
     return Buffer.from_dlpack((tensor.detach() if tensor.requires_grad else tensor).contiguous())
@@ -110,7 +108,7 @@ class Executable:
         return [named[name] for name in self.inputs]
 
     def execute(self, *inputs: Buffer) -> list[Buffer]:
-        """On MAX's own buffers; on a GPU it may still run afterwards. Raises DeviceError in a forked process."""
+        """Computes on MAX's own buffers; a GPU may go on afterwards. Raises DeviceError in a forked process."""
         refuse_after_fork()
         if self.session.has_executed:
             return self.model.execute(*inputs)
@@ -143,7 +141,8 @@ class Artifact:
         load: Loader | None = None,
         slow: Callable[[], None] | None = None,
     ):
-        """load: may give the programs as they were compiled earlier. slow: is called if compiling takes seconds."""
+        """Compiles the programs, or takes what `load` gives, as they were compiled earlier. slow: is called if
+        compiling takes seconds."""
         programs = list(programs)
         self.name = name
         self.slow = slow
@@ -167,7 +166,7 @@ class Artifact:
         return Stored(compiled, weights)
 
     def init(self, tensors: Mapping[str, torch.Tensor], **layers: int) -> dict[str, Executable]:
-        """Every graph of the artifact with its weights from `tensors`; `layers` are the numbers for the placeholders.
+        """Gives every graph of the artifact its weights from `tensors`; `layers` are the numbers for the placeholders.
 
         Raises CheckpointError for a tensor that is missing, or that the weight's dtype could not hold exactly.
         """
@@ -182,7 +181,7 @@ class Artifact:
 
 
 def weight_value(tensors: Mapping[str, torch.Tensor], name: str, dtype: DType) -> torch.Tensor:
-    """The tensor called `name`, widened to `dtype`; MAX alone would cast silently, and narrow as readily as widen."""
+    """Returns the tensor called `name`, widened to `dtype`; MAX alone would cast silently, and narrow as readily."""
     if name not in tensors:
         raise CheckpointError(f"tensor {name} is missing")
     tensor, wanted = tensors[name], TORCH_DTYPE[dtype]

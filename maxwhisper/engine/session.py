@@ -49,7 +49,7 @@ class Policy:
 
 
 def find_device(name: str) -> Device:
-    """The MAX device called "cpu" or "gpu" ("cuda" is accepted, as openai-whisper calls it).
+    """Returns the MAX device called "cpu" or "gpu" ("cuda" is accepted, as openai-whisper calls it).
 
     Raises DeviceError when there is no such device, or as `refuse_after_fork` does, OptionError for any other name.
     """
@@ -66,12 +66,12 @@ def find_device(name: str) -> Device:
 
 
 def gpu_found() -> bool:
-    """Whether MAX and PyTorch both find a GPU, as whole transcripts need."""
+    """Returns whether MAX and PyTorch both find a GPU, as whole transcripts need."""
     return accelerator_count() > 0 and torch.cuda.is_available()
 
 
 def device_named(name: str) -> str:
-    """The name, or where it is "auto" that of a GPU if there is one, else of the CPU."""
+    """Returns the name, or where it is "auto" that of a GPU if there is one, else of the CPU."""
     return ("gpu" if gpu_found() else "cpu") if name == "auto" else name
 
 
@@ -86,7 +86,7 @@ class Session(InferenceSession):
 
 @cache
 def session(device: str) -> Session:
-    """The one session of a device; it compiles for the CPU that the environment names, or for the machine's own."""
+    """Returns the one session of a device; it compiles for the CPU that the environment names, or for this one."""
     find_place_for_max_cache()
     if target := cpu_target():
         set_virtual_cpu_target(target)

@@ -60,12 +60,12 @@ class Block:
     unit: str = "parts"
 
     def program(self, dims: ModelDimensions, policy: Policy) -> Program:
-        """This block as a graph to compile, for a model of `dims` under `policy`."""
+        """Returns this block as a graph to compile, for a model of `dims` under `policy`."""
         module, inputs = self.module(dims, policy), self.inputs(dims, policy)
         return Program(self.name, self.path, module, self.function, inputs)
 
     def n_layer(self, dims: ModelDimensions) -> int:
-        """How many layers of the model this block stands for."""
+        """Returns how many layers of the model this block stands for."""
         layers = {"{audio_layer}": dims.n_audio_layer, "{text_layer}": dims.n_text_layer}
         return next((number for placeholder, number in layers.items() if placeholder in self.path), 1)
 
@@ -131,7 +131,7 @@ InputsOf = Callable[[ModelDimensions, Policy], Inputs]
 
 
 def every_layer(inputs: InputsOf) -> InputsOf:
-    """The inputs of each decoder layer in turn, their names followed by the layer's number."""
+    """Returns the inputs of each decoder layer in turn, their names followed by the layer's number."""
 
     def of(dims: ModelDimensions, policy: Policy) -> Inputs:
         layers = range(dims.n_text_layer)
@@ -141,7 +141,7 @@ def every_layer(inputs: InputsOf) -> InputsOf:
 
 
 def together(*parts: InputsOf) -> InputsOf:
-    """The inputs of several functions, in order."""
+    """Returns the inputs of several functions, in order."""
     return lambda dims, policy: {name: type_ for part in parts for name, type_ in part(dims, policy).items()}
 
 

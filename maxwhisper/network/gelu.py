@@ -14,21 +14,21 @@ error as numbers of float32, by least squares whose weights go where it is large
 
 
 def gelu(x: TensorValue) -> TensorValue:
-    """x times the standard normal's distribution function at x, in float32 whatever the dtype of x: the exact form, not
-    the tanh approximation."""
+    """Returns x times the standard normal's distribution function at x, in float32 whatever the dtype of x: the exact
+    form, not the tanh approximation."""
     wide = x.cast(DType.float32)
     return (wide * (erf(wide * 0.5**0.5) * 0.5 + 0.5)).cast(x.dtype)
 
 
 def erf(z: TensorValue) -> TensorValue:
-    """The error function of z, float32."""
+    """Computes the error function of z, float32."""
     z = ops.max(ops.min(z, REACH), -REACH)
     above, below = (polynomial(coefficients, z * z) for coefficients in (ABOVE, BELOW))
     return ops.max(ops.min(z * above / below, 1.0), -1.0)
 
 
 def polynomial(coefficients: Sequence[float], x: TensorValue) -> TensorValue:
-    """The sum of coefficient i times x^i."""
+    """Computes the sum of coefficient i times x^i."""
     *others, y = coefficients
     for coefficient in reversed(others):
         y = x * y + coefficient

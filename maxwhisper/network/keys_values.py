@@ -29,7 +29,7 @@ class Cache(NamedTuple):
     sources: TensorValue | None = None
 
     def for_kernel(self, batch: Dim) -> list[TensorValue]:
-        """What kernels take: keys, values, length and sources of every text."""
+        """Returns what kernels take: keys, values, length and sources of every text."""
         sources = self.sources
         if sources is None:
             rows = ops.unsqueeze(indices(batch, self.k.device), 1)
@@ -37,7 +37,7 @@ class Cache(NamedTuple):
         return [self.k, self.v, self.length.broadcast_to((batch,)), sources]
 
     def followed_by(self, new: KeyValue) -> KeyValue:
-        """The cached keys and values and the new ones, in new memory."""
+        """Returns the cached keys and values and the new ones, in new memory."""
         assert self.sources is None, "only kernels of ours read other rows"
         filled = (slice(0, self.length), "past")
         past = (x[:, :, filled] for x in (self.k, self.v))
@@ -45,7 +45,7 @@ class Cache(NamedTuple):
 
 
 def flash_dtype(dtype: DType) -> DType:
-    """What flash attention computes in: not in float16, which MAX 26.7's kernel for an H100 does not take."""
+    """Returns what flash attention computes in: not in float16, which MAX 26.7's kernel for an H100 does not take."""
     return DType.float32 if dtype == DType.float16 else dtype
 
 
@@ -66,7 +66,8 @@ class Slots(NamedTuple):
     mask: TensorValue
 
     def filled(self, q: TensorValue, new: KeyValue) -> tuple[TensorValue, KeyValue]:
-        """The queries (batch, 1, state), and keys and values of every place, the new ones among them.
+        """Puts the new keys and values into the cache, and returns the queries (batch, 1, state), and keys and values
+        of every place.
 
         That they are there the graph only knows by the queries, which the operation returns that puts them there.
         """

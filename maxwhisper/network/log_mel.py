@@ -50,7 +50,7 @@ class LogMelSpectrogram(Module):
         return ops.transpose(ops.max(log_mel, top - 2), 0, 1)
 
     def power(self, audio: TensorValue) -> TensorValue:
-        """(samples,) to (frame, N_ROWS): frame i is centred on sample i * HOP_LENGTH, the ends mirrored."""
+        """Turns (samples,) to (frame, N_ROWS): frame i is centred on sample i * HOP_LENGTH, the ends mirrored."""
         n_frames = audio.shape[0] // HOP_LENGTH
         stride, taps = HOP_LENGTH // PIECE, N_FFT // PIECE
         n_pieces = (n_frames - 1) * stride + taps
@@ -61,12 +61,12 @@ class LogMelSpectrogram(Module):
         return real * real + imaginary * imaginary
 
     def mel(self, power: TensorValue) -> TensorValue:
-        """(frame, N_ROWS) to (frame, n_mels)."""
+        """Turns (frame, N_ROWS) to (frame, n_mels)."""
         return ops.squeeze(convolution(ops.unsqueeze(power, 0), self.filters, n_y=power.shape[0]), 0)
 
 
 def log_mel_weights(n_mels: int) -> dict[str, torch.Tensor]:
-    """Computes the weights of the graph, by name, float32: in float64, the filter bank from openai-whisper's assets.
+    """Returns the weights of the graph, by name, float32, computed in float64; the filter bank is openai-whisper's.
 
     Raises OptionError for a number of mel bands that openai-whisper has no filter bank for.
     """

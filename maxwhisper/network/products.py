@@ -4,40 +4,52 @@ from collections.abc import Callable
 from typing import Any
 
 from max.dtype import DType
-from max.graph import Dim, Graph, StaticDim, TensorType, TensorValue, ops
+from max.graph import DeviceRef, Dim, Graph, StaticDim, TensorType, TensorValue, ops
 
 FEW_TOKENS = 16
 """So many rows wait for memory, not for arithmetic, when they are multiplied with a matrix; audio has more."""
 
 
+def own_kernels(device: DeviceRef) -> bool:
+    """Tells whether kernels of our own compute on a device, or else MAX's: nowhere else does the network ask for it."""
+    return device.is_cpu()
+
+
 def linear(x: TensorValue, weight: TensorValue, bias: TensorValue | None = None) -> TensorValue:
-    """x @ weight.T + bias in the dtype of x: (batch, token, n_in) by (n_out, n_in) to (batch, token, n_out).
+    """Returns x @ weight.T + bias in the dtype of x: (batch, token, n_in) by (n_out, n_in) to (batch, token, n_out).
 
     On a CPU it is rounded once, the bias added, as PyTorch does. A product that is rounded before its bias is added is
     wrong by nearly the same at every position: by how far the bias is from a multiple of the product's last digit.
     """
-    if not x.device.is_cpu():
+    if not own_kernels(x.device):
         return device_product(x, weight, bias)
     audio = isinstance(x.shape[1], StaticDim) and int(x.shape[1]) > FEW_TOKENS
     y = (convolution if audio else text_product)(x, weight)
     return (y if bias is None else y + bias).cast(x.dtype)
 
 
-def text_product(x: TensorValue, weight: TensorValue) -> TensorValue:
-    """x @ weight.T in float32 for as many rows as a text has tokens, on a CPU.
+def convolve(x: TensorValue, weight: TensorValue, bias: TensorValue, stride: int) -> TensorValue:
+    """Convolves over time in the dtype of x: (batch, frame, n_in) by (n_out, n_in, taps) to (batch, frame, n_out)."""
+    if not own_kernels(x.device):
+        return convolution_by_product(x, weight, bias, stride)
+    return (convolution(x, weight, stride) + bias).cast(x.dtype)
 
-    By a kernel of our own, which reads the weights as they are stored, once: MAX's matrix product would first copy them
-    all into another layout, which takes longer than the product itself.
+
+def text_product(x: TensorValue, weight: TensorValue) -> TensorValue:
+    """Computes x @ weight.T in float32 for as many rows as a text has tokens, on a CPU.
+
+    It is a kernel of our own, which reads the weights as they are stored, once: MAX's matrix product would first copy
+    them all into another layout, which takes longer than the product itself.
     """
     return custom_product("maxwhisper.linear", x, weight, x.shape[1])
 
 
 def convolution(x: TensorValue, weight: TensorValue, stride: int = 1, n_y: Dim | None = None) -> TensorValue:
-    """Convolution over time in float32, without padding and bias, on a CPU: x (batch, frame, n_in) by weight (n_out,
+    """Convolves over time in float32, without padding and bias, on a CPU: x (batch, frame, n_in) by weight (n_out,
     n_in, taps), or (n_out, n_in) for one tap, to (batch, n_y, n_out).
 
-    By a kernel of our own for the many rows that audio has. n_y: as many frames as that makes, where the number of x's
-    is symbolic.
+    It is a kernel of our own for the many rows that audio has. n_y: as many frames as that makes, where the number of
+    x's is symbolic.
     """
     n_out, taps = weight.shape[0], int(weight.shape[2]) if weight.rank == 3 else 1
     if n_y is None:
@@ -49,7 +61,7 @@ def convolution(x: TensorValue, weight: TensorValue, stride: int = 1, n_y: Dim |
 def convolution_by_product(
     x: TensorValue, weight: TensorValue, bias: TensorValue | None = None, stride: int = 1
 ) -> TensorValue:
-    """Convolution over time in the dtype of x as one matrix product, of the frames that each output sees, side by side,
+    """Convolves over time in the dtype of x by one matrix product, of the frames that each output sees, side by side,
     where MAX 26.7 has no kernel for GPUs but a plain loop. x: (batch, frame, n_in); weight: (n_out, n_in, taps)."""
     n_out, taps = int(weight.shape[0]), int(weight.shape[2])
     last = int(x.shape[1]) - taps
@@ -61,7 +73,7 @@ def convolution_by_product(
 def custom_product(
     name: str, x: TensorValue, weight: TensorValue, n_row: Dim, parameters: dict[str, Any] | None = None
 ) -> TensorValue:
-    """A product of x (batch, row, n_in) with a matrix by a kernel of ours, float32 (batch, n_row, n_out); the kernel
+    """Multiplies x (batch, row, n_in) with a matrix by a kernel of ours, to float32 (batch, n_row, n_out); the kernel
     rounds the weights to the dtype of x, as PyTorch does."""
     y = TensorType(DType.float32, [x.shape[0], n_row, weight.shape[0]], x.device)
     return ops.custom(name, x.device, [x, weight], [y], parameters=parameters)[0].tensor
@@ -91,7 +103,7 @@ def biased_product(x: TensorValue, weight: TensorValue, bias: TensorValue) -> Te
 
 
 def shared(function: Callable[..., TensorValue], *inputs: TensorValue) -> TensorValue:
-    """function(*inputs), as a subgraph that all calls with inputs of the same types share.
+    """Calls function(*inputs) as a subgraph that all calls with inputs of the same types share.
 
     MAX fuses what follows a matrix product into its kernel and compiles that kernel again for every difference, eight
     seconds each; behind a subgraph's boundary all products of one shape are one kernel.

@@ -1,4 +1,4 @@
-"""What tests are given, and what every one leaves as it found it."""
+"""What every test leaves as it found it, and the model that most are about."""
 
 import os
 from collections.abc import Iterator
@@ -7,17 +7,24 @@ import numpy as np
 import pytest
 import torch
 import whisper
-from whisper.audio import pad_or_trim
+from whisper.audio import N_SAMPLES, pad_or_trim
 from whisper.model import Whisper as OpenAIWhisper
 
-from maxwhisper.audio import load_audio
+from maxwhisper.audio import load_audio, log_mel_spectrogram
 from maxwhisper.decoding.openai_loop import not_in_graph
 from maxwhisper.engine.artifacts import not_kept
 from maxwhisper.engine.instructions import warn_of_slow_dtype
 from maxwhisper.errors import warn_once
 from maxwhisper.frozen import in_pytorch
 from maxwhisper.whisper import Whisper, load_model
+from reference.activations import CLIPS
 from reference.fixtures import FIXTURES, NANO
+
+SPOKEN = [clip for clip in CLIPS if not clip["no_speech"]]
+WINDOW = {
+    "en": FIXTURES / "clips" / "english-1.wav",
+    "de": next(FIXTURES / clip["file"] for clip in SPOKEN if clip["language"] == "de"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -59,3 +66,24 @@ def nothing_said_yet() -> None:
     """Has what is said once in a process said in each test, whatever the tests before it made the process say."""
     for said_once in (in_pytorch, not_in_graph, not_kept, warn_of_slow_dtype, warn_once):
         said_once.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def mels() -> torch.Tensor:
+    """One English window and one German, (2, n_mels, 3000)."""
+    audios = [pad_or_trim(load_audio(WINDOW[language]), N_SAMPLES) for language in ("en", "de")]
+    return torch.stack([log_mel_spectrogram(audio, 80) for audio in audios])
+
+
+@pytest.fixture(scope="module")
+def features(model: Whisper, mels: torch.Tensor) -> torch.Tensor:
+    return model.encoder(mels)
+
+
+@pytest.fixture(scope="module")
+def tokens(model: Whisper, mels: torch.Tensor) -> torch.Tensor:
+    """What the model says to the English window, as (1, token)."""
+    result = model.decode(mels[0], fp16=False, language="en")
+    assert len(result.tokens) > 5
+    tokenizer = whisper.tokenizer.get_tokenizer(True, language="en", task="transcribe")
+    return torch.tensor([[*tokenizer.sot_sequence, *result.tokens]])

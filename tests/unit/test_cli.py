@@ -1,6 +1,5 @@
 """The command line: OpenAI's options and files, and one line on standard error for whatever goes wrong."""
 
-import argparse
 import importlib
 import json
 import logging
@@ -8,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import tomllib
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +16,6 @@ import numpy as np
 import pytest
 import whisper
 
-from maxwhisper import __version__
-from maxwhisper.cli import build_parser
 from maxwhisper.cli.outputs import FORMATS
 from maxwhisper.cli.terminal import messages_on_stderr
 from maxwhisper.engine import session
@@ -27,15 +23,6 @@ from maxwhisper.engine import session
 from .command import CLIP, RESULT, ROOT, StubModel, assert_one_line, status, write_wav
 
 NANO = ROOT / "fixtures" / "nano.pt"
-
-# The options whose values differ from OpenAI's on purpose.
-DIFFERENCES = {
-    "--model": "checked when it is loaded, as it may also be a file or a folder of another kind",
-    "--device": "cpu unless asked for, and gpu as the device's name",
-}
-OWN = {"--artifacts": None, "--or_compile": False, "--dtype": "float32", "--batch_size": None, "--batched": False}
-"""The options that OpenAI's command has not, and their defaults."""
-VALUES = ("0", "1", "2.5", "-1", "None", "True", "False", "false", "en", "English", "english", "Klingon", "text", "")
 
 
 @pytest.fixture
@@ -60,76 +47,7 @@ def write_float_wav(path: Path, samples: np.ndarray) -> Path:
     return path
 
 
-# ---- the same options as OpenAI's ----------------------------------------------------------------------------------
-
-
-class ParserFound(Exception):
-    pass
-
-
-@pytest.fixture(scope="module")
-def openai_parser() -> argparse.ArgumentParser:
-    def stop(self: argparse.ArgumentParser, *_: Any) -> None:
-        raise ParserFound(self)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(argparse.ArgumentParser, "parse_args", stop)
-        with pytest.raises(ParserFound) as found:
-            importlib.import_module("whisper.transcribe").cli()
-    return found.value.args[0]
-
-
-def our_options() -> dict[str, argparse.Action]:
-    commands = next(each for each in build_parser()._actions if isinstance(each, argparse._SubParsersAction))
-    return {name: each for each in commands.choices["transcribe"]._actions for name in each.option_strings}
-
-
-def parsed(parser: argparse.ArgumentParser, *arguments: str) -> dict[str, Any] | None:
-    """The parsed options, None if the parser refuses them."""
-    try:
-        options = vars(parser.parse_args(arguments))
-    except SystemExit:
-        return None
-    options.pop("run", None)
-    return options
-
-
-def test_options_have_openais_names_and_defaults(openai_parser: argparse.ArgumentParser) -> None:
-    theirs = {name: each for each in openai_parser._actions for name in each.option_strings}
-    assert our_options().keys() == theirs.keys() | OWN.keys()
-    ours = parsed(build_parser(), "transcribe", "a.wav")
-    expected = parsed(openai_parser, "a.wav")
-    assert ours is not None and expected is not None
-    assert ours | {"device": None} == expected | {"device": None} | own_defaults()
-    assert (ours["device"], ours["model"]) == ("cpu", "turbo")
-
-
-def test_every_option_takes_and_refuses_what_openais_does(
-    openai_parser: argparse.ArgumentParser, capsys: pytest.CaptureFixture[str]
-) -> None:
-    ours, compared = build_parser(), 0
-    for action in openai_parser._actions:
-        names = [name for name in action.option_strings if name not in ("-h", "--help")]
-        if not names or names[0] in DIFFERENCES:
-            continue
-        values = {*VALUES, *(action.choices or ())}
-        for value in values:
-            argument = f"{names[0]}={value}"
-            assert parsed(ours, "transcribe", "a.wav", argument) == _on_cpu(parsed(openai_parser, "a.wav", argument))
-            compared += 1
-    assert compared > len(VALUES) * (len(openai_parser._actions) - 5)
-
-
-def _on_cpu(options: dict[str, Any] | None) -> dict[str, Any] | None:
-    return options and options | {"device": "cpu"} | own_defaults()
-
-
-def own_defaults() -> dict[str, Any]:
-    return {name.removeprefix("--"): default for name, default in OWN.items()}
-
-
-def test_every_option_has_help() -> None:
-    assert all(action.help for action in our_options().values())
+# ---- output ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -169,13 +87,6 @@ def test_options_reach_the_model_and_files_are_as_openais_command_has_them(
 def unshown(options: dict[str, Any]) -> dict[str, Any]:
     """The options without what the progress is shown by."""
     return {name: value for name, value in options.items() if name != "progress"}
-
-
-def test_version_is_the_distributions() -> None:
-    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == __version__
-
-
-# ---- output --------------------------------------------------------------------------------------------------------
 
 
 def test_one_format(out: Path, model: StubModel) -> None:

@@ -55,7 +55,7 @@ def test_the_graph_of_a_step_is_pytorchs_decoder() -> None:
     model, oracle = (
         pytorch_whisper(checkpoint.dims, checkpoint.tensors, dtype) for dtype in (torch.float32, torch.float64)
     )
-    graphs = stepwise.graphs(checkpoint)
+    graphs = {name: graph.module for name, graph in stepwise.graphs(checkpoint).items()}
     torch.manual_seed(0)
     tokens, features = torch.randint(50257, (2, 4)), torch.randn(1, 1500, model.dims.n_audio_state)
     with torch.inference_mode():

@@ -4,6 +4,7 @@ An adapter is a module of this package with a class `Adapter`, an `Engine`. Adap
 imported themselves, which only a worker process does.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -17,20 +18,40 @@ SUBJECT, REFERENCE = "maxwhisper", "openai-whisper"
 
 
 @dataclass(frozen=True)
+class Needs:
+    """What the rows of an engine need.
+
+    conversion: a key of CONVERSIONS. packages: distributions, beside what maxwhisper itself needs; if_batched: those
+    that a row of batches needs too.
+    """
+
+    conversion: str
+    packages: tuple[str, ...]
+    if_batched: tuple[str, ...] = ()
+
+
+NEEDS = {
+    SUBJECT: Needs("openai", ("max",), ("silero-vad", "onnxruntime")),
+    REFERENCE: Needs("openai", ("openai-whisper", "torch")),
+    "faster-whisper": Needs("ctranslate2", ("faster-whisper", "ctranslate2", "transformers"), ("onnxruntime",)),
+    "transformers": Needs("hugging-face", ("transformers",)),
+    "whisper.cpp": Needs("ggml", ("pywhispercpp",)),
+    "openvino": Needs("openvino", ("openvino",)),
+    "onnxruntime": Needs("onnx", ("onnxruntime", "onnx")),
+}
+
+
+@dataclass(frozen=True)
 class Spec:
     """A row of the table.
 
-    engine: its name in --against. variant: the precision or the mode, where an engine has several. module: of its
-    adapter. packages: distributions that it needs, beside what maxwhisper itself needs. conversion: a key of
-    CONVERSIONS. note: what it was given and what it does differently. batched: it decodes several windows at a time, so
-    that the time of one window or of one token says nothing about it. devices: what it is compared on.
+    engine: its name in --against, a key of NEEDS. variant: the precision or the mode, where an engine has several.
+    note: what it was given and what it does differently. batched: it decodes several windows at a time, so that the
+    time of one window or of one token says nothing about it. devices: what it is compared on.
     """
 
     engine: str
     variant: str
-    module: str
-    packages: tuple[str, ...]
-    conversion: str
     note: str
     batched: bool = False
     devices: tuple[str, ...] = ("cpu",)
@@ -38,6 +59,22 @@ class Spec:
     @property
     def name(self) -> str:
         return f"{self.engine} {self.variant}".strip()
+
+    @property
+    def module(self) -> str:
+        """Returns the name of its adapter's module in this package."""
+        return re.sub(r"\W", "_", self.engine) + ("_batched" if self.batched else "")
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """Returns the distributions that it needs."""
+        needs = NEEDS[self.engine]
+        return (*needs.packages, *(needs.if_batched if self.batched else ()))
+
+    @property
+    def conversion(self) -> str:
+        """Returns the key of CONVERSIONS of what it reads."""
+        return NEEDS[self.engine].conversion
 
 
 OPENAI_LOOP = "the loop over windows and tokens, and its rules, are openai-whisper's own Python code"
@@ -48,95 +85,40 @@ GUESSES = "without beams, on a CPU, a rough copy of the decoder guesses tokens, 
 BOTH, GPU = ("cpu", "gpu"), ("gpu",)
 
 SPECS = (
-    Spec(
-        SUBJECT,
-        "",
-        "maxwhisper",
-        ("max",),
-        "openai",
-        f"weights as stored, float32 arithmetic; graphs compiled before; {GUESSES}",
-        devices=BOTH,
-    ),
+    Spec(SUBJECT, "", f"weights as stored, float32 arithmetic; graphs compiled before; {GUESSES}", devices=BOTH),
     Spec(
         SUBJECT,
         "bfloat16",
-        "maxwhisper",
-        ("max",),
-        "openai",
         "--dtype bfloat16: weights and activations rounded to bfloat16, added up in float32: not the same arithmetic;"
         f" {GUESSES}",
         devices=BOTH,
     ),
-    Spec(
-        SUBJECT,
-        "float16",
-        "maxwhisper",
-        ("max",),
-        "openai",
-        "--dtype float16: activations rounded to float16: not the same arithmetic",
-        devices=GPU,
-    ),
+    Spec(SUBJECT, "float16", "--dtype float16: activations rounded to float16: not the same arithmetic", devices=GPU),
     Spec(
         SUBJECT,
         "batched",
-        "maxwhisper_batched",
-        ("max", "silero-vad", "onnxruntime"),
-        "openai",
         "transcribe --batched: audio cut at silences by a voice-activity detector (Silero's), several pieces decoded"
         " together, none given the text before it; with --tokens, several windows by one decode(), which takes those of"
         " beam search one at a time",
         batched=True,
     ),
-    Spec(
-        SUBJECT,
-        "float16 batched",
-        "maxwhisper_batched",
-        ("max", "silero-vad", "onnxruntime"),
-        "openai",
-        "--dtype float16, else as maxwhisper batched on a CPU",
-        batched=True,
-        devices=GPU,
-    ),
-    Spec(
-        REFERENCE,
-        "",
-        "openai_whisper",
-        ("openai-whisper", "torch"),
-        "openai",
-        "float32 (fp16=False), eager PyTorch",
-        devices=BOTH,
-    ),
+    Spec(SUBJECT, "float16 batched", "--dtype float16, else as maxwhisper batched on a CPU", batched=True, devices=GPU),
+    Spec(REFERENCE, "", "float32 (fp16=False), eager PyTorch", devices=BOTH),
     Spec(
         REFERENCE,
         "float16",
-        "openai_whisper",
-        ("openai-whisper", "torch"),
-        "openai",
         "its default on a GPU (fp16=True), eager PyTorch: weights in float32, rounded to float16 in every call",
         devices=GPU,
     ),
     Spec(
         "faster-whisper",
         "float32",
-        "faster_whisper",
-        ("faster-whisper", "ctranslate2", "transformers"),
-        "ctranslate2",
         "WhisperModel.transcribe, compute_type float32, vad_filter False; its own loop over windows",
     ),
-    Spec(
-        "faster-whisper",
-        "int8",
-        "faster_whisper",
-        ("faster-whisper", "ctranslate2", "transformers"),
-        "ctranslate2",
-        "as float32, but matrices rounded to int8: not the same arithmetic",
-    ),
+    Spec("faster-whisper", "int8", "as float32, but matrices rounded to int8: not the same arithmetic"),
     Spec(
         "faster-whisper",
         "batched",
-        "faster_whisper_batched",
-        ("faster-whisper", "ctranslate2", "transformers", "onnxruntime"),
-        "ctranslate2",
         "BatchedInferencePipeline.transcribe, compute_type float32, without_timestamps False: audio cut"
         " and silence within pieces dropped by its own copy of Silero's detector, no piece given the text before it, no"
         " thresholds; with --tokens, several windows in one batch",
@@ -145,9 +127,6 @@ SPECS = (
     Spec(
         "faster-whisper",
         "float16",
-        "faster_whisper",
-        ("faster-whisper", "ctranslate2", "transformers"),
-        "ctranslate2",
         "WhisperModel.transcribe, compute_type float16, vad_filter False; its own loop over windows; no time on the"
         " device, as CTranslate2 does not tell it",
         devices=GPU,
@@ -155,9 +134,6 @@ SPECS = (
     Spec(
         "faster-whisper",
         "float16 batched",
-        "faster_whisper_batched",
-        ("faster-whisper", "ctranslate2", "transformers", "onnxruntime"),
-        "ctranslate2",
         "BatchedInferencePipeline.transcribe, compute_type float16, else as faster-whisper batched on a CPU",
         batched=True,
         devices=GPU,
@@ -165,18 +141,12 @@ SPECS = (
     Spec(
         "transformers",
         "",
-        "transformers",
-        ("transformers",),
-        "hugging-face",
         "float32, generate() with condition_on_prev_tokens; its own loop over windows, which cuts audio"
         " differently; per token and with --tokens, the plain loop below it (GenerationMixin.generate), not Whisper's",
     ),
     Spec(
         "transformers",
         "float16",
-        "transformers",
-        ("transformers",),
-        "hugging-face",
         "float16, static cache, the step of the decoder compiled by torch.compile (reduce-overhead) when it is first"
         " used, which no time counts but its peak memory; else as transformers on a CPU",
         devices=GPU,
@@ -184,30 +154,17 @@ SPECS = (
     Spec(
         "whisper.cpp",
         "",
-        "whisper_cpp",
-        ("pywhispercpp",),
-        "ggml",
         "pywhispercpp, matrices and cache in float16, no temperature fallback; its own loop over windows and its own"
         " rules of ending one; encoder and per token by its C functions, the token picked by NumPy, greedy only; with"
         " --tokens its memory counts the model twice",
     ),
-    Spec(
-        "openvino",
-        "float32",
-        "openvino",
-        ("openvino",),
-        "openvino",
-        f"float32 (INFERENCE_PRECISION_HINT); {STEPS}; {OPENAI_LOOP}",
-    ),
+    Spec("openvino", "float32", f"float32 (INFERENCE_PRECISION_HINT); {STEPS}; {OPENAI_LOOP}"),
     Spec(
         "openvino",
         "bfloat16",
-        "openvino",
-        ("openvino",),
-        "openvino",
         "as float32, but bfloat16 where OpenVINO takes it on this CPU: not the same arithmetic",
     ),
-    Spec("onnxruntime", "", "onnxruntime", ("onnxruntime", "onnx"), "onnx", f"float32; {STEPS}; {OPENAI_LOOP}"),
+    Spec("onnxruntime", "", f"float32; {STEPS}; {OPENAI_LOOP}"),
 )
 
 ENGINES = tuple(dict.fromkeys(spec.engine for spec in SPECS if spec.engine != SUBJECT))
@@ -215,7 +172,7 @@ ENGINES = tuple(dict.fromkeys(spec.engine for spec in SPECS if spec.engine != SU
 
 
 def rows(against: Sequence[str] | None, device: str) -> list[Spec]:
-    """Those of the subject and of some engines, None for all; raises OptionError for an engine without any."""
+    """Returns the subject's rows and some engines', None for all; raises OptionError for an engine without any."""
     there = [spec for spec in SPECS if device in spec.devices]
     known = dict.fromkeys(spec.engine for spec in there)
     if without := [engine for engine in against or () if engine not in known]:
@@ -224,7 +181,7 @@ def rows(against: Sequence[str] | None, device: str) -> list[Spec]:
 
 
 def versions(spec: Spec) -> dict[str, str | None]:
-    """The installed version of each package that an engine needs; None for one that is not installed."""
+    """Returns the installed version of each package that an engine needs; None for one that is not installed."""
     found: dict[str, str | None] = {}
     for package in spec.packages:
         try:
@@ -235,5 +192,5 @@ def versions(spec: Spec) -> dict[str, str | None]:
 
 
 def missing(spec: Spec) -> list[str]:
-    """The packages to install before the engine can run."""
+    """Returns the packages to install before the engine can run."""
     return [package for package, found in versions(spec).items() if found is None]

@@ -40,11 +40,11 @@ class Engine(ABC):
 
     @abstractmethod
     def encode(self, mel: "np.ndarray") -> Any:
-        """Features of one window, from float32 (n_mels, 3000), as `generate` takes them."""
+        """Returns the features of one window, from float32 (n_mels, 3000), as `generate` takes them."""
 
     @abstractmethod
     def generate(self, features: Any, n_tokens: int) -> list[int]:
-        """Exactly `n_tokens` tokens after the prompt: `eot` is suppressed. Raises NotImplementedError if it cannot."""
+        """Returns exactly `n_tokens` tokens after the prompt, `eot` suppressed, or raises NotImplementedError."""
 
     def windows(self, mels: "np.ndarray", n_tokens: int) -> list[list[int]]:
         """Generates as `generate` does, for each of (window, n_mels, 3000)."""
@@ -52,7 +52,7 @@ class Engine(ABC):
 
     @abstractmethod
     def transcribe(self, audio: "np.ndarray", language: str) -> list[int]:
-        """All tokens of a recording, float32 (samples,) at 16 kHz, with timestamps and one temperature, 0."""
+        """Returns all tokens of a recording, float32 (samples,) at 16 kHz, with timestamps and one temperature, 0."""
 
     def generate_batch(self, mels: "np.ndarray", n_tokens: int) -> list[list[int]]:
         """Encodes and generates, of windows (window, n_mels, 3000) that are computed at once."""
@@ -64,19 +64,19 @@ class Engine(ABC):
         raise NotImplementedError
 
     def detect_language(self, mel: "np.ndarray") -> str:
-        """The code of the language in a window; only PyTorch Whisper is asked."""
+        """Returns the code of the language in a window; only PyTorch Whisper is asked."""
         raise NotImplementedError
 
     def batches(self, mels: "np.ndarray") -> "list[np.ndarray]":
-        """The windows that decode together, each (at most batch_size, n_mels, 3000)."""
+        """Returns the windows that decode together, each (at most batch_size, n_mels, 3000)."""
         return [mels[start : start + self.task.batch_size] for start in range(0, len(mels), self.task.batch_size)]
 
     def synchronize(self) -> None:  # noqa: B027
         """Waits until the device has done what it was given; for most, every call does."""
 
     def event(self) -> Any:
-        """An event, put on the queue of a GPU now, with `elapsed_time` in ms to a later one; None for most."""
+        """Puts an event on the queue of a GPU, with `elapsed_time` in ms to a later one; None for most."""
         return None
 
     def prepare(self, folder: Path) -> None:  # noqa: B027
-        """What is to be done once, before loading is timed; nothing for most."""
+        """Does what is to be done once, before loading is timed; nothing for most."""

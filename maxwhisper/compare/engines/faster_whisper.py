@@ -12,7 +12,7 @@ from .base import Engine
 
 
 def load_cublas() -> None:
-    """CTranslate2 opens libcublas.so.12 by its name, which pip puts where the dynamic loader does not look."""
+    """Loads libcublas.so.12, which CTranslate2 opens by name, from where pip puts it: no dynamic loader looks there."""
     for libraries in find(places()):
         if libraries.major == 12 and libraries.usable:
             load(libraries)
@@ -33,7 +33,7 @@ class Adapter(Engine):
         return self.encoded(mel[None])
 
     def encoded(self, mels: np.ndarray) -> Any:
-        """Features of (window, n_mels, 3000)."""
+        """Returns the features of (window, n_mels, 3000)."""
         return self.model.model.encode(get_ctranslate2_storage(mels))
 
     def generate(self, features: Any, n_tokens: int) -> list[int]:

@@ -30,7 +30,7 @@ class Adapter(OpenAILike):
         super().synchronize()
 
     def event(self) -> Any:
-        """On MAX's queue, where the network runs: PyTorch has one of its own."""
+        """Puts an event on MAX's queue, where the network runs: PyTorch has one of its own."""
         if self.task.device == "cpu":
             return None
         event = DeviceEvent(self.max_device, enable_timing=True)

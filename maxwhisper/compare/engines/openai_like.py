@@ -30,7 +30,7 @@ class OpenAILike(OnPyTorch):
         return self.decoded(torch.from_numpy(mels), n_tokens)
 
     def decoded(self, windows: torch.Tensor, n_tokens: int) -> list[list[int]]:
-        """`n_tokens` of each of the windows, mel (window, n_mels, 3000) or features (window, n_audio_ctx, state)."""
+        """Returns `n_tokens` of each window, of mel (window, n_mels, 3000) or features (window, n_audio_ctx, state)."""
         options = DecodingOptions(
             language="en",
             temperature=0.0,
@@ -48,7 +48,7 @@ class OpenAILike(OnPyTorch):
         return [token for segment in result["segments"] for token in segment["tokens"]]
 
     def result(self, audio: np.ndarray, **options: Any) -> dict[str, Any]:
-        """What openai-whisper's `transcribe` returns, with its options."""
+        """Returns what openai-whisper's `transcribe` returns, with its options."""
         return self.model.transcribe(audio, **options)
 
     def transcribe_fixed(self, audio: np.ndarray, n_tokens: int) -> list[int]:

@@ -44,7 +44,7 @@ class Adapter(Engine):
 
     @cached_property
     def steps(self) -> "Steps":
-        """A second copy of the model, loaded when the encoder is first asked for: after memory was read."""
+        """Loads a second copy of the model when the encoder is first asked for: after memory was read."""
         return Steps(self.path, self.task.threads)
 
     def encode(self, mel: np.ndarray) -> np.ndarray:
@@ -95,7 +95,7 @@ class Steps:
         self.check(self.library.whisper_encode(self.context, 0, self.threads))
 
     def decode(self, tokens: list[int], past: int) -> np.ndarray:
-        """Logits (n_vocab,) after `tokens`, of which `past` others are already in the cache."""
+        """Returns the logits (n_vocab,) after `tokens`, of which `past` others are already in the cache."""
         array = (c_int32 * len(tokens))(*tokens)
         self.check(self.library.whisper_decode(self.context, array, len(tokens), past, self.threads))
         rows = np.ctypeslib.as_array(self.library.whisper_get_logits(self.context), (len(tokens), self.n_vocab))

@@ -1,0 +1,180 @@
+"""What attention and a step of the decoder are computed by: kernels of our own on a CPU, MAX's on other devices."""
+
+from typing import Any
+
+from max.dtype import DType
+from max.graph import TensorType, TensorValue, ops
+from max.nn.attention import MHAMaskVariant
+from max.nn.kernels import flash_attention_gpu, masked_flash_attention_gpu
+from max.nn.layer import Module
+
+from ..engine.session import Policy
+from .keys_values import Cache, KeyValue, Slots, flash_dtype
+from .products import own_kernels
+from .shapes import join_rows, split_rows
+
+
+class Attention(Module):
+    """Attention of queries over keys and values; the projections around it are those of `MultiHeadAttention`.
+
+    Queries q are (batch, token, state), and so is what every way returns, in the dtype of q. kv may have fewer rows
+    than the batch: with several sequences per audio window, consecutive ones share a row.
+    """
+
+    policy: Policy
+    n_head: int
+    n_channel: int
+
+    def attend(
+        self, q: TensorValue, kv: KeyValue, mask: TensorValue | None = None, cache: Cache | Slots | None = None
+    ) -> TensorValue:
+        """Attends to kv, and to what is cached before it, which takes one token."""
+        if isinstance(cache, Slots):
+            (q, kv), mask, cache = cache.filled(q, kv), cache.mask, None
+        return (self.by_kernel if own_kernels(q.device) else self.by_flash_attention)(q, kv, mask, cache)
+
+    def attend_with_scores(self, q: TensorValue, kv: KeyValue) -> tuple[TensorValue, TensorValue]:
+        """Attends to kv; also returns the scores before softmax, float32 (batch, head, token, key)."""
+        return self.scores_by_kernel(q, kv) if own_kernels(q.device) else self.heads_attention(q, kv)
+
+    def scores_by_kernel(self, q: TensorValue, kv: KeyValue) -> tuple[TensorValue, TensorValue]:
+        """Attends as `by_kernel` does; also returns the scores before softmax."""
+        qk = TensorType(DType.float32, [q.shape[0], kv.k.shape[1], q.shape[1], kv.k.shape[2]], q.device)
+        parameters = {"n_channel": self.n_channel}
+        scores = ops.custom("maxwhisper.attention_scores", q.device, [q, kv.k], [qk], parameters=parameters)
+        return self.by_kernel(q, kv), scores[0].tensor
+
+    def by_kernel(
+        self, q: TensorValue, kv: KeyValue, mask: TensorValue | None = None, cache: Cache | None = None
+    ) -> TensorValue:
+        """Attends by kernels of our own, for CPUs, which add up in float32.
+
+        Those of one token read the cache where it is, and the keys and values of a window once for all texts that share
+        them.
+        """
+        if mask is not None and mask.rank > 2:  # which no kernel of ours takes
+            return self.written_out(q, kv, mask)
+        if cache is not None:
+            assert q.shape[1] == 1, "the kernel would compute the first token alone"
+            name = "maxwhisper.cached_attention"
+            inputs = [q.cast(DType.float32), *cache.for_kernel(q.shape[0]), *kv]
+        elif q.shape[1] == 1:
+            name, inputs = "maxwhisper.attention", [q.cast(DType.float32), *kv]
+        elif mask is None:
+            name, inputs = "maxwhisper.tiled_attention", [q, *kv]
+        else:
+            name, inputs = "maxwhisper.masked_attention", [q, *kv, mask]
+        wv = TensorType(inputs[0].dtype, q.shape, q.device)
+        parameters = {"n_channel": self.n_channel}
+        return ops.custom(name, q.device, inputs, [wv], parameters=parameters)[0].tensor.cast(q.dtype)
+
+    def by_flash_attention(
+        self, q: TensorValue, kv: KeyValue, mask: TensorValue | None = None, cache: Cache | None = None
+    ) -> TensorValue:
+        """Attends by MAX's kernels for GPUs, which know a causal mask, (token, token), without reading it."""
+        kv = kv if cache is None else cache.followed_by(kv)
+        rows = split_rows(q, kv.k.shape[0])
+        heads = rows.reshape((*rows.shape[:2], self.n_head, self.n_channel))
+        values = [x.cast(flash_dtype(x.dtype)) for x in (heads, *(ops.permute(x, [0, 2, 1, 3]) for x in kv))]
+        scale = self.n_channel**-0.5
+        if mask is not None and mask.rank > 2:
+            wv = masked_flash_attention_gpu(*values, mask, scale)
+        else:
+            variant = MHAMaskVariant.NULL_MASK if mask is None else MHAMaskVariant.CAUSAL_MASK
+            wv = flash_attention_gpu(*values, variant, scale)
+        return join_rows(wv.cast(self.policy.compute).reshape(rows.shape), *q.shape[:2])
+
+    def written_out(
+        self, q: TensorValue, kv: KeyValue, mask: TensorValue | None = None, cache: Cache | None = None
+    ) -> TensorValue:
+        """Attends as `by_kernel` does, by MAX's operations."""
+        return self.heads_attention(q, kv if cache is None else cache.followed_by(kv), mask)[0]
+
+    def heads_attention(
+        self, q: TensorValue, kv: KeyValue, mask: TensorValue | None = None
+    ) -> tuple[TensorValue, TensorValue]:
+        """Attends by MAX's operations; also returns the scores before softmax (batch, head, token, key). Where texts
+        share a row of kv they stand side by side meanwhile."""
+        rows = split_rows(q, kv.k.shape[0])
+        rows = rows.reshape((*rows.shape[:2], self.n_head, self.n_channel))
+        wv, qk = self.qkv_attention(ops.permute(rows, [0, 2, 1, 3]), kv, mask)
+        _, n_head, _, n_key = qk.shape
+        wv, qk = (ops.permute(x, [0, 2, 1, 3]) for x in (wv, qk))
+        wv, qk = (join_rows(x.reshape((*x.shape[:2], -1)), *q.shape[:2]) for x in (wv, qk))
+        return wv, ops.permute(qk.reshape((*q.shape[:2], n_head, n_key)), [0, 2, 1, 3])
+
+    def qkv_attention(self, q: TensorValue, kv: KeyValue, mask: TensorValue | None) -> tuple[TensorValue, TensorValue]:
+        # On a CPU MAX replaces exactly this form, with the scale as right operand, by a fused kernel. It adds up in the
+        # dtype it is given, and 1,500 keys are too many for bfloat16, so attention is float32 at any precision.
+        q, k, v = (x.cast(DType.float32) for x in (q, *kv))
+        qk = (q @ ops.transpose(k, 2, 3)) * ops.constant(self.n_channel**-0.5, DType.float32, q.device)
+        if mask is not None:
+            qk = qk + (mask if mask.rank == 2 else ops.unsqueeze(mask, 1))
+        return (ops.softmax(qk) @ v).cast(self.policy.compute), qk
+
+
+class Steps(Module):
+    """The ways to compute a `ResidualAttentionBlock` in the decoder for tokens behind cached ones."""
+
+    attn: Any
+    attn_ln: Any
+    cross_attn: Any
+    cross_attn_ln: Any
+    mlp: Any
+    mlp_ln: Any
+
+    def step(
+        self,
+        x: TensorValue,
+        offset: TensorValue,
+        k_cache: TensorValue,
+        v_cache: TensorValue,
+        k_cross: TensorValue,
+        v_cross: TensorValue,
+    ) -> tuple[TensorValue, ...]:
+        """Computes the block for one token behind `offset` cached ones; also returns the token's keys and values, which
+        the caller puts into the cache."""
+        follow = self.by_kernel if own_kernels(x.device) else self.written_out
+        return follow(x, KeyValue(k_cross, v_cross), Cache(k_cache, v_cache, offset))
+
+    def written_out(self, x: TensorValue, cross_kv: KeyValue, cache: Cache) -> tuple[TensorValue, ...]:
+        """Computes `step` submodule by submodule."""
+        y, kv, _ = self(x, cross_kv, cache=cache)
+        return y, *kv
+
+    def step_in_place(self, x: TensorValue, cross_kv: KeyValue, slots: Slots) -> tuple[TensorValue]:
+        """Computes `step` submodule by submodule; the token's keys and values are in the cache afterwards."""
+        return (self(x, cross_kv, cache=slots)[0],)
+
+    def by_kernel(self, x: TensorValue, cross_kv: KeyValue, cache: Cache) -> tuple[TensorValue, ...]:
+        """Computes `step` by one kernel of our own, for CPUs, in float32: threads start once for all of it."""
+        assert x.shape[1] == 1, "the keys and values of several tokens would need another order"
+        y, *new = self.steps(x, cross_kv, cache)
+        shape = (x.shape[0], self.attn.n_head, 1, self.attn.n_channel)
+        return y, *(each.reshape(shape) for each in new)
+
+    def steps(self, x: TensorValue, cross_kv: KeyValue, cache: Cache) -> tuple[TensorValue, ...]:
+        """Computes a few tokens x (batch, token, state) by that kernel; keys and values are of that shape too."""
+        y, outputs = self.kernel_outputs(x, cross_kv, cache)
+        return y, outputs[self.attn.key], outputs[self.attn.value]
+
+    def kernel_outputs(
+        self, x: TensorValue, cross_kv: KeyValue, cache: Cache
+    ) -> tuple[TensorValue, dict[Module, TensorValue]]:
+        """Returns the block's output and that of each submodule, all (batch, token, width), in the dtype of x."""
+        attn, cross_attn, (hidden, active, mlp_out) = self.attn, self.cross_attn, self.mlp
+        layers = [
+            self.attn_ln, attn.query, attn.key, attn.value, attn.out,
+            self.cross_attn_ln, cross_attn.query, cross_attn.out, self.mlp_ln, hidden, mlp_out,
+        ]  # fmt: skip
+        weights = [weight for layer in layers for weight in (layer.weight, layer.bias) if weight is not None]
+        widths = (x.shape[2], hidden.weight.shape[0])
+        narrow, wide = (TensorType(DType.float32, [*x.shape[:2], width], x.device) for width in widths)
+        in_between = [narrow] * 4
+        types = [narrow, *(wide if layer is hidden else narrow for layer in layers), wide, *in_between]
+        inputs = [x.cast(DType.float32), *cache.for_kernel(x.shape[0]), *cross_kv, *weights]
+        parameters = {"n_channel": attn.n_channel}
+        results = ops.custom("maxwhisper.decoder_block", x.device, inputs, types, parameters=parameters)
+        y, *values = (result.tensor.cast(x.dtype) for result in results)
+        found = dict(zip([*layers, active], values, strict=False))
+        return y, found | {attn: found[attn.out], cross_attn: found[cross_attn.out], self.mlp: found[mlp_out]}

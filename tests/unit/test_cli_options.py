@@ -1,0 +1,95 @@
+"""The options of `maxwhisper transcribe`: those of OpenAI's command, their values and defaults, and our own."""
+
+import argparse
+import importlib
+import tomllib
+from typing import Any
+
+import pytest
+
+from maxwhisper import __version__
+from maxwhisper.cli import build_parser
+
+from .command import ROOT
+
+# The options whose values differ from OpenAI's on purpose.
+DIFFERENCES = {
+    "--model": "checked when it is loaded, as it may also be a file or a folder of another kind",
+    "--device": "cpu unless asked for, and gpu as the device's name",
+}
+OWN = {"--artifacts": None, "--or_compile": False, "--dtype": "float32", "--batch_size": None, "--batched": False}
+"""The options that OpenAI's command has not, and their defaults."""
+VALUES = ("0", "1", "2.5", "-1", "None", "True", "False", "false", "en", "English", "english", "Klingon", "text", "")
+
+
+class ParserFound(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def openai_parser() -> argparse.ArgumentParser:
+    def stop(self: argparse.ArgumentParser, *_: Any) -> None:
+        raise ParserFound(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        with pytest.raises(ParserFound) as found:
+            importlib.import_module("whisper.transcribe").cli()
+    return found.value.args[0]
+
+
+def our_options() -> dict[str, argparse.Action]:
+    commands = next(each for each in build_parser()._actions if isinstance(each, argparse._SubParsersAction))
+    return {name: each for each in commands.choices["transcribe"]._actions for name in each.option_strings}
+
+
+def parsed(parser: argparse.ArgumentParser, *arguments: str) -> dict[str, Any] | None:
+    """The parsed options, None if the parser refuses them."""
+    try:
+        options = vars(parser.parse_args(arguments))
+    except SystemExit:
+        return None
+    options.pop("run", None)
+    return options
+
+
+def test_options_have_openais_names_and_defaults(openai_parser: argparse.ArgumentParser) -> None:
+    theirs = {name: each for each in openai_parser._actions for name in each.option_strings}
+    assert our_options().keys() == theirs.keys() | OWN.keys()
+    ours = parsed(build_parser(), "transcribe", "a.wav")
+    expected = parsed(openai_parser, "a.wav")
+    assert ours is not None and expected is not None
+    assert ours | {"device": None} == expected | {"device": None} | own_defaults()
+    assert (ours["device"], ours["model"]) == ("cpu", "turbo")
+
+
+def test_every_option_takes_and_refuses_what_openais_does(
+    openai_parser: argparse.ArgumentParser, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours, compared = build_parser(), 0
+    for action in openai_parser._actions:
+        names = [name for name in action.option_strings if name not in ("-h", "--help")]
+        if not names or names[0] in DIFFERENCES:
+            continue
+        values = {*VALUES, *(action.choices or ())}
+        for value in values:
+            argument = f"{names[0]}={value}"
+            assert parsed(ours, "transcribe", "a.wav", argument) == _on_cpu(parsed(openai_parser, "a.wav", argument))
+            compared += 1
+    assert compared > len(VALUES) * (len(openai_parser._actions) - 5)
+
+
+def _on_cpu(options: dict[str, Any] | None) -> dict[str, Any] | None:
+    return options and options | {"device": "cpu"} | own_defaults()
+
+
+def own_defaults() -> dict[str, Any]:
+    return {name.removeprefix("--"): default for name, default in OWN.items()}
+
+
+def test_every_option_has_help() -> None:
+    assert all(action.help for action in our_options().values())
+
+
+def test_version_is_the_distributions() -> None:
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == __version__
