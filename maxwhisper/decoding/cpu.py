@@ -22,7 +22,7 @@ from .cache import KeyValueCache
 from .rules import Rules, rules_inputs, texts_inputs, top_tokens
 from .stepper import Advanced, Candidates, Graphs, Texts, check_room
 
-SELECT_TOKENS = "decoder.pick"
+SELECT_TOKENS = "decoder.select_tokens"
 
 
 # ---- graphs --------------------------------------------------------------------------------------------------------
@@ -31,7 +31,7 @@ SELECT_TOKENS = "decoder.pick"
 def select_tokens_program(dims: ModelDimensions, policy: Policy) -> Program:
     """Returns the graph of steps of the decoder, each of which puts the likeliest token behind every text that has not
     ended, and its keys and values into the cache, until one of these ends or is as long as it may get. It gives the
-    likeliest tokens of the last step and their log-probabilities, the texts' totals, and their lengths.
+    texts' totals and their lengths, and writes the candidates of the last step.
 
     The texts may be of different lengths. Their caches are given twice, to be read and to be written: what is written
     is a place that is not read in the same step. The next step reads it, and comes after: its tokens are those of
@@ -39,22 +39,14 @@ def select_tokens_program(dims: ModelDimensions, policy: Policy) -> Program:
     """
 
     def select_tokens(decoder: TextDecoder, tokens: TensorValue, **given: Any) -> Sequence[TensorValue]:
-        texts, ends, rows = given["texts"], given["ends"], given["rows"]
-        rules = [given[name] for name in Rules._fields]
-        kv, caches = keys_values(given), written(given)
+        def step(
+            credit: TensorValue, before: TensorValue, totals: TensorValue, tokens: TensorValue
+        ) -> list[TensorValue]:
+            tokens, totals, lengths, left = next_tokens(decoder, tokens, {**given, "lengths": before, "totals": totals})
+            return [*goes_on(left, credit, before, lengths, 1), lengths, totals, tokens]
 
-        def step(credit: TensorValue, before: TensorValue, *state: TensorValue) -> list[TensorValue]:
-            totals, tokens, *_ = state
-            x, offsets = embed_next(decoder, tokens, before)
-            logits, *new = decoder.steps(x, offsets, kv, rows)
-            append(caches, new, offsets)
-            candidates, logprobs, tokens, *after = top_tokens(logits, texts, before, ends, totals, *rules)
-            totals, lengths, left = after
-            return [*goes_on(left, credit, before, lengths, 1), lengths, totals, tokens, candidates, logprobs]
-
-        start = [given["lengths"], given["totals"], tokens, *nothing_found(given["lengths"], given["places"])]
-        lengths, totals, _, *found = rounds(1, start, step)
-        return [*found, totals, lengths]
+        lengths, totals, _ = rounds(1, [given["lengths"], given["totals"], tokens], step)
+        return [totals, lengths]
 
     inputs = steps_inputs(dims, policy)
     return Program(SELECT_TOKENS, "decoder", TextDecoder(dims, policy), by_name(inputs, select_tokens), inputs)
@@ -66,8 +58,17 @@ def steps_inputs(dims: ModelDimensions, policy: Policy) -> dict[str, TensorType 
     given.pop("offset")
     inputs: dict[str, TensorType | BufferType] = {"tokens": given.pop("tokens")}
     inputs |= {**texts_inputs(), **rules_inputs(dims.n_vocab)}
-    inputs["rows"] = TensorType(DType.int64, ["batch", "place"], policy.device)
+    inputs["rows"] = TensorType(DType.int64, ["batch", "position"], policy.device)
     return {**inputs, **given, **{f"{name} written": given[name].as_buffer() for name in given if "cache" in name}}
+
+
+def next_tokens(decoder: TextDecoder, tokens: TensorValue, given: Mapping[str, Any]) -> list[TensorValue]:
+    """Returns what `top_tokens` makes of the decoder's logits for tokens (batch, token), the first of which is the last
+    of each text, and puts their keys and values into the cache. given: what the graph is given."""
+    x, offsets = embed_next(decoder, tokens, given["lengths"])
+    logits, *new = decoder.steps(x, offsets, keys_values(given), given["rows"])
+    append(written(given), new, offsets)
+    return top_tokens(logits, given)
 
 
 def keys_values(given: Mapping[str, Any]) -> list[TensorValue]:
@@ -96,14 +97,6 @@ def append(caches: Sequence[BufferValue], new: Sequence[TensorValue], offsets: T
     for layer in range(0, len(new), 2):
         values = [*caches[layer : layer + 2], *new[layer : layer + 2], offsets]
         ops.inplace_custom("maxwhisper.append", offsets.device, values)
-
-
-def nothing_found(lengths: TensorValue, places: TensorValue) -> list[TensorValue]:
-    """Returns candidates of texts, and their log-probabilities, before there are any."""
-    shape = [lengths.shape[0], places.shape[0]]
-    types = [TensorType(dtype, shape, lengths.device) for dtype in (DType.int64, DType.float32)]
-    found = ops.custom("maxwhisper.nothing_found", lengths.device, [lengths, places], types)
-    return [each.tensor for each in found]
 
 
 def goes_on(
@@ -142,17 +135,17 @@ class CPUStepper:
     def advance(self, texts: Texts, cache: KeyValueCache, rules: Rules, n_token: Tensor) -> Advanced:
         """Decodes texts until one has ended, or has as many tokens more as it may have."""
         check_room(int((texts.lengths + n_token).max()) - 1, self.n_text_ctx)
-        now = begun(texts, n_token, 0, rules.eot)
-        candidates, logprobs, totals, lengths = self.graphs[SELECT_TOKENS](
-            tokens=now.last(), **state(now, n_token), **rules._asdict(), **inputs_of(cache)
+        now, given = begun(texts, n_token, 0, rules.eot), rules.inputs()
+        totals, lengths = self.graphs[SELECT_TOKENS](
+            tokens=now.last(), **state(now, n_token), **given, **inputs_of(cache)
         )
         now = finished(texts, now._replace(totals=totals, lengths=lengths), n_token, rules.eot)
         cache.n_token = int(now.lengths.max()) - 1
-        return Advanced(now, Candidates(candidates, logprobs))
+        return Advanced(now, Candidates(given["candidates"], given["logprobs"]))
 
 
 def begun(texts: Texts, n_token: Tensor, n_more: int, eot: int) -> Texts:
-    """Returns texts as graphs take and change them: with room for `n_token` (batch,) tokens and `n_more` of guesses.
+    """Returns texts as graphs take and change them: with room for `n_token` (batch,) tokens and `n_more` proposals.
     A text that gets none takes part as the end of text alone, to which nothing is added."""
     idle = n_token == 0
     tokens = functional.pad(texts.tokens, (0, int(n_token.max()) + n_more), value=eot)
@@ -160,7 +153,7 @@ def begun(texts: Texts, n_token: Tensor, n_more: int, eot: int) -> Texts:
 
 
 def finished(texts: Texts, now: Texts, n_token: Tensor, eot: int) -> Texts:
-    """Returns what has become of texts that `begun` gave: without guesses behind them, idle ones as they were."""
+    """Returns what has become of texts that `begun` gave: without proposals behind them, idle ones as they were."""
     idle = n_token == 0
     lengths = torch.where(idle, texts.lengths, now.lengths)
     before = functional.pad(texts.tokens, (0, now.tokens.shape[1] - texts.tokens.shape[1]), value=eot)

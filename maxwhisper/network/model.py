@@ -26,7 +26,7 @@ from whisper.model import ModelDimensions
 from ..engine.session import Policy
 from .gelu import gelu
 from .keys_values import Cache, KeyValue, Slots, flash_dtype
-from .products import convolution, convolution_by_product, linear
+from .products import DECODER_LAYERS, convolution, convolution_by_product, linear
 from .shapes import causal_mask, grouped, indices, join_rows, split_rows
 
 
@@ -285,10 +285,8 @@ class ResidualAttentionBlock(Module):
         """The block's output and that of each submodule, all (batch, token, width), in the dtype of x."""
         assert self.cross_attn is not None and self.cross_attn_ln is not None
         attn, cross_attn, (hidden, active, mlp_out) = self.attn, self.cross_attn, self.mlp
-        layers = [
-            self.attn_ln, attn.query, attn.key, attn.value, attn.out,
-            self.cross_attn_ln, cross_attn.query, cross_attn.out, self.mlp_ln, hidden, mlp_out,
-        ]  # fmt: skip
+        submodules: dict[str, Any] = dict(self.named_modules())
+        layers = [submodules[f"{name}."] for name in DECODER_LAYERS]
         weights = [weight for layer in layers for weight in (layer.weight, layer.bias) if weight is not None]
         widths = (x.shape[2], hidden.weight.shape[0])
         narrow, wide = (TensorType(DType.float32, [*x.shape[:2], width], x.device) for width in widths)
@@ -412,13 +410,13 @@ class TextDecoder(Module):
         return [self.logits(x), *new]
 
     def steps(
-        self, x: TensorValue, offset: TensorValue, kv: Sequence[TensorValue], sources: TensorValue
+        self, x: TensorValue, offset: TensorValue, kv: Sequence[TensorValue], rows: TensorValue
     ) -> list[TensorValue]:
         """Computes `step` for a few tokens that are embedded already, x (batch, token, state), on a CPU: logits (batch,
-        token, n_vocab), and every layer's keys and values, each (batch, token, state). sources: of all caches, as of a
+        token, n_vocab), and every layer's keys and values, each (batch, token, state). rows: of all caches, as of a
         `Cache`."""
         own, cross = grouped(kv[: len(kv) // 2], 2), grouped(kv[len(kv) // 2 :], 2)
-        inputs = [(KeyValue(*c), Cache(o[0], o[1], offset, sources)) for o, c in zip(own, cross, strict=True)]
+        inputs = [(KeyValue(*c), Cache(o[0], o[1], offset, rows)) for o, c in zip(own, cross, strict=True)]
         x, *new = self._layers(ResidualAttentionBlock.steps, x, inputs)
         return [self.logits(x), *new]
 

@@ -10,6 +10,12 @@ from max.graph import Dim, Graph, StaticDim, TensorType, TensorValue, ops
 FEW_TOKENS = 16
 """So many rows wait for memory, not for arithmetic, when they are multiplied with a matrix; audio has more."""
 
+DECODER_LAYERS = (
+    *("attn_ln", "attn.query", "attn.key", "attn.value", "attn.out"),
+    *("cross_attn_ln", "cross_attn.query", "cross_attn.out", "mlp_ln", "mlp.0", "mlp.2"),
+)
+"""The submodules of a decoder's layer in the order in which kernels of our own take their weights."""
+
 
 def linear(x: TensorValue, weight: TensorValue, bias: TensorValue | None = None) -> TensorValue:
     """x @ weight.T + bias in the dtype of x: (batch, token, n_in) by (n_out, n_in) to (batch, token, n_out).

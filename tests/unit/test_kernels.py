@@ -264,8 +264,8 @@ class Attention(Module):
     def scattered(
         self, q: TensorValue, k: TensorValue, v: TensorValue, length: TensorValue, *others: TensorValue
     ) -> list[TensorValue]:
-        *new, sources = others
-        return [self.attn.by_kernel(q, KeyValue(*new), cache=Cache(k, v, length, sources))]
+        *new, rows = others
+        return [self.attn.by_kernel(q, KeyValue(*new), cache=Cache(k, v, length, rows))]
 
     def written_out(
         self, q: TensorValue, k: TensorValue, v: TensorValue, length: TensorValue, *new: TensorValue
@@ -300,19 +300,19 @@ def attentions() -> list[Program]:
     def queries(state: str | int, number: str | int = 1) -> dict[str, TensorType]:
         return {"q": TensorType(DType.float32, ["batch", number, state], cpu)}
 
-    def heads(rows: str, places: str | int, n_head: str | int = "head") -> TensorType:
-        return TensorType(DType.float32, [rows, n_head, places, N_CHANNEL], cpu)
+    def heads(rows: str, positions: str | int, n_head: str | int = "head") -> TensorType:
+        return TensorType(DType.float32, [rows, n_head, positions, N_CHANNEL], cpu)
 
     def behind_a_cache(n_head: str | int) -> dict[str, TensorType]:
-        places, new = heads("batch", "place", n_head), heads("batch", 1, n_head)
-        return {"k": places, "v": places, "length": length, "k_new": new, "v_new": new}
+        positions, new = heads("batch", "position", n_head), heads("batch", 1, n_head)
+        return {"k": positions, "v": positions, "length": length, "k_new": new, "v_new": new}
 
     length, lengths = TensorType(DType.int64, [], cpu), TensorType(DType.int64, ["batch"], cpu)
     cross = {**queries("state"), "k": heads("row", "key"), "v": heads("row", "key")}
     cached = {**queries("state"), **behind_a_cache("head")}
-    scattered = {**cached, "sources": TensorType(DType.int64, ["batch", "place"], cpu)}
+    scattered = {**cached, "rows": TensorType(DType.int64, ["batch", "position"], cpu)}
     written_out = {**queries(2 * N_CHANNEL), **behind_a_cache(2)}
-    slot = TensorType(DType.float32, ["batch", "place", 2, N_CHANNEL], cpu)
+    slot = TensorType(DType.float32, ["batch", "position", 2, N_CHANNEL], cpu)
     in_place = {**written_out, "k": slot, "v": slot, "length": lengths}
     in_place |= {f"{name} written": slot.as_buffer() for name in "kv"}
     many = {**cross, **queries("state", "token")}
@@ -414,11 +414,11 @@ def test_attention_behind_a_cache_written_out(n_past: int, n_free: int) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(n_place=st.integers(1, 300), rows=st.integers(1, 4), data=st.data())
-def test_attention_behind_a_cache_in_place(n_place: int, rows: int, data: st.DataObject) -> None:
-    n_past = torch.tensor([data.draw(st.integers(0, n_place - 1)) for _ in range(rows)])
+@given(n_position=st.integers(1, 300), rows=st.integers(1, 4), data=st.data())
+def test_attention_behind_a_cache_in_place(n_position: int, rows: int, data: st.DataObject) -> None:
+    n_past = torch.tensor([data.draw(st.integers(0, n_position - 1)) for _ in range(rows)])
     q, k_new, v_new = torch.randn(rows, 1, 2 * N_CHANNEL), *torch.randn(2, rows, 2, 1, N_CHANNEL)
-    caches = torch.randn(2, rows, n_place, 2, N_CHANNEL)
+    caches = torch.randn(2, rows, n_position, 2, N_CHANNEL)
     before = caches.clone()
     (ours,) = graphs()["in place"](q, *caches, n_past, k_new, v_new, *caches)
     for row, place in enumerate(n_past.tolist()):
@@ -488,7 +488,7 @@ def test_places_may_be_read_from_any_row(rows: int, n_head: int, n_past: int, se
         (1, n_head * N_CHANNEL), (n_head, 1, N_CHANNEL), (n_head, 1, N_CHANNEL)
     ))  # fmt: skip
     k, v = torch.randn(2, rows, n_head, n_past + 2, N_CHANNEL, generator=generator)
-    sources = torch.randint(0, rows, (rows, n_past + 2), generator=generator)
-    gathered = (x[sources, :, torch.arange(n_past + 2)].transpose(1, 2) for x in (k, v))
-    (ours,) = graphs()["of other rows"](q, k, v, torch.tensor(n_past), k_new, v_new, sources)
+    rows = torch.randint(0, rows, (rows, n_past + 2), generator=generator)
+    gathered = (x[rows, :, torch.arange(n_past + 2)].transpose(1, 2) for x in (k, v))
+    (ours,) = graphs()["of other rows"](q, k, v, torch.tensor(n_past), k_new, v_new, rows)
     assert ours.equal(graphs()["cached"](q, *gathered, torch.tensor(n_past), k_new, v_new)[0])
