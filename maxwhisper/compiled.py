@@ -27,11 +27,11 @@ from .network.log_mel import log_mel_weights
 STORAGE = {torch.float16: DType.float16, torch.bfloat16: DType.bfloat16}
 
 ON_CPU = ("log_mel", TOKEN_RULES)
-"""What runs on the CPU whatever the device: the spectrogram, as openai-whisper's, and the pick of a first token."""
+"""What runs on the CPU whatever the device: the spectrogram, as openai-whisper's, and the choice of a first token."""
 
 
 DECODING = "decoding"
-"""The unit of what decodes tokens behind the first one, and picks them."""
+"""The unit of what decodes tokens behind the first one, and selects them."""
 
 
 def units_on(device: str) -> tuple[str, ...]:
@@ -82,7 +82,7 @@ def unit_of(name: str, device: str) -> str:
 
 class Network:
     """The graphs of a checkpoint on a device, by name; those for word timestamps and for
-    picking tokens compile when first asked for."""
+    selecting tokens compile when first asked for."""
 
     def __init__(self, checkpoint: Checkpoint, device: str, artifacts: Artifacts | Cache | None, dtype: str):
         self.checkpoint = checkpoint

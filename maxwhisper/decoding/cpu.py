@@ -34,7 +34,7 @@ def select_tokens_program(dims: ModelDimensions, policy: Policy) -> Program:
     texts' totals and their lengths, and writes the candidates of the last step.
 
     The texts may be of different lengths. Their caches are given twice, to be read and to be written: what is written
-    is a place that is not read in the same step. The next step reads it, and comes after: its tokens are those of
+    is a position that is not read in the same step. The next step reads it, and comes after: its tokens are those of
     `top_tokens`, which as an in-place operation follows all that write into the caches.
     """
 
@@ -93,7 +93,7 @@ def embed_next(decoder: TextDecoder, tokens: TensorValue, lengths: TensorValue) 
 
 def append(caches: Sequence[BufferValue], new: Sequence[TensorValue], offsets: TensorValue) -> None:
     """Puts every layer's new keys and values, each (batch, token, state), into its cache, behind `offsets` (batch,)
-    places."""
+    positions."""
     for layer in range(0, len(new), 2):
         values = [*caches[layer : layer + 2], *new[layer : layer + 2], offsets]
         ops.inplace_custom("maxwhisper.append", offsets.device, values)

@@ -49,7 +49,7 @@ class Block:
     inputs: the graph's inputs, in order.
     unit: what compiles into one artifact: "log_mel" alone, as it depends only on the number of mel bands; "network",
         what audio and the start of a text go through; "decoding", what decodes the rest of it, with the graphs that
-        pick tokens; "alignment", for word timestamps; "parts", the rest.
+        select tokens; "alignment", for word timestamps; "parts", the rest.
     """
 
     name: str
