@@ -56,7 +56,7 @@ def texts_inputs() -> dict[str, TensorType | BufferType]:
     the kernel takes it."""
     cpu = DeviceRef.CPU()
     return {
-        "texts": BufferType(DType.int64, ["batch", "text_place"], cpu),
+        "texts": BufferType(DType.int64, ["batch", "capacity"], cpu),
         "lengths": TensorType(DType.int64, ["batch"], cpu),
         "ends": TensorType(DType.int64, ["batch"], cpu),
         "totals": TensorType(DType.float32, ["batch"], cpu),
