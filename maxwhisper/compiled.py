@@ -28,10 +28,10 @@ from .network.log_mel import LOG_MEL, N_MELS, log_mel_weights
 STORAGE = {torch.float16: DType.float16, torch.bfloat16: DType.bfloat16}
 
 ON_CPU = (LOG_MEL, TOKEN_RULES)
-"""What runs on the CPU beside a GPU: the spectrogram, as openai-whisper's, and the pick of a first token."""
+"""What runs on the CPU beside a GPU: the spectrogram, as openai-whisper's, and the choice of a first token."""
 
 DECODING = "decoding"
-"""The unit of what decodes tokens behind the first one, and picks them."""
+"""The unit of what decodes tokens behind the first one, and selects them."""
 
 
 def units_on(device: str) -> tuple[str, ...]:
@@ -87,7 +87,7 @@ def unit_of(name: str, device: str) -> str:
 
 class Network:
     """The graphs of a checkpoint on a device, by name; those for word timestamps and for
-    picking tokens compile when first asked for."""
+    selecting tokens compile when first asked for."""
 
     def __init__(self, checkpoint: Checkpoint, device: str, artifacts: Artifacts | Cache | None, dtype: str):
         self.checkpoint = checkpoint

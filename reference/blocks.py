@@ -117,7 +117,7 @@ def causal_attention(model: Whisper, layer: int, x: Tensor) -> list[Tensor]:
 
 
 def filled(cache: Tensor, offset: Tensor) -> Tensor:
-    """The places of a cache (batch, head, place, channel) that hold keys or values."""
+    """The positions of a cache (batch, head, position, channel) that hold keys or values."""
     return cache[:, :, : int(offset)]
 
 

@@ -37,25 +37,25 @@ from .measures import DTYPES
 from .models import TRAINED, load
 from .suite import Suite
 
-PICKING = {
+SELECTING = {
     "cpu": (TOKEN_RULES, SELECT_TOKENS, SPECULATE, QUANTIZE_KEYS),
     "gpu": (TOKEN_RULES, SELECT_TOKENS, CANDIDATES),
 }
-"""By device, those that pick the tokens of whole transcripts."""
+"""By device, those that select the tokens of whole transcripts."""
 
 
 def graphs(target: str, size: str, dtype: torch.dtype) -> tuple[str, ...]:
-    """Every graph of a model for a target, by name: its blocks, those with intermediates, and what picks tokens."""
+    """Every graph of a model for a target, by name: its blocks, those with intermediates, and what selects tokens."""
     device = "cpu" if target == HOST else "gpu"
     return (
         *BLOCKS,
         *(f"{name} with intermediates" for name in WITH_INTERMEDIATES),
-        *(PICKING[device] if picks(device, size, dtype) else ()),
+        *(SELECTING[device] if selects_tokens(device, size, dtype) else ()),
     )
 
 
-def picks(device: str, size: str, dtype: torch.dtype) -> bool:
-    """Whether a model's tokens are picked in graphs: those of whole transcripts, which the suite makes in float32, and
+def selects_tokens(device: str, size: str, dtype: torch.dtype) -> bool:
+    """Whether a model's tokens come from graphs: those of whole transcripts, which the suite makes in float32, and
     of benchmarks of engines, which on a GPU compute in any dtype."""
     return size in TRAINED and (device == "gpu" or dtype == torch.float32)
 
@@ -97,7 +97,7 @@ def message(error: BaseException) -> str:
 def units(suite: Suite) -> Iterator[tuple[str, list[Program]]]:
     """What the suite compiles together, and what `load_model` compiles beside that for whole transcripts."""
     yield from ((unit, suite.subject.programs(unit)) for unit in suite.subject.units)
-    if picks(suite.device, suite.model.size, suite.dtype):
+    if selects_tokens(suite.device, suite.model.size, suite.dtype):
         others = [unit for unit in units_on(suite.device) if unit not in suite.subject.units]
         yield from ((unit, programs_of(unit, suite.dims, loaded(suite.policy))) for unit in others)
 

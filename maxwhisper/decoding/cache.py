@@ -15,19 +15,19 @@ KV = list[Tensor]
 Quantize = Callable[[Sequence[Tensor], Tensor, int], None]
 """Puts keys and values of audio in int8 into `room_for_quantized`, from a row on."""
 
-UNIT_SIZE = DType.float32.size_in_bytes
+SCALE_SIZE = DType.float32.size_in_bytes
 
 
 @dataclass(eq=False)
 class KeyValueCache:
     """What the decoder keeps between calls; empty, and false, until the first one.
 
-    own: keys and values of the text so far, layer by layer, each (batch, head, place, channel), with a place for every
-        token that a text may have. The first n_token of them are filled; where texts are of different lengths, those of
-        the longest.
+    own: keys and values of the text so far, layer by layer, each (batch, head, position, channel), with a position for
+        every token that a text may have. The first n_token of them are filled; where texts are of different lengths,
+        those of the longest.
     cross: keys and values of the audio, layer by layer, each (audio, head, n_audio_ctx, channel).
-    rows: (batch, place), the row of memory in which a text's keys and values of a place are; the first row of `own`
-        is row `first_row` of that memory. What is new goes into a text's own row.
+    rows: (batch, position), the row of memory in which a text's keys and values of a position are; the first row of
+        `own` is row `first_row` of that memory. What is new goes into a text's own row.
     memory: `own` in one, where nobody else's are between them.
     quantized_cross: `cross` in int8, as `decoding.speculative` takes it, once it has been asked for.
     """
@@ -44,13 +44,13 @@ class KeyValueCache:
     def __bool__(self) -> bool:
         return self.n_token > 0
 
-    def append(self, new: KV, n_place: int) -> None:
+    def append(self, new: KV, n_position: int) -> None:
         """Puts keys and values of the next tokens, each (batch, head, token, channel), behind what is filled."""
         if not self.own:
             n_text, n_head, _, n_channel = new[0].shape
-            self.memory = new[0].new_empty((len(new), n_text, n_head, n_place, n_channel))
+            self.memory = new[0].new_empty((len(new), n_text, n_head, n_position, n_channel))
             self.own = list(self.memory)
-            self.rows, self.first_row = rows_of(len(new[0]), n_place), 0
+            self.rows, self.first_row = rows_of(len(new[0]), n_position), 0
             self._inputs = {}
         end = self.n_token + new[0].shape[2]
         for cached, kv in zip(self.own, new, strict=True):
@@ -60,9 +60,9 @@ class KeyValueCache:
 
     def repeat(self, times: int) -> None:
         """Makes as many copies of every text, side by side; the texts are still in their own rows."""
-        own, n_token, n_place = self.own, self.n_token, self.own[0].shape[2]
+        own, n_token, n_position = self.own, self.n_token, self.own[0].shape[2]
         self.own, self.n_token = [], 0
-        self.append([kv[:, :, :n_token].repeat_interleave(times, 0) for kv in own], n_place)
+        self.append([kv[:, :, :n_token].repeat_interleave(times, 0) for kv in own], n_position)
 
     def rearrange(self, texts: list[int]) -> None:
         """Puts the texts of these numbers in the place of all; no key or value moves."""
@@ -117,9 +117,9 @@ def wait_for_pytorch(written: Tensor) -> None:
         torch.cuda.synchronize(written.device)
 
 
-def rows_of(n_text: int, n_place: int) -> Tensor:
-    """Returns the rows of texts that each have one of a cache for themselves, (n_text, n_place)."""
-    return torch.arange(n_text, device="cpu")[:, None].repeat(1, n_place)
+def rows_of(n_text: int, n_position: int) -> Tensor:
+    """Returns the rows of texts that each have one of a cache for themselves, (n_text, n_position)."""
+    return torch.arange(n_text, device="cpu")[:, None].repeat(1, n_position)
 
 
 def named(own: Sequence[Any], cross: Sequence[Any]) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def room_for_quantized(cross: Sequence[Tensor], n_row: int) -> Tensor:
     """Returns room for the keys and values of as many windows in int8; behind the channels stands what they are
     multiples of."""
     _, n_head, n_key, n_channel = cross[0].shape
-    return torch.empty((len(cross), n_row, n_head, n_key, n_channel + UNIT_SIZE), dtype=torch.int8)
+    return torch.empty((len(cross), n_row, n_head, n_key, n_channel + SCALE_SIZE), dtype=torch.int8)
 
 
 class CacheSlots:

@@ -22,7 +22,7 @@ from .cache import KeyValueCache
 from .rules import Rules, rules_inputs, texts_inputs, top_tokens
 from .stepper import Advanced, Candidates, Graphs, Texts, check_room
 
-SELECT_TOKENS = "decoder.pick"
+SELECT_TOKENS = "decoder.select_tokens"
 
 
 # ---- graphs --------------------------------------------------------------------------------------------------------
@@ -31,23 +31,22 @@ SELECT_TOKENS = "decoder.pick"
 def select_tokens_program(dims: ModelDimensions, policy: Policy) -> Program:
     """Returns the graph of steps of the decoder, each of which puts the likeliest token behind every text that has not
     ended, and its keys and values into the cache, until one of these ends or is as long as it may get. It gives the
-    likeliest tokens of the last step and their log-probabilities, the texts' totals, and their lengths.
+    texts' totals and their lengths, and writes the candidates of the last step.
 
     The texts may be of different lengths. Their caches are given twice, to be read and to be written: what is written
-    is a place that is not read in the same step. The next step reads it, and comes after: its tokens are those of
+    is a position that is not read in the same step. The next step reads it, and comes after: its tokens are those of
     `top_tokens`, which as an in-place operation follows all that write into the caches.
     """
 
     def select_tokens(decoder: TextDecoder, tokens: TensorValue, **given: Any) -> Sequence[TensorValue]:
-        def step(credit: TensorValue, before: TensorValue, *state: TensorValue) -> list[TensorValue]:
-            totals, tokens, *_ = state
-            candidates, logprobs, tokens, *after = behind(decoder, tokens, before, totals, given)
-            totals, lengths, left = after
-            return [*goes_on(left, credit, before, lengths, 1), lengths, totals, tokens, candidates, logprobs]
+        def step(
+            credit: TensorValue, before: TensorValue, totals: TensorValue, tokens: TensorValue
+        ) -> list[TensorValue]:
+            tokens, totals, lengths, left = next_tokens(decoder, tokens, {**given, "lengths": before, "totals": totals})
+            return [*goes_on(left, credit, before, lengths, 1), lengths, totals, tokens]
 
-        start = [given["lengths"], given["totals"], tokens, *nothing_found(given["lengths"], given["places"])]
-        lengths, totals, _, *found = rounds(1, start, step)
-        return [*found, totals, lengths]
+        lengths, totals, _ = rounds(1, [given["lengths"], given["totals"], tokens], step)
+        return [totals, lengths]
 
     inputs = steps_inputs(dims, policy)
     return Program(SELECT_TOKENS, "decoder", TextDecoder(dims, policy), by_name(inputs, select_tokens), inputs)
@@ -59,8 +58,17 @@ def steps_inputs(dims: ModelDimensions, policy: Policy) -> dict[str, TensorType 
     given.pop("offset")
     inputs: dict[str, TensorType | BufferType] = {"tokens": given.pop("tokens")}
     inputs |= {**texts_inputs(), **rules_inputs(dims.n_vocab)}
-    inputs["rows"] = TensorType(DType.int64, ["batch", "place"], policy.device)
+    inputs["rows"] = TensorType(DType.int64, ["batch", "position"], policy.device)
     return {**inputs, **given, **{f"{name} written": given[name].as_buffer() for name in given if "cache" in name}}
+
+
+def next_tokens(decoder: TextDecoder, tokens: TensorValue, given: Mapping[str, Any]) -> list[TensorValue]:
+    """Returns what `top_tokens` makes of the decoder's logits for tokens (batch, token), the first of which is the last
+    of each text, and puts their keys and values into the cache. given: what the graph is given."""
+    x, offsets = embed_next(decoder, tokens, given["lengths"])
+    logits, *new = decoder.steps(x, offsets, keys_values(given), given["rows"])
+    append(written(given), new, offsets)
+    return top_tokens(logits, given)
 
 
 def keys_values(given: Mapping[str, Any]) -> list[TensorValue]:
@@ -83,32 +91,12 @@ def embed_next(decoder: TextDecoder, tokens: TensorValue, lengths: TensorValue) 
     return embedded.tensor, offsets.tensor
 
 
-def behind(
-    decoder: TextDecoder, tokens: TensorValue, before: TensorValue, totals: TensorValue, given: Mapping[str, Any]
-) -> list[TensorValue]:
-    """Finds what follows tokens (batch, token) the first of which is the last of a text of length `before`, puts their
-    keys and values into the cache, and returns what `top_tokens` does. given: what the graph is given."""
-    x, offsets = embed_next(decoder, tokens, before)
-    logits, *new = decoder.steps(x, offsets, keys_values(given), given["rows"])
-    append(written(given), new, offsets)
-    rules = (given[name] for name in Rules._fields)
-    return top_tokens(logits, given["texts"], before, given["ends"], totals, *rules)
-
-
 def append(caches: Sequence[BufferValue], new: Sequence[TensorValue], offsets: TensorValue) -> None:
     """Puts every layer's new keys and values, each (batch, token, state), into its cache, behind `offsets` (batch,)
-    places."""
+    positions."""
     for layer in range(0, len(new), 2):
         values = [*caches[layer : layer + 2], *new[layer : layer + 2], offsets]
         ops.inplace_custom("maxwhisper.append", offsets.device, values)
-
-
-def nothing_found(lengths: TensorValue, places: TensorValue) -> list[TensorValue]:
-    """Returns candidates of texts, and their log-probabilities, before there are any."""
-    shape = [lengths.shape[0], places.shape[0]]
-    types = [TensorType(dtype, shape, lengths.device) for dtype in (DType.int64, DType.float32)]
-    found = ops.custom("maxwhisper.nothing_found", lengths.device, [lengths, places], types)
-    return [each.tensor for each in found]
 
 
 def goes_on(
@@ -147,13 +135,13 @@ class CPUStepper:
     def advance(self, texts: Texts, cache: KeyValueCache, rules: Rules, n_token: Tensor) -> Advanced:
         """Decodes texts until one has ended, or has as many tokens more as it may have."""
         check_room(int((texts.lengths + n_token).max()) - 1, self.n_text_ctx)
-        now = begun(texts, n_token, 0, rules.eot)
-        given = {"tokens": now.last(), **state(now, n_token), **rules._asdict(), **inputs_of(cache)}
-        return finished(texts, now, self.graphs[SELECT_TOKENS](**given), cache, n_token, rules.eot)
+        now, given = begun(texts, n_token, 0, rules.eot), rules.inputs()
+        found = self.graphs[SELECT_TOKENS](tokens=now.last(), **state(now, n_token), **given, **inputs_of(cache))
+        return finished(texts, now._replace(totals=found[0], lengths=found[1]), given, cache, n_token, rules.eot)
 
 
 def begun(texts: Texts, n_token: Tensor, n_more: int, eot: int) -> Texts:
-    """Returns texts as graphs take and change them: with room for `n_token` (batch,) tokens and `n_more` of guesses.
+    """Returns texts as graphs take and change them: with room for `n_token` (batch,) tokens and `n_more` proposals.
     A text that gets none takes part as the end of text alone, to which nothing is added."""
     idle = n_token == 0
     tokens = functional.pad(texts.tokens, (0, int(n_token.max()) + n_more), value=eot)
@@ -161,18 +149,17 @@ def begun(texts: Texts, n_token: Tensor, n_more: int, eot: int) -> Texts:
 
 
 def finished(
-    texts: Texts, now: Texts, found: Sequence[Tensor], cache: KeyValueCache, n_token: Tensor, eot: int
+    texts: Texts, now: Texts, given: Mapping[str, Tensor], cache: KeyValueCache, n_token: Tensor, eot: int
 ) -> Advanced:
-    """Returns what a graph has found, and made of texts that `begun` gave: without guesses behind them, idle ones as
-    they were. The cache is as long as the longest."""
-    candidates, logprobs, totals, lengths = found
+    """Returns what has become of texts that `begun` gave: without proposals behind them, idle ones as they were, and
+    the candidates written into what the graph was given. The cache is as long as the longest."""
     idle = n_token == 0
-    lengths = torch.where(idle, texts.lengths, lengths)
+    lengths = torch.where(idle, texts.lengths, now.lengths)
     before = functional.pad(texts.tokens, (0, now.tokens.shape[1] - texts.tokens.shape[1]), value=eot)
     tokens = torch.where(idle[:, None], before, now.tokens)[:, : int(lengths.max())]
     tokens[torch.arange(tokens.shape[1]) >= lengths[:, None]] = eot
     cache.n_token = int(lengths.max()) - 1
-    return Advanced(Texts(tokens, lengths, totals), Candidates(candidates, logprobs))
+    return Advanced(Texts(tokens, lengths, now.totals), Candidates(given["candidates"], given["logprobs"]))
 
 
 def state(texts: Texts, n_token: Tensor) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ from ..network.model import TextDecoder
 from ..network.shapes import grouped, indices
 from .cache import CacheSlots, JoinedCache, KeyValueCache, named
 from .cpu import SELECT_TOKENS, keys_values, written
-from .rules import Rules, rules_inputs, texts_inputs
+from .rules import END_OF_TEXT, TIMESTAMP_BEGIN, Rules, rules_inputs, texts_inputs
 from .stepper import Advanced, Candidates, Graphs, Texts, check_room
 
 CANDIDATES = "decoder.candidates"
@@ -56,10 +56,10 @@ def log_probabilities(
     """Returns those of every next token (batch, vocab), by openai-whisper's rules: minus infinity for those excluded;
     not finite if a logit is NaN, or no token is left.
 
-    By MAX's operations, for any device: what `maxwhisper.pick` has inside, whose Mojo source says what goes in. logits:
-    (batch, vocab).
+    By MAX's operations, for any device: what `maxwhisper.select_tokens` has inside, whose source says what goes in.
+    logits: (batch, vocab).
     """
-    begin, eot = limits[0:1], limits[1:2]
+    begin, eot = (limits[at : at + 1] for at in (TIMESTAMP_BEGIN, END_OF_TEXT))
     tokens = ops.unsqueeze(indices(logits.shape[1], logits.device), 0)
     is_timestamp = tokens >= begin
     text_from, timestamps_from = rules_of_timestamps(texts, lengths, begins, begin, eot)
@@ -138,7 +138,11 @@ def step_program(dims: ModelDimensions, policy: Policy) -> Program:
         token = ops.argmax(scores, axis=1)
         logprob = ops.squeeze(at(scores, token), 1)  # the greatest of what is not finite may be finite
         failed = ops.is_nan(logprobs) | ops.is_inf(logprobs)
-        goes_on = (ops.squeeze(last, 1) != given["limits"][1:2]) & (lengths < given["ends"]) & ~failed
+        goes_on = (
+            (ops.squeeze(last, 1) != given["limits"][END_OF_TEXT : END_OF_TEXT + 1])
+            & (lengths < given["ends"])
+            & ~failed
+        )
         places = ops.unsqueeze(indices(texts.shape[1], texts.device), 0)
         is_next = (places == ops.unsqueeze(lengths, 1)) & ops.unsqueeze(goes_on, 1)
         return [
@@ -166,7 +170,7 @@ def candidates_program(dims: ModelDimensions, policy: Policy) -> Program:
 
 
 def mask_behind(n_past: TensorValue, cache: TensorValue) -> TensorValue:
-    """Returns the mask of `Slots`, for a cache (batch, place, head, channel)."""
+    """Returns the mask of `Slots`, for a cache (batch, position, head, channel)."""
     places = indices(cache.shape[1], cache.device).reshape((1, 1, cache.shape[1]))
     visible = places <= n_past.reshape((n_past.shape[0], 1, 1))
     return ops.where(visible, ops.constant(0, DType.float32, cache.device), NEVER)
@@ -179,11 +183,11 @@ def inputs(dims: ModelDimensions, policy: Policy, state: Sequence[str]) -> dict[
     n_channel = dims.n_text_state // n_head
     layers = range(2 * dims.n_text_layer)
     dtype = flash_dtype(policy.compute)
-    own = TensorType(dtype, ["batch", "place", n_head, n_channel], device)
+    own = TensorType(dtype, ["batch", "position", n_head, n_channel], device)
     cross = TensorType(dtype, ["audio", dims.n_audio_ctx, n_head, n_channel], device)
     kv = named([own for _ in layers], [cross for _ in layers])
     given = {**texts_inputs(device), **rules_inputs(dims.n_vocab, device)}
-    given["texts"] = TensorType(DType.int64, ["batch", "text_place"], device)  # which is not written into
+    given["texts"] = TensorType(DType.int64, ["batch", "capacity"], device)  # which is not written into
     given["logprobs"] = TensorType(DType.float32, ["batch"], device)
     return {
         **{name: given[name] for name in (*state, "suppressed", "begins", "limits")},
@@ -211,7 +215,7 @@ class GPUStepper:
         """Decodes texts by at most STEPS_AT_ONCE tokens of the likeliest ones, or by one with several candidates."""
         check_room(int((texts.lengths + n_token).max()) - 1, self.dims.n_text_ctx)
         in_slots = cache if isinstance(cache, JoinedCache) else self._in_slots(cache)
-        eot, n_free, n_best = rules.eot, self.dims.n_text_ctx + 1 - texts.tokens.shape[1], len(rules.places)
+        eot, n_free, n_best = rules.eot, self.dims.n_text_ctx + 1 - texts.tokens.shape[1], rules.n_best
         tokens = functional.pad(texts.tokens, (0, n_free), value=eot)
         of_rules = self._there(suppressed=rules.suppressed, begins=rules.begins, limits=rules.limits)
         given = {**of_rules, **in_slots.inputs(), **in_slots.written()}

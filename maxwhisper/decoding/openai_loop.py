@@ -92,11 +92,9 @@ def first_tokens(
     Raises DecodingError if a logit is NaN, or none is left.
     """
     texts, lengths, totals = Texts.of(functional.pad(tokens, (0, 1), value=rules.eot), totals)
-    given = {"texts": texts, "lengths": lengths - 1, "ends": lengths, "totals": totals}
-    candidates, logprobs, _, totals, lengths, _ = graph(
-        logits=logits, **given, **rules.inputs(tokens, n_best)._asdict()
-    )
-    return checked(Advanced(Texts(texts, lengths, totals), Candidates(candidates, logprobs)))
+    given = {"texts": texts, "lengths": lengths - 1, "ends": lengths, **rules.inputs(tokens, n_best).inputs()}
+    _, totals, lengths, _ = graph(logits=logits, totals=totals, **given)
+    return checked(Advanced(Texts(texts, lengths, totals), Candidates(given["candidates"], given["logprobs"])))
 
 
 @cache

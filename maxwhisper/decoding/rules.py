@@ -1,51 +1,38 @@
 """openai-whisper's logit filters in graphs: which tokens may follow a text, and the likeliest of them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from max.dtype import DType
-from max.graph import BufferType, BufferValue, DeviceRef, TensorType, TensorValue, ops
+from max.graph import BufferType, DeviceRef, Dim, TensorType, TensorValue, ops
 from max.nn.layer import Module
 from torch import Tensor
 from whisper import decoding
 
-from ..engine.program import Program
+from ..engine.program import Program, by_name
 
 TOKEN_RULES = "token_rules"
 """The graph of the rules alone."""
 
 CPU = DeviceRef.CPU()
 
+TIMESTAMP_BEGIN, END_OF_TEXT = 0, 1
+"""Where in the limits that graphs take these two tokens are."""
 
-def top_tokens(
-    logits: TensorValue,
-    texts: BufferValue,
-    lengths: TensorValue,
-    ends: TensorValue,
-    totals: TensorValue,
-    suppressed: TensorValue,
-    begins: TensorValue,
-    limits: TensorValue,
-    places: TensorValue,
-) -> list[TensorValue]:
-    """Calls `maxwhisper.pick`, whose Mojo source says what goes in and out: logits (batch, token, vocab) and the rest,
-    to candidates, their log-probabilities, tokens, totals, lengths, and how many more tokens the texts may have.
 
-    places: (candidate,), of which only the length counts.
+def top_tokens(logits: TensorValue, given: Mapping[str, Any]) -> list[TensorValue]:
+    """Selects the likeliest next tokens by `maxwhisper.select_tokens`, whose Mojo source says what goes in and out.
+
+    logits: (batch, token, vocab). given: `texts_inputs` and `rules_inputs` by name, and maybe others.
+    Returns the last tokens, totals, lengths, and how many more tokens the texts may have. Candidates and their
+    log-probabilities are written into the buffers that are given for them.
     """
     batch, device = logits.shape[0], logits.device
-    shapes: list[tuple[DType, list[Any]]] = [
-        (DType.int64, [batch, places.shape[0]]),
-        (DType.float32, [batch, places.shape[0]]),
-        (DType.int64, [batch, 1]),
-        (DType.float32, [batch]),
-        (DType.int64, [batch]),
-        (DType.int64, [1]),
-    ]
+    shapes = [(DType.int64, [batch, 1]), (DType.float32, [batch]), (DType.int64, [batch]), (DType.int64, [1])]
     types = [TensorType(dtype, shape, device) for dtype, shape in shapes]
-    values = [texts, logits, lengths, ends, begins, totals, suppressed, limits]
-    return [value.tensor for value in ops.inplace_custom("maxwhisper.pick", device, values, types)]
+    values = [logits, *(given[name] for name in (*texts_inputs(), *rules_inputs(logits.shape[2])))]
+    return [value.tensor for value in ops.inplace_custom("maxwhisper.select_tokens", device, values, types)]
 
 
 class NoWeights(Module):
@@ -58,45 +45,55 @@ class NoWeights(Module):
 def rules_program() -> Program:
     """Returns the graph of the rules alone, for any vocabulary."""
 
-    def pick(_: Module, logits: TensorValue, *others: Any) -> Sequence[TensorValue]:
-        return top_tokens(ops.unsqueeze(logits, 1), *others)
+    def select_tokens(_: Module, logits: TensorValue, **given: Any) -> Sequence[TensorValue]:
+        return top_tokens(ops.unsqueeze(logits, 1), given)
 
     logits = TensorType(DType.float32, ["batch", "vocab"], CPU)
-    return Program(TOKEN_RULES, "", NoWeights(), pick, {"logits": logits, **texts_inputs(), **rules_inputs("vocab")})
+    inputs = {"logits": logits, **texts_inputs(), **rules_inputs("vocab")}
+    return Program(TOKEN_RULES, "", NoWeights(), by_name(inputs, select_tokens), inputs)
 
 
 def texts_inputs(device: DeviceRef = CPU) -> dict[str, TensorType | BufferType]:
-    """Returns how graphs take texts, to which `top_tokens` adds, and how long these may get."""
+    """Returns what `top_tokens` takes of texts, to which it adds, and how long they may get: all in the order in which
+    the kernel takes it."""
     return {
-        "texts": BufferType(DType.int64, ["batch", "text_place"], device),
+        "texts": BufferType(DType.int64, ["batch", "capacity"], device),
         "lengths": TensorType(DType.int64, ["batch"], device),
         "ends": TensorType(DType.int64, ["batch"], device),
         "totals": TensorType(DType.float32, ["batch"], device),
     }
 
 
-def rules_inputs(n_vocab: int | str, device: DeviceRef = CPU) -> dict[str, TensorType | BufferType]:
-    """Returns how graphs take what `top_tokens` takes beside logits and texts."""
+def rules_inputs(n_vocab: int | str | Dim, device: DeviceRef = CPU) -> dict[str, TensorType | BufferType]:
+    """Returns what `top_tokens` takes beside logits and texts: the rules, and where it writes candidates."""
     return {
         "suppressed": TensorType(DType.bool, [n_vocab], device),
         "begins": TensorType(DType.int64, ["batch"], device),
         "limits": TensorType(DType.int64, [2], device),
-        "places": TensorType(DType.int64, ["candidate"], device),
+        "candidates": BufferType(DType.int64, ["batch", "candidate"], device),
+        "logprobs": BufferType(DType.float32, ["batch", "candidate"], device),
     }
 
 
 class Rules(NamedTuple):
-    """The values of `rules_inputs`."""
+    """The rules of `rules_inputs`, and how many candidates are wanted for each text."""
 
     suppressed: Tensor
     begins: Tensor
     limits: Tensor
-    places: Tensor
+    n_best: int
+
+    def inputs(self) -> dict[str, Tensor]:
+        """Returns the values of `rules_inputs`, room for candidates among them."""
+        candidates = self.begins.new_empty((len(self.begins), self.n_best))
+        logprobs = torch.empty_like(candidates, dtype=torch.float32)
+        rules = {"suppressed": self.suppressed, "begins": self.begins, "limits": self.limits}
+        return {**rules, "candidates": candidates, "logprobs": logprobs}
 
     @property
     def eot(self) -> int:
         """Returns the end of text."""
-        return int(self.limits[1])
+        return int(self.limits[END_OF_TEXT])
 
     @classmethod
     def joined(cls, rules: Sequence["Rules"]) -> "Rules":
@@ -104,7 +101,7 @@ class Rules(NamedTuple):
         first = rules[0]
         for each in rules:
             assert each.suppressed.equal(first.suppressed) and each.limits.equal(first.limits)
-            assert len(each.places) == len(first.places)
+            assert each.n_best == first.n_best
         return first._replace(begins=torch.cat([each.begins for each in rules]))
 
 
@@ -144,9 +141,8 @@ class TokenRules:
             self.suppressed_first[self.timestamp_begin + rule.max_initial_timestamp_index + 1 :] = True
 
     def inputs(self, tokens: Tensor, n_best: int) -> Rules:
-        """Returns what graphs take beside logits and texts to find the `n_best` likeliest tokens behind the tokens
-        (batch, token)."""
+        """Returns the rules by which to find the `n_best` likeliest tokens behind the tokens (batch, token)."""
         suppressed = self.suppressed if tokens.shape[1] > self.sample_begin else self.suppressed_first
         begins = torch.full((len(tokens),), self.sample_begin)
-        limits = torch.tensor([self.timestamp_begin, self.eot])
-        return Rules(suppressed, begins, limits, torch.zeros(n_best, dtype=torch.int64))
+        limits = torch.tensor([self.timestamp_begin, self.eot])  # in the order of TIMESTAMP_BEGIN, END_OF_TEXT
+        return Rules(suppressed, begins, limits, n_best)

@@ -20,12 +20,13 @@ from whisper.model import ModelDimensions
 from ..engine.program import Program, by_name
 from ..engine.session import Policy
 from ..network.model import TextDecoder
-from .cache import UNIT_SIZE, KeyValueCache
-from .cpu import CPUStepper, begun, behind, finished, goes_on, inputs_of, nothing_found, rounds, state, steps_inputs
+from ..network.products import DECODER_LAYERS
+from .cache import SCALE_SIZE, KeyValueCache
+from .cpu import CPUStepper, begun, finished, goes_on, inputs_of, next_tokens, rounds, state, steps_inputs
 from .rules import NoWeights, Rules
 from .stepper import Advanced, Graphs, Texts, check_room
 
-SPECULATE, QUANTIZE_KEYS = "decoder.speculate", "decoder.rough_keys"
+SPECULATE, QUANTIZE_KEYS = "decoder.speculate", "decoder.quantize_keys"
 
 N_PROPOSED = 7
 """Tokens that are proposed and then verified together with the one before: eight rows of a product for each text."""
@@ -34,13 +35,13 @@ WORTH_PROPOSING = 4
 """Tokens of every text for which a round of proposals takes less time than as many steps: if fewer are wanted, or come
 of rounds, steps are better."""
 
-MATRICES = ("attn.query", "attn.key", "attn.value", "attn.out", "cross_attn.query", "cross_attn.out", "mlp.0", "mlp.2")
-VECTORS = (
-    *("attn_ln.weight", "attn_ln.bias", "attn.query.bias", "attn.value.bias", "attn.out.bias"),
-    *("cross_attn_ln.weight", "cross_attn_ln.bias", "cross_attn.query.bias", "cross_attn.out.bias"),
-    *("mlp_ln.weight", "mlp_ln.bias", "mlp.0.bias", "mlp.2.bias"),
-)
-"""The weights of a layer as `maxwhisper.guess` takes them one behind the other."""
+WEIGHTS = tuple(f"{layer}.{kind}" for layer in DECODER_LAYERS for kind in ("weight", "bias"))
+MATRICES = tuple(name for name in WEIGHTS if name.endswith(".weight") and "_ln" not in name)
+VECTORS = tuple(name for name in WEIGHTS if name not in (*MATRICES, "attn.key.bias"))  # of which there is none
+"""The weights of a layer as `maxwhisper.propose` takes them one behind the other."""
+
+ZERO_POINT = 8
+"""What stands for zero in four bits."""
 
 ROWS = 4096
 """Rows of a matrix that are quantized at a time, so that little more memory is needed than for the outcome."""
@@ -51,7 +52,7 @@ ROWS = 4096
 
 def matrices_size(n_state: int) -> int:
     """Returns the size of a layer in int8, in bytes: six from state to state, and both of the MLP."""
-    return 10 * n_state * (n_state + UNIT_SIZE) + n_state * (4 * n_state + UNIT_SIZE)
+    return 10 * n_state * (n_state + SCALE_SIZE) + n_state * (4 * n_state + SCALE_SIZE)
 
 
 class Draft(NamedTuple):
@@ -67,29 +68,29 @@ class Draft(NamedTuple):
 
 
 def draft_types(dims: ModelDimensions, policy: Policy) -> Draft:
-    """Returns how graphs take a draft: with each execution, so that it need not be there where nobody guesses."""
+    """Returns how graphs take a draft: with each execution, so that it need not be there where nobody proposes."""
     n_layer, n_state = dims.n_text_layer, dims.n_text_state
     return Draft(
         TensorType(DType.int8, [n_layer, matrices_size(n_state)], policy.device),
         TensorType(DType.float32, [n_layer, 16 * n_state], policy.device),
-        TensorType(DType.uint8, [dims.n_vocab, n_state // 2 + UNIT_SIZE], policy.device),
+        TensorType(DType.uint8, [dims.n_vocab, n_state // 2 + SCALE_SIZE], policy.device),
     )
 
 
 def quantize(matrix: Tensor, bits: int, into: Tensor) -> None:
-    """Writes a matrix (n_out, n_in) in 8 or 4 bits a number into int8 or uint8 (n_out, n_in * bits / 8 + UNIT_SIZE):
+    """Writes a matrix (n_out, n_in) in 8 or 4 bits a number into int8 or uint8 (n_out, n_in * bits / 8 + SCALE_SIZE):
     behind each row stands the float32 that its numbers are multiples of. In 4 bits a byte holds a number of the first
-    half of the row, and above it one of the second half, both 8 too high."""
-    width = into.shape[1] - UNIT_SIZE
+    half of the row, and above it one of the second half, both ZERO_POINT too high."""
+    width = into.shape[1] - SCALE_SIZE
     for packed, rows in zip(into.split(ROWS), matrix.split(ROWS), strict=True):
         exact = rows.float()
-        unit = exact.abs().amax(1, True).clamp_min(torch.finfo(torch.float32).tiny) / (2 ** (bits - 1) - 1)
-        whole = exact.div(unit).round_()
+        scale = exact.abs().amax(1, True).clamp_min(torch.finfo(torch.float32).tiny) / (2 ** (bits - 1) - 1)
+        whole = exact.div(scale).round_()
         if bits == 4:
-            first, second = whole.add_(8).to(torch.uint8).split(width, dim=1)
+            first, second = whole.add_(ZERO_POINT).to(torch.uint8).split(width, dim=1)
             whole = first + 16 * second
         packed[:, :width] = whole
-        packed[:, width:] = unit.view(into.dtype)
+        packed[:, width:] = scale.view(into.dtype)
 
 
 def draft_of(tensors: Mapping[str, Tensor], dims: ModelDimensions) -> Draft:
@@ -99,11 +100,11 @@ def draft_of(tensors: Mapping[str, Tensor], dims: ModelDimensions) -> Draft:
     for layer, row in zip(layers, matrices, strict=True):
         end = 0
         for name in MATRICES:
-            matrix = tensors[f"{layer}{name}.weight"]
-            n_out, width = len(matrix), matrix.shape[1] + UNIT_SIZE
+            matrix = tensors[layer + name]
+            n_out, width = len(matrix), matrix.shape[1] + SCALE_SIZE
             start, end = end, end + n_out * width
             quantize(matrix, 8, row[start:end].view(n_out, width))
-    token_embedding = torch.empty(dims.n_vocab, dims.n_text_state // 2 + UNIT_SIZE, dtype=torch.uint8)
+    token_embedding = torch.empty(dims.n_vocab, dims.n_text_state // 2 + SCALE_SIZE, dtype=torch.uint8)
     quantize(tensors["decoder.token_embedding.weight"], 4, token_embedding)
     vectors = [torch.cat([tensors[layer + name].float() for name in VECTORS]) for layer in layers]
     return Draft(matrices, torch.stack(vectors), token_embedding)
@@ -112,15 +113,15 @@ def draft_of(tensors: Mapping[str, Tensor], dims: ModelDimensions) -> Draft:
 # ---- graphs --------------------------------------------------------------------------------------------------------
 
 
-def propose(decoder: TextDecoder, draft: Draft, before: TensorValue, given: Mapping[str, Any]) -> TensorValue:
-    """Returns the last token of each text, of lengths `before`, and `N_PROPOSED` of the draft's, (batch, 1 +
-    N_PROPOSED), which stand behind the text then. given: what the graph is given."""
-    names = ("begins", "suppressed", "limits", "rows", "cache", "quantized cross")
-    values = [given["texts"], before, *(given[name] for name in names), *draft]
+def propose(decoder: TextDecoder, draft: Draft, given: Mapping[str, Any]) -> TensorValue:
+    """Returns the last token of each text and `N_PROPOSED` of the draft's, (batch, 1 + N_PROPOSED), which stand behind
+    the text then. given: what the graph is given."""
+    names = ("texts", "lengths", "begins", "suppressed", "limits", "rows", "cache", "quantized cross")
+    values = [*(given[name] for name in names), *draft]
     values += [decoder.token_embedding.weight, decoder.positional_embedding, decoder.ln.weight, decoder.ln.bias]
-    tokens = TensorType(DType.int64, [before.shape[0], 1 + N_PROPOSED], before.device)
-    parameters = {"n_channel": int(given["cache"].shape[-1])}
-    return ops.inplace_custom("maxwhisper.guess", before.device, values, [tokens], parameters=parameters)[0].tensor
+    lengths, parameters = given["lengths"], {"n_channel": int(given["cache"].shape[-1])}
+    tokens = TensorType(DType.int64, [lengths.shape[0], 1 + N_PROPOSED], lengths.device)
+    return ops.inplace_custom("maxwhisper.propose", lengths.device, values, [tokens], parameters=parameters)[0].tensor
 
 
 def draft_inputs(dims: ModelDimensions, policy: Policy) -> dict[str, TensorType]:
@@ -128,9 +129,9 @@ def draft_inputs(dims: ModelDimensions, policy: Policy) -> dict[str, TensorType]
     audio in int8, of both of which there may be more rows than texts; and the draft, with each execution, so that it
     need not be there where nobody proposes."""
     n_channel, n_head, n_kv = dims.n_text_state // dims.n_text_head, dims.n_text_head, 2 * dims.n_text_layer
-    quantized: list[int | str] = [n_kv, "rough_row", n_head, dims.n_audio_ctx, n_channel + UNIT_SIZE]
+    quantized: list[int | str] = [n_kv, "quantized_row", n_head, dims.n_audio_ctx, n_channel + SCALE_SIZE]
     return {
-        "cache": TensorType(policy.compute, [n_kv, "row", n_head, "place", n_channel], policy.device),
+        "cache": TensorType(policy.compute, [n_kv, "row", n_head, "position", n_channel], policy.device),
         "quantized cross": TensorType(DType.int8, quantized, policy.device),
         **{f"draft {name}": type for name, type in draft_types(dims, policy)._asdict().items()},
     }
@@ -143,7 +144,7 @@ def quantize_keys_program(dims: ModelDimensions, policy: Policy) -> Program:
     def quantize_keys(_: Module, into: BufferValue, row: TensorValue, *cross: TensorValue) -> list[TensorValue]:
         for number, kv in enumerate(cross):
             values = [into, kv, row, ops.constant([number], DType.int64, kv.device)]
-            ops.inplace_custom("maxwhisper.rough_keys", kv.device, values, [])
+            ops.inplace_custom("maxwhisper.quantize_keys", kv.device, values, [])
         return []
 
     into = draft_inputs(dims, policy)["quantized cross"].as_buffer()
@@ -165,17 +166,13 @@ def speculate_program(dims: ModelDimensions, policy: Policy) -> Program:
     def speculate(decoder: TextDecoder, **given: Any) -> Sequence[TensorValue]:
         draft = Draft(*(given[f"draft {name}"] for name in Draft._fields))
 
-        def propose_and_verify(
-            credit: TensorValue, before: TensorValue, totals: TensorValue, *_: Any
-        ) -> list[TensorValue]:
-            tokens = propose(decoder, draft, before, given)
-            candidates, logprobs, _, *after = behind(decoder, tokens, before, totals, given)
-            totals, lengths, left = after
-            return [*goes_on(left, credit, before, lengths, WORTH_PROPOSING), lengths, totals, candidates, logprobs]
+        def propose_and_verify(credit: TensorValue, before: TensorValue, totals: TensorValue) -> list[TensorValue]:
+            now = {**given, "lengths": before, "totals": totals}
+            _, totals, lengths, left = next_tokens(decoder, propose(decoder, draft, now), now)
+            return [*goes_on(left, credit, before, lengths, WORTH_PROPOSING), lengths, totals]
 
-        start = [given["lengths"], given["totals"], *nothing_found(given["lengths"], given["places"])]
-        lengths, totals, *found = rounds(WORTH_PROPOSING, start, propose_and_verify)
-        return [*found, totals, lengths]
+        lengths, totals = rounds(WORTH_PROPOSING, [given["lengths"], given["totals"]], propose_and_verify)
+        return [totals, lengths]
 
     inputs = {**steps_inputs(dims, policy), **draft_inputs(dims, policy)}
     del inputs["tokens"]
@@ -205,7 +202,7 @@ class SpeculativeStepper(CPUStepper):
         # Where keys of proposals go there must be a place too.
         n_proposed = n_token.minimum(self.n_text_ctx + 1 - N_PROPOSED - texts.lengths)
         of_its_own = len(cache.cross[0]) == len(texts.tokens)
-        if len(rules.places) > 1 or not of_its_own or not worth_proposing(n_proposed, n_token):
+        if rules.n_best > 1 or not of_its_own or not worth_proposing(n_proposed, n_token):
             return super().advance(texts, cache, rules, n_token)
         advanced = self._propose(texts, cache, rules, n_token, n_proposed)
         gained = advanced.texts.lengths - texts.lengths
@@ -222,12 +219,13 @@ class SpeculativeStepper(CPUStepper):
     def _propose(
         self, texts: Texts, cache: KeyValueCache, rules: Rules, n_token: Tensor, n_proposed: Tensor
     ) -> Advanced:
-        now = begun(texts, n_token, N_PROPOSED, rules.eot)
-        given = {**state(now, n_token), **rules._asdict(), **inputs_of(cache)}
+        now, candidates = begun(texts, n_token, N_PROPOSED, rules.eot), rules.inputs()
+        given = {**state(now, n_token), **candidates, **inputs_of(cache)}
         given["ends"] = torch.where(n_token == 0, now.lengths + WORTH_PROPOSING, now.lengths + n_proposed)
         given |= {f"draft {name}": each for name, each in self.graphs.draft._asdict().items()}
         given |= {"cache": cache.memory, "quantized cross": cache.quantized(self._quantize)}
-        return finished(texts, now, self.graphs[SPECULATE](**given), cache, n_token, rules.eot)
+        totals, lengths = self.graphs[SPECULATE](**given)
+        return finished(texts, now._replace(totals=totals, lengths=lengths), candidates, cache, n_token, rules.eot)
 
     def _quantize(self, cross: Sequence[Tensor], into: Tensor, row: int) -> None:
         """Puts keys and values of audio into `room_for_quantized`, from a row on."""

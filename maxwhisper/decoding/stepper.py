@@ -87,7 +87,7 @@ class Graphs(Protocol):
 
 
 class Stepper(Protocol):
-    """What decodes texts: on a CPU, on a GPU, with guesses, or together with other texts."""
+    """What decodes texts: on a CPU, on a GPU, by speculation, or together with other texts."""
 
     @property
     def max_candidates(self) -> int | None:

@@ -4,11 +4,11 @@
 from .attention import Append, Attention, CachedAttention
 from .convolution import Convolution
 from .decoder_block import DecoderBlock
-from .draft import Guess
+from .draft import Propose
 from .linear import Linear
-from .loop import Embed, GoesOn, NothingFound
-from .pick import Pick
+from .loop import Embed, GoesOn
 from .product import BiasedProduct
-from .rough import RoughKeys
+from .quantized import QuantizeKeys
+from .select_tokens import SelectTokens
 from .store import Store
 from .tiled_attention import AttentionScores, MaskedAttention, TiledAttention

@@ -48,13 +48,13 @@ struct Rows[dtype: DType, origin: Origin](Keys):
 
 
 @fieldwise_init
-struct ScatteredRows[dtype: DType, origin: Origin, source_origin: Origin](Keys):
-    """That of a place lies in row sources[place] of a cache, whose rows are `cache_row` numbers apart; `first` is where
-    the head begins in row 0."""
+struct ScatteredRows[dtype: DType, origin: Origin, row_origin: Origin](Keys):
+    """Those of a cache, each in a row of its own: that of a position lies in row `rows[position]`. The cache's rows are
+    `cache_row` numbers apart, and `first` is where the head begins in row 0."""
 
     var first: Pointer[Scalar[Self.dtype], Self.origin]
     var number: Int
-    var sources: Pointer[Int64, Self.source_origin]
+    var rows: Pointer[Int64, Self.row_origin]
     var cache_row: Int
 
     @always_inline
@@ -63,17 +63,17 @@ struct ScatteredRows[dtype: DType, origin: Origin, source_origin: Origin](Keys):
 
     @always_inline
     def load[n_channel: Int](self, key: Int, channel: Int) -> SIMD[DType.float32, WIDTH]:
-        var at = Int(self.sources[unsafe_offset=key]) * self.cache_row + key * n_channel + channel
+        var at = Int(self.rows[unsafe_offset=key]) * self.cache_row + key * n_channel + channel
         return self.first.unsafe_load[width=WIDTH](at).cast[DType.float32]()
 
 
 @fieldwise_init
 struct ContinuedRows[
-    dtype: DType, origin: Origin, source_origin: Origin, new_origin: Origin
+    dtype: DType, origin: Origin, row_origin: Origin, new_origin: Origin
 ](Keys):
     """Those of a cache, then `n_new` that are not in it yet, `new_row_size` numbers apart, as if they were."""
 
-    var cached: ScatteredRows[Self.dtype, Self.origin, Self.source_origin]
+    var cached: ScatteredRows[Self.dtype, Self.origin, Self.row_origin]
     var new: Pointer[Float32, Self.new_origin]
     var n_new: Int
     var new_row_size: Int
@@ -165,7 +165,7 @@ def attend_together[
     scores: Pointer[mut=True, Float32, _],
     weights: Pointer[mut=True, Float32, _],
 ):
-    """The attention of some queries, `n_state` apart, over the same keys."""
+    """Computes the attention of some queries, `n_state` apart, over the same keys."""
     var n_key = len(keys)
     score[n_channel, queries](q, n_state, keys, scores, n_key)
     var sums = Array[Float32, queries](fill=0)
@@ -188,8 +188,8 @@ def attend_to_window[
     scores: Pointer[mut=True, Float32, _],
     weights: Pointer[mut=True, Float32, _],
 ):
-    """The attention of a head of all queries, `n_state` apart, over the same keys; scores and weights hold QUERIES
-    values for each key."""
+    """Computes the attention of a head of all queries, `n_state` apart, over the same keys; scores and weights hold
+    QUERIES values for each key."""
     var query = 0
     while query + QUERIES <= n_query:
         attend_together[n_channel, QUERIES](
@@ -214,8 +214,8 @@ def attend_to_text[
     scores: Pointer[mut=True, Float32, _],
     weights: Pointer[mut=True, Float32, _],
 ):
-    """The attention of a head of one query over the text before it and its own key; scores and weights hold a value for
-    each key."""
+    """Computes the attention of a head of one query over the text before it and its own key; scores and weights hold a
+    value for each key."""
     var n_past = len(keys)
     score[n_channel, 1](q, 0, keys, scores, 0)
     score[n_channel, 1](q, 0, Rows(new_key, 1), scores.unsafe_offset(n_past), 0)
@@ -227,14 +227,14 @@ def attend_to_text[
 
 
 def share_of(n_head: Int, n_key: Int, n_channel: Int) -> Int:
-    """How many of n_head heads, which have n_key keys together, a task computes."""
+    """Returns how many of n_head heads, which have n_key keys together, a task computes."""
     var n_task = max(1, min(n_key * n_channel * 2 // TASK, parallelism_level(None)))
     return ceildiv(n_head, n_task)
 
 
 @fieldwise_init
 struct AttentionSizes(TrivialRegisterPassable):
-    """Of the queries of some texts, and of the keys that they attend to, in rows that consecutive texts share."""
+    """The sizes of the queries of some texts, and of the keys they attend to, in rows that consecutive texts share."""
 
     var n_text: Int
     var n_query: Int
@@ -246,7 +246,7 @@ struct AttentionSizes(TrivialRegisterPassable):
     @always_inline
     @staticmethod
     def of(q: ManagedTensorSlice[rank=3, ...], k: ManagedTensorSlice[rank=4, ...]) -> Self:
-        """Of q (text, query, state) and k (row, head, key, channel)."""
+        """Returns the sizes of q (text, query, state) and k (row, head, key, channel)."""
         return Self(q.dim_size(0), q.dim_size(1), q.dim_size(2), k.dim_size(0), k.dim_size(1), k.dim_size(2))
 
 
@@ -254,7 +254,10 @@ struct AttentionSizes(TrivialRegisterPassable):
 def attend_to_windows[
     n_channel: Int, dtype: DType
 ](y: Numbers, q: Numbers, k: Stored[dtype], v: Stored[dtype], sizes: AttentionSizes) raises:
-    """The attention of one query per text."""
+    """Computes the attention of one query per text over the keys of its window, which consecutive texts share.
+
+    y, q: (text, state). k, v: (row, head, key, channel).
+    """
     comptime assert n_channel % WIDTH == 0, "channels must fill vectors"
     var n_query = sizes.n_text // sizes.n_row
     var n_key, n_state = sizes.n_key, sizes.n_state
@@ -289,16 +292,20 @@ def attend_to_texts[
     k: Stored[dtype],
     v: Stored[dtype],
     lengths: Stored[DType.int64],
-    sources: Stored[DType.int64],
+    rows: Stored[DType.int64],
     k_new: Stored[new_dtype],
     v_new: Stored[new_dtype],
     sizes: AttentionSizes,
 ) raises:
-    """The attention of one query per text over a cache, with a place for each key, and one new key."""
+    """Computes the attention of one query per text over the cached keys of the text before, and its own new key.
+
+    y, q: (text, state). k, v: (row, head, position, channel). lengths: (text,), how many positions are filled.
+    rows: (text, position), the row of a text's key and value of a position. k_new, v_new: (text, head, channel).
+    """
     comptime assert n_channel % WIDTH == 0, "channels must fill vectors"
-    var n_head, n_place = sizes.n_head, sizes.n_key
+    var n_head, n_position = sizes.n_head, sizes.n_key
     var n_pair = sizes.n_text * n_head
-    var cache_row = n_head * n_place * n_channel
+    var cache_row = n_head * n_position * n_channel
     var n_key, longest = 0, 0
     for text in range(sizes.n_text):
         n_key += n_head * (Int(lengths[unsafe_offset=text]) + 1)
@@ -310,14 +317,14 @@ def attend_to_texts[
         var weights = List[Float32](length=longest, fill=0)
         for each in range(number * share, min((number + 1) * share, n_pair)):
             var text, head = divmod(each, n_head)
-            var at = head * n_place * n_channel
+            var at = head * n_position * n_channel
             var length = Int(lengths[unsafe_offset=text])
-            var its_sources = sources.unsafe_offset(text * n_place)
+            var its_rows = rows.unsafe_offset(text * n_position)
             attend_to_text[n_channel](
                 y.unsafe_offset(each * n_channel),
                 q.unsafe_offset(each * n_channel),
-                ScatteredRows(k.unsafe_offset(at), length, its_sources, cache_row),
-                ScatteredRows(v.unsafe_offset(at), length, its_sources, cache_row),
+                ScatteredRows(k.unsafe_offset(at), length, its_rows, cache_row),
+                ScatteredRows(v.unsafe_offset(at), length, its_rows, cache_row),
                 k_new.unsafe_offset(each * n_channel),
                 v_new.unsafe_offset(each * n_channel),
                 scores.unsafe_ptr(),
@@ -351,11 +358,12 @@ struct Attention:
 
 @extensibility.register("maxwhisper.cached_attention")
 struct CachedAttention:
-    """Computes the same over a cache and one new key and value for each text.
+    """Computes softmax(q @ k.T / sqrt(n_channel)) @ v for one query per text, over a cache and one new key and value of
+    the text.
 
     y, q: (batch, 1, head * channel).
-    k, v: (row, head, place, channel), of which the first `n_past` places of a text are filled; n_past: (batch,).
-    sources: (batch, place), the row in which a text's key and value of a place are.
+    k, v: (row, head, position, channel), of which the first `n_past` positions of a text are filled; n_past: (batch,).
+    rows: (batch, position), the row of the cache in which a text's key and value of a position are.
     k_new, v_new: (batch, head, 1, channel).
     """
 
@@ -368,7 +376,7 @@ struct CachedAttention:
         k: InputTensor[rank=4, ...],
         v: InputTensor[dtype=k.dtype, rank=4, ...],
         n_past: InputTensor[dtype=DType.int64, rank=1, ...],
-        sources: InputTensor[dtype=DType.int64, rank=2, ...],
+        rows: InputTensor[dtype=DType.int64, rank=2, ...],
         k_new: InputTensor[rank=4, ...],
         v_new: InputTensor[dtype=k_new.dtype, rank=4, ...],
         ctx: DeviceContext,
@@ -379,7 +387,7 @@ struct CachedAttention:
             stored[k.dtype](k),
             stored[k.dtype](v),
             stored[DType.int64](n_past),
-            stored[DType.int64](sources),
+            stored[DType.int64](rows),
             stored[k_new.dtype](k_new),
             stored[k_new.dtype](v_new),
             AttentionSizes.of(q, k),
@@ -390,7 +398,7 @@ struct CachedAttention:
 struct Append:
     """Puts new keys and values of each text into its own row of a cache, behind those that are filled.
 
-    k, v, n_past: as for maxwhisper.cached_attention.
+    k, v: (row, head, position, channel), of which the first `n_past` positions of a text are filled; n_past: (batch,).
     k_new, v_new: (batch, token, head * channel).
     """
 
@@ -403,16 +411,16 @@ struct Append:
         n_past: InputTensor[dtype=DType.int64, rank=1, ...],
         ctx: DeviceContext,
     ) raises:
-        var n_head, n_place, n_channel = k.dim_size(1), k.dim_size(2), k.dim_size(3)
+        var n_head, n_position, n_channel = k.dim_size(1), k.dim_size(2), k.dim_size(3)
         var ks, vs = k.unsafe_ptr(), v.unsafe_ptr()
         var ks_new, vs_new = k_new.unsafe_ptr(), v_new.unsafe_ptr()
         var n_token = k_new.dim_size(1)
         for row in range(k_new.dim_size(0) * n_token):
             var text, token = divmod(row, n_token)
-            var place = Int(n_past.unsafe_ptr()[unsafe_offset=text]) + token
+            var position = Int(n_past.unsafe_ptr()[unsafe_offset=text]) + token
             for head in range(n_head):
                 for channel in range(n_channel):
-                    var at = ((text * n_head + head) * n_place + place) * n_channel + channel
+                    var at = ((text * n_head + head) * n_position + position) * n_channel + channel
                     var new_at = (row * n_head + head) * n_channel + channel
                     ks[unsafe_offset=at] = ks_new[unsafe_offset=new_at]
                     vs[unsafe_offset=at] = vs_new[unsafe_offset=new_at]

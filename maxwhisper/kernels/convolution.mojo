@@ -15,7 +15,7 @@ from extensibility import InputTensor, _FusedOutputTensor
 
 from .pointers import Stored, stored
 from .team import even_shares
-from .tiles import PANEL, ROWS, VECTORS, WIDTH, long_tile, place, side_by_side
+from .tiles import PANEL, ROWS, VECTORS, WIDTH, long_tile, packed_index, side_by_side
 
 comptime BLOCK = 2 * WIDTH  # channels of a row that are copied at a time: a line of the cache or two
 comptime CHUNK = 128  # rows of the input that are worth another copy of a panel
@@ -37,12 +37,12 @@ def pack[
                 comptime side = side_by_side[dtype]() if taps == 1 else 1
                 comptime for i in range(0, WIDTH, side):
                     var term = (v + i) % taps * n_in + first + (v + i) // taps
-                    panel.unsafe_store(place[dtype](term, j, PANEL), ws.slice[side, offset=i]())
+                    panel.unsafe_store(packed_index[dtype](term, j, PANEL), ws.slice[side, offset=i]())
     for c in range(whole, n_in):
         comptime for tap in range(taps):
             for j in range(n_weight):
                 var w = weights[unsafe_offset=(j * n_in + c) * taps + tap].cast[dtype]()
-                panel[unsafe_offset=place[dtype](tap * n_in + c, j, PANEL)] = w
+                panel[unsafe_offset=packed_index[dtype](tap * n_in + c, j, PANEL)] = w
 
 
 @no_inline

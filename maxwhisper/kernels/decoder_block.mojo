@@ -9,7 +9,7 @@ import extensibility
 from extensibility import InputTensor, OutputTensor
 
 from .attention import QUERIES, ContinuedRows, Rows, ScatteredRows, attend_to_text, attend_to_window
-from .layer_norm import normalise
+from .layer_norm import normalize
 from .linear import COLUMNS, by_columns, multiply, row_size
 from .pointers import Numbers, Stored, numbers, stored, untracked
 from .team import COUNTERS, phase
@@ -21,14 +21,14 @@ comptime N_PHASE = 11
 
 @fieldwise_init
 struct Sizes(TrivialRegisterPassable):
-    """Of a layer of the decoder, for some texts with as many new tokens each."""
+    """The sizes of a layer of the decoder, and of some texts with as many new tokens each."""
 
     var n_text: Int
     var n_token: Int
     var n_state: Int
     var n_hidden: Int
     var n_head: Int
-    var n_place: Int
+    var n_position: Int
     var n_audio: Int
     var n_audio_ctx: Int
     var n_thread: Int
@@ -36,7 +36,7 @@ struct Sizes(TrivialRegisterPassable):
 
 @fieldwise_init
 struct Weights[dtype: DType](TrivialRegisterPassable):
-    """Of a layer; matrices are (n_out, n_in)."""
+    """The weights of a layer of the decoder, in the order of its submodules; matrices are (n_out, n_in)."""
 
     var attn_ln_weight: Numbers
     var attn_ln_bias: Numbers
@@ -63,12 +63,12 @@ struct Weights[dtype: DType](TrivialRegisterPassable):
 
 @fieldwise_init
 struct Context[cached: DType, crossed: DType](TrivialRegisterPassable):
-    """What a layer attends to: keys and values of the texts, of which `lengths` places are filled, and of the audio."""
+    """What a layer attends to: keys and values of texts, of which `lengths` positions are filled, and of audio."""
 
     var k: Stored[Self.cached]
     var v: Stored[Self.cached]
     var lengths: Stored[DType.int64]
-    var sources: Stored[DType.int64]
+    var rows: Stored[DType.int64]
     var k_cross: Stored[Self.crossed]
     var v_cross: Stored[Self.crossed]
 
@@ -121,9 +121,8 @@ def project[
     to: Optional[Numbers] = None,
     active: Optional[Numbers] = None,
 ):
-    """At most `share` columns of a linear layer, from the first on; also what they give with `to`, as `sum`, and with
-    GELU, as `active`, where there is such."""
-
+    """Computes at most `share` columns of a linear layer, from the first on; also what they give with `to`, as `sum`,
+    and with GELU, as `active`, where there is such."""
     var n_column = min(share, n_out - first)
     var its_weight = weight.unsafe_offset(first * row_size[dtype](n_in))
     multiply(into.unsafe_offset(first), n_out, of, its_weight, n_row, n_in, n_column)
@@ -175,7 +174,7 @@ def compute_layer[
         @always_inline
         @__parameter
         def one(row: Int):
-            normalise(into.unsafe_offset(row * n_state), of.unsafe_offset(row * n_state), weight, bias, n_state)
+            normalize(into.unsafe_offset(row * n_state), of.unsafe_offset(row * n_state), weight, bias, n_state)
 
         phase[one](counters, number, n_row)
 
@@ -184,7 +183,7 @@ def compute_layer[
     def project_and_add[
         number: Int
     ](into: Numbers, sum: Numbers, to: Numbers, of: Numbers, weight: Stored[dtype], bias: Numbers, n_in: Int):
-        """A linear layer to state, and the residual around it."""
+        """Computes a linear layer to state, and the residual around it."""
 
         @always_inline
         @__parameter
@@ -209,10 +208,10 @@ def compute_layer[
     def head_of_text(piece: Int):
         var row, head = divmod(piece, n_head)
         var text, token = divmod(row, n_token)
-        var at = head * sizes.n_place * n_channel
+        var at = head * sizes.n_position * n_channel
         var length = Int(context.lengths[unsafe_offset=text])
-        var sources = context.sources.unsafe_offset(text * sizes.n_place)
-        var cache_row = n_head * sizes.n_place * n_channel
+        var rows = context.rows.unsafe_offset(text * sizes.n_position)
+        var cache_row = n_head * sizes.n_position * n_channel
         var n_new = values.n_before + token
         var apart = sizes.n_text * n_state if values.n_before else n_state  # a text's tokens
         var first_new = text * n_token * n_state - values.n_before * apart + head * n_channel
@@ -220,13 +219,13 @@ def compute_layer[
             values.attended.unsafe_offset(piece * n_channel),
             values.query.unsafe_offset(piece * n_channel),
             ContinuedRows(
-                ScatteredRows(context.k.unsafe_offset(at), length, sources, cache_row),
+                ScatteredRows(context.k.unsafe_offset(at), length, rows, cache_row),
                 values.key.unsafe_offset(first_new),
                 n_new,
                 apart,
             ),
             ContinuedRows(
-                ScatteredRows(context.v.unsafe_offset(at), length, sources, cache_row),
+                ScatteredRows(context.v.unsafe_offset(at), length, rows, cache_row),
                 values.value.unsafe_offset(first_new),
                 n_new,
                 apart,
@@ -327,8 +326,9 @@ struct DecoderBlock:
     Outputs, each (batch, token, width): the layer's, those of its submodules with weights in their order, GELU's, and
     what is computed in between.
     x: (batch, token, state).
-    k, v, n_past, sources: as for maxwhisper.cached_attention.
-    k_cross, v_cross: as for maxwhisper.attention.
+    k, v: (row, head, position, channel), of which the first `n_past` positions of a text are filled; n_past: (batch,).
+    rows: (batch, position), the row of the cache in which a text's key and value of a position are.
+    k_cross, v_cross: (audio, head, n_audio_ctx, channel); batch / audio consecutive texts share a window of audio.
     Then the weights, in the order of the submodules; matrices are (n_out, n_in).
     """
 
@@ -357,7 +357,7 @@ struct DecoderBlock:
         k: InputTensor[rank=4, ...],
         v: InputTensor[dtype=k.dtype, rank=4, ...],
         n_past: InputTensor[dtype=DType.int64, rank=1, ...],
-        sources: InputTensor[dtype=DType.int64, rank=2, ...],
+        rows: InputTensor[dtype=DType.int64, rank=2, ...],
         k_cross: InputTensor[rank=4, ...],
         v_cross: InputTensor[dtype=k_cross.dtype, rank=4, ...],
         attn_ln_weight: InputTensor[dtype=DType.float32, rank=1, ...],
@@ -389,7 +389,7 @@ struct DecoderBlock:
             n_state=x.dim_size(2),
             n_hidden=hidden.dim_size(2),
             n_head=k.dim_size(1),
-            n_place=k.dim_size(2),
+            n_position=k.dim_size(2),
             n_audio=k_cross.dim_size(0),
             n_audio_ctx=k_cross.dim_size(2),
             n_thread=parallelism_level(None),
@@ -398,7 +398,7 @@ struct DecoderBlock:
             k=stored[k.dtype](k),
             v=stored[k.dtype](v),
             lengths=stored[DType.int64](n_past),
-            sources=stored[DType.int64](sources),
+            rows=stored[DType.int64](rows),
             k_cross=stored[k_cross.dtype](k_cross),
             v_cross=stored[k_cross.dtype](v_cross),
         )

@@ -8,14 +8,14 @@ comptime EPSILON = 1e-5
 
 
 @no_inline
-def normalise(
+def normalize(
     y: Pointer[mut=True, Float32, _],
     x: Pointer[Float32, _],
     weight: Pointer[Float32, _],
     bias: Pointer[Float32, _],
     number: Int,
 ):
-    """Layer norm of one row of numbers; they fill vectors."""
+    """Computes layer norm of one row of numbers, which fill vectors."""
     var total = SIMD[DType.float32, WIDTH](0)
     for i in range(0, number, WIDTH):
         total += x.unsafe_load[width=WIDTH](i)

@@ -3,7 +3,7 @@
 One row of weights at a time, from its beginning to its end, so that a thread reads memory in one direction: processors
 fetch ahead along few directions only.
 
-A row of int8 weights ends with the float32 that they are multiples of, in four more bytes.
+A row of int8 weights ends with the float32 that they are multiples of, in SCALE_SIZE more bytes.
 """
 
 from max.algorithm import sync_parallelize
@@ -28,12 +28,13 @@ comptime COLUMNS = 8  # of y at a time, so that they are stored as a vector
 comptime AT_ONCE = 4 * COLUMNS  # whose products wait together for what is fused with them
 comptime CACHE_LINE = 64  # bytes
 comptime TASK = 1 << 18  # multiplications that are worth a task of their own
+comptime SCALE_SIZE = size_of[DType.float32]()  # bytes behind quantized numbers, of what they are multiples of
 
 
 @always_inline
 def row_size[stored: DType](n_in: Int) -> Int:
     """Returns how many numbers a row of n_in takes."""
-    return n_in + 4 if stored == DType.int8 else n_in
+    return n_in + SCALE_SIZE if stored == DType.int8 else n_in
 
 
 @always_inline

@@ -22,11 +22,11 @@ def embed[
 
 @extensibility.register("maxwhisper.embed")
 struct Embed:
-    """Embeds the last tokens of texts, and guesses behind them.
+    """Embeds the last tokens of texts, and proposals behind them.
 
     x: (batch, token, state). offsets: (batch,), how many tokens of each text come before.
     tokens: (batch, token). lengths: (batch,), of the texts with the first of the tokens.
-    token_embedding: (vocab, state). positional_embedding: (place, state).
+    token_embedding: (vocab, state). positional_embedding: (position, state).
     """
 
     @staticmethod
@@ -45,13 +45,13 @@ struct Embed:
             offsets.unsafe_ptr()[unsafe_offset=text] = offset
             for row in range(text * n_token, (text + 1) * n_token):
                 var token = Int(tokens.unsafe_ptr()[unsafe_offset=row])
-                var place = Int(offset) + row - text * n_token
-                if not 0 <= token < token_embedding.dim_size(0) or not 0 <= place < positional_embedding.dim_size(0):
+                var position = Int(offset) + row - text * n_token
+                if not 0 <= token < token_embedding.dim_size(0) or not 0 <= position < positional_embedding.dim_size(0):
                     raise Error("maxwhisper.embed: no such token, or a text that is too long")
                 embed(
                     stored[x.dtype](x).unsafe_offset(row * n_state),
                     stored[token_embedding.dtype](token_embedding).unsafe_offset(token * n_state),
-                    numbers(positional_embedding).unsafe_offset(place * n_state),
+                    numbers(positional_embedding).unsafe_offset(position * n_state),
                     n_state,
                 )
 
@@ -62,7 +62,8 @@ struct GoesOn:
 
     goes_on: (1,), whether every text may have as many more tokens as a round is worth, and the credit is not used up.
     new_credit: (1,), the credit with what the round gave, less what it is worth for each text that went on.
-    left: (1,), as of maxwhisper.pick. credit: (1,). before, lengths: (batch,), of the texts before and after the round.
+    left: (1,), how many more tokens every text may have that has not ended. credit: (1,).
+    before, lengths: (batch,), of the texts before and after the round.
     worth: (1,), in tokens of a text.
     """
 
@@ -84,21 +85,3 @@ struct GoesOn:
                 total += given - price
         new_credit.unsafe_ptr()[unsafe_offset=0] = total
         goes_on.unsafe_ptr()[unsafe_offset=0] = total >= 0 and left.unsafe_ptr()[unsafe_offset=0] >= price
-
-
-@extensibility.register("maxwhisper.nothing_found")
-struct NothingFound:
-    """Writes what stands for candidates (batch, candidate), and for their log-probabilities, before the first round:
-    zeros."""
-
-    @staticmethod
-    def execute(
-        candidates: OutputTensor[dtype=DType.int64, rank=2, ...],
-        logprobs: OutputTensor[dtype=DType.float32, rank=2, ...],
-        lengths: InputTensor[dtype=DType.int64, rank=1, ...],
-        places: InputTensor[dtype=DType.int64, rank=1, ...],
-        ctx: DeviceContext,
-    ) raises:
-        for i in range(candidates.dim_size(0) * candidates.dim_size(1)):
-            candidates.unsafe_ptr()[unsafe_offset=i] = 0
-            logprobs.unsafe_ptr()[unsafe_offset=i] = 0

@@ -13,7 +13,7 @@ comptime Numbers = Stored[DType.float32]
 
 @always_inline
 def stored[dtype: DType](tensor: ManagedTensorSlice) -> Stored[dtype]:
-    """What a tensor holds, as numbers of that many bytes; threads write and read it in turn."""
+    """Returns what a tensor holds, as numbers of that many bytes; threads write and read it in turn."""
     return rebind[Stored[dtype]](tensor.unsafe_ptr().unsafe_origin_cast[Untracked]())
 
 

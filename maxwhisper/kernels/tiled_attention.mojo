@@ -12,7 +12,7 @@ from .attention import AttentionSizes, scale
 from .pointers import Numbers, Stored, numbers, stored
 from .softmax import exponentials
 from .team import even_shares
-from .tiles import PANEL, ROWS, VECTORS, WIDTH, place, side_by_side, tile
+from .tiles import PANEL, ROWS, VECTORS, WIDTH, packed_index, side_by_side, tile
 
 comptime QUERIES = 4 * ROWS  # for which a panel of keys, or a block of values, is read from the cache
 comptime KEYS = 128  # whose weighted values are added up at a time: a sum of sums rounds less than one long sum
@@ -30,7 +30,7 @@ def pack_keys[
         comptime for c in range(0, n_channel, WIDTH):
             var ks = keys.unsafe_load[width=WIDTH](key * n_channel + c).cast[dtype]()
             comptime for i in range(0, WIDTH, side):
-                panel.unsafe_store(place[dtype](c + i, key % PANEL, PANEL), ks.slice[side, offset=i]())
+                panel.unsafe_store(packed_index[dtype](c + i, key % PANEL, PANEL), ks.slice[side, offset=i]())
 
 
 @no_inline
@@ -48,7 +48,7 @@ def pack_values[
                 var others = SIMD[dtype, WIDTH](0)
                 if key + 1 < n_key:
                     others = values.unsafe_load[width=WIDTH]((key + 1) * n_channel + c).cast[dtype]()
-                panel.unsafe_store(place[dtype](key, c, n_channel), some.interleave(others))
+                panel.unsafe_store(packed_index[dtype](key, c, n_channel), some.interleave(others))
 
 
 @no_inline
@@ -56,19 +56,20 @@ def score[
     dtype: DType, n_channel: Int, rows: Int
 ](
     scores: Pointer[mut=True, Float32, _],
-    n_place: Int,
+    n_padded: Int,
     q: Pointer[Scalar[dtype], _],
     n_state: Int,
     panel: Pointer[Scalar[dtype], _],
 ):
-    """Writes the scaled products of some queries, `n_state` apart, with a panel of keys; scores are `n_place` apart."""
+    """Writes the scaled products of some queries, `n_state` apart, with a panel of keys; scores are `n_padded` apart.
+    """
     var offsets = Array[Int, rows](fill=0)
     comptime for r in range(rows):
         offsets[r] = r * n_state
     var products = tile[dtype, rows, VECTORS](q, offsets, panel, n_channel, PANEL)
     comptime for r in range(rows):
         comptime for v in range(VECTORS):
-            scores.unsafe_store(r * n_place + v * WIDTH, products[r * VECTORS + v] * scale[n_channel]())
+            scores.unsafe_store(r * n_padded + v * WIDTH, products[r * VECTORS + v] * scale[n_channel]())
 
 
 @no_inline
@@ -77,17 +78,17 @@ def add_weighted[
 ](
     totals: Pointer[mut=True, Float32, _],
     weights: Pointer[Scalar[dtype], _],
-    n_place: Int,
+    n_padded: Int,
     values: Pointer[Scalar[dtype], _],
     n_value: Int,
 ):
-    """Adds values (n_value, n_channel) times the weights of some queries, `n_place` apart, to their totals."""
+    """Adds values (n_value, n_channel) times the weights of some queries, `n_padded` apart, to their totals."""
     comptime vectors = VECTORS if n_channel % PANEL == 0 else 1
     var offsets = Array[Int, rows](fill=0)
     comptime for r in range(rows):
-        offsets[r] = r * n_place
+        offsets[r] = r * n_padded
     comptime for c in range(0, n_channel, vectors * WIDTH):
-        var some = values.unsafe_offset(place[dtype](0, c, n_channel))
+        var some = values.unsafe_offset(packed_index[dtype](0, c, n_channel))
         var sums = tile[dtype, rows, vectors](weights, offsets, some, n_value, n_channel)
         comptime for r in range(rows):
             comptime for v in range(vectors):
@@ -111,29 +112,29 @@ def attend[
     weights: Pointer[mut=True, Scalar[dtype], _],
     totals: Pointer[mut=True, Float32, _],
 ):
-    """The attention of at most QUERIES queries, `n_state` apart, over all keys; scores and weights have as many places
-    for each as the panels have keys, totals n_channel. Keys and values are taken a panel and a block at a time, for all
-    these queries."""
-    var n_place = align_up(n_key, PANEL)
+    """Computes the attention of at most QUERIES queries, `n_state` apart, over all keys; for each, scores and weights
+    have room for as many numbers as the panels have keys, totals for n_channel. Keys and values are taken a panel and a
+    block at a time, for all these queries."""
+    var n_padded = align_up(n_key, PANEL)
     var whole = n_query // ROWS * ROWS
     for key in range(0, n_key, PANEL):
         var panel = panels.unsafe_offset(key * n_channel)
         var out = scores.unsafe_offset(key)
         for row in range(0, whole, ROWS):
             score[dtype, n_channel, ROWS](
-                out.unsafe_offset(row * n_place), n_place, q.unsafe_offset(row * n_state), n_state, panel
+                out.unsafe_offset(row * n_padded), n_padded, q.unsafe_offset(row * n_state), n_state, panel
             )
         for row in range(whole, n_query):
             score[dtype, n_channel, 1](
-                out.unsafe_offset(row * n_place), n_place, q.unsafe_offset(row * n_state), n_state, panel
+                out.unsafe_offset(row * n_padded), n_padded, q.unsafe_offset(row * n_state), n_state, panel
             )
     var sums = Array[Float32, QUERIES](fill=0)
     for row in range(n_query):
-        var of_query = scores.unsafe_offset(row * n_place)
+        var of_query = scores.unsafe_offset(row * n_padded)
         if mask:
             for key in range(n_key):
                 of_query[unsafe_offset=key] += mask.value()[unsafe_offset=row * n_key + key]
-        sums[row] = exponentials(of_query, weights.unsafe_offset(row * n_place), n_key)
+        sums[row] = exponentials(of_query, weights.unsafe_offset(row * n_padded), n_key)
         comptime for c in range(0, n_channel, WIDTH):
             totals.unsafe_store(row * n_channel + c, SIMD[DType.float32, WIDTH](0))
     for key in range(0, n_key, KEYS):
@@ -142,11 +143,11 @@ def attend[
         var of_some = weights.unsafe_offset(key)
         for row in range(0, whole, ROWS):
             add_weighted[dtype, n_channel, ROWS](
-                totals.unsafe_offset(row * n_channel), of_some.unsafe_offset(row * n_place), n_place, some, n_value
+                totals.unsafe_offset(row * n_channel), of_some.unsafe_offset(row * n_padded), n_padded, some, n_value
             )
         for row in range(whole, n_query):
             add_weighted[dtype, n_channel, 1](
-                totals.unsafe_offset(row * n_channel), of_some.unsafe_offset(row * n_place), n_place, some, n_value
+                totals.unsafe_offset(row * n_channel), of_some.unsafe_offset(row * n_padded), n_padded, some, n_value
             )
     for row in range(n_query):
         comptime for c in range(0, n_channel, WIDTH):
@@ -170,7 +171,7 @@ def attend_by_tiles[
     comptime assert n_channel % WIDTH == 0, "channels must fill vectors"
     var n_query, n_state, n_head, n_key = sizes.n_query, sizes.n_state, sizes.n_head, sizes.n_key
     var n_text = sizes.n_text // sizes.n_row  # that share a row
-    var n_place = align_up(n_key, PANEL)
+    var n_padded = align_up(n_key, PANEL)
     var n_pair = sizes.n_text * n_head
     var n_share = even_shares(n_pair, n_query // SHARE)  # each copies its keys and values anew
     var share = align_up(ceildiv(n_query, n_share), ROWS)
@@ -182,10 +183,10 @@ def attend_by_tiles[
         var text = number // n_share // n_head
         var head = number // n_share % n_head
         var kv = (text // n_text * n_head + head) * n_key * n_channel
-        var keys = List[Scalar[dtype]](length=n_place * n_channel, fill=0)
-        var values = List[Scalar[dtype]](length=n_place * n_channel, fill=0)
-        var scores = List[Float32](unsafe_uninit_length=QUERIES * n_place)
-        var weights = List[Scalar[dtype]](length=QUERIES * n_place, fill=0)
+        var keys = List[Scalar[dtype]](length=n_padded * n_channel, fill=0)
+        var values = List[Scalar[dtype]](length=n_padded * n_channel, fill=0)
+        var scores = List[Float32](unsafe_uninit_length=QUERIES * n_padded)
+        var weights = List[Scalar[dtype]](length=QUERIES * n_padded, fill=0)
         var totals = List[Float32](unsafe_uninit_length=QUERIES * n_channel)
         pack_keys[n_channel=n_channel](keys.unsafe_ptr(), k.unsafe_offset(kv), n_key)
         pack_values[n_channel=n_channel](values.unsafe_ptr(), v.unsafe_offset(kv), n_key)
@@ -234,7 +235,13 @@ struct TiledAttention:
 
 @extensibility.register("maxwhisper.masked_attention")
 struct MaskedAttention:
-    """Computes the same with a mask, (token, key), that is added before softmax."""
+    """Computes softmax(q @ k.T / sqrt(n_channel) + mask) @ v, added up in float32.
+
+    y, q: (batch, token, head * channel).
+    k, v: (row, head, key, channel), rounded to the dtype of q, as softmax's weights are before they are divided by
+    their sum; batch / row consecutive texts share a row.
+    mask: (token, key).
+    """
 
     @staticmethod
     def execute[
@@ -260,20 +267,20 @@ def write_scores[
     comptime assert n_channel % WIDTH == 0, "channels must fill vectors"
     var n_query, n_state, n_head, n_key = sizes.n_query, sizes.n_state, sizes.n_head, sizes.n_key
     var n_text = sizes.n_text // sizes.n_row  # that share a row
-    var n_place = align_up(n_key, PANEL)
+    var n_padded = align_up(n_key, PANEL)
 
     def task(number: Int) raises {imm}:
         var text, head = divmod(number, n_head)
         var own_qs = q.unsafe_offset(text * n_query * n_state + head * n_channel)
         var own_ks = k.unsafe_offset((text // n_text * n_head + head) * n_key * n_channel)
-        var keys = List[Scalar[dtype]](length=n_place * n_channel, fill=0)
-        var scores = List[Float32](length=n_place, fill=0)
+        var keys = List[Scalar[dtype]](length=n_padded * n_channel, fill=0)
+        var scores = List[Float32](length=n_padded, fill=0)
         pack_keys[n_channel=n_channel](keys.unsafe_ptr(), own_ks, n_key)
         for query in range(n_query):
             for key in range(0, n_key, PANEL):
                 score[dtype, n_channel, 1](
                     scores.unsafe_ptr().unsafe_offset(key),
-                    n_place,
+                    n_padded,
                     own_qs.unsafe_offset(query * n_state),
                     n_state,
                     keys.unsafe_ptr().unsafe_offset(key * n_channel),

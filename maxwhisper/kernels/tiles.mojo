@@ -24,8 +24,8 @@ def side_by_side[dtype: DType]() -> Int:
 
 
 @always_inline
-def place[dtype: DType](term: Int, column: Int, stride: Int) -> Int:
-    """Where a term of a column lies, if the first terms of columns are `stride` numbers apart."""
+def packed_index[dtype: DType](term: Int, column: Int, stride: Int) -> Int:
+    """Returns where a term of a column lies, if the first terms of columns are `stride` numbers apart."""
     comptime side = side_by_side[dtype]()
     return (term // side * stride + column) * side + term % side
 
@@ -54,7 +54,7 @@ def tile[
     stride: Int,
 ) -> Array[Floats, rows * vectors]:
     """Returns the products of some rows of x, (n_term,) at the offsets, with a panel of columns, (n_term, vectors *
-    WIDTH), placed as by `place`. Each is summed in the same order whatever the rows around it.
+    WIDTH), packed as by `packed_index`. Each is summed in the same order whatever the rows around it.
 
     In bfloat16 n_term must be even.
     """
@@ -88,7 +88,7 @@ def long_tile[
     n_term: Int,
     stride: Int,
 ) -> Array[Floats, rows * vectors]:
-    """As `tile`, of any number of terms: at most TERMS are summed at a time."""
+    """Returns what `tile` does, of any number of terms: at most TERMS are summed at a time."""
     if n_term <= TERMS:
         return tile[dtype, rows, vectors](x, offsets, panel, n_term, stride)
     var totals = Array[Floats, rows * vectors](fill=0)

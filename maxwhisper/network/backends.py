@@ -10,7 +10,7 @@ from max.nn.layer import Module
 
 from ..engine.session import Policy
 from .keys_values import Cache, KeyValue, Slots, flash_dtype
-from .products import own_kernels
+from .products import DECODER_LAYERS, own_kernels
 from .shapes import join_rows, split_rows
 
 
@@ -163,10 +163,8 @@ class Steps(Module):
     ) -> tuple[TensorValue, dict[Module, TensorValue]]:
         """Returns the block's output and that of each submodule, all (batch, token, width), in the dtype of x."""
         attn, cross_attn, (hidden, active, mlp_out) = self.attn, self.cross_attn, self.mlp
-        layers = [
-            self.attn_ln, attn.query, attn.key, attn.value, attn.out,
-            self.cross_attn_ln, cross_attn.query, cross_attn.out, self.mlp_ln, hidden, mlp_out,
-        ]  # fmt: skip
+        submodules: dict[str, Any] = dict(self.named_modules())
+        layers = [submodules[f"{name}."] for name in DECODER_LAYERS]
         weights = [weight for layer in layers for weight in (layer.weight, layer.bias) if weight is not None]
         widths = (x.shape[2], hidden.weight.shape[0])
         narrow, wide = (TensorType(DType.float32, [*x.shape[:2], width], x.device) for width in widths)

@@ -15,7 +15,7 @@ Names of inputs mean the same everywhere:
     tokens, offset      (batch, token) int64; position of the first one, int64 scalar on the CPU
     positions           (position,) int64, those of the tokens whose logits are wanted
     audio_features      (audio, n_audio_ctx, state)
-    k_cache, v_cache    (batch, head, place, channel): of the text so far, in the first `offset` places
+    k_cache, v_cache    (batch, head, position, channel): of the text so far, in the first `offset` positions
     k_cross, v_cross    (audio, head, n_audio_ctx, channel): cross-attention over a window of audio
 
 In a whole decoder the last four carry a layer number: k_cross.0, v_cross.0, k_cross.1, ...
@@ -48,8 +48,8 @@ class Block:
     function: from that module and one value per input to the outputs.
     inputs: the graph's inputs, in order.
     unit: what compiles into one artifact: "network", what audio and the start of a text go through (for a GPU without
-        the spectrogram, which runs on the CPU); "decoding", what decodes the rest of it, with the graphs that pick
-        tokens; "alignment", for word timestamps; "parts", the rest.
+        the spectrogram, which runs on the CPU); "decoding", what decodes the rest of it, with the graphs that
+        select tokens; "alignment", for word timestamps; "parts", the rest.
     """
 
     name: str
@@ -120,7 +120,7 @@ def key_value(kind: str, batch: str, n_token: int | str, dims: ModelDimensions, 
 
 
 def self_cache(dims: ModelDimensions, policy: Policy) -> Inputs:
-    return key_value("cache", "batch", "place", dims, policy)
+    return key_value("cache", "batch", "position", dims, policy)
 
 
 def cross(dims: ModelDimensions, policy: Policy) -> Inputs:

@@ -16,29 +16,29 @@ class KeyValue(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens before, each (row, head, place, channel), in the first `length` places; length is
-    int64 on the CPU, a scalar, or (batch,) where a kernel of ours attends. What the other places hold is never read.
+    """Keys and values of the tokens before, each (row, head, position, channel), in the first `length` positions;
+    length is int64 on the CPU, a scalar, or (batch,) where a kernel of ours attends. What other positions hold is never
+    read.
 
-    sources: int64 (batch, place), for kernels of ours, which find a text's key and value of a place in that row; where
-    there are none, every text has its own row.
+    rows: int64 (batch, position), for kernels of ours, which find a text's key and value of a position in that row;
+    where there are none, every text has its own row.
     """
 
     k: TensorValue
     v: TensorValue
     length: TensorValue
-    sources: TensorValue | None = None
+    rows: TensorValue | None = None
 
     def for_kernel(self, batch: Dim) -> list[TensorValue]:
-        """Returns what kernels take: keys, values, length and sources of every text."""
-        sources = self.sources
-        if sources is None:
-            rows = ops.unsqueeze(indices(batch, self.k.device), 1)
-            sources = rows.broadcast_to((batch, self.k.shape[2]))
-        return [self.k, self.v, self.length.broadcast_to((batch,)), sources]
+        """Returns what kernels take: keys, values, length and rows of every text."""
+        rows = self.rows
+        if rows is None:
+            rows = ops.unsqueeze(indices(batch, self.k.device), 1).broadcast_to((batch, self.k.shape[2]))
+        return [self.k, self.v, self.length.broadcast_to((batch,)), rows]
 
     def followed_by(self, new: KeyValue) -> KeyValue:
         """Returns the cached keys and values and the new ones, in new memory."""
-        assert self.sources is None, "only kernels of ours read other rows"
+        assert self.rows is None, "only kernels of ours read other rows"
         filled = (slice(0, self.length), "past")
         past = (x[:, :, filled] for x in (self.k, self.v))
         return KeyValue(*(ops.concat(pair, axis=2) for pair in zip(past, new, strict=True)))
@@ -52,10 +52,10 @@ def flash_dtype(dtype: DType) -> DType:
 class Slots(NamedTuple):
     """A cache on any device, for one token of each text, whose key and value are put into it before it is read.
 
-    k, v: (batch, place, head, channel), finite in every place, in `flash_dtype`. k_written, v_written: the same memory,
-        to be written.
-    n_past: int64 (batch,), how many places of a text are filled.
-    mask: float32 (batch, 1, place), 0 for those and for the next one, minus infinity for the others.
+    k, v: (batch, position, head, channel), finite in every position, in `flash_dtype`.
+    k_written, v_written: the same memory, to be written.
+    n_past: int64 (batch,), how many positions of a text are filled.
+    mask: float32 (batch, 1, position), 0 for those and for the next one, minus infinity for the others.
     """
 
     k: TensorValue
@@ -67,7 +67,7 @@ class Slots(NamedTuple):
 
     def filled(self, q: TensorValue, new: KeyValue) -> tuple[TensorValue, KeyValue]:
         """Puts the new keys and values into the cache, and returns the queries (batch, 1, state), and keys and values
-        of every place.
+        of every position.
 
         That they are there the graph only knows by the queries, which the operation returns that puts them there.
         """

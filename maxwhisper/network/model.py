@@ -272,13 +272,13 @@ class TextDecoder(Module):
         return [self.logits(x), *new]
 
     def steps(
-        self, x: TensorValue, offset: TensorValue, kv: Sequence[TensorValue], sources: TensorValue
+        self, x: TensorValue, offset: TensorValue, kv: Sequence[TensorValue], rows: TensorValue
     ) -> list[TensorValue]:
         """Computes `step` for a few tokens that are embedded already, x (batch, token, state), on a CPU: logits (batch,
-        token, n_vocab), and every layer's keys and values, each (batch, token, state). sources: of all caches, as of a
+        token, n_vocab), and every layer's keys and values, each (batch, token, state). rows: of all caches, as of a
         `Cache`."""
         own, cross = grouped(kv[: len(kv) // 2], 2), grouped(kv[len(kv) // 2 :], 2)
-        inputs = [(KeyValue(*c), Cache(o[0], o[1], offset, sources)) for o, c in zip(own, cross, strict=True)]
+        inputs = [(KeyValue(*c), Cache(o[0], o[1], offset, rows)) for o, c in zip(own, cross, strict=True)]
         x, *new = self._layers(ResidualAttentionBlock.steps, x, inputs)
         return [self.logits(x), *new]
 

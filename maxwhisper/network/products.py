@@ -9,6 +9,12 @@ from max.graph import DeviceRef, Dim, Graph, StaticDim, TensorType, TensorValue,
 FEW_TOKENS = 16
 """So many rows wait for memory, not for arithmetic, when they are multiplied with a matrix; audio has more."""
 
+DECODER_LAYERS = (
+    *("attn_ln", "attn.query", "attn.key", "attn.value", "attn.out"),
+    *("cross_attn_ln", "cross_attn.query", "cross_attn.out", "mlp_ln", "mlp.0", "mlp.2"),
+)
+"""The submodules of a decoder's layer in the order in which kernels of our own take their weights."""
+
 
 def own_kernels(device: DeviceRef) -> bool:
     """Tells whether kernels of our own compute on a device, or else MAX's: nowhere else does the network ask for it."""

@@ -83,12 +83,12 @@ class Blocks:
             name: [f"{given} {kind}" for given, kind in block.inputs(dims, policy).items()]
             for name, block in BLOCKS.items()
         }
-        if self.suite.dtype == torch.float32 and self.picks_tokens:
+        if self.suite.dtype == torch.float32 and self.selects_tokens:
             taken |= dict.fromkeys(LOOPS, taken[FEATURES])
         return taken
 
     @property
-    def picks_tokens(self) -> bool:
+    def selects_tokens(self) -> bool:
         """Whether the graphs of decode loops can be had: artifacts hold those of models that speak."""
         if self.suite.held is None:
             return True

@@ -25,7 +25,7 @@ from maxwhisper.engine.program import Artifact, Program
 from maxwhisper.engine.session import Policy
 
 device, gpu = aim_at("sm_90a"), DeviceRef.GPU()
-cache, row = ["batch", "place", 2, 64], ["batch", 1, 128]
+cache, row = ["batch", "position", 2, 64], ["batch", 1, 128]
 float32 = lambda shape: TensorType(DType.float32, shape, gpu)
 
 def store(_, k, v, q, *new):
@@ -41,7 +41,7 @@ def attention(_, q, n_past, mask, k, v, *into):
 into, lengths = float32(cache).as_buffer(), TensorType(DType.int64, ["batch"], gpu)
 inputs = {
     "store": [into, into, *map(float32, [row] * 3), lengths],
-    "attention": [float32(row), lengths, float32(["batch", 1, "place"]), *map(float32, [cache] * 2), into, into],
+    "attention": [float32(row), lengths, float32(["batch", 1, "position"]), *map(float32, [cache] * 2), into, into],
     "convolution": [float32(["batch", 3002, 128]), float32([128, 128, 3])],
 }
 graphs = {

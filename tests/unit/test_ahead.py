@@ -10,6 +10,7 @@ import pytest
 
 from maxwhisper.checkpoint import load_checkpoint
 from maxwhisper.compiled import DECODING, Network
+from maxwhisper.decoding.cpu import SELECT_TOKENS
 from maxwhisper.engine import precompile as ahead
 from maxwhisper.engine.artifacts import Cache
 from maxwhisper.engine.precompile import MEMORY, Ahead, Job
@@ -87,4 +88,4 @@ def test_what_another_process_compiles_is_what_this_one_asks_for(tmp_path: Path)
     assert Job(**json.loads(job)).unit == DECODING
     subprocess.run([sys.executable, *network.ahead.command], check=True)
     with nothing_compiles():
-        assert network["decoder.pick"]
+        assert network[SELECT_TOKENS]

@@ -45,8 +45,8 @@ class Attention(Module):
     def scattered(
         self, q: TensorValue, k: TensorValue, v: TensorValue, length: TensorValue, *others: TensorValue
     ) -> list[TensorValue]:
-        *new, sources = others
-        return [self.attn.by_kernel(q, KeyValue(*new), cache=Cache(k, v, length, sources))]
+        *new, rows = others
+        return [self.attn.by_kernel(q, KeyValue(*new), cache=Cache(k, v, length, rows))]
 
     def written_out(
         self, q: TensorValue, k: TensorValue, v: TensorValue, length: TensorValue, *new: TensorValue
@@ -91,7 +91,7 @@ def attentions() -> list[Program]:
     length, lengths = TensorType(DType.int64, [], cpu), TensorType(DType.int64, ["batch"], cpu)
     cross = {**queries("state"), "k": heads("row", "key"), "v": heads("row", "key")}
     cached = {**queries("state"), **behind_a_cache("head")}
-    scattered = {**cached, "sources": TensorType(DType.int64, ["batch", "place"], cpu)}
+    scattered = {**cached, "rows": TensorType(DType.int64, ["batch", "position"], cpu)}
     written_out = {**queries(2 * N_CHANNEL), **behind_a_cache(2)}
     slot = TensorType(DType.float32, ["batch", "place", 2, N_CHANNEL], cpu)
     in_place = {**written_out, "k": slot, "v": slot, "length": lengths}
@@ -269,7 +269,7 @@ def test_places_may_be_read_from_any_row(rows: int, n_head: int, n_past: int, se
         (1, n_head * N_CHANNEL), (n_head, 1, N_CHANNEL), (n_head, 1, N_CHANNEL)
     ))  # fmt: skip
     k, v = torch.randn(2, rows, n_head, n_past + 2, N_CHANNEL, generator=generator)
-    sources = torch.randint(0, rows, (rows, n_past + 2), generator=generator)
-    gathered = (x[sources, :, torch.arange(n_past + 2)].transpose(1, 2) for x in (k, v))
-    (ours,) = graphs()["of other rows"](q, k, v, torch.tensor(n_past), k_new, v_new, sources)
+    rows = torch.randint(0, rows, (rows, n_past + 2), generator=generator)
+    gathered = (x[rows, :, torch.arange(n_past + 2)].transpose(1, 2) for x in (k, v))
+    (ours,) = graphs()["of other rows"](q, k, v, torch.tensor(n_past), k_new, v_new, rows)
     assert ours.equal(graphs()["cached"](q, *gathered, torch.tensor(n_past), k_new, v_new)[0])

@@ -193,16 +193,16 @@ def test_steps_stop_where_a_text_ends_for_the_first_time(
 
 def picked_by_graph(logits: torch.Tensor, tokens: torch.Tensor, ends: list[int]) -> list[torch.Tensor]:
     """What the graph gives for texts of the same length, and the texts with a place more."""
-    rules = TokenRules(N_VOCAB, SAMPLE_BEGIN, EOT).inputs(tokens, 1)
+    rules = TokenRules(N_VOCAB, SAMPLE_BEGIN, EOT).inputs(tokens, 1).inputs()
     texts = torch.nn.functional.pad(tokens, (0, 1))
     lengths = torch.full((len(tokens),), tokens.shape[1])
-    return [texts, *graph()(logits, texts, lengths, torch.tensor(ends), totals(tokens), *rules)]
+    return [texts, *graph()(logits, texts, lengths, torch.tensor(ends), totals(tokens), *rules.values())]
 
 
 def test_a_text_that_has_ended_stays_as_it_is() -> None:
     logits, tokens = torch.zeros(2, N_VOCAB), torch.tensor([ENDED, SPEAKING])
     logits[:, 60] = 9
-    texts, _, _, last, sums, lengths, left = picked_by_graph(logits, tokens, [6, 9])
+    texts, last, sums, lengths, left = picked_by_graph(logits, tokens, [6, 9])
     assert texts[:, -1].tolist() == [0, 60] and last[:, 0].tolist() == [EOT, 60]
     assert lengths.tolist() == [5, 6] and left.tolist() == [3]
     assert sums[0] == totals(tokens)[0] and sums[1] < totals(tokens)[1]
@@ -217,7 +217,7 @@ def test_rules_of_tasks_decoded_together_must_be_the_same() -> None:
     tokens = torch.tensor([SPEAKING])
     one, same = (TokenRules(N_VOCAB, SAMPLE_BEGIN, EOT).inputs(tokens, 1) for _ in range(2))
     assert Rules.joined([one, same]).begins.tolist() == [SAMPLE_BEGIN] * 2
-    for other in (TokenRules(N_VOCAB, SAMPLE_BEGIN, EOT - 1).inputs(tokens, 1), same._replace(places=torch.zeros(2))):
+    for other in (TokenRules(N_VOCAB, SAMPLE_BEGIN, EOT - 1).inputs(tokens, 1), same._replace(n_best=2)):
         with pytest.raises(AssertionError):
             Rules.joined([one, other])
 

@@ -66,7 +66,7 @@ def rules() -> Executable:
     cpu = DeviceRef.CPU()
     inputs = {
         "logits": TensorType(DType.float32, ["batch", "vocab"], cpu),
-        "texts": TensorType(DType.int64, ["batch", "place"], cpu),
+        "texts": TensorType(DType.int64, ["batch", "capacity"], cpu),
         "lengths": TensorType(DType.int64, ["batch"], cpu),
         "begins": TensorType(DType.int64, ["batch"], cpu),
         "suppressed": TensorType(DType.bool, ["vocab"], cpu),
@@ -302,7 +302,7 @@ def test_a_text_goes_no_further_than_what_is_not_finite(model: Whisper) -> None:
     lengths, ends = torch.full((3,), SAMPLE_BEGIN), torch.full((3,), SAMPLE_BEGIN + 1)
     state = {"texts": texts, "lengths": lengths, "totals": torch.zeros(3), "logprobs": logprobs, "ends": ends}
     rules = TokenRules(N_VOCAB, SAMPLE_BEGIN, EOT).inputs(start, 1)._asdict()
-    del rules["places"]
+    del rules["n_best"]
     _, lengths, _, latest = model.network[SELECT_TOKENS](**state, **rules, **cache.inputs(), **cache.written())
     assert (lengths - SAMPLE_BEGIN).tolist() == [0, 0, 1]
     assert latest.isfinite().tolist() == [False, False, True]

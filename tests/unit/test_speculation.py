@@ -1,4 +1,4 @@
-"""Speculation: whatever the draft guesses, the text is the decoder's own, bit for bit."""
+"""Speculation: whatever the draft proposes, the text is the decoder's own, bit for bit."""
 
 import json
 from collections.abc import Callable
@@ -21,13 +21,13 @@ import maxwhisper.decoding.openai_loop
 from maxwhisper.audio import load_audio, log_mel_spectrogram
 from maxwhisper.checkpoint import load_checkpoint
 from maxwhisper.compiled import DTYPES
-from maxwhisper.decoding.cache import UNIT_SIZE, rows_of
+from maxwhisper.decoding.cache import SCALE_SIZE, rows_of
 from maxwhisper.decoding.cpu import CPUStepper
 from maxwhisper.decoding.openai_loop import MAX_STEPS, MaxInference
-from maxwhisper.decoding.rules import NoWeights, TokenRules, rules_inputs, texts_inputs, top_tokens
+from maxwhisper.decoding.rules import NoWeights, Rules, TokenRules, rules_inputs, texts_inputs, top_tokens
 from maxwhisper.decoding.speculative import N_PROPOSED, SPECULATE, WORTH_PROPOSING, Draft, draft_of, quantize
 from maxwhisper.decoding.stepper import Texts
-from maxwhisper.engine.program import Artifact, Executable, Program
+from maxwhisper.engine.program import Artifact, Executable, Program, by_name
 from maxwhisper.engine.session import Policy
 from maxwhisper.errors import DecodingError
 from maxwhisper.network.blocks import BLOCKS
@@ -88,12 +88,12 @@ def decoded(model: Whisper, heard: torch.Tensor, **options: Any) -> Found:
 
 
 def by_steps(model: Whisper, heard: torch.Tensor, **options: Any) -> Found:
-    """What is decoded without guesses."""
+    """What is decoded without proposals."""
     return decoded(model.stepping_by(CPUStepper(model.network, model.dims.n_text_ctx)), heard, **options)
 
 
 class Counted:
-    """The graph that guesses, and how many tokens each of its executions puts behind each text that goes on."""
+    """The graph that proposes and verifies, and how many tokens each execution puts behind each text that goes on."""
 
     def __init__(self, model: Whisper, monkeypatch: pytest.MonkeyPatch):
         self.gained: list[list[int]] = []
@@ -116,12 +116,12 @@ class Counted:
     ],
     ids=["timestamps", "no timestamps", "no end", "long prompt"],
 )
-def test_a_text_is_what_it_is_without_guesses(model: Whisper, heard: torch.Tensor, options: dict[str, Any]) -> None:
+def test_a_text_is_what_it_is_without_proposals(model: Whisper, heard: torch.Tensor, options: dict[str, Any]) -> None:
     for window in heard[SOME].split(1):
         assert decoded(model, window, **options) == by_steps(model, window, **options)
 
 
-def test_a_text_of_all_the_models_places_is_what_it_is_without_guesses(model: Whisper, heard: torch.Tensor) -> None:
+def test_a_text_of_all_the_models_places_is_what_it_is_without_proposals(model: Whisper, heard: torch.Tensor) -> None:
     options = {"prompt": list(range(1000, 1223)), "suppress_tokens": [EOT]}
     n_token = model.dims.n_text_ctx + 1 - len((50361, *options["prompt"], 50258, 50259, 50359))
     for some in (heard[:1], heard[1:3]):
@@ -131,7 +131,7 @@ def test_a_text_of_all_the_models_places_is_what_it_is_without_guesses(model: Wh
 
 
 @pytest.mark.parametrize("options", [{}, {"suppress_tokens": [EOT], "sample_len": 70}], ids=["ends", "no end"])
-def test_texts_together_are_what_they_are_without_guesses(
+def test_texts_together_are_what_they_are_without_proposals(
     model: Whisper, heard: torch.Tensor, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heard = heard[SOME]
@@ -145,14 +145,14 @@ def test_texts_together_are_what_they_are_without_guesses(
 
 @pytest.fixture(scope="module")
 def right(mels: torch.Tensor) -> list[tuple[torch.Tensor, Found]]:
-    """Windows, alone and together, and what is decoded of them without guesses."""
+    """Windows, alone and together, and what is decoded of them without proposals."""
     model = load_model(NANO)
     heard = model.embed_audio(mels[:3])
     return [(some, by_steps(model, some)) for some in (heard[:1], heard[1:2], heard)]
 
 
 @pytest.mark.parametrize("draft", DRAFTS)
-def test_wrong_guesses_change_nothing(
+def test_wrong_proposals_change_nothing(
     right: list[tuple[torch.Tensor, Found]], draft: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def of(*given: Any) -> Draft:
@@ -164,7 +164,7 @@ def test_wrong_guesses_change_nothing(
         assert decoded(model, some) == found
 
 
-def test_guesses_that_fail_are_given_up(mels: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_proposals_that_fail_are_given_up(mels: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """For as many tokens as are computed in a call, or decoding would take several times as long as by steps."""
 
     def of(*given: Any) -> Draft:
@@ -182,7 +182,7 @@ def test_guesses_that_fail_are_given_up(mels: torch.Tensor, monkeypatch: pytest.
 def test_texts_that_have_ended_do_not_count(
     model: Whisper, heard: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Or guesses would be given up for the others."""
+    """Or proposals would be given up for the others."""
     tokens = torch.tensor([[50258, 50259, 50359, 50363, 400]]).repeat(5, 1)
     rules = TokenRules(N_VOCAB, 4, EOT)
     rules.suppressed[EOT] = True
@@ -201,8 +201,9 @@ def test_a_round_that_cannot_go_on_is_an_error(
 
     class NotFinite(Counted):
         def __call__(self, lengths: torch.Tensor, **others: Any) -> list[torch.Tensor]:
-            candidates, logprobs, totals, _ = super().__call__(lengths=lengths, **others)
-            return [candidates, logprobs * torch.nan, totals * torch.nan, lengths + 1]
+            totals, _ = super().__call__(lengths=lengths, **others)
+            others["logprobs"].fill_(torch.nan)
+            return [totals * torch.nan, lengths + 1]
 
     NotFinite(model, monkeypatch)
     with pytest.raises(DecodingError, match="not finite"):
@@ -215,7 +216,7 @@ than are wanted."""
 
 
 @pytest.mark.parametrize("n_text", [1, 5, len(CLIPS)])
-def test_nearly_all_guesses_are_right(
+def test_nearly_all_proposals_are_right(
     model: Whisper, heard: torch.Tensor, n_text: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else decoding would be slower with them."""
@@ -227,7 +228,9 @@ def test_nearly_all_guesses_are_right(
     assert_nearly_all_right(counted, 5 * len(heard))
 
 
-def test_nearly_all_guesses_are_right_for_recordings_together(model: Whisper, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nearly_all_proposals_are_right_for_recordings_together(
+    model: Whisper, monkeypatch: pytest.MonkeyPatch
+) -> None:
     counted = Counted(model, monkeypatch)
     monkeypatch.setattr(maxwhisper.decoding.openai_loop, "MAX_STEPS", WANTED)
     paths = [FIXTURES / "clips" / clip for clip in CLIPS[SOME] if clip != "english-longer.ogg"]
@@ -267,25 +270,25 @@ def test_a_cache_is_one_memory_for_the_draft(model: Whisper, heard: torch.Tensor
 
 
 @pytest.fixture(scope="module")
-def pick() -> Executable:
-    """The graph that picks tokens, of texts with guesses behind them."""
+def verify() -> Executable:
+    """The graph that selects tokens, of texts with proposals behind them."""
     logits = TensorType(DType.float32, ["batch", "token", N_VOCAB], DeviceRef.CPU())
     inputs = {"logits": logits, **texts_inputs(), **rules_inputs(N_VOCAB)}
-    program = Program("pick", "", NoWeights(), lambda _, *values: top_tokens(*values), inputs)
-    return Artifact("picking guesses", [program], "cpu").init({})["pick"]
+    function = by_name(inputs, lambda _, logits, **given: top_tokens(logits, given))
+    program = Program("verify", "", NoWeights(), function, inputs)
+    return Artifact("verifying proposals", [program], "cpu").init({})["verify"]
 
 
-def picked(
-    pick: Executable, logits: torch.Tensor, text: list[int], guesses: list[int], total: float, end: int
+def verified(
+    verify: Executable, logits: torch.Tensor, text: list[int], proposals: list[int], total: float, end: int
 ) -> tuple[list[int], list[torch.Tensor]]:
     """The text with what is put behind it, and what else the graph gives."""
-    texts = torch.tensor([[*text, *guesses, 0]])
+    texts = torch.tensor([[*text, *proposals, 0]])
     limits, begins = torch.tensor([BEGIN, EOT]), torch.tensor([1])
-    suppressed = torch.zeros(N_VOCAB, dtype=torch.bool)
-    rules = (suppressed, begins, limits, torch.zeros(2, dtype=torch.int64))
-    lengths = torch.tensor([len(text)])
-    *found, new_lengths, left = pick(logits, texts, lengths, torch.tensor([end]), torch.tensor([total]), *rules)
-    return texts[0, : int(new_lengths)].tolist(), [*found, left]
+    rules = Rules(torch.zeros(N_VOCAB, dtype=torch.bool), begins, limits, n_best=2).inputs()
+    state = {"lengths": torch.tensor([len(text)]), "ends": torch.tensor([end]), "totals": torch.tensor([total])}
+    last, totals, lengths, left = verify(logits=logits, texts=texts, **state, **rules)
+    return texts[0, : int(lengths)].tolist(), [rules["candidates"], rules["logprobs"], last, totals, left]
 
 
 @settings(deadline=None, max_examples=60)
@@ -297,10 +300,10 @@ def picked(
     not_finite=st.integers(0, 2 * N_TOKEN),
     n_wanted=st.integers(1, 2 * N_TOKEN),
 )
-def test_guesses_are_taken_as_far_as_they_are_right(
-    pick: Executable, seed: int, n_right: int, lean: float, n_end: int, not_finite: int, n_wanted: int
+def test_proposals_are_accepted_as_far_as_they_are_right(
+    verify: Executable, seed: int, n_right: int, lean: float, n_end: int, not_finite: int, n_wanted: int
 ) -> None:
-    """Several tokens at once: what they are one at a time, until the first one that was not guessed, or as many as are
+    """Several tokens at once: what they are one at a time, until the first one that was not proposed, or as many as are
     wanted."""
     generator = torch.Generator().manual_seed(seed)
     logits = 4 * torch.randn(1, N_TOKEN, N_VOCAB, generator=generator)
@@ -311,16 +314,16 @@ def test_guesses_are_taken_as_far_as_they_are_right(
         logits[:, not_finite] = torch.nan
     text, total, rows, end = [50258, 400], -1.0, [], 2 + n_wanted
     for row in range(N_TOKEN):
-        text, found = picked(pick, logits[:, row : row + 1], text, [], total, end)
+        text, found = verified(verify, logits[:, row : row + 1], text, [], total, end)
         rows.append((text, found))
         *_, totals, left = found
         total = float(totals)
         if not left:
             break
     right = [*text[2:], *[0] * N_TOKEN]
-    guesses = [*right[:n_right], *[(token + 1) % EOT for token in right[n_right : N_TOKEN - 1]]]
+    proposals = [*right[:n_right], *[(token + 1) % EOT for token in right[n_right : N_TOKEN - 1]]]
     expected, others = rows[min(n_right, len(rows) - 1)]
-    text, found = picked(pick, logits, [50258, 400], guesses, -1.0, end)
+    text, found = verified(verify, logits, [50258, 400], proposals, -1.0, end)
     assert text == expected
     for ours, theirs in zip(found, others, strict=True):
         np.testing.assert_array_equal(ours, theirs)
@@ -329,29 +332,29 @@ def test_guesses_are_taken_as_far_as_they_are_right(
 def test_several_tokens_of_a_layer_are_bitwise_as_many_steps() -> None:
     checkpoint = load_checkpoint(NANO)
     dims, policy = checkpoint.dims, Policy(DeviceRef.CPU(), DType.float16, DType.float32)
-    n_text, n_token, n_place, n_past = 2, 5, 100, [70, 3]
+    n_text, n_token, n_position, n_past = 2, 5, 100, [70, 3]
     _, _, *cached = BLOCKS["decoder.block.step"].inputs(dims, policy).values()
     cpu = DeviceRef.CPU()
     inputs = {
         "x": TensorType(DType.float32, ["batch", "token", dims.n_text_state], cpu),
         "offset": TensorType(DType.int64, ["batch"], cpu),
-        "sources": TensorType(DType.int64, ["batch", "place"], cpu),
+        "rows": TensorType(DType.int64, ["batch", "position"], cpu),
         **{str(number): each for number, each in enumerate(cached)},
     }
 
-    def steps(block: Any, x: Any, offset: Any, sources: Any, *kv: Any) -> Any:
-        return block.steps(x, KeyValue(*kv[2:]), Cache(*kv[:2], offset, sources))
+    def steps(block: Any, x: Any, offset: Any, rows: Any, *kv: Any) -> Any:
+        return block.steps(x, KeyValue(*kv[2:]), Cache(*kv[:2], offset, rows))
 
     block = BLOCKS["decoder.block.step"]
     program = Program("steps", block.path, block.module(dims, policy), steps, inputs)
     graph = Artifact("several tokens", [program], "cpu").init(checkpoint.tensors, text_layer=1)["steps"]
     n_head, n_channel = dims.n_text_head, dims.n_text_state // dims.n_text_head
-    own = [torch.randn(n_text, n_head, n_place, n_channel) for _ in range(2)]
+    own = [torch.randn(n_text, n_head, n_position, n_channel) for _ in range(2)]
     cross = [torch.randn(n_text, n_head, dims.n_audio_ctx, n_channel) for _ in range(2)]
-    x, lengths, sources = torch.randn(n_text, n_token, dims.n_text_state), torch.tensor(n_past), rows_of(2, n_place)
-    at_once = graph(x, lengths, sources, *own, *cross)
+    x, lengths, rows = torch.randn(n_text, n_token, dims.n_text_state), torch.tensor(n_past), rows_of(2, n_position)
+    at_once = graph(x, lengths, rows, *own, *cross)
     for token in range(n_token):
-        one = graph(x[:, token : token + 1], lengths + token, sources, *own, *cross)
+        one = graph(x[:, token : token + 1], lengths + token, rows, *own, *cross)
         for ours, theirs in zip(at_once, one, strict=True):
             assert ours[:, token : token + 1].equal(theirs)
         for kv, new in zip(own, one[1:], strict=True):
@@ -361,25 +364,25 @@ def test_several_tokens_of_a_layer_are_bitwise_as_many_steps() -> None:
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_a_rough_matrix_has_the_nearest_multiples(bits: int, dtype: torch.dtype) -> None:
-    """Of a unit that is a power of two, so that all of this is exact in every dtype."""
-    unit, greatest = 2.0**-6, 2 ** (bits - 1) - 1
+def test_a_quantized_matrix_has_the_nearest_multiples(bits: int, dtype: torch.dtype) -> None:
+    """Of a scale that is a power of two, so that all of this is exact in every dtype."""
+    scale, greatest = 2.0**-6, 2 ** (bits - 1) - 1
     expected = torch.randint(-greatest, greatest + 1, (5000, 64))
     expected[:, 5] = greatest
     expected[7] = 0
     between = torch.randint(-1, 2, expected.shape) / 4 * (expected.abs() < min(greatest, 32))
     between[7] = 0
-    matrix = ((expected + between) * unit).to(dtype)
-    before, packed = matrix.clone(), rough_like(matrix, bits)
+    matrix = ((expected + between) * scale).to(dtype)
+    before, packed = matrix.clone(), quantized_like(matrix, bits)
     quantize(matrix, bits, packed)
     assert matrix.equal(before)
-    whole, units = packed[:, :-UNIT_SIZE], packed[:, -UNIT_SIZE:].contiguous().view(torch.float32)
+    whole, scales = packed[:, :-SCALE_SIZE], packed[:, -SCALE_SIZE:].contiguous().view(torch.float32)
     if bits == 4:
         whole = torch.cat([whole & 15, whole >> 4], 1).to(torch.int8) - 8
     assert whole.equal(expected.to(torch.int8))
-    assert (units[torch.arange(5000) != 7] == unit).all()
+    assert (scales[torch.arange(5000) != 7] == scale).all()
 
 
-def rough_like(matrix: torch.Tensor, bits: int) -> torch.Tensor:
+def quantized_like(matrix: torch.Tensor, bits: int) -> torch.Tensor:
     dtype = torch.int8 if bits == 8 else torch.uint8
-    return torch.empty(len(matrix), matrix.shape[1] * bits // 8 + UNIT_SIZE, dtype=dtype)
+    return torch.empty(len(matrix), matrix.shape[1] * bits // 8 + SCALE_SIZE, dtype=dtype)

@@ -89,7 +89,7 @@ def test_every_thread_has_its_own_slot_on_a_device(model: Whisper) -> None:
 
     def cache(value: float) -> KeyValueCache:
         made = KeyValueCache(cross=[torch.full((1, 1, 5, 4), value)])
-        made.append([torch.full((1, 1, 3, 4), value)], n_place=8)
+        made.append([torch.full((1, 1, 3, 4), value)], n_position=8)
         return made
 
     first, second = cache(1.0), cache(2.0)

@@ -125,7 +125,7 @@ def test_recordings_are_read_one_ahead() -> None:
 
 def cache(value: float, n_text: int = 2) -> KeyValueCache:
     made = KeyValueCache(cross=[torch.full((1, 1, 5, 4), value)])
-    made.append([torch.full((n_text, 1, int(value), 4), value)], n_place=8)
+    made.append([torch.full((n_text, 1, int(value), 4), value)], n_position=8)
     return made
 
 

@@ -80,17 +80,17 @@ class Spec:
 OPENAI_LOOP = "the loop over windows and tokens, and its rules, are openai-whisper's own Python code"
 STEPS = "encoder and decoder step exported from PyTorch, one graph of the step for any number of tokens"
 
-GUESSES = "without beams, on a CPU, a rough copy of the decoder guesses tokens, which the decoder checks"
+SPECULATION = "without beams, on a CPU, a draft, the decoder quantized, proposes tokens, which the decoder verifies"
 
 BOTH, GPU = ("cpu", "gpu"), ("gpu",)
 
 SPECS = (
-    Spec(SUBJECT, "", f"weights as stored, float32 arithmetic; graphs compiled before; {GUESSES}", devices=BOTH),
+    Spec(SUBJECT, "", f"weights as stored, float32 arithmetic; graphs compiled before; {SPECULATION}", devices=BOTH),
     Spec(
         SUBJECT,
         "bfloat16",
         "--dtype bfloat16: weights and activations rounded to bfloat16, added up in float32: not the same arithmetic;"
-        f" {GUESSES}",
+        f" {SPECULATION}",
         devices=BOTH,
     ),
     Spec(SUBJECT, "float16", "--dtype float16: activations rounded to float16: not the same arithmetic", devices=GPU),

@@ -41,7 +41,7 @@ class Adapter(OpenAILike):
         """Compiles every graph that is used, into the folder where `load_model` keeps them."""
         self.load(folder)
         silence = np.zeros((self.model.dims.n_mels, 2 * self.model.dims.n_audio_ctx), np.float32)
-        for n_token in (2, 1 + WORTH_PROPOSING):  # not guessed, and guessed
+        for n_token in (2, 1 + WORTH_PROPOSING):  # not proposed, and proposed
             self.generate(self.encode(silence), n_token)
         # The spectrogram compiles when it is first used. Nothing follows the 30 s of zeros appended to the audio.
         self.model.transcribe(np.zeros(SAMPLE_RATE, np.float32), language="en", temperature=0.0, sample_len=2)

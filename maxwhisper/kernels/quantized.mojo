@@ -18,7 +18,7 @@ from .tiles import WIDTH
 
 comptime BYTES = 4 * WIDTH  # in a vector
 comptime INT8_MAX = 127
-comptime MIDDLE = 8  # stands for zero in four bits
+comptime ZERO_POINT = 8  # stands for zero in four bits
 
 comptime Bytes = SIMD[DType.uint8, BYTES]
 comptime Sums = SIMD[DType.int32, WIDTH]
@@ -38,7 +38,7 @@ def add_products(a: Bytes, b: SIMD[DType.int8, BYTES], sums: Sums) -> Sums:
 
 
 @no_inline
-def quantise(x: Pointer[Float32, _], into: Pointer[mut=True, Int8, _], number: Int) -> Float32:
+def quantize(x: Pointer[Float32, _], into: Pointer[mut=True, Int8, _], number: Int) -> Float32:
     """Writes numbers, which fill vectors, as multiples of a number between -127 and 127, and returns that; zeros where
     they are not all finite."""
     var highest = SIMD[DType.float32, WIDTH](0)
@@ -56,21 +56,25 @@ def quantise(x: Pointer[Float32, _], into: Pointer[mut=True, Int8, _], number: I
 
 
 @fieldwise_init
-struct Rounded(TrivialRegisterPassable):
-    """Numbers in int8: multiples of `unit`, `total` together."""
+struct Quantized(TrivialRegisterPassable):
+    """Numbers in int8: multiples of `scale`, `total` together."""
 
     var numbers: Stored[DType.int8]
-    var unit: Float32
+    var scale: Float32
     var total: Int32
 
 
 @always_inline
-def rough_logits[
+def quantized_logits[
     texts: Int
 ](
-    logits: Pointer[mut=True, Float32, _], n_vocab: Int, row: Stored[DType.uint8], states: Pointer[Rounded, _], half: Int
+    logits: Pointer[mut=True, Float32, _],
+    n_vocab: Int,
+    row: Stored[DType.uint8],
+    states: Pointer[Quantized, _],
+    half: Int,
 ):
-    """Writes the products of a row in four bits a number with the states of some texts, nearly, n_vocab apart."""
+    """Writes the products of a row in four bits a number with the quantized states of some texts, n_vocab apart."""
     var sums = Array[Sums, 2 * texts](fill=0)
     var i = 0
     while i + BYTES <= half:
@@ -81,22 +85,22 @@ def rough_logits[
             sums[2 * text] = add_products(first, x.unsafe_load[width=BYTES](i), sums[2 * text])
             sums[2 * text + 1] = add_products(second, x.unsafe_load[width=BYTES](half + i), sums[2 * text + 1])
         i += BYTES
-    var unit = row.unsafe_offset(half).unsafe_bitcast[Float32]()[unsafe_offset=0]
+    var scale = row.unsafe_offset(half).unsafe_bitcast[Float32]()[unsafe_offset=0]
     comptime for text in range(texts):
         var x = states[unsafe_offset=text]
-        var sum = (sums[2 * text] + sums[2 * text + 1]).reduce_add() - MIDDLE * x.total
+        var sum = (sums[2 * text] + sums[2 * text + 1]).reduce_add() - ZERO_POINT * x.total
         for rest in range(i, half):
             var pair = row[unsafe_offset=rest]
             sum += (pair & 15).cast[DType.int32]() * x.numbers[unsafe_offset=rest].cast[DType.int32]()
             sum += (pair >> 4).cast[DType.int32]() * x.numbers[unsafe_offset=half + rest].cast[DType.int32]()
-        logits[unsafe_offset=text * n_vocab] = sum.cast[DType.float32]() * x.unit * unit
+        logits[unsafe_offset=text * n_vocab] = sum.cast[DType.float32]() * x.scale * scale
 
 
 @no_inline
-def round_rows[
+def quantize_rows[
     dtype: DType
 ](y: Stored[DType.int8], x: Stored[dtype], n_row: Int, n_channel: Int) raises:
-    """Rounds rows x (row, channel) to y (row, channel + 4)."""
+    """Quantizes rows x (row, channel) to y (row, channel + SCALE_SIZE)."""
     var size = row_size[DType.int8](n_channel)
     var share = ceildiv(n_row, parallelism_level(None))
 
@@ -107,16 +111,17 @@ def round_rows[
                 var some = x.unsafe_load[width=WIDTH](row * n_channel + channel)
                 exact.unsafe_ptr().unsafe_store(channel, some.cast[DType.float32]())
             var into = y.unsafe_offset(row * size)
-            var unit = quantise(exact.unsafe_ptr(), into, n_channel)
-            into.unsafe_offset(n_channel).unsafe_bitcast[Float32]()[unsafe_offset=0] = unit
+            var scale = quantize(exact.unsafe_ptr(), into, n_channel)
+            into.unsafe_offset(n_channel).unsafe_bitcast[Float32]()[unsafe_offset=0] = scale
 
     sync_parallelize(task, parallelism_level(None))
 
 
-@extensibility.register("maxwhisper.rough_keys")
-struct RoughKeys:
-    """Rounds keys or values x (row, head, key, channel) to int8, into y[number] of y (number, row, head, key, channel +
-    4), from the row `first` on, both (1,): behind the channels of each stands the float32 that they are multiples of.
+@extensibility.register("maxwhisper.quantize_keys")
+struct QuantizeKeys:
+    """Quantizes keys or values x (row, head, key, channel) to int8, into y[number], from the row `first` on, both (1,).
+
+    y: (number, row, head, key, channel + SCALE_SIZE); behind the channels stands what they are multiples of.
     """
 
     @staticmethod
@@ -130,4 +135,4 @@ struct RoughKeys:
         var n_channel, n_each = x.dim_size(3), x.dim_size(1) * x.dim_size(2)
         var row = Int(number.unsafe_ptr()[unsafe_offset=0]) * y.dim_size(1) + Int(first.unsafe_ptr()[unsafe_offset=0])
         var into = stored[DType.int8](y).unsafe_offset(row * n_each * row_size[DType.int8](n_channel))
-        round_rows(into, stored[x.dtype](x), x.dim_size(0) * n_each, n_channel)
+        quantize_rows(into, stored[x.dtype](x), x.dim_size(0) * n_each, n_channel)

@@ -13,6 +13,8 @@ from .pointers import Numbers, Stored, numbers, stored, untracked
 from .tiles import WIDTH
 
 comptime PARTS = 16  # of a text's logits: as many for any texts and threads, so that a text is bitwise what it is alone
+comptime TIMESTAMP_BEGIN = 0  # where in the limits this token is
+comptime END_OF_TEXT = 1  # and this one
 comptime NEVER = neg_inf[DType.float32]()
 
 
@@ -28,7 +30,7 @@ struct LogSumExp(TrivialRegisterPassable):
 
     @no_inline
     def __init__(out self, logits: Pointer[Float32, _], number: Int):
-        """Of minus infinity alone it is minus infinity, of anything with NaN in it NaN."""
+        """Adds up some logits: of minus infinity alone to minus infinity, of anything with NaN in it to NaN."""
         var whole = number // WIDTH * WIDTH
         var highest = SIMD[DType.float32, WIDTH](NEVER)
         for token in range(0, whole, WIDTH):
@@ -101,7 +103,7 @@ def permitted[
 
 
 @no_inline
-def write_best(
+def write_top_tokens(
     logits: Pointer[Float32, _],
     first: Int,
     end: Int,
@@ -111,8 +113,8 @@ def write_best(
 ):
     """Writes the `n_best` likeliest tokens and their logits, in falling order, equal ones by number; where the rules
     leave fewer, excluded ones with minus infinity."""
-    for place in range(n_best):
-        scores[unsafe_offset=place] = NEVER
+    for rank in range(n_best):
+        scores[unsafe_offset=rank] = NEVER
     var token = first
     while token < end:
         var width = WIDTH if token + WIDTH <= end else 1
@@ -124,11 +126,11 @@ def write_best(
                 insert(each, logits[unsafe_offset=each], n_best, tokens, scores)
         token += width
     var rest = 0
-    for place in range(n_best):
-        if scores[unsafe_offset=place] == NEVER:
+    for rank in range(n_best):
+        if scores[unsafe_offset=rank] == NEVER:
             while rest >= first and logits[unsafe_offset=rest] > NEVER:
                 rest += 1
-            tokens[unsafe_offset=place] = Int64(rest)
+            tokens[unsafe_offset=rank] = Int64(rest)
             rest += 1
 
 
@@ -139,21 +141,21 @@ def insert(
     tokens: Pointer[mut=True, Int64, _],
     scores: Pointer[mut=True, Float32, _],
 ):
-    """Puts a token in its place among the `n_best` so far, if it has one."""
+    """Puts a token in its rank among the `n_best` so far, if it has one."""
     if not score > scores[unsafe_offset=n_best - 1]:
         return
-    var place = n_best - 1
-    while place > 0 and score > scores[unsafe_offset=place - 1]:
-        scores[unsafe_offset=place] = scores[unsafe_offset=place - 1]
-        tokens[unsafe_offset=place] = tokens[unsafe_offset=place - 1]
-        place -= 1
-    scores[unsafe_offset=place] = score
-    tokens[unsafe_offset=place] = Int64(token)
+    var rank = n_best - 1
+    while rank > 0 and score > scores[unsafe_offset=rank - 1]:
+        scores[unsafe_offset=rank] = scores[unsafe_offset=rank - 1]
+        tokens[unsafe_offset=rank] = tokens[unsafe_offset=rank - 1]
+        rank -= 1
+    scores[unsafe_offset=rank] = score
+    tokens[unsafe_offset=rank] = Int64(token)
 
 
 @fieldwise_init
 struct Logits(TrivialRegisterPassable):
-    """What maxwhisper.pick is given."""
+    """What maxwhisper.select_tokens is given."""
 
     var texts: Stored[DType.int64]
     var logits: Numbers
@@ -166,12 +168,12 @@ struct Logits(TrivialRegisterPassable):
     var n_text: Int
     var n_token: Int
     var n_vocab: Int
-    var n_place: Int
+    var capacity: Int
 
 
 @fieldwise_init
 struct Found(TrivialRegisterPassable):
-    """What maxwhisper.pick writes."""
+    """What maxwhisper.select_tokens writes."""
 
     var candidates: Stored[DType.int64]
     var logprobs: Numbers
@@ -183,12 +185,13 @@ struct Found(TrivialRegisterPassable):
 
 
 @no_inline
-def find_likeliest(its: Logits, into: Found) raises:
-    """Finds the likeliest next tokens, and puts the likeliest behind the texts."""
-    var n_text, n_token, n_vocab, n_place = its.n_text, its.n_token, its.n_vocab, its.n_place
+def select_tokens(its: Logits, into: Found) raises:
+    """Finds the likeliest next tokens, and puts the likeliest behind the texts, as far as proposals are accepted."""
+    var n_text, n_token, n_vocab, capacity = its.n_text, its.n_token, its.n_vocab, its.capacity
     var n_row = n_text * n_token
     var n_best = into.n_best
-    var begin, end_of_text = Int(its.limits[unsafe_offset=0]), Int(its.limits[unsafe_offset=1])
+    var begin = Int(its.limits[unsafe_offset=TIMESTAMP_BEGIN])
+    var end_of_text = Int(its.limits[unsafe_offset=END_OF_TEXT])
     var n_part = n_row * PARTS
     var part_size = ceildiv(n_vocab, PARTS)
     var allowed = List[Float32](unsafe_uninit_length=n_row * n_vocab)  # the logits that the rules leave
@@ -199,12 +202,12 @@ def find_likeliest(its: Logits, into: Found) raises:
     var found, scores = untracked(best_tokens), untracked(best_scores)
     var ranges = List[Int](length=n_row * 4, fill=0)
     for row in range(n_row):
-        var text, guess = divmod(row, n_token)
-        var length = Int(its.lengths[unsafe_offset=text]) + guess
+        var text, proposal = divmod(row, n_token)
+        var length = Int(its.lengths[unsafe_offset=text]) + proposal
         var first = Int(its.begins[unsafe_offset=text])
-        if length >= n_place:
-            raise Error("maxwhisper.pick: a text has no place for another token")
-        var sampled = its.texts.unsafe_offset(text * n_place + first)
+        if length >= capacity:
+            raise Error("maxwhisper.select_tokens: a text has no place for another token")
+        var sampled = its.texts.unsafe_offset(text * capacity + first)
         var of_row = forbidden(sampled, length - first, begin, end_of_text, n_vocab)
         for i in range(4):
             ranges[row * 4 + i] = of_row[i]
@@ -242,7 +245,7 @@ def find_likeliest(its: Logits, into: Found) raises:
         var timestamp_is_next = timestamps.value() > words.greatest
         var total = timestamps.value() if timestamp_is_next else words.joined(timestamps).value()
         var own_scores = scores.unsafe_offset(row * n_best)
-        write_best(
+        write_top_tokens(
             permitted_logits.unsafe_offset(row * n_vocab),
             begin if timestamp_is_next else 0,
             n_vocab,
@@ -250,8 +253,8 @@ def find_likeliest(its: Logits, into: Found) raises:
             found.unsafe_offset(row * n_best),
             own_scores,
         )
-        for place in range(n_best):
-            own_scores[unsafe_offset=place] -= total
+        for rank in range(n_best):
+            own_scores[unsafe_offset=rank] -= total
 
     sync_parallelize(some, ceildiv(n_part, share))
     sync_parallelize(one, n_row)
@@ -262,26 +265,26 @@ def find_likeliest(its: Logits, into: Found) raises:
         var length = Int(its.lengths[unsafe_offset=text])
         var end = Int(its.ends[unsafe_offset=text])
         var total = its.totals[unsafe_offset=text]
-        var its_text = its.texts.unsafe_offset(text * n_place)
+        var its_text = its.texts.unsafe_offset(text * capacity)
         var row = text * n_token
         var goes_on = Int(its_text[unsafe_offset=length - 1]) != end_of_text
         if goes_on:
-            for guess in range(n_token):
-                row = text * n_token + guess
+            for proposal in range(n_token):
+                row = text * n_token + proposal
                 var token, logprob = found[unsafe_offset=row * n_best], scores[unsafe_offset=row * n_best]
-                var guessed = its_text[unsafe_offset=length] == token
+                var accepted = its_text[unsafe_offset=length] == token
                 its_text[unsafe_offset=length] = token
                 total += logprob
                 length += 1
                 if Int(token) == end_of_text or not isfinite(logprob):
                     stopped = True
                     break
-                if not guessed or length == end:
+                if not accepted or length == end:
                     break
             least = min(least, Int64(end - length))
-        for place in range(n_best):
-            into.candidates[unsafe_offset=text * n_best + place] = found[unsafe_offset=row * n_best + place]
-            into.logprobs[unsafe_offset=text * n_best + place] = scores[unsafe_offset=row * n_best + place]
+        for rank in range(n_best):
+            into.candidates[unsafe_offset=text * n_best + rank] = found[unsafe_offset=row * n_best + rank]
+            into.logprobs[unsafe_offset=text * n_best + rank] = scores[unsafe_offset=row * n_best + rank]
         into.tokens[unsafe_offset=text] = its_text[unsafe_offset=length - 1]
         into.totals[unsafe_offset=text] = total
         into.lengths[unsafe_offset=text] = Int64(length)
@@ -294,46 +297,48 @@ def find_likeliest(its: Logits, into: Found) raises:
     _ = ranges^
 
 
-@extensibility.register("maxwhisper.pick")
-struct Pick:
+@extensibility.register("maxwhisper.select_tokens")
+struct SelectTokens:
     """Finds the likeliest next tokens of every text and their log-probabilities, and puts the likeliest behind the
     text. A text that has ended stays as it is.
 
-    Where logits are of several tokens, all but the first of which were only guessed and stand behind the text, goes on
-    as long as each guess is what would have been put there, and the text is short of its limit.
+    Where logits are of several tokens, all but the first of which were only proposed and stand behind the text, it
+    verifies them: it goes on as long as each proposal is what would have been put there, and the text is short of its
+    limit.
 
-    candidates, logprobs: (batch, candidate), in falling order, of the last place that was filled.
     tokens: (batch, 1), the last of each text.
     new_totals: (batch,), totals and the log-probabilities of what was put behind.
     new_lengths: (batch,), of the texts with what was put behind them.
     left: (1,), how many more tokens every text may have that has not ended; 0 if one ended now, or has no next token:
         logits are not finite or all excluded.
-    texts: (batch, place), of which the first `lengths` hold tokens, and the next ones guesses.
-    logits: (batch, token, vocab), of each text's last token and of the guesses behind it.
-    lengths, begins: (batch,), how many tokens a text has, and where those begin that were sampled.
-    ends: (batch,), how many tokens a text may have.
+    logits: (batch, token, vocab), of each text's last token and of the proposals behind it.
+    texts: (batch, capacity), of which the first `lengths` hold tokens, and the next ones proposals.
+    lengths, ends: (batch,), how many tokens a text has, and how many it may have.
     totals: (batch,), the sum of the log-probabilities of a text's tokens.
     suppressed: (vocab,), tokens that no text may have next.
+    begins: (batch,), where the tokens of a text begin that were sampled.
     limits: (2,), the first timestamp and the end of text. Text is excluded where all timestamps together are likelier
         than the likeliest token of text. The size of the vocabulary where there are no timestamps.
+    candidates, logprobs: (batch, candidate), are written: the likeliest of the last token of each text that was put
+        behind, or would be, in falling order, and their log-probabilities.
     """
 
     @staticmethod
     def execute(
-        candidates: OutputTensor[dtype=DType.int64, rank=2, ...],
-        logprobs: OutputTensor[dtype=DType.float32, rank=2, ...],
         tokens: OutputTensor[dtype=DType.int64, rank=2, ...],
         new_totals: OutputTensor[dtype=DType.float32, rank=1, ...],
         new_lengths: OutputTensor[dtype=DType.int64, rank=1, ...],
         left: OutputTensor[dtype=DType.int64, rank=1, ...],
-        texts: _MutableInputTensor[dtype=DType.int64, rank=2, ...],
         logits: InputTensor[dtype=DType.float32, rank=3, ...],
+        texts: _MutableInputTensor[dtype=DType.int64, rank=2, ...],
         lengths: InputTensor[dtype=DType.int64, rank=1, ...],
         ends: InputTensor[dtype=DType.int64, rank=1, ...],
-        begins: InputTensor[dtype=DType.int64, rank=1, ...],
         totals: InputTensor[dtype=DType.float32, rank=1, ...],
         suppressed: InputTensor[dtype=DType.bool, rank=1, ...],
+        begins: InputTensor[dtype=DType.int64, rank=1, ...],
         limits: InputTensor[dtype=DType.int64, rank=1, ...],
+        candidates: _MutableInputTensor[dtype=DType.int64, rank=2, ...],
+        logprobs: _MutableInputTensor[dtype=DType.float32, rank=2, ...],
         ctx: DeviceContext,
     ) raises:
         var its = Logits(
@@ -348,7 +353,7 @@ struct Pick:
             n_text=logits.dim_size(0),
             n_token=logits.dim_size(1),
             n_vocab=logits.dim_size(2),
-            n_place=texts.dim_size(1),
+            capacity=texts.dim_size(1),
         )
         var found = Found(
             candidates=stored[DType.int64](candidates),
@@ -359,4 +364,4 @@ struct Pick:
             left=stored[DType.int64](left),
             n_best=candidates.dim_size(1),
         )
-        find_likeliest(its, found)
+        select_tokens(its, found)
