@@ -20,8 +20,6 @@ from whisper.model import LayerNorm, ModelDimensions, MultiHeadAttention, Residu
 torch.backends.cuda.matmul.allow_tf32 = False
 torch.backends.cudnn.allow_tf32 = False
 
-Named = dict[str, Tensor]
-
 
 def pytorch_whisper(dims: ModelDimensions, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Whisper:
     """openai-whisper's model with the given weights.

@@ -124,7 +124,6 @@ def path_of(block: str) -> str:
 # ---- what many came to ----------------------------------------------------------------------------------------------
 
 MISSED, WRONG_BLOCK, BELOW, CAUGHT = "missed", "caught, in the wrong block", "not caught, below the budget", "caught"
-OUTCOMES = (MISSED, WRONG_BLOCK, BELOW, CAUGHT)
 """The worst first. Only the first two are failures."""
 
 
