@@ -21,7 +21,7 @@ from maxwhisper.engine.session import TORCH_DTYPE, Policy, find_device
 from maxwhisper.network.blocks import BLOCKS, Block
 from maxwhisper.network.log_mel import LOG_MEL, log_mel_weights
 
-from . import activations, tf32
+from . import activations, checkpoints, tf32
 from .activations import FIXTURES, Activations, is_step
 from .blocks import TWINS, pytorch_whisper
 from .captures import CAPTURED, captured
@@ -60,11 +60,16 @@ of turbo its four decoder layers. Beside them there is "fixture", the trained mo
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """Weights, and the oracle with them. size: a key of SIZES, FIXTURE or CHECKPOINT."""
+    """Weights, and the oracle with them.
+
+    size: a key of SIZES, FIXTURE or CHECKPOINT. dims, tensors: as the subject's loader has them. source: the checkpoint
+    that they are from; None where they are random, which no loader has had in its hands.
+    """
 
     size: str
     dims: ModelDimensions
     tensors: Mapping[str, Tensor]
+    source: str | Path | None = None
     known: dict[str, Activations] = field(default_factory=dict)
 
     def __repr__(self) -> str:
@@ -72,12 +77,27 @@ class Model:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Returns a hash of the weights and dimensions."""
-        return fingerprint(self.tensors, repr(self.dims))
+        """Returns a hash of the weights and dimensions of oracle and peer."""
+        dims, tensors = self.weights
+        return fingerprint(tensors, repr(dims))
+
+    @cached_property
+    def weights(self) -> tuple[ModelDimensions, Mapping[str, Tensor]]:
+        """Dimensions and weights of oracle and peer, which no code of maxwhisper's has read."""
+        try:
+            model = self.source and checkpoints.read(self.source, self.dims.n_vocab)
+        except checkpoints.UnreadableError:  # tests/parity/test_loading.py says so
+            model = None
+        return (model.dims, model.state_dict()) if model else (self.dims, self.tensors)
+
+    @cached_property
+    def misread(self) -> dict[str, str]:
+        """Return what the subject's loader has got wrong, by dimension or tensor."""
+        return checkpoints.differences(self.dims, self.tensors, *self.weights)
 
     @cached_property
     def oracle(self) -> Whisper:
-        return pytorch_whisper(self.dims, self.tensors, torch.float64)
+        return pytorch_whisper(*self.weights, torch.float64)
 
     def activations(self, kind: str) -> Activations:
         """What the inputs of a kind are made from, recorded at the first call."""
@@ -123,7 +143,7 @@ class Suite:
 
     @cached_property
     def peer(self) -> Whisper:
-        return pytorch_whisper(self.dims, self.model.tensors, self.dtype).to(self.torch_device)
+        return pytorch_whisper(*self.model.weights, self.dtype).to(self.torch_device)
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
@@ -276,6 +296,8 @@ class Suite:
 
         executable: as of `subject`; what is said of another than the suite's own is not kept.
         """
+        if not executable and (misread := self.misread(comparison)):
+            return Judgement(comparison, (), tuple(misread))
         given = self.inputs(BLOCKS[comparison.block], comparison)
         ours = self.subject(comparison, given, executable)
         if executable:
@@ -283,6 +305,17 @@ class Suite:
         tensors = given | {f"output {index}": x for index, x in enumerate(ours)}
         (judgement,) = self.recalled(comparison, tensors, lambda: [self.judged(comparison, given, ours)])
         return judgement
+
+    def misread(self, comparison: Comparison) -> list[str]:
+        """What the subject's loader has got wrong of the block, in which case values say nothing of the graph."""
+        block, layer = BLOCKS[comparison.block], comparison.layer
+        path = block.path.format(audio_layer=layer, text_layer=layer) + "."
+        without_layers = block.unit == "parts" and ".blocks." not in path
+        return [
+            f"the loaders of weights differ in {name}: {how}"
+            for name, how in self.model.misread.items()
+            if name.startswith(path) and not (without_layers and ".blocks." in name) or "." not in name
+        ]
 
     def judged(self, comparison: Comparison, given: dict[str, Tensor], ours: list[Tensor]) -> Judgement:
         """The verdict on what MAX made of the inputs."""
@@ -369,7 +402,7 @@ def load(size: str, checkpoint: str | None = None) -> Model:
 def trained(path: str | Path = FIXTURES / "nano.pt", size: str = FIXTURE) -> Model:
     """The model of a checkpoint, by default the trained one of the fixtures."""
     checkpoint = load_checkpoint(path)
-    return Model(size, checkpoint.dims, checkpoint.tensors)
+    return Model(size, checkpoint.dims, checkpoint.tensors, path)
 
 
 def random_weights(size: str) -> Model:

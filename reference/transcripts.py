@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -16,6 +17,7 @@ from whisper.model import Whisper as OpenAIWhisper
 from maxwhisper.audio import load_audio
 from maxwhisper.whisper import AudioEncoder, TextDecoder, Whisper
 
+from . import waveforms
 from .activations import FIXTURES
 from .verdicts import Memory, circumstances, fingerprint
 
@@ -84,16 +86,21 @@ class Yardstick:
 
 
 @cache
-def decoded(clip: str) -> np.ndarray:
-    """The samples of a clip of fixtures/, which every way to decode hears."""
-    return load_audio(FIXTURES / clip)
+def heard(path: Path) -> tuple[Path | np.ndarray, str]:
+    """What the subject is given of a file: the file, if in it it hears the samples that the peer is given, and else
+    those samples; and by what it hears another sound, if it does."""
+    ours, theirs = load_audio(path), waveforms.read(path)
+    return path if np.array_equal(ours, theirs) else theirs, waveforms.difference(path, ours)
 
 
 def compare(subject: Whisper, peer: OpenAIWhisper | Yardstick, clip: str, decoding: str) -> Transcript:
     """Transcribes a clip of fixtures/ with both."""
-    audio = decoded(clip)
+    given, another_sound = heard(FIXTURES / clip)
+    if another_sound:
+        return Transcript(clip, decoding, False, 0, f"the loaders of audio differ: {another_sound}")
     options = {"temperature": 0.0, "fp16": False, **DECODING[decoding]}
-    ours, theirs = (parts(model.transcribe(audio, **options), decoding) for model in (subject, peer))
+    ours = parts(subject.transcribe(given, **options), decoding)
+    theirs = parts(peer.transcribe(waveforms.read(FIXTURES / clip), **options), decoding)
     n_compared = sum(len(part[-1]) if decoding != "words" else 1 for part in theirs[1:])
     differing = [(i, a, b) for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b]
     difference = "".join(f"part {i}: MAX {a}, PyTorch {b}" for i, a, b in differing[:1])
