@@ -20,7 +20,7 @@ from .blocks import TWINS
 from .chain import pytorch_logits
 from .judge import UNIT_ROUNDOFF, Comparison, Judgement, condition, judge
 from .suite import FIXTURE
-from .transcripts import Transcript
+from .transcripts import SEED, Transcript
 from .verdicts import Verdicts
 
 DECODING: dict[str, dict[str, Any]] = {
@@ -33,8 +33,6 @@ DECODING: dict[str, dict[str, Any]] = {
     "no timestamps": {"without_timestamps": True},
 }
 """Options of `decode` by the name of a way to decode."""
-SEED = 5
-"""Of what is drawn: both sides draw the same numbers."""
 
 
 @dataclass(frozen=True)
