@@ -5,11 +5,12 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 import whisper
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from whisper.model import ModelDimensions, Whisper
 
@@ -57,7 +58,7 @@ def read(source: str | Path, n_vocab: int) -> Whisper:
             return hugging_face(path.parent, [path], n_vocab)
         heads = json.loads(metadata.get("whisper_alignment_heads", "null"))
         return model_of(ModelDimensions(**json.loads(metadata["whisper_dims"])), tensors, heads)
-    except (KeyError, TypeError, RuntimeError, OSError) as error:  # as each of the readers has it
+    except (KeyError, TypeError, ValueError, RuntimeError, OSError, UnpicklingError, SafetensorError) as error:
         raise UnreadableError(f"{source}: only maxwhisper's loader reads it: {error}".partition("\n")[0]) from error
 
 

@@ -77,7 +77,7 @@ class Judge:
         ours = decoded(subject, spectrogram(subject.network["log_mel"], window), DECODING[decoding])
         comparison = Comparison(FIXTURE, torch.float32, f"decode, {decoding}", 0, clip, str(subject.device))
         numbers = dict(zip(("logprob", "speech", "languages"), ours.numbers, strict=True))
-        tensors = {"audio": window, "tokens": torch.tensor(ours.result.tokens), **numbers}
+        tensors = {"audio": window, repr(ours.text): torch.tensor(ours.result.tokens), **numbers}
         judged = partial(self.judged, comparison, window, ours)
         if self.verdicts and subject.device.type == "cpu":
             (found,) = self.verdicts.recalled(str(comparison), tensors, lambda: [judged()])
@@ -93,10 +93,8 @@ class Judge:
         if ours.text != theirs.text:
             return Judgement(comparison, (), (f"MAX {ours.text}, PyTorch {theirs.text}",))
         task = DecodingTask(self.peer, whisper.DecodingOptions(fp16=False, **options, language=theirs.result.language))
-        formula, logits = (
-            partial(numbers_of, task, theirs.result.tokens),
-            self.logits(task, window, theirs.result.tokens),
-        )
+        tokens = theirs.result.tokens
+        formula, logits = partial(numbers_of, task, tokens), self.logits(task, window, tokens)
         verdict = partial(
             judge,
             *(comparison, formula(logits), theirs.numbers, ours.numbers),
