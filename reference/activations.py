@@ -13,9 +13,9 @@ from whisper.audio import HOP_LENGTH, N_SAMPLES, pad_or_trim
 from whisper.model import ModelDimensions, Whisper
 from whisper.tokenizer import get_tokenizer
 
-from maxwhisper.audio import load_audio
 from maxwhisper.network.blocks import Block
 
+from . import waveforms
 from .blocks import TWINS, log_mel, split_heads
 from .fixtures import FIXTURES
 
@@ -119,7 +119,7 @@ def speech(dims: ModelDimensions) -> tuple[Tensor, Tensor]:
 
 def window_of(clip: dict[str, Any], dims: ModelDimensions) -> tuple[Tensor, Tensor]:
     """The first 30 s of a clip, (samples,), and prompt and text as the decoder sees them, (1, token)."""
-    audio = torch.from_numpy(pad_or_trim(load_audio(FIXTURES / clip["file"])))
+    audio = torch.from_numpy(pad_or_trim(waveforms.read(FIXTURES / clip["file"])))
     multilingual = dims.n_vocab >= 51865
     tokenizer = get_tokenizer(
         multilingual,

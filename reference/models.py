@@ -12,7 +12,7 @@ from whisper.model import ModelDimensions, Whisper
 from maxwhisper.checkpoint import load_checkpoint
 from maxwhisper.compare.material import dimensions
 
-from . import activations
+from . import activations, checkpoints
 from .activations import Activations
 from .blocks import pytorch_whisper
 from .fixtures import NANO
@@ -36,11 +36,16 @@ of turbo its four decoder layers. Beside them there is "fixture", the trained mo
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """Weights, and the oracle with them. size: a key of SIZES, FIXTURE or CHECKPOINT."""
+    """Weights, and the oracle with them.
+
+    size: a key of SIZES, FIXTURE or CHECKPOINT. dims, tensors: as the subject's loader has them. source: the checkpoint
+    that they are from; None where they are random, which no loader has had in its hands.
+    """
 
     size: str
     dims: ModelDimensions
     tensors: Mapping[str, Tensor]
+    source: str | Path | None = None
     known: dict[str, Activations] = field(default_factory=dict)
 
     def __repr__(self) -> str:
@@ -48,13 +53,30 @@ class Model:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Returns a hash of the weights and dimensions."""
-        return fingerprint(self.tensors, repr(self.dims))
+        """Returns a hash of the weights and dimensions of oracle and peer."""
+        dims, tensors = self.weights
+        return fingerprint(tensors, repr(dims))
+
+    @cached_property
+    def weights(self) -> tuple[ModelDimensions, Mapping[str, Tensor]]:
+        """Returns dimensions and weights of oracle and peer, read by none of maxwhisper's code where others can."""
+        try:
+            model = self.source and checkpoints.read(self.source, self.dims.n_vocab)
+        except checkpoints.UnreadableError:  # tests/parity/test_loading.py says so
+            if self.size != CHECKPOINT:
+                raise
+            model = None
+        return (model.dims, model.state_dict()) if model else (self.dims, self.tensors)
+
+    @cached_property
+    def misread(self) -> dict[str, str]:
+        """Returns what the subject's loader has got wrong, by dimension or tensor."""
+        return checkpoints.differences(self.dims, self.tensors, *self.weights)
 
     @cached_property
     def oracle(self) -> Whisper:
         """Returns PyTorch's model in float64."""
-        return pytorch_whisper(self.dims, self.tensors, torch.float64)
+        return pytorch_whisper(*self.weights, torch.float64)
 
     def activations(self, kind: str) -> Activations:
         """Returns what the inputs of a kind are made from, recorded at the first call."""
@@ -75,7 +97,7 @@ def load(size: str, checkpoint: str | None = None) -> Model:
 def trained(path: str | Path = NANO, size: str = FIXTURE) -> Model:
     """Returns the model of a checkpoint, by default the trained one of the fixtures."""
     checkpoint = load_checkpoint(path)
-    return Model(size, checkpoint.dims, checkpoint.tensors)
+    return Model(size, checkpoint.dims, checkpoint.tensors, path)
 
 
 def random_weights(dims: ModelDimensions) -> dict[str, Tensor]:

@@ -62,7 +62,7 @@ class Suite:
     @cached_property
     def peer(self) -> Whisper:
         """Returns PyTorch's model in the dtype under test."""
-        return pytorch_whisper(self.dims, self.model.tensors, self.dtype).to(self.torch_device)
+        return pytorch_whisper(*self.model.weights, self.dtype).to(self.torch_device)
 
     @cached_property
     def subject(self) -> Subject:
@@ -91,12 +91,25 @@ class Suite:
     def judge(self, comparison: Comparison, run: Run | None = None) -> Judgement:
         """Returns the isolated verdict. run: as for `trial`; what is said of another than the suite's own is not
         kept."""
+        if not run and (misread := self.misread(comparison)):
+            return Judgement(comparison, (), tuple(misread))
         trial = self.trial(comparison, run)
         if run:
             return trial.judge()
         tensors = trial.given | {f"output {index}": x for index, x in enumerate(trial.subject)}
         (judgement,) = self.recalled(comparison, tensors, lambda: [trial.judge()])
         return judgement
+
+    def misread(self, comparison: Comparison) -> list[str]:
+        """Returns what the subject's loader has got wrong of the block, where values say nothing of the graph."""
+        block, layer = BLOCKS[comparison.block], comparison.layer
+        path = block.path.format(audio_layer=layer, text_layer=layer) + "."
+        without_layers = block.unit == "parts" and ".blocks." not in path
+        return [
+            f"the loaders of weights differ in {name}: {how}"
+            for name, how in self.model.misread.items()
+            if name.startswith(path) and not (without_layers and ".blocks." in name) or "." not in name
+        ]
 
     def recalled(
         self, comparison: Comparison, tensors: Mapping[str, Tensor], judge: Callable[[], list[Judgement]]

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -16,6 +17,7 @@ from whisper.model import Whisper as OpenAIWhisper
 from maxwhisper.audio import load_audio
 from maxwhisper.whisper import AudioEncoder, TextDecoder, Whisper
 
+from . import waveforms
 from .fixtures import FIXTURES
 from .verdicts import Memory, circumstances, fingerprint
 
@@ -25,16 +27,25 @@ DECODING: dict[str, dict[str, Any]] = {
     "greedy, no timestamps": {"without_timestamps": True},
     "beam, no timestamps": {"beam_size": 5, "without_timestamps": True},
     "words": {"word_timestamps": True},
+    "prompt": {"initial_prompt": "Thomas remembered seven old elephants.", "beam_size": 2},
+    "drawn": {"temperature": 0.6, "best_of": 2},
+    "fallback": {"temperature": (0.0, 0.4, 0.8), "logprob_threshold": -0.45, "best_of": 2},
 }
-"""Options of openai-whisper's transcribe by the name of a way to decode; "words" compares words and their times."""
+"""Options of openai-whisper's transcribe by the name of a way to decode; "words" compares words and their times.
+
+fallback: the clips are likely by about as much as the threshold, so that some are decoded again.
+"""
+SEED = 5
+"""Of PyTorch's generator: what is drawn is drawn by both alike."""
 
 
 @dataclass(frozen=True)
 class Transcript:
     """Whether a clip's whole transcript is PyTorch Whisper's.
 
-    decoding: a key of DECODING. equal: language and every segment's start, end, text and tokens are the same, or every
-    word's start and end. n_compared: how many tokens or words PyTorch's has. difference: the first one, if any.
+    decoding: a key of DECODING. equal: language and every segment's start, end, text, tokens, temperature and
+    compression ratio are the same, or every word's start and end; of a window, all that `reference.windows` judges.
+    n_compared: how many tokens or words PyTorch's has. difference: the first one, if any.
     """
 
     clip: str
@@ -69,32 +80,43 @@ class Yardstick:
         """What the transcript is kept under; None where it is not known all that it depends on."""
         if (under := circumstances(MAKERS)) is None:
             return None
-        others = json.dumps(options, sort_keys=True), *under, str(self.model.device)
+        others = json.dumps(options, sort_keys=True), str(SEED), *under, str(self.model.device)
         return f"maxwhisper/transcripts/{fingerprint({'audio': torch.from_numpy(audio)}, self.weights, *others)}"
 
     def transcribe(self, audio: np.ndarray, **options: Any) -> dict[str, Any]:
         """Returns openai-whisper's, from memory where it is known."""
         if self.memory is None or (key := self.key(audio, options)) is None:
-            return self.model.transcribe(audio, **options)
+            return transcribed(self.model, audio, options)
         known = self.memory.get(key, None)
         if known is None:
-            known = self.model.transcribe(audio, **options)
+            known = transcribed(self.model, audio, options)
             self.memory.set(key, known)
         return known
 
 
+def transcribed(model: Whisper | OpenAIWhisper, audio: Path | np.ndarray, options: dict[str, Any]) -> dict[str, Any]:
+    """Returns a model's transcript, with PyTorch's generator seeded."""
+    torch.manual_seed(SEED)
+    return model.transcribe(audio, **options)
+
+
 @cache
-def decoded(clip: str) -> np.ndarray:
-    """The samples of a clip of fixtures/, which every way to decode hears."""
-    return load_audio(FIXTURES / clip)
+def heard(path: Path) -> tuple[Path | np.ndarray, str]:
+    """What the subject is given of a file: the file, if in it it hears the samples that the peer is given, and else
+    those samples; and by what it hears another sound, if it does."""
+    ours, theirs = load_audio(path), waveforms.read(path)
+    return path if np.array_equal(ours, theirs) else theirs, waveforms.difference(path, ours)
 
 
 def compare(subject: Whisper, peer: OpenAIWhisper | Yardstick, clip: str, decoding: str) -> Transcript:
     """Transcribes a clip of fixtures/ with both."""
-    audio = decoded(clip)
+    given, another_sound = heard(FIXTURES / clip)
+    if another_sound:
+        return Transcript(clip, decoding, False, 0, f"the loaders of audio differ: {another_sound}")
     options = {"temperature": 0.0, "fp16": False, **DECODING[decoding]}
-    ours, theirs = (parts(model.transcribe(audio, **options), decoding) for model in (subject, peer))
-    n_compared = sum(len(part[-1]) if decoding != "words" else 1 for part in theirs[1:])
+    ours = parts(transcribed(subject, given, options), decoding)
+    theirs = parts(peer.transcribe(waveforms.read(FIXTURES / clip), **options), decoding)
+    n_compared = sum(len(part[3]) if decoding != "words" else 1 for part in theirs[1:])
     differing = [(i, a, b) for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b]
     difference = "".join(f"part {i}: MAX {a}, PyTorch {b}" for i, a, b in differing[:1])
     if not difference and len(ours) != len(theirs):
@@ -107,7 +129,8 @@ def parts(result: dict[str, Any], decoding: str) -> list[tuple]:
     if decoding == "words":
         words = [(w["word"], w["start"], w["end"]) for s in result["segments"] for w in s["words"]]
         return [(result["language"],), *words]
-    return [(result["language"],), *((s["start"], s["end"], s["text"], s["tokens"]) for s in result["segments"])]
+    same = ("start", "end", "text", "tokens", "temperature", "compression_ratio")
+    return [(result["language"],), *(tuple(segment[name] for name in same) for segment in result["segments"])]
 
 
 # ---- wrong pipelines -----------------------------------------------------------------------------------------------

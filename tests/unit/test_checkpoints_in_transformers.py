@@ -16,6 +16,7 @@ from maxwhisper.checkpoint import load_checkpoint
 from maxwhisper.compare.engines import SPECS, missing
 from maxwhisper.compare.tokens import task_for
 from maxwhisper.errors import CheckpointError
+from reference import checkpoints
 from reference.fixtures import FIXTURES, NANO
 
 CLIPS = [("english-2.flac", "en"), ("german-1.wav", "de")]
@@ -36,6 +37,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("nano")
     hugging_face.write(load_checkpoint(NANO), folder)
     return folder
+
+
+def test_the_names_that_oracle_and_peer_read_a_folder_by(folder: Path) -> None:
+    ours, theirs = (checkpoints.read(path, 51865) for path in (folder, NANO))
+    assert not checkpoints.differences(ours.dims, ours.state_dict(), theirs.dims, theirs.state_dict())
 
 
 def changed(folder: Path, out: Path, transformers: Any, added: list[str], multiple: int | None = None) -> Path:

@@ -43,6 +43,7 @@ from reference.judge import Comparison, judge
 from reference.models import trained
 from reference.steps import SCENES, Scene, judge_steps
 from reference.suite import Suite
+from reference.windows import numbers_of
 
 from .test_decoding import (
     BEGIN,
@@ -261,11 +262,7 @@ def average(
     """The avg_logprob that PyTorch's network gives to a text of a window, (1,), computed in the dtype."""
     text = torch.tensor([[*task.initial_tokens, *tokens, EOT]])
     logits = pytorch_logits(network, torch.from_numpy(audio), text, dtype)[0]
-    for place in range(SAMPLE_BEGIN - 1, len(logits)):
-        for each in task.logit_filters:
-            each.apply(logits[place : place + 1], text[:, : place + 1])
-    logprobs = logits[SAMPLE_BEGIN - 1 :].log_softmax(1).gather(1, text[0, SAMPLE_BEGIN:, None])
-    return logprobs.sum(0) / (len(tokens) + 1)
+    return numbers_of(task, tokens, {"text": logits, "start": logits})[0]
 
 
 @pytest.mark.nightly

@@ -1,0 +1,131 @@
+"""All that `decode` says of a window: tokens, and with derived budgets its log-probability, the probability that there
+is no speech, and that of every language."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import whisper
+from torch import Tensor
+from whisper.audio import N_SAMPLES, log_mel_spectrogram, pad_or_trim
+from whisper.decoding import DecodingResult, DecodingTask
+from whisper.model import Whisper as OpenAIWhisper
+
+from maxwhisper.audio import spectrogram
+from maxwhisper.whisper import Whisper
+
+from .blocks import TWINS
+from .chain import pytorch_logits
+from .judge import UNIT_ROUNDOFF, Comparison, Judgement, condition, judge
+from .models import FIXTURE
+from .transcripts import SEED, Transcript
+from .verdicts import Verdicts
+
+DECODING: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "2 beams": {"beam_size": 2},
+    "7 beams": {"beam_size": 7, "patience": 2.0, "length_penalty": 0.5},
+    "drawn": {"temperature": 0.5},
+    "best of 3": {"temperature": 1.0, "best_of": 3},
+    "prompt": {"prompt": " Thomas remembered seven old elephants."},
+    "no timestamps": {"without_timestamps": True},
+}
+"""Options of `decode` by the name of a way to decode."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """What one side says of a window. languages: the probability of each."""
+
+    result: DecodingResult
+    languages: Tensor
+
+    @property
+    def text(self) -> tuple[object, ...]:
+        """Return what must be the same."""
+        r = self.result
+        return r.language, r.tokens, r.text, r.temperature, r.compression_ratio
+
+    @property
+    def numbers(self) -> list[Tensor]:
+        """Return what is judged: the log-probability of the text, the probability of no speech, and of languages."""
+        return [torch.tensor([self.result.avg_logprob]), torch.tensor([self.result.no_speech_prob]), self.languages]
+
+
+def decoded(model: OpenAIWhisper, mel: Tensor, options: dict[str, Any]) -> Window:
+    """Decode a window, mel (n_mels, 3000), with PyTorch's generator seeded."""
+    mel = mel.to(model.device)
+    _, probabilities = model.detect_language(mel)
+    torch.manual_seed(SEED)
+    result = model.decode(mel, whisper.DecodingOptions(fp16=False, **options))
+    return Window(result, torch.tensor(list(probabilities.values())))
+
+
+@dataclass(frozen=True)
+class Judge:
+    """PyTorch Whisper in float64 and in float32 with the same weights; verdicts: those of earlier runs, if kept."""
+
+    oracle: OpenAIWhisper
+    peer: OpenAIWhisper
+    verdicts: Verdicts | None
+
+    def compare(self, subject: Whisper, clip: str, audio: np.ndarray, decoding: str) -> Transcript:
+        """Judge what the subject says of the first window of audio, (samples,)."""
+        window = torch.from_numpy(pad_or_trim(audio, N_SAMPLES))
+        ours = decoded(subject, spectrogram(subject.network["log_mel"], window), DECODING[decoding])
+        comparison = Comparison(FIXTURE, torch.float32, f"decode, {decoding}", 0, clip, str(subject.device))
+        numbers = dict(zip(("logprob", "speech", "languages"), ours.numbers, strict=True))
+        tensors = {"audio": window, repr(ours.text): torch.tensor(ours.result.tokens), **numbers}
+        judged = partial(self.judged, comparison, window, ours)
+        if self.verdicts and subject.device.type == "cpu":
+            (found,) = self.verdicts.recalled(str(comparison), tensors, lambda: [judged()])
+        else:
+            found = judged()
+        difference = "" if found.passed else str(found)
+        return Transcript(clip, decoding, found.passed, len(ours.result.tokens), difference)
+
+    def judged(self, comparison: Comparison, window: Tensor, ours: Window) -> Judgement:
+        """Return the verdict; of another text than PyTorch's, no number is compared."""
+        options = DECODING[comparison.block.partition(", ")[2]]
+        theirs = decoded(self.peer, log_mel_spectrogram(window, self.peer.dims.n_mels), options)
+        if ours.text != theirs.text:
+            return Judgement(comparison, (), (f"MAX {ours.text}, PyTorch {theirs.text}",))
+        task = DecodingTask(self.peer, whisper.DecodingOptions(fp16=False, **options, language=theirs.result.language))
+        tokens = theirs.result.tokens
+        formula, logits = partial(numbers_of, task, tokens), self.logits(task, window, tokens)
+        verdict = partial(
+            judge,
+            *(comparison, formula(logits), theirs.numbers, ours.numbers),
+            longest_reduction=self.peer.dims.n_vocab,
+            roundings=TWINS["decoder.prefill"].roundings(self.peer.dims),
+            chained=True,
+        )
+        first = verdict()
+        if first.passed or first.defects:
+            return first
+        return verdict(condition=condition(formula, logits, UNIT_ROUNDOFF[torch.float32]))
+
+    def logits(self, task: DecodingTask, window: Tensor, tokens: list[int]) -> dict[str, Tensor]:
+        """Return the oracle's at every place of prompt and text, and those that languages are detected by."""
+        start, eot = task.tokenizer.sot, task.tokenizer.eot
+        texts = {"text": [*task.initial_tokens, *tokens, eot], "start": [start, eot]}
+        return {
+            name: pytorch_logits(self.oracle, window, torch.tensor([text]), torch.float64)[0]
+            for name, text in texts.items()
+        }
+
+
+def numbers_of(task: DecodingTask, tokens: list[int], logits: dict[str, Tensor]) -> list[Tensor]:
+    """Return `Window.numbers` by openai-whisper's formulas and filters, in the dtype of the logits."""
+    known = task.tokenizer
+    speech = logits["text"][task.sot_index].softmax(-1)[[known.no_speech]]
+    languages = logits["start"][0, list(known.all_language_tokens)].softmax(-1)
+    text = torch.tensor([[*task.initial_tokens, *tokens, known.eot]])
+    left = logits["text"][task.sample_begin - 1 :].clone()
+    for place in range(len(left)):
+        for each in task.logit_filters:
+            each.apply(left[place : place + 1], text[:, : task.sample_begin + place])
+    logprobs = left.log_softmax(-1).gather(1, text[0, task.sample_begin :, None])
+    return [logprobs.sum(0) / (len(tokens) + 1), speech, languages]

@@ -1,0 +1,60 @@
+"""The comparison of all that is said of a window on trial: what PyTorch says passes, anything else does not."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from whisper.audio import log_mel_spectrogram, pad_or_trim
+
+from reference import checkpoints, waveforms, windows
+from reference.blocks import pytorch_whisper
+from reference.fixtures import FIXTURES, NANO
+from reference.judge import Comparison, Judgement
+from reference.models import FIXTURE
+from reference.windows import Window
+
+CLIP = "clips/english-1.wav"
+
+
+@pytest.fixture(scope="module")
+def said() -> tuple[Window, Callable[[Window], Judgement]]:
+    """What PyTorch says of a window in float32, and the judge of what is said of it."""
+    peer = checkpoints.read(NANO, 51865).eval()
+    judge = windows.Judge(pytorch_whisper(peer.dims, peer.state_dict(), torch.float64), peer, None)
+    audio = torch.from_numpy(pad_or_trim(waveforms.read(FIXTURES / CLIP)))
+    comparison = Comparison(FIXTURE, torch.float32, "decode, greedy", 0, CLIP)
+    right = windows.decoded(peer, log_mel_spectrogram(audio), {})
+    return right, lambda window: judge.judged(comparison, audio, window)
+
+
+def test_what_pytorch_says_passes(said: Any) -> None:
+    right, judged = said
+    assert judged(right).passed
+
+
+def off(name: str, factor: float) -> Callable[[Window], Window]:
+    """One of the numbers times a factor."""
+    return lambda w: replace(w, result=replace(w.result, **{name: getattr(w.result, name) * factor}))
+
+
+FAULTS: dict[str, Callable[[Window], Window]] = {
+    "log-probability": off("avg_logprob", 1.001),
+    "its sum over one token fewer": lambda w: off("avg_logprob", 1 + 1 / len(w.result.tokens))(w),
+    "not a number": off("avg_logprob", np.nan),
+    "speech": off("no_speech_prob", 1.001),
+    "languages": lambda w: replace(w, languages=w.languages.roll(1)),
+    "languages not normalised": lambda w: replace(w, languages=w.languages * 1.001),
+    "compression": off("compression_ratio", 1.001),
+    "temperature": lambda w: replace(w, result=replace(w.result, temperature=0.2)),
+    "a token": lambda w: replace(w, result=replace(w.result, tokens=[*w.result.tokens[:-1], 50364])),
+    "language": lambda w: replace(w, result=replace(w.result, language="de")),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_anything_else_does_not(fault: str, said: Any) -> None:
+    right, judged = said
+    assert not judged(FAULTS[fault](right)).passed
