@@ -11,8 +11,8 @@ import maxwhisper
 from reference import checkpoints, waveforms, windows
 from reference.activations import CLIPS, FIXTURES
 from reference.blocks import pytorch_whisper
+from reference.models import CHECKPOINT, trained
 from reference.results import Run
-from reference.suite import CHECKPOINT, trained
 from reference.transcripts import DECODING, PIPELINE_FAULTS, Yardstick, compare
 from reference.verdicts import Verdicts
 

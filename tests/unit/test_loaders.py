@@ -65,7 +65,7 @@ def assert_red(suite: Suite, name: str, said: str) -> None:
     )
     found = suite.judge(wrong)
     assert not found.passed and f"the loaders of weights differ in {name}: " in str(found) and said in str(found)
-    assert not suite.misread(right) and not suite.executables
+    assert not suite.misread(right) and not suite.subject.executables
 
 
 @pytest.mark.parametrize(
