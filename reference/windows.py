@@ -37,7 +37,7 @@ DECODING: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Window:
-    """What one side says of a window. languages: the probability of each."""
+    """What one side says of a window. languages: the probability of each, by alphabet."""
 
     result: DecodingResult
     languages: Tensor
@@ -56,11 +56,11 @@ class Window:
 
 def decoded(model: OpenAIWhisper, mel: Tensor, options: dict[str, Any]) -> Window:
     """Decode a window, mel (n_mels, 3000), with PyTorch's generator seeded."""
-    mel = mel.to(model.device)
-    _, probabilities = model.detect_language(mel)
+    features = model.embed_audio(mel[None].to(model.device))[0]
+    _, probabilities = model.detect_language(features)
     torch.manual_seed(SEED)
-    result = model.decode(mel, whisper.DecodingOptions(fp16=False, **options))
-    return Window(result, torch.tensor(list(probabilities.values())))
+    result = model.decode(features, whisper.DecodingOptions(fp16=False, **options))
+    return Window(result, torch.tensor([probabilities[code] for code in sorted(probabilities)]))
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,8 @@ def numbers_of(task: DecodingTask, tokens: list[int], logits: dict[str, Tensor])
     """Return `Window.numbers` by openai-whisper's formulas and filters, in the dtype of the logits."""
     known = task.tokenizer
     speech = logits["text"][task.sot_index].softmax(-1)[[known.no_speech]]
-    languages = logits["start"][0, list(known.all_language_tokens)].softmax(-1)
+    tokens_of = dict(zip(known.all_language_codes, known.all_language_tokens, strict=True))
+    languages = logits["start"][0, [tokens_of[code] for code in sorted(tokens_of)]].softmax(-1)
     text = torch.tensor([[*task.initial_tokens, *tokens, known.eot]])
     left = logits["text"][task.sample_begin - 1 :].clone()
     for place in range(len(left)):
