@@ -1,7 +1,7 @@
 """A model under test: its blocks on MAX beside PyTorch's, and the verdict on each."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -21,7 +21,7 @@ from .measures import DTYPES as DTYPES  # for reference.perf.worker, which finds
 from .models import Model
 from .models import load as load
 from .subject import Subject
-from .trial import Run, Trial
+from .trial import THREADS, Run, Trial
 from .verdicts import Memory, Verdicts
 
 
@@ -96,8 +96,19 @@ class Suite:
         trial = self.trial(comparison, run)
         if run:
             return trial.judge()
-        tensors = trial.given | {f"output {index}": x for index, x in enumerate(trial.subject)}
-        (judgement,) = self.recalled(comparison, tensors, lambda: [trial.judge()])
+        judgement = self.verdict(trial, trial.subject)
+        for n_thread in THREADS if self.device == "cpu" and judgement.passed else ():
+            outputs = trial.outputs(n_thread)
+            if not all(map(torch.equal, outputs, trial.subject)):
+                cut = self.verdict(trial, outputs)
+                if not cut.passed:
+                    return replace(cut, defects=(*cut.defects, f"with work cut for {n_thread} threads"))
+        return judgement
+
+    def verdict(self, trial: Trial, outputs: list[Tensor]) -> Judgement:
+        """Returns what the judge says of the subject's outputs, or said in an earlier run."""
+        tensors = trial.given | {f"output {index}": x for index, x in enumerate(outputs)}
+        (judgement,) = self.recalled(trial.comparison, tensors, lambda: [trial.judge(outputs)])
         return judgement
 
     def misread(self, comparison: Comparison) -> list[str]:

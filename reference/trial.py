@@ -1,6 +1,8 @@
 """A block on trial: the three computations of one comparison, each made once, and what the judge says of them."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
@@ -17,9 +19,27 @@ from .judge import UNIT_ROUNDOFF, Comparison, Explanation, Judgement, condition,
 if TYPE_CHECKING:
     from .suite import Suite
 
+THREADS = (1, 3, 5, 8)
+"""For how many threads kernels cut their work, beside as many as there are here: an odd number leaves some over."""
+
 Outputs = list[Tensor]
+NAME = "MAXWHISPER_THREADS"
 Run = Callable[..., Outputs]
 """A block on MAX, or what stands in for one: from its inputs in order to its outputs."""
+
+
+@contextmanager
+def cut_for(n_thread: int | None) -> Iterator[None]:
+    """Has kernels of our own cut their work for a number of threads, whatever the machine has; None: for its own."""
+    before = os.environ.pop(NAME, None)
+    if n_thread:
+        os.environ[NAME] = str(n_thread)
+    try:
+        yield
+    finally:
+        os.environ.pop(NAME, None)
+        if before:
+            os.environ[NAME] = before
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,10 +60,14 @@ class Trial:
         return moved(self.given, self.comparison.torch_device)
 
     @cached_property
-    @torch.no_grad()
     def subject(self) -> Outputs:
         """Returns what MAX makes of the inputs."""
-        return [x.cpu() for x in self.run(*self.there.values())]
+        return self.outputs()
+
+    def outputs(self, n_thread: int | None = None) -> Outputs:
+        """Returns what MAX makes of the inputs, with work cut for a number of threads."""
+        with cut_for(n_thread), torch.no_grad():
+            return [x.cpu() for x in self.run(*self.there.values())]
 
     @cached_property
     @torch.no_grad()
@@ -62,15 +86,18 @@ class Trial:
         """Returns what PyTorch in float64 makes of other inputs of that dtype."""
         return TWINS[self.comparison.block](self.suite.model.oracle, self.comparison.layer, **inputs)
 
-    def judge(self) -> Judgement:
-        """Returns the verdict; the condition of the block is found where it would not pass without."""
+    def judge(self, subject: Outputs | None = None) -> Judgement:
+        """Returns the verdict; the condition of the block is found where it would not pass without.
+
+        subject: what MAX made of the inputs, if not `self.subject`.
+        """
         twin, dims = TWINS[self.comparison.block], self.suite.dims
         verdict = partial(
             judge,
             self.comparison,
             self.oracle,
             self.peer,
-            self.subject,
+            self.subject if subject is None else subject,
             longest_reduction=twin.longest_reduction(dims),
             roundings=twin.roundings(dims),
             n_vocab=dims.n_vocab,

@@ -2,7 +2,6 @@
 
 from max.algorithm import sync_parallelize
 from max.gpu.host import DeviceContext
-from max.runtime.asyncrt import parallelism_level
 from std.math import align_up, ceildiv, erf
 
 import extensibility
@@ -12,7 +11,7 @@ from .attention import QUERIES, ContinuedRows, Rows, ScatteredRows, attend_to_te
 from .layer_norm import normalize
 from .linear import COLUMNS, by_columns, multiply, row_size
 from .pointers import Numbers, Stored, numbers, stored, untracked
-from .team import COUNTERS, phase
+from .team import COUNTERS, phase, thread_count
 from .tiles import WIDTH
 
 comptime PIECES = 4  # of a product for every thread, so that they end at the same time
@@ -392,7 +391,7 @@ struct DecoderBlock:
             n_position=k.dim_size(2),
             n_audio=k_cross.dim_size(0),
             n_audio_ctx=k_cross.dim_size(2),
-            n_thread=parallelism_level(None),
+            n_thread=thread_count(),
         )
         var context = Context[k.dtype, k_cross.dtype](
             k=stored[k.dtype](k),

@@ -5,7 +5,6 @@ All proposals share one start of threads. Nothing that the draft computes is kep
 
 from max.algorithm import sync_parallelize
 from max.gpu.host import DeviceContext
-from max.runtime.asyncrt import parallelism_level
 from std.math import align_up, ceildiv
 
 import extensibility
@@ -18,7 +17,7 @@ from .linear import SCALE_SIZE, products, row_size
 from .pointers import Numbers, Stored, numbers, stored, untracked
 from .quantized import BYTES, Quantized, quantize, quantized_logits
 from .select_tokens import END_OF_TEXT, NEVER, TIMESTAMP_BEGIN, LogSumExp, forbidden, permitted, write_top_tokens
-from .team import COUNTERS, phase
+from .team import COUNTERS, phase, thread_count
 from .tiles import WIDTH
 
 comptime SURE = 4  # tokens of a part, of text and of timestamps, whose logits are computed exactly
@@ -376,7 +375,7 @@ struct Propose:
             n_position=cache.dim_size(3),
             n_audio=proposed.dim_size(0),
             n_audio_ctx=cross.dim_size(3),
-            n_thread=parallelism_level(None),
+            n_thread=thread_count(),
         )
         var draft = Draft[cache.dtype, token_embedding.dtype](
             proposed=stored[DType.int64](proposed),

@@ -8,7 +8,6 @@ A row of int8 weights ends with the float32 that they are multiples of, in SCALE
 
 from max.algorithm import sync_parallelize
 from max.gpu.host import DeviceContext
-from max.runtime.asyncrt import parallelism_level
 from std.math import ceildiv
 from std.sys.info import size_of
 from std.sys.intrinsics import PrefetchOptions, prefetch
@@ -18,6 +17,7 @@ import extensibility
 from extensibility import InputTensor, _FusedOutputTensor
 
 from .pointers import Numbers, Stored, stored, untracked
+from .team import thread_count
 from .tiles import WIDTH
 
 comptime SUMS = 4  # vectors of running sums for a row: as many for any number of rows, so that a row of a batch is
@@ -139,7 +139,7 @@ struct Linear:
         var n_out = weight.dim_size(0)
         var by, weights = stored[x.dtype](x), stored[weight.dtype](weight)
         # More tasks than threads would cost more than they even out.
-        var n_task = max(1, min(n_out // COLUMNS, n_row * n_in * n_out // TASK, parallelism_level(None)))
+        var n_task = max(1, min(n_out // COLUMNS, n_row * n_in * n_out // TASK, thread_count()))
         var share = ceildiv(ceildiv(n_out, n_task), COLUMNS) * COLUMNS
 
         def task(number: Int) raises {imm}:

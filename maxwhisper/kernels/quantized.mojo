@@ -2,7 +2,6 @@
 
 from max.algorithm import sync_parallelize
 from max.gpu.host import DeviceContext
-from max.runtime.asyncrt import parallelism_level
 from std.math import ceildiv, round
 from std.memory import bitcast
 from std.sys import llvm_intrinsic
@@ -14,6 +13,7 @@ from extensibility import InputTensor, _MutableInputTensor
 
 from .linear import row_size
 from .pointers import Stored, stored
+from .team import thread_count
 from .tiles import WIDTH
 
 comptime BYTES = 4 * WIDTH  # in a vector
@@ -102,7 +102,7 @@ def quantize_rows[
 ](y: Stored[DType.int8], x: Stored[dtype], n_row: Int, n_channel: Int) raises:
     """Quantizes rows x (row, channel) to y (row, channel + SCALE_SIZE)."""
     var size = row_size[DType.int8](n_channel)
-    var share = ceildiv(n_row, parallelism_level(None))
+    var share = ceildiv(n_row, thread_count())
 
     def task(part: Int) raises {imm}:
         var exact = List[Float32](length=n_channel, fill=0)
@@ -114,7 +114,7 @@ def quantize_rows[
             var scale = quantize(exact.unsafe_ptr(), into, n_channel)
             into.unsafe_offset(n_channel).unsafe_bitcast[Float32]()[unsafe_offset=0] = scale
 
-    sync_parallelize(task, parallelism_level(None))
+    sync_parallelize(task, thread_count())
 
 
 @extensibility.register("maxwhisper.quantize_keys")

@@ -2,7 +2,6 @@
 
 from max.algorithm import sync_parallelize
 from max.gpu.host import DeviceContext
-from max.runtime.asyncrt import parallelism_level
 from std.math import ceildiv, exp, iota, log
 from std.utils.numerics import isfinite, neg_inf
 
@@ -10,6 +9,7 @@ import extensibility
 from extensibility import InputTensor, OutputTensor, _MutableInputTensor
 
 from .pointers import Numbers, Stored, numbers, stored, untracked
+from .team import thread_count
 from .tiles import WIDTH
 
 comptime PARTS = 16  # of a text's logits: as many for any texts and threads, so that a text is bitwise what it is alone
@@ -231,7 +231,7 @@ def select_tokens(its: Logits, into: Found) raises:
         parts[unsafe_offset=2 * number] = LogSumExp(own_allowed.unsafe_offset(first), middle - first)
         parts[unsafe_offset=2 * number + 1] = LogSumExp(own_allowed.unsafe_offset(middle), end - middle)
 
-    var share = ceildiv(n_part, min(parallelism_level(None), n_part))
+    var share = ceildiv(n_part, min(thread_count(), n_part))
 
     def some(number: Int) raises {imm}:
         for part in range(number * share, min((number + 1) * share, n_part)):

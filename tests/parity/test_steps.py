@@ -1,5 +1,6 @@
 """The graphs that transcribe: what they select, sum up and keep is what openai-whisper's filters make of the oracle."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from reference.judge import dtype_name
 from reference.results import Run
 from reference.steps import SCENES, Scene, judge_steps
 from reference.suite import Suite
+from reference.trial import THREADS, cut_for
 
 
 @pytest.fixture(scope="module")
@@ -18,13 +20,23 @@ def models(checkpoint_path: str, loading: dict[str, Any]) -> dict[str, maxwhispe
     return {}
 
 
+def cases() -> Iterator[Any]:
+    """Yields every scene as it is transcribed and without proposals, one of both with work cut for other threads."""
+    for number, scene in enumerate(SCENES):
+        n_thread = THREADS[number % len(THREADS)]
+        for proposing, way in ((True, "as transcribed"), (False, "no proposals")):
+            others = proposing == number % 2
+            name = f"{scene}, {way}{f', cut for {n_thread} threads' * others}"
+            yield pytest.param(scene, proposing, n_thread if others else None, id=name)
+
+
 @pytest.mark.trained
-@pytest.mark.parametrize("proposing", [True, False], ids=["as transcribed", "no proposals"])
-@pytest.mark.parametrize("scene", SCENES, ids=str)
+@pytest.mark.parametrize(("scene", "proposing", "n_thread"), cases())
 def test_steps(
     suite: Suite,
     scene: Scene,
     proposing: bool,
+    n_thread: int | None,
     models: dict[str, maxwhisper.Whisper],
     checkpoint_path: str,
     loading: dict[str, Any],
@@ -37,7 +49,8 @@ def test_steps(
         models[dtype] = maxwhisper.load_model(checkpoint_path, dtype=dtype, **loading)
     model = models[dtype]
     stepper = model.stepper if proposing else CPUStepper(model.network, model.dims.n_text_ctx)
-    judgement = judge_steps(suite, stepper, scene)
+    with cut_for(n_thread):
+        judgement = judge_steps(suite, stepper, scene)
     run.judgements.append(judgement)
     if not judgement.passed:
         pytest.fail(f"\n{judgement}", pytrace=False)

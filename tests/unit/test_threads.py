@@ -1,0 +1,44 @@
+"""Kernels whose work is cut for other numbers of threads than this machine has: judged, and a wrong cut is named."""
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from maxwhisper.network.blocks import BLOCKS
+from reference.blocks import TWINS
+from reference.models import trained
+from reference.suite import Suite
+from reference.trial import NAME, cut_for
+
+BLOCK = BLOCKS["decoder.mlp.step"]
+
+
+@pytest.mark.parametrize("wrong_for", [None, "3", "5"])
+def test_a_cut_that_leaves_a_column_out_is_red(wrong_for: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    judged = Suite(trained(), torch.float32)
+
+    def run(x: Tensor) -> list[Tensor]:
+        (y,) = TWINS[BLOCK.name](judged.peer, 0, x=x)
+        if wrong_for and os.environ.get(NAME) == wrong_for:
+            y = y.clone()
+            y[..., -1] = 0
+        return [y]
+
+    monkeypatch.setattr(Suite, "executable", lambda *_: torch.no_grad()(run))
+    found = judged.judge(next(judged.comparisons(BLOCK, ["speech"])))
+    assert found.passed == (wrong_for is None)
+    assert (f"with work cut for {wrong_for} threads" in found.defects) == (wrong_for is not None)
+
+
+def test_the_environment_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    before: Any
+    for before in (None, "2"):
+        monkeypatch.setenv(NAME, before) if before else monkeypatch.delenv(NAME, raising=False)
+        with cut_for(5):
+            assert os.environ[NAME] == "5"
+        with cut_for(None):
+            assert NAME not in os.environ
+        assert os.environ.get(NAME) == before
