@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from whisper.audio import HOP_LENGTH, N_SAMPLES, pad_or_trim
 from whisper.model import ModelDimensions, Whisper
-from whisper.tokenizer import get_tokenizer
+from whisper.tokenizer import Tokenizer, get_tokenizer
 
 from maxwhisper.network.blocks import Block
 
@@ -120,15 +120,20 @@ def speech(dims: ModelDimensions) -> tuple[Tensor, Tensor]:
 def window_of(clip: dict[str, Any], dims: ModelDimensions) -> tuple[Tensor, Tensor]:
     """The first 30 s of a clip, (samples,), and prompt and text as the decoder sees them, (1, token)."""
     audio = torch.from_numpy(pad_or_trim(waveforms.read(FIXTURES / clip["file"])))
-    multilingual = dims.n_vocab >= 51865
-    tokenizer = get_tokenizer(
-        multilingual,
-        num_languages=dims.n_vocab - 51765 - multilingual,
-        language=clip["language"] if multilingual else None,
-        task="transcribe" if multilingual else None,
-    )
+    tokenizer = tokenizer_of(dims, clip["language"])
     text = tokenizer.encode(" " + clip["text"])[: dims.n_text_ctx - N_PROMPT - 1]
     return audio, torch.tensor([[*tokenizer.sot_sequence_including_notimestamps, *text, tokenizer.eot]])
+
+
+def tokenizer_of(dims: ModelDimensions, language: str = "en") -> Tokenizer:
+    """Returns the tokenizer of transcripts in a language."""
+    multilingual = dims.n_vocab >= 51865
+    return get_tokenizer(
+        multilingual,
+        num_languages=dims.n_vocab - 51765 - multilingual,
+        language=language if multilingual else None,
+        task="transcribe" if multilingual else None,
+    )
 
 
 @contextmanager

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 from whisper import decoding
 from whisper.model import ModelDimensions, Whisper
-from whisper.tokenizer import Tokenizer, get_tokenizer
 
 from maxwhisper.decoding.cache import KeyValueCache, rows_of
 from maxwhisper.decoding.rules import Rules, TokenRules
 from maxwhisper.decoding.stepper import Advanced, Stepper, Texts
 
-from .activations import speech
+from .activations import speech, tokenizer_of
 from .blocks import TWINS
 from .chain import layers
 from .judge import Comparison, Judgement, judge
@@ -77,17 +76,6 @@ class Window:
     filters: Sequence[decoding.LogitFilter]
     sample_begin: int
     tokens: Tensor
-
-
-def tokenizer_of(dims: ModelDimensions) -> Tokenizer:
-    """Returns the tokenizer of English transcripts."""
-    multilingual = dims.n_vocab >= 51865
-    return get_tokenizer(
-        multilingual,
-        num_languages=dims.n_vocab - 51765 - multilingual,
-        language="en" if multilingual else None,
-        task="transcribe" if multilingual else None,
-    )
 
 
 def window(scene: Scene, length: int, dims: ModelDimensions, generator: torch.Generator) -> Window:
