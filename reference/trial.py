@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -64,9 +64,13 @@ class Trial:
 
     def judge(self) -> Judgement:
         """Returns the verdict; the condition of the block is found where it would not pass without."""
+        first = self.judged()
+        return first if first.passed or first.defects else self.judged(self.condition)
+
+    def judged(self, condition: float = 1.0) -> Judgement:
+        """Returns the verdict under a condition of the block on the inputs."""
         twin, dims = TWINS[self.comparison.block], self.suite.dims
-        verdict = partial(
-            judge,
+        return judge(
             self.comparison,
             self.oracle,
             self.peer,
@@ -74,9 +78,8 @@ class Trial:
             longest_reduction=twin.longest_reduction(dims),
             roundings=twin.roundings(dims),
             n_vocab=dims.n_vocab,
+            condition=condition,
         )
-        first = verdict()
-        return first if first.passed or first.defects else verdict(condition=self.condition)
 
     @property
     def condition(self) -> float:
