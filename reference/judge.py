@@ -15,6 +15,10 @@ can do, n terms are rounded log2(n) times in a row. Sums are of float32 whatever
 by 0.42 u32 * sqrt(log2(n)). To expect is the larger of the two: in float32 the last addition of a sum is the rounding
 of its value, and must not count twice.
 
+Logits of one position can be little more than one number, for the vectors of most tokens are alike. In one number
+errors do not average out, and PyTorch is often lucky. So there each of the m values in a row counts as such a sum:
+0.42 u32 * sqrt(m * log2(n)). The same holds for a chain, in which the errors of all blocks before add up.
+
 A measure that is the maximum over n positions, channels or values has n chances of a large error, so there it is larger
 by what the maximum of n normal numbers is. In a mean over n positions the errors of rounded values cancel out but for
 one part in the root of n. Those of sums need not. A single value may be the one that was rounded worst, and a single
@@ -37,7 +41,7 @@ a comparison would fail without, and then multiplies the error to expect.
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -241,6 +245,7 @@ def judge(
     values, rms = u * math.sqrt(roundings), condition * ROUNDING
     pairs, running = (u32 * math.sqrt(n) for n in (math.log2(longest_reduction), longest_reduction))
     allowed = Allowance(rms * values, rms * pairs, condition * (values + running), condition, ceilings=not chained)
+    one_number = replace(allowed, sums=rms * pairs * math.sqrt(roundings))
     for index, (right, theirs, ours) in enumerate(zip(oracle, peer, subject, strict=False)):
         found = output_defects(right, theirs, ours)
         if not found:
@@ -250,9 +255,10 @@ def judge(
         if found:
             defects += [f"output {index}: {defect}" for defect in found]
             continue
-        measures = measure_values(size, peer_error, subject_error, allowed)
-        if right.shape[-1:] == (n_vocab,):
-            measures += measure_logits(right, theirs, ours, size, peer_error, allowed.least)
+        logits = right.shape[-1:] == (n_vocab,)
+        measures = measure_values(size, peer_error, subject_error, one_number if chained or logits else allowed)
+        if logits:
+            measures += measure_logits(right, theirs, ours, size, peer_error, one_number.least)
         outputs.append(Output(index, tuple(right.shape), tuple(measures)))
     return Judgement(comparison, tuple(outputs), tuple(defects), condition)
 
