@@ -206,9 +206,9 @@ Count = Callable[[ModelDimensions], int]
 class Twin:
     """A block on PyTorch, and what decides how large its rounding errors may become.
 
-    forward: the function above. longest_reduction: the most terms that any one value inside the block is summed from.
-    roundings: how many values in a row it rounds to the dtype, each made from the one before. step: whether it takes
-    one token behind a cache.
+    forward: the function above. longest_reduction: the most terms, of either sign, that any one value inside the block
+    is summed from. roundings: how many values in a row it rounds to the dtype, each made from the one before. step:
+    whether it takes one token behind a cache.
     """
 
     forward: Callable[..., list[Tensor]]
@@ -242,6 +242,9 @@ def attending(size: Count) -> Count:
     return lambda dims: max(size(dims), dims.n_audio_ctx)
 
 
+SQUARES = 2
+"""The terms that a norm's sum counts for. Squares have one sign: added in pairs, a pair's error counts by its share of
+the whole, so all levels of additions together err like the last two."""
 NORM, PROJECTIONS, MLP, SUM = 1, 3, 3, 1
 """Values in a row that are rounded: a norm; query, weighted values and out; hidden, GELU and out; a sum."""
 STEM, EMBEDDING, LOGITS = 5, 1, NORM + 1
@@ -261,7 +264,7 @@ def whole_decoder(dims: ModelDimensions) -> int:
 TWINS: dict[str, Twin] = {
     "log_mel": Twin(log_mel, always(N_FFT), always(1)),
     "encoder.stem": Twin(encoder_stem, times(3, audio_state), always(STEM)),
-    "encoder.layer_norm": Twin(submodule("encoder.blocks.{layer}.attn_ln"), audio_state, always(NORM)),
+    "encoder.layer_norm": Twin(submodule("encoder.blocks.{layer}.attn_ln"), always(SQUARES), always(NORM)),
     "encoder.attention": Twin(submodule("encoder.blocks.{layer}.attn"), attending(audio_state), always(PROJECTIONS)),
     "encoder.mlp": Twin(submodule("encoder.blocks.{layer}.mlp"), AUDIO_HIDDEN, always(MLP)),
     "encoder.block": Twin(submodule("encoder.blocks.{layer}"), attending(AUDIO_HIDDEN), always(AUDIO_BLOCK)),

@@ -3,41 +3,52 @@
 Three computations of one block from the same inputs and weights: the *oracle*, PyTorch Whisper in float64; the *peer*,
 PyTorch Whisper in the dtype under test; the *subject*, MAX in that dtype. The peer's own error is the yardstick:
 
-    error(subject) <= K * error(peer) + floor
+    error(subject) <= K * max(error(peer), error to expect)
 
 The relative L2's is below 1 whatever the peer's, for that is the error of zeros, and of twice the right values.
 
-K is one number for the whole project. Two right implementations sum in different orders and approximate exp and erf by
-different polynomials, so their errors differ by a small factor in either direction; a wrong one is off by orders of
-magnitude. The factor allowed is that between the two usual ways to sum n numbers: pairwise, whose error grows with
-log2(n), and blocked into as many running sums as a vector register has lanes, which for the reductions of this network
-(n from 64 to 5120) stays within four times of it. What the choice is worth shows in a report: how far right models
-stay below the budget, and how far wrong ones exceed it.
+The error to expect is for inputs on which the peer is exact or lucky. It is that of an implementation that rounds as
+little as any right one. A rounding errs by 0.42 u in the root mean square (`ROUNDING`). Errors of either sign add up
+with the root of their number (N. Higham, T. Mary, "A new approach to probabilistic rounding error analysis", 2019).
+So m values in a row that a block rounds to the dtype err by 0.42 u * sqrt(m). Added in pairs, the least that any order
+can do, n terms are rounded log2(n) times in a row. Sums are of float32 whatever the dtype, so the block's longest errs
+by 0.42 u32 * sqrt(log2(n)). To expect is the larger of the two: in float32 the last addition of a sum is the rounding
+of its value, and must not count twice.
 
-The floor is for inputs on which the peer happens to be exact or nearly so. Rounding errors of either sign add up with
-the root of their number (N. Higham, T. Mary, "A new approach to probabilistic rounding error analysis", 2019): those of
-the m values in a row that a block rounds to the dtype, u * sqrt(m), and those of a running sum in float32 as long as
-the block's longest reduction, u32 * sqrt(length). Both implementations accumulate in float32 whatever the dtype. A
-measure that is the maximum over n positions, channels or values has n chances of a large error, so its floor is larger
-by what the maximum of n normal numbers is to be expected. Where a measure is the mean over n positions, the errors of
-rounded values cancel out but for one part in the root of n. Those of running sums need not.
+Logits of one position can be little more than one number, for the vectors of most tokens are alike. In one number
+errors do not average out, and PyTorch is often lucky. So there each of the m values in a row counts as such a sum:
+0.42 u32 * sqrt(m * log2(n)). The same holds for a chain, in which the errors of all blocks before add up.
+
+A measure that is the maximum over n positions, channels or values has n chances of a large error, so there it is larger
+by what the maximum of n normal numbers is. In a mean over n positions the errors of rounded values cancel out but for
+one part in the root of n. Those of sums need not. A single value may be the one that was rounded worst, and a single
+position one whose values cancel out: these may be as far off as rounding explains.
+
+K is one number for the whole project: the factor between the most and the least that right ways to add err by. The most
+are as many running sums as a vector register has lanes, 16. For the sums of this network (n from 64 to 5120) they stay
+within four times of pairs. That also covers polynomials for exp and erf; a wrong block is off by orders of magnitude.
+`python -m reference.tightness` says how small an error the judge finds.
+
+Rounding explains u * sqrt(m) + u32 * sqrt(n), which is one running sum's without lanes. Where the peer errs by more
+than K times that, it is no yardstick.
 
 What is rounded inside a block reaches its output amplified by the block's *condition* on its inputs: how many times
 larger the oracle's answer to one rounding of the inputs is than that rounding. It is about 1 nearly everywhere, and
 large where softmax has to decide between keys whose scores are large and nearly equal; there one PyTorch result, which
 may be right by luck, says little of what the dtype can give. It costs further runs of the oracle, so it is found where
-a comparison would fail without, and then multiplies the floor.
+a comparison would fail without, and then multiplies the error to expect.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from .diagnosis import Diagnosis, diagnose
 from .measures import (
+    ROUNDING,
     SMALLEST,
     UNIT_ROUNDOFF,
     Allowance,
@@ -128,8 +139,8 @@ class Explanation:
 class Judgement:
     """The verdict on one comparison.
 
-    defects: what made a comparison of values impossible. condition: by which the floor was multiplied. explanations: of
-    the outputs, where somebody asked.
+    defects: what made a comparison of values impossible. condition: by which the error to expect was multiplied.
+    explanations: of the outputs, where somebody asked.
     """
 
     comparison: Comparison
@@ -231,8 +242,10 @@ def judge(
     if not len(oracle) == len(peer) == len(subject):
         defects.append(f"number of outputs: oracle {len(oracle)}, peer {len(peer)}, subject {len(subject)}")
     u, u32, smallest = UNIT_ROUNDOFF[comparison.dtype], UNIT_ROUNDOFF[torch.float32], SMALLEST[comparison.dtype]
-    values, sums = condition * u * math.sqrt(roundings), condition * u32 * math.sqrt(longest_reduction)
-    allowed = Allowance(values, sums, condition, ceilings=not chained)
+    values, rms = u * math.sqrt(roundings), condition * ROUNDING
+    pairs, running = (u32 * math.sqrt(n) for n in (math.log2(longest_reduction), longest_reduction))
+    allowed = Allowance(rms * values, rms * pairs, condition * (values + running), condition, ceilings=not chained)
+    one_number = replace(allowed, sums=rms * pairs * math.sqrt(roundings))
     for index, (right, theirs, ours) in enumerate(zip(oracle, peer, subject, strict=False)):
         found = output_defects(right, theirs, ours)
         if not found:
@@ -242,9 +255,10 @@ def judge(
         if found:
             defects += [f"output {index}: {defect}" for defect in found]
             continue
-        measures = measure_values(size, peer_error, subject_error, allowed)
-        if right.shape[-1:] == (n_vocab,):
-            measures += measure_logits(right, theirs, ours, size, peer_error, allowed.floor)
+        logits = right.shape[-1:] == (n_vocab,)
+        measures = measure_values(size, peer_error, subject_error, one_number if chained or logits else allowed)
+        if logits:
+            measures += measure_logits(right, theirs, ours, size, peer_error, one_number.least)
         outputs.append(Output(index, tuple(right.shape), tuple(measures)))
     return Judgement(comparison, tuple(outputs), tuple(defects), condition)
 

@@ -9,6 +9,9 @@ from torch import Tensor
 from maxwhisper import names
 
 K = 4.0
+ROUNDING = 1 / math.sqrt(8 * math.log(2))
+"""The RMS error of rounding normal numbers, relative to their RMS, in unit roundoffs u: it is even up to u times the
+power of two below a number, whose mean square is that of the numbers over 8/3 ln 2."""
 DTYPES = {name: getattr(torch, name) for name in names.DTYPES}
 """PyTorch's dtypes that blocks are compared in, by name, the most precise first."""
 UNIT_ROUNDOFF = {dtype: torch.finfo(dtype).eps / 2 for dtype in DTYPES.values()}
@@ -101,25 +104,31 @@ class Norms:
 
 @dataclass(frozen=True)
 class Allowance:
-    """How large errors of rounding are in a block, relative to its values.
+    """How large errors of rounding are in a block, relative to its values, `condition` included.
 
-    values, sums: the floor's shares for rounded values and for running sums, `condition` included. ceilings: whether
-    the peer's error is the block's own, so that there is a most that rounding explains.
+    values, sums: the RMS error to expect of rounded values, and of sums. most: what rounding explains. ceilings:
+    whether the peer's error is the block's own, so that this holds for it.
     """
 
     values: float
     sums: float
+    most: float
     condition: float = 1.0
     ceilings: bool = True
 
     @property
-    def floor(self) -> float:
-        return self.values + self.sums
+    def least(self) -> float:
+        """The RMS error to expect of a right implementation that rounds as little as any."""
+        return max(self.values, self.sums)
+
+    def of_means(self, n_position: int) -> float:
+        """The same of a mean over positions, in which the errors of values cancel out."""
+        return max(self.values / math.sqrt(n_position), self.sums)
 
     def below(self, error_of_zeros: float) -> float:
         """The largest error that is not yet that of zeros, which is that of twice the right values too; rounding is
         allowed where these are no larger."""
-        rounding = self.floor / self.condition
+        rounding = self.most / self.condition
         return max(error_of_zeros - rounding, rounding)
 
 
@@ -159,33 +168,33 @@ def largest_error(error: Norms, oracle: Norms) -> float:
     return error.largest / oracle.size
 
 
+VALUES = ("relative L2", "worst position", "worst channel", "worst channel's mean", "largest error / RMS")
+"""The measures of values, all of which grow with the error."""
+
+
 def measure_values(oracle: Norms, peer: Norms, subject: Norms, allowed: Allowance) -> list[Measure]:
-    """Returns the ratio of the errors of peer and subject."""
-    n_position, n_channel, floor = len(oracle.positions), len(oracle.channels), allowed.floor
+    """Returns the errors of peer and subject, with what each may be."""
+    n_position, n_channel, least = len(oracle.positions), len(oracle.channels), allowed.least
     # A rounding error is relative to its own value, so a channel's follows that channel, and the largest error the
     # largest value where that is further out than the largest of so many normal errors.
     of_channels = expected_maximum(n_channel) * max(1.0, worst_channel(oracle, oracle))
-    of_means = (allowed.values / math.sqrt(n_position) + allowed.sums) * of_channels
+    of_values = max(expected_maximum(n_position * n_channel), largest_error(oracle, oracle))
     measures = []
-    for name, measure, least, times in (
-        ("relative L2", relative_l2, floor, K),
-        # Relative to itself a position whose values cancel out is honestly far off. One that the peer has wrong shows
-        # in the largest error.
-        ("worst position", worst_position, floor * expected_maximum(n_position), None),
-        ("worst channel", worst_channel, floor * of_channels, K),
+    for name, measure, exact, times in (
+        ("relative L2", relative_l2, K * least, 1.0),
+        # Relative to itself a position whose values cancel out is honestly as far off as rounding explains. One that
+        # the peer has wrong shows in the largest error.
+        ("worst position", worst_position, allowed.most * expected_maximum(n_position), None),
+        ("worst channel", worst_channel, K * least * of_channels, of_channels),
         # Sums of nearly the same terms are rounded in nearly the same way at every position. A channel's mean error is
         # at most its RMS, for which the peer has a ceiling.
-        ("worst channel's mean", worst_mean, of_means, None),
-        (
-            "largest error / RMS",
-            largest_error,
-            floor * max(expected_maximum(n_position * n_channel), largest_error(oracle, oracle)),
-            K * allowed.condition,
-        ),
+        ("worst channel's mean", worst_mean, K * allowed.of_means(n_position) * of_channels, None),
+        # A single value may be the one that was rounded worst.
+        ("largest error / RMS", largest_error, allowed.most * of_values, allowed.condition * of_values),
     ):
         theirs, ours = measure(peer, oracle), measure(subject, oracle)
-        ceiling = times * least if times and allowed.ceilings else math.inf
-        budget = K * theirs + least
+        ceiling = K * times * allowed.most if times and allowed.ceilings else math.inf
+        budget = max(K * theirs, exact)
         if measure is relative_l2:
             budget = min(budget, allowed.below(relative_l2(oracle, oracle)))
         measures.append(Measure(name, ours, theirs, budget, ceiling))
@@ -211,7 +220,7 @@ def kl_divergences(right: Tensor, *others: Tensor) -> list[Tensor]:
 
 
 def measure_logits(
-    oracle: Tensor, peer: Tensor, subject: Tensor, size: Norms, peer_error: Norms, floor: float
+    oracle: Tensor, peer: Tensor, subject: Tensor, size: Norms, peer_error: Norms, least: float
 ) -> list[Measure]:
     """Measures outputs as probabilities over the vocabulary.
 
@@ -221,9 +230,9 @@ def measure_logits(
     their_kl, our_kl = kl_divergences(rows(oracle), rows(peer), rows(subject))
     measures = []
     for name, of in (("KL mean", Tensor.mean), ("KL max", Tensor.max)):
-        budget = (K * float(of(their_kl)) ** 0.5 + floor * size.size / 2**0.5) ** 2
+        budget = (K * max(float(of(their_kl)) ** 0.5, least * size.size / 2**0.5)) ** 2
         measures.append(Measure(name, float(of(our_kl)), float(of(their_kl)), budget))
-    error = K * largest_error(peer_error, size) + floor * max(1.0, largest_error(size, size))
+    error = K * max(largest_error(peer_error, size), least * max(1.0, largest_error(size, size)))
     top = rows(oracle).topk(min(2, oracle.shape[-1]))
     close = float(((top.values[:, 0] - top.values[:, -1]) <= 2 * error * size.size).double().mean())
     chosen = [rows(logits).argmax(-1, keepdim=True) for logits in (subject, peer)]

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -91,9 +91,13 @@ class Trial:
 
         subject: what MAX made of the inputs, if not `self.subject`.
         """
+        first = self.judged(subject=subject)
+        return first if first.passed or first.defects else self.judged(self.condition, subject)
+
+    def judged(self, condition: float = 1.0, subject: Outputs | None = None) -> Judgement:
+        """Returns the verdict under a condition of the block on the inputs."""
         twin, dims = TWINS[self.comparison.block], self.suite.dims
-        verdict = partial(
-            judge,
+        return judge(
             self.comparison,
             self.oracle,
             self.peer,
@@ -101,9 +105,8 @@ class Trial:
             longest_reduction=twin.longest_reduction(dims),
             roundings=twin.roundings(dims),
             n_vocab=dims.n_vocab,
+            condition=condition,
         )
-        first = verdict()
-        return first if first.passed or first.defects else verdict(condition=self.condition)
 
     @property
     def condition(self) -> float:

@@ -28,8 +28,8 @@ def block_section(run: Run, attempts: Attempts) -> Html:
     explained = element(
         "p",
         "Error against PyTorch Whisper in float64, relative L2: a ratio below 1 says that MAX is the more accurate of "
-        f"the two. Used is the largest share of its budget, {K:g} times PyTorch's error and a floor, that any measure "
-        "took; above 1 the block fails. Over all sizes, layers and inputs.",
+        f"the two. Used is the largest share of its budget, {K:g} times PyTorch's error or the one to expect, "
+        "that any measure took; above 1 the block fails. Over all sizes, layers and inputs.",
     )
     chart = element("div", attempts("charts", ratio_chart, figures, dtypes), class_="scroll chart", tabindex=0)
     columns = ("median", "largest", "used")

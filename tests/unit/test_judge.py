@@ -94,7 +94,7 @@ def test_a_chain_has_no_ceiling_but_the_subject_must_beat_zeros() -> None:
 
 
 @pytest.mark.parametrize("zero", [(), (3,), (slice(None), 5)], ids=["all", "a position", "a channel"])
-def test_where_the_oracle_is_zero_an_error_below_the_floor_passes(zero: tuple) -> None:
+def test_where_the_oracle_is_zero_an_error_of_rounding_passes(zero: tuple) -> None:
     oracle = normal(0, 30, 64)
     oracle[zero] = 0
     subject = oracle.float()

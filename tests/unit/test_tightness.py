@@ -1,0 +1,49 @@
+"""How small an error the judge finds. Of the fixture's parts by day, of everything else at night."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from maxwhisper.engine.surroundings import one_torch_thread
+from maxwhisper.network.blocks import BLOCKS, Block
+from reference.judge import K
+from reference.measures import DTYPES
+from reference.models import FIXTURE, load
+from reference.suite import Suite
+from reference.tightness import KINDS, smallest_failing, tightness, trial_of_pytorch
+
+PARTS = [block for block in BLOCKS.values() if block.unit == "parts"]
+ONE_NUMBER = "decoder.logits.step"
+"""The fixture has one vector for nearly all tokens, so its logits of one position are little more than one number, in
+which PyTorch is lucky: it errs by less than a sum in pairs is expected to."""
+
+
+@pytest.fixture(scope="module")
+def trained() -> Iterator[Suite]:
+    with one_torch_thread():
+        yield Suite(load(FIXTURE), torch.float32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("block", PARTS, ids=lambda block: block.name)
+def test_k_times_pytorchs_error_is_the_most_that_passes(trained: Suite, block: Block, kind: str) -> None:
+    found = (smallest_failing(trained, comparison) for comparison in trained.comparisons(block, [kind]))
+    assert any(factor <= K for factor in found) or block.name == ONE_NUMBER
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+@pytest.mark.parametrize("size", [FIXTURE, "tiny"])
+def test_every_block_is_judged_tightly(size: str, dtype: torch.dtype) -> None:
+    """Whole networks in float32 alone, for the roundings inside them count less than their budgets have it."""
+    whole, blocks = Suite(load(size), dtype), BLOCKS.values() if dtype == torch.float32 else PARTS
+    loose = {block.name for block in blocks for kind in KINDS if tightness(whole, block, kind)[0] > K}
+    assert loose <= {ONE_NUMBER}
+
+
+def test_the_judge_passes_less_and_fails_more(trained: Suite) -> None:
+    comparison = next(trained.comparisons(BLOCKS["decoder.mlp.step"], ["speech"]))
+    factor = smallest_failing(trained, comparison)
+    less, more = (trial_of_pytorch(trained, comparison, times * factor).judge() for times in (0.9, 1.1))
+    assert less.passed and not more.passed
