@@ -36,7 +36,8 @@ What is rounded inside a block reaches its output amplified by the block's *cond
 larger the oracle's answer to one rounding of the inputs is than that rounding. It is about 1 nearly everywhere, and
 large where softmax has to decide between keys whose scores are large and nearly equal; there one PyTorch result, which
 may be right by luck, says little of what the dtype can give. It costs further runs of the oracle, so it is found where
-a comparison would fail without, and then multiplies the error to expect.
+a comparison would fail without. What is amplified is often the rounding of few values, in which errors do not average
+out, so the budget grows by condition - 1 times what rounding explains.
 """
 
 import math
@@ -139,7 +140,7 @@ class Explanation:
 class Judgement:
     """The verdict on one comparison.
 
-    defects: what made a comparison of values impossible. condition: by which the error to expect was multiplied.
+    defects: what made a comparison of values impossible. condition: of the block on the inputs, where it was found.
     explanations: of the outputs, where somebody asked.
     """
 
@@ -242,10 +243,10 @@ def judge(
     if not len(oracle) == len(peer) == len(subject):
         defects.append(f"number of outputs: oracle {len(oracle)}, peer {len(peer)}, subject {len(subject)}")
     u, u32, smallest = UNIT_ROUNDOFF[comparison.dtype], UNIT_ROUNDOFF[torch.float32], SMALLEST[comparison.dtype]
-    values, rms = u * math.sqrt(roundings), condition * ROUNDING
+    values = u * math.sqrt(roundings)
     pairs, running = (u32 * math.sqrt(n) for n in (math.log2(longest_reduction), longest_reduction))
-    allowed = Allowance(rms * values, rms * pairs, condition * (values + running), condition, ceilings=not chained)
-    one_number = replace(allowed, sums=rms * pairs * math.sqrt(roundings))
+    allowed = Allowance(ROUNDING * values, ROUNDING * pairs, values + running, condition, ceilings=not chained)
+    one_number = replace(allowed, sums=allowed.sums * math.sqrt(roundings))
     for index, (right, theirs, ours) in enumerate(zip(oracle, peer, subject, strict=False)):
         found = output_defects(right, theirs, ours)
         if not found:
@@ -258,7 +259,7 @@ def judge(
         logits = right.shape[-1:] == (n_vocab,)
         measures = measure_values(size, peer_error, subject_error, one_number if chained or logits else allowed)
         if logits:
-            measures += measure_logits(right, theirs, ours, size, peer_error, one_number.least)
+            measures += measure_logits(right, theirs, ours, size, peer_error, one_number.budget())
         outputs.append(Output(index, tuple(right.shape), tuple(measures)))
     return Judgement(comparison, tuple(outputs), tuple(defects), condition)
 

@@ -104,10 +104,10 @@ class Norms:
 
 @dataclass(frozen=True)
 class Allowance:
-    """How large errors of rounding are in a block, relative to its values, `condition` included.
+    """How large errors of rounding are in a block, relative to its values.
 
-    values, sums: the RMS error to expect of rounded values, and of sums. most: what rounding explains. ceilings:
-    whether the peer's error is the block's own, so that this holds for it.
+    values, sums: the RMS error to expect of rounded values, and of sums. most: what rounding explains. condition: of
+    the block on its inputs. ceilings: whether the peer's error is the block's own, so that there is a most for it.
     """
 
     values: float
@@ -116,20 +116,15 @@ class Allowance:
     condition: float = 1.0
     ceilings: bool = True
 
-    @property
-    def least(self) -> float:
-        """The RMS error to expect of a right implementation that rounds as little as any."""
-        return max(self.values, self.sums)
-
-    def of_means(self, n_position: int) -> float:
-        """The same of a mean over positions, in which the errors of values cancel out."""
-        return max(self.values / math.sqrt(n_position), self.sums)
+    def budget(self, n_mean: int = 1) -> float:
+        """Returns the budget where the peer is exact, of a mean over so many, in which the errors of values cancel
+        out."""
+        return K * max(self.values / math.sqrt(n_mean), self.sums) + (self.condition - 1) * self.most
 
     def below(self, error_of_zeros: float) -> float:
         """The largest error that is not yet that of zeros, which is that of twice the right values too; rounding is
         allowed where these are no larger."""
-        rounding = self.most / self.condition
-        return max(error_of_zeros - rounding, rounding)
+        return max(error_of_zeros - self.most, self.most)
 
 
 def rows(x: Tensor) -> Tensor:
@@ -174,26 +169,27 @@ VALUES = ("relative L2", "worst position", "worst channel", "worst channel's mea
 
 def measure_values(oracle: Norms, peer: Norms, subject: Norms, allowed: Allowance) -> list[Measure]:
     """Returns the errors of peer and subject, with what each may be."""
-    n_position, n_channel, least = len(oracle.positions), len(oracle.channels), allowed.least
+    n_position, n_channel, least = len(oracle.positions), len(oracle.channels), allowed.budget()
+    most = allowed.condition * allowed.most
     # A rounding error is relative to its own value, so a channel's follows that channel, and the largest error the
     # largest value where that is further out than the largest of so many normal errors.
     of_channels = expected_maximum(n_channel) * max(1.0, worst_channel(oracle, oracle))
     of_values = max(expected_maximum(n_position * n_channel), largest_error(oracle, oracle))
     measures = []
     for name, measure, exact, times in (
-        ("relative L2", relative_l2, K * least, 1.0),
+        ("relative L2", relative_l2, least, 1.0),
         # Relative to itself a position whose values cancel out is honestly as far off as rounding explains. One that
         # the peer has wrong shows in the largest error.
-        ("worst position", worst_position, allowed.most * expected_maximum(n_position), None),
-        ("worst channel", worst_channel, K * least * of_channels, of_channels),
+        ("worst position", worst_position, most * expected_maximum(n_position), None),
+        ("worst channel", worst_channel, least * of_channels, of_channels),
         # Sums of nearly the same terms are rounded in nearly the same way at every position. A channel's mean error is
         # at most its RMS, for which the peer has a ceiling.
-        ("worst channel's mean", worst_mean, K * allowed.of_means(n_position) * of_channels, None),
+        ("worst channel's mean", worst_mean, allowed.budget(n_position) * of_channels, None),
         # A single value may be the one that was rounded worst.
-        ("largest error / RMS", largest_error, allowed.most * of_values, allowed.condition * of_values),
+        ("largest error / RMS", largest_error, most * of_values, allowed.condition * of_values),
     ):
         theirs, ours = measure(peer, oracle), measure(subject, oracle)
-        ceiling = K * times * allowed.most if times and allowed.ceilings else math.inf
+        ceiling = K * times * most if times and allowed.ceilings else math.inf
         budget = max(K * theirs, exact)
         if measure is relative_l2:
             budget = min(budget, allowed.below(relative_l2(oracle, oracle)))
@@ -230,9 +226,9 @@ def measure_logits(
     their_kl, our_kl = kl_divergences(rows(oracle), rows(peer), rows(subject))
     measures = []
     for name, of in (("KL mean", Tensor.mean), ("KL max", Tensor.max)):
-        budget = (K * max(float(of(their_kl)) ** 0.5, least * size.size / 2**0.5)) ** 2
+        budget = max(K * float(of(their_kl)) ** 0.5, least * size.size / 2**0.5) ** 2
         measures.append(Measure(name, float(of(our_kl)), float(of(their_kl)), budget))
-    error = K * max(largest_error(peer_error, size), least * max(1.0, largest_error(size, size)))
+    error = max(K * largest_error(peer_error, size), least * max(1.0, largest_error(size, size)))
     top = rows(oracle).topk(min(2, oracle.shape[-1]))
     close = float(((top.values[:, 0] - top.values[:, -1]) <= 2 * error * size.size).double().mean())
     chosen = [rows(logits).argmax(-1, keepdim=True) for logits in (subject, peer)]
