@@ -31,7 +31,7 @@ def cases() -> Iterator[Any]:
 
 
 @pytest.mark.trained
-@pytest.mark.parametrize(("scene", "proposing", "n_thread"), cases())
+@pytest.mark.parametrize(("scene", "proposing", "n_thread"), list(cases()))
 def test_steps(
     suite: Suite,
     scene: Scene,
