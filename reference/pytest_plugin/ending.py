@@ -25,7 +25,7 @@ from ..results import Run
 from ..verdicts import Lenient
 from .compiling import Compiling
 from .models import RUN
-from .selection import COMPARES, judges_itself, left_out
+from .selection import COMPARES, judges_itself, left_out, of_parity
 from .workers import is_worker
 
 PLUGGY = Path(pluggy.__file__).parent
@@ -66,7 +66,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     chosen = ending.chosen_by_workers or chosen
     if chosen.nothing:
         ending.fail(session, chosen.nothing)
-    parity = any("parity" in name for name in ending.selected(session))
+    parity = any(map(of_parity, ending.selected(session)))
     if parity and not (ending.run.compared or Compiling.of(config).lowering or chosen.judges_itself):
         ending.fail(session)
 
@@ -113,7 +113,7 @@ class Ending:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if not is_worker(self.config) and FOUND in vars(report):
             self.run.add(pickle.loads(vars(report).pop(FOUND)))
-        if "tests/parity" in report.nodeid:
+        if of_parity(report.nodeid):
             self.run.test_seconds += report.duration
 
     def selected(self, session: pytest.Session) -> list[str]:

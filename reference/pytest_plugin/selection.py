@@ -139,12 +139,17 @@ def judges_itself(item: pytest.Item) -> bool:
     return "parity" in item.nodeid and "suite" in names and "run" not in names
 
 
+def of_parity(nodeid: str) -> bool:
+    """Tell whether a test stands in tests/parity, whatever words are in its name."""
+    return "tests/parity" in nodeid.partition("::")[0]
+
+
 def left_out(config: pytest.Config, selected: Sequence[pytest.Item]) -> str | None:
     """What to say where -k or -m left nothing that compares, though what they chose from did; None where they left
     something, or tests of other things alone."""
     asked = {"-k": config.option.keyword, "-m": config.option.markexpr}
     given = " ".join(f"{option} '{expression}'" for option, expression in asked.items() if expression)
-    parity = not selected or any("parity" in item.nodeid for item in selected)
+    parity = not selected or any(map(of_parity, (item.nodeid for item in selected)))
     if not given or not parity or any(compares(item) for item in selected):
         return None
     return f"no block was compared with PyTorch: {given} selects none. Words that do: {', '.join(all_words())}"

@@ -8,7 +8,7 @@ from whisper.model import ModelDimensions, Whisper
 
 from maxwhisper.network.blocks import BLOCKS
 from reference.fixtures import ROOT
-from reference.pytest_plugin.selection import block_of, compares, judges_itself, left_out
+from reference.pytest_plugin.selection import block_of, compares, judges_itself, left_out, of_parity
 from reference.pytest_plugin.words import all_words, finds, words_of
 
 PARITY, PERF = ROOT / "tests" / "parity", ROOT / "tests" / "perf"
@@ -192,3 +192,9 @@ def test_properties_alone_are_no_empty_selection(collect: Callable[..., Collecte
     """They ask the judge themselves."""
     properties = collect(PARITY / "test_properties.py", "--dtype", "float32").items
     assert properties and all(judges_itself(item) and not compares(item) for item in properties)
+
+
+def test_a_word_in_a_tests_name_does_not_have_it_compare() -> None:
+    """Else a run of unit tests alone would fail for having compared nothing."""
+    assert of_parity("tests/parity/test_isolated.py::test_isolated[a]")
+    assert not of_parity("tests/unit/test_options.py::test_option[tests/parity]")
