@@ -344,6 +344,8 @@ def test_a_condition_widens_what_a_lucky_peer_leaves() -> None:
     assert "50 times" in str(wide)
     for (_, before), (_, after) in zip(plain.measures, wide.measures, strict=True):
         assert after.budget > before.budget
+    explained = UNIT_ROUNDOFF[torch.float32] * (1 + 64**0.5)
+    assert wide.relative_l2.budget - plain.relative_l2.budget == pytest.approx(49 * explained)
 
 
 # ---- faults --------------------------------------------------------------------------------------------------------
