@@ -135,7 +135,7 @@ def outcome(fault: FaultResult) -> str:
 
 @dataclass(frozen=True)
 class FaultTotals:
-    """Of one dtype. below: not caught, and below PyTorch's rounding; between: that and the budget."""
+    """Counts the faults of one dtype. below: not caught, and below PyTorch's rounding; between: that and the budget."""
 
     n: int
     caught: int

@@ -312,7 +312,7 @@ def roughly(x: Tensor, unit: float, generator: torch.Generator) -> Tensor:
 def explain(
     oracle: list[Tensor], peer: list[Tensor], subject: list[Tensor], inside: Mapping[str, list[Tensor]] | None = None
 ) -> tuple[Explanation, ...]:
-    """Of every output whose shapes agree. inside: the oracle's outputs with mistakes made inside it, by their names."""
+    """Explains every output whose shapes agree. inside: the oracle's with mistakes made in it, by their names."""
     threes = enumerate(zip(oracle, peer, subject, strict=False))
     return tuple(
         explain_output(index, *three, {name: outputs[index] for name, outputs in (inside or {}).items()})

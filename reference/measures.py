@@ -97,7 +97,7 @@ class Norms:
 
     @property
     def position_sizes(self) -> Tensor:
-        """The same of every position; that of one that is zero is the size of the whole."""
+        """Returns what errors at every position are relative to: its RMS, or where it is zero the size of the whole."""
         sizes = (self.positions / len(self.channels)).sqrt()
         return torch.where(sizes == 0, self.size, sizes.clamp(min=self.smallest))
 

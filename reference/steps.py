@@ -155,18 +155,18 @@ def given(suite: Suite, scene: Scene, unwritten: float) -> Given:
     cache = KeyValueCache(list(memory), audio, max(scene.lengths) - 1, rows_of(n, dims.n_text_ctx), memory=memory)
     made = Given(scene, windows, cross, texts, Rules.joined(rules), cache)
     for text in range(n):
-        fill(made, suite, text, generator)
+        fill(made, suite, text)
     return made
 
 
-def fill(made: Given, suite: Suite, text: int, generator: torch.Generator) -> None:
-    """Puts the oracle's keys and values of a text into rows of its window's texts: those of the tokens that they share
-    into any, those behind them into the ones that `decoding` left there, as beams do."""
+def fill(made: Given, suite: Suite, text: int) -> None:
+    """Puts the oracle's keys and values of a text into the rows of its window's texts, another one's at every position,
+    as beams leave them."""
     scene, cache, length = made.scene, made.cache, int(made.texts.lengths[text])
     first, past = text - text % scene.n_text, length - 1
     if past:
         own = forward(suite.model.oracle, made, made.texts.tokens[text, :past], text, [past - 1])[1:]
-        turn = torch.arange(past) % scene.n_text  # another beam's row at every place
+        turn = torch.arange(past) % scene.n_text
         cache.rows[text, :past] = first + (text - first + turn) % scene.n_text
         for kv, cached in zip(own, cache.own, strict=True):
             cached[cache.rows[text, :past], :, torch.arange(past)] = kv[0].transpose(0, 1).to(cached)
@@ -225,7 +225,7 @@ def three(suite: Suite, made: Given, advanced: Advanced, text: int) -> tuple[Fou
     start = made.texts.totals[text]
 
     def reckoned(logits: Tensor, own_scale: Tensor, kv: list[Tensor], best: Tensor) -> Found:
-        """Of PyTorch, whose log-probabilities become logits again on the oracle's scale."""
+        """Returns what PyTorch finds, its log-probabilities made logits again on the oracle's scale."""
         shift = scale - own_scale
         total = start + (logits.gather(1, chosen)[:, 0] + shift).sum()
         top = logits[-1].topk(n_best)

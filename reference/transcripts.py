@@ -36,7 +36,7 @@ DECODING: dict[str, dict[str, Any]] = {
 fallback: the clips are likely by about as much as the threshold, so that some are decoded again.
 """
 SEED = 5
-"""Of PyTorch's generator: what is drawn is drawn by both alike."""
+"""Seeds PyTorch's generator, so that both draw alike."""
 
 
 @dataclass(frozen=True)

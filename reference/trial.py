@@ -23,7 +23,7 @@ THREADS = (1, 3, 5, 8)
 """For how many threads kernels cut their work, beside as many as there are here: an odd number leaves some over."""
 
 Outputs = list[Tensor]
-NAME = "MAXWHISPER_THREADS"
+VARIABLE = "MAXWHISPER_THREADS"
 Run = Callable[..., Outputs]
 """A block on MAX, or what stands in for one: from its inputs in order to its outputs."""
 
@@ -31,15 +31,15 @@ Run = Callable[..., Outputs]
 @contextmanager
 def cut_for(n_thread: int | None) -> Iterator[None]:
     """Has kernels of our own cut their work for a number of threads, whatever the machine has; None: for its own."""
-    before = os.environ.pop(NAME, None)
+    before = os.environ.pop(VARIABLE, None)
     if n_thread:
-        os.environ[NAME] = str(n_thread)
+        os.environ[VARIABLE] = str(n_thread)
     try:
         yield
     finally:
-        os.environ.pop(NAME, None)
+        os.environ.pop(VARIABLE, None)
         if before:
-            os.environ[NAME] = before
+            os.environ[VARIABLE] = before
 
 
 @dataclass(frozen=True, eq=False)

@@ -38,7 +38,7 @@ from .growth_report import Cost, Growth, Point, Row, markdown, plot
 
 CLIP = FIXTURES / "clips" / "english-4.ogg"
 TOKENS = 20
-"""Of every 30 s: few, for an hour of audio not to take PyTorch one."""
+"""How many tokens are decoded for every 30 s: few, for an hour of audio not to take PyTorch one."""
 LONG = 30
 """Minutes of a recording from which on one round is enough: an interruption is a small part of its time."""
 
@@ -125,7 +125,7 @@ class Measurement:
             yield worker
 
     def model(self, size: str) -> Model:
-        """The same random weights each time, kept on disk only."""
+        """Returns a model of random weights, the same at every call, kept on disk only."""
         if size not in self.models:
             checkpoint = checkpoint_for(RANDOM + size)
             self.models[size] = Model(store(checkpoint), checkpoint.dims)

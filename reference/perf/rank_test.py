@@ -15,7 +15,7 @@ FACTOR = 1.10
 
 @dataclass(frozen=True)
 class RankTest:
-    """Of a block's rounds: medians in seconds, ratio of head to base, and p of the two-sided Mann-Whitney test."""
+    """Holds a block's medians in seconds, ratio of head to base, and p of the two-sided Mann-Whitney test."""
 
     block: str
     base: float

@@ -42,7 +42,7 @@ its caches hold."""
 
 
 N_TOKEN = 50
-"""Of every text of a decode loop, which does not end before."""
+"""How many tokens every text of a decode loop has, which does not end before."""
 
 
 @dataclass(frozen=True)

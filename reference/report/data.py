@@ -23,7 +23,7 @@ def as_json(run: Run, machine: dict[str, str]) -> str:
 
 
 def finite(value: Any) -> Any:
-    """The same with strings in the place of numbers that JSON has not."""
+    """Returns a value with strings in the place of numbers that JSON has not."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, dict):

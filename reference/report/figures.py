@@ -189,7 +189,7 @@ def isolated_points(run: Run, chain: Chain) -> list[Point]:
 
 
 def kind(comparison: Comparison) -> str:
-    """Of the inputs, without a decoder's place in the text."""
+    """Returns the kind of the inputs, without a decoder's place in the text."""
     return comparison.inputs.partition(".")[0]
 
 

@@ -96,7 +96,7 @@ def map_section(run: Run, attempts: Attempts) -> Html:
 
 
 def worst_maps(judgements: Sequence[Judgement]) -> list[tuple[Judgement, Explanation]]:
-    """Of each block and dtype the worst comparison that was explained, and its worst output."""
+    """Returns of each block and dtype the worst comparison that was explained, and its worst output."""
     found: dict[tuple[str, str], tuple[Judgement, Explanation]] = {}
     for judgement in worst_first([judgement for judgement in judgements if judgement.explanations]):
         explanation = max(judgement.explanations, key=lambda e: float(e.errors.nan_to_num(math.inf).max()))

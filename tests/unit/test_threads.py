@@ -11,7 +11,7 @@ from maxwhisper.network.blocks import BLOCKS
 from reference.blocks import TWINS
 from reference.models import trained
 from reference.suite import Suite
-from reference.trial import NAME, cut_for
+from reference.trial import VARIABLE, cut_for
 
 BLOCK = BLOCKS["decoder.mlp.step"]
 
@@ -22,7 +22,7 @@ def test_a_cut_that_leaves_a_column_out_is_red(wrong_for: str | None, monkeypatc
 
     def run(x: Tensor) -> list[Tensor]:
         (y,) = TWINS[BLOCK.name](judged.peer, 0, x=x)
-        if wrong_for and os.environ.get(NAME) == wrong_for:
+        if wrong_for and os.environ.get(VARIABLE) == wrong_for:
             y = y.clone()
             y[..., -1] = 0
         return [y]
@@ -36,9 +36,9 @@ def test_a_cut_that_leaves_a_column_out_is_red(wrong_for: str | None, monkeypatc
 def test_the_environment_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     before: Any
     for before in (None, "2"):
-        monkeypatch.setenv(NAME, before) if before else monkeypatch.delenv(NAME, raising=False)
+        monkeypatch.setenv(VARIABLE, before) if before else monkeypatch.delenv(VARIABLE, raising=False)
         with cut_for(5):
-            assert os.environ[NAME] == "5"
+            assert os.environ[VARIABLE] == "5"
         with cut_for(None):
-            assert NAME not in os.environ
-        assert os.environ.get(NAME) == before
+            assert VARIABLE not in os.environ
+        assert os.environ.get(VARIABLE) == before
