@@ -2,6 +2,7 @@
 made to go wrong."""
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -41,14 +42,18 @@ AUDIO: dict[str, Callable[[Tensor], Tensor]] = {
 speech: an English clip. silence: digital. clipping: speech far beyond full scale. constant: an offset and nothing else.
 click: speech in which one frame in the middle is full-scale noise.
 """
-BATCH = "two windows"
-"""Speech and clipping side by side, each with two texts, which share their window's keys and values."""
+BATCH = "three windows"
+"""Speech, clipping and a click side by side, each with three texts, which share their window's keys and values."""
+END = "to the end"
+"""Speech with a text up to the last position that a model has."""
+VOCABULARY = "every token"
+"""Every token of the vocabulary, once."""
 RANDOM = "random"
 """Normal numbers of the recorded inputs' RMS; random tokens. Another set for every seed."""
 SCALED = {"loud": LOUD, "quiet": QUIET}
 """The inputs for speech, times a power of two."""
 
-KINDS = (*AUDIO, BATCH, RANDOM, *SCALED)
+KINDS = (*AUDIO, BATCH, END, VOCABULARY, RANDOM, *SCALED)
 
 
 def with_click(speech: Tensor) -> Tensor:
@@ -179,23 +184,32 @@ def record(oracle: Whisper, audio: Tensor, tokens: Tensor) -> Activations:
 def recorded(oracle: Whisper, kind: str) -> Activations:
     """The activations that a kind of inputs is taken from: those of its audio, or for changed ones those of speech."""
     audio, tokens = speech(oracle.dims)
+    prompt, text, end = tokens[:, :N_PROMPT], tokens[:, N_PROMPT:-1], tokens[:, -1:]
     if kind == BATCH:
-        other = tokens.clone()
-        other[:, N_PROMPT:-1] = tokens[:, N_PROMPT:-1].flip(1)
-        windows = torch.stack([audio, AUDIO["clipping"](audio)])
-        return record(oracle, windows, torch.cat([tokens, other, other, tokens]))
+        windows = torch.stack(
+            [change(audio) for name, change in AUDIO.items() if name in ("speech", "clipping", "click")]
+        )
+        turned = [torch.cat([prompt, text.roll(by, 1), end], 1) for by in range(len(windows) * 3)]
+        return record(oracle, windows, torch.cat(turned))
+    if kind == END:
+        room = oracle.dims.n_text_ctx - N_PROMPT - 1
+        return record(oracle, audio[None], torch.cat([prompt, text.repeat(1, room)[:, :room], end], 1))
     return record(oracle, AUDIO[kind](audio)[None], tokens)
 
 
 def source(kind: str) -> str:
     """The kind whose recording the inputs of a kind are made from."""
-    return "speech" if kind == RANDOM or kind in SCALED else kind
+    return "speech" if kind in (RANDOM, VOCABULARY, *SCALED) else kind
 
 
 def changed(inputs: dict[str, Tensor], kind: str, n_vocab: int, seed: int) -> dict[str, Tensor]:
     """Recorded inputs as the kind has them: scaled, random, or as they are."""
     if kind in SCALED:
         return {name: x * SCALED[kind] if x.is_floating_point() else x for name, x in inputs.items()}
+    if kind == VOCABULARY:
+        n_token = inputs["tokens"].shape[1]
+        tokens = torch.arange(math.ceil(n_vocab / n_token) * n_token) % n_vocab
+        return {**inputs, "tokens": tokens.reshape(-1, n_token)}
     if kind != RANDOM:
         return inputs
     generator = torch.Generator().manual_seed(seed)
@@ -215,7 +229,8 @@ def random_like(x: Tensor, n_vocab: int, generator: torch.Generator) -> Tensor:
 def kinds(block: Block, names: list[str]) -> tuple[str, ...]:
     """The kinds of inputs that mean something for a block with inputs of these names."""
     if block.name == "log_mel":
-        return tuple(kind for kind in KINDS if kind != BATCH)
+        return tuple(kind for kind in KINDS if kind not in (BATCH, END, VOCABULARY))
     if set(names) <= {"tokens", "offset"}:
-        return ("speech", BATCH, RANDOM)
-    return KINDS
+        return ("speech", BATCH, END, VOCABULARY, RANDOM)
+    positions = block.path.startswith("decoder") and names != ["audio_features"] and "logits" not in block.name
+    return tuple(kind for kind in KINDS if kind != VOCABULARY and (positions or kind != END))

@@ -48,7 +48,7 @@ def random_tokens(suite: Suite, seed: int, *shape: int) -> Tensor:
 
 
 def cross_keys_values(suite: Suite, rows: slice) -> list[Tensor]:
-    """Of real audio: some rows of two windows, for every layer in turn."""
+    """Of real audio: some rows of several windows, for every layer in turn."""
     real = suite.model.activations(BATCH)
     names = [f"decoder.blocks.{layer}.cross_attn" for layer in range(suite.dims.n_text_layer)]
     return [table[name][rows].to(suite.dtype) for name in names for table in (real.keys, real.values)]
