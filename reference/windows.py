@@ -1,5 +1,5 @@
-"""All that `decode` says of a window: tokens, and with derived budgets its log-probability, the probability that there
-is no speech, and that of every language."""
+"""All that is said of a window: tokens and words, and with derived budgets the log-probability of the text, and the
+probabilities that there is no speech, of every language, and of every word."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -9,13 +9,18 @@ import numpy as np
 import torch
 import whisper
 from torch import Tensor
+from whisper import timing
 from whisper.audio import N_SAMPLES, log_mel_spectrogram, pad_or_trim
 from whisper.decoding import DecodingResult, DecodingTask
 from whisper.model import Whisper as OpenAIWhisper
+from whisper.timing import WordTiming
+from whisper.tokenizer import Tokenizer
 
+from maxwhisper import alignment
 from maxwhisper.audio import spectrogram
 from maxwhisper.whisper import Whisper
 
+from .activations import tokenizer_of
 from .blocks import TWINS
 from .chain import pytorch_logits
 from .judge import UNIT_ROUNDOFF, Comparison, Judgement, condition, judge
@@ -37,21 +42,24 @@ DECODING: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Window:
-    """What one side says of a window. languages: the probability of each, by alphabet."""
+    """What one side says of a window. languages: the probability of each, by alphabet. words: as they are timed."""
 
     result: DecodingResult
     languages: Tensor
+    words: list[WordTiming]
 
     @property
     def text(self) -> tuple[object, ...]:
         """Return what must be the same."""
         r = self.result
-        return r.language, r.tokens, r.text, r.temperature, r.compression_ratio
+        words = [(word.word, word.start, word.end) for word in self.words]
+        return r.language, r.tokens, r.text, r.temperature, r.compression_ratio, words
 
     @property
     def numbers(self) -> list[Tensor]:
-        """Return what is judged: the log-probability of the text, the probability of no speech, and of languages."""
-        return [torch.tensor([self.result.avg_logprob]), torch.tensor([self.result.no_speech_prob]), self.languages]
+        """Return what is judged: the log-probability of the text, the probabilities of no speech, languages, words."""
+        own = [torch.tensor([number]) for number in (self.result.avg_logprob, self.result.no_speech_prob)]
+        return [*own, self.languages, torch.tensor([word.probability for word in self.words])]
 
 
 def decoded(model: OpenAIWhisper, mel: Tensor, options: dict[str, Any]) -> Window:
@@ -60,7 +68,10 @@ def decoded(model: OpenAIWhisper, mel: Tensor, options: dict[str, Any]) -> Windo
     _, probabilities = model.detect_language(features)
     torch.manual_seed(SEED)
     result = model.decode(features, whisper.DecodingOptions(fp16=False, **options))
-    return Window(result, torch.tensor([probabilities[code] for code in sorted(probabilities)]))
+    find_alignment = alignment.find_alignment if isinstance(model, Whisper) else timing.find_alignment
+    tokenizer = tokenizer_of(model.dims, result.language)
+    words = find_alignment(model, tokenizer, words_of(tokenizer, result.tokens), mel.to(model.device), mel.shape[-1])
+    return Window(result, torch.tensor([probabilities[code] for code in sorted(probabilities)]), words)
 
 
 @dataclass(frozen=True)
@@ -76,7 +87,7 @@ class Judge:
         window = torch.from_numpy(pad_or_trim(audio, N_SAMPLES))
         ours = decoded(subject, spectrogram(subject.network["log_mel"], window), DECODING[decoding])
         comparison = Comparison(FIXTURE, torch.float32, f"decode, {decoding}", 0, clip, str(subject.device))
-        numbers = dict(zip(("logprob", "speech", "languages"), ours.numbers, strict=True))
+        numbers = dict(zip(("logprob", "speech", "languages", "words"), ours.numbers, strict=True))
         tensors = {"audio": window, repr(ours.text): torch.tensor(ours.result.tokens), **numbers}
         judged = partial(self.judged, comparison, window, ours)
         if self.verdicts and subject.device.type == "cpu":
@@ -108,9 +119,14 @@ class Judge:
         return verdict(condition=condition(formula, logits, UNIT_ROUNDOFF[torch.float32]))
 
     def logits(self, task: DecodingTask, window: Tensor, tokens: list[int]) -> dict[str, Tensor]:
-        """Return the oracle's at every place of prompt and text, and those that languages are detected by."""
-        start, eot = task.tokenizer.sot, task.tokenizer.eot
-        texts = {"text": [*task.initial_tokens, *tokens, eot], "start": [start, eot]}
+        """Return the oracle's at every place of prompt and text, those that languages are detected by, and those of
+        the text alone, by which words are found."""
+        known = task.tokenizer
+        texts = {
+            "text": [*task.initial_tokens, *tokens, known.eot],
+            "start": [known.sot, known.eot],
+            "words": [*known.sot_sequence_including_notimestamps, *words_of(known, tokens), known.eot],
+        }
         return {
             name: pytorch_logits(self.oracle, window, torch.tensor([text]), torch.float64)[0]
             for name, text in texts.items()
@@ -129,4 +145,19 @@ def numbers_of(task: DecodingTask, tokens: list[int], logits: dict[str, Tensor])
         for each in task.logit_filters:
             each.apply(left[place : place + 1], text[:, : task.sample_begin + place])
     logprobs = left.log_softmax(-1).gather(1, text[0, task.sample_begin :, None])
-    return [logprobs.sum(0) / (len(tokens) + 1), speech, languages]
+    return [logprobs.sum(0) / (len(tokens) + 1), speech, languages, word_probabilities(known, tokens, logits["words"])]
+
+
+def words_of(tokenizer: Tokenizer, tokens: list[int]) -> list[int]:
+    """Return a text without its timestamps."""
+    return [token for token in tokens if token < tokenizer.eot]
+
+
+def word_probabilities(tokenizer: Tokenizer, tokens: list[int], logits: Tensor) -> Tensor:
+    """Return every word's probability, the mean of its tokens', by openai-whisper's formula: of logits (token, vocab)
+    after the start, the text and its end, among the tokens of text."""
+    text = words_of(tokenizer, tokens)
+    of_text = logits[len(tokenizer.sot_sequence) :, : tokenizer.eot].softmax(-1)
+    probabilities = of_text[torch.arange(len(text)), torch.tensor(text, dtype=torch.int64)]
+    lengths = [len(word) for word in tokenizer.split_to_word_tokens([*text, tokenizer.eot])[1]][:-1]
+    return torch.stack([some.mean() for some in probabilities.split(lengths)])

@@ -40,6 +40,10 @@ def off(name: str, factor: float) -> Callable[[Window], Window]:
     return lambda w: replace(w, result=replace(w.result, **{name: getattr(w.result, name) * factor}))
 
 
+def with_last_word(window: Window, **changed: float) -> Window:
+    return replace(window, words=[*window.words[:-1], replace(window.words[-1], **changed)])
+
+
 FAULTS: dict[str, Callable[[Window], Window]] = {
     "log-probability": off("avg_logprob", 1.001),
     "its sum over one token fewer": lambda w: off("avg_logprob", 1 + 1 / len(w.result.tokens))(w),
@@ -51,6 +55,8 @@ FAULTS: dict[str, Callable[[Window], Window]] = {
     "temperature": lambda w: replace(w, result=replace(w.result, temperature=0.2)),
     "a token": lambda w: replace(w, result=replace(w.result, tokens=[*w.result.tokens[:-1], 50364])),
     "language": lambda w: replace(w, result=replace(w.result, language="de")),
+    "the probability of a word": lambda w: with_last_word(w, probability=w.words[-1].probability * 1.001),
+    "the time of a word": lambda w: with_last_word(w, end=w.words[-1].end + 0.02),
 }
 
 
