@@ -1,0 +1,32 @@
+"""`python -m reference.mutants`: tries mutants, and prints what became of them."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from .controller import Trials
+from .report import enough, report
+from .tree import ROOT, all_mutants, plant, sample
+
+
+def main() -> int:
+    """Tries a sample of mutants and returns 1 if too many stay green or are seen in the wrong place."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--number", type=int, default=300, help="how many, as evenly from the components as can be")
+    parser.add_argument("--seed", type=int, default=0, help="which")
+    parser.add_argument("--only", default="", help="those of files whose name has this in it")
+    parser.add_argument("--tree", type=Path, default=ROOT / "build" / "mutants", help="where the mutated sources go")
+    asked = parser.parse_args()
+    mutants = [mutant for mutant in all_mutants() if asked.only in mutant.file]
+    chosen = sample(mutants, asked.number, asked.seed)
+    planted = plant([mutant for mutant in chosen if not mutant.alone], asked.tree)
+    trials = Trials(asked.tree, planted, asked.tree / f"outcomes-{asked.seed}.jsonl")
+    trials.run()
+    trials.try_unrolled(mutant for mutant in chosen if mutant.alone)
+    tried = [mutant for mutant in chosen if mutant.number in trials.found]
+    print("\n".join(report(tried, trials.found)))
+    return 0 if enough(tried, trials.found) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

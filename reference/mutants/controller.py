@@ -1,0 +1,277 @@
+"""Runs the suite over mutants: which tests see them, and whether these are the right ones."""
+
+import json
+import os
+import re
+import selectors
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from maxwhisper.network.blocks import BLOCKS
+
+from .mutant import OWN_BLOCKS, RIGHT_TESTS, Mutant
+from .switch import VARIABLE
+from .tree import plant
+from .worker import PIPES
+
+SELECTION = ("tests/parity", "--benchmark-disable", "--size", "fixture", "--dtype", "float32")
+"""What a mutant has to pass."""
+PATIENCE = 120
+"""Seconds that a test may take with a mutant in force; without one the slowest takes 5."""
+TOGETHER = 16
+"""Mutated graphs that compile together."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a mutant.
+
+    by: the test that failed, or None. how: "test", "error", "crash" or "hang"; "survived"; "unreached", where no test
+    runs its place. right: whether what failed names the mutant's component, or its block.
+    """
+
+    mutant: int
+    how: str
+    by: str | None = None
+    right: bool = False
+
+
+class WorkerDied(Exception):
+    """A worker that ended, or was ended after PATIENCE; how: "crash" or "hang". at: the test that it was at."""
+
+    def __init__(self, how: str, at: str | None):
+        self.how, self.at = how, at
+        super().__init__(f"{how} at {at}")
+
+
+class Session:
+    """A worker in a tree, started when it is first asked, and again after it has died. items: the ids of its tests.
+    collected: what it had reached by then."""
+
+    def __init__(self, tree: Path):
+        self.tree = tree
+        self.process: subprocess.Popen | None = None
+        self.items: list[str] = []
+        self.collected: list[int] = []
+
+    def start(self) -> None:
+        orders, self.orders = os.pipe()
+        self.answers, answers = os.pipe()
+        environ = {**os.environ, "PYTHONPATH": str(self.tree), PIPES: f"{orders} {answers}"}
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-p",
+            "reference.mutants.worker",
+            "-p",
+            "no:cacheprovider",
+            *SELECTION,
+        ]
+        with (self.tree / "worker.log").open("a") as log:
+            self.process = subprocess.Popen(
+                command, cwd=self.tree, env=environ, pass_fds=(orders, answers), stdout=log, stderr=log
+            )
+        for end in (orders, answers):
+            os.close(end)
+        self.held = b""
+        first = self.answer(None)
+        self.items, self.collected = first["items"], first["reached"]
+
+    def ask(self, do: str, patience: float | None = None, **order: Any) -> dict[str, Any]:
+        """Returns the last answer to an order; raises WorkerDied."""
+        if not self.process:
+            self.start()
+        os.write(self.orders, (json.dumps({"do": do, **order}) + "\n").encode())
+        at = None
+        while "at" in (answer := self.answer(patience, at)):
+            at = answer["at"]
+        return answer
+
+    def answer(self, patience: float | None, at: str | None = None) -> dict[str, Any]:
+        while b"\n" not in self.held:
+            with selectors.DefaultSelector() as selector:
+                selector.register(self.answers, selectors.EVENT_READ)
+                if not selector.select(patience):
+                    self.stop()
+                    raise WorkerDied("hang", at)
+            if not (more := os.read(self.answers, 1 << 20)):
+                self.stop()
+                raise WorkerDied("crash", at)
+            self.held += more
+        line, _, self.held = self.held.partition(b"\n")
+        return json.loads(line)
+
+    def stop(self) -> None:
+        """Ends the worker, if there is one."""
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+            for end in (self.orders, self.answers):
+                os.close(end)
+            self.process = None
+
+
+@dataclass
+class Trials:
+    """Mutants of a tree on trial. found: outcomes so far, by number, each written to `record` as it comes."""
+
+    tree: Path
+    mutants: Sequence[Mutant]
+    record: Path
+    found: dict[int, Outcome] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.session = Session(self.tree)
+        if self.record.exists():
+            outcomes = (Outcome(**json.loads(line)) for line in self.record.read_text().splitlines())
+            self.found = {outcome.mutant: outcome for outcome in outcomes}
+
+    def note(self, outcome: Outcome) -> None:
+        self.found[outcome.mutant] = outcome
+        with self.record.open("a") as record:
+            print(json.dumps(vars(outcome)), file=record)
+
+    @property
+    def left(self) -> list[Mutant]:
+        return [mutant for mutant in self.mutants if mutant.number not in self.found]
+
+    # ---- which tests run a mutant's place ------------------------------------------------------------------------
+
+    @cached_property
+    def first_pass(self) -> dict[str, list[int]]:
+        """Returns by test which places it runs, the first time; raises RuntimeError if one fails without a mutant."""
+        answer = self.session.ask("all")
+        if answer["failed"]:
+            raise RuntimeError(f"fail without a mutant: {json.dumps(answer['failed'], indent=2)}")
+        return {"collection": self.session.collected, **answer["reached"]}
+
+    @cached_property
+    def live(self) -> dict[str, list[int]]:
+        """Returns by test which places it runs every time, when models are loaded and graphs built."""
+        assert self.first_pass
+        return self.session.ask("all")["reached"]
+
+    @cached_property
+    def traced(self) -> dict[str, list[int]]:
+        """Returns by block which places are run while its graph is built."""
+        return self.session.ask("traced")["reached"]
+
+    def blocks_of(self, mutant: Mutant) -> list[str]:
+        """Returns the blocks that run the mutant's place and hold no other that does."""
+        running = {name for name, reached in self.traced.items() if mutant.number in reached}
+        running |= {
+            name for item, reached in self.live.items() if mutant.number in reached and (name := block_of(item))
+        }
+        return [name for name in running if not any(inside(other, name) for other in running)]
+
+    def ordered(self, mutant: Mutant, tests: Iterable[str]) -> list[str]:
+        """Returns tests in the order in which somebody would run them who has changed that place."""
+        blocks, own = self.blocks_of(mutant), RIGHT_TESTS[mutant.right]
+        return sorted(tests, key=lambda test: (not self.is_right(mutant, test, blocks), own not in test))
+
+    def is_right(self, mutant: Mutant, test: str | None, blocks: Sequence[str]) -> bool:
+        """Tells whether a test that fails names the mutant's component: its innermost blocks, or its file of tests."""
+        if test is None:
+            return False
+        return block_of(test) in blocks if mutant.right == "blocks" else RIGHT_TESTS[mutant.right] in test
+
+    # ---- the trials ----------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Tries every mutant that is left: with all loaded, then in its graph, then in a process of its own."""
+        live = {number for reached in self.live.values() for number in reached}
+        traced = {number for reached in self.traced.values() for number in reached}
+        once = {n for test, reached in self.first_pass.items() for n in set(reached) - set(self.live.get(test, ()))}
+        for mutant in self.left:
+            if mutant.number in live:
+                self.try_live(mutant)
+        self.try_graphs([mutant for mutant in self.left if mutant.number in traced])
+        self.session.stop()
+        for mutant in self.left:
+            if mutant.number in once | traced:  # where models are loaded, or graphs built, which are kept
+                self.try_alone(mutant)
+            else:
+                self.note(Outcome(mutant.number, "survived" if mutant.number in live else "unreached"))
+
+    def try_live(self, mutant: Mutant) -> None:
+        tests = self.ordered(mutant, [test for test, reached in self.live.items() if mutant.number in reached])
+        blocks = self.blocks_of(mutant)
+        try:
+            answer = self.session.ask("tests", PATIENCE, mutant=mutant.number, items=tests)
+        except WorkerDied as death:
+            self.note(Outcome(mutant.number, death.how, death.at, self.is_right(mutant, death.at, blocks)))
+            return
+        if not answer["sound"]:  # what it left behind would be blamed on the next
+            self.session.stop()
+        if by := answer["failed"]:
+            self.note(Outcome(mutant.number, "test", by, self.is_right(mutant, by, blocks)))
+
+    def try_graphs(self, mutants: Sequence[Mutant]) -> None:
+        """Tries mutants that are in force while graphs are built, in the innermost blocks that these build."""
+        pairs = [(mutant.number, block) for mutant in mutants for block in self.blocks_of(mutant)[:2]]
+        for start in range(0, len(pairs), TOGETHER):
+            some = pairs[start : start + TOGETHER]
+            try:
+                said = self.session.ask("graphs", pairs=some)["said"]
+            except WorkerDied:
+                continue  # each then has a process of its own
+            for (number, block), what in zip(some, said, strict=True):
+                if what and number not in self.found:
+                    how = "test" if what.startswith("isolated") else "error"
+                    self.note(Outcome(number, how, f"{block}: {what}", True))
+
+    def try_alone(self, mutant: Mutant) -> None:
+        """Tries a mutant in processes that have it in force from the start: its right tests, then all."""
+        self.note(tried_alone(mutant, self.tree, [[RIGHT_TESTS[mutant.right]], ["tests/parity"]]))
+
+    def try_unrolled(self, mutants: Iterable[Mutant]) -> None:
+        """Tries mutants that are compiled without others: the smallest blocks that run them, then all tests."""
+        tree = self.tree.with_name(f"{self.tree.name}-alone")
+        for mutant in mutants:
+            if mutant.number in self.found:
+                continue
+            if not plant([mutant], tree):
+                self.note(Outcome(mutant.number, "refused"))
+                continue
+            own = OWN_BLOCKS.get(mutant.file)
+            first = [RIGHT_TESTS[mutant.right], *(["-k", own] if own else [])]
+            self.note(tried_alone(mutant, tree, [first, ["tests/parity"]]))
+
+
+def tried_alone(mutant: Mutant, tree: Path, selections: Sequence[Sequence[str]]) -> Outcome:
+    """Runs selections of tests in a tree, one after the other, until one fails. The first is of the right tests."""
+    environ = {**os.environ, "PYTHONPATH": str(tree), VARIABLE: str(mutant.number)}
+    for selection in selections:
+        command = [sys.executable, "-m", "pytest", *selection, *SELECTION[1:], "-x", "-q", "-rfE", "--tb=no"]
+        right = selection is selections[0]
+        try:
+            ended = subprocess.run(
+                command, cwd=tree, env=environ, capture_output=True, text=True, timeout=10 * PATIENCE
+            )
+        except subprocess.TimeoutExpired:
+            return Outcome(mutant.number, "hang", selection[0], right)
+        if ended.returncode:
+            named = re.search(r"(?m)^(FAILED|ERROR) (\S+)", ended.stdout)
+            how = "test" if named and named[1] == "FAILED" else "error"
+            by = named[2] if named else (ended.stdout + ended.stderr)[-300:]
+            return Outcome(
+                mutant.number, how, by, right or RIGHT_TESTS[mutant.right] in by and mutant.right != "blocks"
+            )
+    return Outcome(mutant.number, "survived")
+
+
+def block_of(test: str) -> str | None:
+    """Returns the block that a test compares alone, None for another."""
+    found = re.search(r"test_isolated\[\w+-\w+-([\w.]+)-", test)
+    return found[1] if found else None
+
+
+def inside(inner: str, outer: str) -> bool:
+    """Tells whether a block is a part of another."""
+    return BLOCKS[inner].path != BLOCKS[outer].path and f"{BLOCKS[inner].path}.".startswith(f"{BLOCKS[outer].path}.")

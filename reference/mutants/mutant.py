@@ -1,0 +1,98 @@
+"""What a mutant is, and the components that they are counted by."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatch
+
+COMPONENTS: tuple[tuple[str, str, str], ...] = (
+    ("select_tokens and draft kernels", "steps", "kernels/select_tokens.mojo kernels/draft.mojo kernels/loop.mojo"),
+    ("kernels", "blocks", "kernels/*.mojo"),
+    ("network", "blocks", "network/*.py"),
+    (
+        "decoding",
+        "steps",
+        "decoding/cpu.py decoding/speculative.py decoding/rules.py decoding/cache.py decoding/stepper.py",
+    ),
+    ("transcripts", "transcript", "decoding/openai_loop.py decoding/module_cache.py alignment.py whisper.py frozen.py"),
+    ("loaders", "loading", "checkpoint/*.py audio.py"),
+)
+"""By component: its name, which tests are its right ones, and its files; the first that matches counts.
+
+Not here: what only a GPU runs, batches of recordings (tests/unit/test_together.py has them), the command, and what
+compiles and keeps graphs.
+"""
+
+NOT_MUTATED = ("kernels/store.mojo", "kernels/product.mojo", "kernels/__init__.mojo", "network/backends.py")
+"""Files of components above that only a GPU runs."""
+
+OWN_BLOCKS = {
+    "kernels/attention.mojo": "decoder.attention.cached or decoder.cross_attention.step",
+    "kernels/convolution.mojo": "encoder.stem",
+    "kernels/decoder_block.mojo": "decoder.block.step",
+    "kernels/linear.mojo": "decoder.mlp.step",
+    "kernels/softmax.mojo": "encoder.attention or decoder.attention.cached",
+    "kernels/team.mojo": "decoder.block.step",
+    "kernels/tiled_attention.mojo": "encoder.attention",
+    "kernels/tiles.mojo": "encoder.mlp",
+}
+"""By kernel the words for pytest's -k that find the smallest blocks that use it."""
+
+RIGHT_TESTS = {
+    "blocks": "tests/parity/test_isolated.py",
+    "steps": "tests/parity/test_steps.py",
+    "transcript": "tests/parity/test_transcript.py",
+    "loading": "tests/parity/test_loading.py",
+}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A fault at one place.
+
+    number: of the switch. file: below maxwhisper/. operator: what was done. before, after: the code there. alone:
+    whether it is compiled without others, and without a switch.
+    """
+
+    number: int
+    file: str
+    line: int
+    operator: str
+    before: str
+    after: str
+    alone: bool = False
+
+    @property
+    def component(self) -> str:
+        return component_of(self.file)[0]
+
+    @property
+    def right(self) -> str:
+        """Returns which tests name the component: a key of RIGHT_TESTS."""
+        return component_of(self.file)[1]
+
+    def __str__(self) -> str:
+        return f"{self.number} {self.file}:{self.line} {self.operator}: {self.before} -> {self.after}"
+
+
+ALWAYS = -1
+"""The number of a mutant that stands in the place of the right code, behind no switch."""
+Choose = Callable[[str, int, str, str, str], int | None]
+"""From file, line, operator, before and after to the number of a mutant that is wanted there."""
+
+
+def component_of(file: str) -> tuple[str, str]:
+    """Returns the component of a file below maxwhisper/ and its right tests; raises LookupError if it has none."""
+    for name, right, patterns in COMPONENTS:
+        if any(fnmatch(file, pattern) for pattern in patterns.split()) and file not in NOT_MUTATED:
+            return name, right
+    raise LookupError(f"{file} is of no component that is mutated")
+
+
+def next_digit(literal: str) -> str | None:
+    """Returns a number with its last digit one higher, 9 becoming 8; None for what has no such digit."""
+    mantissa, exponent = (literal.lower().split("e") + [""])[:2]
+    if not mantissa[-1:].isdigit() or mantissa.startswith("0x"):
+        return None
+    digit = int(mantissa[-1])
+    last = str(digit - 1 if digit == 9 else digit + 1)
+    return mantissa[:-1] + last + (f"e{exponent}" if exponent else "")

@@ -1,0 +1,151 @@
+"""The machine that makes mutants: what it changes, what it leaves, and what is said of those that stay green."""
+
+import ast
+from collections.abc import Callable
+
+import pytest
+
+from reference.mutants import mojo_sources, python_sources, switch, tree
+from reference.mutants.controller import Outcome
+from reference.mutants.mutant import Mutant, next_digit
+from reference.mutants.report import enough, report
+
+
+def changes(instrumented: Callable[..., str], text: str) -> dict[str, set[str]]:
+    """By operator, what the code of a source becomes."""
+    found: dict[str, set[str]] = {}
+
+    def note(file: str, line: int, operator: str, before: str, after: str) -> None:
+        found.setdefault(operator, set()).add(after)
+
+    assert instrumented(text, "a", note) == text
+    return found
+
+
+@pytest.mark.parametrize(
+    ("code", "operator", "after"),
+    [
+        ("y = a < b", "comparison", "a <= b"),
+        ("y = a + b", "arithmetic", "a - b"),
+        ("y = a + b", "term dropped", "a"),
+        ("y = a - 1e-05", "constant", "2e-05"),
+        ("y = x[i, j]", "index swapped", "x[j, i]"),
+        ("y = f(a, b)", "arguments swapped", "f(b, a)"),
+        ("y = x.cast(d)", "cast left out", "x"),
+        ("y = min(a, 3)", "min, max", "max(a, 3)"),
+        ("y = a and b", "and, or", "a or b"),
+        ("y = -a", "sign", "a"),
+        ("y = not a", "not dropped", "a"),
+        ("f(a)", "call skipped", "pass"),
+        ("y += a", "arithmetic", "y -= a"),
+    ],
+)
+def test_python_operators(code: str, operator: str, after: str) -> None:
+    assert after in changes(python_sources.instrumented, code)[operator]
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "def f(x: dict[str, int] = 3) -> tuple[int, 2]:\n    '''Adds 1.'''",
+        "if a < 3:\n    raise ValueError(f'{a + 1}')",
+        "@dataclass(frozen=True)\nclass A:\n    x: int",
+        "y: dict[str, int]",
+    ],
+)
+def test_python_that_is_left_alone(code: str) -> None:
+    assert not changes(python_sources.instrumented, code)
+
+
+@pytest.mark.parametrize(
+    ("code", "operator", "after"),
+    [
+        ("    var n = a + b * c", "arithmetic", "a - b * c"),
+        ("    var n = a + b * c", "term dropped", "a"),
+        ("    while a + W <= end:", "comparison", "a + W < end"),
+        ("    for i in range(0, n, W):", "constant", "1"),
+        ("    return x.lt(y)", "lane comparison", "x.le(y)"),
+        ("    var n = ceildiv(a, b) + 1", "remainder dropped", "((a) // (b)) + 1"),
+        ("    var y = ks.fma(a, b)", "arguments swapped", "b, a"),
+        ("    total += x[i]", "arithmetic", "total -= x[i]"),
+        ("    total += x[i]", "statement skipped", "pass"),
+        ("    y.unsafe_store(i, x)", "statement skipped", "pass"),
+        ("    x.unsafe_store(\n        i,\n        1.5,\n    )", "constant", "1.6"),
+        ("    if a and not b:", "and, or", "a or not b"),
+        ("    if a and not b:", "not dropped", "a and b"),
+        ("    var y = max(-a, b)", "min, max", "min(-a, b)"),
+        ("    var y = max(-a, b)", "sign", "a"),
+        ("    var y = x.cast[Self.dtype]().cast[DType.float32]()", "cast left out", "x"),
+    ],
+)
+def test_mojo_operators(code: str, operator: str, after: str) -> None:
+    assert {" ".join(after.split())} <= {
+        " ".join(a.split()) for a in changes(mojo_sources.instrumented, code)[operator]
+    }
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "comptime WIDTH = 3 + 4",
+        "    comptime for i in range(3):",
+        '    """Adds 1 + 2."""',
+        "    # total += 1",
+        "def scale[n: Int](x: Int = 3) -> Float32:",
+        "    raise Error(1)",
+        "    var x: Int",
+        "    var sums = Floats()",
+    ],
+)
+def test_mojo_that_is_left_alone(code: str) -> None:
+    assert not changes(mojo_sources.instrumented, code)
+
+
+def test_parameters_of_mojo_types_are_left_alone() -> None:
+    assert changes(mojo_sources.instrumented, "    var ws = Array[Floats, 2 * 3](fill=0)") == {"constant": {"1"}}
+
+
+def test_python_does_what_it_did_until_a_mutant_is_in_force() -> None:
+    text = "def f(a, b):\n    a += 1\n    return a < b or a + b == 3"
+    numbers = iter(range(1, 100))
+    mutated = python_sources.instrumented(text, "a", lambda *_: next(numbers))
+    right: dict = {}
+    wrong: dict = {}
+    exec(text, right)
+    exec(compile(ast.parse(mutated), "mutated", "exec"), wrong)
+    given = [(a, b) for a in range(4) for b in range(4)]
+    switch.reached()
+    assert [wrong["f"](*each) for each in given] == [right["f"](*each) for each in given]
+    seen = switch.reached()
+    different = set()
+    for number in range(1, next(numbers)):
+        switch.put_in_force(number)
+        if [wrong["f"](*each) for each in given] != [right["f"](*each) for each in given]:
+            different.add(number)
+    switch.put_in_force(0)
+    assert seen == different and len(seen) > 5
+
+
+def test_every_component_has_its_share_of_a_sample() -> None:
+    mutants = tree.all_mutants()
+    chosen = tree.sample(mutants, 60, seed=1)
+    assert len(chosen) == 60 == len({mutant.number for mutant in chosen})
+    assert chosen == tree.sample(mutants, 60, seed=1) != tree.sample(mutants, 60, seed=2)
+    by_component = [sum(other.component == mutant.component for other in chosen) for mutant in chosen]
+    assert set(by_component) == {10}
+
+
+@pytest.mark.parametrize(("literal", "after"), [("0.5", "0.6"), ("1e-05", "2e-05"), ("0.39", "0.38"), ("0x1F", None)])
+def test_last_digit(literal: str, after: str | None) -> None:
+    assert next_digit(literal) == after
+
+
+def test_what_stays_green_is_counted_and_named() -> None:
+    mutants = [Mutant(n, "kernels/linear.mojo", n, "constant", "1", str(n)) for n in range(1, 21)]
+    outcomes = {mutant.number: Outcome(mutant.number, "test", "a test", True) for mutant in mutants}
+    assert enough(mutants, outcomes)
+    outcomes[3], outcomes[4] = Outcome(3, "survived"), Outcome(4, "unreached")
+    assert not enough(mutants, outcomes)
+    text = "\n".join(report(mutants, outcomes))
+    assert "| kernels | 20 | 0 | 18 (90%) | 18 (90%) | 1 | 1 |" in text
+    assert "3 kernels/linear.mojo:3 constant: 1 -> 3" in text
