@@ -69,8 +69,6 @@ class Session:
             "pytest",
             "-p",
             "reference.mutants.worker",
-            "-p",
-            "no:cacheprovider",
             *SELECTION,
         ]
         with (self.tree / "worker.log").open("a") as log:
