@@ -28,6 +28,12 @@ Run = Callable[..., Outputs]
 """A block on MAX, or what stands in for one: from its inputs in order to its outputs."""
 
 
+def threads_for(comparison: Comparison) -> tuple[int, ...]:
+    """Returns for how many threads a comparison is made again. How work is cut depends on shapes, which all layers
+    share: the first layer is given all of THREADS on every kind of inputs, each other layer one of them in turn."""
+    return THREADS if comparison.layer == 0 else THREADS[comparison.layer % len(THREADS) :][:1]
+
+
 @contextmanager
 def cut_for(n_thread: int | None) -> Iterator[None]:
     """Has kernels of our own cut their work for a number of threads, whatever the machine has; None: for its own."""
