@@ -39,14 +39,15 @@ def alone(model: Whisper, recordings: list[np.ndarray]) -> Callable[[int | None]
     return cache_of(lambda beam_size: {i: model.transcribe(x, beam_size=beam_size) for i, x in enumerate(recordings)})
 
 
-@pytest.mark.parametrize("beam_size", [None, 3])
-@pytest.mark.parametrize("batch_size", [2, 9])
+@pytest.mark.parametrize(
+    ("batch_size", "beam_size"), [(2, None), (2, 3), (9, None), pytest.param(9, 3, marks=pytest.mark.nightly)]
+)
 def test_together_as_alone(
     model: Whisper,
     alone: Callable[[int | None], dict[int, dict[str, Any]]],
     recordings: list[np.ndarray],
-    beam_size: int | None,
     batch_size: int,
+    beam_size: int | None,
 ) -> None:
     assert len(SOME) == 5 and any(segment["seek"] for each in alone(None).values() for segment in each["segments"])
     together = dict(model.transcribe_many(recordings, batch_size, beam_size=beam_size))
