@@ -46,7 +46,7 @@ AT_NIGHT = {
 """By clip of several windows, the ways to decode that every merge sees on the other one, or on clips of one window."""
 
 
-SOMETIMES = ("prompt", "drawn", "fallback", "beam, no timestamps")
+SOMETIMES = ("prompt", "drawn", "fallback", "greedy, no timestamps", "beam, no timestamps")
 """Ways to decode that every merge sees on the two clips of two languages that fall back to a temperature."""
 FALL_BACK = ("clips/english-3.mp3", "clips/german-1.wav")
 
