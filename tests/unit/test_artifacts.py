@@ -288,10 +288,9 @@ def test_every_module_that_builds_graphs_counts() -> None:
     assert all(name.startswith(artifacts.GRAPH_SOURCES) for name in building)
 
 
-def test_the_key_of_the_compile_cache_has_maxs_version_and_the_hash() -> None:
-    command = [sys.executable, "-m", "maxwhisper.engine.artifacts"]
-    done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, check=True)
-    assert done.stdout == f"max-{artifacts.version('max')}-graphs-{source_hash()[:16]}\n"
+def test_the_key_of_the_compile_cache_has_maxs_version_and_the_hash(capsys: pytest.CaptureFixture[str]) -> None:
+    artifacts.main()
+    assert capsys.readouterr().out == f"max-{artifacts.version('max')}-graphs-{source_hash()[:16]}\n"
 
 
 # ---- the CPU -------------------------------------------------------------------------------------------------------

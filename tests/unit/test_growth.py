@@ -91,6 +91,7 @@ def cells(text: str, title: str) -> list[list[str]]:
 def test_the_tables_and_files(
     stand_in: type[StandIn], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(growth, "LONG", 3)
     monkeypatch.setitem(growth.AXES, "minutes", (1, growth.LONG))
     monkeypatch.setitem(growth.AXES, "batch", (1, 4))
     monkeypatch.setitem(growth.AXES, "threads", (1, 2, 4))
@@ -99,7 +100,7 @@ def test_the_tables_and_files(
     text = capsys.readouterr().out
     assert cells(text, "Audio length") == [
         ["1", "1.00", "2.00", "0.50", "1000", "2000", "0.50", "2"],
-        ["30", "30.00", "60.00", "0.50", "30000", "60000", "0.50", "1"],
+        ["3", "3.00", "6.00", "0.50", "3000", "6000", "0.50", "1"],
     ]
     assert stand_in.heard[:8] == [1, 2] * 4, "30 s of the recording first, then all of it"
     assert cells(text, "Batch") == [
