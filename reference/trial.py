@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import tf32
-from .activations import BATCH
+from .activations import BATCH, END
 from .blocks import TWINS
 from .formulas import in_float64
 from .inputs import moved
@@ -32,9 +32,9 @@ Run = Callable[..., Outputs]
 
 def threads_for(comparison: Comparison) -> tuple[int, ...]:
     """Returns for how many threads a comparison is made again. How work is cut depends on shapes, which all layers
-    share, and all kinds of inputs but two windows at once: on these and on speech the first layer is given all of
+    share, and most kinds of inputs: on speech, several windows and a text to the end the first layer is given all of
     THREADS, every other comparison one of them in turn."""
-    if comparison.layer == 0 and comparison.inputs.startswith(("speech", BATCH)):
+    if comparison.layer == 0 and comparison.inputs.startswith(("speech", BATCH, END)):
         return THREADS
     return (THREADS[crc32(str(comparison).encode()) % len(THREADS)],)
 
