@@ -23,10 +23,14 @@ log = logging.getLogger("maxwhisper")
 
 
 class Unfilled(TorchFunctionMode):
-    """Has modules made without values: for some, PyTorch would first import for seconds what it needs on no device."""
+    """Has modules made without values: to fill tensors of no memory, PyTorch would first import its compiler, which
+    takes a second."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return args[0] if func is torch.Tensor.normal_ else func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func in (nn.init.normal_, torch.Tensor.normal_, torch.Tensor.triu_):
+            return next(iter((*args, *kwargs.values())))
+        return func(*args, **kwargs | ({"device": "cpu"} if func is torch.arange else {}))  # of which sines are made
 
 
 @contextmanager

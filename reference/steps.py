@@ -5,6 +5,7 @@ is given to oracle and peer, token by token, with openai-whisper's own filters. 
 likelier by more than rounding explains, and everything else is compared as a block's outputs are.
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -240,10 +241,10 @@ def three(suite: Suite, made: Given, advanced: Advanced, text: int) -> tuple[Fou
     return oracle, reckoned(theirs.double(), their_scale.double(), their_kv, theirs.argmax(1, keepdim=True)), ours
 
 
-def judge_steps(suite: Suite, stepper: Stepper, scene: Scene) -> Judgement:
+def judge_steps(suite: Suite, stepper: Stepper, scene: Scene, way: str = "") -> Judgement:
     """Judges what a stepper makes of a scene: the tokens it selects, their sums, candidates and log-probabilities, and
     the keys and values that it leaves in the cache. Where the cache holds nothing yet stands NaN, on a GPU, whose
-    attention multiplies that with 0, a large number."""
+    attention multiplies that with 0, a large number. way: as of `Suite.recalled`."""
     made = given(suite, scene, unwritten=1e4 if stepper.tokens_first else torch.nan)
     before = [kept(made.cache, text, n - 1) for text, n in enumerate(made.texts.lengths.tolist())]
     with torch.no_grad():
@@ -251,9 +252,19 @@ def judge_steps(suite: Suite, stepper: Stepper, scene: Scene) -> Judgement:
     comparison = Comparison(suite.model.size, suite.dtype, "decoding", 0, scene.name, suite.device)
     if defects := tuple(broken_promises(made, advanced, before)):
         return Judgement(comparison, (), defects)
+    after = [kept(made.cache, text, n - 1) for text, n in enumerate(advanced.texts.lengths.tolist())]
+    given_and_found = [*made.cross.values(), *made.texts, *itertools.chain(*before), *itertools.chain(*after)]
+    given_and_found += [*advanced.texts, advanced.candidates.tokens, advanced.candidates.logprobs]
+    tensors = {str(index): x for index, x in enumerate(given_and_found)}
+    (judgement,) = suite.recalled(comparison, tensors, lambda: [judged_steps(suite, made, advanced, comparison)], way)
+    return judgement
+
+
+def judged_steps(suite: Suite, made: Given, advanced: Advanced, comparison: Comparison) -> Judgement:
+    """Returns the verdict on what was made of a scene."""
     moved = [text for text, n in enumerate(made.n_token.tolist()) if n]
     by_text = [three(suite, made, advanced, text) for text in moved]
-    oracle, peer, subject = (joined(each, scene.n_best) for each in zip(*by_text, strict=True))
+    oracle, peer, subject = (joined(each, made.scene.n_best) for each in zip(*by_text, strict=True))
     twin = TWINS["decoder.step"]
     return judge(
         comparison,

@@ -21,7 +21,7 @@ from .measures import DTYPES as DTYPES  # for reference.perf.worker, which finds
 from .models import Model
 from .models import load as load
 from .subject import Subject
-from .trial import THREADS, Run, Trial
+from .trial import Run, Trial, threads_for
 from .verdicts import Memory, Verdicts
 
 
@@ -97,7 +97,7 @@ class Suite:
         if run:
             return trial.judge()
         judgement = self.verdict(trial, trial.subject)
-        for n_thread in THREADS if self.device == "cpu" and judgement.passed else ():
+        for n_thread in threads_for(comparison) if self.device == "cpu" and judgement.passed else ():
             outputs = trial.outputs(n_thread)
             if not all(map(torch.equal, outputs, trial.subject)):
                 cut = self.verdict(trial, outputs)
@@ -123,12 +123,13 @@ class Suite:
         ]
 
     def recalled(
-        self, comparison: Comparison, tensors: Mapping[str, Tensor], judge: Callable[[], list[Judgement]]
+        self, comparison: Comparison, tensors: Mapping[str, Tensor], judge: Callable[[], list[Judgement]], way: str = ""
     ) -> list[Judgement]:
-        """Returns what `judge` gives, or gave in an earlier run: see `reference.verdicts`."""
+        """Returns what `judge` gives, or gave in an earlier run: see `reference.verdicts`. way: tells apart what is
+        compared in several ways under one name."""
         if self.memory is None or self.device != "cpu":
             return judge()
-        return Verdicts(self.memory, self.model.fingerprint).recalled(str(comparison), tensors, judge)
+        return Verdicts(self.memory, self.model.fingerprint).recalled(f"{comparison}{way}", tensors, judge)
 
     def explain(self, comparison: Comparison) -> tuple[Explanation, ...]:
         """Returns where and how MAX errs in the comparison."""

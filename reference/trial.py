@@ -6,11 +6,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
+from zlib import crc32
 
 import torch
 from torch import Tensor
 
 from . import tf32
+from .activations import BATCH, END
 from .blocks import TWINS
 from .formulas import in_float64
 from .inputs import moved
@@ -26,6 +28,15 @@ Outputs = list[Tensor]
 VARIABLE = "MAXWHISPER_THREADS"
 Run = Callable[..., Outputs]
 """A block on MAX, or what stands in for one: from its inputs in order to its outputs."""
+
+
+def threads_for(comparison: Comparison) -> tuple[int, ...]:
+    """Returns for how many threads a comparison is made again. How work is cut depends on shapes, which all layers
+    share, and most kinds of inputs: on speech, several windows and a text to the end the first layer is given all of
+    THREADS, every other comparison one of them in turn."""
+    if comparison.layer == 0 and comparison.inputs.startswith(("speech", BATCH, END)):
+        return THREADS
+    return (THREADS[crc32(str(comparison).encode()) % len(THREADS)],)
 
 
 @contextmanager

@@ -1,11 +1,13 @@
 """Versions of packages, however they were installed."""
 
+from functools import cache
 from importlib import import_module, metadata
 
 MODULES = {"openai-whisper": "whisper"}
 """What a package is imported as, where that is not its own name."""
 
 
+@cache  # a judge asks for every comparison, and metadata is a file to parse
 def version(package: str) -> str:
     """Return a package's version by its metadata, or by its module's `__version__` where it was copied without any.
 

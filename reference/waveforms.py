@@ -15,8 +15,6 @@ from pathlib import Path
 import numpy as np
 import soundfile
 import torch
-from scipy.fft import next_fast_len
-from scipy.signal import resample
 from torch import Tensor
 from whisper.audio import HOP_LENGTH, N_FFT, SAMPLE_RATE
 
@@ -45,6 +43,9 @@ def resampled(samples: np.ndarray, rate: int) -> np.ndarray:
     """Return the same sound at 16 kHz, as far as that can hold it, without a filter of any length."""
     if rate == SAMPLE_RATE:
         return samples
+    from scipy.fft import next_fast_len  # whose import takes a second of processor time
+    from scipy.signal import resample
+
     period = rate // math.gcd(rate, SAMPLE_RATE)  # the shortest piece that is whole samples at both rates
     n_period = next_fast_len(len(samples) // period + 2)  # silence, for the end not to run into the start
     padded = np.pad(samples, (0, n_period * period - len(samples)))

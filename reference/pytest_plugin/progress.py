@@ -16,6 +16,14 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         session.config.add_cleanup(lambda: logging.getLogger("maxwhisper").removeHandler(progress))
 
 
+def pytest_collection_finish() -> None:
+    """Has PyTorch's loggers hand on to the root logger what they are given. To each logger that does not, of which
+    PyTorch has some fifty, pytest attaches a handler three times a test."""
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.startswith("torch") and isinstance(logger, logging.Logger):
+            logger.propagate = True
+
+
 class Progress(logging.Handler):
     """Shows what is being compiled, and for how long, which pytest would keep to itself."""
 

@@ -17,6 +17,7 @@ from reference.blocks import TWINS
 from reference.formulas import in_float64
 from reference.judge import Comparison, Judgement, judge
 from reference.suite import Suite
+from reference.verdicts import fingerprint
 
 N_CONTEXT = 448
 
@@ -55,15 +56,22 @@ def cross_keys_values(suite: Suite, rows: slice) -> list[Tensor]:
 
 
 def expected(suite: Suite, block: str, names: list[str], inputs: list[Tensor], ours: list[Tensor]) -> Judgement:
-    """The verdict on `ours` where the right result is the twin's of these inputs."""
+    """The verdict on `ours` where the right result is the twin's of these inputs, or that of an earlier run."""
     named = dict(zip(names, inputs, strict=True))
+    comparison = Comparison(suite.model.size, suite.dtype, block, 0, "property", suite.device)
+    tensors = named | {f"output {index}": x for index, x in enumerate(ours)}
+    (found,) = suite.recalled(comparison, tensors, lambda: [judged(suite, comparison, named, ours)], fingerprint(named))
+    return found
+
+
+def judged(suite: Suite, comparison: Comparison, named: dict[str, Tensor], ours: list[Tensor]) -> Judgement:
     exact = in_float64(named)
     there = {name: x.to(suite.torch_device) for name, x in named.items()}
-    twin = TWINS[block]
+    twin = TWINS[comparison.block]
     with torch.no_grad():
         oracle, peer = twin(suite.model.oracle, 0, **exact), twin(suite.peer, 0, **there)
     return judge(
-        Comparison(suite.model.size, suite.dtype, block, 0, "property", suite.device),
+        comparison,
         oracle[: len(ours)],
         [x.cpu() for x in peer[: len(ours)]],
         ours,

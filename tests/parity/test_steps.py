@@ -38,6 +38,7 @@ def test_steps(
     proposing: bool,
     n_thread: int | None,
     models: dict[str, maxwhisper.Whisper],
+    request: pytest.FixtureRequest,
     checkpoint_path: str,
     loading: dict[str, Any],
     run: Run,
@@ -50,7 +51,7 @@ def test_steps(
     model = models[dtype]
     stepper = model.stepper if proposing else CPUStepper(model.network, model.dims.n_text_ctx)
     with cut_for(n_thread):
-        judgement = judge_steps(suite, stepper, scene)
+        judgement = judge_steps(suite, stepper, scene, request.node.name)
     run.judgements.append(judgement)
     if not judgement.passed:
         pytest.fail(f"\n{judgement}", pytrace=False)

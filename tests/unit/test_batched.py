@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,16 +65,21 @@ def test_the_detector_hears_the_sentences() -> None:
     assert all(any(start <= middle < end for start, end in spans) for middle in middles)
 
 
+@pytest.fixture(scope="module")
+def expected(model: Whisper) -> list[dict[str, Any]]:
+    """What is said in each piece of the recording."""
+    audio, options = load_audio(LONG), {"language": "en", "word_timestamps": True}
+    return [model.transcribe(audio[a * CHUNK : b * CHUNK], **options) for a, b in pieces(probabilities(audio))]
+
+
 @pytest.mark.parametrize("batch_size", [1, 4])
-def test_pieces_are_transcribed_as_recordings_of_their_own(model: Whisper, batch_size: int) -> None:
+def test_pieces_are_transcribed_as_recordings_of_their_own(
+    model: Whisper, batch_size: int, expected: list[dict[str, Any]]
+) -> None:
     audio = load_audio(LONG)
     done: list[float] = []
     result = transcribe_batched(model, audio, batch_size, progress=done.append, word_timestamps=True)
     spans = pieces(probabilities(audio))
-    expected = [
-        model.transcribe(audio[start * CHUNK : end * CHUNK], language="en", word_timestamps=True)
-        for start, end in spans
-    ]
     assert result["language"] == "en"
     assert result["text"] == "".join(each["text"] for each in expected)
     starts = [start * CHUNK / SAMPLE_RATE for start, _ in spans]

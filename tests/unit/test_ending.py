@@ -5,8 +5,6 @@ import math
 import os
 import pickle
 import re
-import subprocess
-import sys
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -43,6 +41,7 @@ def pytest_configure(config):
     run.judgements.append(Judgement(Comparison("fixture", torch.float32, "encoder.mlp", 0, "speech"), (output,), ()))
 """
 SUMMARY = "parity: 1 pairs compared"
+ISOLATED = ROOT / "tests" / "parity" / "test_isolated.py"
 
 
 def run_with(pytester: pytest.Pytester, plugin: str, *options: str) -> tuple[int, list[str]]:
@@ -177,14 +176,15 @@ def test_a_worker_that_died_fails_the_run() -> None:
     assert not run.passed
 
 
-def test_the_verdicts_of_workers_are_those_of_one_run(tmp_path: Path) -> None:
-    selection = ["tests/parity", "-k", "encoder.layer_norm and speech", "--size", "fixture", "--dtype", "float32"]
-    command = [sys.executable, "-m", "pytest", *selection, "-v", "-n", "2", "--dist", "loadgroup"]
-    command += ["--report", str(tmp_path)]
-    path = os.pathsep.join(["/usr/bin", "/bin"])  # where another Python is the first, if any is
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PATH": path}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "parity: 10 pairs compared" in done.stdout and "2 passed" in done.stdout
-    assert len(set(re.findall(r"^\[(gw\d)\].* PASSED", done.stdout, re.M))) == 1, "both are of one model"
+def test_the_verdicts_of_workers_are_those_of_one_run(
+    pytester: pytest.Pytester, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", os.pathsep.join(["/usr/bin", "/bin"]))  # where another Python is the first, if any is
+    selection = [ISOLATED, "-k", "encoder.layer_norm and speech", "--size", "fixture", "--dtype", "float32"]
+    done = pytester.runpytest_inprocess(*selection, "-v", "-n", "2", "--dist", "loadgroup", "--report", tmp_path)
+    said = done.stdout.str()
+    assert done.ret == 0, said + done.stderr.str()
+    assert "parity: 10 pairs compared" in said and "2 passed" in said
+    assert len(set(re.findall(r"^\[(gw\d)\].* PASSED", said, re.M))) == 1, "both are of one model"
     report = json.loads((tmp_path / "report.json").read_text())
     assert (report["passed"], report["totals"]["pairs"]) == (True, 10)

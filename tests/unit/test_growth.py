@@ -1,6 +1,5 @@
 """How cost grows: what the two engines are asked, by stand-ins with known answers, and what they answer themselves."""
 
-import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +17,9 @@ from maxwhisper.compare.convert import store
 from maxwhisper.compare.engines import REFERENCE, SPECS, SUBJECT, Spec, Task
 from maxwhisper.compare.engines.openai_whisper import Adapter
 from maxwhisper.compare.material import Recording
-from maxwhisper.compare.process import EngineError, Worker
+from maxwhisper.compare.process import EngineError
 from maxwhisper.compare.tokens import task_for
+from maxwhisper.compare.worker import Requests
 from reference.fixtures import NANO
 from reference.perf import growth
 
@@ -91,6 +91,7 @@ def cells(text: str, title: str) -> list[list[str]]:
 def test_the_tables_and_files(
     stand_in: type[StandIn], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(growth, "LONG", 3)
     monkeypatch.setitem(growth.AXES, "minutes", (1, growth.LONG))
     monkeypatch.setitem(growth.AXES, "batch", (1, 4))
     monkeypatch.setitem(growth.AXES, "threads", (1, 2, 4))
@@ -99,7 +100,7 @@ def test_the_tables_and_files(
     text = capsys.readouterr().out
     assert cells(text, "Audio length") == [
         ["1", "1.00", "2.00", "0.50", "1000", "2000", "0.50", "2"],
-        ["30", "30.00", "60.00", "0.50", "30000", "60000", "0.50", "1"],
+        ["3", "3.00", "6.00", "0.50", "3000", "6000", "0.50", "1"],
     ]
     assert stand_in.heard[:8] == [1, 2] * 4, "30 s of the recording first, then all of it"
     assert cells(text, "Batch") == [
@@ -207,7 +208,7 @@ def test_a_folder_that_cannot_be_made_is_told_before_the_work(
     assert not stand_in.asked
 
 
-# ---- the engines, each in its process ------------------------------------------------------------------------------
+# ---- the engines ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -221,11 +222,11 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, lis
     requests = {"windows": "mel", "generate_batch": "mel", "transcribe_fixed": "audio"}
     found = {}
     for spec in (spec for spec in SPECS if spec.name in (SUBJECT, REFERENCE)):
-        with contextlib.closing(Worker(spec, store(checkpoint), task_for(checkpoint.dims, None, 2))) as worker:
-            worker.ask("load")
-            found[spec.name] = {
-                do: worker.ask(do, n_tokens=5, **{given: paths[given]})["tokens"] for do, given in requests.items()
-            }
+        asked = Requests(spec.name, store(checkpoint), task_for(checkpoint.dims, None, torch.get_num_threads()))
+        asked.load()
+        found[spec.name] = {
+            do: getattr(asked, do)(n_tokens=5, **{given: paths[given]})["tokens"] for do, given in requests.items()
+        }
     return found
 
 

@@ -1,9 +1,8 @@
 """The compile gate: it names the blocks that do not lower, with MAX's message, and ends with all artifacts or none."""
 
-import os
-import subprocess
-import sys
+import io
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,11 +31,11 @@ GRAPHS = graphs(HOST, "tiny", torch.float32)
 
 
 def run(*options: str) -> tuple[int, str]:
-    """Exit status and output of a run of its own process."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/parity", *options]
-    # MAX changes the C library's environment of this process in ways that would mislead a child's Python.
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=dict(os.environ))
-    return done.returncode, done.stdout + done.stderr
+    """Exit status and output of a run inside this process."""
+    said = io.StringIO()
+    with redirect_stdout(said), redirect_stderr(said):
+        status = pytest.main(["-q", "-s", "-p", "no:cacheprovider", str(ROOT / "tests" / "parity"), *options])
+    return status, said.getvalue()
 
 
 class Empty(Module):

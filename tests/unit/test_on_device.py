@@ -164,6 +164,12 @@ def recordings() -> list[np.ndarray]:
     return [load_audio(clip)[: 33 * SAMPLE_RATE] for clip in SOME]
 
 
+@pytest.fixture(scope="module")
+def judged(pytestconfig: pytest.Config) -> Suite:
+    """What judges steps, with a memory for its verdicts."""
+    return Suite(trained(), torch.float32, memory=getattr(pytestconfig, "cache", None))
+
+
 Alone = Callable[[int | None], list[dict[str, Any]]]
 """From a number of beams to each recording's transcript, one after the other."""
 
@@ -191,8 +197,8 @@ def test_transcripts_of_threads_that_share_a_model(model: Whisper) -> None:
 
 
 @pytest.mark.parametrize("scene", SCENES, ids=str)
-def test_steps_pass_the_judge(model: Whisper, scene: Scene) -> None:
-    judgement = judge_steps(Suite(trained(), torch.float32), model.stepper, scene)
+def test_steps_pass_the_judge(model: Whisper, judged: Suite, scene: Scene) -> None:
+    judgement = judge_steps(judged, model.stepper, scene, ", on a device")
     assert judgement.passed, str(judgement)
 
 

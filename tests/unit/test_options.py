@@ -1,9 +1,6 @@
 """The suite's options: a selection that would show nothing is an error, not a success."""
 
 import logging
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import Mock
@@ -62,19 +59,17 @@ def test_options_that_cannot_be_met_are_errors(options: list[str], message: str,
     assert message in output
 
 
-def test_an_error_is_one_line_of_a_process_that_fails() -> None:
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/parity", "--size", "huge"]
-    done = subprocess.run(command, cwd=ROOT, env=dict(os.environ), capture_output=True, text=True, check=False)
-    assert done.returncode == pytest.ExitCode.USAGE_ERROR
-    assert not done.stdout and len(done.stderr.strip().splitlines()) == 1, done.stdout + done.stderr
-    assert "--size huge is not known" in done.stderr
+def test_an_error_is_one_line_of_a_run_that_fails(pytester: pytest.Pytester) -> None:
+    done = pytester.runpytest_inprocess("-p", "no:cacheprovider", PARITY, "--size", "huge")
+    assert done.ret == pytest.ExitCode.USAGE_ERROR
+    assert not any(done.outlines) and len([*filter(None, done.errlines)]) == 1, done.outlines + done.errlines
+    assert "--size huge is not known" in done.stderr.str()
 
 
-def test_what_compiles_is_shown_while_the_test_runs(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+def test_what_compiles_is_shown_while_the_test_runs(pytester: pytest.Pytester) -> None:
     pytester.makeconftest((ROOT / "conftest.py").read_text())
     pytester.makepyfile("def test(): __import__('logging').getLogger('maxwhisper').info('compiling everything')")
-    done = pytester.runpytest_subprocess("-p", "no:cacheprovider")
+    done = pytester.runpytest_inprocess("-p", "no:cacheprovider")
     assert done.ret == 0
     assert "compiling everything" in done.stdout.str()
 

@@ -9,10 +9,20 @@ import pytest
 import torch
 
 from reference.judge import Explanation
-from reference.results import Run
+from reference.report.summary import summary
+from reference.results import Run, environment
 from reference.transcripts import Transcript
 
 from .reports import HOSTILE, chain, failing, fault, judgement, passing, read, written
+
+Written = tuple[str, dict, str]
+
+
+@pytest.fixture(scope="module")
+def failed(tmp_path_factory: pytest.TempPathFactory) -> Written:
+    """What is written of a run that failed, which draws charts for a second."""
+    return written(failing(), tmp_path_factory.mktemp("failed"))
+
 
 # ---- the page ------------------------------------------------------------------------------------------------------
 
@@ -33,10 +43,10 @@ def test_page_is_whole_and_refers_to_nothing_outside(run: Run, tmp_path: Path) -
     assert set(re.findall(r"url\((.)", page)) <= {"#"}
 
 
-def test_page_says_the_verdict_first(tmp_path: Path) -> None:
+def test_page_says_the_verdict_first(failed: Written, tmp_path: Path) -> None:
     text = read(written(passing(), tmp_path)[0]).text
     assert "PASSED" in text and "FAILED" not in text
-    text = read(written(failing(), tmp_path)[0]).text
+    text = read(failed[0]).text
     assert "FAILED" in text and "PASSED" not in text
     for said in (
         "5 of 8 comparisons failed",
@@ -64,8 +74,8 @@ def test_page_escapes_what_it_is_given(tmp_path: Path) -> None:
     assert "<" not in summary
 
 
-def test_charts_name_their_points_and_are_drawn_in_the_colours_of_the_page(tmp_path: Path) -> None:
-    page = written(failing(), tmp_path)[0]
+def test_charts_name_their_points_and_are_drawn_in_the_colours_of_the_page(failed: Written) -> None:
+    page = failed[0]
     titles = [text for text in re.findall(r"<title>([^<]*)</title>", page) if "PyTorch" in text]
     assert sum(title.startswith("encoder.blocks.0.mlp\nMAX 9.00e-07") for title in titles) == 2  # MAX, PyTorch
     assert any(title.startswith("encoder.mlp, layer 0, speech\nMAX 2.00e-07") for title in titles)
@@ -84,22 +94,21 @@ def test_uncaught_faults_are_told_apart_by_pytorchs_rounding(tmp_path: Path) -> 
     assert "1 below PyTorch's rounding, 1 between that and the budget; 0 missed" in summary
 
 
-def test_faults_carry_their_marks(tmp_path: Path) -> None:
-    text = " ".join(read(written(failing(), tmp_path)[0]).text.split())
+def test_faults_carry_their_marks(failed: Written) -> None:
+    text = " ".join(read(failed[0]).text.split())
     for said in ("published", "only one check", "missed", "caught, in the wrong block", "not caught, below the budget"):
         assert said in text, said
 
 
-def test_same_run_same_bytes(tmp_path: Path) -> None:
-    assert written(failing(), tmp_path / "one") == written(failing(), tmp_path / "two")
+def test_same_run_same_bytes(failed: Written, tmp_path: Path) -> None:
+    assert written(failing(), tmp_path) == failed
 
 
 # ---- the data ------------------------------------------------------------------------------------------------------
 
 
-def test_data_holds_every_figure(tmp_path: Path) -> None:
-    run = failing()
-    data = written(run, tmp_path)[1]
+def test_data_holds_every_figure(failed: Written) -> None:
+    run, data = failing(), failed[1]
     assert data["schema_version"] == 1
     assert len(data["judgements"]) == len(run.judgements)
     for found, wanted in zip(data["judgements"], run.judgements, strict=True):
@@ -128,7 +137,7 @@ def same(found: float | str, wanted: float) -> None:
     assert float(found) == wanted or (found == "NaN" and math.isnan(wanted))
 
 
-def test_every_field_is_documented(tmp_path: Path) -> None:
+def test_every_field_is_documented(failed: Written) -> None:
     page = (Path(__file__).parents[2] / "docs" / "report.md").read_text()
     documented = set(re.findall(r"`(\w+)`", page))
 
@@ -141,7 +150,7 @@ def test_every_field_is_documented(tmp_path: Path) -> None:
         inner = {name: "faults by dtype" if name == "faults" and inside == "totals" else name for name in value}
         return own.union(*(names(each, inner[name]) for name, each in value.items()))
 
-    assert names(written(failing(), tmp_path)[1]) <= documented
+    assert names(failed[1]) <= documented
 
 
 # ---- the verdict and the summary -----------------------------------------------------------------------------------
@@ -167,12 +176,11 @@ def test_another_test_that_failed_is_a_failure(tmp_path: Path) -> None:
     assert not data["passed"] and "status 1" in data["reason"]
 
 
-def test_summary_is_short_and_says_what_failed(tmp_path: Path) -> None:
+def test_summary_is_short_and_says_what_failed() -> None:
     run = failing()
     run.judgements += [judgement(f"block.{n}", n * 1e-7, dtype=torch.float16) for n in range(80)]
     run.chains += [chain(9e-7, f"kind {n}") for n in range(6)]
-    summary = written(run, tmp_path)[2]
-    lines = summary.splitlines()
+    lines = summary(run, environment()).splitlines()
     assert len(lines) < 60
     assert lines[2].startswith("**FAILED**: 80 of 88 comparisons failed")
     assert "| block | float32 | float16 | bfloat16 |" in lines
@@ -183,6 +191,6 @@ def test_summary_is_short_and_says_what_failed(tmp_path: Path) -> None:
     assert any("first divergence encoder.blocks.0.mlp" in line for line in lines)
 
 
-def test_ratio_and_share_of_a_block_are_the_worst_ones(tmp_path: Path) -> None:
+def test_ratio_and_share_of_a_block_are_the_worst_ones() -> None:
     run = Run(judgements=[judgement("encoder.mlp", error) for error in (1e-7, 3e-7, 2e-7)])
-    assert "| encoder.mlp | 3.00, 0.75 |" in written(run, tmp_path)[2].splitlines()
+    assert "| encoder.mlp | 3.00, 0.75 |" in summary(run, environment()).splitlines()

@@ -117,7 +117,7 @@ class Counted:
     ids=["timestamps", "no timestamps", "no end", "long prompt"],
 )
 def test_a_text_is_what_it_is_without_proposals(model: Whisper, heard: torch.Tensor, options: dict[str, Any]) -> None:
-    for window in heard[SOME].split(1):
+    for window in heard[SOME][::2].split(1):
         assert decoded(model, window, **options) == by_steps(model, window, **options)
 
 

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from maxwhisper.network.blocks import BLOCKS
+from reference.activations import BATCH, KINDS
 from reference.blocks import TWINS
 from reference.models import trained
 from reference.suite import Suite
-from reference.trial import VARIABLE, cut_for
+from reference.trial import THREADS, VARIABLE, cut_for, threads_for
 
 BLOCK = BLOCKS["decoder.mlp.step"]
 
@@ -31,6 +32,15 @@ def test_a_cut_that_leaves_a_column_out_is_red(wrong_for: str | None, monkeypatc
     found = judged.judge(next(judged.comparisons(BLOCK, ["speech"])))
     assert found.passed == (wrong_for is None)
     assert (f"with work cut for {wrong_for} threads" in found.defects) == (wrong_for is not None)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_every_block_is_cut_for_all_in_every_shape(block: str) -> None:
+    suite = Suite(trained(), torch.float32)
+    for kinds in (["speech"], [BATCH], KINDS):
+        compared = list(suite.comparisons(BLOCKS[block], kinds))
+        assert {n for each in compared for n in threads_for(each)} == (set(THREADS) if compared else set())
+        assert all(threads_for(each) for each in compared)
 
 
 def test_the_environment_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
