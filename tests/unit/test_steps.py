@@ -119,6 +119,11 @@ def shorter_by_one(advanced: Advanced, cache: KeyValueCache) -> Advanced:
     return advanced._replace(texts=advanced.texts._replace(lengths=advanced.texts.lengths - 1))
 
 
+def cache_shorter_by_one(advanced: Advanced, cache: KeyValueCache) -> Advanced:
+    cache.n_token -= 1
+    return advanced
+
+
 @pytest.mark.parametrize(
     ("fault", "scene"),
     [
@@ -147,6 +152,7 @@ def test_what_is_given_wrongly_fails(judged: Suite, stepper: Stepper, fault: Cal
         (new_value_lost, GREEDY),
         (another_texts_new_keys, BEAMS),
         (another_texts_new_keys, GREEDY),
+        (cache_shorter_by_one, GREEDY),
         (shorter_by_one, GREEDY),
     ],
 )
