@@ -1,0 +1,180 @@
+"""The routes of OpenAI's audio interface, and what runs beside them: models, health, metrics."""
+
+import asyncio
+import hmac
+import time
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from fastapi import Depends, FastAPI, Request
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.requests import ClientDisconnect
+
+from ..together import Together
+from ..whisper import Whisper
+from .answers import Events, answer
+from .body import file_in, form_of
+from .errors import APIError, add_handlers
+from .fields import Transcription, Translation, checked
+from .jobs import Job, Jobs
+from .metrics import Measured, Metrics
+
+ALIASES = ("whisper-1",)
+"""Names that clients send for whichever Whisper there is."""
+GONE = 499
+"""The status, in metrics alone, of a request whose client has left; nginx's."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one server does at most.
+
+    batch_size: windows that decode together. max_requests: those being received or transcribed. max_file_mb: of 10^6
+    bytes. timeout: seconds from a request's first byte to its answer's last.
+    """
+
+    batch_size: int = 8
+    max_requests: int = 32
+    max_file_mb: int = 100
+    max_audio_minutes: int = 120
+    timeout: float = 600
+
+
+class Service:
+    """A model that answers requests."""
+
+    def __init__(self, model: Whisper, name: str, limits: Limits):
+        self.model, self.names, self.limits = model, (name, *ALIASES), limits
+        together = Together(model, limits.batch_size)
+        self.jobs = Jobs(together, limits.max_requests, 60 * limits.max_audio_minutes)
+        self.metrics = Metrics()
+        self.metrics.running.set_function(lambda: len(self.jobs.running))
+        self.created = int(time.time())
+
+    async def answer(self, request: Request, fields: type[Translation]) -> Response:
+        """Answers a request for a transcript; raises APIError where there can be none."""
+        deadline = asyncio.get_running_loop().time() + self.limits.timeout
+        job = self.jobs.new()
+        try:
+            async with asyncio.timeout_at(deadline):
+                return await self._answer(request, fields, job, deadline)
+        except TimeoutError as error:
+            job.stop()
+            raise self._too_slow(job) from error
+        except ClientDisconnect:
+            job.stop()
+            return Response(status_code=GONE)
+        except BaseException:
+            job.stop()
+            raise
+
+    async def _answer(self, request: Request, fields: type[Translation], job: Job, deadline: float) -> Response:
+        async with form_of(request, self.limits.max_file_mb) as form:
+            wanted = checked(form, fields)
+            self._check_model(wanted)
+            stream = isinstance(wanted, Transcription) and wanted.stream
+            job.start(file_in(form).file, wanted.options, in_pieces=stream)
+            found = await unless_gone(request, job.next())
+        if stream:
+            return Events(job, found, deadline)
+        assert not isinstance(found, list)
+        self.metrics.audio.inc(found.seconds)
+        return answer(found, wanted)
+
+    def _check_model(self, wanted: Translation) -> None:
+        """Raises APIError where the model is another one, or cannot do what is wanted."""
+        if wanted.model not in self.names:
+            message = f"The model '{wanted.model}' does not exist here: there is {' or '.join(self.names)}"
+            raise APIError(404, message, "model", "model_not_found")
+        language = getattr(wanted, "language", None) or "en"
+        if not self.model.is_multilingual and (language != "en" or wanted.task == "translate"):
+            param = "model" if wanted.task == "translate" else "language"
+            raise APIError(400, f"the model '{self.names[0]}' knows English only", param, "invalid_value")
+
+    def _too_slow(self, job: Job) -> APIError:
+        limit = f"within the limit of {self.limits.timeout:g} s"
+        if not job.started:
+            return APIError(408, f"the request has not come {limit}")
+        # Not a 5xx, after which clients send the same again.
+        return APIError(400, f"'file' cannot be transcribed {limit}: send it in parts", "file", "timeout")
+
+    def models(self) -> list[dict[str, Any]]:
+        """Returns the names that requests may give, in OpenAI's form."""
+        return [
+            {"id": name, "object": "model", "created": self.created, "owned_by": "maxwhisper"} for name in self.names
+        ]
+
+
+async def unless_gone(request: Request, wanted: Coroutine[Any, Any, T]) -> T:
+    """Returns what is awaited; raises ClientDisconnect if the client leaves before."""
+    waiting, gone = asyncio.ensure_future(wanted), asyncio.ensure_future(disconnected(request))
+    try:
+        await asyncio.wait((waiting, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not waiting.done():
+            raise ClientDisconnect
+        return waiting.result()
+    finally:
+        waiting.cancel()
+        gone.cancel()
+
+
+async def disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def create_app(service: Service, api_keys: Sequence[str] = ()) -> FastAPI:
+    """Returns the application, which ends the service's threads when it ends.
+
+    api_keys: one of which a request must have, if there are any.
+    """
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        service.jobs.close()
+
+    async def check_key(request: Request) -> None:
+        given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
+        # All are compared, each in a time that does not depend on where they differ.
+        if api_keys and not any([hmac.compare_digest(given, key.encode()) for key in api_keys]):
+            raise APIError(401, "Incorrect API key provided", code="invalid_api_key")
+
+    app = FastAPI(title="maxwhisper", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+    app.add_middleware(Measured, metrics=service.metrics)
+    add_handlers(app)
+    keyed = [Depends(check_key)]
+
+    @app.post("/v1/audio/transcriptions", dependencies=keyed)
+    async def transcriptions(request: Request) -> Response:
+        return await service.answer(request, Transcription)
+
+    @app.post("/v1/audio/translations", dependencies=keyed)
+    async def translations(request: Request) -> Response:
+        return await service.answer(request, Translation)
+
+    @app.get("/v1/models", dependencies=keyed)
+    async def models() -> Response:
+        return JSONResponse({"object": "list", "data": service.models()})
+
+    @app.get("/v1/models/{name:path}", dependencies=keyed)
+    async def model(name: str) -> Response:
+        for each in service.models():
+            if each["id"] == name:
+                return JSONResponse(each)
+        raise APIError(404, f"The model '{name}' does not exist here", "model", "model_not_found")
+
+    @app.get("/metrics", dependencies=keyed)
+    async def metrics() -> Response:
+        return PlainTextResponse(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/health")
+    async def health() -> Response:
+        return JSONResponse({"status": "ok"})
+
+    return app
