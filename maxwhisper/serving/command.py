@@ -3,7 +3,9 @@
 import gc
 import signal
 import socket
+import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,10 @@ def serve(
         model = load()
         compile_all(model)
         gc.collect()
-        gc.freeze()  # or every full collection looks at all that the libraries have, for longer than /health may take
+        # Two ways in which decoding would keep the event loop waiting: full collections that look at all that the
+        # libraries have, and Python's lock, which a thread gives away after 5 ms unless told otherwise.
+        gc.freeze()
+        sys.setswitchinterval(0.001)
         app = create_app(Service(model, name, Limits(**limits)), keys)
         config = uvicorn.Config(
             app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=stop_timeout
@@ -77,11 +82,14 @@ def keys_in(file: str) -> list[str]:
 def bound(host: str, port: int) -> socket.socket:
     """Returns a socket of this address, at which nothing listens yet; raises OptionError if there can be none."""
     try:
-        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        made = socket.socket(family, kind)
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind(address)
-    except (OSError, OverflowError) as error:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        made = socket.socket(family, kind, protocol)  # of none asyncio would leave TCP's delay on: 40 ms an answer
+        with ExitStack() as failed:
+            failed.enter_context(made)
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            made.bind(address)
+            failed.pop_all()
+    except OSError as error:
         raise OptionError(f"--host {host} --port {port}: cannot be listened at: {error}") from error
     return made
 
