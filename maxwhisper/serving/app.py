@@ -13,7 +13,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.requests import ClientDisconnect
 
-from ..together import Together
+from ..callers import Together
 from ..whisper import Whisper
 from .answers import Events, answer
 from .body import file_in, form_of
@@ -78,7 +78,7 @@ class Service:
             wanted = checked(form, fields)
             self._check_model(wanted)
             stream = isinstance(wanted, Transcription) and wanted.stream
-            job.start(file_in(form).file, wanted.options, in_pieces=stream)
+            job.start(file_in(form, self.limits.max_file_mb), wanted.options, in_pieces=stream)
             found = await unless_gone(request, job.next())
         if stream:
             return Events(job, found, deadline)
@@ -140,7 +140,7 @@ def create_app(service: Service, api_keys: Sequence[str] = ()) -> FastAPI:
         service.jobs.close()
 
     async def check_key(request: Request) -> None:
-        given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
+        given = request.headers.get("authorization", "").removeprefix("Bearer ").encode("latin-1")
         # All are compared, each in a time that does not depend on where they differ.
         if api_keys and not any([hmac.compare_digest(given, key.encode()) for key in api_keys]):
             raise APIError(401, "Incorrect API key provided", code="invalid_api_key")

@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import IO
 
 from fastapi import Request
 from starlette.datastructures import FormData, UploadFile
@@ -33,10 +34,9 @@ async def form_of(request: Request, max_file_mb: int) -> AsyncIterator[FormData]
 def up_to(request: Request, max_file_mb: int) -> Receive:
     """Returns what receives a request's body; it raises APIError once there is more than a file may have."""
     most = max_file_mb * 10**6 + ROOM_FOR_FIELDS
-    too_long = APIError(413, f"the file has more than {max_file_mb} MB, which is the limit here", "file")
     declared = request.headers.get("content-length", "")
     if declared.isdecimal() and int(declared) > most:
-        raise too_long
+        raise too_large(max_file_mb)
     received = 0
 
     async def receive() -> Message:
@@ -44,15 +44,21 @@ def up_to(request: Request, max_file_mb: int) -> Receive:
         message = await request.receive()
         received += len(message.get("body", b""))
         if received > most:
-            raise too_long
+            raise too_large(max_file_mb)
         return message
 
     return receive
 
 
-def file_in(form: FormData) -> UploadFile:
-    """Returns the file of a form; raises APIError if there is none."""
+def too_large(max_file_mb: int) -> APIError:
+    return APIError(413, f"the file has more than {max_file_mb} MB, which is the limit here", "file")
+
+
+def file_in(form: FormData, max_file_mb: int) -> IO[bytes]:
+    """Returns the file of a form; raises APIError if there is none, or if it is too large."""
     file = form.get("file")
     if not isinstance(file, UploadFile):
         raise APIError(400, "you must provide a file parameter, with the audio", "file", "missing_required_parameter")
-    return file
+    if (file.size or 0) > max_file_mb * 10**6:
+        raise too_large(max_file_mb)
+    return file.file

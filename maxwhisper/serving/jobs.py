@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 from ..audio import SAMPLE_RATE, read_upload
+from ..callers import Caller, Together
 from ..errors import MaxWhisperError
-from ..together import Caller, Together
 from .errors import APIError, full
 
 log = logging.getLogger("maxwhisper")

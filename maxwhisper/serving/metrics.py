@@ -17,8 +17,8 @@ class Metrics:
         ProcessCollector(registry=registry)
         labels = ("path", "status")
         self.requests = Counter("maxwhisper_requests", "requests answered", labels, registry=registry)
-        help = "seconds from a request's first byte to the last one of its answer"
-        self.seconds = Histogram("maxwhisper_request_seconds", help, ("path",), buckets=SECONDS, registry=registry)
+        took = "seconds from a request's first byte to the last one of its answer"
+        self.seconds = Histogram("maxwhisper_request_seconds", took, ("path",), buckets=SECONDS, registry=registry)
         self.audio = Counter("maxwhisper_audio_seconds", "seconds of audio transcribed", registry=registry)
         self.running = Gauge("maxwhisper_requests_running", "requests being received or decoded", registry=registry)
 

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -43,7 +44,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
     options = parser.parse_args()
     with serving(options.model) as server:
-        figures = {"machine": machine(), "model": Path(options.model).name}
+        figures: dict[str, Any] = {"machine": machine(), "model": Path(options.model).name}
         figures |= throughput(server, options.model, options.rounds)
         figures |= health_under_load(server, options.seconds)
         figures |= beside_an_hour(server)
@@ -71,7 +72,7 @@ class Server:
     """An address to ask at, and a key if it wants one."""
 
     url: str
-    key: str = ""
+    key: str = "none"
 
     def client(self) -> httpx.Client:
         return httpx.Client(base_url=self.url, headers={"authorization": f"Bearer {self.key}"}, timeout=None)

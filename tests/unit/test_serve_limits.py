@@ -228,6 +228,12 @@ def check(served: tuple[httpx.Client, Service], **sent: Any) -> None:
         until(lambda: not service.jobs.running)
 
 
+def test_the_limit_is_that_of_the_file(served: tuple[httpx.Client, Service]) -> None:
+    client, _ = served
+    for size, code in ((1_000_000, 400), (1_000_001, 413), (3_000_000, 413)):
+        assert client.post("transcriptions", files={"file": bytes(size)}, data={"model": "stub"}).status_code == code
+
+
 def test_a_body_without_a_length_is_read_up_to_its_limit(served: tuple[httpx.Client, Service]) -> None:
     client, _ = served
 
