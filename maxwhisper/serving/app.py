@@ -17,7 +17,7 @@ from ..callers import Together
 from ..whisper import Whisper
 from .answers import Events, answer
 from .body import file_in, form_of
-from .errors import APIError, add_handlers
+from .errors import APIError, add_handlers, stopping
 from .fields import Transcription, Translation, checked
 from .jobs import Job, Jobs
 from .metrics import Measured, Metrics
@@ -69,6 +69,9 @@ class Service:
         except ClientDisconnect:
             job.stop()
             return Response(status_code=GONE)
+        except asyncio.CancelledError as error:  # as uvicorn does where what runs takes longer than its time to stop
+            job.stop()
+            raise stopping() from error
         except BaseException:
             job.stop()
             raise
@@ -137,7 +140,7 @@ def create_app(service: Service, api_keys: Sequence[str] = ()) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        service.jobs.close()
+        await asyncio.to_thread(service.jobs.close)  # while the last answers go out
 
     async def check_key(request: Request) -> None:
         given = request.headers.get("authorization", "").removeprefix("Bearer ").encode("latin-1")

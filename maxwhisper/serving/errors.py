@@ -38,6 +38,11 @@ def full(max_requests: int) -> APIError:
     return APIError(429, message, code="rate_limit_exceeded", headers={"retry-after": str(RETRY_AFTER)})
 
 
+def stopping() -> APIError:
+    """Returns the error of a request that a server which is being stopped has no time for; the next one may."""
+    return APIError(503, "the server is being stopped", headers={"retry-after": str(RETRY_AFTER)})
+
+
 def answer(error: APIError) -> JSONResponse:
     return JSONResponse(error.body, error.status, error.headers)
 

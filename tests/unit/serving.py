@@ -68,9 +68,10 @@ def stop(process: Process) -> int:
 
 @contextmanager
 def in_thread(model: Any, **limits: Any) -> Iterator[tuple[str, Service]]:
-    """Serves a model in this process, and gives the address."""
+    """Serves a model in this process, and gives the address; at the end, what runs has a second."""
     service = Service(model, "stub", Limits(**limits))
-    server = uvicorn.Server(uvicorn.Config(create_app(service), port=0, log_level="critical"))
+    config = uvicorn.Config(create_app(service), port=0, log_level="critical", timeout_graceful_shutdown=1)
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

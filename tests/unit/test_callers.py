@@ -40,7 +40,16 @@ def together(request: pytest.FixtureRequest, model: Whisper) -> Iterator[Togethe
     found.close()
 
 
-def test_each_has_what_it_has_alone(together: Together, model: Whisper, long: np.ndarray, short: np.ndarray) -> None:
+def test_each_has_what_it_has_alone(
+    together: Together, model: Whisper, long: np.ndarray, short: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    n_text: list[int] = []
+    advance = together.stepper.inner.advance
+    monkeypatch.setattr(
+        together.stepper.inner,
+        "advance",
+        lambda texts, *rest: (n_text.append(len(texts.tokens)), advance(texts, *rest))[1],
+    )
     asked: list[tuple[np.ndarray, dict[str, Any]]] = [
         (long, {}),
         (short, {"word_timestamps": True}),
@@ -49,6 +58,7 @@ def test_each_has_what_it_has_alone(together: Together, model: Whisper, long: np
     ]
     with ThreadPoolExecutor(len(asked)) as pool:
         found = list(pool.map(lambda each: Caller(together).transcribe(each[0], **each[1]), asked))
+    assert max(n_text) == 2  # as many as there are places for
     assert found == [model.transcribe(audio, **options) for audio, options in asked]
 
 

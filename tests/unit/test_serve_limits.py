@@ -131,6 +131,16 @@ def test_a_client_that_does_not_read_frees_its_place(model: SlowModel, monkeypat
             until(lambda: 'path="/v1/audio/transcriptions"' in httpx.get(f"{url}/metrics").text)
 
 
+def test_who_has_to_be_cut_off_may_ask_another_server(model: SlowModel) -> None:
+    model.let.clear()
+    with ThreadPoolExecutor(1) as pool:
+        with in_thread(model) as (url, service):
+            asked = pool.submit(post, url)
+            asked.add_done_callback(lambda _: model.let.set())
+            until(lambda: service.jobs.running)
+        assert asked.result().status_code == 503 and asked.result().headers["retry-after"] == "2"
+
+
 def test_what_fails_in_mid_stream_is_an_error_of_the_client(model: SlowModel, monkeypatch: pytest.MonkeyPatch) -> None:
     def transcribe(self: SlowModel, audio: np.ndarray, on_segments: Any, **options: Any) -> dict[str, Any]:
         on_segments([{"text": " Hello"}])
