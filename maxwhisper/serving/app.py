@@ -4,7 +4,7 @@ import asyncio
 import hmac
 import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -51,8 +51,8 @@ class Service:
     def __init__(self, model: Whisper, name: str, limits: Limits):
         self.model, self.names, self.limits = model, (name, *ALIASES), limits
         together = Together(model, limits.batch_size)
-        self.jobs = Jobs(together, limits.max_requests, 60 * limits.max_audio_minutes)
         self.metrics = Metrics()
+        self.jobs = Jobs(together, limits.max_requests, 60 * limits.max_audio_minutes, self.metrics.audio.inc)
         self.metrics.running.set_function(lambda: len(self.jobs.running))
         self.created = int(time.time())
 
@@ -60,21 +60,21 @@ class Service:
         """Answers a request for a transcript; raises APIError where there can be none."""
         deadline = asyncio.get_running_loop().time() + self.limits.timeout
         job = self.jobs.new()
-        try:
-            async with asyncio.timeout_at(deadline):
-                return await self._answer(request, fields, job, deadline)
-        except TimeoutError as error:
-            job.stop()
-            raise self._too_slow(job) from error
-        except ClientDisconnect:
-            job.stop()
-            return Response(status_code=GONE)
-        except asyncio.CancelledError as error:  # as uvicorn does where what runs takes longer than its time to stop
-            job.stop()
-            raise stopping() from error
-        except BaseException:
-            job.stop()
-            raise
+        with ExitStack() as failed:
+            failed.callback(job.stop)
+            try:
+                async with asyncio.timeout_at(deadline):
+                    response = await self._answer(request, fields, job, deadline)
+            except TimeoutError as error:
+                raise self._too_slow(job) from error
+            except ClientDisconnect:
+                return Response(status_code=GONE)
+            except (
+                asyncio.CancelledError
+            ) as error:  # uvicorn's, where what runs takes longer than there is time to stop
+                raise stopping() from error
+            failed.pop_all()
+        return response
 
     async def _answer(self, request: Request, fields: type[Translation], job: Job, deadline: float) -> Response:
         async with form_of(request, self.limits.max_file_mb) as form:
@@ -86,7 +86,6 @@ class Service:
         if stream:
             return Events(job, found, deadline)
         assert not isinstance(found, list)
-        self.metrics.audio.inc(found.seconds)
         return answer(found, wanted)
 
     def _check_model(self, wanted: Translation) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,8 +31,9 @@ Found = Segments | Transcript | APIError
 class Jobs:
     """All requests that are being received or transcribed."""
 
-    def __init__(self, together: Together, max_requests: int, max_audio_seconds: float):
-        self.together = together
+    def __init__(self, together: Together, max_requests: int, max_audio_seconds: float, count: Callable[[float], None]):
+        """count: is called with the seconds of audio that were transcribed."""
+        self.together, self.count = together, count
         self.max_requests, self.max_audio_seconds = max_requests, max_audio_seconds
         self.threads = ThreadPoolExecutor(max_requests, "maxwhisper-request")
         self.running: set[Job] = set()
@@ -89,7 +91,9 @@ class Job:
                 waveform = read_upload(file, "file", self.jobs.max_audio_seconds, self.caller.stopped)
             tell = {"on_segments": self._tell} if in_pieces else {}
             result = self.caller.transcribe(waveform, **tell, **options)
-            self._tell(Transcript(result, len(waveform) / SAMPLE_RATE))
+            seconds = len(waveform) / SAMPLE_RATE
+            self.jobs.count(seconds)
+            self._tell(Transcript(result, seconds))
         except Exception as error:
             if not self.caller.stopped.is_set():
                 self._tell(told(error))
