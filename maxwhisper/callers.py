@@ -73,7 +73,7 @@ class Caller:
             window.cancel()
 
     def _when_due(self, mel: Tensor, options: DecodingOptions) -> Any:
-        drawn = options.temperature > 0  # type: ignore[operator]  # one number here, though it may be declared otherwise
+        drawn = options.temperature > 0
         threads = self.together.drawn if drawn else self.together.likeliest
         self.window = threads.submit(self.decoding.decode if drawn else self._with_others, mel, options)
         if self.stopped.is_set():  # after `stop` has looked for a window

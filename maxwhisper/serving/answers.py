@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import math
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -15,6 +16,8 @@ from .errors import APIError
 from .fields import Transcription, Translation
 from .jobs import Job, Segments, Transcript
 
+log = logging.getLogger("maxwhisper")
+
 OF_A_SEGMENT = (
     "id",
     "seek",
@@ -27,7 +30,8 @@ OF_A_SEGMENT = (
     "compression_ratio",
     "no_speech_prob",
 )
-MEDIA_TYPES = {"srt": "application/x-subrip", "vtt": "text/vtt"}
+TO_READ = 5
+"""Seconds that a client has, after the time of its request, to read the end of an answer."""
 
 
 def answer(transcript: Transcript, fields: Translation) -> Response:
@@ -39,9 +43,7 @@ def answer(transcript: Transcript, fields: Translation) -> Response:
         return JSONResponse(verbose(transcript, fields))
     if fields.response_format == "text":
         return PlainTextResponse(f"{text}\n")
-    return PlainTextResponse(
-        contents(transcript.result, fields.response_format, {}), media_type=MEDIA_TYPES[fields.response_format]
-    )
+    return PlainTextResponse(contents(transcript.result, fields.response_format, {}))
 
 
 def usage(transcript: Transcript, fields: Translation) -> dict[str, Any]:
@@ -73,17 +75,19 @@ def verbose(transcript: Transcript, fields: Translation) -> dict[str, Any]:
 
 
 class Events(StreamingResponse):
-    """The text of a job as it comes, in server-sent events, until `deadline` in the time of the event loop."""
+    """The text of a job as it comes, in server-sent events."""
 
-    def __init__(self, job: Job, first: Segments | Transcript, deadline: float):
+    def __init__(self, job: Job, first: Segments | Transcript):
         """first: what has come of it already, since errors before that have a status of their own."""
         super().__init__(events(job, first), media_type="text/event-stream", headers={"cache-control": "no-cache"})
-        self.job, self.deadline = job, deadline
+        self.job = job
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            async with asyncio.timeout_at(self.deadline):
+            async with asyncio.timeout_at(self.job.deadline + TO_READ):
                 await super().__call__(scope, receive, send)
+        except TimeoutError:
+            log.warning("a client has not read its answer in time")
         finally:
             self.job.stop()
 

@@ -5,7 +5,6 @@ import hmac
 import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import ExitStack, asynccontextmanager
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from fastapi import Depends, FastAPI, Request
@@ -19,7 +18,7 @@ from .answers import Events, answer
 from .body import file_in, form_of
 from .errors import APIError, add_handlers, stopping
 from .fields import Transcription, Translation, checked
-from .jobs import Job, Jobs
+from .jobs import Job, Jobs, Limits
 from .metrics import Measured, Metrics
 
 ALIASES = ("whisper-1",)
@@ -30,43 +29,26 @@ GONE = 499
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What one server does at most.
-
-    batch_size: windows that decode together. max_requests: those being received or transcribed. max_file_mb: of 10^6
-    bytes. timeout: seconds from a request's first byte to its answer's last.
-    """
-
-    batch_size: int = 8
-    max_requests: int = 32
-    max_file_mb: int = 100
-    max_audio_minutes: int = 120
-    timeout: float = 600
-
-
 class Service:
     """A model that answers requests."""
 
     def __init__(self, model: Whisper, name: str, limits: Limits):
         self.model, self.names, self.limits = model, (name, *ALIASES), limits
-        together = Together(model, limits.batch_size)
         self.metrics = Metrics()
-        self.jobs = Jobs(together, limits.max_requests, 60 * limits.max_audio_minutes, self.metrics.audio.inc)
+        self.jobs = Jobs(Together(model, limits.batch_size), limits, self.metrics.audio.inc)
         self.metrics.running.set_function(lambda: len(self.jobs.running))
         self.created = int(time.time())
 
     async def answer(self, request: Request, fields: type[Translation]) -> Response:
         """Answers a request for a transcript; raises APIError where there can be none."""
-        deadline = asyncio.get_running_loop().time() + self.limits.timeout
         job = self.jobs.new()
         with ExitStack() as failed:
             failed.callback(job.stop)
             try:
-                async with asyncio.timeout_at(deadline):
-                    response = await self._answer(request, fields, job, deadline)
+                response = await self._answer(request, fields, job)
             except TimeoutError as error:
-                raise self._too_slow(job) from error
+                message = f"the request has not come within the limit of {self.limits.timeout:g} s"
+                raise APIError(408, message) from error
             except ClientDisconnect:
                 return Response(status_code=GONE)
             except (
@@ -76,15 +58,17 @@ class Service:
             failed.pop_all()
         return response
 
-    async def _answer(self, request: Request, fields: type[Translation], job: Job, deadline: float) -> Response:
-        async with form_of(request, self.limits.max_file_mb) as form:
+    async def _answer(self, request: Request, fields: type[Translation], job: Job) -> Response:
+        max_file_mb = self.limits.max_file_mb
+        async with asyncio.timeout_at(job.deadline) as receiving, form_of(request, max_file_mb) as form:
+            receiving.reschedule(None)  # the job looks at the time itself
             wanted = checked(form, fields)
             self._check_model(wanted)
             stream = isinstance(wanted, Transcription) and wanted.stream
-            job.start(file_in(form, self.limits.max_file_mb), wanted.options, in_pieces=stream)
+            job.start(file_in(form, max_file_mb), wanted.options, in_pieces=stream)
             found = await unless_gone(request, job.next())
         if stream:
-            return Events(job, found, deadline)
+            return Events(job, found)
         assert not isinstance(found, list)
         return answer(found, wanted)
 
@@ -97,13 +81,6 @@ class Service:
         if not self.model.is_multilingual and (language != "en" or wanted.task == "translate"):
             param = "model" if wanted.task == "translate" else "language"
             raise APIError(400, f"the model '{self.names[0]}' knows English only", param, "invalid_value")
-
-    def _too_slow(self, job: Job) -> APIError:
-        limit = f"within the limit of {self.limits.timeout:g} s"
-        if not job.started:
-            return APIError(408, f"the request has not come {limit}")
-        # Not a 5xx, after which clients send the same again.
-        return APIError(400, f"'file' cannot be transcribed {limit}: send it in parts", "file", "timeout")
 
     def models(self) -> list[dict[str, Any]]:
         """Returns the names that requests may give, in OpenAI's form."""

@@ -38,6 +38,12 @@ def full(max_requests: int) -> APIError:
     return APIError(429, message, code="rate_limit_exceeded", headers={"retry-after": str(RETRY_AFTER)})
 
 
+def too_slow(timeout: float) -> APIError:
+    """Returns the error of a file that takes too long: not a 5xx, after which clients would send it again."""
+    message = f"'file' cannot be transcribed within the limit of {timeout:g} s: send it in parts"
+    return APIError(400, message, "file", "timeout")
+
+
 def stopping() -> APIError:
     """Returns the error of a request that a server which is being stopped has no time for; the next one may."""
     return APIError(503, "the server is being stopped", headers={"retry-after": str(RETRY_AFTER)})

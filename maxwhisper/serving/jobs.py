@@ -11,9 +11,24 @@ from typing import IO, Any
 from ..audio import SAMPLE_RATE, read_upload
 from ..callers import Caller, Together
 from ..errors import MaxWhisperError
-from .errors import APIError, full
+from .errors import APIError, full, too_slow
 
 log = logging.getLogger("maxwhisper")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one server does at most.
+
+    batch_size: windows that decode together. max_requests: those being received or transcribed. max_file_mb: of 10^6
+    bytes. timeout: seconds from a request's first byte to its answer's last.
+    """
+
+    batch_size: int = 8
+    max_requests: int = 32
+    max_file_mb: int = 100
+    max_audio_minutes: int = 120
+    timeout: float = 600
 
 
 @dataclass(frozen=True)
@@ -31,17 +46,16 @@ Found = Segments | Transcript | APIError
 class Jobs:
     """All requests that are being received or transcribed."""
 
-    def __init__(self, together: Together, max_requests: int, max_audio_seconds: float, count: Callable[[float], None]):
+    def __init__(self, together: Together, limits: Limits, count: Callable[[float], None]):
         """count: is called with the seconds of audio that were transcribed."""
-        self.together, self.count = together, count
-        self.max_requests, self.max_audio_seconds = max_requests, max_audio_seconds
-        self.threads = ThreadPoolExecutor(max_requests, "maxwhisper-request")
+        self.together, self.limits, self.count = together, limits, count
+        self.threads = ThreadPoolExecutor(limits.max_requests, "maxwhisper-request")
         self.running: set[Job] = set()
 
     def new(self) -> "Job":
         """Returns the job of a request that has come; raises APIError where there are as many as there may be."""
-        if len(self.running) >= self.max_requests:
-            raise full(self.max_requests)
+        if len(self.running) >= self.limits.max_requests:
+            raise full(self.limits.max_requests)
         job = Job(self)
         self.running.add(job)
         return job
@@ -61,6 +75,7 @@ class Job:
         self.jobs = jobs
         self.caller = Caller(jobs.together)
         self.loop = asyncio.get_running_loop()
+        self.deadline = self.loop.time() + jobs.limits.timeout
         self.found: asyncio.Queue[Found] = asyncio.Queue()
         self.started = False
 
@@ -70,8 +85,12 @@ class Job:
         self.jobs.threads.submit(self._work, file, options, in_pieces)
 
     async def next(self) -> Segments | Transcript:
-        """Returns what is there next, a transcript at last; raises APIError if there will be none."""
-        found = await self.found.get()
+        """Returns what is there next, a transcript at last; raises APIError if there will be none, or not in time."""
+        try:
+            async with asyncio.timeout_at(self.deadline):
+                found = await self.found.get()
+        except TimeoutError as error:
+            raise too_slow(self.jobs.limits.timeout) from error
         if isinstance(found, APIError):
             raise found
         return found
@@ -88,7 +107,7 @@ class Job:
     def _work(self, file: IO[bytes], options: dict[str, Any], in_pieces: bool) -> None:
         try:
             with file:
-                waveform = read_upload(file, "file", self.jobs.max_audio_seconds, self.caller.stopped)
+                waveform = read_upload(file, "file", 60 * self.jobs.limits.max_audio_minutes, self.caller.stopped)
             tell = {"on_segments": self._tell} if in_pieces else {}
             result = self.caller.transcribe(waveform, **tell, **options)
             seconds = len(waveform) / SAMPLE_RATE

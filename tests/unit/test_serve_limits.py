@@ -113,6 +113,7 @@ def test_a_client_that_leaves_while_it_sends_frees_its_place(model: SlowModel) -
 
 
 def test_a_client_that_does_not_read_frees_its_place(model: SlowModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("maxwhisper.serving.answers.TO_READ", 0)
     text = [{"text": "word " * 2_000_000}]
 
     def transcribe(self: SlowModel, audio: np.ndarray, on_segments: Any, **options: Any) -> dict[str, Any]:
@@ -139,6 +140,20 @@ def test_who_has_to_be_cut_off_may_ask_another_server(model: SlowModel) -> None:
             asked.add_done_callback(lambda _: model.let.set())
             until(lambda: service.jobs.running)
         assert asked.result().status_code == 503 and asked.result().headers["retry-after"] == "2"
+
+
+def test_what_takes_too_long_in_mid_stream(model: SlowModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    def transcribe(self: SlowModel, audio: np.ndarray, on_segments: Any, **options: Any) -> dict[str, Any]:
+        on_segments([{"text": " Hello"}])
+        assert self.let.wait(30)
+        return {}
+
+    model.let.clear()
+    monkeypatch.setattr(SlowModel, "transcribe", transcribe)
+    with in_thread(model, timeout=0.5) as (url, _), openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        with pytest.raises(openai.APIError, match="within the limit of 0.5 s"):
+            list(client.audio.transcriptions.create(file=CLIP, model="stub", stream=True))
+        model.let.set()
 
 
 def test_what_fails_in_mid_stream_is_an_error_of_the_client(model: SlowModel, monkeypatch: pytest.MonkeyPatch) -> None:
