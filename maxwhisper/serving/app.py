@@ -103,6 +103,7 @@ async def unless_gone(request: Request, wanted: Coroutine[Any, Any, T]) -> T:
 
 
 async def disconnected(request: Request) -> None:
+    """Returns once the client of a request that has been read leaves."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
