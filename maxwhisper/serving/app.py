@@ -51,9 +51,7 @@ class Service:
                 raise APIError(408, message) from error
             except ClientDisconnect:
                 return Response(status_code=GONE)
-            except (
-                asyncio.CancelledError
-            ) as error:  # uvicorn's, where what runs takes longer than there is time to stop
+            except asyncio.CancelledError as error:  # uvicorn's, where what runs takes longer than it may at the end
                 raise stopping() from error
             failed.pop_all()
         return response

@@ -47,6 +47,8 @@ def server(tmp_path_factory: pytest.TempPathFactory, two_windows: Path) -> Itera
     """A server that at its end finishes what it is doing, and leaves no file."""
     with started(tmp_path_factory.mktemp("serve"), "--max_file_mb", "4", "--max_audio_minutes", "3") as process:
         yield process
+        while process.running():  # requests whose clients have left
+            time.sleep(0.005)
         with ThreadPoolExecutor(1) as pool:
             last = pool.submit(transcribe, process, two_windows, response_format="text")
             while not process.running():
