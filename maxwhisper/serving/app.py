@@ -4,7 +4,7 @@ import asyncio
 import hmac
 import time
 from collections.abc import AsyncIterator, Coroutine, Sequence
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from typing import Any, TypeVar
 
 from fastapi import Depends, FastAPI, Request
@@ -58,13 +58,16 @@ class Service:
 
     async def _answer(self, request: Request, fields: type[Translation], job: Job) -> Response:
         max_file_mb = self.limits.max_file_mb
-        async with asyncio.timeout_at(job.deadline) as receiving, form_of(request, max_file_mb) as form:
-            receiving.reschedule(None)  # the job looks at the time itself
+        async with asyncio.timeout_at(job.deadline):
+            form = await form_of(request, max_file_mb)
+        async with AsyncExitStack() as unused:
+            unused.push_async_callback(form.close)
             wanted = checked(form, fields)
             self._check_model(wanted)
             stream = isinstance(wanted, Transcription) and wanted.stream
             job.start(file_in(form, max_file_mb), wanted.options, in_pieces=stream)
-            found = await unless_gone(request, job.next())
+            unused.pop_all()  # the job reads the file, and closes it
+        found = await unless_gone(request, job.next())
         if stream:
             return Events(job, found)
         assert not isinstance(found, list)

@@ -1,7 +1,5 @@
 """How a request's body is read: no further than its limit, and into files that have no name."""
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from typing import IO
 
 from fastapi import Request
@@ -17,9 +15,8 @@ ROOM_FOR_FIELDS = 2**20
 """Bytes that a body may have beside its file."""
 
 
-@asynccontextmanager
-async def form_of(request: Request, max_file_mb: int) -> AsyncIterator[FormData]:
-    """Gives the form of a request, whose files are closed afterwards.
+async def form_of(request: Request, max_file_mb: int) -> FormData:
+    """Reads the form of a request, whose file is to be closed.
 
     What is larger than a megabyte is on the disk in a file without a name, which ends with the process too.
     Raises APIError for a body of another type, or that is too long; HTTPException for one that is no form.
@@ -27,8 +24,7 @@ async def form_of(request: Request, max_file_mb: int) -> AsyncIterator[FormData]
     if request.headers.get("content-type", "").split(";")[0].strip().lower() != "multipart/form-data":
         raise APIError(400, "expected a body of type multipart/form-data with the audio in its field 'file'", "file")
     limited = Request(request.scope, up_to(request, max_file_mb))
-    async with limited.form(max_files=1, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD) as form:
-        yield form
+    return await limited.form(max_files=1, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD)
 
 
 def up_to(request: Request, max_file_mb: int) -> Receive:

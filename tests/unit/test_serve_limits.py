@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maxwhisper.errors import OptionError
+from maxwhisper.errors import AudioError, OptionError
 from maxwhisper.serving.app import Service
 from maxwhisper.serving.command import bound, keys_in
 
@@ -47,9 +47,9 @@ def model() -> Iterator[SlowModel]:
     found.let.set()
 
 
-def post(url: str, **options: Any) -> httpx.Response:
-    files = {"file": ("talk.wav", CLIP.read_bytes())}
-    return httpx.post(f"{url}/v1/audio/transcriptions", files=files, data={"model": "whisper-1", **options})
+def post(url: str, timeout: Any = 30, **options: Any) -> httpx.Response:
+    files, data = {"file": ("talk.wav", CLIP.read_bytes())}, {"model": "whisper-1", **options}
+    return httpx.post(f"{url}/v1/audio/transcriptions", files=files, data=data, timeout=timeout)
 
 
 def address(url: str) -> tuple[str, int]:
@@ -110,6 +110,28 @@ def test_a_client_that_leaves_while_it_sends_frees_its_place(model: SlowModel) -
             client.sendall(b"Content-Type: multipart/form-data; boundary=x\r\n\r\n--x\r\n")
             until(lambda: service.jobs.running)
         until(lambda: not service.jobs.running)
+
+
+def test_a_file_stays_open_for_who_reads_it_and_no_longer(model: SlowModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, left, files = Event(), Event(), []
+
+    def read(file: Any, *_: Any) -> np.ndarray:
+        files.append(file)
+        reading.set()
+        assert left.wait(30)
+        assert file.read() == CLIP.read_bytes()
+        files.append("read")
+        raise AudioError("nobody waits")
+
+    monkeypatch.setattr("maxwhisper.serving.jobs.read_upload", read)
+    with in_thread(model) as (url, service):
+        with pytest.raises(httpx.ReadTimeout):
+            post(url, timeout=httpx.Timeout(5, read=0.3))
+        assert reading.is_set()
+        time.sleep(0.1)  # the server sees that it has left
+        left.set()
+        until(lambda: not service.jobs.running)
+    assert files[1] == "read" and files[0].closed
 
 
 def test_a_client_that_does_not_read_frees_its_place(model: SlowModel, monkeypatch: pytest.MonkeyPatch) -> None:
