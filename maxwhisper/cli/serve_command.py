@@ -24,8 +24,8 @@ def add_serve(commands: Any) -> None:
     parser = commands.add_parser(
         "serve",
         help="answer OpenAI's clients",
-        description="Answer requests for transcripts as OpenAI's interface does, those that come together together."
-        " `pip install maxwhisper[serve]` installs what it needs.",
+        description="Answer requests for transcripts as OpenAI's interface does. Those that come together decode"
+        " together. `pip install maxwhisper[serve]` installs what it needs.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add_model(parser.add_argument_group("model and device").add_argument)

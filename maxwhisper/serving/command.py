@@ -16,7 +16,8 @@ from whisper.audio import SAMPLE_RATE
 from ..alignment import keep_alignment_compiled
 from ..errors import OptionError
 from ..whisper import Whisper
-from .app import Limits, Service, create_app
+from .app import Service, create_app
+from .jobs import Limits
 
 
 def serve(

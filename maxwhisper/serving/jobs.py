@@ -24,11 +24,11 @@ class Limits:
     bytes. timeout: seconds from a request's first byte to its answer's last.
     """
 
-    batch_size: int = 8
-    max_requests: int = 32
-    max_file_mb: int = 100
-    max_audio_minutes: int = 120
-    timeout: float = 600
+    batch_size: int
+    max_requests: int
+    max_file_mb: int
+    max_audio_minutes: int
+    timeout: float
 
 
 @dataclass(frozen=True)

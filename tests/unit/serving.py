@@ -14,11 +14,19 @@ from typing import Any
 import openai
 import uvicorn
 
-from maxwhisper.serving.app import Limits, Service, create_app
+from maxwhisper.serving.app import Service, create_app
+from maxwhisper.serving.jobs import Limits
 from reference.fixtures import NANO
 from reference.perf.serve import Server
 
 KEY = "the-key-of-a-test"
+LIMITS: dict[str, Any] = {
+    "batch_size": 2,
+    "max_requests": 8,
+    "max_file_mb": 4,
+    "max_audio_minutes": 3,
+    "timeout": 30,
+}
 
 
 @dataclass
@@ -69,7 +77,7 @@ def stop(process: Process) -> int:
 @contextmanager
 def in_thread(model: Any, **limits: Any) -> Iterator[tuple[str, Service]]:
     """Serves a model in this process, and gives the address; at the end, what runs has a second."""
-    service = Service(model, "stub", Limits(**limits))
+    service = Service(model, "stub", Limits(**LIMITS | limits))
     config = uvicorn.Config(create_app(service), port=0, log_level="critical", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
