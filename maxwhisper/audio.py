@@ -8,11 +8,12 @@ N_FRAMES frames.
 import math
 import os
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from itertools import groupby
 from threading import Event, Lock
+from typing import IO
 
 import av
 import av.container
@@ -77,10 +78,40 @@ def read_audio(file: str | os.PathLike[str], sr: int, stopped: Event) -> np.ndar
     name = os.fsdecode(file)
     if sr <= 0:
         raise OptionError(f"sr is the number of samples per second and must be positive, not {sr}")
+    return _waveform(_open(name, stopped), name, sr)
+
+
+def read_upload(file: IO[bytes], name: str, longest: float, stopped: Event) -> np.ndarray:
+    """Reads audio from an open file that a stranger has sent, and from no other file or address that it refers to.
+
+    name: what errors and warnings call it. stopped: once it is set, AudioError is raised.
+
+    Returns and raises as `load_audio`, and AudioError for more than `longest` seconds.
+    """
+
+    def within_limits(frames: Iterable[av.AudioFrame]) -> Iterator[av.AudioFrame]:
+        seconds = 0.0
+        for frame in frames:
+            seconds += frame.samples / frame.sample_rate  # resampling a few samples of 1 Hz makes gigabytes
+            if seconds > longest:
+                raise AudioError(f"{name}: has more than {longest:g} s of audio, which is the limit here")
+            if stopped.is_set():
+                raise AudioError(f"{name}: nobody waits for it any more")
+            yield frame
+
+    return _waveform(_open_upload(file), name, SAMPLE_RATE, within_limits)
+
+
+def _waveform(
+    source: AbstractContextManager[av.container.InputContainer],
+    name: str,
+    sr: int,
+    passing: Callable[[Iterable[av.AudioFrame]], Iterable[av.AudioFrame]] = iter,
+) -> np.ndarray:
     pcm = bytearray()
     try:
-        with _open(name, stopped) as container:
-            for frame in _resample(_all_finite(_joined(_decode(container, name)), name), sr):
+        with source as container:
+            for frame in _resample(passing(_all_finite(_joined(_decode(container, name)), name)), sr):
                 pcm += frame.to_ndarray().tobytes()
     except av.FFmpegError as error:
         raise AudioError(f"{name}: cannot be read as audio: {error.strerror}") from error
@@ -100,6 +131,13 @@ def _open(name: str, stopped: Event) -> Iterator[av.container.InputContainer]:
         return
     # Without the scheme, libav takes what precedes a colon in a file's name for a network protocol.
     with av.open(f"file:{name}" if os.path.exists(name) else name, metadata_errors="ignore") as container:
+        yield container
+
+
+@contextmanager
+def _open_upload(file: IO[bytes]) -> Iterator[av.container.InputContainer]:
+    # Some formats, as ffconcat, name other files: libav would read any that this process may.
+    with av.open(file, "r", options={"protocol_whitelist": "none"}, metadata_errors="ignore") as container:
         yield container
 
 
@@ -142,13 +180,13 @@ def _decode(container: av.container.InputContainer, name: str) -> Iterator[av.Au
         raise AudioError(f"{name}: {len(damage)} packets do not decode and only {decoded} do: {damage[-1]}")
     if damage:
         message = f"{name}: {len(damage)} damaged packets left out, {decoded} decoded: {damage[-1]}"
-        warnings.warn(message, RuntimeWarning, stacklevel=7)
+        warnings.warn(message, RuntimeWarning, stacklevel=8)
     if unfilled := timeline.unfilled:
         message = (
             f"{name}: its audio {unfilled}, which nothing fills: times after that are too early by as much;"
             " `ffmpeg -i INPUT -af aresample=async=1:first_pts=0 OUTPUT.wav` fills it with silence"
         )
-        warnings.warn(message, RuntimeWarning, stacklevel=7)
+        warnings.warn(message, RuntimeWarning, stacklevel=8)
 
 
 class Timeline:

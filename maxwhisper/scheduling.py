@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
+from whisper.decoding import DecodingOptions
 
 from .audio import SAMPLE_RATE, read_audio
 from .decoding.batching import BatchingStepper
@@ -25,6 +26,7 @@ from .errors import OptionError
 Waveform = np.ndarray | Tensor
 Audio = str | PathLike[str] | Waveform
 Result = dict[str, Any] | Exception
+Decode = Callable[[Tensor, DecodingOptions], Any]
 
 
 class Model(Protocol):
@@ -32,8 +34,11 @@ class Model(Protocol):
 
     stepper: Stepper
 
-    def stepping_by(self, stepper: Stepper) -> "Model":
-        """Returns the model with another stepper."""
+    def stepping_by(self, stepper: Stepper, decode: Decode | None = None) -> "Model":
+        """Returns the model with another stepper, and another `decode` for `transcribe`."""
+
+    def decode(self, mel: Tensor, options: DecodingOptions) -> Any:
+        """Returns what openai-whisper's function of this name does."""
 
     def transcribe(self, audio: Waveform, **options: Any) -> dict[str, Any]:
         """Returns a recording's transcript."""
@@ -124,6 +129,7 @@ def in_threads(
     threads = [Thread(target=work, daemon=True) for _ in range(n_thread)]
     try:
         for thread in threads:
+            stepper.join()
             thread.start()
         for _ in audio:
             found = results.get()

@@ -45,7 +45,7 @@ from .modules import AudioEncoder, TextDecoder, check_floats
 from .network.log_mel import N_MELS
 from .options import carried, decoding, transcribing, within
 from .rebind import rebind
-from .scheduling import Audio, Result, transcribe_many
+from .scheduling import Audio, Decode, Result, transcribe_many
 
 
 @cpu_by_default()
@@ -110,6 +110,16 @@ def plain(value: Any) -> Any:
     if isinstance(value, list):
         return [plain(each) for each in value]
     return value.item() if isinstance(value, np.generic) else value
+
+
+def enumerate_and_tell(
+    tell: Callable[[list[dict[str, Any]]], None], segments: list[dict[str, Any]], start: int | None = None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Is what openai-whisper's loop takes for `enumerate`: only of a window's final segments does it say where the
+    numbers start, and nowhere else does it show them before the end."""
+    if start is not None:
+        tell(plain(segments))
+    return enumerate(segments, start or 0)
 
 
 class Frames:
@@ -181,10 +191,12 @@ class Whisper(Frozen, OpenAIWhisper):
         copied: Whisper = super().__deepcopy__(memo)
         return copied
 
-    def stepping_by(self, stepper: Stepper) -> "Whisper":
-        """Returns this model with another stepper; the rest is shared."""
+    def stepping_by(self, stepper: Stepper, decode: Decode | None = None) -> "Whisper":
+        """Returns this model with another stepper, and another `decode` for `transcribe`; the rest is shared."""
         model = copy.copy(self)
         model.stepper = stepper
+        if decode:
+            model.decode = decode  # type: ignore[assignment, method-assign]
         return model
 
     def check_unchanged(self) -> None:
@@ -221,12 +233,14 @@ class Whisper(Frozen, OpenAIWhisper):
         self,
         audio: StrPath | np.ndarray | torch.Tensor,
         progress: Callable[[float], None] | None = None,
+        on_segments: Callable[[list[dict[str, Any]]], None] | None = None,
         **options: Any,
     ) -> dict[str, Any]:
         """Transcribes as openai-whisper's `transcribe` does, with its options and its result.
 
         fp16 is False unless given: arithmetic is that of `load_model`, and float16 would only round the audio features.
         progress: called with the seconds of audio done since the last call; takes the place of OpenAI's bar.
+        on_segments: called with the segments of each window, as they are in the result but for their numbers.
 
         Numbers in the result are Python's. Raises AudioError and OptionError besides what openai-whisper raises.
         """
@@ -244,6 +258,8 @@ class Whisper(Frozen, OpenAIWhisper):
         }
         if progress:
             names["tqdm"] = SimpleNamespace(tqdm=partial(Frames, progress))
+        if on_segments:
+            names["enumerate"] = partial(enumerate_and_tell, on_segments)
         prompt = options.get("initial_prompt")
         if options.get("carry_initial_prompt") and prompt and (options_of_window := carried(prompt, self)):
             names["DecodingOptions"] = options_of_window

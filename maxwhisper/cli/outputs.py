@@ -1,6 +1,5 @@
 """The output files of `maxwhisper transcribe`: the names and texts of OpenAI's; each is complete or not there."""
 
-import io
 import os
 import tempfile
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from typing import Any
 
 from ..errors import OptionError
 from ..pipes import STANDARD_INPUT
-from .subtitles import SYNTAX, as_cues, in_syntax
+from ..subtitles import contents
 
 FORMATS = ("txt", "vtt", "srt", "tsv", "json")
 WORD_OPTIONS = ("highlight_words", "max_line_count", "max_line_width", "max_words_per_line")
@@ -56,17 +55,6 @@ def write(result: dict[str, Any], audio: str, output_dir: str, output_format: st
             with noted(target, failures):
                 replace(file, target)
     return failures
-
-
-def contents(result: dict[str, Any], ending: str, layout: dict[str, Any]) -> str:
-    """Returns what is in the output file with that ending: what openai-whisper writes, but for what would be taken for
-    the syntax of subtitles."""
-    from whisper.utils import get_writer
-
-    written = io.StringIO()
-    subtitles = ending in SYNTAX
-    get_writer(ending, "").write_result(as_cues(result) if subtitles else result, file=written, options=layout)
-    return in_syntax(written.getvalue(), ending) if subtitles else written.getvalue()
 
 
 @contextmanager

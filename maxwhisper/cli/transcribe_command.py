@@ -2,13 +2,13 @@
 
 import argparse
 import logging
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 from ..errors import MaxWhisperError, OptionError
+from .model_options import MODEL_OPTIONS, leave_cores_to_max, load
 from .outputs import WORD_OPTIONS, unfinished, write
 from .terminal import failed
 from .transcribe_options import unusable, without_effect
@@ -27,21 +27,16 @@ def transcribe(parser: argparse.ArgumentParser, **options: Any) -> int:
     output_dir, output_format = options.pop("output_dir"), options.pop("output_format")
     with unfinished(output_dir):
         pass  # a folder that cannot be written to shows before the work, not after
-    # PyTorch's threads, done with their part, would wait for more at full load, on the cores that MAX computes on.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    leave_cores_to_max()
 
     import torch
 
-    from ..engine.session import device_named
     from ..options import transcribing
-    from ..whisper import load_model
 
     if threads := options.pop("threads"):
         torch.set_num_threads(threads)
     options.pop("fp16")
-    how = {name: options.pop(name) for name in ("device", "artifacts", "or_compile", "dtype")}
-    how["device"] = device_named(how["device"])
-    model = load_model(options.pop("model"), download_root=options.pop("model_dir"), **how)
+    model = load(**{name: options.pop(name) for name in MODEL_OPTIONS})
     files, layout = options.pop("audio"), {name: options.pop(name) for name in WORD_OPTIONS}
     options["temperature"] = temperatures(options["temperature"], options.pop("temperature_increment_on_fallback"))
     options["language"] = spoken(options["language"], model.is_multilingual)

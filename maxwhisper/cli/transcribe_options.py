@@ -4,8 +4,8 @@ import argparse
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ..names import DTYPES
 from ..pipes import is_terminal, not_a_file, pipe_behind
+from .model_options import add_model
 from .option_types import above_zero, language, optional_float, optional_int, prompt, str2bool
 from .outputs import FORMATS, WORD_OPTIONS, output_name
 
@@ -28,15 +28,7 @@ def add_transcribe(commands: Any) -> argparse.ArgumentParser:
 
 
 def add_files_and_devices(add: Callable[..., Any]) -> None:
-    model = "name of an OpenAI model, or path of a .pt or .safetensors file or of a Hugging Face folder"
-    add("--model", default="turbo", help=model)
-    add("--model_dir", help="where named models are kept; None stands for ~/.cache/whisper")
-    device = "what to compute on; cuda means gpu, auto a GPU where there is one"
-    add("--device", default="cpu", choices=["cpu", "gpu", "cuda", "auto"], help=device)
-    dtype = "of arithmetic; the others are less accurate, and bfloat16 encodes faster on CPUs with AVX-512 BF16"
-    add("--dtype", default="float32", choices=DTYPES, help=dtype)
-    add("--artifacts", metavar="DIR", help="use what `maxwhisper compile` wrote, or fail, naming what does not fit")
-    add("--or_compile", type=str2bool, default=False, help="compile what does not fit in --artifacts, do not fail")
+    add_model(add)
     add("--output_dir", "-o", default=".", help="folder for the output files, made if it is not there")
     add("--output_format", "-f", default="all", choices=[*FORMATS, "all"], help="which output files to write")
     add("--verbose", type=str2bool, default=True, help="True prints the text as it comes, False shows a progress bar")

@@ -8,7 +8,7 @@ no transcript depends on its company.
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from threading import Condition
+from threading import Condition, Lock
 
 import torch
 from torch import Tensor
@@ -34,15 +34,16 @@ class Stopped(Exception):
 
 
 class BatchingStepper:
-    """Takes texts of several threads further together. A thread holds `turn` whenever it does not wait for tokens."""
+    """Takes texts of several threads further together. A thread holds `turn` from when it has joined until it leaves,
+    whenever it does not wait for tokens."""
 
-    def __init__(self, inner: Stepper, n_thread: int):
-        """Takes the steps of `n_thread` threads, which `inner` computes."""
+    def __init__(self, inner: Stepper, n_slot: int):
+        """Takes the steps of up to `n_slot` threads at a time, which `inner` computes."""
         self.inner = inner
         self.max_candidates, self.tokens_first = inner.max_candidates, inner.tokens_first
         self.turn = Condition()
-        self.n_thread = n_thread
-        self.slots = CacheSlots(n_thread, inner.tokens_first)
+        self.n_thread, self.counting = 0, Lock()
+        self.slots = CacheSlots(n_slot, inner.tokens_first)
         self.waiting: list[Request] = []
         self.stopped = False
 
@@ -60,9 +61,16 @@ class BatchingStepper:
             self.turn.wait()
         return request.found.result()
 
+    def join(self) -> None:
+        """Counts in a thread, before it has the turn: those that have it wait for this one from their next step on, and
+        so give the turn away."""
+        with self.counting:
+            self.n_thread += 1
+
     def leave(self) -> None:
         """Counts out a thread that has nothing more to transcribe."""
-        self.n_thread -= 1
+        with self.counting:
+            self.n_thread -= 1
         self._step_if_all_wait()
 
     def stop(self) -> None:

@@ -31,7 +31,7 @@ class StubModel:
     def __init__(self) -> None:
         self.calls: list[dict[str, Any]] = []
 
-    def stepping_by(self, _: Any) -> "StubModel":
+    def stepping_by(self, stepper: Any, decode: Any = None) -> "StubModel":
         return self
 
     def transcribe(self, audio: np.ndarray, **options: Any) -> dict[str, Any]:

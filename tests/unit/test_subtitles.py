@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from whisper.utils import get_writer
 
-from maxwhisper.cli.outputs import FORMATS, WORD_OPTIONS, contents, write
+from maxwhisper.cli.outputs import FORMATS, WORD_OPTIONS, write
+from maxwhisper.subtitles import contents
 
 from .command import CLIP, StubModel, status
 

@@ -1,5 +1,7 @@
-"""Subtitles of any text: openai-whisper's writers take it that none holds anything of the files' syntax."""
+"""What is in output files, subtitles of any text among them: openai-whisper's writers take it that none holds anything
+of the files' syntax."""
 
+import io
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -13,6 +15,17 @@ SYNTAX: dict[str, dict[int, str]] = {
 """What each format has for what STAND_INS stand for."""
 ARROW = re.compile(f"--+{chr(STAND_INS[ord('>')])}")
 """What a text must not hold: a reader would take its line for one of times."""
+
+
+def contents(result: dict[str, Any], ending: str, layout: dict[str, Any]) -> str:
+    """Returns what is in the output file with that ending: what openai-whisper writes, but for what would be taken for
+    the syntax of subtitles."""
+    from whisper.utils import get_writer  # imports PyTorch
+
+    written = io.StringIO()
+    subtitles = ending in SYNTAX
+    get_writer(ending, "").write_result(as_cues(result) if subtitles else result, file=written, options=layout)
+    return in_syntax(written.getvalue(), ending) if subtitles else written.getvalue()
 
 
 def as_cues(result: dict[str, Any]) -> dict[str, Any]:

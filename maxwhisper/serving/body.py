@@ -1,0 +1,60 @@
+"""How a request's body is read: no further than its limit, and into files that have no name."""
+
+from typing import IO
+
+from fastapi import Request
+from starlette.datastructures import FormData, UploadFile
+from starlette.types import Message, Receive
+
+from .errors import APIError
+
+MAX_FIELDS = 64
+MAX_FIELD = 2**16
+"""Bytes of a field that is no file: a prompt has 223 tokens at most that count."""
+ROOM_FOR_FIELDS = 2**20
+"""Bytes that a body may have beside its file."""
+
+
+async def form_of(request: Request, max_file_mb: int) -> FormData:
+    """Reads the form of a request, whose file is to be closed.
+
+    What is larger than a megabyte is on the disk in a file without a name, which ends with the process too.
+    Raises APIError for a body of another type, or that is too long; HTTPException for one that is no form.
+    """
+    if request.headers.get("content-type", "").split(";")[0].strip().lower() != "multipart/form-data":
+        raise APIError(400, "expected a body of type multipart/form-data with the audio in its field 'file'", "file")
+    limited = Request(request.scope, up_to(request, max_file_mb))
+    return await limited.form(max_files=1, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD)
+
+
+def up_to(request: Request, max_file_mb: int) -> Receive:
+    """Returns what receives a request's body; it raises APIError once there is more than a file may have."""
+    most = max_file_mb * 10**6 + ROOM_FOR_FIELDS
+    declared = request.headers.get("content-length", "")
+    if declared.isdecimal() and int(declared) > most:
+        raise too_large(max_file_mb)
+    received = 0
+
+    async def receive() -> Message:
+        nonlocal received
+        message = await request.receive()
+        received += len(message.get("body", b""))
+        if received > most:
+            raise too_large(max_file_mb)
+        return message
+
+    return receive
+
+
+def too_large(max_file_mb: int) -> APIError:
+    return APIError(413, f"the file has more than {max_file_mb} MB, which is the limit here", "file")
+
+
+def file_in(form: FormData, max_file_mb: int) -> IO[bytes]:
+    """Returns the file of a form; raises APIError if there is none, or if it is too large."""
+    file = form.get("file")
+    if not isinstance(file, UploadFile):
+        raise APIError(400, "you must provide a file parameter, with the audio", "file", "missing_required_parameter")
+    if (file.size or 0) > max_file_mb * 10**6:
+        raise too_large(max_file_mb)
+    return file.file

@@ -1,0 +1,92 @@
+"""Servers to ask: the command in a process of its own, and the application in a thread, with any model."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import openai
+import uvicorn
+
+from maxwhisper.serving.app import Service, create_app
+from maxwhisper.serving.jobs import Limits
+from reference.fixtures import NANO
+from reference.perf.serve import Server
+
+KEY = "the-key-of-a-test"
+LIMITS: dict[str, Any] = {
+    "batch_size": 2,
+    "max_requests": 8,
+    "max_file_mb": 4,
+    "max_audio_minutes": 3,
+    "timeout": 30,
+}
+
+
+@dataclass
+class Process:
+    """A server that was started as users start it."""
+
+    popen: subprocess.Popen[str]
+    url: str
+    temporary: Path
+
+    def client(self, **options: Any) -> openai.OpenAI:
+        return openai.OpenAI(**{"base_url": self.url, "api_key": KEY, "max_retries": 0, **options})
+
+    @property
+    def server(self) -> Server:
+        return Server(self.url.removesuffix("/v1"), KEY)
+
+    def running(self) -> float:
+        return self.server.running()
+
+
+@contextmanager
+def started(folder: Path, *options: str) -> Iterator[Process]:
+    """Starts `maxwhisper serve` with the trained fixture, and kills what is left of it."""
+    keys, temporary = folder / "keys", folder / "temporary"
+    keys.write_text(f"another-key\n{KEY}\n")
+    temporary.mkdir()
+    command = [sys.executable, "-m", "maxwhisper", "serve", "--model", str(NANO), "--port", "0"]
+    environment = {**os.environ, "TMPDIR": str(temporary)}
+    with subprocess.Popen(
+        [*command, "--api_key_file", str(keys), *options], stdout=subprocess.PIPE, text=True, env=environment
+    ) as popen:
+        try:
+            assert popen.stdout
+            name, _, url = popen.stdout.readline().split()
+            assert name == "nano"
+            yield Process(popen, url, temporary)
+        finally:
+            popen.kill()
+
+
+def stop(process: Process) -> int:
+    """Ends a server as a supervisor does, and returns its exit status."""
+    process.popen.send_signal(signal.SIGTERM)
+    return process.popen.wait(30)
+
+
+@contextmanager
+def in_thread(model: Any, **limits: Any) -> Iterator[tuple[str, Service]]:
+    """Serves a model in this process, and gives the address; at the end, what runs has a second."""
+    service = Service(model, "stub", Limits(**LIMITS | limits))
+    config = uvicorn.Config(create_app(service), port=0, log_level="critical", timeout_graceful_shutdown=1)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            thread.join(0.01)
+        host, port = server.servers[0].sockets[0].getsockname()
+        yield f"http://{host}:{port}", service
+    finally:
+        server.should_exit = True
+        thread.join()
