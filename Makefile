@@ -9,13 +9,15 @@ JOBS ?= 2
 TARGETS ?= sm_90a
 # What is compiled ahead for GPUs, and compared and timed on them.
 SIZE ?= fixture
+MUTANTS ?= 300
+SEED ?= 0
 DTYPE ?= float32
 ON_GPU = --device gpu --require-gpu $(addprefix --artifacts ,$(ARTIFACTS))
 REPORT_DIR = $(or $(REPORT),build/report)
 DEVICE := cpu
 NEEDS_BASE = @test -n "$(BASE)" || { echo "make $@ needs a git revision: make $@ BASE=main"; exit 1; }
 
-.PHONY: help setup demo lint lint-ci test test-nightly test-peers test-x86-64-v3 test-faults soak graph-key compile-gate \
+.PHONY: help setup demo lint lint-ci test test-nightly test-peers test-x86-64-v3 test-faults test-mutants soak graph-key compile-gate \
 	compile-base doctor gpu-parity gpu-perf gpu-remote summary merge-gate perf perf-gate growth clean
 
 help:  ## list these targets
@@ -54,6 +56,9 @@ test-x86-64-v3: $(INSTALLED)  ## every test as on a CPU without AVX-512
 
 test-faults: $(INSTALLED)  ## the judge on trial: every fault, in every dtype (nightly)
 	$(BIN)/pytest tests/parity/test_faults.py --size fixture --dtype all --faults all
+
+test-mutants: $(INSTALLED)  ## small faults in our own sources: which the suite sees [MUTANTS=300] [SEED=0]
+	$(BIN)/python -m reference.mutants --number $(MUTANTS) --seed $(SEED)
 
 soak: $(INSTALLED)  ## the default comparisons 100 times on fresh random inputs; a false alarm fails
 	$(BIN)/python -m reference.soak

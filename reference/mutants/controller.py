@@ -16,7 +16,7 @@ from maxwhisper.network.blocks import BLOCKS
 
 from .mutant import OWN_BLOCKS, RIGHT_TESTS, Mutant
 from .switch import VARIABLE
-from .tree import plant, sample
+from .tree import plant
 from .worker import PIPES
 
 SELECTION = ("tests/parity", "--benchmark-disable", "--size", "fixture", "--dtype", "float32")
@@ -53,9 +53,8 @@ class Session:
     """A worker in a tree, started when it is first asked, and again after it has died. items: the ids of its tests.
     collected: what it had reached by then."""
 
-    def __init__(self, tree: Path, selection: Sequence[str]):
+    def __init__(self, tree: Path):
         self.tree = tree
-        self.selection = selection
         self.process: subprocess.Popen | None = None
         self.items: list[str] = []
         self.collected: list[int] = []
@@ -64,14 +63,7 @@ class Session:
         orders, self.orders = os.pipe()
         self.answers, answers = os.pipe()
         environ = {**os.environ, "PYTHONPATH": str(self.tree), PIPES: f"{orders} {answers}"}
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-p",
-            "reference.mutants.worker",
-            *self.selection,
-        ]
+        command = [sys.executable, "-m", "pytest", "-p", "reference.mutants.worker", *SELECTION]
         with (self.tree / "worker.log").open("a") as log:
             self.process = subprocess.Popen(
                 command, cwd=self.tree, env=environ, pass_fds=(orders, answers), stdout=log, stderr=log
@@ -118,17 +110,15 @@ class Session:
 
 @dataclass
 class Trials:
-    """Mutants of a tree on trial. found: outcomes so far, by number, each written to `record` as it comes. selection:
-    pytest's arguments, of the tests that they have to pass."""
+    """Mutants of a tree on trial. found: outcomes so far, by number, each written to `record` as it comes."""
 
     tree: Path
     mutants: Sequence[Mutant]
     record: Path
-    selection: Sequence[str] = SELECTION
     found: dict[int, Outcome] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.session = Session(self.tree, self.selection)
+        self.session = Session(self.tree)
         if self.record.exists():
             outcomes = (Outcome(**json.loads(line)) for line in self.record.read_text().splitlines())
             self.found = {outcome.mutant: outcome for outcome in outcomes}
@@ -199,17 +189,6 @@ class Trials:
                 self.try_alone(mutant)
             else:
                 self.note(Outcome(mutant.number, "survived" if mutant.number in live else "unreached"))
-
-    def run_some(self, number: int, seed: int) -> list[Mutant]:
-        """Tries a sample of those that tests run every time, and returns it: no mutant waits for a model."""
-        live = {place for reached in self.live.values() for place in reached}
-        chosen = sample([mutant for mutant in self.mutants if mutant.number in live], number, seed)
-        for mutant in chosen:
-            self.try_live(mutant)
-            if mutant.number not in self.found:
-                self.note(Outcome(mutant.number, "survived"))
-        self.session.stop()
-        return chosen
 
     def try_live(self, mutant: Mutant) -> None:
         tests = self.ordered(mutant, [test for test, reached in self.live.items() if mutant.number in reached])

@@ -125,6 +125,7 @@ class Worker:
         """Runs a test and returns what pytest says of its failure, None where it passes; what is shared stays."""
         item = self.items[nodeid]
         near = next((other for other in self.others if other.path == item.path and other is not item), self.others[0])
+        item.session._setupstate.teardown_exact(item)  # of another module
         reports = runtestprotocol(item, log=False, nextitem=near)
         return next((str(report.longrepr)[-400:] for report in reports if report.failed), None)
 

@@ -2,12 +2,11 @@
 
 import ast
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
 from reference.mutants import mojo_sources, python_sources, switch, tree
-from reference.mutants.controller import Outcome, Trials
+from reference.mutants.controller import Outcome
 from reference.mutants.mutant import Mutant, next_digit
 from reference.mutants.report import enough, report
 
@@ -150,13 +149,3 @@ def test_what_stays_green_is_counted_and_named() -> None:
     text = "\n".join(report(mutants, outcomes))
     assert "| kernels | 20 | 0 | 18 (90%) | 18 (90%) | 1 | 1 |" in text
     assert "3 kernels/linear.mojo:3 constant: 1 -> 3" in text
-
-
-def test_ten_mutants_of_decoding_are_killed(tmp_path: Path) -> None:
-    """Those of `make test-mutants` that nothing is compiled for."""
-    decoding = [mutant for mutant in tree.all_mutants() if mutant.component == "decoding"]
-    planted = tree.plant(decoding, tmp_path)
-    scenes = ("tests/parity/test_steps.py", "--size", "fixture", "--dtype", "float32", "-k", "beams or windows")
-    trials = Trials(tmp_path, planted, tmp_path / "outcomes.jsonl", scenes)
-    chosen = trials.run_some(10, seed=0)
-    assert len(chosen) == 10 and enough(chosen, trials.found), "\n".join(report(chosen, trials.found))
