@@ -139,13 +139,18 @@ def numbers_of(task: DecodingTask, tokens: list[int], logits: dict[str, Tensor])
     speech = logits["text"][task.sot_index].softmax(-1)[[known.no_speech]]
     tokens_of = dict(zip(known.all_language_codes, known.all_language_tokens, strict=True))
     languages = logits["start"][0, [tokens_of[code] for code in sorted(tokens_of)]].softmax(-1)
-    text = torch.tensor([[*task.initial_tokens, *tokens, known.eot]])
-    left = logits["text"][task.sample_begin - 1 :].clone()
+    words = word_probabilities(known, tokens, logits["words"])
+    return [avg_logprob(task, tokens, logits["text"]), speech, languages, words]
+
+
+def avg_logprob(task: DecodingTask, tokens: list[int], logits: Tensor) -> Tensor:
+    """Return the mean log-probability (1,) of a text and its end, of logits (token, vocab) of prompt and text."""
+    text = torch.tensor([[*task.initial_tokens, *tokens, task.tokenizer.eot]])
+    left = logits[task.sample_begin - 1 :].clone()
     for place in range(len(left)):
         for each in task.logit_filters:
             each.apply(left[place : place + 1], text[:, : task.sample_begin + place])
-    logprobs = left.log_softmax(-1).gather(1, text[0, task.sample_begin :, None])
-    return [logprobs.sum(0) / (len(tokens) + 1), speech, languages, word_probabilities(known, tokens, logits["words"])]
+    return left.log_softmax(-1).gather(1, text[0, task.sample_begin :, None]).sum(0) / (len(tokens) + 1)
 
 
 def words_of(tokenizer: Tokenizer, tokens: list[int]) -> list[int]:

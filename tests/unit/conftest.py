@@ -19,6 +19,7 @@ from maxwhisper.frozen import in_pytorch
 from maxwhisper.whisper import Whisper, load_model
 from reference.activations import CLIPS
 from reference.fixtures import FIXTURES, NANO
+from reference.versions import version
 
 SPOKEN = [clip for clip in CLIPS if not clip["no_speech"]]
 WINDOW = {
@@ -63,8 +64,8 @@ def same_environment() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def nothing_said_yet() -> None:
-    """Has what is said once in a process said in each test, whatever the tests before it made the process say."""
-    for said_once in (in_pytorch, not_in_graph, not_kept, warn_of_slow_dtype, warn_once):
+    """Has what is said or found once in a process said in each test, whatever the tests before it had it say."""
+    for said_once in (in_pytorch, not_in_graph, not_kept, version, warn_of_slow_dtype, warn_once):
         said_once.cache_clear()
 
 

@@ -99,8 +99,9 @@ def test_who_stops_waiting_is_not_served(together: Together, long: np.ndarray, s
     begun = Event()
     first, waiting = Caller(together), [Caller(together) for _ in range(2)]
     with ThreadPoolExecutor(3) as pool:
-        asked = [pool.submit(first.transcribe, np.tile(long, 2), on_segments=lambda _: begun.set())]
-        asked += [pool.submit(each.transcribe, long) for each in waiting]
+        minutes = np.tile(long, 8)  # so that none is done before it is stopped
+        asked = [pool.submit(first.transcribe, minutes, on_segments=lambda _: begun.set())]
+        asked += [pool.submit(each.transcribe, minutes) for each in waiting]
         assert begun.wait(30)
         for each in [*waiting, first]:
             each.stop()

@@ -43,7 +43,7 @@ from reference.judge import Comparison, judge
 from reference.models import trained
 from reference.steps import SCENES, Scene, judge_steps
 from reference.suite import Suite
-from reference.windows import numbers_of
+from reference.windows import avg_logprob
 
 from .test_decoding import (
     BEGIN,
@@ -247,7 +247,7 @@ def test_windows_of_a_batch_as_alone(model: Whisper, usual: Whisper) -> None:
         ours, theirs = (each.decode(mel[:n], options) for each in (model, usual))
         assert [each.tokens for each in ours] == [each.tokens for each in theirs]
     task, suite = DecodingTask(usual, options), Suite(trained(), torch.float32)
-    comparison = Comparison("fixture", torch.float32, "avg_logprob", 0, "two windows")
+    comparison = Comparison("fixture", torch.float32, "avg_logprob", 0, "2 windows")
     oracle, peer = (
         [torch.cat([average(*of, task, audio, each.tokens) for audio, each in zip(waveforms(n), ours, strict=True)])]
         for of in ((suite.model.oracle, torch.float64), (suite.peer, torch.float32))
@@ -268,7 +268,7 @@ def average(
     """The avg_logprob that PyTorch's network gives to a text of a window, (1,), computed in the dtype."""
     text = torch.tensor([[*task.initial_tokens, *tokens, EOT]])
     logits = pytorch_logits(network, torch.from_numpy(audio), text, dtype)[0]
-    return numbers_of(task, tokens, {"text": logits, "start": logits})[0]
+    return avg_logprob(task, tokens, logits)
 
 
 @pytest.mark.nightly
