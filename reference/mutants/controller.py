@@ -14,7 +14,7 @@ from typing import Any
 
 from maxwhisper.network.blocks import BLOCKS
 
-from .mutant import OWN_BLOCKS, RIGHT_TESTS, Mutant
+from .mutant import COMPONENTS, OWN_BLOCKS, RIGHT_TESTS, Mutant
 from .switch import VARIABLE
 from .tree import plant
 from .worker import PIPES
@@ -130,28 +130,36 @@ class Trials:
 
     @property
     def left(self) -> list[Mutant]:
-        return [mutant for mutant in self.mutants if mutant.number not in self.found]
+        """Returns those that nothing is known of yet, in the order of COMPONENTS."""
+        order = [name for name, *_ in COMPONENTS]
+        left = [mutant for mutant in self.mutants if mutant.number not in self.found]
+        return sorted(left, key=lambda mutant: order.index(mutant.component))
 
     # ---- which tests run a mutant's place ------------------------------------------------------------------------
 
     @cached_property
-    def first_pass(self) -> dict[str, list[int]]:
-        """Returns by test which places it runs, the first time; raises RuntimeError if one fails without a mutant."""
-        answer = self.session.ask("all")
-        if answer["failed"]:
-            raise RuntimeError(f"fail without a mutant: {json.dumps(answer['failed'], indent=2)}")
-        return {"collection": self.session.collected, **answer["reached"]}
+    def reached(self) -> dict[str, dict[str, list[int]]]:
+        """Returns which places are run, found once for a tree: "first" by test, the first time; "live" by test, when
+        models are loaded and graphs built; "traced" by block, while its graph is built.
 
-    @cached_property
+        Raises RuntimeError if a test fails without a mutant.
+        """
+        kept = self.tree / "reached.json"
+        if not kept.exists():
+            first, live = self.session.ask("all"), self.session.ask("all")
+            if failed := first["failed"] | live["failed"]:
+                raise RuntimeError(f"fail without a mutant: {json.dumps(failed, indent=2)}")
+            found = {"first": {"collection": self.session.collected, **first["reached"]}, "live": live["reached"]}
+            kept.write_text(json.dumps({**found, "traced": self.session.ask("traced")["reached"]}))
+        return json.loads(kept.read_text())
+
+    @property
     def live(self) -> dict[str, list[int]]:
-        """Returns by test which places it runs every time, when models are loaded and graphs built."""
-        assert self.first_pass
-        return self.session.ask("all")["reached"]
+        return self.reached["live"]
 
-    @cached_property
+    @property
     def traced(self) -> dict[str, list[int]]:
-        """Returns by block which places are run while its graph is built."""
-        return self.session.ask("traced")["reached"]
+        return self.reached["traced"]
 
     def blocks_of(self, mutant: Mutant) -> list[str]:
         """Returns the blocks that run the mutant's place and hold no other that does."""
@@ -178,7 +186,7 @@ class Trials:
         """Tries every mutant that is left: with all loaded, then in its graph, then in a process of its own."""
         live = {number for reached in self.live.values() for number in reached}
         traced = {number for reached in self.traced.values() for number in reached}
-        once = {n for test, reached in self.first_pass.items() for n in set(reached) - set(self.live.get(test, ()))}
+        once = {n for test, some in self.reached["first"].items() for n in set(some) - set(self.live.get(test, ()))}
         for mutant in self.left:
             if mutant.number in live:
                 self.try_live(mutant)
