@@ -67,7 +67,7 @@ def test_a_short_recording_is_done_before_a_long_one_that_came_first(
 ) -> None:
     begun, first = Event(), Caller(together)
     with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(first.transcribe, np.tile(long, 2), on_segments=lambda _: begun.set())
+        asked = pool.submit(first.transcribe, np.tile(long, 8), on_segments=lambda _: begun.set())
         assert begun.wait(30)
         assert Caller(together).transcribe(short)["text"]
         assert not asked.done()
