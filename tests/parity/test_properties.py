@@ -3,6 +3,8 @@
 A failing example is printed shrunk, with the line that reproduces it.
 """
 
+import itertools
+import math
 from typing import Any
 
 import pytest
@@ -12,11 +14,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from maxwhisper.network.blocks import BLOCKS
+from maxwhisper.network.log_mel import LOG_MEL
 from reference.activations import BATCH
 from reference.blocks import TWINS
 from reference.formulas import in_float64
 from reference.judge import Comparison, Judgement, judge
 from reference.suite import Suite
+from reference.trial import Trial
 from reference.verdicts import fingerprint
 
 N_CONTEXT = 448
@@ -192,3 +196,19 @@ def repeated(suite: Suite, block: str, times: int, *inputs: Tensor) -> list[list
     first, *others = found = [run(suite, block, *inputs) for _ in range(times)]
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
     return found
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_what_is_no_number_comes_out_where_pytorchs_does(suite: Suite, block: str) -> None:
+    """One NaN or infinity among the inputs, in a row that others stand beside: heard, or where nothing may be heard."""
+    kind = "speech" if block == LOG_MEL else BATCH
+    comparison = next(suite.comparisons(BLOCKS[block], (kind,)))
+    given = suite.inputs(BLOCKS[block], comparison)
+    for name in (name for name, x in given.items() if x.is_floating_point() and name.partition(".")[2] in ("", "0")):
+        for value, at in itertools.product((math.nan, math.inf), (0.5, -1)):
+            x = given[name].clone()
+            place = [len(x) // 2, *(at if at < 0 else int(size * at) for size in x.shape[1:])]
+            x[tuple(place)] = value
+            trial = Trial(suite, comparison, {**given, name: x}, suite.executable(BLOCKS[block], 0))
+            for ours, theirs in zip(trial.subject, trial.peer, strict=True):
+                assert ours.isfinite().equal(theirs.isfinite()), f"{value} in {name} at {place}"
