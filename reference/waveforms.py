@@ -19,10 +19,10 @@ from torch import Tensor
 from whisper.audio import HOP_LENGTH, N_FFT, SAMPLE_RATE
 
 STEP = 2.0**-15
-"""Of samples of 16 bits."""
+"""The step between neighbouring samples of 16 bits, full scale being 1."""
 CUTOFF, TAPS, BETA = 0.97, 32, 9
-"""Of ffmpeg's resampler: its cutoff over half the sample rate, the length of its filter in samples, and the shape of
-its Kaiser window."""
+"""The cutoff of ffmpeg's resampler over half the sample rate, the length of its filter in samples, and the shape of its
+Kaiser window."""
 ATTENUATION = BETA / 0.1102 + 8.7
 """In decibels, and the width of the transition below, by Kaiser's formulas (A. Oppenheim, R. Schafer, Discrete-Time
 Signal Processing, 7.6)."""

@@ -119,9 +119,7 @@ class Trials:
 
     def __post_init__(self) -> None:
         self.session = Session(self.tree)
-        if self.record.exists():
-            outcomes = (Outcome(**json.loads(line)) for line in self.record.read_text().splitlines())
-            self.found = {outcome.mutant: outcome for outcome in outcomes}
+        self.record.unlink(missing_ok=True)  # of other sources, in which the numbers are of other mutants
 
     def note(self, outcome: Outcome) -> None:
         self.found[outcome.mutant] = outcome
@@ -139,19 +137,16 @@ class Trials:
 
     @cached_property
     def reached(self) -> dict[str, dict[str, list[int]]]:
-        """Returns which places are run, found once for a tree: "first" by test, the first time; "live" by test, when
-        models are loaded and graphs built; "traced" by block, while its graph is built.
+        """Returns which places are run: "first" by test, the first time; "live" by test, when models are loaded and
+        graphs built; "traced" by block, while its graph is built.
 
         Raises RuntimeError if a test fails without a mutant.
         """
-        kept = self.tree / "reached.json"
-        if not kept.exists():
-            first, live = self.session.ask("all"), self.session.ask("all")
-            if failed := first["failed"] | live["failed"]:
-                raise RuntimeError(f"fail without a mutant: {json.dumps(failed, indent=2)}")
-            found = {"first": {"collection": self.session.collected, **first["reached"]}, "live": live["reached"]}
-            kept.write_text(json.dumps({**found, "traced": self.session.ask("traced")["reached"]}))
-        return json.loads(kept.read_text())
+        first, live = self.session.ask("all"), self.session.ask("all")
+        if failed := first["failed"] | live["failed"]:
+            raise RuntimeError(f"fail without a mutant: {json.dumps(failed, indent=2)}")
+        once = {"collection": self.session.collected, **first["reached"]}
+        return {"first": once, "live": live["reached"], "traced": self.session.ask("traced")["reached"]}
 
     @property
     def live(self) -> dict[str, list[int]]:
@@ -217,7 +212,7 @@ class Trials:
         for start in range(0, len(pairs), TOGETHER):
             some = pairs[start : start + TOGETHER]
             try:
-                said = self.session.ask("graphs", pairs=some)["said"]
+                said = self.session.ask("graphs", 10 * PATIENCE, pairs=some)["said"]
             except WorkerDied:
                 continue  # each then has a process of its own
             for (number, block), what in zip(some, said, strict=True):

@@ -1,4 +1,7 @@
 """Mutants that nothing could see, each with the reason."""
 
-EQUIVALENT: dict[tuple[str, str, str], str] = {}
+from collections.abc import Mapping
+from types import MappingProxyType
+
+EQUIVALENT: Mapping[tuple[str, str, str], str] = MappingProxyType({})
 """By file, code before and code after."""

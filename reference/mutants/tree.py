@@ -92,7 +92,6 @@ def plant(mutants: Sequence[Mutant], tree: Path) -> list[Mutant]:
 
 def write(mutants: Sequence[Mutant], tree: Path) -> None:
     shutil.rmtree(tree / "maxwhisper", ignore_errors=True)
-    (tree / "reached.json").unlink(missing_ok=True)  # which is of the mutants before
     shutil.copytree(ROOT / "maxwhisper", tree / "maxwhisper", ignore=shutil.ignore_patterns("__pycache__"))
     (tree / "maxwhisper" / "kernels" / "mutation.mojo").write_text(KERNEL_SWITCH)
     wanted = {mutant.number: ALWAYS if mutant.alone else mutant.number for mutant in mutants}

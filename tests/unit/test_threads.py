@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from maxwhisper.network.blocks import BLOCKS
-from reference.activations import BATCH, KINDS
+from reference.activations import BATCH, END, KINDS
 from reference.blocks import TWINS
 from reference.models import trained
 from reference.suite import Suite
@@ -37,7 +37,7 @@ def test_a_cut_that_leaves_a_column_out_is_red(wrong_for: str | None, monkeypatc
 @pytest.mark.parametrize("block", BLOCKS)
 def test_every_block_is_cut_for_all_in_every_shape(block: str) -> None:
     suite = Suite(trained(), torch.float32)
-    for kinds in (["speech"], [BATCH], KINDS):
+    for kinds in (["speech"], [BATCH], [END], KINDS):
         compared = list(suite.comparisons(BLOCKS[block], kinds))
         assert {n for each in compared for n in threads_for(each)} == (set(THREADS) if compared else set())
         assert all(threads_for(each) for each in compared)
