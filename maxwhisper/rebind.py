@@ -1,8 +1,10 @@
 """openai-whisper's own functions, over parts of ours."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FunctionType
 from typing import Any
+
+Segments = list[dict[str, Any]]
 
 
 def rebind(function: FunctionType, **names: Any) -> Callable[..., Any]:
@@ -19,3 +21,13 @@ def rebind(function: FunctionType, **names: Any) -> Callable[..., Any]:
     )
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
+
+
+def enumerate_and_tell(
+    tell: Callable[[Segments], None], segments: Segments, start: int | None = None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Is what openai-whisper's `transcribe` takes for `enumerate`: only of a window's final segments does it say where
+    the numbers start, and nowhere else does it show them before the end."""
+    if start is not None:
+        tell(segments)
+    return enumerate(segments, start or 0)

@@ -44,7 +44,7 @@ from .hooks import has_hooks
 from .modules import AudioEncoder, TextDecoder, check_floats
 from .network.log_mel import N_MELS
 from .options import carried, decoding, transcribing, within
-from .rebind import rebind
+from .rebind import Segments, enumerate_and_tell, rebind
 from .scheduling import Audio, Decode, Result, transcribe_many
 
 
@@ -110,16 +110,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, list):
         return [plain(each) for each in value]
     return value.item() if isinstance(value, np.generic) else value
-
-
-def enumerate_and_tell(
-    tell: Callable[[list[dict[str, Any]]], None], segments: list[dict[str, Any]], start: int | None = None
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Is what openai-whisper's loop takes for `enumerate`: only of a window's final segments does it say where the
-    numbers start, and nowhere else does it show them before the end."""
-    if start is not None:
-        tell(plain(segments))
-    return enumerate(segments, start or 0)
 
 
 class Frames:
@@ -233,7 +223,7 @@ class Whisper(Frozen, OpenAIWhisper):
         self,
         audio: StrPath | np.ndarray | torch.Tensor,
         progress: Callable[[float], None] | None = None,
-        on_segments: Callable[[list[dict[str, Any]]], None] | None = None,
+        on_segments: Callable[[Segments], None] | None = None,
         **options: Any,
     ) -> dict[str, Any]:
         """Transcribes as openai-whisper's `transcribe` does, with its options and its result.
@@ -259,7 +249,7 @@ class Whisper(Frozen, OpenAIWhisper):
         if progress:
             names["tqdm"] = SimpleNamespace(tqdm=partial(Frames, progress))
         if on_segments:
-            names["enumerate"] = partial(enumerate_and_tell, on_segments)
+            names["enumerate"] = partial(enumerate_and_tell, lambda segments: on_segments(plain(segments)))
         prompt = options.get("initial_prompt")
         if options.get("carry_initial_prompt") and prompt and (options_of_window := carried(prompt, self)):
             names["DecodingOptions"] = options_of_window

@@ -1,5 +1,5 @@
 """The command `maxwhisper`: transcribe audio files, compile models, convert checkpoints, examine what MAX runs on,
-compare engines, serve.
+compare engines, race them, serve.
 
 `maxwhisper transcribe` takes the options of OpenAI's `whisper` command, with its names, defaults and output files.
 Whatever goes wrong is one line on standard error. Exit status: 0 if everything was done, 1 if something failed, 2 for
@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from .. import __version__
 from ..errors import MaxWhisperError
 from ..names import DTYPES, TARGETS
-from .option_types import above_zero
+from .compare_command import add_compare, add_race
 from .serve_command import add_serve
 from .terminal import failed, messages_on_stderr, standard_output
 from .transcribe_command import transcribe
@@ -65,6 +65,7 @@ def build_parser() -> Parser:
     add_convert(commands)
     add_doctor(commands)
     add_compare(commands)
+    add_race(commands)
     add_serve(commands)
     return parser
 
@@ -106,43 +107,6 @@ def add_doctor(commands: Any) -> None:
     parser.set_defaults(run=doctor)
 
 
-def add_compare(commands: Any) -> None:
-    from ..compare.engines import ENGINES
-
-    parser = commands.add_parser(
-        "compare",
-        help="measure maxwhisper beside other engines",
-        description="Transcribe the same audio with the same checkpoint in maxwhisper and in other engines, each in its"
-        " own process. `pip install maxwhisper[peers]` installs them. Exit status: 1 if an engine failed.",
-    )
-    add = parser.add_argument
-    add("audio", nargs="+", metavar="AUDIO", help="audio or video files; a .txt beside one holds what is said in it")
-    add("--model", default="tiny", help="as of transcribe, or random:SIZE for random weights, with --tokens")
-    device = "what to compute on; auto is a GPU where there is one (default: cpu)"
-    add("--device", default="cpu", choices=["cpu", "gpu", "auto"], help=device)
-    known = f"engines, comma-separated, of {', '.join(ENGINES)} (default: all that have a row for --device)"
-    add("--against", type=engines, metavar="ENGINES", help=known)
-    add("--text", action="append", metavar="FILE", help="what is said, once for each AUDIO and in their order")
-    add("--tokens", type=above_zero, metavar="N", help="decode N tokens for every 30 s, in place of transcribing")
-    add("--beam_size", type=above_zero, metavar="N", help="how many texts to pursue; greedy if not given")
-    batch = "pieces that decode together in the rows of batches (default: 8)"
-    add("--batch_size", type=above_zero, default=8, metavar="N", help=batch)
-    add("--threads", type=above_zero, metavar="N", help="threads of every engine (default: one for each CPU)")
-    add("--rounds", type=above_zero, default=3, metavar="N", help="how often to measure (default: 3)")
-    add("--json", metavar="FILE", help="write everything that was found")
-    add("--plot", metavar="FILE", help="write a picture, in PNG")
-    parser.set_defaults(run=lambda **options: compare(parser, **options))
-
-
-def engines(value: str) -> tuple[str, ...]:
-    from ..compare.engines import ENGINES
-
-    names = tuple(value.split(","))
-    if unknown := [name for name in names if name not in ENGINES]:
-        raise argparse.ArgumentTypeError(f"unknown engine '{unknown[0]}': expected some of {', '.join(ENGINES)}")
-    return names
-
-
 # ---- commands ------------------------------------------------------------------------------------------------------
 
 
@@ -168,14 +132,3 @@ def doctor(json: bool) -> int:
     report = examine()
     print(report.json() if json else report.text())
     return 1 if report.red else 0
-
-
-def compare(parser: Parser, **options: Any) -> int:
-    """Prints the table; returns 1 if an engine failed."""
-    if options["text"] and len(options["text"]) != len(options["audio"]):
-        parser.error(f"argument --text: given {len(options['text'])} times for {len(options['audio'])} AUDIO")
-    if options["model"].startswith("random:") and not options["tokens"]:
-        parser.error("argument --model: random weights never end a text, say how long with --tokens")
-    from ..compare.command import run
-
-    return run(**options)

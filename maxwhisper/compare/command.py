@@ -10,14 +10,8 @@ from ..errors import OptionError
 
 def run(json: str | None, plot: str | None, text: list[str] | None, threads: int | None, **options: Any) -> int:
     """Compares, prints the table, writes the files; returns 1 if an engine failed. Raises MaxWhisperError."""
-    # Before the work, not after.
-    needed = {"jiwer": "maxwhisper compare"} | ({"matplotlib": "--plot"} if plot else {})
-    for package, user in needed.items():
-        if find_spec(package) is None:
-            raise OptionError(f"{user} needs {package}: pip install 'maxwhisper[peers]'")
-    for option, path in (("--json", json), ("--plot", plot)):
-        if path and not (os.path.isdir(folder := os.path.dirname(path) or ".") and os.access(folder, os.W_OK)):
-            raise OptionError(f"{option} {path}: there is no folder '{folder}' that can be written to")
+    check_installed({"jiwer": "maxwhisper compare"} | ({"matplotlib": "--plot"} if plot else {}))
+    check_outputs({"--json": json, "--plot": plot})
 
     from .run import compare, write_json
     from .table import table
@@ -31,6 +25,23 @@ def run(json: str | None, plot: str | None, text: list[str] | None, threads: int
 
         write_plot(results, Path(plot))
     return int(results.failed)
+
+
+# Both before the work, not after.
+
+
+def check_installed(needed: dict[str, str]) -> None:
+    """Raises OptionError for a package, of those named by what needs them, that is not installed."""
+    for package, user in needed.items():
+        if find_spec(package) is None:
+            raise OptionError(f"{user} needs {package}: pip install 'maxwhisper[peers]'")
+
+
+def check_outputs(paths: dict[str, str | None]) -> None:
+    """Raises OptionError for a file, of those given by an option, whose folder cannot be written to."""
+    for option, path in paths.items():
+        if path and not (os.path.isdir(folder := os.path.dirname(path) or ".") and os.access(folder, os.W_OK)):
+            raise OptionError(f"{option} {path}: there is no folder '{folder}' that can be written to")
 
 
 def available() -> int:

@@ -24,7 +24,7 @@ from .convert import store
 from .engines import REFERENCE, SPECS, Spec, Task, missing, rows, versions
 from .material import Recording, checkpoint_for, recordings
 from .process import EngineError, Worker, awake
-from .results import Results, Row
+from .results import Piece, Results, Row
 from .scores import agreement, word_error_rate
 from .tokens import task_for, tokenizer_of
 
@@ -78,7 +78,10 @@ def compare(
         model=model,
         options={**asdict(task), "tokens": tokens, "rounds": rounds, "languages": comparison.languages},
         machine=found,
-        recordings=[{"name": each.name, "seconds": each.seconds, "text": each.text} for each in heard],
+        recordings=[
+            {"name": each.name, "seconds": each.seconds, "text": each.text, "pytorch": text}
+            for each, text in zip(heard, comparison.spoken_texts, strict=True)
+        ],
         audio_s=sum(each.seconds for each in heard),
         rows=measured,
     )
@@ -101,6 +104,7 @@ class Comparison:
         self.folder, self.scratch = folder, scratch
         self.tokenizer = tokenizer_of(checkpoint.dims)
         self.languages = ["en"] * len(heard)
+        self.spoken_texts: list[str | None] = [None] * len(heard)
         self.window = self.save("window", self.mel(heard[0]))
         if tokens is None:
             self.audio = [self.save(f"audio-{i}", each.audio) for i, each in enumerate(heard)]
@@ -149,9 +153,12 @@ class Comparison:
                 if self.tokens is None and self.tokenizer.language is not None:
                     mels = [self.save(f"language-{i}", self.mel(each)) for i, each in enumerate(self.heard)]
                     self.languages = [worker.ask("language", mel=mel)["language"] for mel in mels]
-                return [answer["tokens"] for answer in self.transcribed(worker)]
+                spoken = [tokens_of(answer) for answer in self.transcribed(worker)]
             except EngineError as error:
                 raise MaxWhisperError(f"{spec.name}, which the others are compared with: {error}") from error
+        if self.tokens is None:
+            self.spoken_texts = [self.text(tokens) for tokens in spoken]
+        return spoken
 
     def started(self, spec: Spec, row: Row, stack: contextlib.ExitStack) -> Worker:
         """Starts the worker of an engine and loads its model, timed; raises EngineError."""
@@ -170,10 +177,12 @@ class Comparison:
             time.sleep(PAUSE)
             if not row.total_s:
                 # The first call of anything is slower, and users of a loaded model do not wait for it.
-                tokens = [answer["tokens"] for answer in self.transcribed(worker)]
+                tokens = [tokens_of(answer) for answer in self.transcribed(worker)]
                 row.peak_bytes = worker.ask("memory")["bytes"]
                 self.score(row, spoken, tokens)
-            row.total_s.append(sum(answer["seconds"] for answer in self.transcribed(worker)))
+            answers = self.transcribed(worker)
+            row.total_s.append(sum(answer["seconds"] for answer in answers))
+            row.pieces.append(self.pieces(answers))
             if not worker.spec.batched:
                 self.measure_window(worker, row)
 
@@ -214,15 +223,28 @@ class Comparison:
             row.agreement = agreement(spoken, tokens)
             return
         theirs, ours = ([self.text_tokens(each) for each in side] for side in (spoken, tokens))
-        row.texts = [self.tokenizer.decode(each).strip() for each in ours]
+        row.texts = [self.text(each) for each in tokens]
         row.agreement = agreement(theirs, ours)
-        row.wer = word_error_rate([self.tokenizer.decode(each) for each in theirs], row.texts, self.languages)
+        row.wer = word_error_rate([text or "" for text in self.spoken_texts], row.texts, self.languages)
         known = [i for i, each in enumerate(self.heard) if each.text is not None]
         row.wer_text = word_error_rate(*([side[i] for i in known] for side in (self.known, row.texts, self.languages)))
 
     @property
     def known(self) -> list[str]:
         return [each.text or "" for each in self.heard]
+
+    def pieces(self, answers: list[dict[str, Any]]) -> list[Piece]:
+        """Returns what was known when of a round; nothing where numbers of tokens were asked for."""
+        found, start = [], 0.0
+        for number, answer in enumerate(answers):
+            for piece in answer.get("pieces", ()):
+                text = self.tokenizer.decode(self.text_tokens(piece["tokens"]))
+                found.append(Piece(number, start + piece["seconds"], text))
+            start += answer["seconds"]
+        return found
+
+    def text(self, tokens: list[int]) -> str:
+        return self.tokenizer.decode(self.text_tokens(tokens)).strip()
 
     def text_tokens(self, tokens: list[int]) -> list[int]:
         return [token for token in tokens if token < self.tokenizer.eot]
@@ -235,6 +257,13 @@ def reported(row: Row) -> Iterator[None]:
         yield
     except EngineError as error:
         row.error = str(error)
+
+
+def tokens_of(answer: dict[str, Any]) -> list[int]:
+    """Returns all tokens of an answer, which comes in pieces where a recording was transcribed."""
+    if "pieces" in answer:
+        return [token for piece in answer["pieces"] for token in piece["tokens"]]
+    return answer["tokens"]
 
 
 def fastest(answers: list[dict[str, Any]], clock: str) -> float:

@@ -50,9 +50,16 @@ class Requests:
         return {"language": self.engine.detect_language(np.load(mel))}
 
     def transcribe(self, audio: str, language: str) -> dict[str, Any]:
-        tokens = self.engine.transcribe(np.load(audio), language)
+        """Returns the tokens as they came, each list with the seconds until it was there."""
+        samples, start = np.load(audio), time.perf_counter()
+        pieces: list[dict[str, Any]] = []
+
+        def tell(tokens: list[int]) -> None:
+            pieces.append({"seconds": time.perf_counter() - start, "tokens": [int(token) for token in tokens]})
+
+        self.engine.transcribe(samples, language, tell)
         self.engine.synchronize()
-        return {"tokens": [int(token) for token in tokens]}
+        return {"pieces": pieces}
 
     def windows(self, mel: str, n_tokens: int) -> dict[str, Any]:
         """Decodes a fixed number of tokens for every window of (window, n_mels, 3000)."""

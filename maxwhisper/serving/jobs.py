@@ -11,6 +11,7 @@ from typing import IO, Any
 from ..audio import SAMPLE_RATE, read_upload
 from ..callers import Caller, Together
 from ..errors import MaxWhisperError
+from ..rebind import Segments
 from .errors import APIError, full, too_slow
 
 log = logging.getLogger("maxwhisper")
@@ -39,7 +40,6 @@ class Transcript:
     seconds: float
 
 
-Segments = list[dict[str, Any]]
 Found = Segments | Transcript | APIError
 
 

@@ -66,7 +66,7 @@ class StubWorker:
         tokens = [50364, *get_tokenizer(True).encode(text), 50400]
         answers: dict[str, dict[str, Any]] = {
             "language": {"language": "de"},
-            "transcribe": {"tokens": tokens, "seconds": 0.5},
+            "transcribe": {"pieces": [{"tokens": tokens, "seconds": 0.25}], "seconds": 0.5},
             "windows": {"tokens": tokens, "seconds": 0.5},
             "encode": {"seconds": 0.02},
             "memory": {"bytes": 123e6},

@@ -1,6 +1,7 @@
 """What every engine can be asked for."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,8 +52,9 @@ class Engine(ABC):
         return [self.generate(self.encode(mel), n_tokens) for mel in mels]
 
     @abstractmethod
-    def transcribe(self, audio: "np.ndarray", language: str) -> list[int]:
-        """Returns all tokens of a recording, float32 (samples,) at 16 kHz, with timestamps and one temperature, 0."""
+    def transcribe(self, audio: "np.ndarray", language: str, tell: Callable[[list[int]], None]) -> None:
+        """Tells all tokens of a recording, float32 (samples,) at 16 kHz, with timestamps and one temperature, 0: as
+        many at a time as the engine makes known, as soon as it does."""
 
     def generate_batch(self, mels: "np.ndarray", n_tokens: int) -> list[list[int]]:
         """Encodes and generates, of windows (window, n_mels, 3000) that are computed at once."""

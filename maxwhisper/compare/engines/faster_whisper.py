@@ -1,5 +1,6 @@
 """CTranslate2, as faster-whisper's users run it."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,9 @@ class Adapter(Engine):
         )
         return [result.sequences_ids[0] for result in results]
 
-    def transcribe(self, audio: np.ndarray, language: str) -> list[int]:
+    def transcribe(self, audio: np.ndarray, language: str, tell: Callable[[list[int]], None]) -> None:
         segments, _ = self.model.transcribe(
             audio, language=language, beam_size=self.task.beam_size or 1, temperature=0.0, vad_filter=False
         )
-        return [token for segment in segments for token in segment.tokens]
+        for segment in segments:
+            tell(segment.tokens)

@@ -1,5 +1,6 @@
 """faster-whisper's own pipeline for several pieces of a recording at a time."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ class Adapter(faster_whisper.Adapter):
             tokens for batch in self.batches(mels) for tokens in self.decoded(self.encoded(batch), len(batch), n_tokens)
         ]
 
-    def transcribe(self, audio: np.ndarray, language: str) -> list[int]:
+    def transcribe(self, audio: np.ndarray, language: str, tell: Callable[[list[int]], None]) -> None:
         segments, _ = self.pipeline.transcribe(
             audio,
             language=language,
@@ -31,4 +32,5 @@ class Adapter(faster_whisper.Adapter):
             without_timestamps=False,
             batch_size=self.task.batch_size,
         )
-        return [token for segment in segments for token in segment.tokens]
+        for segment in segments:
+            tell(segment.tokens)

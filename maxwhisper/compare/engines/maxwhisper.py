@@ -1,5 +1,6 @@
 """This package."""
 
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from whisper.audio import SAMPLE_RATE
 from ...compiled import DTYPES
 from ...decoding.speculative import WORTH_PROPOSING
 from ...engine.session import find_device
+from ...rebind import Segments
 from ...whisper import load_model
 from .openai_like import OpenAILike
 
@@ -36,6 +38,9 @@ class Adapter(OpenAILike):
         event = DeviceEvent(self.max_device, enable_timing=True)
         self.max_device.default_queue.record_event(event)
         return event
+
+    def tell_segments(self, tell: Callable[[Segments], None], audio: np.ndarray, **options: Any) -> None:
+        self.model.transcribe(audio, on_segments=tell, **options)
 
     def prepare(self, folder: Path) -> None:
         """Compiles every graph that is used, into the folder where `load_model` keeps them."""

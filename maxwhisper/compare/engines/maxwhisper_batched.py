@@ -1,11 +1,13 @@
 """This package, with several pieces of a recording decoded together."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
 from ...batched import transcribe_batched
+from ...rebind import Segments
 from . import maxwhisper
 
 
@@ -15,5 +17,5 @@ class Adapter(maxwhisper.Adapter):
         features = (torch.cat([self.encode(mel) for mel in batch]) for batch in self.batches(mels))
         return [tokens for batch in features for tokens in self.decoded(batch, n_tokens)]
 
-    def result(self, audio: np.ndarray, **options: Any) -> dict[str, Any]:
-        return transcribe_batched(self.model, audio, self.task.batch_size, **options)
+    def tell_segments(self, tell: Callable[[Segments], None], audio: np.ndarray, **options: Any) -> None:
+        tell(transcribe_batched(self.model, audio, self.task.batch_size, **options)["segments"])

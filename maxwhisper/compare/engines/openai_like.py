@@ -1,11 +1,15 @@
 """What engines have in common whose object behaves as openai-whisper's `Whisper`."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from whisper.decoding import DecodingOptions
+from whisper.transcribe import transcribe
 
+from ...rebind import Segments, enumerate_and_tell, rebind
 from .on_pytorch import OnPyTorch
 
 
@@ -42,14 +46,15 @@ class OpenAILike(OnPyTorch):
         )
         return [result.tokens for result in self.model.decode(windows, options)]
 
-    def transcribe(self, audio: np.ndarray, language: str) -> list[int]:
+    def transcribe(self, audio: np.ndarray, language: str, tell: Callable[[list[int]], None]) -> None:
         options = {"temperature": 0.0, "beam_size": self.task.beam_size, "fp16": self.fp16}
-        result = self.result(audio, language=language, verbose=None, **options)
-        return [token for segment in result["segments"] for token in segment["tokens"]]
+        self.tell_segments(
+            lambda segments: tell(tokens_of(segments)), audio, language=language, verbose=None, **options
+        )
 
-    def result(self, audio: np.ndarray, **options: Any) -> dict[str, Any]:
-        """Returns what openai-whisper's `transcribe` returns, with its options."""
-        return self.model.transcribe(audio, **options)
+    def tell_segments(self, tell: Callable[[Segments], None], audio: np.ndarray, **options: Any) -> None:
+        """Tells the segments of each window of what openai-whisper's `transcribe` returns, with its options."""
+        rebind(transcribe, enumerate=partial(enumerate_and_tell, tell))(self.model, audio, **options)
 
     def transcribe_fixed(self, audio: np.ndarray, n_tokens: int) -> list[int]:
         result = self.model.transcribe(
@@ -66,4 +71,8 @@ class OpenAILike(OnPyTorch):
             fp16=False,
             verbose=None,
         )
-        return [token for segment in result["segments"] for token in segment["tokens"]]
+        return tokens_of(result["segments"])
+
+
+def tokens_of(segments: Segments) -> list[int]:
+    return [token for segment in segments for token in segment["tokens"]]

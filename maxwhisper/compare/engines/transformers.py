@@ -1,5 +1,6 @@
 """Hugging Face transformers."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ class Adapter(OnPyTorch):
         )
         return generated[0].tolist()[-n_tokens:]
 
-    def transcribe(self, audio: np.ndarray, language: str) -> list[int]:
+    def transcribe(self, audio: np.ndarray, language: str, tell: Callable[[list[int]], None]) -> None:
         long = len(audio) > WINDOW
         inputs = self.features(
             audio,
@@ -68,4 +69,4 @@ class Adapter(OnPyTorch):
             compression_ratio_threshold=2.4,
             no_speech_threshold=0.6,
         )
-        return [int(token) for segment in generated["segments"][0] for token in segment["tokens"]]
+        tell([int(token) for segment in generated["segments"][0] for token in segment["tokens"]])

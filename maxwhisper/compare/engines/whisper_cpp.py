@@ -5,8 +5,10 @@ because its bindings of these two take no tokens and return no logits.
 """
 
 import ctypes
+from collections.abc import Callable
 from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_void_p
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 
 import _pywhispercpp
@@ -33,14 +35,15 @@ class Adapter(Engine):
             **strategy,
         )
 
-    def transcribe(self, audio: np.ndarray, language: str) -> list[int]:
-        n_segments = len(self.model.transcribe(audio, language=language))
-        context = self.model._ctx
-        return [
-            _pywhispercpp.whisper_full_get_token_id(context, i, j)
-            for i in range(n_segments)
-            for j in range(_pywhispercpp.whisper_full_n_tokens(context, i))
-        ]
+    def transcribe(self, audio: np.ndarray, language: str, tell: Callable[[list[int]], None]) -> None:
+        context, told = self.model._ctx, count()
+
+        def tell_next(_: object) -> None:
+            i = next(told)
+            n_token = _pywhispercpp.whisper_full_n_tokens(context, i)
+            tell([_pywhispercpp.whisper_full_get_token_id(context, i, j) for j in range(n_token)])
+
+        self.model.transcribe(audio, language=language, new_segment_callback=tell_next)
 
     @cached_property
     def steps(self) -> "Steps":

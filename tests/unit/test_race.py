@@ -1,0 +1,219 @@
+"""`maxwhisper race`: a record of `compare` as a race, in a terminal and as a page."""
+
+import io
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from maxwhisper.cli import main
+from maxwhisper.compare import run
+from maxwhisper.compare.race.lanes import MISSING, RIGHT, WRONG, Race, race_of
+from maxwhisper.compare.race.page import write_page
+from maxwhisper.compare.race.terminal import frame, replay
+from reference.fixtures import NANO
+
+from .engines import CLIP
+from .test_compare import StubWorker, stub  # noqa: F401, a fixture
+
+
+def row(name: str, *rounds: tuple[float, list[tuple[float, str]]], error: str = "") -> dict[str, Any]:
+    """A row of `compare` with the total of each round, and when which text was there."""
+    pieces = [[{"recording": 0, "seconds": at, "text": text} for at, text in texts] for _, texts in rounds]
+    return {"name": name, "total_s": [total for total, _ in rounds], "pieces": pieces, "error": error}
+
+
+def record(*rows: dict[str, Any], text: str | None = None, pytorch: str = "Seven apples, and a dog.") -> dict[str, Any]:
+    return {
+        "model": "nano",
+        "options": {"languages": ["en"], "threads": 2},
+        "machine": {"processor": "a processor"},
+        "recordings": [{"name": "talk.mp3", "seconds": 10.0, "text": text, "pytorch": pytorch}],
+        "audio_s": 10.0,
+        "rows": list(rows),
+    }
+
+
+FAST = row("fast", (2.0, [(0.5, " Seven apples,"), (1.5, " and a dog.")]))
+SLOW = row("slow", (8.0, [(7.0, " so seven apple and uh dog")]))
+
+
+def words(race: Race, name: str) -> list[tuple[float, str, str]]:
+    [lane] = [lane for lane in race.lanes if lane.name == name]
+    return [(word.seconds, word.text, word.mark) for word in lane.words]
+
+
+def test_words_have_the_time_at_which_they_were_there_and_what_is_wrong_with_them() -> None:
+    race = race_of(record(SLOW, FAST), "talk.json")
+    assert [lane.name for lane in race.lanes] == ["fast", "slow"] and race.total_s == 8.0
+    assert words(race, "fast") == [
+        (0.5, "Seven", RIGHT),
+        (0.5, "apples,", RIGHT),
+        (1.5, "and", RIGHT),
+        (1.5, "a", RIGHT),
+        (1.5, "dog.", RIGHT),
+    ]
+    # A case and a sound are no difference; a word in another's place is, and so is one that was not said.
+    assert [word[1:] for word in words(race, "slow")] == [
+        ("so", WRONG),
+        ("seven", RIGHT),
+        ("apples,", MISSING),
+        ("apple", WRONG),
+        ("and", RIGHT),
+        ("uh", RIGHT),
+        ("a", MISSING),
+        ("dog", RIGHT),
+    ]
+    assert race.lanes[0].wer == 0 and race.lanes[1].wer == pytest.approx(3 / 5)
+
+
+def test_words_are_held_against_what_was_said_where_it_is_known() -> None:
+    race = race_of(record(FAST, text="seven apples"), "talk.json")
+    assert race.against == "what was said"
+    assert [mark for *_, mark in words(race, "fast")] == [RIGHT, RIGHT, WRONG, WRONG, WRONG]
+
+
+def test_the_median_round_is_shown() -> None:
+    three = row("three", (9.0, [(1.0, " late")]), (2.0, [(2.0, " early")]), (3.0, [(3.0, " median")]))
+    [lane] = race_of(record(three, pytorch="median"), "talk.json").lanes
+    assert lane.total_s == 3.0 and [(word.seconds, word.text) for word in lane.words] == [(3.0, "median")]
+
+
+@pytest.mark.parametrize("said, heard", [("", " dog"), ("dog", ""), ("", "")])
+def test_silence(said: str, heard: str) -> None:
+    race = race_of(record(row("one", (1.0, [(0.5, heard)])), pytorch=said), "talk.json")
+    assert race.lanes[0].wer == (1.0 if said else None)
+    assert [mark for *_, mark in words(race, "one")] == [WRONG] * bool(heard) + [MISSING] * bool(said)
+
+
+def shown(draw: Callable[[Console], object], **terminal: Any) -> str:
+    out = io.StringIO()
+    draw(Console(file=out, width=80, height=24, **terminal))
+    return re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", out.getvalue())
+
+
+def test_a_frame_shows_what_is_there_by_then() -> None:
+    race = race_of(record(FAST, SLOW), "talk.json")
+    early, late = (shown(lambda console, at=at: console.print(frame(race, at, console))) for at in (1.0, 7.5))
+    assert "Seven apples," in early and "dog." not in early and "fast, 1.0 s" in early
+    assert "and a dog." in late and "apples, apple and uh a dog" in late, late
+    assert "fast, 2.00 s, 5 x" in late and "slow, 7.5 s" in late
+
+
+def test_a_frame_is_no_larger_than_the_terminal() -> None:
+    long = row("long", (2.0, [(0.5, " word" * 2000)]))
+    for n_lane in (1, 2, 5):
+        race = race_of(record(*[long] * n_lane), "x")
+        lines = shown(lambda console, race=race: console.print(frame(race, 1.0, console)))
+        assert len(lines.splitlines()) <= 24
+
+
+def test_it_is_replayed_at_true_speed_in_a_terminal_and_not_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
+    race = race_of(record(FAST, SLOW), "talk.json")
+    out = shown(lambda console: replay(race, console, lambda: now[0]), force_terminal=True)
+    assert now[0] == pytest.approx(8.0, abs=0.06)
+    assert re.search("slow +│ +8.00 │", out)
+    assert "slow: so seven apples, apple and uh a dog" in " ".join(out.split())
+    now[0] = 0.0
+    out = shown(lambda console: replay(race, console, lambda: now[0]))
+    assert re.search("slow +│ +8.00 │", out) and now[0] == 0.0
+
+
+def test_the_page_holds_all_and_needs_nothing(tmp_path: Path) -> None:
+    nasty = row("nasty", (1.0, [(0.5, " </script><!-- <b>\u2028 ü")]))
+    source, page, picture = tmp_path / "talk.json", tmp_path / "race.html", tmp_path / "race.svg"
+    source.write_text(json.dumps(record(FAST, nasty)))
+    assert main(["race", str(source), "--html", str(page), "--svg", str(picture)]) == 0
+    text = page.read_text()
+    [data] = re.findall(r"(?m)^const race = (.*);$", text)
+    heard = [word["text"] for word in json.loads(data)["lanes"][0]["words"] if word["mark"] != MISSING]
+    assert heard == ["</script><!--", "<b>", "ü"]
+    assert text.count("</script>") == 1 and "default-src 'none'" in text
+    assert not re.search(r"https?:|src=|@import|url\(", text)
+    drawn = picture.read_text()
+    assert "Seven" in drawn and drawn.startswith("<svg") and "url(http" not in drawn
+
+
+def test_a_browser_shows_the_end_to_whom_moving_things_disturb(tmp_path: Path) -> None:
+    chromium = shutil.which("chromium") or pytest.skip("Chromium is not installed: apt install chromium")
+    page = tmp_path / "race.html"
+    write_page(race_of(record(FAST, SLOW), "talk.json"), page)
+    quiet = ["--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    headless = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", *quiet]
+    command = [chromium, *headless, "--force-prefers-reduced-motion", "--dump-dom", page.as_uri()]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    [lanes] = re.findall(r"(?s)<main.*</main>", found)
+    assert "2.00 s, 5 x real time" in lanes and "8.00 s, 1 x real time" in lanes
+    assert "2 wrong, 2 missing, word error rate 60.00 %" in lanes
+    assert '<del class="missing">apples, </del>' in lanes and 'hidden=""' not in lanes
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("{", "cannot be read as what `maxwhisper compare --json` writes"),
+        ("[1]", "it is other JSON"),
+        (json.dumps(record(FAST) | {"recordings": [{}, {}]}), "expected the record of one recording, it has 2"),
+        (json.dumps(record({"name": "tokens", "total_s": [1.0]})), "expected a record without --tokens"),
+        (json.dumps(record({**FAST, "pieces": [[{"seconds": 1}]]})), "is not whole"),
+        (json.dumps(record(FAST) | {"machine": None}), "is not whole"),
+    ],
+)
+def test_a_record_that_cannot_be_used(
+    content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "talk.json"
+    path.write_text(content)
+    assert main(["race", str(path), "--html", str(tmp_path / "race.html")]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"maxwhisper: error: {path}: ") and message in error
+    assert [each.name for each in tmp_path.iterdir()] == ["talk.json"]
+
+
+def test_a_folder_that_is_not_there_is_said_before_anything_is_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["race", "nothing.mp3", "--html", "no/such/race.html"]) == 1
+    assert "--html no/such/race.html: there is no folder 'no/such'" in capsys.readouterr().err
+
+
+def test_what_is_replayed_is_what_compare_has_measured(
+    stub: type[StubWorker],  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    measured = tmp_path / "race.json"
+    options = ["--model", str(NANO), "--against", "whisper.cpp", "--json", str(measured)]
+    assert main(["race", str(CLIP), *options]) == 0
+    live = capsys.readouterr().out
+    assert main(["race", str(measured)]) == 0
+    assert capsys.readouterr().out == live
+    lines = {cells[0]: cells for line in live.splitlines() if len(cells := re.findall(r"[^│]+", line)) == 6}
+    found = {name.strip(): [cell.strip() for cell in rest] for name, *rest in lines.values()}
+    assert found["maxwhisper"][2:] == ["0.00 %", "0", "0"] and found["whisper.cpp"][2:] == ["50.00 %", "1", "1"]
+
+
+def test_an_engine_that_fails_is_named(
+    stub: type[StubWorker],  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    stub.broken = "whisper.cpp"
+    assert main(["race", str(CLIP), "--model", str(NANO), "--against", "whisper.cpp"]) == 1
+    assert "whisper.cpp: failed: RuntimeError: no luck\n" in capsys.readouterr().out
+
+
+def test_pieces_of_several_recordings_follow_one_another(stub: type[StubWorker]) -> None:  # noqa: F811
+    found = run.compare(
+        [str(CLIP), str(CLIP)], str(NANO), ["whisper.cpp"], device="cpu", batch_size=1, threads=1, rounds=1
+    )
+    [subject] = [row for row in found.rows if row.name == "maxwhisper"]
+    assert [(piece.recording, piece.seconds, piece.text) for piece in subject.pieces[0]] == [
+        (0, 0.25, " apples jump"),
+        (1, 0.75, " apples jump"),
+    ]
