@@ -15,6 +15,7 @@ from whisper.audio import CHUNK_LENGTH, FRAMES_PER_SECOND, N_FRAMES, N_SAMPLES, 
 from .audio import as_waveform, log_mel_spectrogram
 from .engine.surroundings import cpu_by_default
 from .errors import OptionError
+from .speech import CHUNK, Span, probabilities, speech, with_margins
 
 if TYPE_CHECKING:
     from .whisper import Whisper
@@ -22,10 +23,6 @@ if TYPE_CHECKING:
 BATCH_SIZE = 8
 """Pieces that decode together unless the caller says how many."""
 
-CHUNK = 512
-"""Samples that the detector hears at a time."""
-SPEECH, SILENCE = 0.5, 0.35
-"""Speech begins at the one probability and ends below the other, as Silero's own detector has it."""
 SHORTEST_SILENCE = 5
 """Chunks, 0.16 s: what is shorter is within a word."""
 MARGIN = 6
@@ -33,48 +30,12 @@ MARGIN = 6
 LONGEST = CHUNK_LENGTH * SAMPLE_RATE // CHUNK - 2 * MARGIN
 """Chunks of speech that fit a window of 30 s, with the margins."""
 
-Span = tuple[int, int]
-"""First chunk and end."""
-
-
-def probabilities(audio: np.ndarray) -> np.ndarray:
-    """Returns how likely each CHUNK of the audio, float32 (samples,) at 16 kHz, is speech; the last one is padded.
-
-    Raises OptionError if the detector is not installed.
-    """
-    n_thread = torch.get_num_threads()
-    try:
-        from silero_vad import load_silero_vad
-
-        detector = load_silero_vad(sequence=True)
-    except ImportError as error:
-        missing = "cutting at silences needs silero-vad and onnxruntime: pip install 'maxwhisper[batched]'"
-        raise OptionError(missing) from error
-    finally:
-        torch.set_num_threads(n_thread)  # which importing silero_vad sets to one
-    return detector.audio_forward(audio)
-
-
-def speech(found: np.ndarray) -> list[Span]:
-    """Finds where speech is, by the probabilities of all chunks, with at least SHORTEST_SILENCE in between."""
-    spans: list[Span] = []
-    start, last = None, 0
-    for i, probability in enumerate(found):
-        if start is None and probability >= SPEECH:
-            start = last = i
-        elif start is not None and probability >= SILENCE:
-            last = i
-        if start is not None and (i - last >= SHORTEST_SILENCE or i == len(found) - 1):
-            spans.append((start, last + 1))
-            start = None
-    return spans
-
 
 def pieces(found: np.ndarray) -> list[Span]:
     """Returns spans that hold all speech, in order, none longer than a window: as much speech in each as fits. Speech
     without a silence for a whole window is cut in its second half, where it is least likely speech."""
     cut: list[Span] = []
-    for start, end in speech(found):
+    for start, end in speech(found, SHORTEST_SILENCE):
         while end - start > LONGEST:
             middle = start + LONGEST // 2
             at = middle + int(found[middle : start + LONGEST].argmin())
@@ -87,17 +48,7 @@ def pieces(found: np.ndarray) -> list[Span]:
             joined[-1] = joined[-1][0], end
         else:
             joined.append((start, end))
-    return with_margins(joined, len(found))
-
-
-def with_margins(spans: list[Span], n_chunk: int) -> list[Span]:
-    """Returns the spans with silence around each, of which neighbours share what is between them."""
-    ends = [0, *(end for _, end in spans)]
-    starts = [*(start for start, _ in spans), n_chunk]
-    gaps = [start - end for end, start in zip(ends, starts, strict=True)]
-    outer = {0, len(spans)}
-    margins = [min(MARGIN, gap if i in outer else gap // 2) for i, gap in enumerate(gaps)]
-    return [(start - margins[i], end + margins[i + 1]) for i, (start, end) in enumerate(spans)]
+    return with_margins(joined, len(found), MARGIN)
 
 
 @cpu_by_default()
@@ -115,6 +66,7 @@ def transcribe_batched(
     """
     if options.pop("clip_timestamps", "0") not in ("0", [0], [0.0]):
         raise OptionError("clip_timestamps cannot be combined with cutting at silences")
+    options.pop("vad_filter", None)  # silence is left out anyway
     waveform = as_waveform(audio).numpy()
     spans = [(start * CHUNK, min(end * CHUNK, len(waveform))) for start, end in pieces(probabilities(waveform))]
     if progress:

@@ -11,6 +11,7 @@ import operator
 import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from numbers import Integral, Real
 from typing import Any
 
@@ -25,9 +26,12 @@ from whisper.transcribe import transcribe
 
 from .errors import OptionError, warn_once
 
+Options = Callable[..., DecodingOptions]
 TASKS = ("transcribe", "translate")
 OF_THE_LOOP = frozenset(inspect.signature(transcribe).parameters)
 """The options of `transcribe` that `decode` does not have, and temperature, which there is one number."""
+OF_FASTER_WHISPER = frozenset({"hotwords", "vad_filter"})
+"""Those that openai-whisper does not have."""
 
 
 def transcribing(options: Mapping[str, Any], model: Whisper) -> dict[str, Any]:
@@ -45,12 +49,14 @@ def transcribing(options: Mapping[str, Any], model: Whisper) -> dict[str, Any]:
     for name in ("prepend_punctuations", "append_punctuations"):
         if not isinstance(found.get(name, ""), str | Sequence):
             raise refused(name, found[name], "symbols in a string")
-    prompt = found.get("initial_prompt")
-    if prompt is not None:
-        if not isinstance(prompt, str):
-            raise refused("initial_prompt", prompt, "a text")
-        check_prompt("initial_prompt", prompt, model)
-    of_decode = {name: value for name, value in found.items() if name not in OF_THE_LOOP}
+    for name, used in (("initial_prompt", "last"), ("hotwords", "first")):
+        if (text := found.get(name)) is not None:
+            if not isinstance(text, str):
+                raise refused(name, text, "a text")
+            check_prompt(name, text, model, used)
+    if not isinstance(found.get("vad_filter", False), bool):
+        raise refused("vad_filter", found["vad_filter"], "True or False")
+    of_decode = {name: value for name, value in found.items() if name not in OF_THE_LOOP | OF_FASTER_WHISPER}
     checked = decoding(DecodingOptions(**of_decode), model, TASKS)
     return found | {name: getattr(checked, name) for name in of_decode}
 
@@ -185,21 +191,39 @@ def longest_prompt(model: Whisper) -> int:
     return model.dims.n_text_ctx // 2 - 1
 
 
-def check_prompt(name: str, text: str, model: Whisper) -> None:
+def check_prompt(name: str, text: str, model: Whisper, used: str = "last") -> None:
     """Raises OptionError as `check_plain`, and warns of a text that is too long to be used whole."""
     check_plain(name, text, model)
     n_token, longest = len(prompt_tokens(text, model)), longest_prompt(model)
     if n_token > longest:
-        warn_once(f"{name} has {n_token} tokens, of which the last {longest} are used: shorten it")
+        warn_once(f"{name} has {n_token} tokens, of which the {used} {longest} are used: shorten it")
 
 
-def carried(text: str, model: Whisper) -> Callable[..., DecodingOptions] | None:
-    """Returns the options of every window, where `carry_initial_prompt` has it begin with a text that leaves no room
-    for more; None where there is room. openai-whisper's loop would have the text before the window push it out."""
-    tokens, longest = prompt_tokens(text, model), longest_prompt(model)
-    if len(tokens) < longest:
-        return None
-    return lambda **options: DecodingOptions(**{**options, "prompt": tokens[-longest:]})
+def options_of_windows(options: Mapping[str, Any], hotwords: str | None, model: Whisper) -> Options:
+    """Returns what makes the options of every window of those that `transcribe` gives it.
+
+    Where `carry_initial_prompt` has a window begin with a text that leaves no room for more, there is no more: in
+    openai-whisper's loop the text before the window would push it out.
+    """
+    make: Options = DecodingOptions
+    carried = options.get("initial_prompt") if options.get("carry_initial_prompt") else None
+    if carried and len(tokens := prompt_tokens(carried, model)) >= (longest := longest_prompt(model)):
+        make = partial(with_prompt, tokens[-longest:])
+    return partial(with_hotwords, prompt_tokens(hotwords, model), longest_prompt(model), make) if hotwords else make
+
+
+def with_prompt(tokens: list[int], **options: Any) -> DecodingOptions:
+    return DecodingOptions(**{**options, "prompt": tokens})
+
+
+def with_hotwords(tokens: list[int], longest: int, make: Options, **options: Any) -> DecodingOptions:
+    """Returns options whose prompt begins with hotwords, as faster-whisper has it: not beside a prefix. The text before
+    the window, of which the end counts, has the room that they leave."""
+    found = make(**options)
+    if found.prefix:
+        return found
+    first, before = tokens[:longest], list(found.prompt or ())
+    return replace(found, prompt=first + before[max(0, len(before) - (longest - len(first))) :])
 
 
 # ---- times ---------------------------------------------------------------------------------------------------------

@@ -28,6 +28,13 @@ def contents(result: dict[str, Any], ending: str, layout: dict[str, Any]) -> str
     return in_syntax(written.getvalue(), ending) if subtitles else written.getvalue()
 
 
+def as_line(segment: dict[str, Any]) -> str:
+    """Returns a segment as openai-whisper prints it."""
+    from whisper.utils import format_timestamp  # imports PyTorch
+
+    return f"[{format_timestamp(segment['start'])} --> {format_timestamp(segment['end'])}] {segment['text']}"
+
+
 def as_cues(result: dict[str, Any]) -> dict[str, Any]:
     """Returns the result with what becomes a cue alone, each text on one line and with STAND_INS."""
     segments = result["segments"]

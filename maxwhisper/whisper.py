@@ -43,9 +43,10 @@ from .frozen import Frozen
 from .hooks import has_hooks
 from .modules import AudioEncoder, TextDecoder, check_floats
 from .network.log_mel import N_MELS
-from .options import carried, decoding, transcribing, within
+from .options import decoding, options_of_windows, transcribing, within
 from .rebind import Segments, enumerate_and_tell, rebind
 from .scheduling import Audio, Decode, Result, transcribe_many
+from .speech import transcribe_speech
 
 
 @cpu_by_default()
@@ -231,6 +232,8 @@ class Whisper(Frozen, OpenAIWhisper):
         fp16 is False unless given: arithmetic is that of `load_model`, and float16 would only round the audio features.
         progress: called with the seconds of audio done since the last call; takes the place of OpenAI's bar.
         on_segments: called with the segments of each window, as they are in the result but for their numbers.
+        hotwords: text that every window is given before its prompt. vad_filter: whether to leave out silence from 2 s
+        on, by a detector of speech. Both are as faster-whisper has them.
 
         Numbers in the result are Python's. Raises AudioError and OptionError besides what openai-whisper raises.
         """
@@ -238,6 +241,9 @@ class Whisper(Frozen, OpenAIWhisper):
         options = transcribing(options, self)
         if isinstance(audio, str | os.PathLike):
             audio = load_audio(audio)
+        if options.pop("vad_filter", False):
+            options |= {"progress": progress, "on_segments": on_segments, "clip_timestamps": clip_timestamps}
+            return transcribe_speech(self, audio, **options)
         audio = as_waveform(audio)
         if options.get("word_timestamps"):
             keep_alignment_compiled()
@@ -245,14 +251,12 @@ class Whisper(Frozen, OpenAIWhisper):
         names: dict[str, Any] = {
             "log_mel_spectrogram": lambda audio, _, padding: spectrogram(self.network["log_mel"], audio, padding),
             "add_word_timestamps": add_word_timestamps,
+            "DecodingOptions": options_of_windows(options, options.pop("hotwords", None), self),
         }
         if progress:
             names["tqdm"] = SimpleNamespace(tqdm=partial(Frames, progress))
         if on_segments:
             names["enumerate"] = partial(enumerate_and_tell, lambda segments: on_segments(plain(segments)))
-        prompt = options.get("initial_prompt")
-        if options.get("carry_initial_prompt") and prompt and (options_of_window := carried(prompt, self)):
-            names["DecodingOptions"] = options_of_window
         result = rebind(transcribe, **names)(self, audio, clip_timestamps=clips, **{"fp16": False, **options})
         return plain(result)
 

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from ..errors import MaxWhisperError, OptionError
+from ..subtitles import as_line
 from .model_options import MODEL_OPTIONS, leave_cores_to_max, load
 from .outputs import WORD_OPTIONS, unfinished, write
 from .terminal import failed
@@ -87,12 +88,9 @@ def shown(files: list[str], options: dict[str, Any]) -> Iterator[Callable[[str, 
 
 def show(audio: str, result: dict[str, Any]) -> None:
     """Prints a transcript as openai-whisper does, below the name of its file."""
-    from whisper.utils import format_timestamp
-
     print(f"{audio}:")
     for segment in result["segments"]:
-        start, end = (format_timestamp(segment[name]) for name in ("start", "end"))
-        print(f"[{start} --> {end}] {segment['text']}", flush=True)
+        print(as_line(segment), flush=True)
 
 
 @contextmanager

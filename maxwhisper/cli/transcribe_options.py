@@ -54,6 +54,8 @@ def add_decoding(add: Callable[..., Any]) -> None:
     add("--suppress_tokens", default="-1", help="numbers of tokens never to write, comma-separated; -1 is most symbols")
     add("--initial_prompt", type=prompt, help="text to continue from, for example with names to be spelt right")
     add("--carry_initial_prompt", type=str2bool, default=False, help="give initial_prompt to every window")
+    hotwords = "words to expect, as names, which every window is given; without effect beside a prefix"
+    add("--hotwords", type=prompt, help=hotwords)
     condition = "give each window the text before it: more consistent, but errors can repeat themselves"
     add("--condition_on_previous_text", type=str2bool, default=True, help=condition)
     add("--clip_timestamps", default="0", help="transcribe these parts only: start,end,start,end,... in seconds")
@@ -68,6 +70,8 @@ def add_fallback(add: Callable[..., Any]) -> None:
     add("--logprob_threshold", type=optional_float, default=-1.0, help=logprob)
     silent = "silent if it failed by logprob_threshold and the probability of no speech is higher than this"
     add("--no_speech_threshold", type=optional_float, default=0.6, help=silent)
+    speech = "transcribe only where a voice-activity detector hears speech; needs maxwhisper[batched]"
+    add("--vad_filter", type=str2bool, default=False, help=speech)
     skip = "skip silences longer than this, in seconds, around text that looks invented; needs --word_timestamps True"
     add("--hallucination_silence_threshold", type=optional_float, help=skip)
 
@@ -117,6 +121,8 @@ def without_effect(options: dict[str, Any]) -> Iterator[str]:
         yield "--max_words_per_line has no effect with --max_line_width"
     if options["hallucination_silence_threshold"] is not None and not options["word_timestamps"]:
         yield "--hallucination_silence_threshold has no effect without --word_timestamps True"
+    if options["vad_filter"] and options["batched"]:
+        yield "--vad_filter has no effect with --batched, which leaves silence out anyway"
 
 
 def unusable_files(files: list[str]) -> str | None:

@@ -15,8 +15,9 @@ from whisper.audio import FRAMES_PER_SECOND, N_SAMPLES, SAMPLE_RATE
 
 from maxwhisper import batched
 from maxwhisper.audio import load_audio
-from maxwhisper.batched import CHUNK, LONGEST, MARGIN, SILENCE, SPEECH, pieces, probabilities, transcribe_batched
+from maxwhisper.batched import LONGEST, MARGIN, pieces, transcribe_batched
 from maxwhisper.errors import OptionError
+from maxwhisper.speech import CHUNK, SILENCE, SPEECH, probabilities
 from maxwhisper.whisper import Whisper
 from reference.fixtures import FIXTURES
 
