@@ -77,10 +77,11 @@ perf-gate: $(INSTALLED)  ## fail if a block is slower than in BASE [DEVICE=gpu] 
 growth: $(INSTALLED)  ## time and memory against audio length, batch, model size and threads, beside PyTorch; to build/growth
 	$(BIN)/python -m reference.perf.growth
 
-lint-ci: $(INSTALLED)  ## actionlint and shellcheck, which are installed first
+lint-ci: $(INSTALLED)  ## actionlint, shellcheck and hadolint, which are installed first
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[ci]'
 	$(BIN)/actionlint -shellcheck $(BIN)/shellcheck
-	$(BIN)/shellcheck scripts/*.sh .ci/run
+	$(BIN)/shellcheck scripts/*.sh scripts/container/*.sh .ci/run
+	$(BIN)/hadolint scripts/container/Containerfile*
 
 graph-key: $(INSTALLED)  ## what the compile cache may be kept under: the version of MAX and a hash of the graphs' sources
 	@echo "key=$$($(BIN)/python -m maxwhisper.engine.artifacts)"

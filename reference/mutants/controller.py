@@ -12,6 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from maxwhisper.network.blocks import BLOCKS
 
 from .mutant import COMPONENTS, OWN_BLOCKS, RIGHT_TESTS, Mutant
@@ -119,6 +121,7 @@ class Trials:
 
     def __post_init__(self) -> None:
         self.session = Session(self.tree)
+        self.sound: set[str] = set()
         self.record.unlink(missing_ok=True)  # of other sources, in which the numbers are of other mutants
 
     def note(self, outcome: Outcome) -> None:
@@ -188,10 +191,10 @@ class Trials:
         self.try_graphs([mutant for mutant in self.left if mutant.number in traced])
         self.session.stop()
         for mutant in self.left:
-            if mutant.number in once | traced:  # where models are loaded, or graphs built, which are kept
-                self.try_alone(mutant)
-            else:
-                self.note(Outcome(mutant.number, "survived" if mutant.number in live else "unreached"))
+            # Where models are loaded, or graphs built, which are kept.
+            outcome = self.tried_alone(mutant, with_parity=mutant.number in once | traced)
+            reached = outcome.how != "survived" or mutant.number in live | once | traced
+            self.note(outcome if reached else Outcome(mutant.number, "unreached"))
 
     def try_live(self, mutant: Mutant) -> None:
         tests = self.ordered(mutant, [test for test, reached in self.live.items() if mutant.number in reached])
@@ -220,9 +223,20 @@ class Trials:
                     how = "test" if what.startswith("isolated") else "error"
                     self.note(Outcome(number, how, f"{block}: {what}", True))
 
-    def try_alone(self, mutant: Mutant) -> None:
-        """Tries a mutant in processes that have it in force from the start: its right tests, then all."""
-        self.note(tried_alone(mutant, self.tree, [[RIGHT_TESTS[mutant.right]], ["tests/parity"]]))
+    def tried_alone(self, mutant: Mutant, with_parity: bool) -> Outcome:
+        """Tries a mutant in processes that have it in force from the start: the unit tests of its file, and where the
+        suite is to be run too, its right tests before, and all others behind."""
+        before, behind = ([[RIGHT_TESTS[mutant.right]]], [["tests/parity"]]) if with_parity else ([], [])
+        self.check_unit_tests(mutant.unit_tests)
+        return tried_alone(mutant, self.tree, [*before, mutant.unit_tests], behind)
+
+    def check_unit_tests(self, files: Sequence[str]) -> None:
+        """Raises RuntimeError if unit tests fail without a mutant; runs each file once."""
+        if unknown := [file for file in files if file not in self.sound]:
+            none = Mutant(0, "", 0, "", "", "")
+            if (outcome := tried_alone(none, self.tree, [unknown], [])).how != "survived":
+                raise RuntimeError(f"fails without a mutant: {outcome.by}")
+            self.sound.update(unknown)
 
     def try_unrolled(self, mutants: Iterable[Mutant]) -> None:
         """Tries mutants that are compiled without others: the smallest blocks that run them, then all tests."""
@@ -235,28 +249,31 @@ class Trials:
                 continue
             own = OWN_BLOCKS.get(mutant.file)
             first = [RIGHT_TESTS[mutant.right], *(["-k", own] if own else [])]
-            self.note(tried_alone(mutant, tree, [first, ["tests/parity"]]))
+            self.note(tried_alone(mutant, tree, [first, mutant.unit_tests], [["tests/parity"]]))
 
 
-def tried_alone(mutant: Mutant, tree: Path, selections: Sequence[Sequence[str]]) -> Outcome:
-    """Runs selections of tests in a tree, one after the other, until one fails. The first is of the right tests."""
+def tried_alone(
+    mutant: Mutant, tree: Path, right_ones: Sequence[Sequence[str]], others: Sequence[Sequence[str]]
+) -> Outcome:
+    """Runs selections of tests in a tree, one after the other, until one fails."""
     environ = {**os.environ, "PYTHONPATH": str(tree), VARIABLE: str(mutant.number)}
-    for selection in selections:
+    for selection in (*right_ones, *others):
         command = [sys.executable, "-m", "pytest", *selection, *SELECTION[1:], "-x", "-q", "-rfE", "--tb=no"]
-        right = selection is selections[0]
+        right = selection in right_ones
         try:
             ended = subprocess.run(
                 command, cwd=tree, env=environ, capture_output=True, text=True, timeout=10 * PATIENCE
             )
         except subprocess.TimeoutExpired:
             return Outcome(mutant.number, "hang", selection[0], right)
-        if ended.returncode:
+        nothing_chosen = right and ended.returncode == pytest.ExitCode.NO_TESTS_COLLECTED
+        if ended.returncode and not nothing_chosen:
             named = re.search(r"(?m)^(FAILED|ERROR) (\S+)", ended.stdout)
             how = "test" if named and named[1] == "FAILED" else "error"
             by = named[2] if named else (ended.stdout + ended.stderr)[-300:]
-            return Outcome(
-                mutant.number, how, by, right or RIGHT_TESTS[mutant.right] in by and mutant.right != "blocks"
-            )
+            # Among all tests, those that are right by their file's name.
+            right = right or mutant.right != "blocks" and RIGHT_TESTS[mutant.right] in by
+            return Outcome(mutant.number, how, by, right)
     return Outcome(mutant.number, "survived")
 
 

@@ -44,6 +44,22 @@ RIGHT_TESTS = {
     "loading": "tests/parity/test_loading.py",
 }
 
+UNIT_TESTS: tuple[tuple[str, str], ...] = (
+    ("kernels/draft.mojo kernels/quantized.mojo decoding/speculative.py", "speculation"),
+    ("kernels/select_tokens.mojo kernels/loop.mojo decoding/rules.py", "decoding text_decoder speculation"),
+    ("decoding/cpu.py decoding/cache.py decoding/stepper.py", "text_decoder speculation cache together"),
+    ("decoding/*.py frozen.py", "text_decoder whisper openai_object decoding"),
+    ("kernels/*attention.mojo kernels/softmax.mojo", "attention_kernels"),
+    ("kernels/decoder_block.mojo kernels/team.mojo", "speculation text_decoder"),
+    ("kernels/*.mojo", "kernels attention_kernels"),
+    ("network/*.py", "gelu on_device wrapped"),
+    ("alignment.py", "alignment_heads text_decoder whisper"),
+    ("whisper.py", "whisper openai_object transcribe_options speech"),
+    ("checkpoint/*.py", "checkpoint checkpoint_named checkpoint_refused checkpoints_in_transformers loaders"),
+    ("audio.py", "audio timeline pipes inputs"),
+)
+"""By the first pattern of files that a mutant's matches, the unit tests of what they hold: tests/unit/test_*.py."""
+
 
 @dataclass(frozen=True)
 class Mutant:
@@ -69,6 +85,12 @@ class Mutant:
     def right(self) -> str:
         """Returns which tests name the component: a key of RIGHT_TESTS."""
         return component_of(self.file)[1]
+
+    @property
+    def unit_tests(self) -> list[str]:
+        """Returns the files of unit tests that hold its file to what it promises."""
+        names = next(names for files, names in UNIT_TESTS if any(fnmatch(self.file, each) for each in files.split()))
+        return [f"tests/unit/test_{name}.py" for name in names.split()]
 
     def __str__(self) -> str:
         return f"{self.number} {self.file}:{self.line} {self.operator}: {self.before} -> {self.after}"

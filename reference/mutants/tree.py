@@ -94,6 +94,8 @@ def write(mutants: Sequence[Mutant], tree: Path) -> None:
     shutil.rmtree(tree / "maxwhisper", ignore_errors=True)
     shutil.copytree(ROOT / "maxwhisper", tree / "maxwhisper", ignore=shutil.ignore_patterns("__pycache__"))
     (tree / "maxwhisper" / "kernels" / "mutation.mojo").write_text(KERNEL_SWITCH)
+    with (tree / "maxwhisper" / "__init__.py").open("a") as init:  # kernels read its memory, in whichever process
+        init.write("\nfrom reference.mutants import switch as _switch\n")
     wanted = {mutant.number: ALWAYS if mutant.alone else mutant.number for mutant in mutants}
     number = 0
 
