@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+FORMATS = ("txt", "vtt", "srt", "tsv", "json")
+"""Endings of output files, in openai-whisper's order."""
 STAND_INS = {ord(character): 0xDC00 + ord(character) for character in "&<>"}
 """For openai-whisper's writers to measure lines, and to add tags, by characters that no text holds: lone surrogates."""
 SYNTAX: dict[str, dict[int, str]] = {

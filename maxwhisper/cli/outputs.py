@@ -10,9 +10,8 @@ from typing import Any
 
 from ..errors import OptionError
 from ..pipes import STANDARD_INPUT
-from ..subtitles import contents
+from ..subtitles import FORMATS, contents
 
-FORMATS = ("txt", "vtt", "srt", "tsv", "json")
 WORD_OPTIONS = ("highlight_words", "max_line_count", "max_line_width", "max_words_per_line")
 
 

@@ -33,6 +33,7 @@ def add_serve(commands: Any) -> None:
     add("--host", default="127.0.0.1", help="address to listen at; 0.0.0.0 lets other machines ask")
     add("--port", type=port, default=8000, help="port to listen at; 0 takes a free one")
     add("--api_key_file", metavar="FILE", help="keys, one a line, one of which a request must have")
+    add("--race", metavar="FILE", help="what `maxwhisper race --json` wrote, to be replayed at /race")
     add = parser.add_argument_group("limits").add_argument
     add("--batch_size", type=above_zero, default=8, metavar="N", help="windows of 30 s that decode together")
     served = "requests that are received or transcribed at a time; the next one is told to try again"
@@ -58,5 +59,18 @@ def serve(**options: Any) -> int:
 
     from ..serving.command import serve
 
+    if options["race"]:
+        options["race"] = race_page(options["race"])
     of_model = {option: options.pop(option) for option in MODEL_OPTIONS}
     return serve(partial(load, **of_model), Path(of_model["model"]).stem, **options)
+
+
+def race_page(file: str) -> str:
+    """Returns the page that replays a record; raises OptionError if the file is none."""
+    from ..compare.command import check_installed
+
+    check_installed({"jiwer": "--race", "rich": "--race"})
+    from ..compare.race.lanes import race_of, read_record
+    from ..compare.race.page import page_of
+
+    return page_of(race_of(read_record(Path(file)), file))

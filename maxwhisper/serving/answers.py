@@ -74,12 +74,11 @@ def verbose(transcript: Transcript, fields: Translation) -> dict[str, Any]:
     return body | usage(transcript, fields)
 
 
-class Events(StreamingResponse):
-    """The text of a job as it comes, in server-sent events."""
+class Streamed(StreamingResponse):
+    """What is found of a job as it comes."""
 
-    def __init__(self, job: Job, first: Segments | Transcript):
-        """first: what has come of it already, since errors before that have a status of their own."""
-        super().__init__(events(job, first), media_type="text/event-stream", headers={"cache-control": "no-cache"})
+    def __init__(self, job: Job, parts: AsyncIterator[str], media_type: str):
+        super().__init__(parts, media_type=media_type, headers={"cache-control": "no-cache"})
         self.job = job
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -90,6 +89,12 @@ class Events(StreamingResponse):
             log.warning("a client has not read its answer in time")
         finally:
             self.job.stop()
+
+
+def in_events(job: Job, first: Segments | Transcript) -> Response:
+    """Returns the text of a job as it comes, in server-sent events. first: what has come of it already, since errors
+    before that have a status of their own."""
+    return Streamed(job, events(job, first), "text/event-stream")
 
 
 async def events(job: Job, found: Segments | Transcript) -> AsyncIterator[str]:

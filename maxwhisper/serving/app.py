@@ -2,117 +2,24 @@
 
 import asyncio
 import hmac
-import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from starlette.requests import ClientDisconnect
 
-from ..callers import Together
-from ..whisper import Whisper
-from .answers import Events, answer
-from .body import file_in, form_of
-from .errors import APIError, add_handlers, stopping
-from .fields import Transcription, Translation, checked
-from .jobs import Job, Jobs, Limits
-from .metrics import Measured, Metrics
-
-ALIASES = ("whisper-1",)
-"""Names that clients send for whichever Whisper there is."""
-GONE = 499
-"""The status, in metrics alone, of a request whose client has left; nginx's."""
-
-T = TypeVar("T")
+from .errors import APIError, add_handlers
+from .fields import Transcription, Translation
+from .metrics import Measured
+from .page import add_page
+from .service import Service
 
 
-class Service:
-    """A model that answers requests."""
-
-    def __init__(self, model: Whisper, name: str, limits: Limits):
-        self.model, self.names, self.limits = model, (name, *ALIASES), limits
-        self.metrics = Metrics()
-        self.jobs = Jobs(Together(model, limits.batch_size), limits, self.metrics.audio.inc)
-        self.metrics.running.set_function(lambda: len(self.jobs.running))
-        self.created = int(time.time())
-
-    async def answer(self, request: Request, fields: type[Translation]) -> Response:
-        """Answers a request for a transcript; raises APIError where there can be none."""
-        job = self.jobs.new()
-        with ExitStack() as failed:
-            failed.callback(job.stop)
-            try:
-                response = await self._answer(request, fields, job)
-            except TimeoutError as error:
-                message = f"the request has not come within the limit of {self.limits.timeout:g} s"
-                raise APIError(408, message) from error
-            except ClientDisconnect:
-                return Response(status_code=GONE)
-            except asyncio.CancelledError as error:  # uvicorn's, where what runs takes longer than it may at the end
-                raise stopping() from error
-            failed.pop_all()
-        return response
-
-    async def _answer(self, request: Request, fields: type[Translation], job: Job) -> Response:
-        max_file_mb = self.limits.max_file_mb
-        async with asyncio.timeout_at(job.deadline):
-            form = await form_of(request, max_file_mb)
-        async with AsyncExitStack() as unused:
-            unused.push_async_callback(form.close)
-            wanted = checked(form, fields)
-            self._check_model(wanted)
-            stream = isinstance(wanted, Transcription) and wanted.stream
-            job.start(file_in(form, max_file_mb), wanted.options, in_pieces=stream)
-            unused.pop_all()  # the job reads the file, and closes it
-        found = await unless_gone(request, job.next())
-        if stream:
-            return Events(job, found)
-        assert not isinstance(found, list)
-        return answer(found, wanted)
-
-    def _check_model(self, wanted: Translation) -> None:
-        """Raises APIError where the model is another one, or cannot do what is wanted."""
-        if wanted.model not in self.names:
-            message = f"The model '{wanted.model}' does not exist here: there is {' or '.join(self.names)}"
-            raise APIError(404, message, "model", "model_not_found")
-        language = getattr(wanted, "language", None) or "en"
-        if not self.model.is_multilingual and (language != "en" or wanted.task == "translate"):
-            param = "model" if wanted.task == "translate" else "language"
-            raise APIError(400, f"the model '{self.names[0]}' knows English only", param, "invalid_value")
-
-    def models(self) -> list[dict[str, Any]]:
-        """Returns the names that requests may give, in OpenAI's form."""
-        return [
-            {"id": name, "object": "model", "created": self.created, "owned_by": "maxwhisper"} for name in self.names
-        ]
-
-
-async def unless_gone(request: Request, wanted: Coroutine[Any, Any, T]) -> T:
-    """Returns what is awaited; raises ClientDisconnect if the client leaves before."""
-    waiting, gone = asyncio.ensure_future(wanted), asyncio.ensure_future(disconnected(request))
-    try:
-        await asyncio.wait((waiting, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not waiting.done():
-            raise ClientDisconnect
-        return waiting.result()
-    finally:
-        waiting.cancel()
-        gone.cancel()
-
-
-async def disconnected(request: Request) -> None:
-    """Returns once the client of a request that has been read leaves."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-def create_app(service: Service, api_keys: Sequence[str] = ()) -> FastAPI:
+def create_app(service: Service, api_keys: Sequence[str] = (), race: str | None = None) -> FastAPI:
     """Returns the application, which ends the service's threads when it ends.
 
-    api_keys: one of which a request must have, if there are any.
+    api_keys: one of which a request must have, if there are any. race: a page that the first one links to.
     """
 
     @asynccontextmanager
@@ -158,4 +65,5 @@ def create_app(service: Service, api_keys: Sequence[str] = ()) -> FastAPI:
     async def health() -> Response:
         return JSONResponse({"status": "ok"})
 
+    add_page(app, service, keyed, race)
     return app

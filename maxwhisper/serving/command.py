@@ -27,11 +27,12 @@ def serve(
     port: int,
     api_key_file: str | None,
     stop_timeout: int,
+    race: str | None = None,
     **limits: Any,
 ) -> int:
     """Serves until SIGTERM or Ctrl-C, then ends what runs within `stop_timeout` seconds; returns 0.
 
-    load: gives the model. name: its name, for clients. limits: of `Limits`.
+    load: gives the model. name: its name, for clients. race: a page to show beside. limits: of `Limits`.
     Raises OptionError for an address that cannot be listened at, or a file of keys that cannot be used.
     """
     keys = keys_in(api_key_file) if api_key_file else []
@@ -43,7 +44,7 @@ def serve(
         # libraries have, and Python's lock, which a thread gives away after 5 ms unless told otherwise.
         gc.freeze()
         sys.setswitchinterval(0.001)
-        app = create_app(Service(model, name, Limits(**limits)), keys)
+        app = create_app(Service(model, name, Limits(**limits)), keys, race)
         config = uvicorn.Config(
             app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=stop_timeout
         )

@@ -14,8 +14,9 @@ from typing import Any
 import openai
 import uvicorn
 
-from maxwhisper.serving.app import Service, create_app
+from maxwhisper.serving.app import create_app
 from maxwhisper.serving.jobs import Limits
+from maxwhisper.serving.service import Service
 from reference.fixtures import NANO
 from reference.perf.serve import Server
 

@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from maxwhisper.errors import AudioError, OptionError
-from maxwhisper.serving.app import Service
 from maxwhisper.serving.command import bound, keys_in
+from maxwhisper.serving.service import Service
 
 from .command import CLIP, StubModel, status
 from .serving import in_thread

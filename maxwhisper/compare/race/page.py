@@ -18,13 +18,18 @@ DATA = "/* the race */"
 PICTURE_COLUMNS, PICTURE_LINES = 110, 32
 
 
-def write_page(race: Race, path: Path) -> None:
-    """Writes the race as a page that replays it; raises OptionError if it cannot be written."""
+def page_of(race: Race) -> str:
+    """Returns a page that replays the race."""
     template = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     # A script ends at the first "</script", wherever it stands, and "<!--" changes how it is read.
     data = json.dumps(asdict(race)).replace("<", "\\u003c")
     before, after = template.split(DATA)
-    written(path, lambda unfinished: unfinished.write_text(before + data + after, encoding="utf-8"))
+    return before + data + after
+
+
+def write_page(race: Race, path: Path) -> None:
+    """Writes the race as a page that replays it; raises OptionError if it cannot be written."""
+    written(path, lambda unfinished: unfinished.write_text(page_of(race), encoding="utf-8"))
 
 
 def write_picture(race: Race, path: Path) -> None:

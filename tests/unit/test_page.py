@@ -1,0 +1,161 @@
+"""The page that `maxwhisper serve` has, in a real browser."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from whisper.audio import SAMPLE_RATE
+
+from maxwhisper.audio import load_audio
+from maxwhisper.subtitles import FORMATS, contents
+from maxwhisper.whisper import Whisper
+from reference.fixtures import FIXTURES
+
+from .serving import KEY, Process, started
+from .test_race import FAST, record
+
+CLIP = FIXTURES / "clips" / "english-1.wav"
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    race = tmp_path_factory.mktemp("race") / "race.json"
+    race.write_text(json.dumps(record(FAST)))
+    with started(tmp_path_factory.mktemp("page"), "--race", str(race)) as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def address(server: Process) -> str:
+    return server.url.removesuffix("v1")
+
+
+@pytest.fixture(scope="module")
+def result(model: Whisper) -> dict[str, Any]:
+    """What the clip's transcript is."""
+    return model.transcribe(load_audio(CLIP), word_timestamps=True)
+
+
+def test_what_the_page_asks_for_comes_by_lines(address: str, result: dict[str, Any]) -> None:
+    form = {"model": "whisper-1", "response_format": "verbose_json", "timestamp_granularities[]": "word"}
+    files, headers = {"file": CLIP.read_bytes()}, {"authorization": f"Bearer {KEY}"}
+    answer = httpx.post(f"{address}transcripts", data=form, files=files, headers=headers, timeout=60)
+    assert answer.headers["content-type"] == "application/x-ndjson"
+    *windows, last = map(json.loads, answer.text.splitlines())
+    segments = [segment for window in windows for segment in window["segments"]]
+    assert [word for segment in segments for word in segment["words"]] == [
+        word for segment in result["segments"] for word in segment["words"]
+    ]
+    assert last["seconds"] == pytest.approx(len(load_audio(CLIP)) / SAMPLE_RATE)
+    assert last["files"] == {ending: contents(result, ending, {}) for ending in FORMATS}
+
+
+def test_without_a_key_there_is_the_page_alone(address: str) -> None:
+    page = httpx.get(address)
+    assert page.status_code == 200 and "frame-ancestors 'none'" in page.headers["content-security-policy"]
+    assert "model nano" in page.text and not re.search(r"https?:", page.text)
+    assert httpx.post(f"{address}transcripts").status_code == 401
+
+
+# ---- in Chromium ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium, whose microphone hears the clip."""
+    chromium = shutil.which("chromium") or pytest.skip("Chromium is not installed: apt install chromium")
+    playwright = pytest.importorskip("playwright.sync_api")
+    microphone = ["--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream"]
+    heard = f"--use-file-for-fake-audio-capture={CLIP}%noloop"
+    quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--no-sandbox"]
+    with playwright.sync_playwright() as driver:
+        launched = driver.chromium.launch(executable_path=chromium, args=[*microphone, heard, *quiet])
+        yield launched
+        launched.close()
+
+
+@pytest.fixture
+def page(browser: Any, address: str) -> Iterator[Any]:
+    """The page, whose errors fail the test."""
+    context = browser.new_context(permissions=["microphone"])
+    opened, errors = context.new_page(), []
+    opened.on("pageerror", lambda error: errors.append(str(error)))
+    opened.set_default_timeout(60_000)
+    opened.goto(address)
+    yield opened
+    context.close()
+    assert errors == []
+
+
+def transcribe(page: Any) -> None:
+    """Has the clip transcribed, with the key that is asked for first."""
+    page.set_input_files("#file", str(CLIP))
+    page.fill("#key", KEY)
+    page.press("#key", "Enter")
+    page.get_by_text("Done, 0:02 of audio").wait_for()
+
+
+def test_a_file_becomes_text_and_files(page: Any, result: dict[str, Any], tmp_path: Path) -> None:
+    page.set_input_files("#file", str(CLIP))
+    page.get_by_role("alert").filter(has_text="Incorrect API key provided").wait_for()
+    transcribe(page)
+    assert page.inner_text("#text").strip() == result["text"].strip()
+    assert page.inner_text("#wrong") == "" and page.is_hidden("#progress")
+    for ending in FORMATS:
+        with page.expect_download() as download:
+            page.get_by_role("link", name=f"Save as {ending}").click()
+        assert download.value.suggested_filename == f"english-1.{ending}"
+        assert Path(download.value.path()).read_text() == contents(result, ending, {})
+
+
+def test_the_word_that_is_heard_is_lit(page: Any, result: dict[str, Any]) -> None:
+    transcribe(page)
+    words = [word for segment in result["segments"] for word in segment["words"]]
+    for word in words[::3]:
+        page.evaluate("at => { document.querySelector('audio').currentTime = at; }", (word["start"] + word["end"]) / 2)
+        page.locator(".lit").filter(has_text=word["word"].strip()).wait_for()
+        assert page.locator(".lit").count() == 1
+    page.locator("#text span").nth(2).click()
+    page.wait_for_function(f"document.querySelector('audio').currentTime >= {words[2]['start']}")
+
+
+def test_the_race_is_one_link_away(page: Any) -> None:
+    page.get_by_role("link", name="race").click()
+    page.get_by_text("2.00 s, 5 x real time").wait_for()
+
+
+def test_by_keyboard_alone(page: Any) -> None:
+    focused = "document.activeElement.id || document.activeElement.tagName"
+    stops = []
+    for _ in range(3):
+        page.keyboard.press("Tab")
+        stops.append(page.evaluate(focused))
+    assert stops == ["A", "file", "record"]
+    names = [page.evaluate(f"document.getElementById('{each}').labels?.length") for each in ("file", "key")]
+    assert names == [1, 1]
+
+
+def test_the_microphone_is_transcribed(page: Any) -> None:
+    page.get_by_role("button", name="Speak").click()
+    page.get_by_text("Listening").wait_for()
+    page.wait_for_timeout(3500)
+    page.get_by_role("button", name="Stop and transcribe").click()
+    page.fill("#key", KEY)
+    page.press("#key", "Enter")
+    page.get_by_text("Done, ").wait_for()
+    assert "doctor" in page.inner_text("#text")
+
+
+def test_what_is_no_audio_is_an_error_in_words(page: Any, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.mp3"
+    broken.write_bytes(b"no audio")
+    page.set_input_files("#file", str(broken))
+    page.fill("#key", KEY)
+    page.press("#key", "Enter")
+    page.get_by_role("alert").filter(has_text="cannot be read as audio").wait_for()
+    assert page.is_hidden("#progress") and page.is_hidden("#cancel")
