@@ -20,7 +20,7 @@ from .source import Source, microphone, standard_input
 log = logging.getLogger("maxwhisper")
 
 LATEST = 30.0
-"""Seconds by which text is late at most: what would be later is not shown."""
+"""Seconds by which audio is late at most when it is decoded: of what is later, the first part is not shown."""
 AT_ONCE = 20 * SAMPLE_RATE
 """Samples that are decoded at once at most, where as many wait: later text comes in fewer, longer steps."""
 
@@ -50,13 +50,14 @@ def listen(session: Session, source: Source, screen: Screen, clock: Callable[[],
     while not source.ended:
         samples = source.take()
         begun = clock() if begun is None else begun
-        waiting = len(samples) / SAMPLE_RATE
         # What is read from a file comes faster than it was said, and is not late.
-        if min(waiting, clock() - begun - session.seconds) > LATEST:
-            missing = f"{waiting:.0f} s of text, from {session.seconds:.0f} s on, are only in the transcript"
+        late = min(len(samples) / SAMPLE_RATE, clock() - begun - session.seconds)
+        if late > LATEST:
+            start = session.seconds
+            session.skip(samples[:-AT_ONCE])
+            samples = samples[-AT_ONCE:]
+            missing = f"the text from {start:.0f} to {session.seconds:.0f} s is only in the transcript"
             log.warning("warning: this machine is too slow: %s", missing)
-            session.skip(samples)
-            continue
         for at in range(0, len(samples), AT_ONCE):
             session.feed(samples[at : at + AT_ONCE])
             screen.show(session.settled, session.tentative)

@@ -66,7 +66,8 @@ def words_of(
     tokenizer = tokenizer_of(model, result.language, task)
     start = [*tokenizer.sot_sequence, tokenizer.no_timestamps, *begun]
     found = torch.tensor([start + result.tokens])
-    logits, scores = model.decoder.alignment(found, features[None])
+    decoder: Any = model.decoder
+    logits, scores = decoder.alignment(found, features[None])
     heads = torch.stack([scores[layer][0, head] for layer, head in model.alignment_heads.indices().T]).cpu()
     finding = slice(len(start) - 1, -1)  # the position that finds a token is the one in front of it
     attended = heads[:, finding, :n_frame].softmax(-1).mean(0).argmax(-1)

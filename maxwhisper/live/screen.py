@@ -1,11 +1,13 @@
 """Text as it comes: on a terminal, where what may change is dim and does; elsewhere as lines, which stay."""
 
 import sys
+from itertools import pairwise
 from typing import Protocol
 from unicodedata import combining, east_asian_width
 
 DIM, PLAIN, ANEW = "\x1b[2m", "\x1b[0m", "\r\x1b[K"
-ENDS = ".?!。？！"
+WIDE_ENDS = "。？！"
+ENDS = f".?!{WIDE_ENDS}"
 LONGEST = 120
 """Characters after which a line ends without the end of a sentence."""
 
@@ -46,8 +48,8 @@ class Lines:
 
 def end_of_line(text: str) -> int:
     """Returns how much of a text is a line of its own; 0 as long as more belongs to it."""
-    for at, character in enumerate(text[:-1]):
-        if character in ENDS and text[at + 1] not in ENDS:
+    for at, (character, following) in enumerate(pairwise(text)):
+        if character in ENDS and (following.isspace() or character in WIDE_ENDS and following not in ENDS):
             return at + 1
         if at >= LONGEST and character == " ":
             return at

@@ -15,17 +15,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from maxwhisper.audio import SAMPLE_RATE, load_audio
 from maxwhisper.compare.material import checkpoint_for
 from maxwhisper.compare.run import machine
 from maxwhisper.compare.scores import word_error_rate
-from maxwhisper.live import POLICIES, Session
+from maxwhisper.live import POLICIES, Policy, Session
 from maxwhisper.live.hypotheses import hypothesis, prepare
 from maxwhisper.whisper import Whisper
 
@@ -108,11 +110,15 @@ def clips_of(model: Whisper) -> Iterator[Clip]:
 def ways(model: Whisper, name: str) -> Iterator[tuple[str, Callable[[str], Listener]]]:
     """Yields what is compared, by name: from a language to what listens."""
     for policy, make in POLICIES.items():
-        yield f"maxwhisper, {policy}", lambda language, make=make: Session(model, make, language=language)
+        yield f"maxwhisper, {policy}", partial(listening, model, make)
     if find_spec("faster_whisper"):
         from .live_peers import peers
 
         yield from peers(name)
+
+
+def listening(model: Whisper, policy: Callable[[], Policy], language: str) -> Session:
+    return Session(model, policy, language=language)
 
 
 def measured(name: str, way: Callable[[str], Listener], clips: Sequence[Clip]) -> dict[str, float]:
@@ -145,7 +151,7 @@ def play(listener: Listener, audio: np.ndarray) -> Played:
     while at < len(audio):
         now = max(now, min(at + BLOCK, len(audio)) / SAMPLE_RATE)
         end = min(len(audio), int(now * SAMPLE_RATE))
-        taken = cost(lambda at=at, end=end: listener.feed(audio[at:end]))
+        taken = cost(partial(listener.feed, audio[at:end]))
         now, at, found.compute = now + taken, end, found.compute + taken
         before, shown = shown, words_in(listener.settled + listener.tentative)
         kept = [number < len(before) and before[number] == word for number, word in enumerate(shown)]
@@ -185,7 +191,7 @@ def silence(model: Whisper) -> float:
     """Returns the seconds of computing for a minute in which nobody speaks, at -70 dB."""
     session = Session(model)
     minute = (3e-4 * np.random.default_rng(0).standard_normal(60 * SAMPLE_RATE)).astype(np.float32)
-    return sum(cost(lambda at=at: session.feed(minute[at : at + BLOCK])) for at in range(0, len(minute), BLOCK))
+    return sum(cost(partial(session.feed, minute[at : at + BLOCK])) for at in range(0, len(minute), BLOCK))
 
 
 def finishing(model: Whisper, clips: Sequence[Clip]) -> float:
@@ -199,11 +205,10 @@ def finishing(model: Whisper, clips: Sequence[Clip]) -> float:
 
 def time_of_one(model: Whisper) -> float:
     """Returns the seconds for one hypothesis of a window: the least of five, of so many tokens whatever they are."""
-    audio = load_audio(FIXTURES / "clips" / "english-5.flac")
-    import torch
+    audio = torch.from_numpy(load_audio(FIXTURES / "clips" / "english-5.flac"))
 
     def one() -> None:
-        hypothesis(model, torch.from_numpy(audio), [], [1000] * BEGUN, language="en", sample_len=MORE)
+        hypothesis(model, audio, [], [1000] * BEGUN, language="en", sample_len=MORE)
 
     return min(cost(one) for _ in range(5))
 

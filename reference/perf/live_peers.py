@@ -12,7 +12,7 @@ import numpy as np
 from faster_whisper import WhisperModel
 from faster_whisper.tokenizer import Tokenizer
 
-from maxwhisper.audio import N_SAMPLES, SAMPLE_RATE
+from maxwhisper.audio import N_FRAMES, N_SAMPLES, SAMPLE_RATE
 from maxwhisper.compare.convert import convert, store
 from maxwhisper.compare.material import checkpoint_for
 
@@ -127,13 +127,14 @@ class AlignAtt(Listening):
         """Settles what attention allows, and drops the first sentence where the audio is longer than a window."""
         begun = self.tokens[self.n_cut :]
         tokenizer = self.tokenizer
-        features = self.model.feature_extractor(self.audio, padding=0)[:, :3000]
-        n_frame = max(1, features.shape[1] // 2)
-        padded = np.pad(features, ((0, 0), (0, 3000 - features.shape[1])))
-        encoded = self.model.encode(padded)
+        features = self.model.feature_extractor(self.audio, padding=N_SAMPLES)
+        encoded = self.model.encode(features[:, :N_FRAMES])
+        n_frame = max(1, len(self.audio) * 50 // SAMPLE_RATE)
         start = [*tokenizer.sot_sequence, tokenizer.no_timestamps]
         prompt = [*start, *begun]
-        [result] = self.model.model.generate(encoded, [prompt], beam_size=1, max_length=len(prompt) + 100)
+        [result] = self.model.model.generate(
+            encoded, [prompt], beam_size=1, max_length=len(prompt) + 100, suppress_blank=not begun
+        )
         new = [token for token in result.sequences_ids[0] if token < tokenizer.eot]
         if new:
             [aligned] = self.model.model.align(
