@@ -38,6 +38,7 @@ def live(model: Whisper, policy: str, from_pipe: bool, rate: int, screen: Screen
         listen(session, source, screen)
     if not session.seconds:
         raise AudioError("nothing came to listen to")
+    log.info("transcribing %.0f s", session.seconds)
     result = session.finish()
     screen.show(session.settled, "")
     screen.close()

@@ -66,9 +66,9 @@ def words_of(
     tokenizer = tokenizer_of(model, result.language, task)
     start = [*tokenizer.sot_sequence, tokenizer.no_timestamps, *begun]
     found = torch.tensor([start + result.tokens])
-    decoder: Any = model.decoder
-    logits, scores = decoder.alignment(found, features[None])
-    heads = torch.stack([scores[layer][0, head] for layer, head in model.alignment_heads.indices().T]).cpu()
+    logits, scores = model.decoder.alignment(found, features[None])
+    of_alignment: Any = model.alignment_heads
+    heads = torch.stack([scores[layer][0, head] for layer, head in of_alignment.indices().T]).cpu()
     finding = slice(len(start) - 1, -1)  # the position that finds a token is the one in front of it
     attended = heads[:, finding, :n_frame].softmax(-1).mean(0).argmax(-1)
     sure = logits[0, finding].cpu().softmax(-1).gather(1, found[0, len(start) :, None])[:, 0]

@@ -31,6 +31,8 @@ ECHO = SAMPLE_RATE // 5
 """Samples behind a loud one, 0.2 s, to which the decoder may still attend for a word."""
 LONG, FULL = 8 * SAMPLE_RATE, 25 * SAMPLE_RATE
 """Samples of a window from which on sentences that are settled leave it; and words, if there is no end of one."""
+MOST = 150
+"""Tokens that are settled in a window, of the 448 that Whisper has places for, above which they leave it too."""
 SHOWN = 2
 """Frames at the end of the audio whose words are not even shown."""
 SENTENCE_ENDS = (".", "?", "!", "。", "？", "！")
@@ -68,13 +70,13 @@ class Window:
 
     def shorten(self) -> None:
         """Begins behind the last sentence that is settled with a word behind it, in between the two; behind all that is
-        settled where the window is nearly full without one."""
+        settled where there is much without one."""
         for number in range(len(self.words) - 1, 0, -1):
             (last, end), (_, begin) = self.words[number - 1 : number + 1]
             if last.text.strip().endswith(SENTENCE_ENDS):
                 return self.leave(number, (end + begin) // 2)
-        if self.words and len(self.samples) > FULL:
-            self.leave(len(self.words), self.words[-1][1] + FRAME)
+        if len(self.samples) > FULL or len(self.begun) > MOST:
+            self.leave(len(self.words), self.words[-1][1] + FRAME if self.words else self.start)
         return None
 
 
@@ -163,7 +165,7 @@ class Session:
             self._leave(window.end - LEAD if paused else window.end)
         else:
             self._decode(self.deciding.settled)
-            if len(window.samples) > LONG:
+            if len(window.samples) > LONG or len(window.begun) > MOST:
                 window.shorten()
 
     def _end(self) -> None:
