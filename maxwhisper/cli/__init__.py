@@ -1,5 +1,5 @@
 """The command `maxwhisper`: transcribe audio files, compile models, convert checkpoints, examine what MAX runs on,
-compare engines, race them, serve.
+compare engines, race them, serve, listen.
 
 `maxwhisper transcribe` takes the options of OpenAI's `whisper` command, with its names, defaults and output files.
 Whatever goes wrong is one line on standard error. Exit status: 0 if everything was done, 1 if something failed, 2 for
@@ -16,6 +16,7 @@ from .. import __version__
 from ..errors import MaxWhisperError
 from ..names import DTYPES, TARGETS
 from .compare_command import add_compare, add_race
+from .live_command import add_live
 from .serve_command import add_serve
 from .terminal import failed, messages_on_stderr, standard_output
 from .transcribe_command import transcribe
@@ -67,6 +68,7 @@ def build_parser() -> Parser:
     add_compare(commands)
     add_race(commands)
     add_serve(commands)
+    add_live(commands)
     return parser
 
 

@@ -15,6 +15,7 @@ NEEDED = {
     "uvicorn": "uvicorn",
     "python_multipart": "python-multipart",
     "prometheus_client": "prometheus-client",
+    "websockets": "websockets",
 }
 """Packages of the extra `serve`, by the modules that they have."""
 

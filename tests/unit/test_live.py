@@ -1,0 +1,188 @@
+"""A live session on the trained fixture: what is settled stays, and the last text is that of `transcribe`."""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+
+from maxwhisper.audio import SAMPLE_RATE, load_audio
+from maxwhisper.errors import AudioError, OptionError
+from maxwhisper.live import POLICIES, Session
+from maxwhisper.live.session import STEP
+from maxwhisper.whisper import Whisper
+from reference.fixtures import FIXTURES
+
+SECOND = SAMPLE_RATE
+SPEECH = load_audio(FIXTURES / "clips" / "english-2.flac")
+
+
+def noise(seconds: float, loudness: float) -> np.ndarray:
+    return (loudness * np.random.default_rng(0).standard_normal(int(seconds * SECOND))).astype(np.float32)
+
+
+class Decodings:
+    """How often a session's model encodes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, model: Whisper):
+        self.number = 0
+        forward = model.encoder.forward
+
+        def counted(mel: Any) -> Any:
+            self.number += 1
+            return forward(mel)
+
+        monkeypatch.setattr(model.encoder, "forward", counted)
+
+
+def fed(session: Session, samples: np.ndarray, size: int = STEP) -> list[tuple[str, str]]:
+    """Feeds in pieces, and returns what was shown after each."""
+    shown = []
+    for at in range(0, len(samples), size):
+        session.feed(samples[at : at + size])
+        shown.append((session.settled, session.tentative))
+    return shown
+
+
+def without_gaps(shown: list[tuple[str, str]]) -> None:
+    for (before, _), (after, _) in zip(shown, shown[1:], strict=False):
+        assert after.startswith(before)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_settled_text_stays_and_the_last_text_is_that_of_transcribe(model: Whisper, policy: str) -> None:
+    session = Session(model, POLICIES[policy], language="en")
+    shown = fed(session, SPEECH)
+    without_gaps(shown)
+    assert 3 < len(shown[len(shown) // 2][0].split()) < 13, "text comes while it is said"
+    assert any(tentative for _, tentative in shown)
+    settled = session.settled
+    assert session.finish() == model.transcribe(SPEECH, language="en")
+    assert session.settled.startswith(settled) and not session.tentative
+    assert session.settled.startswith(" Thomas remembered seven ")
+
+
+def test_a_long_recording_leaves_the_window(model: Whisper) -> None:
+    """Of 40 s, more than a window has room for, in steps that are as long as those of a slow machine."""
+    speech = load_audio(FIXTURES / "clips" / "english-long.mp3")[: 40 * SECOND]
+    session = Session(model, language="en", temperature=0.0)
+    without_gaps(fed(session, speech, 5 * SECOND // 2))
+    assert len(session.window.samples) < 30 * SECOND and session.window.start > 10 * SECOND
+    assert session.settled.count(".") > 8
+    assert session.finish() == model.transcribe(speech, language="en", temperature=0.0)
+
+
+def test_all_at_once(model: Whisper) -> None:
+    speech = load_audio(FIXTURES / "clips" / "english-long.mp3")[: 40 * SECOND]
+    session = Session(model)
+    session.feed(speech)
+    assert session.language == "en" and session.settled.count(".") > 5
+
+
+def test_a_minute_of_silence(model: Whisper, monkeypatch: pytest.MonkeyPatch) -> None:
+    decodings = Decodings(monkeypatch, model)
+    for silence in (np.zeros(60 * SECOND, np.float32), noise(60, 0.0003), noise(60, 0.01)):
+        session = Session(model)
+        start = time.process_time()
+        fed(session, silence, SECOND // 10)
+        assert time.process_time() - start < 3
+        assert not session.settled and not session.tentative
+        assert len(session.window.samples) <= SECOND
+    assert decodings.number <= 6
+
+
+def test_a_pause_of_40_seconds(model: Whisper, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = Session(model, language="en")
+    fed(session, SPEECH)
+    decodings = Decodings(monkeypatch, model)
+    fed(session, np.zeros(40 * SECOND, np.float32))
+    before = session.settled
+    assert decodings.number <= 4 and before.endswith((".", "?")) and not session.tentative
+    fed(session, SPEECH)
+    assert session.settled.startswith(before) and " Thomas remembered seven" in session.settled[len(before) :]
+
+
+def test_noise_and_music(model: Whisper) -> None:
+    times = np.arange(8 * SECOND) / SECOND
+    chords = sum(np.sin(2 * np.pi * tone * times) for tone in (220, 277, 330)) * (0.1 + 0.05 * np.sin(4 * times))
+    swelling = noise(8, 0.1) * (1 + np.sin(3 * times)).astype(np.float32)
+    for sound, most in ((swelling, 0), (chords.astype(np.float32), 4)):  # for chords `transcribe` makes up some too
+        session = Session(model)
+        fed(session, sound, SECOND)
+        session.skip(np.zeros(0, np.float32))  # settles what is tentative
+        assert len(session.settled.split()) <= most
+
+
+def test_two_sessions_at_once(model: Whisper) -> None:
+    german = load_audio(FIXTURES / "clips" / "german-1.wav")
+
+    def text(speech: np.ndarray) -> str:
+        session = Session(model)
+        fed(session, speech)
+        session.feed(np.zeros(2 * SECOND, np.float32))
+        return session.settled
+
+    alone = [text(speech) for speech in (SPEECH, german)]
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(text, (SPEECH, german))) == alone
+    assert len(set(alone)) == 2 and all(alone)
+
+
+def test_pieces_of_any_size(model: Whisper) -> None:
+    whole, odd = Session(model, language="en"), Session(model, language="en")
+    speech = SPEECH[: 2 * SECOND]
+    fed(whole, speech)
+    at = 0
+    for size in (0, *[1] * 300, 7, 0, 6092, 1, *[3200] * 6, 1, 6399):
+        odd.feed(speech[at : at + size])
+        at += size
+    assert at == 32000 and (odd.settled, odd.tentative) == (whole.settled, whole.tentative) != ("", "")
+
+
+@pytest.mark.parametrize(
+    ("samples", "error", "message"),
+    [
+        (np.zeros(9, np.int16), OptionError, "divide it by 32768"),
+        (np.zeros((2, 9), np.float32), OptionError, "mean of its channels"),
+        ("talk.wav", OptionError, "audio must be floats"),
+        (np.array([0, np.nan], np.float32), AudioError, "sample 5 (0.000 s) is not finite"),
+        (np.array([np.inf], np.float32), AudioError, "sample 4 (0.000 s) is not finite"),
+    ],
+)
+def test_what_is_no_audio(model: Whisper, samples: Any, error: type[Exception], message: str) -> None:
+    session = Session(model)
+    session.feed(np.zeros(4))
+    with pytest.raises(error) as raised:
+        session.feed(samples)
+    assert message in str(raised.value)
+    assert session.seconds == 4 / SECOND, "nothing of it is taken"
+
+
+def test_after_the_end(model: Whisper) -> None:
+    session = Session(model)
+    result = session.finish()
+    assert result["text"] == "" and session.finish() is result
+    for take in (session.feed, session.skip):
+        with pytest.raises(OptionError, match="the session is finished"):
+            take(np.zeros(1))
+
+
+def test_options_are_those_of_transcribe(model: Whisper) -> None:
+    with pytest.raises(OptionError, match="language"):
+        Session(model, language=3)
+    with pytest.raises(TypeError):
+        Session(model, no_such_option=1)
+
+
+def test_what_is_skipped_is_in_the_transcript(model: Whisper) -> None:
+    session = Session(model, language="en", temperature=0.0)
+    half = len(SPEECH) // 2
+    fed(session, SPEECH[:half])
+    session.skip(SPEECH[half:])
+    settled = session.settled
+    assert "Where" not in settled and settled and not session.tentative
+    fed(session, np.zeros(2 * SECOND))
+    assert session.settled == settled
+    speech = np.concatenate([SPEECH, np.zeros(2 * SECOND, np.float32)])
+    assert session.finish() == model.transcribe(speech, language="en", temperature=0.0)

@@ -1,0 +1,245 @@
+"""`maxwhisper live`: what comes through standard input or from a microphone, a machine too slow, Ctrl-C, the files."""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from maxwhisper.audio import SAMPLE_RATE, load_audio
+from maxwhisper.cli.outputs import FORMATS
+from maxwhisper.live.command import listen
+from maxwhisper.live.screen import Lines
+from maxwhisper.live.source import Source
+from maxwhisper.whisper import Whisper
+
+from .command import CLIP, RESULT, assert_one_line, status
+from .pipes import pipe, standard_input
+
+PCM = (load_audio(CLIP) * 32768).astype("<i2").tobytes()
+
+
+class Heard:
+    """A session that settles a word for every piece it is fed."""
+
+    def __init__(self, *_: Any, **options: Any):
+        self.options = options
+        self.fed: list[np.ndarray] = []
+        self.skipped: list[np.ndarray] = []
+        self.settled, self.tentative = "", " maybe"
+
+    @property
+    def samples(self) -> np.ndarray:
+        return np.concatenate([np.zeros(0, np.float32), *self.fed])
+
+    @property
+    def seconds(self) -> float:
+        return sum(map(len, self.fed + self.skipped)) / SAMPLE_RATE
+
+    def feed(self, samples: np.ndarray) -> None:
+        self.fed.append(samples)
+        self.settled += " Word."
+
+    def skip(self, samples: np.ndarray) -> None:
+        self.skipped.append(samples)
+
+    def finish(self) -> dict[str, Any]:
+        return RESULT
+
+
+@pytest.fixture
+def session(monkeypatch: pytest.MonkeyPatch) -> Iterator[Heard]:
+    """What the command makes, with a model that does nothing."""
+    found = Heard()
+
+    def made(*_: Any, **options: Any) -> Heard:
+        found.options = options
+        return found
+
+    monkeypatch.setattr("maxwhisper.live.command.Session", made)
+    monkeypatch.setattr("maxwhisper.live.command.prepare", lambda model: None)
+    monkeypatch.setattr("maxwhisper.whisper.load_model", lambda *_, **__: SimpleNamespace(is_multilingual=True))
+    return found
+
+
+def test_standard_input(session: Heard, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with standard_input(pipe(PCM)):
+        assert status(["live", "-", "-o", tmp_path, "--language", "en", "--beam_size", "2"]) == 0
+    assert np.array_equal(session.samples, load_audio(CLIP))
+    assert session.options["beam_size"] == 2 and session.options["language"] == "en"
+    assert capsys.readouterr().out == "Word.\n" * len(session.fed), "settled lines and nothing else"
+    assert sorted(os.listdir(tmp_path)) == sorted(f"stdin.{ending}" for ending in FORMATS)
+    assert (tmp_path / "stdin.txt").read_text() == "Hello there.\n"
+
+
+def test_another_rate_and_half_a_sample(session: Heard, tmp_path: Path) -> None:
+    tone = (9000 * np.sin(np.arange(48000) * 2 * np.pi * 440 / 48000)).astype("<i2").tobytes()
+    with standard_input(pipe(tone + b"x")):
+        assert status(["live", "-", "--rate", "48000", "-o", tmp_path]) == 0
+    assert abs(len(session.samples) - SAMPLE_RATE) < 100
+    spectrum = np.abs(np.fft.rfft(session.samples[: SAMPLE_RATE - 200]))
+    assert abs(spectrum.argmax() * SAMPLE_RATE / (SAMPLE_RATE - 200) - 440) < 2
+
+
+def test_the_command_on_the_trained_fixture(
+    model: Whisper, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("maxwhisper.whisper.load_model", lambda *_, **__: model)
+    with standard_input(pipe(PCM)):
+        assert status(["live", "-", "-o", tmp_path / "live", "--word_timestamps", "True"]) == 0
+    assert capsys.readouterr().out.startswith("Where is the young doctor")
+    assert status(["transcribe", CLIP, "-o", tmp_path / "all", "--word_timestamps", "True"]) == 0
+    for ending in FORMATS:
+        offline = tmp_path / "all" / f"{CLIP.stem}.{ending}"
+        assert (tmp_path / "live" / f"stdin.{ending}").read_text() == offline.read_text()
+
+
+def test_nothing_came(session: Heard, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with standard_input(pipe(b"")):
+        assert status(["live", "-", "-o", tmp_path]) == 1
+    assert_one_line(capsys, "nothing came to listen to")
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["live", "talk.wav"], "invalid choice: 'talk.wav'"),
+        (["live", "--rate", "0"], "must be a whole number above 0"),
+        (["live", "--policy", "guess"], "invalid choice: 'guess'"),
+        (["live", "--beam_size", "0"], "argument --beam_size: must be above 0"),
+        (["live", "--highlight_words", "True"], "requires --word_timestamps True"),
+    ],
+)
+def test_unusable_options(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert status(arguments) == 2
+    assert_one_line(capsys, message)
+
+
+# ---- the microphone ------------------------------------------------------------------------------------------------
+
+
+class Microphone:
+    """What sounddevice has for one: gives a clip, and then somebody presses Ctrl-C."""
+
+    PortAudioError = type("PortAudioError", (Exception,), {})
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, lost: str = "", error: str = ""):
+        self.lost, self.error = lost, error
+        module = ModuleType("sounddevice")
+        module.PortAudioError, module.RawInputStream = self.PortAudioError, self  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "sounddevice", module)
+
+    def __call__(self, rate: int, size: int, channels: int, dtype: str, callback: Any) -> "Microphone":
+        if self.error:
+            raise self.PortAudioError(self.error)
+        assert (rate, channels, dtype) == (16000, 1, "int16")
+        for at in range(0, len(PCM), 2 * size):
+            callback(memoryview(PCM[at : at + 2 * size]), size, None, self.lost if not at else "")
+        return self
+
+    def __enter__(self) -> None:
+        self.at_once = True
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def test_the_microphone_until_ctrl_c(
+    session: Heard, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Microphone(monkeypatch, lost="input overflow")
+    feed = session.feed
+
+    def feed_and_interrupt(samples: np.ndarray) -> None:
+        feed(samples)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(session, "feed", feed_and_interrupt)
+    before = signal.getsignal(signal.SIGINT)
+    assert status(["live", "-o", tmp_path, "-f", "txt"]) == 0
+    assert signal.getsignal(signal.SIGINT) is before
+    assert np.array_equal(session.samples, load_audio(CLIP)), "what was said before Ctrl-C is not lost"
+    [name] = os.listdir(tmp_path)
+    assert name.startswith("microphone-20") and name.endswith(".txt"), "no transcript replaces an earlier one"
+    assert "warning: the microphone lost samples: input overflow" in capsys.readouterr().err
+
+
+def test_no_microphone(session: Heard, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    Microphone(monkeypatch, error="Error querying device -1")
+    assert status(["live"]) == 1
+    assert_one_line(capsys, "the microphone cannot be opened: Error querying device -1")
+
+
+def test_no_sounddevice(session: Heard, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "sounddevice", None)
+    assert status(["live"]) == 1
+    assert_one_line(capsys, "the microphone needs sounddevice: pip install 'maxwhisper[live]'")
+
+
+# ---- a machine too slow --------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Seconds, and audio that comes by them."""
+
+    def __init__(self, seconds: float, factor: float):
+        """factor: seconds that a session takes for a piece of any length."""
+        self.now, self.factor, self.came, self.total = 0.0, factor, 0, int(seconds * SAMPLE_RATE)
+        self.ended = False
+
+    def __call__(self) -> float:
+        return self.now
+
+    def take(self) -> np.ndarray:
+        self.now += 0.1
+        until = min(self.total, int(self.now * SAMPLE_RATE))
+        samples = np.full(until - self.came, self.came, np.float32)
+        self.came, self.ended = until, until == self.total
+        return samples
+
+
+@pytest.mark.parametrize(("factor", "n_skipped"), [(0.3, 0), (15, 0), (50, 6)])
+def test_lag_is_bounded_and_nothing_is_lost(
+    factor: float, n_skipped: int, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Pieces of half a minute are decoded in as much or less time, or never in time."""
+    clock, session = Clock(300, factor), Heard()
+    late = []
+
+    def feed(samples: np.ndarray) -> None:
+        Heard.feed(session, samples)
+        clock.now += factor
+        late.append(clock.now - session.seconds)
+
+    session.feed = feed  # type: ignore[method-assign]
+    listen(session, clock, Lines(), clock)  # type: ignore[arg-type]
+    assert session.seconds == 300
+    assert len(session.skipped) == n_skipped == caplog.text.count("this machine is too slow")
+    assert max(late) < 30 + 2 * factor
+    if n_skipped:
+        assert "the text from 0 to 30 s is only in the transcript" in caplog.text
+        assert all(len(piece) == 20 * SAMPLE_RATE for piece in session.fed[1:]), "and some of it is shown"
+
+
+def test_a_file_is_not_late(caplog: pytest.LogCaptureFixture) -> None:
+    """Five minutes that are there at once."""
+    clock, session = Clock(300, 1), Heard()
+    clock.now = 400.0
+    listen(session, clock, Lines(), clock)  # type: ignore[arg-type]
+    assert not session.skipped and session.seconds == 300
+    assert max(map(len, session.fed)) <= 20 * SAMPLE_RATE
+
+
+def test_a_source_gives_what_reading_raised() -> None:
+    from queue import SimpleQueue
+
+    blocks: Any = SimpleQueue()
+    blocks.put(OSError("gone"))
+    with pytest.raises(OSError, match="gone"):
+        Source(blocks, SAMPLE_RATE).take()

@@ -1,0 +1,158 @@
+"""Which words are settled, where a recording is quiet, and what a terminal shows: without a model."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from maxwhisper.cli.live_command import POLICIES as NAMES
+from maxwhisper.live import POLICIES, AlignAtt, HeardTwice, LocalAgreement, Word
+from maxwhisper.live.loudness import FRAME, Loudness
+from maxwhisper.live.policies import audible, said
+from maxwhisper.live.screen import ANEW, DIM, PLAIN, Lines, Terminal, cells
+from maxwhisper.live.session import Window
+
+SECOND = 16000
+
+
+def words(text: str, frames: Sequence[int] | None = None, probability: float = 1.0) -> list[Word]:
+    """Words that were heard in these frames, or 20 frames apart."""
+    texts = text.split()
+    found = frames or range(10, 10 + 20 * len(texts), 20)
+    return [Word(f" {each}", (0,), frame, probability) for each, frame in zip(texts, found, strict=True)]
+
+
+def test_names() -> None:
+    assert tuple(POLICIES) == NAMES
+    assert next(iter(POLICIES.values())) is HeardTwice
+
+
+def test_local_agreement_is_of_two_in_a_row() -> None:
+    policy = LocalAgreement()
+    assert policy.settled(words("where is the"), 100) == 0
+    assert policy.settled(words("where is that engine"), 100) == 2
+    assert policy.settled(words("this engine"), 100) == 0, "of what stands behind the settled ones"
+    assert policy.settled(words("this engine"), 100) == 2
+    assert policy.settled([], 100) == 0
+
+
+def test_align_att_waits_for_audio_behind_a_word() -> None:
+    assert AlignAtt().settled(words("where is the engine", [10, 30, 50, 70]), 85) == 3  # half a second is 25 frames
+    assert AlignAtt().settled(words("where is", [10, 70]), 71) == 1
+    assert AlignAtt().settled(words("where is", [46, 30]), 71) == 0
+
+
+def test_words_that_attention_goes_back_for_are_made_up() -> None:
+    assert said(words("the ship works near the letter", [90, 100, 30, 35, 40, 45]), 150) == 2
+    assert said(words("the ship waits here", [90, 100, 30, 130]), 150) == 4, "one that is found out of order is not"
+
+
+def test_heard_twice_waits_for_agreement_attention_and_sureness() -> None:
+    both = words("where is", [10, 30])
+    assert HeardTwice().settled(both, 100) == 0
+    for second, n_frame, expected in (
+        (both, 100, 2),
+        (words("where was", [10, 30]), 100, 1),
+        (words("where is", [10, 95]), 100, 1),  # at the very end of the audio
+        (words("where", [10]) + words("is", [60], 0.6), 100, 1),  # not sure,
+        (words("where", [10]) + words("is", [49], 0.6), 100, 2),  # but so long ago that it will not be
+    ):
+        policy = HeardTwice()
+        policy.settled(both, 80)
+        assert policy.settled(second, n_frame) == expected
+
+
+def test_words_of_a_silence() -> None:
+    assert audible(words("where is it", [10, 30, 50]), 40) == 2
+    assert audible(words("it ? now", [10, 50, 60]), 40) == 2, "marks are found behind their word"
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 99), st.floats(0, 1)), max_size=6), st.integers(1, 99))
+def test_any_hypothesis(found: list[tuple[str, int, float]], n_frame: int) -> None:
+    hypothesis = [Word(text, (0,), frame, probability) for text, frame, probability in found]
+    for make in POLICIES.values():
+        policy = make()
+        for _ in range(3):
+            assert 0 <= policy.settled(hypothesis, n_frame) <= len(hypothesis)
+
+
+# ---- loudness ------------------------------------------------------------------------------------------------------
+
+
+def noise(seconds: float, loudness: float) -> np.ndarray:
+    return (loudness * np.random.default_rng(1).standard_normal(int(seconds * SECOND))).astype(np.float32)
+
+
+@pytest.mark.parametrize("size", [1, 7, FRAME, 4801])
+def test_the_end_of_what_is_loud(size: int) -> None:
+    sound = np.concatenate([noise(0.2, 3e-4), noise(0.1, 0.1), noise(0.3, 3e-4)])
+    loudness = Loudness()
+    for at in range(0, len(sound), size):
+        loudness.listen(sound[at : at + size])
+    assert loudness.loud_until == 15 * FRAME
+
+
+def test_a_noisy_room_is_quiet() -> None:
+    loudness = Loudness()
+    loudness.listen(noise(20, 0.02))
+    assert loudness.loud_until == 0
+    loudness.listen(noise(0.5, 0.2))
+    assert loudness.loud_until == 20.5 * SECOND
+
+
+# ---- windows -------------------------------------------------------------------------------------------------------
+
+
+def test_sentences_leave_the_window() -> None:
+    window = Window(np.arange(10 * SECOND, dtype=np.float32), start=100)
+    window.words = [(word, 100 + SECOND * at) for at, word in enumerate(words("One. Two. three four"), 1)]
+    window.shorten()
+    assert [word.text for word, _ in window.words] == [" three", " four"]
+    assert window.start == 100 + 2.5 * SECOND and window.samples[0] == 2.5 * SECOND
+    window.shorten()
+    assert len(window.words) == 2, "no sentence has ended"
+
+
+# ---- what is shown -------------------------------------------------------------------------------------------------
+
+
+def test_lines_of_sentences(capsys: pytest.CaptureFixture[str]) -> None:
+    screen, settled, shown = Lines(), "", []
+    for settled in (
+        "",
+        " Where is",
+        " Where is it",
+        " Where is it?",
+        " Where is it? 3.5",
+        f" Where is it? 3.5 m{' ab' * 60}",
+    ):
+        screen.show(settled, " and more")
+        shown.append(capsys.readouterr().out)
+    assert shown[:5] == ["", "", "", "Where is it?\n", ""]
+    assert shown[5].startswith("3.5 m ab ab") and len(shown[5]) <= 125
+    screen.close()
+    assert capsys.readouterr().out.strip("ab \n") == ""
+
+
+@given(st.lists(st.text("ab 日.", max_size=12), max_size=8), st.text("xy ", max_size=30), st.integers(12, 40))
+def test_a_terminal_shows_all_that_is_settled(parts: list[str], tentative: str, width: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        written: list[str] = []
+        patch.setattr("sys.stdout.write", written.append)
+        screen, settled = Terminal(width), ""
+        for part in parts:
+            settled += part
+            screen.show(settled, tentative)
+    lines = "".join(written).split("\n")
+    last = [line.split(ANEW)[-1] for line in lines]
+    plain = [line.split(DIM)[0] for line in last]
+    assert "".join("".join(plain).split()) == "".join(settled.split())
+    assert all(cells(line.replace(DIM, "").replace(PLAIN, "")) < width for line in last)
+
+
+def test_a_terminal_tells_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    screen = Terminal(80)
+    screen.show(" Where is", " the engine")
+    assert capsys.readouterr().out == f"{ANEW}Where is{DIM} the engine{PLAIN}"
