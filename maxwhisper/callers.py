@@ -60,11 +60,15 @@ class Caller:
 
     def transcribe(self, audio: Waveform, **options: Any) -> dict[str, Any]:
         """Returns in this thread what the model's `transcribe` does; raises Stopped after a call of `stop`."""
-        model = self.decoding.stepping_by(self.decoding.stepper, self._when_due)
         try:
-            return model.transcribe(audio, **options)
+            return self.model.transcribe(audio, **options)
         except CancelledError as error:
             raise Stopped from error
+
+    @property
+    def model(self) -> Model:
+        """Returns the model whose windows wait their turn, and which raises Stopped or CancelledError after `stop`."""
+        return self.decoding.stepping_by(self.decoding.stepper, self._when_due)
 
     def stop(self) -> None:
         """Ends `transcribe`, called from another thread: at once while it waits its turn, else after a few tokens."""

@@ -9,10 +9,11 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from .errors import APIError, add_handlers
+from .errors import APIError, add_handlers, unknown_key
 from .fields import Transcription, Translation
 from .metrics import Measured
 from .page import add_page
+from .realtime import add_realtime
 from .service import Service
 
 
@@ -27,11 +28,13 @@ def create_app(service: Service, api_keys: Sequence[str] = (), race: str | None 
         yield
         await asyncio.to_thread(service.jobs.close)  # while the last answers go out
 
-    async def check_key(request: Request) -> None:
-        given = request.headers.get("authorization", "").removeprefix("Bearer ").encode("latin-1")
+    def is_key(given: str) -> bool:
         # All are compared, each in a time that does not depend on where they differ.
-        if api_keys and not any([hmac.compare_digest(given, key.encode()) for key in api_keys]):
-            raise APIError(401, "Incorrect API key provided", code="invalid_api_key")
+        return not api_keys or any([hmac.compare_digest(given.encode("latin-1"), key.encode()) for key in api_keys])
+
+    async def check_key(request: Request) -> None:
+        if not is_key(request.headers.get("authorization", "").removeprefix("Bearer ")):
+            raise unknown_key()
 
     app = FastAPI(title="maxwhisper", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
     app.add_middleware(Measured, metrics=service.metrics)
@@ -65,5 +68,6 @@ def create_app(service: Service, api_keys: Sequence[str] = (), race: str | None 
     async def health() -> Response:
         return JSONResponse({"status": "ok"})
 
+    add_realtime(app, service, is_key)
     add_page(app, service, keyed, race)
     return app

@@ -49,6 +49,10 @@ def stopping() -> APIError:
     return APIError(503, "the server is being stopped", headers={"retry-after": str(RETRY_AFTER)})
 
 
+def unknown_key() -> APIError:
+    return APIError(401, "Incorrect API key provided", code="invalid_api_key")
+
+
 def answer(error: APIError) -> JSONResponse:
     return JSONResponse(error.body, error.status, error.headers)
 

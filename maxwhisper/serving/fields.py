@@ -57,11 +57,7 @@ class Transcription(Translation):
     @classmethod
     def code(cls, language: str | None) -> str | None:
         """Returns the code of a language that is given by its code or its name; an empty text is none."""
-        found = (language or "").lower()
-        found = TO_LANGUAGE_CODE.get(found, found)
-        if found and found not in LANGUAGES:
-            raise ValueError("expected a code of ISO 639-1, as in en")
-        return found or None
+        return language_code(language)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -72,6 +68,22 @@ class Transcription(Translation):
         if "word" in self.timestamp_granularities:
             options["word_timestamps"] = True
         return options
+
+
+def language_code(language: Any) -> Any:
+    """Returns the code of a language that is given by its code or its name, None for an empty text, and what is no text
+    as it is. Raises ValueError for an unknown one."""
+    if not isinstance(language, str):
+        return language
+    found = TO_LANGUAGE_CODE.get(language.lower(), language.lower())
+    if found and found not in LANGUAGES:
+        raise ValueError("expected a code of ISO 639-1, as in en")
+    return found or None
+
+
+def said_of(first: Any) -> str:
+    """Says what pydantic found to be wrong with a value."""
+    return f"is {reprlib.repr(first['input'])}: {first['msg'].removeprefix('Value error, ')}"
 
 
 def checked(form: FormData, fields: type[Translation]) -> Translation:
@@ -106,12 +118,7 @@ def refusal(error: ValidationError) -> APIError:
         return APIError(400, f"Unrecognized request argument supplied: {name}", name, "unknown_parameter")
     if first["type"] == "missing":
         return APIError(400, f"you must provide a {name} parameter", name, "missing_required_parameter")
-    return APIError(
-        400,
-        f"'{name}' is {reprlib.repr(first['input'])}: {first['msg'].removeprefix('Value error, ')}",
-        name,
-        "invalid_value",
-    )
+    return APIError(400, f"'{name}' {said_of(first)}", name, "invalid_value")
 
 
 def check_combination(fields: Transcription) -> None:

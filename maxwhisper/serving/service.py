@@ -21,6 +21,8 @@ from .metrics import Metrics
 
 ALIASES = ("whisper-1",)
 """Names that clients send for whichever Whisper there is."""
+REALTIME_ALIASES = ("gpt-realtime-whisper",)
+"""Further names that clients of realtime sessions send for it."""
 GONE = 499
 """The status, in metrics alone, of a request whose client has left; nginx's."""
 
@@ -82,12 +84,24 @@ class Service:
     def _check_model(self, wanted: Translation) -> None:
         """Raises APIError where the model is another one, or cannot do what is wanted."""
         if wanted.model not in self.names:
-            message = f"The model '{wanted.model}' does not exist here: there is {' or '.join(self.names)}"
-            raise APIError(404, message, "model", "model_not_found")
+            raise self._no_model(wanted.model)
         language = getattr(wanted, "language", None) or "en"
         if not self.model.is_multilingual and (language != "en" or wanted.task == "translate"):
-            param = "model" if wanted.task == "translate" else "language"
-            raise APIError(400, f"the model '{self.names[0]}' knows English only", param, "invalid_value")
+            raise self._english_only("model" if wanted.task == "translate" else "language")
+
+    def check_realtime(self, model: str | None, language: str | None) -> None:
+        """Raises APIError for a model of realtime sessions that is another one, or does not know the language."""
+        if model not in (None, *self.names, *REALTIME_ALIASES):
+            raise self._no_model(model)
+        if not self.model.is_multilingual and language not in (None, "en"):
+            raise self._english_only("language")
+
+    def _no_model(self, name: str | None) -> APIError:
+        message = f"The model '{name}' does not exist here: there is {' or '.join(self.names)}"
+        return APIError(404, message, "model", "model_not_found")
+
+    def _english_only(self, param: str) -> APIError:
+        return APIError(400, f"the model '{self.names[0]}' knows English only", param, "invalid_value")
 
     def models(self) -> list[dict[str, Any]]:
         """Returns the names that requests may give, in OpenAI's form."""

@@ -1,0 +1,222 @@
+"""`/v1/realtime?intent=transcription`, asked by OpenAI's own client over loopback."""
+
+import base64
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import av
+import pytest
+from websockets.exceptions import ConnectionClosedError, InvalidStatus
+from websockets.sync.client import connect
+
+from maxwhisper.whisper import Whisper
+from reference.fixtures import FIXTURES
+
+from .serving import KEY, Process, in_thread, started
+
+CLIP = FIXTURES / "clips" / "english-3.mp3"
+TRANSCRIPTION = "conversation.item.input_audio_transcription."
+RATE = 24000
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
+    with started(tmp_path_factory.mktemp("realtime"), "--max_requests", "2", "--max_audio_minutes", "1") as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def pcm() -> bytes:
+    """The clip as a client's microphone gives it: 16-bit samples at 24 kHz."""
+    with av.open(str(CLIP)) as file:
+        resampler = av.AudioResampler(format="s16", layout="mono", rate=RATE)
+        frames = [each for frame in file.decode(audio=0) for each in resampler.resample(frame)]
+        frames += resampler.resample(None)
+    return b"".join(frame.to_ndarray()[0].tobytes() for frame in frames)
+
+
+class Client:
+    """A connection of OpenAI's client."""
+
+    def __init__(self, connection: Any):
+        self.connection = connection
+        assert self.next().type == "session.created"
+
+    def next(self) -> Any:
+        return self.connection.recv()
+
+    def append(self, pcm: bytes, at_once: int = RATE) -> None:
+        for start in range(0, len(pcm), at_once):
+            audio = base64.b64encode(pcm[start : start + at_once]).decode()
+            self.connection.input_audio_buffer.append(audio=audio)
+
+    def until(self, kind: str) -> list[Any]:
+        """All events up to one of this type."""
+        found = [self.next()]
+        while found[-1].type != kind:
+            assert found[-1].type != "error", found[-1]
+            found.append(self.next())
+        return found
+
+    def refused(self, **event: Any) -> Any:
+        """The error that an event gets."""
+        self.connection.send(event)
+        answer = self.next()
+        assert answer.type == "error", answer
+        return answer.error
+
+
+@pytest.fixture
+def client(server: Process) -> Iterator[Client]:
+    with server.client().realtime.connect(extra_query={"intent": "transcription"}) as connection:
+        yield Client(connection)
+
+
+def expected(model: Whisper, pcm: bytes) -> str:
+    """What `transcribe` gives of these samples."""
+    from maxwhisper.live.source import Source
+
+    source: Any = Source(None, RATE)  # type: ignore[arg-type]
+    source.ended = True
+    return model.transcribe(source._converted(pcm), language="en")["text"].strip()
+
+
+def test_settled_words_come_while_audio_does_and_the_transcript_at_last(
+    client: Client, model: Whisper, pcm: bytes
+) -> None:
+    session: Any = {"type": "transcription", "audio": {"input": {"transcription": {"language": "English"}}}}
+    client.connection.session.update(session=session)
+    updated = client.next()
+    assert updated.type == "session.updated" and updated.session.audio.input.transcription.language == "en"
+    for start in range(0, len(pcm), RATE):
+        client.append(pcm[start : start + RATE])
+        time.sleep(0.1)
+    early = client.until(f"{TRANSCRIPTION}delta")
+    client.connection.input_audio_buffer.commit()
+    events = early + client.until(f"{TRANSCRIPTION}completed")
+    *others, completed = events
+    deltas = [event.delta for event in others if event.type == f"{TRANSCRIPTION}delta"]
+    transcript = expected(model, pcm)
+    assert completed.transcript == transcript
+    assert completed.usage.type == "duration" and completed.usage.seconds == pytest.approx(len(pcm) / RATE / 2)
+    assert len(deltas) > 3 and "".join(deltas).split()[:5] == transcript.split()[:5]
+    kinds = [event.type for event in others if event.type != f"{TRANSCRIPTION}delta"]
+    assert kinds == ["input_audio_buffer.committed", "conversation.item.added", "conversation.item.done"]
+    items = {getattr(event, "item_id", completed.item_id) for event in events}
+    assert items == {completed.item_id}
+
+
+def test_items_follow_one_another_and_audio_that_is_cleared_is_none(client: Client, model: Whisper, pcm: bytes) -> None:
+    half = pcm[: len(pcm) // 4 * 2]
+    client.append(pcm)
+    client.connection.input_audio_buffer.clear()
+    client.until("input_audio_buffer.cleared")
+    before = None
+    for each in (half, pcm):
+        client.append(each)
+        client.connection.input_audio_buffer.commit()
+        events = client.until(f"{TRANSCRIPTION}completed")
+        assert events[-1].transcript == expected(model, each)
+        [committed] = [event for event in events if event.type == "input_audio_buffer.committed"]
+        assert committed.previous_item_id == before
+        before = committed.item_id
+
+
+def test_odd_pieces_are_the_same_audio(client: Client, model: Whisper, pcm: bytes) -> None:
+    client.append(pcm[: 2 * RATE], at_once=999)
+    client.connection.input_audio_buffer.commit()
+    assert client.until(f"{TRANSCRIPTION}completed")[-1].transcript == expected(model, pcm[: 2 * RATE])
+
+
+@pytest.mark.parametrize(
+    ("session", "param"),
+    [
+        ({"type": "realtime"}, "session.type"),
+        ("x", "session"),
+        ({"type": "transcription", "audio": {"input": {"turn_detection": {"type": "server_vad"}}}}, "turn_detection"),
+        ({"type": "transcription", "audio": {"input": {"noise_reduction": {"type": "near_field"}}}}, "noise_reduction"),
+        ({"type": "transcription", "audio": {"input": {"format": {"type": "audio/pcmu"}}}}, "format.type"),
+        ({"type": "transcription", "audio": {"input": {"transcription": {"language": "xx"}}}}, "language"),
+        ({"type": "transcription", "audio": {"input": {"transcription": {"keywords": ["a"]}}}}, "keywords"),
+        ({"type": "transcription", "audio": {"input": {"transcription": {"model": "gpt-5"}}}}, "model"),
+        ({"type": "transcription", "include": ["item.input_audio_transcription.logprobs"]}, "include"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_its_name(client: Client, session: Any, param: str) -> None:
+    error = client.refused(type="session.update", event_id="mine", session=session)
+    assert error.event_id == "mine" and param in (error.param or "")
+    assert error.type == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("event", "said"),
+    [
+        ({"type": "input_audio_buffer.append", "audio": "?"}, "'audio' is no base64"),
+        ({"type": "input_audio_buffer.append", "audio": 5}, "'audio' is no base64"),
+        ({"type": "input_audio_buffer.append"}, "'audio' is no base64"),
+        ({"type": "input_audio_buffer.commit"}, "no audio has come that could be committed"),
+        ({"type": "response.create"}, "'response.create' is no event of a transcription session"),
+        ({"type": None}, "expected an event"),
+    ],
+)
+def test_events_that_cannot_be_used(client: Client, event: dict[str, Any], said: str) -> None:
+    assert said in client.refused(**event).message
+    assert client.refused(type="input_audio_buffer.commit").code == "input_audio_buffer_commit_empty"  # it goes on
+
+
+def test_an_item_is_no_longer_than_audio_may_be(client: Client) -> None:
+    minute = bytes(2 * 60 * RATE)
+    client.append(minute[: -2 * RATE], at_once=2 * RATE)
+    client.append(bytes(4 * RATE), at_once=4 * RATE)
+    error = client.next()
+    assert error.type == "error" and "at most 1 minutes" in error.error.message
+    client.connection.input_audio_buffer.commit()
+    completed = client.until(f"{TRANSCRIPTION}completed")[-1]
+    assert completed.transcript == "" and completed.usage.seconds == 59
+
+
+def test_a_connection_has_a_place_and_gives_it_back(server: Process, pcm: bytes) -> None:
+    asked = {"intent": "transcription"}
+    with server.client().realtime.connect(extra_query=asked) as first:
+        Client(first).append(pcm)
+        with server.client().realtime.connect(extra_query=asked) as second:
+            Client(second)
+            assert server.running() == 2
+            with pytest.raises(InvalidStatus, match="429"), server.client().realtime.connect(extra_query=asked):
+                pass
+    for _ in range(200):
+        if not server.running():
+            break
+        time.sleep(0.05)
+    assert server.running() == 0
+
+
+@pytest.mark.parametrize(
+    ("query", "key", "status"),
+    [("intent=transcription", "x", 401), ("intent=other", KEY, 400), ("model=x&intent=transcription", KEY, 404)],
+)
+def test_who_is_not_let_in(server: Process, query: str, key: str, status: int) -> None:
+    address = f"{server.url.replace('http', 'ws')}/realtime?{query}"
+    headers = {"authorization": f"Bearer {key}"}
+    with pytest.raises(InvalidStatus, match=str(status)), connect(address, additional_headers=headers):
+        pass
+
+
+def test_a_browser_gives_its_key_among_its_protocols(server: Process) -> None:
+    address = f"{server.url.replace('http', 'ws')}/realtime?intent=transcription"
+    with connect(address, subprotocols=["realtime", f"openai-insecure-api-key.{KEY}"]) as socket:  # type: ignore[list-item]
+        assert socket.subprotocol == "realtime"
+        assert json.loads(socket.recv())["type"] == "session.created"
+        socket.send("{")
+        assert json.loads(socket.recv())["error"]["code"] == "invalid_json"
+
+
+def test_a_client_that_is_silent_for_too_long_loses_its_place(model: Whisper) -> None:
+    with in_thread(model, timeout=0.5) as (address, service):
+        with connect(f"{address.replace('http', 'ws')}/v1/realtime?intent=transcription") as socket:
+            socket.recv()
+            with pytest.raises(ConnectionClosedError, match="nothing has come for too long"):
+                socket.recv()
+        assert not service.jobs.running
