@@ -262,6 +262,18 @@ def test_nothing_is_picked_for_a_full_cache(model: Whisper, features: torch.Tens
     assert picked(inference, texts, torch.zeros(1), rules).texts.tokens.shape == (1, n_place + 1)
 
 
+@pytest.mark.parametrize("token", [-1, "n_vocab"])
+def test_a_token_that_is_not_in_the_vocabulary_is_an_error(
+    model: Whisper, features: torch.Tensor, token: int | str
+) -> None:
+    """Or what lies beside the embedding would be read."""
+    inference = MaxInference(model, 3)
+    inference.logits(torch.zeros(1, 2, dtype=torch.int64), features[:1])
+    texts = torch.tensor([[0, 0, getattr(model.dims, token) if isinstance(token, str) else token]])
+    with pytest.raises(Exception, match="no such token"):
+        picked(inference, texts, torch.zeros(1), token_rules(model))
+
+
 def filled(cache: KeyValueCache) -> list[torch.Tensor]:
     return [kv[:, :, : cache.n_token] for kv in cache.own]
 
