@@ -25,11 +25,11 @@ comptime LEAST = -max_finite[DType.float32]()  # the difference to which is a nu
 
 @always_inline
 def product[dtype: DType, n_channel: Int](q: Stored[dtype], k: Stored[dtype]) -> Float32:
-    comptime width = 16 // size_of[dtype]()
+    comptime width = 16 // size_of[dtype]()  # the most that a thread of a GPU loads at once, from multiples of that
     var sums = SIMD[DType.float32, width](0)
     comptime for c in range(0, n_channel, width):
-        var qs = q.unsafe_load[width=width](c).cast[DType.float32]()
-        sums = qs.fma(k.unsafe_load[width=width](c).cast[DType.float32](), sums)
+        var qs = q.unsafe_load[width=width, alignment=16](c).cast[DType.float32]()
+        sums = qs.fma(k.unsafe_load[width=width, alignment=16](c).cast[DType.float32](), sums)
     return sums.reduce_add()
 
 
@@ -165,21 +165,21 @@ def task[
     q: Stored[dtype],
     k: Stored[dtype],
     v: Stored[dtype],
-    lengths: Stored[DType.int64],
+    n_past: Stored[DType.int64],
     n_head: Int,
     n_key: Int,
     shared: Int,
     text: Int,
     head: Int,
 ) -> Task[dtype, n_channel]:
-    """Returns that of a head of a text. shared: how many texts attend to a row of keys. limited: whether lengths are
-    given, or all keys are seen."""
+    """Returns that of a head of a text. shared: how many texts attend to a row of keys. limited: whether it attends
+    to so many first keys and the next one, or to all."""
     var n_state = n_head * n_channel
     var first = text // shared * n_key * n_state + head * n_channel
     var number = text * n_head + head
     var seen = n_key
     comptime if limited:
-        seen = min(n_key, Int(lengths[unsafe_offset=text]))
+        seen = min(n_key, Int(n_past[unsafe_offset=text]) + 1)
     return Task[dtype, n_channel](
         parts.unsafe_offset(number * ceildiv(n_key, PART) * (n_channel + 2)),
         q.unsafe_offset(number * n_channel),
@@ -190,6 +190,7 @@ def task[
     )
 
 
+@__name(t"split_attention_{dtype}_{n_channel}_{limited}")
 def attend_on_gpu[
     dtype: DType, n_channel: Int, limited: Bool
 ](
@@ -197,14 +198,14 @@ def attend_on_gpu[
     q: Stored[dtype],
     k: Stored[dtype],
     v: Stored[dtype],
-    lengths: Stored[DType.int64],
+    n_past: Stored[DType.int64],
     n_head: Int32,
     n_key: Int32,
     shared: Int32,
 ):
     """Attends to the part of a block's first index: a thread for each key, then for each channel."""
     var its_own = task[dtype, n_channel, limited](
-        parts, q, k, v, lengths, Int(n_head), Int(n_key), Int(shared), Int(block_idx.z), Int(block_idx.y)
+        parts, q, k, v, n_past, Int(n_head), Int(n_key), Int(shared), Int(block_idx.z), Int(block_idx.y)
     )
     var part, thread = Int(block_idx.x), Int(thread_idx.x)
     var n = its_own.keys_of(part)
@@ -221,19 +222,20 @@ def attend_on_gpu[
             its_own.attend[1](weights, part, channel)
 
 
+@__name(t"join_attention_{dtype}_{n_channel}_{limited}")
 def join_on_gpu[
     dtype: DType, n_channel: Int, limited: Bool
 ](
     y: Stored[dtype],
     parts: Numbers,
-    lengths: Stored[DType.int64],
+    n_past: Stored[DType.int64],
     n_head: Int32,
     n_key: Int32,
 ):
     """Puts the parts of a head together, a thread for each channel."""
     var text, head, channel = Int(block_idx.y), Int(block_idx.x), Int(thread_idx.x)
     # Nothing but the parts is looked at.
-    var its_own = task[dtype, n_channel, limited](parts, y, y, y, lengths, Int(n_head), Int(n_key), 1, text, head)
+    var its_own = task[dtype, n_channel, limited](parts, y, y, y, n_past, Int(n_head), Int(n_key), 1, text, head)
     y[unsafe_offset=(text * Int(n_head) + head) * n_channel + channel] = its_own.result[1](channel)[0]
 
 
@@ -245,7 +247,7 @@ def attend[
     q: Stored[dtype],
     k: Stored[dtype],
     v: Stored[dtype],
-    lengths: Stored[DType.int64],
+    n_past: Stored[DType.int64],
     n_text: Int,
     n_row: Int,
     n_key: Int,
@@ -261,7 +263,7 @@ def attend[
         for text in range(n_text):
             for head in range(n_head):
                 var its_own = task[dtype, n_channel, limited](
-                    parts, q, k, v, lengths, n_head, n_key, shared, text, head
+                    parts, q, k, v, n_past, n_head, n_key, shared, text, head
                 )
                 for part in range(its_own.n_part()):
                     var n = its_own.keys_of(part)
@@ -278,7 +280,7 @@ def attend[
             q,
             k,
             v,
-            lengths,
+            n_past,
             Int32(n_head),
             Int32(n_key),
             Int32(shared),
@@ -286,7 +288,7 @@ def attend[
             block_dim=PART,
         )
         ctx.enqueue_function[join_on_gpu[dtype, n_channel, limited]](
-            y, parts, lengths, Int32(n_head), Int32(n_key), grid_dim=(n_head, n_text), block_dim=n_channel
+            y, parts, n_past, Int32(n_head), Int32(n_key), grid_dim=(n_head, n_text), block_dim=n_channel
         )
 
 
@@ -326,9 +328,9 @@ struct SplitAttention:
 
 @extensibility.register("maxwhisper.cached_split_attention")
 struct CachedSplitAttention:
-    """Attends to the first keys of a cache, of a text as many as its length says.
+    """Attends to as many first keys of a cache as a text has filled, and to the next, which is its own.
 
-    As `SplitAttention`; lengths: (text,), from 1 on. What other positions hold is never read.
+    As `SplitAttention`; n_past: (text,), how many those are. What other positions hold is never read.
     """
 
     @staticmethod
@@ -340,7 +342,7 @@ struct CachedSplitAttention:
         q: InputTensor[dtype=y.dtype, rank=3, ...],
         k: InputTensor[dtype=y.dtype, rank=4, ...],
         v: InputTensor[dtype=y.dtype, rank=4, ...],
-        lengths: InputTensor[dtype=DType.int64, rank=1, ...],
+        n_past: InputTensor[dtype=DType.int64, rank=1, ...],
         ctx: DeviceContext,
     ) raises:
         attend[y.dtype, n_channel, True, target](
@@ -349,7 +351,7 @@ struct CachedSplitAttention:
             stored[y.dtype](q),
             stored[y.dtype](k),
             stored[y.dtype](v),
-            stored[DType.int64](lengths),
+            stored[DType.int64](n_past),
             q.dim_size(0),
             k.dim_size(0),
             k.dim_size(1),

@@ -32,7 +32,7 @@ class Attention(Module):
     ) -> TensorValue:
         """Attends to kv, and to what is cached before it, which takes one token."""
         if isinstance(cache, Slots):
-            return self.split_attention(cache.filled(q, kv), cache.k, cache.v, cache.n_past + 1)
+            return self.split_attention(cache.filled(q, kv), cache.k, cache.v, cache.n_past)
         return (self.by_kernel if own_kernels(q.device) else self.by_device_kernel)(q, kv, mask, cache)
 
     def attend_with_scores(self, q: TensorValue, kv: KeyValue) -> tuple[TensorValue, TensorValue]:
@@ -89,14 +89,14 @@ class Attention(Module):
         return join_rows(wv.tensor.reshape(rows.shape), *q.shape[:2])
 
     def split_attention(
-        self, q: TensorValue, k: TensorValue, v: TensorValue, lengths: TensorValue | None = None
+        self, q: TensorValue, k: TensorValue, v: TensorValue, n_past: TensorValue | None = None
     ) -> TensorValue:
         """Attends from one query of each text by a kernel of our own for any device, which adds up in float32: to k and
-        v (row, token, head, channel), or of a text to as many first tokens as its length, (batch,), says."""
+        v (row, token, head, channel), or to as many first tokens as n_past, (batch,), says, and the next."""
         n_part = (k.shape[1] + PART - 1) // PART
         parts = TensorType(DType.float32, [q.shape[0], k.shape[2], n_part, self.n_channel + 2], q.device)
-        name = "maxwhisper.split_attention" if lengths is None else "maxwhisper.cached_split_attention"
-        values = [q, k, v] if lengths is None else [q, k, v, lengths]
+        name = "maxwhisper.split_attention" if n_past is None else "maxwhisper.cached_split_attention"
+        values = [q, k, v] if n_past is None else [q, k, v, n_past]
         parameters = {"n_channel": self.n_channel}
         return ops.custom(name, q.device, values, [q.type, parts], parameters=parameters)[0].tensor
 

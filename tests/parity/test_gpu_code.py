@@ -15,41 +15,49 @@ from maxwhisper.engine.artifacts import source_hash
 COMPILE = """
 import sys
 from max.dtype import DType
-from max.graph import BufferType, DeviceRef, TensorType, ops
+from max.graph import DeviceRef, TensorType, ops
 from maxwhisper.engine.artifacts import aim_at
 from maxwhisper.decoding.rules import NoWeights
 from maxwhisper.network.keys_values import KeyValue, Slots
 from maxwhisper.network.model import MultiHeadAttention
 from maxwhisper.network.products import convolution_by_product
+from maxwhisper.network.shapes import causal_mask
 from maxwhisper.engine.program import Artifact, Program
 from maxwhisper.engine.session import Policy
 
-device, gpu = aim_at("sm_90a"), DeviceRef.GPU()
-cache, row = ["batch", "position", 2, 64], ["batch", 1, 128]
-float32 = lambda shape: TensorType(DType.float32, shape, gpu)
+name, dtype, path = sys.argv[1:]
+device, gpu, dtype = aim_at("sm_90a"), DeviceRef.GPU(), DType[dtype]
+policy = Policy(gpu, dtype, dtype)
+attn = MultiHeadAttention(128, 2, policy)
+tensor = lambda *shape: TensorType(dtype, shape, gpu)
+heads = lambda x: ops.permute(x.reshape((*x.shape[:2], 2, 64)), [0, 2, 1, 3])
 
 def store(_, k, v, q, *new):
     return [each.tensor for each in ops.inplace_custom("maxwhisper.store", gpu, [k, v, q, *new], [q.type])]
 
-def attention(_, q, n_past, mask, k, v, *into):
-    by = MultiHeadAttention(128, 2, Policy(gpu, DType.float32, DType.float32)).by_flash_attention
-    own = KeyValue(*(ops.permute(q.reshape((q.shape[0], 1, 2, 64)), [0, 2, 1, 3]) for _ in "kv"))
-    q, own = Slots(k, v, *into, n_past, mask).filled(q, own)
-    cross = KeyValue(*(ops.permute(x, [0, 2, 1, 3]) for x in (k, v)))
-    return [by(q, own, mask), by(q, cross)]
+def step(_, q, n_past, k, v, k_audio, v_audio, *into):
+    q = attn.attend(q, KeyValue(heads(q), heads(q)), cache=Slots(k, v, *into, n_past))
+    return [q, attn.attend(q, KeyValue(*(ops.permute(x, [0, 2, 1, 3]) for x in (k_audio, v_audio))))]
 
-into, lengths = float32(cache).as_buffer(), TensorType(DType.int64, ["batch"], gpu)
+def many(_, audio, text):
+    cross = KeyValue(heads(audio), heads(audio))
+    causal = attn.attend(text, KeyValue(heads(text), heads(text)), causal_mask(text.shape[1], policy))
+    return [attn.attend(audio, cross), causal, *attn.attend_with_scores(text, cross)]
+
+cache, row, audio = tensor("batch", "position", 2, 64), tensor("batch", 1, 128), tensor("audio", 1500, 2, 64)
+into, lengths = cache.as_buffer(), TensorType(DType.int64, ["batch"], gpu)
 inputs = {
-    "store": [into, into, *map(float32, [row] * 3), lengths],
-    "attention": [float32(row), lengths, float32(["batch", 1, "position"]), *map(float32, [cache] * 2), into, into],
-    "convolution": [float32(["batch", 3002, 128]), float32([128, 128, 3])],
+    "store": [into, into, row, row, row, lengths],
+    "step": [row, lengths, cache, cache, audio, audio, into, into],
+    "many": [tensor("audio", 1500, 128), tensor("batch", "token", 128)],
+    "convolution": [tensor("batch", 3002, 128), tensor(128, 128, 3), TensorType(DType.float32, [128], gpu)],
 }
 graphs = {
     "store": store,
-    "attention": attention,
-    "convolution": lambda _, x, weight: [convolution_by_product(x, weight, stride=2)],
+    "step": step,
+    "many": many,
+    "convolution": lambda _, x, weight, bias: [convolution_by_product(x, weight, bias, stride=2)],
 }
-name, path = sys.argv[1:]
 program = Program(name, "", NoWeights(), graphs[name], dict(enumerate(inputs[name])))
 Artifact(name, [program], device).stored.compiled.export_mef(path)
 """
