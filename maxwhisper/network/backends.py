@@ -11,7 +11,6 @@ from .keys_values import Cache, KeyValue, Slots, tokens_first
 from .products import DECODER_LAYERS, own_kernels
 from .shapes import join_rows, split_rows
 
-
 PART = 64
 """Keys of a part in `maxwhisper.split_attention`."""
 

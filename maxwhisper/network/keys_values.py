@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-from max.dtype import DType
 from max.graph import BufferValue, Dim, TensorValue, ops
 
 from .shapes import indices

@@ -259,7 +259,9 @@ def test_parts_that_differ_by_more_than_float32_holds() -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(shared=st.integers(1, 3), n_token=st.integers(1, 20), n_key=st.integers(1, 90), **SIZES)
-def test_scores_as_a_gpu_computes_them(rows: int, shared: int, n_head: int, n_token: int, n_key: int, seed: int) -> None:
+def test_scores_as_a_gpu_computes_them(
+    rows: int, shared: int, n_head: int, n_token: int, n_key: int, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     q = torch.rand(rows * shared, n_token, n_head * N_CHANNEL, generator=generator)
     k, v = torch.rand(2, rows, n_head, n_key, N_CHANNEL, generator=generator)
