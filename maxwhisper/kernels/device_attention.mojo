@@ -17,11 +17,11 @@ from .split_attention import product
 
 @extensibility.register("maxwhisper.device_attention")
 struct DeviceAttention:
-    """Attends by MAX's flash attention as its graphs cannot ask for it: in float16, by the kernel for that, and in
-    float32 without tensor cores, which would take TF32.
+    """Attends by MAX's flash attention for float16 and bfloat16, but never to parts of the keys, which MAX 26.7 puts
+    together wrongly; its graphs cannot ask for that.
 
-    y, q: (batch, token, head, channel). k, v: (batch, key, head, channel). Keys are never split over blocks: MAX 26.7
-    puts the parts together wrongly. causal: whether a query sees none of the keys behind its own place.
+    y, q: (batch, token, head, channel). k, v: (batch, key, head, channel). causal: whether a query sees none of the
+    keys behind its own place.
     """
 
     @staticmethod
@@ -45,7 +45,7 @@ struct DeviceAttention:
             @always_inline
             @__parameter
             def attend[Mask: MHAMask](mask: Mask) raises:
-                flash_attention[config=config, naive_kernel=q.dtype == DType.float32](
+                flash_attention[config=config](
                     y.to_tile_tensor[DType.int64](),
                     q.to_tile_tensor[DType.int64](),
                     k.to_tile_tensor[DType.int64](),

@@ -1,4 +1,5 @@
-"""Attention of one query of each text, over keys that are cut into parts; for any device.
+"""Attention of one query of each text, over keys that are cut into parts; for any device. Many queries of a text are as
+many texts, which share its keys.
 
 A GPU has a block of threads for every part of every head of every text, since whole heads would leave most of its
 processors without work, and a second kernel puts the parts together. Both are made of functions that a CPU computes
@@ -203,11 +204,12 @@ def attend_on_gpu[
     n_key: Int32,
     shared: Int32,
 ):
-    """Attends to the part of a block's first index: a thread for each key, then for each channel."""
+    """Attends from the query of a block's first index, with the head of its second, to the part of its third: a thread
+    for each key, then for each channel."""
     var its_own = task[dtype, n_channel, limited](
-        parts, q, k, v, n_past, Int(n_head), Int(n_key), Int(shared), Int(block_idx.z), Int(block_idx.y)
+        parts, q, k, v, n_past, Int(n_head), Int(n_key), Int(shared), Int(block_idx.x), Int(block_idx.y)
     )
-    var part, thread = Int(block_idx.x), Int(thread_idx.x)
+    var part, thread = Int(block_idx.z), Int(thread_idx.x)
     var n = its_own.keys_of(part)
     var scores = unsafe_stack_allocation[PART, Float32, address_space=AddressSpace.SHARED]()
     var weights = unsafe_stack_allocation[PART, Float32, address_space=AddressSpace.SHARED]()
@@ -233,7 +235,7 @@ def join_on_gpu[
     n_key: Int32,
 ):
     """Puts the parts of a head together, a thread for each channel."""
-    var text, head, channel = Int(block_idx.y), Int(block_idx.x), Int(thread_idx.x)
+    var text, head, channel = Int(block_idx.x), Int(block_idx.y), Int(thread_idx.x)
     # Nothing but the parts is looked at.
     var its_own = task[dtype, n_channel, limited](parts, y, y, y, n_past, Int(n_head), Int(n_key), 1, text, head)
     y[unsafe_offset=(text * Int(n_head) + head) * n_channel + channel] = its_own.result[1](channel)[0]
@@ -284,11 +286,11 @@ def attend[
             Int32(n_head),
             Int32(n_key),
             Int32(shared),
-            grid_dim=(ceildiv(n_key, PART), n_head, n_text),
+            grid_dim=(n_text, n_head, ceildiv(n_key, PART)),  # of the first there may be millions
             block_dim=PART,
         )
         ctx.enqueue_function[join_on_gpu[dtype, n_channel, limited]](
-            y, parts, n_past, Int32(n_head), Int32(n_key), grid_dim=(n_head, n_text), block_dim=n_channel
+            y, parts, n_past, Int32(n_head), Int32(n_key), grid_dim=(n_text, n_head), block_dim=n_channel
         )
 
 

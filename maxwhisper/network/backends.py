@@ -9,7 +9,7 @@ from max.nn.layer import Module
 from ..engine.session import Policy
 from .keys_values import Cache, KeyValue, Slots, tokens_first
 from .products import DECODER_LAYERS, own_kernels
-from .shapes import join_rows, split_rows
+from .shapes import indices, join_rows, split_rows
 
 PART = 64
 """Keys of a part in `maxwhisper.split_attention`."""
@@ -76,16 +76,26 @@ class Attention(Module):
         self, q: TensorValue, kv: KeyValue, mask: TensorValue | None = None, cache: Cache | None = None
     ) -> TensorValue:
         """Attends by kernels for GPUs, which know a causal mask, (token, token), without reading it: one query of each
-        text by ours, many by MAX's, in float32 without tensor cores."""
+        text by ours, many by MAX's, which in float32 would take TF32."""
         k, v = tokens_first(kv if cache is None else cache.followed_by(kv))
         if q.shape[1] == 1:
             return self.split_attention(q, k, v)
+        if q.dtype == DType.float32:
+            return self.split_queries(q, k, v, causal=mask is not None)
         rows = split_rows(q, k.shape[0])
         heads = rows.reshape((*rows.shape[:2], self.n_head, self.n_channel))
         parameters = {"n_head": self.n_head, "n_channel": self.n_channel, "causal": mask is not None}
         name = "maxwhisper.device_attention"
         (wv,) = ops.custom(name, q.device, [heads, k, v], [heads.type], parameters=parameters)
         return join_rows(wv.tensor.reshape(rows.shape), *q.shape[:2])
+
+    def split_queries(self, q: TensorValue, k: TensorValue, v: TensorValue, causal: bool) -> TensorValue:
+        """Attends as `split_attention` does, from each query as if it were a text of its own."""
+        batch, n_token, n_state = q.shape
+        n_past = None
+        if causal:
+            n_past = ops.unsqueeze(indices(n_token, q.device), 0).broadcast_to((batch, n_token)).reshape((-1,))
+        return self.split_attention(q.reshape((-1, 1, n_state)), k, v, n_past).reshape(q.shape)
 
     def split_attention(
         self, q: TensorValue, k: TensorValue, v: TensorValue, n_past: TensorValue | None = None
