@@ -12,6 +12,7 @@ from maxwhisper.engine.surroundings import one_torch_thread
 from maxwhisper.network.backends import PART
 from maxwhisper.network.blocks import BLOCKS
 from reference.activations import KINDS
+from reference.fixtures import ROOT
 from reference.judge import Comparison, Judgement
 from reference.models import FIXTURE, load
 from reference.suite import Suite
@@ -99,12 +100,21 @@ def test_wrong_arithmetic_fails_under_the_name_of_its_block(name: str) -> None:
 
 
 def test_it_is_the_power_that_is_wrong() -> None:
-    """As an H100 failed: by a hundred budgets, where the same parts weighed by exp2 pass."""
+    """The same comparisons failed on an H100. By a hundred budgets, where the same parts weighed by exp2 pass."""
     by_exp, by_exp2 = (
         attending(FLOAT16, STEP, Attends(in_tf32, in_tf32, HALF, power)) for power in (torch.exp, torch.exp2)
     )
     assert max(measure.used for judgement in by_exp for _, measure in judgement.measures) > 100
     assert all(judgement.passed for judgement in by_exp2)
+
+
+def test_the_numbers_of_the_write_up() -> None:
+    """Of docs/max-split-attention.md, whose script needs a GPU."""
+    q, (k, v) = torch.ones(1, 1, 1, 64), torch.zeros(2, 1, 1, 1500, 64)
+    k[:, :, HALF:], v[:, :, HALF:] = 0.25, 1
+    written = (ROOT / "docs" / "max-split-attention.md").read_text()
+    for power, says in ((torch.exp2, "= {:.4f}.\n"), (torch.exp, "an H100 prints {:.4f} for the first")):
+        assert says.format(Attends(part=HALF, power=power)(q, k, v).mean()) in written
 
 
 @pytest.mark.parametrize(
