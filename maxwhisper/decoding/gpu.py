@@ -112,7 +112,8 @@ def next_logits(decoder: TextDecoder, given: Mapping[str, Any]) -> tuple[TensorV
     own, cross, into = (grouped(each, 2) for each in (kv[: len(caches)], kv[len(caches) :], caches))
     # A text as long as the cache has ended, and it does not matter where its last token is computed again.
     n_past = ops.min(lengths, int(decoder.positional_embedding.shape[0])) - 1
-    slots = [Slots(*kv, *kv_written, n_past) for kv, kv_written in zip(own, into, strict=True)]
+    pairs = zip(own, into, strict=True)
+    slots = [Slots(k, v, k_written, v_written, n_past) for (k, v), (k_written, v_written) in pairs]
     last = at(texts, ops.unsqueeze(lengths - 1, 1))
     cross_kv = [KeyValue(*(ops.permute(x, [0, 2, 1, 3]) for x in pair)) for pair in cross]
     return last, ops.squeeze(decoder.step_in_place(last, cross_kv, slots), 1)

@@ -100,7 +100,7 @@ def test_wrong_arithmetic_fails_under_the_name_of_its_block(name: str) -> None:
 
 
 def test_it_is_the_power_that_is_wrong() -> None:
-    """The same comparisons failed on an H100. By a hundred budgets, where the same parts weighed by exp2 pass."""
+    """So an H100 failed: by a hundred budgets, where the same parts weighed by exp2 pass."""
     by_exp, by_exp2 = (
         attending(FLOAT16, STEP, Attends(in_tf32, in_tf32, HALF, power)) for power in (torch.exp, torch.exp2)
     )
