@@ -250,12 +250,16 @@ def attend[
     k: Stored[dtype],
     v: Stored[dtype],
     n_past: Stored[DType.int64],
+    room: Int,
     n_text: Int,
     n_row: Int,
     n_key: Int,
     n_head: Int,
     ctx: DeviceContext,
 ) raises:
+    """Attends from every text's query; room: how many numbers the parts may have."""
+    if room != n_text * n_head * ceildiv(n_key, PART) * (n_channel + 2):
+        raise Error("split attention: parts are of another number, or size")
     if n_text == 0:
         return
     var shared = n_text // n_row
@@ -320,6 +324,7 @@ struct SplitAttention:
             stored[y.dtype](k),
             stored[y.dtype](v),
             stored[DType.int64](q),  # which nobody looks at
+            parts.size(),
             q.dim_size(0),
             k.dim_size(0),
             k.dim_size(1),
@@ -354,6 +359,7 @@ struct CachedSplitAttention:
             stored[y.dtype](k),
             stored[y.dtype](v),
             stored[DType.int64](n_past),
+            parts.size(),
             q.dim_size(0),
             k.dim_size(0),
             k.dim_size(1),
