@@ -44,7 +44,7 @@ def half(dtype: DType) -> DType:
 
 KERNELS = (
     (model.MultiHeadAttention, "by_kernel"),
-    (model.MultiHeadAttention, "by_flash_attention"),
+    (model.MultiHeadAttention, "by_device_kernel"),
     (model.ResidualAttentionBlock, "by_kernel"),
 )
 """Methods that `written_out` can stand in for."""

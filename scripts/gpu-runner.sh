@@ -52,7 +52,7 @@ parity() {
   make gpu-parity DTYPE=float16,bfloat16 REPORT="$out/parity"
 }
 
-# A step of its own, since it fails where MAX multiplies in TF32, and its report says so.
+# A step of its own, since no GPU has been judged in it yet; where something is TF32, its report says so.
 float32() {
   make gpu-parity REPORT="$out/float32"
 }

@@ -222,5 +222,4 @@ def room_for_tokens_first(kv: Tensor, n: int) -> Tensor:
     """Returns room for n times as many rows as `kv` has, (row, head, token, channel); in memory the tokens of a row
     come before its heads."""
     n_row, n_head, n_token, n_channel = kv.shape
-    dtype = torch.float32 if kv.dtype == torch.float16 else kv.dtype  # as `flash_dtype` has it
-    return kv.new_empty((n * n_row, n_token, n_head, n_channel), dtype=dtype).transpose(1, 2)
+    return kv.new_empty((n * n_row, n_token, n_head, n_channel)).transpose(1, 2)

@@ -20,7 +20,7 @@ from whisper.model import ModelDimensions
 
 from ..engine.program import Program, buffer, by_name
 from ..engine.session import Policy
-from ..network.keys_values import KeyValue, Slots, flash_dtype
+from ..network.keys_values import KeyValue, Slots
 from ..network.model import TextDecoder
 from ..network.shapes import grouped, indices
 from .cache import CacheSlots, JoinedCache, KeyValueCache, named
@@ -112,9 +112,8 @@ def next_logits(decoder: TextDecoder, given: Mapping[str, Any]) -> tuple[TensorV
     own, cross, into = (grouped(each, 2) for each in (kv[: len(caches)], kv[len(caches) :], caches))
     # A text as long as the cache has ended, and it does not matter where its last token is computed again.
     n_past = ops.min(lengths, int(decoder.positional_embedding.shape[0])) - 1
-    mask = mask_behind(n_past, own[0][0])
     pairs = zip(own, into, strict=True)
-    slots = [Slots(k, v, k_written, v_written, n_past, mask) for (k, v), (k_written, v_written) in pairs]
+    slots = [Slots(k, v, k_written, v_written, n_past) for (k, v), (k_written, v_written) in pairs]
     last = at(texts, ops.unsqueeze(lengths - 1, 1))
     cross_kv = [KeyValue(*(ops.permute(x, [0, 2, 1, 3]) for x in pair)) for pair in cross]
     return last, ops.squeeze(decoder.step_in_place(last, cross_kv, slots), 1)
@@ -169,22 +168,14 @@ def candidates_program(dims: ModelDimensions, policy: Policy) -> Program:
     return Program(CANDIDATES, "decoder", TextDecoder(dims, policy), by_name(types, candidates), types)
 
 
-def mask_behind(n_past: TensorValue, cache: TensorValue) -> TensorValue:
-    """Returns the mask of `Slots`, for a cache (batch, position, head, channel)."""
-    places = indices(cache.shape[1], cache.device).reshape((1, 1, cache.shape[1]))
-    visible = places <= n_past.reshape((n_past.shape[0], 1, 1))
-    return ops.where(visible, ops.constant(0, DType.float32, cache.device), NEVER)
-
-
 def inputs(dims: ModelDimensions, policy: Policy, state: Sequence[str]) -> dict[str, TensorType | BufferType]:
-    """Returns the inputs of both programs. Keys and values are (row, token, head, channel), as MAX's kernels for GPUs
-    take them."""
+    """Returns the inputs of both programs. Keys and values are (row, token, head, channel), as kernels for GPUs take
+    them."""
     device, n_head = policy.device, dims.n_text_head
     n_channel = dims.n_text_state // n_head
     layers = range(2 * dims.n_text_layer)
-    dtype = flash_dtype(policy.compute)
-    own = TensorType(dtype, ["batch", "position", n_head, n_channel], device)
-    cross = TensorType(dtype, ["audio", dims.n_audio_ctx, n_head, n_channel], device)
+    own = TensorType(policy.compute, ["batch", "position", n_head, n_channel], device)
+    cross = TensorType(policy.compute, ["audio", dims.n_audio_ctx, n_head, n_channel], device)
     kv = named([own for _ in layers], [cross for _ in layers])
     given = {**texts_inputs(device), **rules_inputs(dims.n_vocab, device)}
     given["texts"] = TensorType(DType.int64, ["batch", "capacity"], device)  # which is not written into

@@ -1,8 +1,10 @@
-"""Matrix products by MAX's kernels, for any device."""
+"""Matrix products by MAX's kernels, or the vendor's, for any device."""
 
 from max.gpu.host import DeviceContext
+from max.gpu.host.info import is_cpu
 from layout import Coord
 from linalg.matmul import matmul
+from linalg.matmul.vendor.blas import matmul as vendor_matmul
 
 import extensibility
 from extensibility import InputTensor, OutputTensor
@@ -41,3 +43,27 @@ struct BiasedProduct:
         matmul[transpose_b=True, elementwise_lambda_fn=finish, target=target](
             sums.to_tile_tensor[DType.int64](), x.to_tile_tensor[DType.int64](), weight.to_tile_tensor[DType.int64](), ctx
         )
+
+
+@extensibility.register("maxwhisper.float32_product")
+struct Float32Product:
+    """x @ weight.T in float32, which MAX's own kernels for GPUs compute in TF32; by the vendor's library there.
+
+    y: (row, n_out). x: (row, n_in). weight: (n_out, n_in).
+    """
+
+    @staticmethod
+    def execute[
+        target: StaticString
+    ](
+        y: OutputTensor[dtype=DType.float32, rank=2, ...],
+        x: InputTensor[dtype=DType.float32, rank=2, ...],
+        weight: InputTensor[dtype=DType.float32, rank=2, ...],
+        ctx: DeviceContext,
+    ) raises:
+        var product = y.to_tile_tensor[DType.int64]()
+        var rows, columns = x.to_tile_tensor[DType.int64](), weight.to_tile_tensor[DType.int64]()
+        comptime if is_cpu[target]():
+            matmul[transpose_b=True, target=target](product, rows, columns, ctx)
+        else:
+            vendor_matmul[use_tf32=False](ctx, product, rows, columns, c_row_major=True, transpose_b=True)

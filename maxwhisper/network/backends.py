@@ -1,17 +1,18 @@
-"""What attention and a step of the decoder are computed by: kernels of our own on a CPU, MAX's on other devices."""
+"""What attention and a step of the decoder are computed by: kernels of our own on a CPU, others on other devices."""
 
 from typing import Any
 
 from max.dtype import DType
 from max.graph import TensorType, TensorValue, ops
-from max.nn.attention import MHAMaskVariant
-from max.nn.kernels import flash_attention_gpu, masked_flash_attention_gpu
 from max.nn.layer import Module
 
 from ..engine.session import Policy
-from .keys_values import Cache, KeyValue, Slots, flash_dtype
+from .keys_values import Cache, KeyValue, Slots, tokens_first
 from .products import DECODER_LAYERS, own_kernels
-from .shapes import join_rows, split_rows
+from .shapes import indices, join_rows, split_rows
+
+PART = 64
+"""Keys of a part in `maxwhisper.split_attention`."""
 
 
 class Attention(Module):
@@ -30,19 +31,24 @@ class Attention(Module):
     ) -> TensorValue:
         """Attends to kv, and to what is cached before it, which takes one token."""
         if isinstance(cache, Slots):
-            (q, kv), mask, cache = cache.filled(q, kv), cache.mask, None
-        return (self.by_kernel if own_kernels(q.device) else self.by_flash_attention)(q, kv, mask, cache)
+            return self.split_attention(cache.filled(q, kv), cache.k, cache.v, cache.n_past)
+        return (self.by_kernel if own_kernels(q.device) else self.by_device_kernel)(q, kv, mask, cache)
 
     def attend_with_scores(self, q: TensorValue, kv: KeyValue) -> tuple[TensorValue, TensorValue]:
         """Attends to kv; also returns the scores before softmax, float32 (batch, head, token, key)."""
-        return self.scores_by_kernel(q, kv) if own_kernels(q.device) else self.heads_attention(q, kv)
+        if not own_kernels(q.device):
+            return self.by_device_kernel(q, kv), self.scores("maxwhisper.device_scores", q, kv, tokens_first(kv)[0])
+        return self.scores_by_kernel(q, kv)
 
     def scores_by_kernel(self, q: TensorValue, kv: KeyValue) -> tuple[TensorValue, TensorValue]:
         """Attends as `by_kernel` does; also returns the scores before softmax."""
+        scores = self.scores("maxwhisper.attention_scores", q, kv, kv.k)
+        return self.by_kernel(q, kv), scores
+
+    def scores(self, name: str, q: TensorValue, kv: KeyValue, k: TensorValue) -> TensorValue:
+        """Returns the scores before softmax by an operation of our own, which takes the keys as k."""
         qk = TensorType(DType.float32, [q.shape[0], kv.k.shape[1], q.shape[1], kv.k.shape[2]], q.device)
-        parameters = {"n_channel": self.n_channel}
-        scores = ops.custom("maxwhisper.attention_scores", q.device, [q, kv.k], [qk], parameters=parameters)
-        return self.by_kernel(q, kv), scores[0].tensor
+        return ops.custom(name, q.device, [q, k], [qk], parameters={"n_channel": self.n_channel})[0].tensor
 
     def by_kernel(
         self, q: TensorValue, kv: KeyValue, mask: TensorValue | None = None, cache: Cache | None = None
@@ -52,8 +58,6 @@ class Attention(Module):
         Those of one token read the cache where it is, and the keys and values of a window once for all texts that share
         them.
         """
-        if mask is not None and mask.rank > 2:  # which no kernel of ours takes
-            return self.written_out(q, kv, mask)
         if cache is not None:
             assert q.shape[1] == 1, "the kernel would compute the first token alone"
             name = "maxwhisper.cached_attention"
@@ -68,21 +72,42 @@ class Attention(Module):
         parameters = {"n_channel": self.n_channel}
         return ops.custom(name, q.device, inputs, [wv], parameters=parameters)[0].tensor.cast(q.dtype)
 
-    def by_flash_attention(
+    def by_device_kernel(
         self, q: TensorValue, kv: KeyValue, mask: TensorValue | None = None, cache: Cache | None = None
     ) -> TensorValue:
-        """Attends by MAX's kernels for GPUs, which know a causal mask, (token, token), without reading it."""
-        kv = kv if cache is None else cache.followed_by(kv)
-        rows = split_rows(q, kv.k.shape[0])
+        """Attends by kernels for GPUs, which know a causal mask, (token, token), without reading it: one query of each
+        text by ours, many by MAX's, which in float32 would take TF32."""
+        k, v = tokens_first(kv if cache is None else cache.followed_by(kv))
+        if q.shape[1] == 1:
+            return self.split_attention(q, k, v)
+        if q.dtype == DType.float32:
+            return self.split_queries(q, k, v, causal=mask is not None)
+        rows = split_rows(q, k.shape[0])
         heads = rows.reshape((*rows.shape[:2], self.n_head, self.n_channel))
-        values = [x.cast(flash_dtype(x.dtype)) for x in (heads, *(ops.permute(x, [0, 2, 1, 3]) for x in kv))]
-        scale = self.n_channel**-0.5
-        if mask is not None and mask.rank > 2:
-            wv = masked_flash_attention_gpu(*values, mask, scale)
-        else:
-            variant = MHAMaskVariant.NULL_MASK if mask is None else MHAMaskVariant.CAUSAL_MASK
-            wv = flash_attention_gpu(*values, variant, scale)
-        return join_rows(wv.cast(self.policy.compute).reshape(rows.shape), *q.shape[:2])
+        parameters = {"n_head": self.n_head, "n_channel": self.n_channel, "causal": mask is not None}
+        name = "maxwhisper.device_attention"
+        (wv,) = ops.custom(name, q.device, [heads, k, v], [heads.type], parameters=parameters)
+        return join_rows(wv.tensor.reshape(rows.shape), *q.shape[:2])
+
+    def split_queries(self, q: TensorValue, k: TensorValue, v: TensorValue, causal: bool) -> TensorValue:
+        """Attends as `split_attention` does, from each query as if it were a text of its own."""
+        batch, n_token, n_state = q.shape
+        n_past = None
+        if causal:
+            n_past = ops.unsqueeze(indices(n_token, q.device), 0).broadcast_to((batch, n_token)).reshape((-1,))
+        return self.split_attention(q.reshape((-1, 1, n_state)), k, v, n_past).reshape(q.shape)
+
+    def split_attention(
+        self, q: TensorValue, k: TensorValue, v: TensorValue, n_past: TensorValue | None = None
+    ) -> TensorValue:
+        """Attends from one query of each text by a kernel of our own for any device, which adds up in float32: to k and
+        v (row, token, head, channel), or to as many first tokens as n_past, (batch,), says, and the next."""
+        n_part = (k.shape[1] + PART - 1) // PART
+        parts = TensorType(DType.float32, [q.shape[0], k.shape[2], n_part, self.n_channel + 2], q.device)
+        name = "maxwhisper.split_attention" if n_past is None else "maxwhisper.cached_split_attention"
+        values = [q, k, v] if n_past is None else [q, k, v, n_past]
+        parameters = {"n_channel": self.n_channel}
+        return ops.custom(name, q.device, values, [q.type, parts], parameters=parameters)[0].tensor
 
     def written_out(
         self, q: TensorValue, kv: KeyValue, mask: TensorValue | None = None, cache: Cache | None = None
@@ -109,7 +134,7 @@ class Attention(Module):
         q, k, v = (x.cast(DType.float32) for x in (q, *kv))
         qk = (q @ ops.transpose(k, 2, 3)) * ops.constant(self.n_channel**-0.5, DType.float32, q.device)
         if mask is not None:
-            qk = qk + (mask if mask.rank == 2 else ops.unsqueeze(mask, 1))
+            qk = qk + mask
         return (ops.softmax(qk) @ v).cast(self.policy.compute), qk
 
 

@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-from max.dtype import DType
 from max.graph import BufferValue, Dim, TensorValue, ops
 
 from .shapes import indices
@@ -13,6 +12,11 @@ class KeyValue(NamedTuple):
 
     k: TensorValue
     v: TensorValue
+
+
+def tokens_first(kv: KeyValue) -> tuple[TensorValue, TensorValue]:
+    """Returns keys and values as (batch, token, head, channel), which a GPU reads them as."""
+    return ops.permute(kv.k, [0, 2, 1, 3]), ops.permute(kv.v, [0, 2, 1, 3])
 
 
 class Cache(NamedTuple):
@@ -44,18 +48,12 @@ class Cache(NamedTuple):
         return KeyValue(*(ops.concat(pair, axis=2) for pair in zip(past, new, strict=True)))
 
 
-def flash_dtype(dtype: DType) -> DType:
-    """Returns what flash attention computes in: not in float16, which MAX 26.7's kernel for an H100 does not take."""
-    return DType.float32 if dtype == DType.float16 else dtype
-
-
 class Slots(NamedTuple):
     """A cache on any device, for one token of each text, whose key and value are put into it before it is read.
 
-    k, v: (batch, position, head, channel), finite in every position, in `flash_dtype`.
+    k, v: (batch, position, head, channel).
     k_written, v_written: the same memory, to be written.
-    n_past: int64 (batch,), how many positions of a text are filled.
-    mask: float32 (batch, 1, position), 0 for those and for the next one, minus infinity for the others.
+    n_past: int64 (batch,), how many positions of a text are filled; what others hold is never read.
     """
 
     k: TensorValue
@@ -63,16 +61,12 @@ class Slots(NamedTuple):
     k_written: BufferValue
     v_written: BufferValue
     n_past: TensorValue
-    mask: TensorValue
 
-    def filled(self, q: TensorValue, new: KeyValue) -> tuple[TensorValue, KeyValue]:
-        """Puts the new keys and values into the cache, and returns the queries (batch, 1, state), and keys and values
-        of every position.
+    def filled(self, q: TensorValue, new: KeyValue) -> TensorValue:
+        """Puts the new keys and values into the cache, and returns the queries (batch, 1, state).
 
         That they are there the graph only knows by the queries, which the operation returns that puts them there.
         """
-        tokens_first = (ops.permute(x, [0, 2, 1, 3]).reshape(q.shape) for x in new)
-        rows = [x.cast(self.k.dtype) for x in (q, *tokens_first)]
+        rows = [q, *(x.reshape(q.shape) for x in tokens_first(new))]
         values = [self.k_written, self.v_written, *rows, self.n_past]
-        (queries,) = ops.inplace_custom("maxwhisper.store", q.device, values, [rows[0].type])
-        return queries.tensor, KeyValue(*(ops.permute(x, [0, 2, 1, 3]) for x in (self.k, self.v)))
+        return ops.inplace_custom("maxwhisper.store", q.device, values, [q.type])[0].tensor

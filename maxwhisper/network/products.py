@@ -88,6 +88,9 @@ def custom_product(
 def device_product(x: TensorValue, weight: TensorValue, bias: TensorValue | None = None) -> TensorValue:
     """Computes `linear` off the CPU. In bfloat16 it is rounded before the bias is added: with anything else behind it,
     MAX 26.7's kernel for an H100 does not compile."""
+    if x.dtype == DType.float32:
+        y = float32_product(x, weight.cast(x.dtype))
+        return y if bias is None else y + bias
     if bias is not None and x.dtype == DType.float16:
         return biased_product(x, weight.cast(x.dtype), bias)
     return shared(matrix_product, *((x, weight) if bias is None else (x, weight, bias)))
@@ -106,6 +109,14 @@ def biased_product(x: TensorValue, weight: TensorValue, bias: TensorValue) -> Te
     types = [TensorType(dtype, shape, x.device) for dtype in (x.dtype, DType.float32)]
     y = ops.custom("maxwhisper.biased_product", x.device, [rows, weight, bias], types)[0].tensor
     return y.reshape((*x.shape[:2], weight.shape[0]))
+
+
+def float32_product(x: TensorValue, weight: TensorValue) -> TensorValue:
+    """Computes x @ weight.T in float32, where MAX's kernels for GPUs would take TF32, by the vendor's library."""
+    rows = x.reshape((-1, x.shape[2]))
+    y = TensorType(x.dtype, [rows.shape[0], weight.shape[0]], x.device)
+    product = ops.custom("maxwhisper.float32_product", x.device, [rows, weight], [y])[0].tensor
+    return product.reshape((*x.shape[:2], weight.shape[0]))
 
 
 def shared(function: Callable[..., TensorValue], *inputs: TensorValue) -> TensorValue:

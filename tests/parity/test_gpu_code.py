@@ -6,7 +6,9 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -15,41 +17,44 @@ from maxwhisper.engine.artifacts import source_hash
 COMPILE = """
 import sys
 from max.dtype import DType
-from max.graph import BufferType, DeviceRef, TensorType, ops
+from max.graph import DeviceRef, TensorType, ops
 from maxwhisper.engine.artifacts import aim_at
 from maxwhisper.decoding.rules import NoWeights
 from maxwhisper.network.keys_values import KeyValue, Slots
 from maxwhisper.network.model import MultiHeadAttention
 from maxwhisper.network.products import convolution_by_product
+from maxwhisper.network.shapes import causal_mask
 from maxwhisper.engine.program import Artifact, Program
 from maxwhisper.engine.session import Policy
 
-device, gpu = aim_at("sm_90a"), DeviceRef.GPU()
-cache, row = ["batch", "position", 2, 64], ["batch", 1, 128]
-float32 = lambda shape: TensorType(DType.float32, shape, gpu)
+name, dtype, path = sys.argv[1:]
+device, gpu, dtype = aim_at("sm_90a"), DeviceRef.GPU(), DType[dtype]
+policy = Policy(gpu, dtype, dtype)
+attn = MultiHeadAttention(128, 2, policy)
+tensor = lambda *shape: TensorType(dtype, shape, gpu)
+heads = lambda x: ops.permute(x.reshape((*x.shape[:2], 2, 64)), [0, 2, 1, 3])
 
-def store(_, k, v, q, *new):
-    return [each.tensor for each in ops.inplace_custom("maxwhisper.store", gpu, [k, v, q, *new], [q.type])]
+def step(_, q, n_past, k, v, k_audio, v_audio, *into):
+    q = attn.attend(q, KeyValue(heads(q), heads(q)), cache=Slots(k, v, *into, n_past))
+    return [q, attn.attend(q, KeyValue(*(ops.permute(x, [0, 2, 1, 3]) for x in (k_audio, v_audio))))]
 
-def attention(_, q, n_past, mask, k, v, *into):
-    by = MultiHeadAttention(128, 2, Policy(gpu, DType.float32, DType.float32)).by_flash_attention
-    own = KeyValue(*(ops.permute(q.reshape((q.shape[0], 1, 2, 64)), [0, 2, 1, 3]) for _ in "kv"))
-    q, own = Slots(k, v, *into, n_past, mask).filled(q, own)
-    cross = KeyValue(*(ops.permute(x, [0, 2, 1, 3]) for x in (k, v)))
-    return [by(q, own, mask), by(q, cross)]
+def many(_, audio, text):
+    cross = KeyValue(heads(audio), heads(audio))
+    causal = attn.attend(text, KeyValue(heads(text), heads(text)), causal_mask(text.shape[1], policy))
+    return [attn.attend(audio, cross), causal, *attn.attend_with_scores(text, cross)]
 
-into, lengths = float32(cache).as_buffer(), TensorType(DType.int64, ["batch"], gpu)
+cache, row, audio = tensor("batch", "position", 2, 64), tensor("batch", 1, 128), tensor("audio", 1500, 2, 64)
+into, lengths = cache.as_buffer(), TensorType(DType.int64, ["batch"], gpu)
 inputs = {
-    "store": [into, into, *map(float32, [row] * 3), lengths],
-    "attention": [float32(row), lengths, float32(["batch", 1, "position"]), *map(float32, [cache] * 2), into, into],
-    "convolution": [float32(["batch", 3002, 128]), float32([128, 128, 3])],
+    "step": [row, lengths, cache, cache, audio, audio, into, into],
+    "many": [tensor("audio", 1500, 128), tensor("batch", "token", 128)],
+    "convolution": [tensor("batch", 3002, 128), tensor(128, 128, 3), TensorType(DType.float32, [128], gpu)],
 }
 graphs = {
-    "store": store,
-    "attention": attention,
-    "convolution": lambda _, x, weight: [convolution_by_product(x, weight, stride=2)],
+    "step": step,
+    "many": many,
+    "convolution": lambda _, x, weight, bias: [convolution_by_product(x, weight, bias, stride=2)],
 }
-name, path = sys.argv[1:]
 program = Program(name, "", NoWeights(), graphs[name], dict(enumerate(inputs[name])))
 Artifact(name, [program], device).stored.compiled.export_mef(path)
 """
@@ -59,8 +64,10 @@ INSTRUCTION = 16
 """Bytes, of which the low 12 bits say what it does."""
 LOADS, STORES = {0x980, 0x981}, {0x385, 0x386, 0x985, 0x986}
 """LD and LDG, ST and STG: from and to the memory of the GPU."""
-TENSOR_CORES = 0x23C
-"""HMMA: a product of small matrices, of float16, bfloat16 or TF32."""
+TENSOR_CORES = {0x3C, 0x1F0}
+"""HMMA and HGMMA in the low 9 bits: a product of small matrices, of float16, bfloat16 or TF32."""
+Kernels = list[tuple[str, Counter[int]]]
+"""By name, with how often each has each instruction."""
 
 
 def kernels(artifact: bytes) -> Iterator[tuple[str, Counter[int]]]:
@@ -90,43 +97,70 @@ def own_cache(name: str) -> dict[str, str]:
     return {"MODULAR_CACHE_DIR": folder, "MODULAR_MAX_CACHE_DIR": folder}
 
 
-def compiled(name: str, folder: Path) -> list[tuple[str, Counter[int]]]:
+@cache
+def compiled(name: str, dtype: str) -> Kernels:
     """The kernels of a graph of COMPILE."""
-    path = folder / f"{name}.mef"
-    subprocess.run([sys.executable, "-c", COMPILE, name, str(path)], check=True, env=os.environ | own_cache(name))
-    found = list(kernels(path.read_bytes()))
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "graph.mef")
+        environment = os.environ | own_cache(f"{name}-{dtype}")
+        subprocess.run([sys.executable, "-c", COMPILE, name, dtype, str(path)], check=True, env=environment)
+        found = list(kernels(path.read_bytes()))
     assert found
     return found
 
 
-def test_a_kernel_of_ours_has_its_parameters_by_value(tmp_path: Path) -> None:
-    """Else it would look for the addresses of caches on the stack of the CPU: it has nothing else to load than a
-    length, a query, a key and a value, of which it stores three."""
-    for _, code in compiled("store", tmp_path):
+def on_tensor_cores(code: Counter[int]) -> bool:
+    return any(instruction & 0x1FF in TENSOR_CORES for instruction in code)
+
+
+STEPS = pytest.mark.parametrize("dtype", ["float16", "float32"])  # by kernels of ours, whatever the dtype
+
+
+@STEPS
+def test_a_kernel_of_ours_has_its_parameters_by_value(dtype: str) -> None:
+    """Else it would look for the addresses of caches on the stack of the CPU: what puts a key and a value into a cache
+    has nothing else to load than a length, a query, a key and a value, of which it stores three."""
+    storing = [code for name, code in compiled("step", dtype) if "elementwise" in name]
+    for code in storing:
         loads, stores = (sum(code[each] for each in kind) for kind in (LOADS, STORES))
         assert loads > 0 and loads * 3 == stores * 4
+    assert storing
 
 
-def test_attention_reads_a_cache_where_it_is(tmp_path: Path) -> None:
-    """A copy would take longer than attention, and might be made before the new key is there."""
-    names = [name.removeprefix(".text.") for name, _ in compiled("attention", tmp_path)]
-    assert any(name.startswith("mha_decoding") for name in names)
-    # For each element: the kernel that stores, and one that attention starts with.
-    others = [name for name in names if not name.startswith("mha_")]
-    assert len(others) == 2 and all(name.startswith("elementwise") for name in others)
+@STEPS
+def test_a_step_attends_by_kernels_of_ours_and_reads_a_cache_where_it_is(dtype: str) -> None:
+    """A copy would take longer than attention, and might be made before the new key is there. Of our own two there is
+    one of each for caches, and one for the audio; what stores is compiled for small and for large caches."""
+    counts = Counter(name.removeprefix(".text.").partition("_")[0] for name, _ in compiled("step", dtype))
+    assert counts == {"split": 2, "join": 2, "elementwise": 2}
 
 
-@pytest.fixture(scope="module")
-def convolution(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, Counter[int]]]:
-    return compiled("convolution", tmp_path_factory.mktemp("convolution"))
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, dtype) for name in ("step", "many") for dtype in ("float16", "float32")] + [("many", "bfloat16")],
+)
+def test_attention_puts_no_parts_together_by_maxs_reducer(name: str, dtype: str) -> None:
+    """Which weighs the parts by other powers than those in which their maxima are: docs/max-split-attention.md."""
+    assert not [kernel for kernel, _ in compiled(name, dtype) if "splitk_reduce" in kernel]
 
 
-def test_a_convolution_is_a_product(convolution: list[tuple[str, Counter[int]]]) -> None:
-    """MAX's own has a thread for each frame, which adds up every channel of it without tensor cores."""
-    names = [name for name, _ in convolution]
-    assert any("gemm" in name for name in names) and not any("conv" in name for name in names)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_attention_of_many_queries_is_on_tensor_cores_in_its_own_dtype(dtype: str) -> None:
+    """In float32 these would cut probabilities off to TF32."""
+    names = [name for name, code in compiled("many", dtype) if on_tensor_cores(code)]
+    assert names and all(f"_{dtype}_{dtype}_" in name and "float32" not in name for name in names)
 
 
-def test_products_of_float32_are_of_tf32(convolution: list[tuple[str, Counter[int]]]) -> None:
-    """So MAX 26.7 has it, and so float32 on a GPU fails; a MAX that has it otherwise is news for docs/gpu.md."""
-    assert any(code[TENSOR_CORES] for _, code in convolution)
+@pytest.mark.parametrize("name", ["step", "many", "convolution"])
+def test_float32_is_not_on_tensor_cores(name: str) -> None:
+    """Which know no float32 but TF32."""
+    assert not [kernel for kernel, code in compiled(name, "float32") if on_tensor_cores(code)]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_convolution_is_a_product(dtype: str) -> None:
+    """By MAX's kernel for those, in float32 by the vendor's library. MAX's own for convolutions has a thread for each
+    frame, which adds up every channel of it without tensor cores."""
+    names = [name for name, _ in compiled("convolution", dtype)]
+    assert any("gemm" in name for name in names) == (dtype == "bfloat16")
+    assert not any("conv" in name for name in names)

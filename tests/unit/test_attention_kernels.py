@@ -12,15 +12,15 @@ from max.graph import DeviceRef, TensorType, TensorValue
 from max.nn.layer import Module
 from torch import Tensor
 
-from maxwhisper.decoding.gpu import mask_behind
 from maxwhisper.engine.program import Artifact, Executable, Program
-from maxwhisper.engine.session import Policy
-from maxwhisper.network.keys_values import Cache, KeyValue, Slots
+from maxwhisper.engine.session import TORCH_DTYPE, Policy
+from maxwhisper.network.keys_values import Cache, KeyValue, Slots, tokens_first
 from maxwhisper.network.model import MultiHeadAttention
 from maxwhisper.network.shapes import causal_mask
 from reference.judge import Comparison, judge
 
 N_CHANNEL = 64
+DTYPES = (DType.float32, DType.float16)
 ATTENTION, SCORES = 0, 1
 
 
@@ -58,9 +58,14 @@ class Attention(Module):
 
     def in_place(self, q: TensorValue, *others: Any) -> list[TensorValue]:
         k, v, n_past, k_new, v_new, k_written, v_written = others
-        slots = Slots(k, v, k_written, v_written, n_past, mask_behind(n_past, k))
-        queries, kv = slots.filled(q, KeyValue(k_new, v_new))
-        return [self.attn.written_out(queries, kv, slots.mask)]
+        return [self.attn.attend(q, KeyValue(k_new, v_new), cache=Slots(k, v, k_written, v_written, n_past))]
+
+    def split(self, q: TensorValue, k: TensorValue, v: TensorValue) -> list[TensorValue]:
+        return [self.attn.split_attention(q, *tokens_first(KeyValue(k, v)))]
+
+    def device_scores(self, q: TensorValue, k: TensorValue, v: TensorValue) -> list[TensorValue]:
+        kv = KeyValue(k, v)
+        return [self.attn.scores("maxwhisper.device_scores", q, kv, tokens_first(kv)[0])]
 
     def causal(self, q: TensorValue, k: TensorValue, v: TensorValue) -> list[TensorValue]:
         return [self.attn.by_kernel(q, KeyValue(k, v), causal_mask(q.shape[1], self.attn.policy))]
@@ -73,6 +78,10 @@ class Attention(Module):
 
     def __call__(self) -> None:
         raise NotImplementedError
+
+
+def of_dtype(inputs: dict[str, TensorType], dtype: DType) -> dict[str, TensorType]:
+    return {name: TensorType(dtype, kind.shape, kind.device) for name, kind in inputs.items()}
 
 
 def attentions() -> list[Program]:
@@ -97,7 +106,7 @@ def attentions() -> list[Program]:
     in_place = {**written_out, "k": slot, "v": slot, "length": lengths}
     in_place |= {f"{name} written": slot.as_buffer() for name in "kv"}
     many = {**cross, **queries("state", "token")}
-    half = {name: TensorType(DType.bfloat16, kind.shape, cpu) for name, kind in many.items()}
+    half = of_dtype(many, DType.bfloat16)
     causal = {**many, **dict.fromkeys(("k", "v"), heads("row", "token"))}
     return [
         Program("many", "", Attention(), Attention.scores, many),
@@ -109,6 +118,8 @@ def attentions() -> list[Program]:
         Program("of other rows", "", Attention(), Attention.scattered, scattered),
         Program("written out", "", Attention(), Attention.written_out, written_out),
         Program("in place", "", Attention(), Attention.in_place, in_place),
+        Program("device scores", "", Attention(), Attention.device_scores, many),
+        *(Program(f"split, {d.name}", "", Attention(), Attention.split, of_dtype(cross, d)) for d in DTYPES),
     ]
 
 
@@ -200,13 +211,14 @@ def test_attention_behind_a_cache_in_place(n_place: int, rows: int, data: st.Dat
     n_past = torch.tensor([data.draw(st.integers(0, n_place - 1)) for _ in range(rows)])
     q, k_new, v_new = torch.randn(rows, 1, 2 * N_CHANNEL), *torch.randn(2, rows, 2, 1, N_CHANNEL)
     caches = torch.randn(2, rows, n_place, 2, N_CHANNEL)
+    caches[:, torch.arange(n_place) > n_past[:, None]] = float("nan")  # which nobody may read
     before = caches.clone()
     (ours,) = graphs()["in place"](q, *caches, n_past, k_new, v_new, *caches)
     for row, place in enumerate(n_past.tolist()):
         before[:, row, place] = torch.stack([k_new, v_new])[:, row, :, 0]
         k, v = before[:, row : row + 1, : place + 1].transpose(2, 3)
         check("in place", [ours[row : row + 1]], q[row : row + 1], k, v)
-    assert caches.equal(before)
+    assert torch.equal(caches.nan_to_num(), before.nan_to_num())
 
 
 def check_cached(
@@ -221,6 +233,40 @@ def check_cached(
     caches = (torch.cat([x[:, :, :n_past], nothing], 2) for x in (k, v))
     ours = graphs()[graph](q, *caches, torch.tensor(n_past), k[:, :, n_past:], v[:, :, n_past:])
     check(graph, ours, q, k, v, output=output)
+
+
+@settings(max_examples=60, deadline=None)
+@given(dtype=st.sampled_from(DTYPES), shared=st.integers(1, 3), n_key=st.integers(1, 300), **SIZES)
+def test_attention_over_parts_of_the_keys(
+    dtype: DType, rows: int, shared: int, n_head: int, n_key: int, seed: int
+) -> None:
+    """As a GPU has it, but one part after the other."""
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(rows * shared, 1, n_head * N_CHANNEL, generator=generator).to(TORCH_DTYPE[dtype])
+    k, v = torch.randn(2, rows, n_head, n_key, N_CHANNEL, generator=generator).to(TORCH_DTYPE[dtype])
+    name = f"split, {dtype.name}"
+    check(name, graphs()[name](q, k, v), q, k, v)
+
+
+def test_parts_that_differ_by_more_than_float32_holds() -> None:
+    """A part whose weights vanish beside another's leaves nothing, and no NaN."""
+    q, v = torch.ones(1, 1, N_CHANNEL), torch.randn(1, 1, 150, N_CHANNEL)
+    k = torch.zeros(1, 1, 150, N_CHANNEL)
+    k[:, :, 70] = 1000
+    k[:, :, 140:] = -float("inf")
+    assert graphs()["split, float32"](q, k, v)[0].equal(v[:, :, 70])
+
+
+@settings(max_examples=20, deadline=None)
+@given(shared=st.integers(1, 3), n_token=st.integers(1, 20), n_key=st.integers(1, 90), **SIZES)
+def test_scores_as_a_gpu_computes_them(
+    rows: int, shared: int, n_head: int, n_token: int, n_key: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.rand(rows * shared, n_token, n_head * N_CHANNEL, generator=generator)
+    k, v = torch.rand(2, rows, n_head, n_key, N_CHANNEL, generator=generator)
+    ours = graphs()["device scores"](q, k, v)
+    check("device scores", [ours[0], *ours], q, k, v, output=SCORES)
 
 
 def test_attention_of_a_text_is_bitwise_the_same_among_any_others() -> None:
@@ -238,12 +284,12 @@ def test_a_query_is_bitwise_the_same_among_any_others() -> None:
 
 
 @pytest.mark.parametrize("n_key", [5, 100, 131])
-@pytest.mark.parametrize("name", ["cross", "many", "many, bfloat16"])
+@pytest.mark.parametrize("name", ["cross", "split, float32", "many", "many, bfloat16"])
 def test_a_key_that_is_no_number_is_seen(name: str, n_key: int) -> None:
     """Wherever it stands among those that are compared with each other for the greatest score."""
     dtype = torch.bfloat16 if "bfloat16" in name else torch.float32
     q, (k, v) = (
-        torch.ones(1, 1 if name == "cross" else 7, N_CHANNEL, dtype=dtype),
+        torch.ones(1, 7 if "many" in name else 1, N_CHANNEL, dtype=dtype),
         torch.ones(2, 1, 1, n_key, N_CHANNEL),
     )
     for place in (0, n_key // 2, n_key - 1):

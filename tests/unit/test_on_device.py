@@ -1,4 +1,4 @@
-"""Decoding in the memory of a device, on a CPU: the same operations as on a GPU, but for its attention."""
+"""What a GPU executes, on a CPU: the same operations, but for the attention of many queries in float16 and bfloat16."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -111,25 +111,39 @@ def test_a_single_logit_that_is_nan_tells_so_too() -> None:
     assert not logprobs(logits, torch.tensor([PROMPT]), []).isfinite().any()
 
 
-# ---- matrix products ---------------------------------------------------------------------------------------------
+# ---- blocks --------------------------------------------------------------------------------------------------------
 
 
-NIGHTLY = pytest.param(torch.bfloat16, marks=pytest.mark.nightly)
+PRODUCTS = ("encoder.stem", "encoder.mlp")
+ATTENTION = ("encoder.attention", "decoder.attention.causal", "decoder.cross_attention.prefill")
+ONE_QUERY = ("decoder.attention.cached", "decoder.cross_attention.step")
+NIGHTLY = pytest.mark.nightly
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, NIGHTLY], ids=str)
-def test_blocks_of_products_pass_the_judge(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Linear layers and convolutions by the graphs of a GPU, which in bfloat16 round a product before its bias is
-    added."""
+@pytest.mark.parametrize(
+    ("dtype", "names"),
+    [
+        (torch.float16, (*PRODUCTS, ONE_QUERY[-1])),
+        pytest.param(torch.bfloat16, (*PRODUCTS, *ONE_QUERY), marks=NIGHTLY),
+        pytest.param(torch.float32, (*PRODUCTS, *ATTENTION, *ONE_QUERY), marks=NIGHTLY),
+    ],
+    ids=lambda value: str(value) if isinstance(value, torch.dtype) else "",
+)
+def test_blocks_pass_the_judge(dtype: torch.dtype, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the graphs of a GPU, which in bfloat16 round a product before its bias is added. Many queries attend by a
+    kernel that only GPUs have, but in float32."""
     suite = Suite(trained(), dtype)
-    blocks = [BLOCKS[name] for name in ("encoder.stem", "encoder.mlp")]
+    blocks = [BLOCKS[name] for name in names]
     with monkeypatch.context() as patch:
-        patch.setattr(DeviceRef, "is_cpu", lambda _: False)
+        for module in ("backends", "products"):
+            patch.setattr(f"maxwhisper.network.{module}.own_kernels", lambda _: False)
         artifact = Artifact("as on a GPU", [block.program(suite.dims, suite.policy) for block in blocks], "cpu")
     for block in blocks:
         for comparison in suite.comparisons(block, ["speech"]):
-            run = artifact.init(suite.subject.tensors, audio_layer=comparison.layer)[block.name]
-            assert suite.judge(comparison, run).passed
+            layer = comparison.layer
+            layers = {"audio_layer": min(layer, suite.dims.n_audio_layer - 1), "text_layer": layer}
+            judgement = suite.judge(comparison, artifact.init(suite.subject.tensors, **layers)[block.name])
+            assert judgement.passed, f"\n{judgement}"
 
 
 # ---- whole texts ---------------------------------------------------------------------------------------------------
@@ -213,7 +227,7 @@ def test_transcripts(alone: Alone, usual: Whisper, recordings: list[np.ndarray],
 
 @pytest.mark.nightly
 def test_float16(usual: Whisper) -> None:
-    """Whose caches are in float32. It is rounded to other texts in the end, but not to many."""
+    """It is rounded to other texts in the end, but not to many."""
     rounded_model = on_device(load_checkpoint(NANO), "float16")
     ours, theirs = (
         [each.transcribe(clip, temperature=0.0)["text"] for clip in SOME] for each in (rounded_model, usual)
