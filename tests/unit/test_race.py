@@ -70,7 +70,7 @@ def test_words_have_the_time_at_which_they_were_there_and_what_is_wrong_with_the
         ("a", MISSING),
         ("dog", RIGHT),
     ]
-    assert race.lanes[0].wer == 0 and race.lanes[1].wer == pytest.approx(3 / 5)
+    assert race.lanes[0].wer == 0 and race.lanes[1].wer == 3 / 5
 
 
 def test_words_are_held_against_what_was_said_where_it_is_known() -> None:
@@ -119,7 +119,7 @@ def test_it_is_replayed_at_true_speed_in_a_terminal_and_not_elsewhere(monkeypatc
     monkeypatch.setattr("time.sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
     race = race_of(record(FAST, SLOW), "talk.json")
     out = shown(lambda console: replay(race, console, lambda: now[0]), force_terminal=True)
-    assert now[0] == pytest.approx(8.0, abs=0.06)
+    assert 8.0 <= now[0] < 8.1
     assert re.search("slow +│ +8.00 │", out)
     assert "slow: so seven apples, apple and uh a dog" in " ".join(out.split())
     now[0] = 0.0
