@@ -75,17 +75,14 @@ def words_of(model: Whisper, features: Tensor, result: DecodingResult, n_frame: 
     tokenizer = tokenizer_of(model, result.language, task)
     start = [*tokenizer.sot_sequence, tokenizer.no_timestamps]
     text = [token for token in result.tokens if token < tokenizer.eot]
-    found = torch.tensor([start + text])
-    logits, scores = model.decoder.alignment(found, features[None])
+    _, scores = model.decoder.alignment(torch.tensor([start + text]), features[None])
     of_alignment: Any = model.alignment_heads
     heads = torch.stack([scores[layer][0, head] for layer, head in of_alignment.indices().T]).cpu()
     finding = slice(len(start) - 1, -1)  # the position that finds a token is the one in front of it
     attended = heads[:, finding, :n_frame].softmax(-1).mean(0).argmax(-1)
-    sure = logits[0, finding].cpu().softmax(-1).gather(1, found[0, len(start) :, None])[:, 0]
     words, at = [], 0
     for word, tokens in zip(*tokenizer.split_to_word_tokens(text), strict=True):
-        own = slice(at, at + len(tokens))
-        words.append(Word(word, tuple(tokens), int(attended[own].max()), float(sure[own].min())))
+        words.append(Word(word, tuple(tokens), int(attended[at : at + len(tokens)].max())))
         at += len(tokens)
     return words
 

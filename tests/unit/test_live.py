@@ -79,11 +79,11 @@ def test_policies(model: Whisper, policy: str) -> None:
 
 
 def test_nothing_is_made_up_behind_what_is_settled(model: Whisper) -> None:
-    """Where openai-whisper's rules have a text begin with anything but its end."""
-    said = hypothesis(model, torch.from_numpy(SHORT), [], [], language="en")
-    begun = [token for word in said.words for token in word.tokens]
-    assert len(said.words) == 9
-    assert not hypothesis(model, torch.from_numpy(SHORT), [], begun, language="en").words
+    said = [word.text for word in hypothesis(model, torch.from_numpy(SHORT), [], [], language="en").words]
+    assert len(said) == 9
+    for settled, left in ((said, []), (said[:5], said[5:]), ([" Who", *said[1:4]], said[4:])):
+        found = hypothesis(model, torch.from_numpy(SHORT), [], settled, language="en").words
+        assert [word.text for word in found] == left
 
 
 def test_frames_are_where_words_are_said(model: Whisper) -> None:
@@ -222,13 +222,13 @@ def test_ten_minutes_without_a_pause(model: Whisper, monkeypatch: pytest.MonkeyP
     """A word a second without the end of a sentence; or another one each time, on which no two hypotheses agree."""
     said, longest = 0, [0, 0]
 
-    def words(_: Any, samples: torch.Tensor, prompt: list[int], begun: list[int], **options: Any) -> Hypothesis:
+    def words(_: Any, samples: torch.Tensor, prompt: list[int], settled: list[str], **options: Any) -> Hypothesis:
         nonlocal said
         said += 1
-        longest[0], longest[1] = max(longest[0], len(samples)), max(longest[1], len(begun))
+        longest[0], longest[1] = max(longest[0], len(samples)), max(longest[1], 3 * len(settled))
         n_frame = len(samples) // 320
         text = f" w{said}" if not repeated else f" w{(session.window.end - SECOND) // SECOND}"
-        return Hypothesis([Word(text, (1, 2, 3), n_frame - 30, 1.0)] if n_frame > 60 else [], n_frame, "en")
+        return Hypothesis([Word(text, (1, 2, 3), n_frame - 30)] if n_frame > 60 else [], n_frame, "en")
 
     monkeypatch.setattr("maxwhisper.live.session.hypothesis", words)
     session = Session(model)
