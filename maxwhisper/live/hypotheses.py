@@ -1,5 +1,6 @@
 """What Whisper makes of the audio so far: the words behind those that are settled, and where it heard each."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,54 +32,57 @@ class Hypothesis:
 
 @cpu_by_default()
 @one_torch_thread()
-def hypothesis(model: Whisper, samples: Tensor, prompt: list[int], begun: list[int], **options: Any) -> Hypothesis:
-    """Decodes a window, greedily and without timestamps.
+def hypothesis(
+    model: Whisper, samples: Tensor, prompt: list[int], settled: Sequence[str], **options: Any
+) -> Hypothesis:
+    """Decodes a window greedily, from its beginning: were it made to begin with what is settled, it would make the best
+    of every mistake in that.
 
-    samples: float32 (sample,), at most N_SAMPLES. prompt: tokens in front of the window's text. begun: those that it
-    begins with. options: of `DecodingOptions`.
+    samples: float32 (sample,), at most N_SAMPLES. prompt: tokens in front of the window's text. settled: words of the
+    window that are. options: of `DecodingOptions`.
     """
     features = model.encoder(spectrogram(model.network["log_mel"], samples, N_SAMPLES - len(samples)))
-    asked = DecodingOptions(
-        prompt=prompt,
-        prefix=begun,
-        suppress_blank=not begun,  # behind what is settled the text may end at once,
-        length_penalty=0.0,  # which has no mean of the length that openai-whisper would divide by
-        without_timestamps=True,
-        fp16=False,
-        **options,
-    )
+    asked = DecodingOptions(prompt=prompt, fp16=False, **options)
     result = model.decode(features, asked)
     assert isinstance(result, DecodingResult)
     n_frame = max(1, len(samples) * TOKENS_PER_SECOND // SAMPLE_RATE)
-    words = [] if made_up(result, bool(begun)) else words_of(model, features, begun, result, n_frame, asked.task)
-    return Hypothesis(words, n_frame, result.language)
+    words = [] if made_up(result, bool(settled)) else words_of(model, features, result, n_frame, asked.task)
+    return Hypothesis(words[following(settled, [word.text for word in words]) :], n_frame, result.language)
 
 
 def made_up(result: DecodingResult, is_begun: bool) -> bool:
     unlikely = result.avg_logprob < UNLIKELY if is_begun else result.no_speech_prob > NO_SPEECH
-    return not result.tokens or unlikely or result.compression_ratio > REPEATS
+    return not result.text or unlikely or result.compression_ratio > REPEATS
 
 
-def words_of(
-    model: Whisper, features: Tensor, begun: list[int], result: DecodingResult, n_frame: int, task: str
-) -> list[Word]:
+def following(settled: Sequence[str], words: Sequence[str]) -> int:
+    """Returns how many words, the first ones, are what is settled in another wording: the number of them that differ
+    least from it by words put in, left out or replaced."""
+    costs = list(range(len(words) + 1))
+    for number, word in enumerate(settled, 1):
+        before, costs = costs, [number]
+        for at, other in enumerate(words):
+            costs.append(min(before[at] + (plain(word) != plain(other)), before[at + 1] + 1, costs[at] + 1))
+    return min(range(len(costs)), key=lambda number: (costs[number], -number))
+
+
+def plain(word: str) -> str:
+    return word.strip().lower()
+
+
+def words_of(model: Whisper, features: Tensor, result: DecodingResult, n_frame: int, task: str) -> list[Word]:
     """Returns the words of a result, with the frames, of the first `n_frame`, that the alignment heads attended to."""
     tokenizer = tokenizer_of(model, result.language, task)
-    start = [*tokenizer.sot_sequence, tokenizer.no_timestamps, *begun]
-    found = torch.tensor([start + result.tokens])
-    logits, scores = model.decoder.alignment(found, features[None])
+    start = [*tokenizer.sot_sequence, tokenizer.no_timestamps]
+    text = [token for token in result.tokens if token < tokenizer.eot]
+    _, scores = model.decoder.alignment(torch.tensor([start + text]), features[None])
     of_alignment: Any = model.alignment_heads
     heads = torch.stack([scores[layer][0, head] for layer, head in of_alignment.indices().T]).cpu()
     finding = slice(len(start) - 1, -1)  # the position that finds a token is the one in front of it
     attended = heads[:, finding, :n_frame].softmax(-1).mean(0).argmax(-1)
-    sure = logits[0, finding].cpu().softmax(-1).gather(1, found[0, len(start) :, None])[:, 0]
     words, at = [], 0
-    texts, parts = tokenizer.split_to_word_tokens(result.tokens)
-    for text, tokens in zip(texts, parts, strict=True):
-        if tokens[0] >= tokenizer.timestamp_begin:  # which it was not asked for: behind it another segment begins
-            break
-        own = slice(at, at + len(tokens))
-        words.append(Word(text, tuple(tokens), int(attended[own].max()), float(sure[own].min())))
+    for word, tokens in zip(*tokenizer.split_to_word_tokens(text), strict=True):
+        words.append(Word(word, tuple(tokens), int(attended[at : at + len(tokens)].max())))
         at += len(tokens)
     return words
 

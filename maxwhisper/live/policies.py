@@ -17,13 +17,12 @@ class Word:
     """A word of a hypothesis, or a punctuation mark.
 
     tokens: those that it is made of. frame: the last of the audio features, of 20 ms, that the decoder attended to most
-    for one of them, counted from the beginning of the window. probability: of its least likely token.
+    for one of them, counted from the beginning of the window.
     """
 
     text: str
     tokens: tuple[int, ...]
     frame: int
-    probability: float
 
 
 class Policy(Protocol):
@@ -93,7 +92,7 @@ class AlignAtt:
 
 
 class HeardTwice:
-    """Settles what two hypotheses in a row begin with, as far as the decoder found it in the audio and is sure of it.
+    """Settles what two hypotheses in a row begin with, as far as the decoder found it in the audio.
 
     Where only agreement counts, two hypotheses make up the same word for audio that is not there yet; where only
     attention does, it has to be far from the end.
@@ -101,10 +100,6 @@ class HeardTwice:
 
     margin = 8
     """Frames at the end of the audio by which no word is settled."""
-    sure = 0.7
-    """Probability of a word from which the decoder is sure of it."""
-    old = TOKENS_PER_SECOND
-    """Frames from the end of the audio for which the decoder has heard enough of it to be unsure for good."""
 
     def __init__(self) -> None:
         self.before: list[str] = []
@@ -112,13 +107,7 @@ class HeardTwice:
     def settled(self, words: Sequence[Word], n_frame: int) -> int:
         """Returns how many words are settled, as `Policy` has it."""
         texts = [word.text for word in words]
-        unsure = (
-            number
-            for number, word in enumerate(words)
-            if word.probability < self.sure and word.frame >= n_frame - self.old
-        )
-        n_sure = next(unsure, len(words))
-        found = min(agreement(texts, self.before), said(words, n_frame, self.margin), n_sure)
+        found = min(agreement(texts, self.before), said(words, n_frame, self.margin))
         self.before = texts[found:]
         return found
 

@@ -195,7 +195,8 @@ class Session:
         window = self.window
         language = self.language if self.model.is_multilingual else "en"
         audio = torch.from_numpy(window.samples)
-        found = hypothesis(self.model, audio, self.prompt, window.begun, language=language, **self.of_decoding)
+        settled = [word.text for word, _ in window.words]
+        found = hypothesis(self.model, audio, self.prompt, settled, language=language, **self.of_decoding)
         self.heard_until = window.end
         n_loud = (self.loudness.loud_until - window.start + ECHO) // FRAME
         words = found.words[: audible(found.words, n_loud)]

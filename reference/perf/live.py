@@ -36,8 +36,8 @@ from ..fixtures import FIXTURES, NANO
 BLOCK = SAMPLE_RATE // 10
 """Samples that a microphone gives at a time."""
 SILENCE = np.zeros(SAMPLE_RATE * 3 // 2, np.float32)
-BEGUN, MORE = 40, 12
-"""Tokens of a window that are settled, and tokens that are decoded, where the time of one hypothesis is measured."""
+TOKENS = 40
+"""Tokens that are decoded where the time of one hypothesis is measured."""
 
 
 class Listener(Protocol):
@@ -79,6 +79,7 @@ def main() -> int:
     parser = argparse.ArgumentParser("python -m reference.perf.live", description="Measure live text.")
     parser.add_argument("--model", default=str(NANO), help="a checkpoint; of random:SIZE one hypothesis is timed")
     parser.add_argument("--clips", type=int, metavar="N", help="the first N clips alone")
+    parser.add_argument("--ways", default="", metavar="WORD", help="those alone whose names hold it")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
     options = parser.parse_args()
     model = Whisper(checkpoint_for(options.model))
@@ -89,7 +90,9 @@ def main() -> int:
         clips = list(clips_of(model))[: options.clips]
         figures["a minute of silence, s of computing"] = silence(model)
         figures["finish, s of computing per s"] = finishing(model, clips)
-        figures["ways"] = {name: measured(name, way, clips) for name, way in ways(model, options.model)}
+        figures["ways"] = {
+            name: measured(name, way, clips) for name, way in ways(model, options.model) if options.ways in name
+        }
     print(json.dumps({name: value for name, value in figures.items() if name != "ways"}, indent=1))
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1))
@@ -208,7 +211,7 @@ def time_of_one(model: Whisper) -> float:
     audio = torch.from_numpy(load_audio(FIXTURES / "clips" / "english-5.flac"))
 
     def one() -> None:
-        hypothesis(model, audio, [], [1000] * BEGUN, language="en", sample_len=MORE)
+        hypothesis(model, audio, [], [], language="en", sample_len=TOKENS)
 
     return min(cost(one) for _ in range(5))
 

@@ -22,6 +22,8 @@ TRIM = 15
 """Seconds of audio from which on whisper_streaming drops segments."""
 PROMPT = 200
 """Characters of settled text in front of the audio that whisper_streaming has as prompt."""
+MOST = 200
+"""Tokens in front of new ones for which there is room."""
 FRAMES = 25
 """Frames at the end of the audio that AlignAtt stops at, as in SimulStreaming."""
 
@@ -133,7 +135,7 @@ class AlignAtt(Listening):
         start = [*tokenizer.sot_sequence, tokenizer.no_timestamps]
         prompt = [*start, *begun]
         [result] = self.model.model.generate(
-            encoded, [prompt], beam_size=1, max_length=len(prompt) + 100, suppress_blank=not begun
+            encoded, [prompt], beam_size=1, max_length=min(448, len(prompt) + 100), suppress_blank=not begun
         )
         new = [token for token in result.sequences_ids[0] if token < tokenizer.eot]
         if new:
@@ -150,7 +152,7 @@ class AlignAtt(Listening):
         else:
             self.tentative = ""
         self.settled = tokenizer.decode(self.tokens)
-        if len(self.audio) > N_SAMPLES - 5 * SAMPLE_RATE:
+        if len(self.audio) > N_SAMPLES - 5 * SAMPLE_RATE or len(self.tokens) - self.n_cut > MOST:
             self.drop()
 
     def whole_words(self, tokens: list[int], n: int) -> int:

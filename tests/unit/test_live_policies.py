@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from maxwhisper.cli.live_command import POLICIES as NAMES
 from maxwhisper.live import POLICIES, AlignAtt, HeardTwice, LocalAgreement, Word
+from maxwhisper.live.hypotheses import following
 from maxwhisper.live.loudness import FRAME, Loudness
 from maxwhisper.live.policies import audible, said
 from maxwhisper.live.screen import ANEW, DIM, PLAIN, Lines, Terminal, cells
@@ -17,11 +18,11 @@ from maxwhisper.live.session import Window
 SECOND = 16000
 
 
-def words(text: str, frames: Sequence[int] | None = None, probability: float = 1.0) -> list[Word]:
+def words(text: str, frames: Sequence[int] | None = None) -> list[Word]:
     """Words that were heard in these frames, or 20 frames apart."""
     texts = text.split()
     found = frames or range(10, 10 + 20 * len(texts), 20)
-    return [Word(f" {each}", (0,), frame, probability) for each, frame in zip(texts, found, strict=True)]
+    return [Word(f" {each}", (0,), frame) for each, frame in zip(texts, found, strict=True)]
 
 
 def test_names() -> None:
@@ -49,19 +50,33 @@ def test_words_that_attention_goes_back_for_are_made_up() -> None:
     assert said(words("the ship waits here", [90, 100, 30, 130]), 150) == 4, "one that is found out of order is not"
 
 
-def test_heard_twice_waits_for_agreement_attention_and_sureness() -> None:
+def test_heard_twice_waits_for_agreement_and_attention() -> None:
     both = words("where is", [10, 30])
     assert HeardTwice().settled(both, 100) == 0
     for second, n_frame, expected in (
         (both, 100, 2),
         (words("where was", [10, 30]), 100, 1),
         (words("where is", [10, 95]), 100, 1),  # at the very end of the audio
-        (words("where", [10]) + words("is", [60], 0.6), 100, 1),  # not sure,
-        (words("where", [10]) + words("is", [49], 0.6), 100, 2),  # but so long ago that it will not be
     ):
         policy = HeardTwice()
         policy.settled(both, 80)
         assert policy.settled(second, n_frame) == expected
+
+
+@pytest.mark.parametrize(
+    ("settled", "words", "expected"),
+    [
+        ([], ["a"], 0),
+        (["a", "b"], [], 0),
+        (["a", "b"], ["a", "b", "c"], 2),
+        (["a", "b"], ["a", "c"], 2),  # another word in the place of one that stays
+        (["a", "b", "c"], ["a", "x", "b", "c", "d"], 4),
+        (["a", "b", "c"], ["b", "c", "d"], 2),
+        ([" The", "."], [" the", ".", " end"], 2),
+    ],
+)
+def test_what_follows_settled_words(settled: list[str], words: list[str], expected: int) -> None:
+    assert following(settled, words) == expected
 
 
 def test_words_of_a_silence() -> None:
@@ -69,9 +84,9 @@ def test_words_of_a_silence() -> None:
     assert audible(words("it ? now", [10, 50, 60]), 40) == 2, "marks are found behind their word"
 
 
-@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 99), st.floats(0, 1)), max_size=6), st.integers(1, 99))
-def test_any_hypothesis(found: list[tuple[str, int, float]], n_frame: int) -> None:
-    hypothesis = [Word(text, (0,), frame, probability) for text, frame, probability in found]
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 99)), max_size=6), st.integers(1, 99))
+def test_any_hypothesis(found: list[tuple[str, int]], n_frame: int) -> None:
+    hypothesis = [Word(text, (0,), frame) for text, frame in found]
     for make in POLICIES.values():
         policy = make()
         for _ in range(3):
