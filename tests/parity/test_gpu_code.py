@@ -127,6 +127,17 @@ def test_a_kernel_of_ours_has_its_parameters_by_value(dtype: str) -> None:
     assert storing
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_scores_are_computed_from_parameters_by_value_too(dtype: str) -> None:
+    """For each score there is nothing to load but a query and a key, 16 bytes at a time."""
+    size = 2 * 64 * (4 if dtype == "float32" else 2)
+    scoring = [code for name, code in compiled("many", dtype) if "elementwise" in name]
+    for code in scoring:
+        loads, stores = (sum(code[each] for each in kind) for kind in (LOADS, STORES))
+        assert stores > 0 and loads * 16 == stores * size
+    assert scoring
+
+
 @STEPS
 def test_a_step_attends_by_kernels_of_ours_and_reads_a_cache_where_it_is(dtype: str) -> None:
     """A copy would take longer than attention, and might be made before the new key is there. Of our own two there is

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from maxwhisper.engine.program import Artifact, Executable, Program
 from maxwhisper.engine.session import TORCH_DTYPE, Policy
+from maxwhisper.network.backends import PART
 from maxwhisper.network.keys_values import Cache, KeyValue, Slots, tokens_first
 from maxwhisper.network.model import MultiHeadAttention
 from maxwhisper.network.shapes import causal_mask
@@ -249,11 +250,11 @@ def test_attention_over_parts_of_the_keys(
 
 
 def test_parts_that_differ_by_more_than_float32_holds() -> None:
-    """A part whose weights vanish beside another's leaves nothing, and no NaN."""
+    """A part whose weights vanish beside another's leaves nothing, and no NaN; nor does one without any."""
     q, v = torch.ones(1, 1, N_CHANNEL), torch.randn(1, 1, 150, N_CHANNEL)
     k = torch.zeros(1, 1, 150, N_CHANNEL)
     k[:, :, 70] = 1000
-    k[:, :, 140:] = -float("inf")
+    k[:, :, :PART] = k[:, :, 140:] = -float("inf")
     assert graphs()["split, float32"](q, k, v)[0].equal(v[:, :, 70])
 
 
