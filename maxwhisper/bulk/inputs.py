@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,10 +11,9 @@ import pyarrow.parquet as pq
 from ..errors import OptionError
 from .places import full_name, is_local, place
 
-ENDINGS = frozenset(
-    ".3gp .aac .ac3 .aif .aiff .amr .au .avi .caf .flac .flv .m4a .m4b .m4v .mka .mkv .mov .mp2 .mp3 .mp4 .mpeg .mpg"
-    " .mpga .mts .oga .ogg .ogv .opus .ts .wav .wave .weba .webm .wma .wmv".split()
-)
+AUDIO = "aac ac3 aif aiff amr au caf flac m4a m4b mp2 mp3 mpga oga ogg opus wav wave weba wma"
+VIDEO = "3gp avi flv m4v mka mkv mov mp4 mpeg mpg mts ogv ts webm wmv"
+ENDINGS = frozenset(f".{ending}" for ending in f"{AUDIO} {VIDEO}".split())
 """Of the files in a folder that are transcribed; a list and a pattern name what they want."""
 
 IDENTIFIED = pa.schema([("id", pa.string()), ("path", pa.string()), ("bytes", pa.large_binary())])
@@ -137,4 +135,6 @@ def identified(table: pa.Table) -> pa.Table:
     ids = [identify(path, content) for path, content in plain]
     paths, contents = zip(*plain, strict=True) if plain else ((), ())
     columns = (ids, paths, contents)
-    return pa.table([pa.array(values, field.type) for values, field in zip(columns, IDENTIFIED, strict=True)], IDENTIFIED)
+    return pa.table(
+        [pa.array(values, field.type) for values, field in zip(columns, IDENTIFIED, strict=True)], IDENTIFIED
+    )

@@ -54,8 +54,8 @@ class Summary:
         if not totals.audio:
             return f"{totals.rows} files, {totals.errors} of them with errors; no audio was left to transcribe"
         return (
-            f"{totals.rows} files, {totals.errors} of them with errors; this run: {totals.audio / 3600:.3f} h of audio in"
-            f" {self.seconds:.0f} s, {totals.audio / self.seconds:.1f} x real time;"
+            f"{totals.rows} files, {totals.errors} of them with errors; this run: {totals.audio / 3600:.3f} h of audio"
+            f" in {self.seconds:.0f} s, {totals.audio / self.seconds:.1f} x real time;"
             f" {totals.audio / max(totals.model, 1e-9):.1f} x while a model computes"
         )
 
@@ -104,8 +104,9 @@ def pipeline(
     files, system = (inputs.parquet, place(inputs.parquet[0])[0]) if inputs.parquet else ([parts.inputs], parts.system)
     inside = [place(file)[1] for file in files]
     table = ray.data.read_parquet(inside, filesystem=for_arrow(system), columns=inputs.columns or ["path"])
+    # With memory of its own, Ray does not run it within the actors, whose model would wait for it.
     audio = table.repartition(target_num_rows_per_block=ROWS).map_batches(
-        decode, batch_format="pyarrow", batch_size=None
+        decode, batch_format="pyarrow", batch_size=None, num_cpus=1, memory=4 * AUDIO_BYTES
     )
     rows = audio.map_batches(
         Transcriber,
@@ -123,7 +124,7 @@ def pipeline(
 @contextmanager
 def started(workers: Workers) -> Iterator[None]:
     """Connects to the cluster, or starts Ray on this machine, without dashboard or network, and stops it at the end."""
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     if ray.is_initialized():
         yield
         return
@@ -135,7 +136,7 @@ def started(workers: Workers) -> Iterator[None]:
         cpus = len(os.sched_getaffinity(0)) + workers.actors * workers.cpus + 1
         how = {"address": "local", "num_cpus": cpus, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
     try:
-        ray.init(**how, log_to_driver=False, logging_level=logging.WARNING)
+        ray.init(**how, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as error:
         what = f"--cluster {workers.cluster}: cannot be reached" if workers.cluster else "Ray cannot be started"
         raise MaxWhisperError(f"{what}: {error}") from error
@@ -156,10 +157,10 @@ def failures(output: str) -> Iterator[None]:
         cause = root(error)
         if isinstance(cause, MaxWhisperError):
             raise cause from error
-        said = str(cause).strip().splitlines()
+        said = [*str(cause).strip().splitlines(), ""]
         raise MaxWhisperError(
-            f"OUTPUT {output}: stopped by {type(cause).__name__}: {said[-1] if said else ''}; what is done stays, the same"
-            " command goes on"
+            f"OUTPUT {output}: stopped by {type(cause).__name__}: {said[0]}; what is done stays, and the same command"
+            " goes on"
         ) from error
 
 

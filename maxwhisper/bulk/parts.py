@@ -10,6 +10,7 @@ import json
 import posixpath
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import MaxWhisperError, OptionError
-from .places import appearing, is_local, place
+from .places import appearing, place
 from .rows import ROW, for_json
 
 PENDING = ".pending.parquet"
@@ -42,18 +43,22 @@ class Parts:
     """The folder of a job's output."""
 
     def __init__(self, output: str):
-        """Makes the folder, if it is not there; raises OptionError if it cannot be written to."""
+        """Makes the folder, if it is not there; raises OptionError if that cannot be."""
         self.output = output
         self.system, self.folder = place(output)
         self.rows, self.checkpoint = self.within("parts/rows"), self.within("parts/checkpoint")
         self.inputs = self.within("parts/inputs.parquet")
-        try:
+        with self.written():
             self.system.makedirs(self.rows, exist_ok=True)
             self.system.makedirs(self.checkpoint, exist_ok=True)
-            with appearing(self.system, self.within("parts/writable")):
-                pass
+
+    @contextmanager
+    def written(self) -> Iterator[None]:
+        """Raises OptionError if what is written here cannot be."""
+        try:
+            yield
         except OSError as error:
-            raise OptionError(f"OUTPUT {output}: cannot be written to: {error.strerror or error}") from error
+            raise OptionError(f"OUTPUT {self.output}: cannot be written to: {error.strerror or error}") from error
 
     def within(self, name: str) -> str:
         return posixpath.join(self.folder, name)
@@ -62,7 +67,7 @@ class Parts:
         """Notes what transcripts depend on; raises OptionError if the folder has transcripts of other settings."""
         path = self.within("parts/settings.json")
         if not self.system.exists(path):
-            with appearing(self.system, path) as file:
+            with self.written(), appearing(self.system, path) as file:
                 file.write(json.dumps(settings, indent=1).encode())
             return
         earlier = json.loads(self.system.cat_file(path))
@@ -70,13 +75,13 @@ class Parts:
         for name in current:
             if earlier.get(name) != current[name]:
                 raise OptionError(
-                    f"OUTPUT {self.output}: was begun with --{name} {earlier.get(name)}, not {current[name]}: give that,"
-                    " or another folder"
+                    f"OUTPUT {self.output}: was begun with --{name} {earlier.get(name)}, not {current[name]}: give"
+                    " that, or another folder"
                 )
 
     def write_inputs(self, paths: list[str]) -> None:
         """Writes the names of the files to transcribe, for Ray to read."""
-        with appearing(self.system, self.inputs) as file:
+        with self.written(), appearing(self.system, self.inputs) as file:
             pq.write_table(pa.table({"path": paths}), file)
 
     def names(self, folder: str) -> list[str]:
@@ -91,13 +96,17 @@ class Parts:
     def mend(self) -> None:
         """Takes away every part that is not whole, so that its inputs are transcribed again.
 
-        Ray does so for parts that are pending. It leaves ids that are committed as well, which those of a write that was
-        done and tried again are, and ids whose rows are gone or cut off: their inputs would have no row for ever.
+        Ray does so for parts that are pending. It leaves ids that are committed as well, as they are after a write that
+        was done and tried again, and ids whose rows are gone or cut off: their inputs would have no row for ever.
         """
         pending = {name.removesuffix(PENDING) for name in self.names(self.checkpoint) if name.endswith(PENDING)}
         committed = self.committed()
         with ThreadPoolExecutor(READERS) as readers:
-            whole = {part for part, is_whole in zip(committed, readers.map(self.is_whole, committed), strict=True) if is_whole}
+            whole = {
+                part
+                for part, is_whole in zip(committed, readers.map(self.is_whole, committed), strict=True)
+                if is_whole
+            }
         whole -= pending
         for name in self.names(self.rows):
             if name.removesuffix(f"-0{ENDING}") not in whole:
@@ -149,21 +158,19 @@ class Parts:
         Raises MaxWhisperError if one is missing, or the files cannot be written.
         """
         totals, missing = Totals(), set(expected or ())
-        try:
-            with (
-                appearing(self.system, self.within("transcripts.parquet")) as parquet,
-                appearing(self.system, self.within("transcripts.jsonl")) as lines,
-            ):
-                with pq.ParquetWriter(parquet, ROW, compression="zstd") as writer:
-                    for table in together(self.unique(earlier, totals)):
-                        writer.write_table(table)
-                        missing.difference_update(table["id"].to_pylist())
-                        for row in table.to_pylist():
-                            lines.write(json.dumps(for_json(row), ensure_ascii=False).encode() + b"\n")
-                if missing:
-                    raise MaxWhisperError(f"{self.output}: {len(missing)} inputs have no row: run the command again")
-        except OSError as error:
-            raise MaxWhisperError(f"{self.output}: cannot be written: {error.strerror or error}") from error
+        with (
+            self.written(),
+            appearing(self.system, self.within("transcripts.parquet")) as parquet,
+            appearing(self.system, self.within("transcripts.jsonl")) as lines,
+        ):
+            with pq.ParquetWriter(parquet, ROW, compression="zstd") as writer:
+                for table in together(self.unique(earlier, totals)):
+                    writer.write_table(table)
+                    missing.difference_update(table["id"].to_pylist())
+                    for row in table.to_pylist():
+                        lines.write(json.dumps(for_json(row), ensure_ascii=False).encode() + b"\n")
+            if missing:
+                raise MaxWhisperError(f"OUTPUT {self.output}: {len(missing)} inputs have no row: run the command again")
         return totals
 
 

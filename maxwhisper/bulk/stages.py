@@ -97,7 +97,9 @@ class Transcriber:
         start = time.perf_counter()
         results = self.transcripts(audio)
         per_sample = (time.perf_counter() - start) / max(sum(map(len, audio)), 1)
-        done = {source["id"]: (samples, result) for source, samples, result in zip(readable, audio, results, strict=True)}
+        done = {
+            source["id"]: (samples, result) for source, samples, result in zip(readable, audio, results, strict=True)
+        }
         return pa.Table.from_pylist([self.row(source, done.get(source["id"]), per_sample) for source in sources], ROW)
 
     def transcripts(self, audio: list[np.ndarray]) -> list[dict[str, Any] | Exception]:

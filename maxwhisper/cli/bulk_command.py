@@ -67,6 +67,7 @@ def bulk(parser: argparse.ArgumentParser, input: str, output: str, **options: An
     if missing := [package for module, package in NEEDED.items() if find_spec(module) is None]:
         raise OptionError(f"maxwhisper bulk needs {', '.join(missing)}: pip install 'maxwhisper[bulk]'")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what concerns users comes as an exception too
     leave_cores_to_max()
 
     from ..bulk.job import Workers, run
