@@ -82,15 +82,15 @@ def run(
     if inputs.paths:
         parts.write_inputs(inputs.paths)
     with started(workers), progress(parts, inputs.number), failures(output):
-        pipeline(inputs, parts, load, options, workers)
+        rows_of(inputs, parts, load, options, workers).write_parquet(parts.rows, filesystem=for_arrow(parts.system))
     totals = parts.finish(earlier, {identify(path, None) for path in inputs.paths})
     return Summary(totals, time.perf_counter() - start)
 
 
-def pipeline(
+def rows_of(
     inputs: Inputs, parts: Parts, load: Callable[[], Whisper], options: dict[str, Any], workers: Workers
-) -> None:
-    """Has Ray read, decode, transcribe and write."""
+) -> ray.data.Dataset:
+    """Returns the rows of what is left to do, which Ray reads, decodes and transcribes as they are written."""
     context = ray.data.DataContext.get_current()
     context.checkpoint_config = CheckpointConfig(
         "id",
@@ -101,6 +101,7 @@ def pipeline(
     )
     context.target_max_block_size = AUDIO_BYTES
     context.enable_progress_bars = False
+    context.raise_original_map_exception = True  # Ray's own says nothing of what happened
     files, system = (inputs.parquet, place(inputs.parquet[0])[0]) if inputs.parquet else ([parts.inputs], parts.system)
     inside = [place(file)[1] for file in files]
     table = ray.data.read_parquet(inside, filesystem=for_arrow(system), columns=inputs.columns or ["path"])
@@ -108,7 +109,7 @@ def pipeline(
     audio = table.repartition(target_num_rows_per_block=ROWS).map_batches(
         decode, batch_format="pyarrow", batch_size=None, num_cpus=1, memory=4 * AUDIO_BYTES
     )
-    rows = audio.map_batches(
+    return audio.map_batches(
         Transcriber,
         fn_constructor_args=(load, options, workers.batch_size),
         batch_format="pyarrow",
@@ -118,7 +119,6 @@ def pipeline(
         num_gpus=workers.gpus or None,
         memory=workers.memory_gb * 10**9 if workers.memory_gb else None,
     )
-    rows.write_parquet(parts.rows, filesystem=for_arrow(parts.system))
 
 
 @contextmanager
