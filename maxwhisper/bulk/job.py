@@ -124,7 +124,7 @@ def rows_of(
 @contextmanager
 def started(workers: Workers) -> Iterator[None]:
     """Connects to the cluster, or starts Ray on this machine, without dashboard or network, and stops it at the end."""
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what goes wrong is said in one line, by `failures`
     if ray.is_initialized():
         yield
         return
@@ -157,9 +157,9 @@ def failures(output: str) -> Iterator[None]:
         cause = root(error)
         if isinstance(cause, MaxWhisperError):
             raise cause from error
-        said = [*str(cause).strip().splitlines(), ""]
+        said = " ".join(str(cause).split()) or type(error).__name__
         raise MaxWhisperError(
-            f"OUTPUT {output}: stopped by {type(cause).__name__}: {said[0]}; what is done stays, and the same command"
+            f"OUTPUT {output}: stopped by {type(cause).__name__}: {said}; what is done stays, and the same command"
             " goes on"
         ) from error
 

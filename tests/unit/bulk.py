@@ -26,10 +26,10 @@ ALONE: dict[str, Any] = {"word_timestamps": True, "temperature": 0.0, "beam_size
 BAD = 10
 
 FAULTY = """
-import sys
+import os, sys
 import ray
-ray.init(address="local", num_cpus=4, include_dashboard=False, _node_ip_address="127.0.0.1",
-    log_to_driver=False, runtime_env={"worker_process_setup_hook": "tests.unit.bulk_faults.%s"})
+hook = {"worker_process_setup_hook": "tests.unit.bulk_faults.%s", "env_vars": {"PYTHONPATH": os.getcwd()}}
+ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, runtime_env=hook)
 from maxwhisper.cli import main
 sys.exit(main(sys.argv[1:]))
 """
