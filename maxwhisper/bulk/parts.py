@@ -1,9 +1,9 @@
 """What a job writes while it runs, in OUTPUT/parts, and what is made of it at the end.
 
-Ray writes rows as files of a few dozen: first rows/X.pending of the ids, as checkpoint/X.pending.parquet, then rows/
-X-0.parquet, then it renames the ids to checkpoint/X.parquet, which commits them. Only what is committed counts. After a
-run that was killed there may be rows without ids, ids without rows, and ids twice: `mend` takes away what is not whole,
-before Ray looks at it, and `finish` takes each id once.
+Ray writes rows as files of a few dozen: first their ids, checkpoint/X.pending.parquet, then the rows, rows/X-0.parquet,
+and then it renames the ids to checkpoint/X.parquet, which commits them. Only what is committed counts. After a run that
+was killed there may be rows without ids, ids without rows, and ids twice: `mend` takes away what is not whole, before
+Ray looks at it, and `finish` takes each id once.
 """
 
 import json
@@ -67,21 +67,21 @@ class Parts:
         """Notes what transcripts depend on; raises OptionError if the folder has transcripts of other settings."""
         path = self.within("parts/settings.json")
         if not self.system.exists(path):
-            with self.written(), appearing(self.system, path) as file:
+            with self.written(), appearing(self.system, path) as [file]:
                 file.write(json.dumps(settings, indent=1).encode())
             return
         earlier = json.loads(self.system.cat_file(path))
         current = json.loads(json.dumps(settings))
         for name in current:
-            if earlier.get(name) != current[name]:
+            if name in earlier and earlier[name] != current[name]:  # an earlier version has fewer options
                 raise OptionError(
-                    f"OUTPUT {self.output}: was begun with --{name} {earlier.get(name)}, not {current[name]}: give"
+                    f"OUTPUT {self.output}: was begun with --{name} {earlier[name]}, not {current[name]}: give"
                     " that, or another folder"
                 )
 
     def write_inputs(self, paths: list[str]) -> None:
         """Writes the names of the files to transcribe, for Ray to read."""
-        with self.written(), appearing(self.system, self.inputs) as file:
+        with self.written(), appearing(self.system, self.inputs) as [file]:
             pq.write_table(pa.table({"path": paths}), file)
 
     def names(self, folder: str) -> list[str]:
@@ -158,11 +158,8 @@ class Parts:
         Raises MaxWhisperError if one is missing, or the files cannot be written.
         """
         totals, missing = Totals(), set(expected or ())
-        with (
-            self.written(),
-            appearing(self.system, self.within("transcripts.parquet")) as parquet,
-            appearing(self.system, self.within("transcripts.jsonl")) as lines,
-        ):
+        names = [self.within(name) for name in ("transcripts.parquet", "transcripts.jsonl")]
+        with self.written(), appearing(self.system, *names) as [parquet, lines]:
             with pq.ParquetWriter(parquet, ROW, compression="zstd") as writer:
                 for table in together(self.unique(earlier, totals)):
                     writer.write_table(table)

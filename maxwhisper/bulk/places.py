@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -42,17 +42,12 @@ def for_arrow(system: Any) -> pyarrow.fs.FileSystem:
 
 
 @contextmanager
-def appearing(system: Any, path: str) -> Iterator[IO[bytes]]:
-    """Gives a file to write, which is at `path` once it is complete; where the block raises, nothing changes there."""
-    if is_local(system):
-        with replacing(Path(path)) as unfinished, unfinished.open("wb") as file:
-            yield file
-        return
-    file = system.open(path, "wb", autocommit=False)
-    try:
-        yield file
-        file.close()
-    except BaseException:
-        file.discard()
-        raise
-    file.commit()
+def appearing(system: Any, *paths: str) -> Iterator[list[IO[bytes]]]:
+    """Gives files to write, which are at `paths` once all are complete; where the block raises, nothing changes there."""
+    with ExitStack() as stack:
+        if is_local(system):
+            unfinished = [stack.enter_context(replacing(Path(path))) for path in paths]
+            yield [stack.enter_context(path.open("wb")) for path in unfinished]
+        else:
+            stack.enter_context(system.transaction)
+            yield [stack.enter_context(system.open(path, "wb")) for path in paths]

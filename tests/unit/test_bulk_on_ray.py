@@ -1,5 +1,7 @@
 """`maxwhisper bulk` on Ray, and what is left of it when a part of it, or all, is killed."""
 
+# ruff: noqa: E402 - what is imported below the skips is installed by the extra
+
 import os
 import signal
 import subprocess
@@ -88,6 +90,7 @@ def test_an_archive_with_a_worker_killed(
     with running(archive, tmp_path / "out", *OPTIONS) as process:
         wait_for(lambda: committed(tmp_path / "out"), process)
         actor = wait_for(lambda: actor_of(process), process)
+        assert "decode" not in " ".join(actor.cmdline())  # audio is decoded elsewhere
         actor.kill()
         said, errors = process.communicate(timeout=900)
         assert process.returncode == 0, errors
