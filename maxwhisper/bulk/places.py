@@ -43,7 +43,7 @@ def for_arrow(system: Any) -> pyarrow.fs.FileSystem:
 
 @contextmanager
 def appearing(system: Any, *paths: str) -> Iterator[list[IO[bytes]]]:
-    """Gives files to write, which are at `paths` once all are complete; where the block raises, nothing changes there."""
+    """Gives files to write, which are at `paths` once all are complete; where the block raises, nothing changes."""
     with ExitStack() as stack:
         if is_local(system):
             unfinished = [stack.enter_context(replacing(Path(path))) for path in paths]

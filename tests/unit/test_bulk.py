@@ -1,4 +1,4 @@
-"""`maxwhisper bulk` without Ray's processes: what it finds, what it writes, and what is left of a run that was killed."""
+"""`maxwhisper bulk` without Ray's processes: what it finds, what it writes, what is left of a run that was killed."""
 
 # ruff: noqa: E402 - what is imported below the skips is installed by the extra
 
