@@ -13,6 +13,7 @@ import ray
 import ray.data
 import tqdm
 from ray.data.checkpoint import CheckpointConfig
+from ray.exceptions import RayError
 
 from ..errors import MaxWhisperError
 from ..whisper import Whisper
@@ -151,24 +152,29 @@ def failures(output: str) -> Iterator[None]:
     """Says in one line what Ray says in a hundred."""
     try:
         yield
-    except MaxWhisperError:
-        raise
     except Exception as error:
-        cause = root(error)
-        if isinstance(cause, MaxWhisperError):
-            raise cause from error
-        said = " ".join(str(cause).split()) or type(error).__name__
+        causes = list(origins(error))
+        # Ray's errors are instances of the class of what they come from too, with all of a trace as their message.
+        ours = (cause for cause in causes if isinstance(cause, MaxWhisperError) and not isinstance(cause, RayError))
+        if known := next(ours, None):
+            raise type(known)(without_advice(known)) from error
+        said = " ".join(without_advice(causes[-1]).split()) or type(error).__name__
         raise MaxWhisperError(
-            f"OUTPUT {output}: stopped by {type(cause).__name__}: {said}; what is done stays, and the same command"
+            f"OUTPUT {output}: stopped by {type(causes[-1]).__name__}: {said}; what is done stays, and the same command"
             " goes on"
         ) from error
 
 
-def root(error: BaseException) -> BaseException:
-    """Returns what an error comes from, through the processes that passed it on."""
-    while (inner := getattr(error, "cause", None) or error.__cause__) is not None:
-        error = inner
-    return error
+def without_advice(error: BaseException) -> str:
+    """Returns what an error said before Ray added how to have it try again."""
+    return str(error).partition("\nFailed to ")[0]
+
+
+def origins(error: BaseException | None) -> Iterator[BaseException]:
+    """Yields an error, and what it comes from, through the processes that passed it on."""
+    while error is not None:
+        yield error
+        error = getattr(error, "cause", None) or error.__cause__
 
 
 @contextmanager

@@ -23,6 +23,7 @@ for package in ("ray", "pyarrow", "pandas", "fsspec"):
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+from ray.exceptions import RayTaskError
 
 from maxwhisper.audio import load_audio
 from maxwhisper.bulk import job, stages
@@ -385,16 +386,24 @@ def test_a_summary_says_what_there_is() -> None:
     )
 
 
-@pytest.mark.parametrize("error", [OptionError("--patience: no"), OSError(28, "No space left on device")])
-def test_a_failure_is_one_line_about_its_cause(error: Exception) -> None:
-    outer = RuntimeError("a hundred lines")
-    outer.cause = error  # type: ignore[attr-defined]
-    with pytest.raises(MaxWhisperError) as found, job.failures("out"):
-        raise ValueError("another hundred") from outer
-    if isinstance(error, OptionError):
-        assert found.value is error
-    else:
-        assert str(found.value).startswith("OUTPUT out: stopped by OSError: [Errno 28] No space left on device; ")
+def passed_on(error: Exception) -> Exception:
+    """Returns an error as Ray raises it."""
+    raised: Exception = RayTaskError("f", "a hundred lines", error).as_instanceof_cause()
+    return raised
+
+
+def test_a_failure_of_ours_is_what_it_was() -> None:
+    error = CheckpointError("x.pt: no checkpoint\nFailed to apply UDF transform after 1/1 attempts")
+    error.__cause__ = ValueError("of PyTorch's")
+    with pytest.raises(CheckpointError) as found, job.failures("out"):
+        raise passed_on(error)
+    assert str(found.value) == "x.pt: no checkpoint"
+
+
+def test_another_failure_is_one_line_about_its_cause() -> None:
+    expected = r"OUTPUT out: stopped by OSError: \[Errno 28\] No space left on device; what is done stays"
+    with pytest.raises(MaxWhisperError, match=expected), job.failures("out"):
+        raise passed_on(OSError(28, "No space left on device"))
 
 
 # ---- the command ---------------------------------------------------------------------------------------------------
