@@ -17,7 +17,7 @@ REPORT_DIR = $(or $(REPORT),build/report)
 DEVICE := cpu
 NEEDS_BASE = @test -n "$(BASE)" || { echo "make $@ needs a git revision: make $@ BASE=main"; exit 1; }
 
-.PHONY: help setup demo lint lint-ci test test-nightly test-peers test-x86-64-v3 test-faults test-mutants soak graph-key compile-gate \
+.PHONY: help setup demo lint lint-ci test test-nightly test-peers test-bulk test-x86-64-v3 test-faults test-mutants soak graph-key compile-gate \
 	compile-base doctor gpu-parity gpu-perf gpu-remote summary merge-gate perf perf-gate growth clean
 
 help:  ## list these targets
@@ -50,6 +50,10 @@ test-nightly: $(INSTALLED)  ## the tests that are too slow for every merge
 test-peers: $(INSTALLED)  ## what is compared with other engines, which are installed first; a skip fails
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[peers]'
 	$(BIN)/pytest tests/unit/test_compare*.py tests/unit/test_checkpoints_in_transformers.py --require-peers
+
+test-bulk: $(INSTALLED)  ## what transcribes archives on Ray Data, which is installed first; a skip fails
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bulk]'
+	$(BIN)/pytest tests/unit/test_bulk*.py --nightly --require-peers
 
 test-x86-64-v3: $(INSTALLED)  ## every test as on a CPU without AVX-512
 	$(call TESTS,--cpu x86-64-v3)

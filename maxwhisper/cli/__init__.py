@@ -1,5 +1,5 @@
 """The command `maxwhisper`: transcribe audio files, compile models, convert checkpoints, examine what MAX runs on,
-compare engines, race them, serve, listen.
+compare engines, race them, serve, listen, transcribe archives.
 
 `maxwhisper transcribe` takes the options of OpenAI's `whisper` command, with its names, defaults and output files.
 Whatever goes wrong is one line on standard error. Exit status: 0 if everything was done, 1 if something failed, 2 for
@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from .. import __version__
 from ..errors import MaxWhisperError
 from ..names import DTYPES, TARGETS
+from .bulk_command import add_bulk
 from .compare_command import add_compare, add_race
 from .live_command import add_live
 from .serve_command import add_serve
@@ -69,6 +70,7 @@ def build_parser() -> Parser:
     add_race(commands)
     add_serve(commands)
     add_live(commands)
+    add_bulk(commands)
     return parser
 
 

@@ -89,13 +89,27 @@ def add_words(add: Callable[..., Any]) -> None:
 
 def unusable(options: dict[str, Any]) -> str | None:
     """Says what is wrong with the values of the options, if anything is; their types are right."""
-    positive = ("best_of", "beam_size", "patience", "temperature_increment_on_fallback", *WORD_OPTIONS[1:])
-    for name in positive:
+    if reason := unusable_decoding(options):
+        return reason
+    for name in WORD_OPTIONS[1:]:
         if options[name] is not None and not options[name] > 0:
             return f"argument --{name}: must be above 0, not {options[name]}"
-    for name in ("temperature", "threads"):
-        if options[name] is not None and not options[name] >= 0:
-            return f"argument --{name}: must not be below 0, not {options[name]}"
+    if options["threads"] < 0:
+        return f"argument --threads: must not be below 0, not {options['threads']}"
+    if not options["word_timestamps"]:
+        for name in WORD_OPTIONS:
+            if options[name]:
+                return f"argument --{name}: requires --word_timestamps True"
+    return unusable_files(options["audio"])
+
+
+def unusable_decoding(options: dict[str, Any]) -> str | None:
+    """Says what is wrong with the values of those options that the text depends on, if anything is."""
+    for name in ("best_of", "beam_size", "patience", "temperature_increment_on_fallback"):
+        if options[name] is not None and not options[name] > 0:
+            return f"argument --{name}: must be above 0, not {options[name]}"
+    if not options["temperature"] >= 0:
+        return f"argument --temperature: must not be below 0, not {options['temperature']}"
     if options["length_penalty"] is not None and not 0 <= options["length_penalty"] <= 1:
         return f"argument --length_penalty: must be from 0 to 1, not {options['length_penalty']}"
     for name, kind in (("clip_timestamps", float), ("suppress_tokens", int)):
@@ -106,11 +120,7 @@ def unusable(options: dict[str, Any]) -> str | None:
         least = 0 if name == "clip_timestamps" else -1
         if not all(each >= least for each in numbers):
             return f"argument --{name}: must be from {least} on, not '{options[name]}'"
-    if not options["word_timestamps"]:
-        for name in WORD_OPTIONS:
-            if options[name]:
-                return f"argument --{name}: requires --word_timestamps True"
-    return unusable_files(options["audio"])
+    return None
 
 
 def without_effect(options: dict[str, Any]) -> Iterator[str]:

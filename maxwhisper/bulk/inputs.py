@@ -1,0 +1,140 @@
+"""What is to be transcribed: files by their names, or Parquet files that hold the bytes of audio files."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..errors import OptionError
+from .places import full_name, is_local, place
+
+AUDIO = "aac ac3 aif aiff amr au caf flac m4a m4b mp2 mp3 mpga oga ogg opus wav wave weba wma"
+VIDEO = "3gp avi flv m4v mka mkv mov mp4 mpeg mpg mts ogv ts webm wmv"
+ENDINGS = frozenset(f".{ending}" for ending in f"{AUDIO} {VIDEO}".split())
+"""Of the files in a folder that are transcribed; a list and a pattern name what they want."""
+
+IDENTIFIED = pa.schema([("id", pa.string()), ("path", pa.string()), ("bytes", pa.large_binary())])
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Files by their names, or Parquet files with `columns` of bytes, and how many inputs these are."""
+
+    number: int
+    paths: list[str]
+    parquet: list[str]
+    columns: list[str]
+
+
+def inputs_of(source: str) -> Inputs:
+    """Finds what INPUT stands for: a folder, a pattern, a list (.txt), Parquet (.parquet, or a pattern that ends so),
+    or one file of audio; on a disk or in an object store.
+
+    Raises OptionError if there is nothing, or it cannot be read.
+    """
+    try:
+        files = files_of(source)
+        if source.endswith(".parquet"):
+            return in_parquet(source, files)
+        if source.endswith(".txt"):
+            files = [path for file in files for path in lines_of(file)]
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+        raise OptionError(f"INPUT {source}: cannot be read: {error}") from error
+    if not files:
+        raise OptionError(f"INPUT {source}: names no file")
+    return named(files)
+
+
+def named(paths: list[str]) -> Inputs:
+    unique = list(dict.fromkeys(paths))
+    return Inputs(len(unique), unique, [], [])
+
+
+def files_of(source: str) -> list[str]:
+    """Returns the full names of the files that a name, a folder or a pattern stands for, sorted."""
+    system, path = place(source)
+    if system.isdir(path):
+        found = [file for file in system.find(path) if PurePosixPath(file).suffix.lower() in ENDINGS]
+        if not found:
+            raise OptionError(f"INPUT {source}: no file in this folder ends as audio or video does, as in .mp3")
+    elif system.exists(path):
+        found = [path]
+    elif any(character in path for character in "*?["):
+        found = [file for file in system.glob(path) if system.isfile(file)]
+    else:
+        raise OptionError(f"INPUT {source}: there is no such file or folder")
+    return sorted(full_name(system, file) for file in found)
+
+
+def lines_of(file: str) -> Iterator[str]:
+    """Yields the full names in a file that has one a line."""
+    system, path = place(file)
+    for line in system.read_text(path, encoding="utf-8").splitlines():
+        if line.strip():
+            yield full_name(*place(line.strip()))
+
+
+def in_parquet(source: str, files: list[str]) -> Inputs:
+    """Finds what Parquet files hold: a column `path` alone, or bytes."""
+    if not files:
+        raise OptionError(f"INPUT {source}: names no file")
+    opened = [opened_parquet(file) for file in files]
+    columns = columns_of(source, opened[0].schema_arrow)
+    for file, other in zip(files, opened, strict=True):
+        if columns_of(file, other.schema_arrow) != columns:
+            raise OptionError(f"INPUT {file}: its columns are not those of {files[0]}")
+    if columns != ["path"]:
+        return Inputs(sum(each.metadata.num_rows for each in opened), [], files, columns)
+    batches = (batch for each in opened for batch in each.iter_batches(columns=columns))
+    found = [path for batch in batches for path in batch.column(0).to_pylist()]
+    if None in found:
+        raise OptionError(f"INPUT {source}: a path is null")
+    if not found:
+        raise OptionError(f"INPUT {source}: has no row")
+    return named([full_name(*place(path)) for path in found])
+
+
+def opened_parquet(file: str) -> pq.ParquetFile:
+    system, path = place(file)
+    return pq.ParquetFile(path if is_local(system) else system.open(path))
+
+
+def columns_of(source: str, schema: pa.Schema) -> list[str]:
+    """Returns those columns that say what to transcribe; raises OptionError if there are none."""
+    types = {field.name: field.type for field in schema}
+    kind = types.get("audio")
+    if kind is not None and pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        return ["audio"]
+    if "bytes" in types and (pa.types.is_binary(types["bytes"]) or pa.types.is_large_binary(types["bytes"])):
+        return ["bytes", "path"] if "path" in types else ["bytes"]
+    if "path" in types and (pa.types.is_string(types["path"]) or pa.types.is_large_string(types["path"])):
+        return ["path"]
+    raise OptionError(
+        f"INPUT {source}: has the columns {', '.join(types)}: expected `path` (strings), `bytes` (binary), or `audio`"
+        " (a struct with `bytes`)"
+    )
+
+
+def identify(path: str | None, content: bytes | None) -> str:
+    """Returns the id of an input: a hash of its full name, or of its bytes and the name they have, if any."""
+    found = hashlib.sha256((path or "").encode("utf-8", "surrogateescape"))
+    if content is not None:
+        found.update(b"\0" + content)
+    return found.hexdigest()[:32]
+
+
+def identified(table: pa.Table) -> pa.Table:
+    """Returns a table of inputs as IDENTIFIED, with their ids; one that is so already as it is."""
+    if table.schema.equals(IDENTIFIED):
+        return table
+    rows = [row.get("audio") or row for row in table.to_pylist()]
+    plain = [(row.get("path"), row.get("bytes")) for row in rows]
+    ids = [identify(path, content) for path, content in plain]
+    paths, contents = zip(*plain, strict=True) if plain else ((), ())
+    columns = (ids, paths, contents)
+    return pa.table(
+        [pa.array(values, field.type) for values, field in zip(columns, IDENTIFIED, strict=True)], IDENTIFIED
+    )

@@ -1,0 +1,183 @@
+"""What a job writes while it runs, in OUTPUT/parts, and what is made of it at the end.
+
+Ray writes rows as files of a few dozen: first their ids, checkpoint/X.pending.parquet, then the rows, rows/X-0.parquet,
+and then it renames the ids to checkpoint/X.parquet, which commits them. Only what is committed counts. After a run that
+was killed there may be rows without ids, ids without rows, and ids twice: `mend` takes away what is not whole, before
+Ray looks at it, and `finish` takes each id once.
+"""
+
+import json
+import posixpath
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..errors import MaxWhisperError, OptionError
+from .places import appearing, place
+from .rows import ROW, for_json
+
+PENDING = ".pending.parquet"
+ENDING = ".parquet"
+AT_A_TIME = 1024
+"""Rows that are written together at the end."""
+READERS = 16
+"""Threads that look at files, since an object store takes its time for each."""
+
+
+@dataclass
+class Totals:
+    """How many inputs have a row, how many of these an error, and of those of this run, seconds of audio and model."""
+
+    rows: int = 0
+    errors: int = 0
+    audio: float = 0
+    model: float = 0
+
+
+class Parts:
+    """The folder of a job's output."""
+
+    def __init__(self, output: str):
+        """Makes the folder, if it is not there; raises OptionError if that cannot be."""
+        self.output = output
+        self.system, self.folder = place(output)
+        self.rows, self.checkpoint = self.within("parts/rows"), self.within("parts/checkpoint")
+        self.inputs = self.within("parts/inputs.parquet")
+        with self.written():
+            self.system.makedirs(self.rows, exist_ok=True)
+            self.system.makedirs(self.checkpoint, exist_ok=True)
+
+    @contextmanager
+    def written(self) -> Iterator[None]:
+        """Raises OptionError if what is written here cannot be."""
+        try:
+            yield
+        except OSError as error:
+            raise OptionError(f"OUTPUT {self.output}: cannot be written to: {error.strerror or error}") from error
+
+    def within(self, name: str) -> str:
+        return posixpath.join(self.folder, name)
+
+    def claim(self, settings: dict[str, Any]) -> None:
+        """Notes what transcripts depend on; raises OptionError if the folder has transcripts of other settings."""
+        path = self.within("parts/settings.json")
+        if not self.system.exists(path):
+            with self.written(), appearing(self.system, path) as [file]:
+                file.write(json.dumps(settings, indent=1).encode())
+            return
+        earlier = json.loads(self.system.cat_file(path))
+        current = json.loads(json.dumps(settings))
+        for name in current:
+            if name in earlier and earlier[name] != current[name]:  # an earlier version has fewer options
+                raise OptionError(
+                    f"OUTPUT {self.output}: was begun with --{name} {earlier[name]}, not {current[name]}: give"
+                    " that, or another folder"
+                )
+
+    def write_inputs(self, paths: list[str]) -> None:
+        """Writes the names of the files to transcribe, for Ray to read."""
+        with self.written(), appearing(self.system, self.inputs) as [file]:
+            pq.write_table(pa.table({"path": paths}), file)
+
+    def names(self, folder: str) -> list[str]:
+        self.system.invalidate_cache(folder)
+        found = self.system.ls(folder, detail=False) if self.system.exists(folder) else []
+        return sorted(name for path in found if (name := posixpath.basename(path)).endswith(ENDING))
+
+    def committed(self) -> list[str]:
+        """Returns the names of the parts whose ids are committed."""
+        return [name.removesuffix(ENDING) for name in self.names(self.checkpoint) if not name.endswith(PENDING)]
+
+    def mend(self) -> None:
+        """Takes away every part that is not whole, so that its inputs are transcribed again.
+
+        Ray does so for parts that are pending. It leaves ids that are committed as well, as they are after a write that
+        was done and tried again, and ids whose rows are gone or cut off: their inputs would have no row for ever.
+        """
+        pending = {name.removesuffix(PENDING) for name in self.names(self.checkpoint) if name.endswith(PENDING)}
+        committed = self.committed()
+        with ThreadPoolExecutor(READERS) as readers:
+            whole = {
+                part
+                for part, is_whole in zip(committed, readers.map(self.is_whole, committed), strict=True)
+                if is_whole
+            }
+        whole -= pending
+        for name in self.names(self.rows):
+            if name.removesuffix(f"-0{ENDING}") not in whole:
+                self.system.rm_file(posixpath.join(self.rows, name))
+        for name in self.names(self.checkpoint):  # after the rows: while these are there, so is what tells of them
+            if name.endswith(PENDING) or name.removesuffix(ENDING) not in whole:
+                self.system.rm_file(posixpath.join(self.checkpoint, name))
+
+    def is_whole(self, part: str) -> bool:
+        """Returns whether a part has the rows of its ids."""
+        return self.number(self.ids_of(part)) == self.number(self.rows_of(part)) is not None
+
+    def number(self, path: str) -> int | None:
+        """Returns how many rows are in a file; None if it is not there, or not whole."""
+        try:
+            with self.system.open(path, "rb") as file:
+                return int(pq.ParquetFile(file).metadata.num_rows)
+        except (OSError, pa.ArrowException):
+            return None
+
+    def ids_of(self, part: str) -> str:
+        return posixpath.join(self.checkpoint, part + ENDING)
+
+    def rows_of(self, part: str) -> str:
+        return posixpath.join(self.rows, f"{part}-0{ENDING}")
+
+    def unique(self, earlier: set[str], totals: Totals) -> Iterator[pa.Table]:
+        """Yields the committed rows, each id once, and counts them."""
+        seen: set[str] = set()
+        for part in self.committed():
+            with self.system.open(self.rows_of(part), "rb") as file:
+                table = pq.read_table(file, schema=ROW)
+            fresh = []
+            for each in table["id"].to_pylist():
+                fresh.append(each not in seen)
+                seen.add(each)
+            table = table.filter(pa.array(fresh))
+            totals.rows += len(table)
+            totals.errors += len(table) - table["error"].null_count
+            if part not in earlier:
+                totals.audio += sum(filter(None, table["duration"].to_pylist()))
+                totals.model += sum(filter(None, table["transcribe_seconds"].to_pylist()))
+            yield table
+
+    def finish(self, earlier: set[str], expected: set[str] | None) -> Totals:
+        """Writes transcripts.parquet and transcripts.jsonl of all that is committed, and returns the totals.
+
+        earlier: parts of runs before this one. expected: ids that must be there.
+        Raises MaxWhisperError if one is missing, or the files cannot be written.
+        """
+        totals, missing = Totals(), set(expected or ())
+        names = [self.within(name) for name in ("transcripts.parquet", "transcripts.jsonl")]
+        with self.written(), appearing(self.system, *names) as [parquet, lines]:
+            with pq.ParquetWriter(parquet, ROW, compression="zstd") as writer:
+                for table in together(self.unique(earlier, totals)):
+                    writer.write_table(table)
+                    missing.difference_update(table["id"].to_pylist())
+                    for row in table.to_pylist():
+                        lines.write(json.dumps(for_json(row), ensure_ascii=False).encode() + b"\n")
+            if missing:
+                raise MaxWhisperError(f"OUTPUT {self.output}: {len(missing)} inputs have no row: run the command again")
+        return totals
+
+
+def together(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+    """Yields the same rows in tables that are large enough to be row groups."""
+    waiting: list[pa.Table] = []
+    for table in tables:
+        waiting.append(table)
+        if sum(map(len, waiting)) >= AT_A_TIME:
+            yield pa.concat_tables(waiting)
+            waiting = []
+    if waiting:
+        yield pa.concat_tables(waiting)
