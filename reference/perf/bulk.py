@@ -2,8 +2,8 @@
 
 Copies of the fixture's two long recordings, each with a name of its own, are transcribed as users would have it. What
 is measured: the run, the model's time, the decoding of audio, the memory of the process that holds the model, and the
-size of what is written. What Ray takes to start and stop is in the first of these alone, and is said apart. Parquet of copies is smaller than that of
-an archive; lines of JSON are as long.
+lines of JSON; Parquet of copies would be smaller than that of an archive. What Ray takes to start and stop is in the
+time of the run alone.
 """
 
 import argparse
