@@ -60,13 +60,13 @@ def write_wav(path: Path, samples: np.ndarray) -> None:
         file.writeframes((samples * 32768).astype(np.int16).tobytes())
 
 
-def command(source: object, output: Path, *options: str, faulty: str | None = None) -> list[str]:
+def command(source: object, output: object, *options: str, faulty: str | None = None) -> list[str]:
     """Returns the command, or a program that is it with a fault of `bulk_faults` in Ray's processes."""
     program = ["-c", FAULTY % faulty] if faulty else ["-m", "maxwhisper"]
     return [sys.executable, *program, "bulk", str(source), str(output), "--model", str(NANO), *options]
 
 
-def bulk(source: object, output: Path, *options: str, faulty: str | None = None) -> subprocess.CompletedProcess[str]:
+def bulk(source: object, output: object, *options: str, faulty: str | None = None) -> subprocess.CompletedProcess[str]:
     """Runs the command to its end."""
     return subprocess.run(
         command(source, output, *options, faulty=faulty), capture_output=True, text=True, cwd=ROOT, timeout=900

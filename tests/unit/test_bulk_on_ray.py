@@ -136,18 +136,19 @@ def test_a_disk_that_fills(archive: Path, expected: dict[str, dict[str, Any] | N
     assert_each_once(output, expected)
 
 
-def test_parquet_of_bytes_resumed(model: Whisper, tmp_path: Path) -> None:
+def test_parquet_of_bytes_resumed_in_what_is_no_disk_to_ray(model: Whisper, tmp_path: Path) -> None:
     files = short_files(tmp_path / "archive", 14)
     audio = [{"bytes": file.read_bytes(), "path": file.name} for file in files]
-    source = tmp_path / "audio.parquet"
+    source, url = tmp_path / "audio.parquet", f"dir::file://{tmp_path}/out"
+    output = Path(f"{tmp_path}/out/{tmp_path}/out")  # by fsspec's way of joining the two
     pq.write_table(pa.table({"audio": audio[:8], "speaker": list(range(8))}), source)
-    first = bulk(source, tmp_path / "out")
+    first = bulk(source, url)
     assert first.returncode == 0, first
     pq.write_table(pa.table({"audio": [*audio, audio[0]], "speaker": list(range(15))}), source)
-    resumed = bulk(source, tmp_path / "out")
+    resumed = bulk(source, url)
     assert resumed.returncode == 0, resumed
-    rows = {row["path"]: row for row in transcripts(tmp_path / "out")}
-    assert len(rows) == len(transcripts(tmp_path / "out")) == 14 and len(committed(tmp_path / "out")) == 2
+    rows = {row["path"]: row for row in transcripts(output)}
+    assert len(rows) == len(transcripts(output)) == 14 and len(committed(output)) == 2
     expected = lone_runs(model, files, temperature=0.0, beam_size=5)
     for file in files:
         row, alone = rows[file.name], expected[str(file)]
