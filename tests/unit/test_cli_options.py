@@ -17,7 +17,15 @@ DIFFERENCES = {
     "--model": "checked when it is loaded, as it may also be a file or a folder of another kind",
     "--device": "cpu unless asked for, and gpu as the device's name",
 }
-OWN = {"--artifacts": None, "--or_compile": False, "--dtype": "float32", "--batch_size": None, "--batched": False}
+OWN = {
+    "--artifacts": None,
+    "--or_compile": False,
+    "--dtype": "float32",
+    "--batch_size": None,
+    "--batched": False,
+    "--hotwords": None,
+    "--vad_filter": False,
+}
 """The options that OpenAI's command has not, and their defaults."""
 VALUES = ("0", "1", "2.5", "-1", "None", "True", "False", "false", "en", "English", "english", "Klingon", "text", "")
 
