@@ -14,7 +14,7 @@ from .option_types import above_zero
 from .outputs import FORMATS, WORD_OPTIONS, unfinished, write
 from .terminal import failed
 from .transcribe_command import spoken, temperatures
-from .transcribe_options import add_decoding, add_fallback, add_words, unusable, without_effect
+from .transcribe_options import add_decoding, add_fallback, add_words, unusable_decoding, unusable_words, without_effect
 
 log = logging.getLogger("maxwhisper")
 
@@ -50,7 +50,7 @@ def add_live(commands: Any) -> None:
 
 def live(parser: argparse.ArgumentParser, source: str, rate: int, policy: str, **options: Any) -> int:
     """Shows text until the audio ends, and writes the files; returns 1 if one of them could not be written."""
-    if reason := unusable({**options, "audio": [], "threads": None}):
+    if reason := unusable_decoding(options) or unusable_words(options):
         parser.error(reason)
     for reason in without_effect(options):
         log.warning("warning: %s", reason)

@@ -89,18 +89,21 @@ def add_words(add: Callable[..., Any]) -> None:
 
 def unusable(options: dict[str, Any]) -> str | None:
     """Says what is wrong with the values of the options, if anything is; their types are right."""
-    if reason := unusable_decoding(options):
-        return reason
+    if options["threads"] < 0:
+        return f"argument --threads: must not be below 0, not {options['threads']}"
+    return unusable_decoding(options) or unusable_words(options) or unusable_files(options["audio"])
+
+
+def unusable_words(options: dict[str, Any]) -> str | None:
+    """Says what is wrong with the values of the options of words and subtitles, if anything is."""
     for name in WORD_OPTIONS[1:]:
         if options[name] is not None and not options[name] > 0:
             return f"argument --{name}: must be above 0, not {options[name]}"
-    if options["threads"] < 0:
-        return f"argument --threads: must not be below 0, not {options['threads']}"
     if not options["word_timestamps"]:
         for name in WORD_OPTIONS:
             if options[name]:
                 return f"argument --{name}: requires --word_timestamps True"
-    return unusable_files(options["audio"])
+    return None
 
 
 def unusable_decoding(options: dict[str, Any]) -> str | None:
@@ -131,7 +134,7 @@ def without_effect(options: dict[str, Any]) -> Iterator[str]:
         yield "--max_words_per_line has no effect with --max_line_width"
     if options["hallucination_silence_threshold"] is not None and not options["word_timestamps"]:
         yield "--hallucination_silence_threshold has no effect without --word_timestamps True"
-    if options["vad_filter"] and options["batched"]:
+    if options["vad_filter"] and options.get("batched"):
         yield "--vad_filter has no effect with --batched, which leaves silence out anyway"
 
 
