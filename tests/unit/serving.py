@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,10 +76,12 @@ def stop(process: Process) -> int:
 
 
 @contextmanager
-def in_thread(model: Any, **limits: Any) -> Iterator[tuple[str, Service]]:
+def in_thread(
+    model: Any, name: str = "stub", keys: Sequence[str] = (), race: str | None = None, **limits: Any
+) -> Iterator[tuple[str, Service]]:
     """Serves a model in this process, and gives the address; at the end, what runs has a second."""
-    service = Service(model, "stub", Limits(**LIMITS | limits))
-    config = uvicorn.Config(create_app(service), port=0, log_level="critical", timeout_graceful_shutdown=1)
+    service = Service(model, name, Limits(**LIMITS | limits))
+    config = uvicorn.Config(create_app(service, keys, race), port=0, log_level="critical", timeout_graceful_shutdown=1)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()

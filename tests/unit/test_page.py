@@ -12,27 +12,23 @@ import pytest
 from whisper.audio import SAMPLE_RATE
 
 from maxwhisper.audio import load_audio
+from maxwhisper.compare.race.lanes import race_of
+from maxwhisper.compare.race.page import page_of
 from maxwhisper.subtitles import FORMATS, contents
 from maxwhisper.whisper import Whisper
 from reference.fixtures import FIXTURES
 
-from .serving import KEY, Process, started
+from .serving import KEY, in_thread
 from .test_race import FAST, record
 
 CLIP = FIXTURES / "clips" / "english-1.wav"
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
-    race = tmp_path_factory.mktemp("race") / "race.json"
-    race.write_text(json.dumps(record(FAST)))
-    with started(tmp_path_factory.mktemp("page"), "--race", str(race)) as process:
-        yield process
-
-
-@pytest.fixture(scope="module")
-def address(server: Process) -> str:
-    return server.url.removesuffix("v1")
+def address(model: Whisper) -> Iterator[str]:
+    race = page_of(race_of(record(FAST), "race.json"))
+    with in_thread(model, "nano", [KEY], race) as (found, _):
+        yield f"{found}/"
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,10 @@ import pytest
 from rich.console import Console
 
 from maxwhisper.cli import main
+from maxwhisper.cli.serve_command import race_page
 from maxwhisper.compare import run
 from maxwhisper.compare.race.lanes import MISSING, RIGHT, WRONG, Race, race_of
-from maxwhisper.compare.race.page import write_page
+from maxwhisper.compare.race.page import page_of, write_page
 from maxwhisper.compare.race.terminal import frame, replay
 from reference.fixtures import NANO
 
@@ -140,6 +141,14 @@ def test_the_page_holds_all_and_needs_nothing(tmp_path: Path) -> None:
     assert not re.search(r"https?:|src=|@import|url\(", text)
     drawn = picture.read_text()
     assert "Seven" in drawn and drawn.startswith("<svg") and "url(http" not in drawn
+
+
+def test_what_a_server_shows_is_a_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "talk.json"
+    source.write_text(json.dumps(record(FAST)))
+    assert race_page(str(source)) == page_of(race_of(record(FAST), "talk.json"))
+    assert main(["serve", "--model", str(NANO), "--race", str(tmp_path / "none.json")]) == 1
+    assert "none.json: cannot be read as what" in capsys.readouterr().err
 
 
 def test_a_browser_shows_the_end_to_whom_moving_things_disturb(tmp_path: Path) -> None:

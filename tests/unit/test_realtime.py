@@ -4,27 +4,44 @@ import base64
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import av
+import openai
 import pytest
 from websockets.exceptions import ConnectionClosedError, InvalidStatus
 from websockets.sync.client import connect
 
+from maxwhisper.serving.service import Service
 from maxwhisper.whisper import Whisper
 from reference.fixtures import FIXTURES
 
-from .serving import KEY, Process, in_thread, started
+from .serving import KEY, in_thread
 
 CLIP = FIXTURES / "clips" / "english-3.mp3"
 TRANSCRIPTION = "conversation.item.input_audio_transcription."
 RATE = 24000
 
 
+@dataclass
+class Server:
+    """A server in a thread of this process."""
+
+    url: str
+    service: Service
+
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=self.url, api_key=KEY)
+
+    def running(self) -> int:
+        return len(self.service.jobs.running)
+
+
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
-    with started(tmp_path_factory.mktemp("realtime"), "--max_requests", "2", "--max_audio_minutes", "1") as process:
-        yield process
+def server(model: Whisper) -> Iterator[Server]:
+    with in_thread(model, keys=[KEY], max_requests=2, max_audio_minutes=1) as (address, service):
+        yield Server(f"{address}/v1", service)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +86,7 @@ class Client:
 
 
 @pytest.fixture
-def client(server: Process) -> Iterator[Client]:
+def client(server: Server) -> Iterator[Client]:
     with server.client().realtime.connect(extra_query={"intent": "transcription"}) as connection:
         yield Client(connection)
 
@@ -177,7 +194,7 @@ def test_an_item_is_no_longer_than_audio_may_be(client: Client) -> None:
     assert completed.transcript == "" and completed.usage.seconds == 59
 
 
-def test_a_connection_has_a_place_and_gives_it_back(server: Process, pcm: bytes) -> None:
+def test_a_connection_has_a_place_and_gives_it_back(server: Server, pcm: bytes) -> None:
     asked = {"intent": "transcription"}
     with server.client().realtime.connect(extra_query=asked) as first:
         Client(first).append(pcm)
@@ -197,14 +214,14 @@ def test_a_connection_has_a_place_and_gives_it_back(server: Process, pcm: bytes)
     ("query", "key", "status"),
     [("intent=transcription", "x", 401), ("intent=other", KEY, 400), ("model=x&intent=transcription", KEY, 404)],
 )
-def test_who_is_not_let_in(server: Process, query: str, key: str, status: int) -> None:
+def test_who_is_not_let_in(server: Server, query: str, key: str, status: int) -> None:
     address = f"{server.url.replace('http', 'ws')}/realtime?{query}"
     headers = {"authorization": f"Bearer {key}"}
     with pytest.raises(InvalidStatus, match=str(status)), connect(address, additional_headers=headers):
         pass
 
 
-def test_a_browser_gives_its_key_among_its_protocols(server: Process) -> None:
+def test_a_browser_gives_its_key_among_its_protocols(server: Server) -> None:
     address = f"{server.url.replace('http', 'ws')}/realtime?intent=transcription"
     with connect(address, subprotocols=["realtime", f"openai-insecure-api-key.{KEY}"]) as socket:  # type: ignore[list-item]
         assert socket.subprotocol == "realtime"
