@@ -8,6 +8,7 @@ likelier by more than rounding explains, and everything else is compared as a bl
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -129,12 +130,19 @@ class Given:
         return {name: kv[audio : audio + 1] for name, kv in self.cross.items()}
 
 
-@torch.no_grad()
 def given(suite: Suite, scene: Scene, unwritten: float) -> Given:
-    """Makes what a scene gives a stepper.
+    """Returns what a scene gives a stepper, with a cache of its own.
 
     unwritten: what stands in the cache's places that hold nothing yet.
     """
+    made = begun(suite, scene, unwritten)
+    return replace(made, cache=made.cache.copy())
+
+
+@cache  # of every scene, which several steppers are given
+@torch.no_grad()
+def begun(suite: Suite, scene: Scene, unwritten: float) -> Given:
+    """Makes what `given` returns."""
     dims, generator = suite.dims, torch.Generator().manual_seed(len(scene.name))
     eot = tokenizer_of(dims).eot
     windows = [window(scene, length, dims, generator) for length in scene.lengths]
@@ -153,15 +161,15 @@ def given(suite: Suite, scene: Scene, unwritten: float) -> Given:
     own = [torch.full((n, dims.n_text_head, dims.n_text_ctx, dims.n_text_state // dims.n_text_head), unwritten)]
     memory = torch.stack(own * 2 * dims.n_text_layer).to(suite.torch_device, suite.dtype)
     audio = [kv.to(suite.torch_device, copy=True) for kv in cross.values()]
-    cache = KeyValueCache(list(memory), audio, max(scene.lengths) - 1, rows_of(n, dims.n_text_ctx), memory=memory)
-    made = Given(scene, windows, cross, texts, Rules.joined(rules), cache)
+    held = KeyValueCache(list(memory), audio, max(scene.lengths) - 1, rows_of(n, dims.n_text_ctx), memory=memory)
+    made = Given(scene, windows, cross, texts, Rules.joined(rules), held)
     for text in range(n):
         fill(made, suite, text)
     if len(windows) > 1:
         return made
     # As beams go on: the first of the texts twice, the last not at all.
     parents = [max(text - 1, 0) for text in range(n)]
-    cache.rearrange(parents)
+    held.rearrange(parents)
     return replace(made, texts=Texts(*(each[parents] for each in texts)))
 
 
