@@ -176,6 +176,7 @@ def test_a_worker_that_died_fails_the_run() -> None:
     assert not run.passed
 
 
+@pytest.mark.nightly  # two processes of the whole suite
 def test_the_verdicts_of_workers_are_those_of_one_run(
     pytester: pytest.Pytester, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -141,7 +141,7 @@ def test_the_microphone_is_transcribed(page: Any) -> None:
     page.get_by_role("button", name="Speak").click()
     page.get_by_text("Listening").wait_for()
     page.locator("#text").filter(has_text="Where is").wait_for()  # while the clip is still being said, or just after
-    page.wait_for_timeout(2000)
+    page.wait_for_timeout(1000)
     assert page.locator("#text span").count() == 0
     page.get_by_role("button", name="Stop and transcribe").click()
     page.locator("#text span").nth(5).wait_for()
