@@ -14,7 +14,7 @@ from .places import full_name, is_local, place
 AUDIO = "aac ac3 aif aiff amr au caf flac m4a m4b mp2 mp3 mpga oga ogg opus wav wave weba wma"
 VIDEO = "3gp avi flv m4v mka mkv mov mp4 mpeg mpg mts ogv ts webm wmv"
 ENDINGS = frozenset(f".{ending}" for ending in f"{AUDIO} {VIDEO}".split())
-"""Of the files in a folder that are transcribed; a list and a pattern name what they want."""
+"""Endings of the files in a folder that are transcribed; a list and a pattern may name any file."""
 
 IDENTIFIED = pa.schema([("id", pa.string()), ("path", pa.string()), ("bytes", pa.large_binary())])
 

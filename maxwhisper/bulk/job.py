@@ -25,7 +25,7 @@ from .stages import NotYetWritten, Transcriber, decode
 ROWS = 32
 """Inputs at most that are written and committed together: what a kill costs an actor."""
 AUDIO_BYTES = 2**26
-"""Of decoded audio, 35 minutes, from which on a block is passed on."""
+"""Bytes of decoded audio, 35 minutes of it, from which on a block is passed on."""
 PATIENCE = 2.0
 """Seconds between looks at what is done, at least; a look takes a tenth of the time at most."""
 

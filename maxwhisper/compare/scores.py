@@ -1,6 +1,6 @@
 """How near a transcript is to another: by tokens, and by words."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jiwer
 from whisper.normalizers import BasicTextNormalizer, EnglishTextNormalizer
@@ -25,4 +25,9 @@ def word_error_rate(reference: Sequence[str], texts: Sequence[str], languages: S
 
 
 def normalized(text: str, language: str) -> str:
-    return (EnglishTextNormalizer() if language == "en" else BasicTextNormalizer())(text).strip()
+    return normalizer(language)(text).strip()
+
+
+def normalizer(language: str) -> Callable[[str], str]:
+    """Returns openai-whisper's normalizer of text in a language."""
+    return EnglishTextNormalizer() if language == "en" else BasicTextNormalizer()

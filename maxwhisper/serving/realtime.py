@@ -10,7 +10,7 @@ import binascii
 import json
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any, cast
@@ -105,6 +105,8 @@ class Conversation:
         self.settings = Settings()
         self.item: Item | None = None
         self.before: str | None = None
+        # One item after the other, so that nobody takes the places of others by many.
+        self.thread = ThreadPoolExecutor(1, "maxwhisper-realtime")
         self.running: list[Future[None]] = []
 
     def send(self, event: Event) -> None:
@@ -141,6 +143,7 @@ class Conversation:
         self.job.caller.stop()
         if self.item:
             self.item.end()
+        self.thread.shutdown(wait=False, cancel_futures=True)
         await asyncio.gather(*map(asyncio.wrap_future, self.running), return_exceptions=True)
         self.job.stop()
 
@@ -183,7 +186,7 @@ class Conversation:
             raise APIError(400, limit, "audio")
         if not self.item:
             self.running = [each for each in self.running if not each.done()]
-            self.running.append(self.service.jobs.threads.submit(item.transcribe))
+            self.running.append(self.thread.submit(item.transcribe))
             self.item = item
         item.add(pcm)
 

@@ -342,7 +342,7 @@ def test_every_input_gets_its_row() -> None:
     assert [row["duration"] for row in rows] == [2.0, None, 1 / 16000, 2 / 16000, 1.0]
     assert rows[0]["segments"][0]["seek"] == 32_000 and rows[4]["segments"][0]["seek"] == 16_000
     assert rows[0]["words"] == [{"segment": 0, **RESULT["segments"][0]["words"][0]}]
-    assert round(rows[0]["transcribe_seconds"], 9) == round(2 * rows[4]["transcribe_seconds"], 9)
+    assert rows[0]["transcribe_seconds"] == 2 * rows[4]["transcribe_seconds"]
 
 
 def test_a_model_of_english_only_is_not_asked_for_a_language() -> None:

@@ -141,6 +141,19 @@ def test_items_follow_one_another_and_audio_that_is_cleared_is_none(client: Clie
         before = committed.item_id
 
 
+def test_items_of_a_connection_are_done_in_their_order(client: Client, pcm: bytes) -> None:
+    """A short one does not overtake a long one: all have one thread, and the others' places stay theirs."""
+    for each in (pcm, pcm[:RATE], pcm[:RATE]):
+        client.append(each)
+        client.connection.input_audio_buffer.commit()
+    events = [event for _ in range(3) for event in client.until(f"{TRANSCRIPTION}completed")]
+    committed, completed = (
+        [event.item_id for event in events if event.type == kind]
+        for kind in ("input_audio_buffer.committed", f"{TRANSCRIPTION}completed")
+    )
+    assert committed == completed and len(set(completed)) == 3
+
+
 def test_odd_pieces_are_the_same_audio(client: Client, model: Whisper, pcm: bytes) -> None:
     client.append(pcm[: 2 * RATE], at_once=999)
     client.connection.input_audio_buffer.commit()

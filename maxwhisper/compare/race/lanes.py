@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import jiwer
-from whisper.normalizers import BasicTextNormalizer, EnglishTextNormalizer
 
 from ...errors import OptionError
+from ..scores import normalizer
 
 RIGHT, WRONG, MISSING = "right", "wrong", "missing"
 
@@ -107,11 +107,6 @@ def raced(record: dict[str, Any], name: str) -> Race:
         against="PyTorch Whisper's transcript" if known is None else "what was said",
         lanes=sorted(lanes, key=lambda lane: lane.total_s),
     )
-
-
-def normalizer(language: str) -> Callable[[str], str]:
-    """Returns openai-whisper's normalizer of words in a language."""
-    return EnglishTextNormalizer() if language == "en" else BasicTextNormalizer()
 
 
 def lane_of(row: dict[str, Any], expected: str, normalize: Callable[[str], str]) -> Lane:
