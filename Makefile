@@ -35,10 +35,10 @@ lint: $(INSTALLED)  ## ruff, mypy and import-linter
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
 
-# Comparisons have all cores, as users compute; then unit tests run in processes that share the cores out.
+# Comparisons have all cores, as users compute; then all else runs in processes that share the cores out.
 define TESTS
-$(BIN)/pytest tests/parity tests/perf --benchmark-disable $(1) $(addprefix --report ,$(REPORT)); status=$$?; \
-$(BIN)/pytest tests/unit --benchmark-disable -n $(JOBS) --dist loadgroup $(1) && exit $$status
+$(BIN)/pytest tests/parity $(1) $(addprefix --report ,$(REPORT)); status=$$?; \
+$(BIN)/pytest tests/perf tests/unit --benchmark-disable -n $(JOBS) --dist loadgroup $(1) && exit $$status
 endef
 
 test: lint  ## lint, then every test, unit tests in JOBS processes; REPORT=DIR writes the report there

@@ -4,8 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from scipy.stats import mannwhitneyu
-
 P = 0.002
 """Two samples of one distribution are told apart by chance in this share of cases, in half of them as a slowdown. The
 threshold of asv."""
@@ -44,4 +42,6 @@ def rank_test(block: str, base: Sequence[float], head: Sequence[float]) -> RankT
     """Judges rounds of base and head, each in seconds per call. Raises ValueError where there are none of one."""
     if not base or not head:
         raise ValueError(f"{block}: no rounds of {'head' if base else 'base'}")
+    from scipy.stats import mannwhitneyu  # whose import takes a second of processor time
+
     return RankTest(block, median(base), median(head), float(mannwhitneyu(base, head).pvalue))

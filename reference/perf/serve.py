@@ -1,8 +1,8 @@
 """python -m reference.perf.serve: what `maxwhisper serve` does under load, beside the same model without a server.
 
-Eight clips of one window each, one after the other and at once, rounds of all four ways in turn. Then /health while
-eight requests are always running, asked by another process than those who load the server; and a short clip while an
-hour of audio is being transcribed.
+Eight clips of one window each, one after the other and at once, rounds of all ways in turn. Then /health while eight
+requests are always running, asked by another process than those who load the server; and a short clip while an hour of
+audio is being transcribed. Other servers with OpenAI's interface, which run already, are asked for the eight clips too.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import wave
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,11 +41,20 @@ def main() -> int:
     parser.add_argument("--model", default=str(NANO), help="as of serve (default: the trained fixture)")
     parser.add_argument("--rounds", type=int, default=7, help="how often to transcribe the eight clips (default: 7)")
     parser.add_argument("--seconds", type=int, default=20, help="how long to ask for /health (default: 20)")
+    parser.add_argument(
+        "--beside",
+        nargs=3,
+        action="append",
+        default=[],
+        metavar=("NAME", "URL", "MODEL"),
+        help="another server that runs, by the address before /v1 and its name of the same model; any number of times",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
     options = parser.parse_args()
     with serving(options.model) as server:
         figures: dict[str, Any] = {"machine": machine(), "model": Path(options.model).name}
-        figures |= throughput(server, options.model, options.rounds)
+        others = {name: Server(url, model=model) for name, url, model in options.beside}
+        figures |= throughput(server, options.model, options.rounds, others)
         figures |= health_under_load(server, options.seconds)
         figures |= beside_an_hour(server)
     for name, value in figures.items():
@@ -69,10 +78,11 @@ def serving(model: str) -> Iterator["Server"]:
 
 @dataclass(frozen=True)
 class Server:
-    """An address to ask at, and a key if it wants one."""
+    """An address to ask at, a key if it wants one, and its name of the model."""
 
     url: str
     key: str = "none"
+    model: str = "whisper-1"
 
     def client(self) -> httpx.Client:
         return httpx.Client(base_url=self.url, headers={"authorization": f"Bearer {self.key}"}, timeout=None)
@@ -81,7 +91,7 @@ class Server:
         """Has a clip transcribed, and returns the seconds that it took."""
         start = time.perf_counter()
         with self.client() as client, clip.open("rb") as file:
-            answer = client.post("/v1/audio/transcriptions", files={"file": file}, data={"model": "whisper-1"})
+            answer = client.post("/v1/audio/transcriptions", files={"file": file}, data={"model": self.model})
         answer.raise_for_status()
         return time.perf_counter() - start
 
@@ -92,17 +102,18 @@ class Server:
         return float(next(line for line in lines if line.startswith("maxwhisper_requests_running ")).split()[1])
 
 
-def throughput(server: Server, model: str, rounds: int) -> dict[str, float | str]:
-    """Returns the median seconds for eight clips of the server and of the model alone, one after the other and at
-    once."""
+def throughput(server: Server, model: str, rounds: int, others: Mapping[str, Server]) -> dict[str, float | str]:
+    """Returns the median seconds for eight clips of the server, of the model alone, and of other servers by name, one
+    after the other and at once."""
     alone = load_model(model)
     with ThreadPoolExecutor(8) as pool:
         ways: dict[str, Callable[[], object]] = {
-            "server, one after the other, s": lambda: [server.ask(clip) for clip in EIGHT],
-            "server, eight at once, s": lambda: list(pool.map(server.ask, EIGHT)),
+            **asking("server", server, pool),
             "transcribe, one after the other, s": lambda: [alone.transcribe(clip) for clip in EIGHT],
             "transcribe_many, eight at once, s": lambda: list(alone.transcribe_many(EIGHT, 8)),
         }
+        for name, other in others.items():
+            ways |= asking(name, other, pool)
         taken: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(rounds + 1):
             for name, way in ways.items():
@@ -110,8 +121,15 @@ def throughput(server: Server, model: str, rounds: int) -> dict[str, float | str
                 way()
                 taken[name].append(time.perf_counter() - start)
     found = {name: statistics.median(seconds[1:]) for name, seconds in taken.items()}  # the first round warms up
-    one, at_once, one_alone, at_once_alone = found.values()
+    one, at_once, one_alone, at_once_alone, *_ = found.values()
     return {**found, "server, gain": one / at_once, "transcribe_many, gain": one_alone / at_once_alone}
+
+
+def asking(name: str, server: Server, pool: ThreadPoolExecutor) -> dict[str, Callable[[], object]]:
+    return {
+        f"{name}, one after the other, s": lambda: [server.ask(clip) for clip in EIGHT],
+        f"{name}, eight at once, s": lambda: list(pool.map(server.ask, EIGHT)),
+    }
 
 
 def keep_asking(server: Server, n_thread: int) -> None:
