@@ -81,6 +81,7 @@ def test_where_no_process_can_start_whoever_asks_does_the_job(module: str, monke
     assert other.process is None and not other.done
 
 
+@pytest.mark.nightly
 def test_what_another_process_compiles_is_what_this_one_asks_for(tmp_path: Path) -> None:
     """Its key is the same, so that it is found."""
     network = Network(load_checkpoint(NANO), "cpu", Cache(tmp_path), "float32")

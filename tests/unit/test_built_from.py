@@ -26,6 +26,12 @@ def units() -> dict[str, list[Program]]:
     return {unit: programs_of(unit, checkpoint.dims, policy) for unit in units_on("cpu")}
 
 
+@pytest.fixture(scope="module")
+def before(units: dict[str, list[Program]]) -> dict[str, str]:
+    """What their keys are as the sources stand."""
+    return keys(units)
+
+
 def keys(units: dict[str, list[Program]]) -> dict[str, str]:
     return {unit: built_from(programs) for unit, programs in units.items()}
 
@@ -43,13 +49,14 @@ def keys(units: dict[str, list[Program]]) -> dict[str, str]:
 )
 def test_a_change_to_a_kernel_counts_for_the_graphs_that_call_it(
     units: dict[str, list[Program]],
+    before: dict[str, str],
     change: Callable[[str], str],
     name: str,
     of: set[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    before, kernels = keys(units), tmp_path / KERNELS.name
+    kernels = tmp_path / KERNELS.name
     shutil.copytree(KERNELS, kernels)
     (kernels / name).write_text(change((kernels / name).read_text()))
     monkeypatch.setattr(maxwhisper.engine.built_from, "KERNELS", kernels)
@@ -57,9 +64,8 @@ def test_a_change_to_a_kernel_counts_for_the_graphs_that_call_it(
 
 
 def test_a_change_to_a_block_counts_for_the_graphs_that_have_it(
-    units: dict[str, list[Program]], monkeypatch: pytest.MonkeyPatch
+    units: dict[str, list[Program]], before: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = keys(units)
     monkeypatch.setattr(AudioEncoder, "stem", lambda encoder, mel: STEM(encoder, mel) * 1)
     assert {unit for unit, key in keys(units).items() if key != before[unit]} == {"network"}
 

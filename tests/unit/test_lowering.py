@@ -75,12 +75,14 @@ def gated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out / HOST
 
 
+@pytest.mark.nightly
 def test_a_gate_compiles_every_graph_and_leaves_artifacts(gated: Path) -> None:
     names = {name for each in Artifacts(gated, "cpu").held for name in each.identity.blocks}
     assert names == {*graphs(HOST, *FLOAT32[0])} > {*GRAPHS}
     assert load_model(NANO, artifacts=gated).dims.n_audio_state == 128
 
 
+@pytest.mark.nightly
 def test_decode_loops_are_timed_from_its_artifacts(gated: Path) -> None:
     held, dims = Artifacts(gated, "cpu"), trained().dims
     blocks = Blocks(Suite(trained(), torch.float32, held=held))
@@ -90,6 +92,7 @@ def test_decode_loops_are_timed_from_its_artifacts(gated: Path) -> None:
             blocks.decoding(loop, torch.randn(1, dims.n_audio_ctx, dims.n_audio_state), "MAX")()
 
 
+@pytest.mark.nightly
 def test_decode_loops_are_not_timed_from_artifacts_that_pick_no_tokens(gated: Path) -> None:
     """Of another model, or of none."""
     held = Artifacts(gated, "cpu")

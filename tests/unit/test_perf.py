@@ -109,6 +109,7 @@ def test_worktree_is_gone_however_it_ends(error: type[BaseException]) -> None:
     assert worktrees() == before
 
 
+@pytest.mark.nightly
 def test_base_that_does_not_compile_is_named_and_its_worktree_is_gone(
     tmp_path: Path, capfd: pytest.CaptureFixture
 ) -> None:
@@ -237,6 +238,7 @@ class Suite:
 """
 
 
+@pytest.mark.nightly
 def test_a_tree_that_cannot_read_artifacts_is_named(tmp_path: Path) -> None:
     files = {
         **dict.fromkeys(["maxwhisper/__init__.py", "reference/__init__.py"], ""),

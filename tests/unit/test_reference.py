@@ -357,6 +357,7 @@ def traced(program: Program) -> str:
     return str(module.mlir_module)
 
 
+@pytest.mark.nightly
 def test_every_graph_fault_changes_its_graph() -> None:
     suite = Suite(load(FIXTURE), torch.float32)
 
