@@ -89,6 +89,19 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_that_another_process_completes_meanwhile_stays(tmp_path: Path) -> None:
+    """An engine may be reading it."""
+
+    def write(folder: Path) -> None:
+        if not (tmp_path / "format").exists():
+            convert.complete(tmp_path / "format", lambda other: (other / "file").write_text("first"))
+        (folder / "file").write_text("second")
+
+    convert.complete(tmp_path / "format", write)
+    assert (tmp_path / "format" / "file").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["format"]
+
+
 def test_the_cache_is_by_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MAXWHISPER_CACHE_DIR", str(tmp_path))
     checkpoint = load_checkpoint(NANO)
