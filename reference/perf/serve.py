@@ -51,10 +51,11 @@ def main() -> int:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures")
     options = parser.parse_args()
-    with serving(options.model) as server:
+    with serving(options.model) as server, tempfile.TemporaryDirectory() as folder:
         figures: dict[str, Any] = {"machine": machine(), "model": Path(options.model).name}
         others = {name: Server(url, model=model) for name, url, model in options.beside}
-        figures |= throughput(server, options.model, options.rounds, others)
+        clips = [write_wav(Path(folder, f"{clip.stem}.wav"), load_audio(clip)) for clip in EIGHT]
+        figures |= throughput(server, options.model, clips, options.rounds, others)
         figures |= health_under_load(server, options.seconds)
         figures |= beside_an_hour(server)
     for name, value in figures.items():
@@ -102,18 +103,20 @@ class Server:
         return float(next(line for line in lines if line.startswith("maxwhisper_requests_running ")).split()[1])
 
 
-def throughput(server: Server, model: str, rounds: int, others: Mapping[str, Server]) -> dict[str, float | str]:
+def throughput(
+    server: Server, model: str, clips: Sequence[Path], rounds: int, others: Mapping[str, Server]
+) -> dict[str, float | str]:
     """Returns the median seconds for eight clips of the server, of the model alone, and of other servers by name, one
     after the other and at once."""
     alone = load_model(model)
     with ThreadPoolExecutor(8) as pool:
         ways: dict[str, Callable[[], object]] = {
-            **asking("server", server, pool),
-            "transcribe, one after the other, s": lambda: [alone.transcribe(clip) for clip in EIGHT],
-            "transcribe_many, eight at once, s": lambda: list(alone.transcribe_many(EIGHT, 8)),
+            **asking("server", server, clips, pool),
+            "transcribe, one after the other, s": lambda: [alone.transcribe(clip) for clip in clips],
+            "transcribe_many, eight at once, s": lambda: list(alone.transcribe_many(clips, 8)),
         }
         for name, other in others.items():
-            ways |= asking(name, other, pool)
+            ways |= asking(name, other, clips, pool)
         taken: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(rounds + 1):
             for name, way in ways.items():
@@ -125,10 +128,12 @@ def throughput(server: Server, model: str, rounds: int, others: Mapping[str, Ser
     return {**found, "server, gain": one / at_once, "transcribe_many, gain": one_alone / at_once_alone}
 
 
-def asking(name: str, server: Server, pool: ThreadPoolExecutor) -> dict[str, Callable[[], object]]:
+def asking(
+    name: str, server: Server, clips: Sequence[Path], pool: ThreadPoolExecutor
+) -> dict[str, Callable[[], object]]:
     return {
-        f"{name}, one after the other, s": lambda: [server.ask(clip) for clip in EIGHT],
-        f"{name}, eight at once, s": lambda: list(pool.map(server.ask, EIGHT)),
+        f"{name}, one after the other, s": lambda: [server.ask(clip) for clip in clips],
+        f"{name}, eight at once, s": lambda: list(pool.map(server.ask, clips)),
     }
 
 
@@ -177,7 +182,8 @@ def beside_an_hour(server: Server) -> dict[str, float]:
     """Returns how long a short clip takes alone, and while an hour of audio is transcribed."""
     short = EIGHT[0]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as pool:
-        hour = write_hour(Path(folder) / "hour.wav")
+        speech = np.concatenate([load_audio(clip) for clip in EIGHT])
+        hour = write_wav(Path(folder, "hour.wav"), np.resize(speech, HOUR * SAMPLE_RATE))
         alone = [server.ask(short) for _ in range(5)]
         asked = pool.submit(server.ask, hour)
         beside = []
@@ -192,9 +198,8 @@ def beside_an_hour(server: Server) -> dict[str, float]:
     }
 
 
-def write_hour(path: Path) -> Path:
-    speech = np.concatenate([load_audio(clip) for clip in EIGHT])
-    samples = np.resize(speech, HOUR * SAMPLE_RATE)
+def write_wav(path: Path, samples: np.ndarray) -> Path:
+    """Writes what every server reads, from samples (sample,) in [-1, 1] at 16 kHz."""
     with wave.open(str(path), "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(2)
