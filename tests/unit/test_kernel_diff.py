@@ -1,5 +1,6 @@
 """What is read out of compiled code, and how two revisions of it differ: artifacts made by hand."""
 
+import struct
 from pathlib import Path
 from unittest.mock import patch
 
@@ -8,6 +9,7 @@ import pytest
 from reference.kernel_diff import graphs
 from reference.kernel_diff.__main__ import main
 from reference.kernel_diff.diff import Change, Difference, Report, compare
+from reference.kernel_diff.elf import CUDA, X86_64, Elf
 from reference.kernel_diff.graphs import Compiled, compiled, fused, read
 from reference.kernel_diff.kernels import multiplies_tf32
 
@@ -67,14 +69,14 @@ def test_an_operation_more_of_the_same_kernel_is_seen(tmp_path: Path) -> None:
 
 
 def test_the_same_code_is_the_same_whatever_its_names_and_places(tmp_path: Path) -> None:
-    """Names carry hashes of types; functions and kernels are put in another order, beside those of other graphs, which
+    """Names carry hashes of types; functions and kernels stand in another order, beside those of other graphs, which
     MAX's cache has added."""
     base = made(a=[MULTIPLY], b=[COPY])
     entries = {
         "other": Entry(b"o", [kernel("other", FFMA, FFMA)]),
         "z": Entry(b"b", [kernel("foreach_89abcdef", MOVE)]),
     }
-    entries["y"] = Entry(b"a", [kernel("gemm_0123456789abcdef", FFMA, MOVE)])
+    entries["y"] = Entry(b"a", [kernel("product_0123456789abcdef", FFMA, MOVE)])
     head = Made(entries, {"encoder": [Step("y"), Step("z")]})
     assert head.content() != base.content()
     assert the_difference(tmp_path, base, head).same
@@ -86,6 +88,14 @@ def test_a_launch_of_another_size_is_a_difference(tmp_path: Path) -> None:
     report = compared(tmp_path, base, head)
     assert not report.differences[0].changes and report.changed
     assert "launched otherwise" in report.markdown()
+
+
+def test_a_block_with_intermediates_is_tested_as_the_block(tmp_path: Path) -> None:
+    names = ("encoder with intermediates", "decoder.mlp.step")
+    base, head = (
+        Made({"a": Entry(kernels=[each])}, {name: [Step("a")] for name in names}) for each in (COPY, MULTIPLY)
+    )
+    assert compared(tmp_path, base, head).selection == "decoder.mlp.step or encoder"
 
 
 def test_what_a_helper_launches_counts_for_the_operation() -> None:
@@ -169,7 +179,8 @@ def test_every_part_of_an_operation_counts_as_a_launch() -> None:
 
 def test_the_report_is_markdown_and_no_failure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     entries = {"a": Entry(kernels=[MULTIPLY]), "b": Entry(b"b", [kernel("mha_ffffffff", TENSOR_CORES["HMMA TF32"])])}
-    same = {"encoder.mlp": [Step("a")]}
+    entries["host"] = Entry(b"c")
+    same = {"encoder.mlp": [Step("a")], "token_rules": [Step("host")]}
     base = written(tmp_path / "base", Made(entries, {**same, "decoder.pick": [Step("a")], "encoder": [Step("a")]}))
     head = written(tmp_path / "head", Made(entries, {**same, "decoder.pick": [Step("b")], "encoder": [Step("b")] * 2}))
     assert main([str(head), str(base), "--output", str(tmp_path / "new" / "diff.md")]) == 0
@@ -179,6 +190,7 @@ def test_the_report_is_markdown_and_no_failure(tmp_path: Path, capsys: pytest.Ca
     assert 'make gpu-parity K="steps or transcript or encoder"' in said
     assert "| encoder (parts) | float32 | 1 → 2 | 1 | 1 | 1 |  | **1 TF32 kernel** |" in said
     assert "| encoder.mlp (parts) | float32 | 1 | 1 |  |  |  |  |" in said
+    assert "token_rules" not in said
     assert "| `mha` | added |  | 16 | decoder.pick, encoder x2 |" in said
 
 
@@ -190,11 +202,18 @@ def test_nothing_is_to_be_tested_where_nothing_differs(tmp_path: Path, capsys: p
 
 
 DAMAGES = {
-    "cut short": lambda content: content[: len(content) // 2],
-    "no artifact": lambda content: b"MLIR" + content,
-    "of a GPU program cut short": lambda content: content.replace(b".text.foreach", b".data.foreach"),
-    "of a program for another machine": lambda content: content.replace(b"\x01\x00\xbe\x00", b"\x01\x00\x3e\x00"),
+    "cut short": (lambda content: content[: len(content) // 2], ""),
+    "no artifact": (lambda content: b"MLIR" + content, "starts with 4d4c, expected eef0"),
+    "a program without a kernel": (
+        lambda content: content.replace(b".text.foreach", b".data.foreach"),
+        "a program for a GPU has no kernel",
+    ),
+    "a program for another machine": (
+        lambda content: content.replace(struct.pack("<HH", 1, CUDA), struct.pack("<HH", 1, X86_64)),
+        "is a program for machine 62, expected 190",
+    ),
 }
+"""What is done to an artifact, and what is said of it."""
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -202,13 +221,19 @@ def test_what_cannot_be_read_is_an_error_by_name(
     damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = written(tmp_path / "base", made(a=[COPY]))
-    artifact = made(a=[COPY])
-    content = DAMAGES[damage](artifact.content())
+    change, message = DAMAGES[damage]
+    content = change(made(a=[COPY]).content())
     with patch.object(Made, "content", lambda self: content):
-        folder = written(tmp_path / "head", artifact)
+        folder = written(tmp_path / "head", made(a=[COPY]))
     assert main([str(folder), str(whole)]) == 1
     said = capsys.readouterr().err
-    assert f"kernel-diff: {folder / 'made.mef'}: is no artifact of MAX 26.7: " in said
+    assert f"kernel-diff: {folder / 'made.mef'}: is no artifact of MAX 26.7: " in said and message in said
+
+
+def test_less_than_was_asked_for_is_an_error() -> None:
+    program = Elf(COPY)
+    with pytest.raises(ValueError, match=r"section \.shstrtab is cut short"):
+        program.bytes_of(program.sections[-1], 0, 1000)
 
 
 def test_a_kernel_that_is_nowhere_is_an_error() -> None:
