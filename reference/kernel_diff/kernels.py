@@ -61,8 +61,7 @@ def kernels_of(program: Elf) -> Iterator[Kernel]:
     constants = b"".join(program.bytes_of(section) for section in data)
     for section in texts:
         code = program.bytes_of(section)
-        n_register = struct.pack("<I", section.info >> 24)
-        digest = hashlib.sha256(code + constants + n_register)
+        digest = hashlib.sha256(code + constants)
         starts = range(0, len(code), INSTRUCTION)
         instructions = Counter(struct.unpack_from("<H", code, at)[0] & 0xFFF for at in starts)
         tf32 = any(multiplies_tf32(code[at : at + INSTRUCTION]) for at in starts)
