@@ -160,7 +160,10 @@ def arrow(each: Difference, number: Callable[[Compiled], int]) -> str:
 def seen(each: Difference) -> str:
     """Returns what a review must see of a graph: in bold what base had less of."""
     before, after = (graph.flags if graph else Counter() for graph in (each.base, each.head))
-    flags = [f"{number} {flag}" if number <= before[flag] else f"**{number} {flag}**" for flag, number in after.items()]
+    flags = []
+    for flag in before | after:
+        text = f"{flag}: " + " → ".join(dict.fromkeys(str(number[flag]) for number in (before, after)))
+        flags.append(f"**{text}**" if after[flag] > before[flag] else text)
     if not each.base or not each.head:
         flags.insert(0, "new" if each.head else "no longer there")
     elif not each.changes and not each.launched_alike:

@@ -34,6 +34,9 @@ def made(**kernels: list[bytes]) -> Made:
     return Made(entries, {"encoder": [Step(name) for name in entries]})
 
 
+SPLIT = made(a=[kernel("mha_splitk_reduce_float32_float32_c1b3de77", FFMA)])
+
+
 def only(artifact: Made) -> Compiled:
     (found,) = compiled(artifact.content(), Path("made.mef"))
     return found
@@ -139,7 +142,11 @@ def test_cublas_is_seen_and_where_it_may_round_to_tf32(dtype: str, tf32: str, fl
 
 
 def test_the_split_reducer_is_flagged() -> None:
-    assert only(made(a=[kernel("mha_splitk_reduce_float32_float32_c1b3de77", FFMA)])).flags == {"split reducer": 1}
+    assert only(SPLIT).flags == {"split reducer": 1}
+
+
+def test_what_is_no_longer_flagged_is_said(tmp_path: Path) -> None:
+    assert "| split reducer: 1 → 0 |" in compared(tmp_path, SPLIT, made(a=[COPY])).markdown()
 
 
 @pytest.mark.parametrize(
@@ -188,7 +195,7 @@ def test_the_report_is_markdown_and_no_failure(tmp_path: Path, capsys: pytest.Ca
     assert (tmp_path / "new" / "diff.md").read_text() == said
     assert "2 of 3 graphs differ; kernels: 1 added, 1 gone, 0 changed." in said
     assert 'make gpu-parity K="steps or transcript or encoder"' in said
-    assert "| encoder (parts) | float32 | 1 → 2 | 1 | 1 | 1 |  | **1 TF32 kernel** |" in said
+    assert "| encoder (parts) | float32 | 1 → 2 | 1 | 1 | 1 |  | **TF32 kernel: 0 → 1** |" in said
     assert "| encoder.mlp (parts) | float32 | 1 | 1 |  |  |  |  |" in said
     assert "token_rules" not in said
     assert "| `mha` | added |  | 16 | decoder.pick, encoder x2 |" in said
