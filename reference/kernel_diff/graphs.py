@@ -74,17 +74,23 @@ class Compiled:
 
     def _copies(self) -> Iterator[Operation]:
         """Returns the operations that take a cache, write into none, and multiply nothing."""
-        types = self.graph.types
-        caches = {value for value in range(self.graph.inputs) if CACHE.fullmatch(types[value])}
-        for operation in self.graph.operations:
-            if operation.summary == HAS_BUFFER and caches & set(operation.takes):
-                caches |= set(operation.gives)
+        types = list(enumerate(self.graph.types))
+        caches = self._with_memory({value for value, type_ in types[: self.graph.inputs] if CACHE.fullmatch(type_)})
+        writable = self._with_memory({value for value, type_ in types if type_.endswith(WRITTEN)})
         for operation, launch in self.launches:
-            if not caches & set(operation.takes) or any(types[value].endswith(WRITTEN) for value in operation.takes):
+            if not caches & {*operation.takes} or writable & {*operation.takes}:
                 continue
             multiplies = any(kernel.multiplies for kernel in launch.kernels)
             if launch.copies or (MOVES.search(operation.summary) and not multiplies):
                 yield operation
+
+    def _with_memory(self, tensors: set[int]) -> set[int]:
+        """Returns tensors and their memory, which operations take in their place."""
+        found = set(tensors)
+        for operation in self.graph.operations:
+            if operation.summary == HAS_BUFFER and found & {*operation.takes}:
+                found |= {*operation.gives}
+        return found
 
 
 def fused(summary: str) -> list[str]:

@@ -157,16 +157,27 @@ def test_what_is_no_longer_flagged_is_said(tmp_path: Path) -> None:
         ("mo.cast", COPY, (3,), True),
         ("custom__maxwhisper.split_attention", MULTIPLY, (0, 2), False),
         ("custom__maxwhisper.store", COPY, (0, 1, 2), False),
+        ("custom__maxwhisper.store", COPY, (0, 2, 4), False),
         ("View(mo.static.broadcast_to, Elementwise(mo.greater, mo.select))", COPY, (0,), False),
         ("mo.transpose", COPY, (2,), False),
     ],
-    ids=["transposed", "joined", "its memory cast", "attended to", "stored into", "its length", "of a row"],
+    ids=[
+        "transposed",
+        "joined",
+        "its memory cast",
+        "attended to",
+        "stored into",
+        "its memory stored into",
+        "its length",
+        "of a row",
+    ],
 )
 def test_a_copy_of_a_cache_is_told_from_its_uses(
     summary: str, program: bytes, takes: tuple[int, ...], copies: bool
 ) -> None:
     entries = {"memory": Entry(b"memory"), "a": Entry(kernels=[program])}
-    steps = [Step("memory", "mgp.tensor.extract.buffer", (0,), 3), Step("a", summary, takes)]
+    memory = [Step("memory", "mgp.tensor.extract.buffer", (tensor,), gives) for tensor, gives in ((0, 3), (1, 4))]
+    steps = [*memory, Step("a", summary, takes)]
     found = only(Made(entries, {"decoder.step": steps}, [CACHE, IN_PLACE, ROW]))
     assert found.flags == ({"copy of a cache": 1} if copies else {})
 
