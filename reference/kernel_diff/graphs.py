@@ -19,12 +19,12 @@ from .mef import Graph, Mef, Operation
 
 CACHE = re.compile(r'!mgp\.tensor<((\d+|\?)x){4}\w+, <"gpu", 0>>')
 """The type of what a step reads keys or values from: a tensor on the GPU of rows, tokens, heads and channels."""
-WRITTEN = ", mut>"
-"""How the type of a tensor ends that is written in place."""
 HAS_BUFFER = "mgp.tensor.extract.buffer"
 """The operation that gives the memory of a tensor."""
-MOVES = re.compile(r"\bmo\.(transpose|concat|slice|cast|copy|mutable)|custom__")
-"""What may copy, in MAX's words; what compares places with a cache's length takes a cache too, and has none of them."""
+WORDS = re.compile(r"(?:mo\.|custom__)[\w.]+")
+VIEWS = {"mo.static.reshape", "mo.static.broadcast_to"}
+COPIES = {"mo.transpose", "mo.concat", "mo.slice", "mo.cast"}
+"""What changes no value, or only its dtype, in MAX's words; by VIEWS alone nothing is copied."""
 ON_THE_HOST = ("mgp.", "index.", "pop.", "kgen.", "shapeof(")
 """How the names of operations begin that launch nothing."""
 
@@ -64,7 +64,7 @@ class Compiled:
         found["TF32 kernel"] = sum(kernel.tf32 for kernel in self.kernels)
         found["cuBLAS in TF32"] = sum(launch.tf32 for _, launch in self.launches)
         found["split reducer"] = sum(SPLIT_REDUCER in kernel.name for kernel in self.kernels)
-        found["copy of a cache"] = len(list(self._copies()))
+        found["copy of a cache"] = self._copies()
         return +found
 
     @cached_property
@@ -72,25 +72,20 @@ class Compiled:
         """Digests of the code that launches."""
         return Counter(launch.host for _, launch in self.launches)
 
-    def _copies(self) -> Iterator[Operation]:
-        """Returns the operations that take a cache, write into none, and multiply nothing."""
-        types = list(enumerate(self.graph.types))
-        caches = self._with_memory({value for value, type_ in types[: self.graph.inputs] if CACHE.fullmatch(type_)})
-        writable = self._with_memory({value for value, type_ in types if type_.endswith(WRITTEN)})
-        for operation, launch in self.launches:
-            if not caches & {*operation.takes} or writable & {*operation.takes}:
-                continue
-            multiplies = any(kernel.multiplies for kernel in launch.kernels)
-            if launch.copies or (MOVES.search(operation.summary) and not multiplies):
-                yield operation
-
-    def _with_memory(self, tensors: set[int]) -> set[int]:
-        """Returns tensors and their memory, which operations take in their place."""
-        found = set(tensors)
+    def _copies(self) -> int:
+        """Returns how many parts of operations that take a cache copy something. What, MAX does not say."""
+        caches = {value for value in range(self.graph.inputs) if CACHE.fullmatch(self.graph.types[value])}
         for operation in self.graph.operations:
-            if operation.summary == HAS_BUFFER and found & {*operation.takes}:
-                found |= {*operation.gives}
-        return found
+            if operation.summary == HAS_BUFFER and caches & {*operation.takes}:
+                caches |= {*operation.gives}
+        taking = [(operation, launch) for operation, launch in self.launches if caches & {*operation.takes}]
+        return sum(launch.copies + sum(map(only_copies, fused(operation.summary))) for operation, launch in taking)
+
+
+def only_copies(part: str) -> bool:
+    """Tells whether a part of an operation copies values, and computes nothing with them."""
+    words = set(WORDS.findall(part))
+    return bool(words & COPIES) and words <= COPIES | VIEWS
 
 
 def fused(summary: str) -> list[str]:

@@ -16,8 +16,6 @@ KIND = 0x1FF
 """The bits of these 12 that name it whatever its operands are."""
 HMMA, HGMMA = 0x3C, 0x1F0
 """Products of small matrices by tensor cores, those of a warp and those of four warps."""
-MULTIPLICATIONS = {0x20, 0x23, 0x32, HMMA, HGMMA}
-"""FMUL, FFMA, HMUL2 and products of matrices. Not HFMA2, by which ptxas loads constants too."""
 INPUTS_OF = {HMMA: 64 + 18, HGMMA: 64 + 12}
 """The bit of an instruction where the dtype of what is multiplied stands, in two: 0 is float16, 1 bfloat16, 2 TF32.
 So ptxas 13.0 assembles `mma` for sm_80 and sm_90a, and `wgmma`."""
@@ -42,10 +40,6 @@ class Kernel:
     size: int
     instructions: Counter[int] = field(compare=False)
     tf32: bool
-
-    @property
-    def multiplies(self) -> bool:
-        return any(code & KIND in MULTIPLICATIONS for code in self.instructions)
 
     @property
     def on_tensor_cores(self) -> bool:

@@ -15,8 +15,7 @@ from reference.kernel_diff.kernels import multiplies_tf32
 
 from .compiled_code import FFMA, MOVE, Entry, Made, Step, kernel, written
 
-CACHE, IN_PLACE = '!mgp.tensor<?x?x2x64xf32, <"gpu", 0>>', '!mgp.tensor<?x?x2x64xf32, <"gpu", 0>, mut>'
-ROW = '!mgp.tensor<?x1x128xf32, <"gpu", 0>>'
+CACHE, ROW = '!mgp.tensor<?x?x2x64xf32, <"gpu", 0>>', '!mgp.tensor<?x1x128xf32, <"gpu", 0>>'
 HMMA = {"float16": 0x004FE6000000180C, "bfloat16": 0x004FE6000004180C, "TF32": 0x004FE6000008100C}
 HGMMA = {"float16": 0x000FE60008000818, "bfloat16": 0x000FE60008001818, "TF32": 0x000FE60008002818}
 """The high words of `mma` and `wgmma` with sums in float32, as ptxas 13.0 assembles them for sm_90a."""
@@ -150,36 +149,41 @@ def test_what_is_no_longer_flagged_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("summary", "program", "takes", "copies"),
+    ("summary", "takes", "copies"),
     [
-        ("Sequence(mgp.tensor.extract.buffer, mo.transpose)", COPY, (0,), True),
-        ("Prologue(mo.slice, mo.concat, operandIndices=[0])", COPY, (0, 2), True),
-        ("mo.cast", COPY, (3,), True),
-        ("custom__maxwhisper.split_attention", MULTIPLY, (0, 2), False),
-        ("custom__maxwhisper.store", COPY, (0, 1, 2), False),
-        ("custom__maxwhisper.store", COPY, (0, 2, 4), False),
-        ("View(mo.static.broadcast_to, Elementwise(mo.greater, mo.select))", COPY, (0,), False),
-        ("mo.transpose", COPY, (2,), False),
+        ("Sequence(mgp.tensor.extract.buffer, mo.transpose)", (0,), 1),
+        ("Prologue(mo.slice, mo.concat, operandIndices=[0])", (0, 1), 1),
+        ("View(mo.static.reshape, mo.cast)", (2,), 1),
+        ("Sequence(mo.transpose, mo.transpose, custom__mo.mha.no_cache)", (0, 1), 2),
+        ("custom__maxwhisper.split_attention", (0, 1), 0),
+        ("Sequence(Elementwise(mo.cast, mo.add), custom__maxwhisper.store)", (0, 1), 0),
+        ("View(mo.static.broadcast_to, Elementwise(mo.greater, mo.select))", (0,), 0),
+        ("View(mo.static.reshape)", (0,), 0),
+        ("mo.transpose", (1,), 0),
     ],
     ids=[
         "transposed",
         "joined",
-        "its memory cast",
-        "attended to",
-        "stored into",
-        "its memory stored into",
-        "its length",
-        "of a row",
+        "its_memory_cast",
+        "copied_to_attend",
+        "attended_to",
+        "stored_into",
+        "its_length",
+        "a_view",
+        "of_a_row",
     ],
 )
-def test_a_copy_of_a_cache_is_told_from_its_uses(
-    summary: str, program: bytes, takes: tuple[int, ...], copies: bool
-) -> None:
-    entries = {"memory": Entry(b"memory"), "a": Entry(kernels=[program])}
-    memory = [Step("memory", "mgp.tensor.extract.buffer", (tensor,), gives) for tensor, gives in ((0, 3), (1, 4))]
-    steps = [*memory, Step("a", summary, takes)]
-    found = only(Made(entries, {"decoder.step": steps}, [CACHE, IN_PLACE, ROW]))
-    assert found.flags == ({"copy of a cache": 1} if copies else {})
+def test_a_copy_of_a_cache_is_told_from_its_uses(summary: str, takes: tuple[int, ...], copies: int) -> None:
+    entries = {"memory": Entry(b"memory"), "a": Entry(kernels=[COPY])}
+    steps = [Step("memory", "mgp.tensor.extract.buffer", (0,), 2), Step("a", summary, takes)]
+    found = only(Made(entries, {"decoder.step": steps}, [CACHE, ROW]))
+    assert found.flags == ({"copy of a cache": copies} if copies else {})
+
+
+def test_a_copy_that_no_kernel_makes_is_seen() -> None:
+    entries = {"a": Entry(calls=["AsyncRT_DeviceContext_DtoD_async"])}
+    found = only(Made(entries, {"decoder.step": [Step("a", "mo.mutable.load", (0,))]}, [CACHE]))
+    assert found.flags == {"copy of a cache": 1}
 
 
 def test_every_part_of_an_operation_counts_as_a_launch() -> None:
