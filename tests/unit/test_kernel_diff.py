@@ -226,6 +226,10 @@ def test_nothing_is_to_be_tested_where_nothing_differs(tmp_path: Path, capsys: p
 DAMAGES = {
     "cut short": (lambda content: content[: len(content) // 2], ""),
     "no artifact": (lambda content: b"MLIR" + content, "starts with 4d4c, expected eef0"),
+    "an operation that gives more than there is": (
+        lambda content: content.replace(struct.pack("<6I", 0, 0, 0, 6, 0, 0), struct.pack("<6I", 0, 0, 0, 6, 0, 2**31)),
+        "an operation gives 2147483648 values of 9",
+    ),
     "a program without a kernel": (
         lambda content: content.replace(b".text.foreach", b".data.foreach"),
         "a program for a GPU has no kernel",
