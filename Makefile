@@ -15,10 +15,12 @@ DTYPE ?= float32
 ON_GPU = --device gpu --require-gpu $(addprefix --artifacts ,$(ARTIFACTS))
 REPORT_DIR = $(or $(REPORT),build/report)
 DEVICE := cpu
+COMPILED_HEAD = $(or $(ARTIFACTS),build/artifacts/$(TARGETS))
+COMPILED_BASE = $(or $(BASE_ARTIFACTS),build/artifacts-base/$(TARGETS))
 NEEDS_BASE = @test -n "$(BASE)" || { echo "make $@ needs a git revision: make $@ BASE=main"; exit 1; }
 
 .PHONY: help setup demo lint lint-ci test test-nightly test-peers test-bulk test-x86-64-v3 test-faults test-mutants soak graph-key compile-gate \
-	compile-base doctor gpu-parity gpu-perf gpu-remote summary merge-gate perf perf-gate growth clean
+	compile-base kernel-diff doctor gpu-parity gpu-perf gpu-remote summary merge-gate perf perf-gate growth clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z0-9-]*\):.*  ## \(.*\)/make \1\t\2/p' Makefile
@@ -93,15 +95,19 @@ graph-key: $(INSTALLED)  ## what the compile cache may be kept under: the versio
 compile-gate: $(INSTALLED)  ## compile every graph for GPUs that need not be there: make compile-gate TARGETS=sm_80,sm_90a
 	$(BIN)/pytest tests/parity --compile-only $(TARGETS) --artifacts build/artifacts --size $(SIZE) --dtype $(DTYPE)
 
-compile-base: $(INSTALLED)  ## the same of the revision BASE, for perf-gate; to build/artifacts-base
+compile-base: $(INSTALLED)  ## the same of the revision BASE, for perf-gate and kernel-diff; to build/artifacts-base
 	$(NEEDS_BASE)
 	$(BIN)/python -m reference.perf.compile_base "$(BASE)" $(TARGETS) --size $(SIZE) --dtype $(DTYPE)
+
+kernel-diff: $(INSTALLED)  ## how a GPU's kernels differ: make compile-gate compile-base kernel-diff BASE=main
+	$(BIN)/python -m reference.kernel_diff $(COMPILED_HEAD) $(COMPILED_BASE) \
+	$(addprefix --output ,$(addsuffix /kernel-diff.md,$(REPORT)))
 
 doctor: $(INSTALLED)  ## what keeps MAX from using the GPU, if anything does
 	$(BIN)/maxwhisper doctor
 
-gpu-parity: $(INSTALLED)  ## parity on a GPU; ARTIFACTS=build/artifacts/sm_90a uses what compile-gate wrote
-	$(BIN)/pytest tests/parity $(ON_GPU) --size $(SIZE) --dtype $(DTYPE) --report $(REPORT_DIR)
+gpu-parity: $(INSTALLED)  ## parity on a GPU; ARTIFACTS=build/artifacts/sm_90a uses what compile-gate wrote [K="what -k takes"]
+	$(BIN)/pytest tests/parity $(if $(K),-k "$(K)") $(ON_GPU) --size $(SIZE) --dtype $(DTYPE) --report $(REPORT_DIR)
 
 gpu-perf: $(INSTALLED)  ## benchmarks on a GPU; ARTIFACTS and REPORT as for gpu-parity
 	mkdir -p $(REPORT_DIR)

@@ -176,6 +176,13 @@ class Lowering:
             self.failures[self.waiting.pop(0)] = json.loads(line)
         return self.failures[size, dtype].get(graph)
 
+    def finish(self) -> bool:
+        """Waits until all is compiled; returns whether the artifacts were written."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.failures[self.waiting.pop(0)] = json.loads(line)
+        return self.process.wait() == 0
+
     def ended(self) -> str:
         """How the process ended that should have said more."""
         self.process.wait()

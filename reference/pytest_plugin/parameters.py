@@ -22,8 +22,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "comparison" in metafunc.fixturenames:
         metafunc.parametrize("comparison", list(compared(config)), ids=identify)
     elif "lowering" in metafunc.fixturenames:
-        names = ("lowering", "size", "dtype", "graph")
-        metafunc.parametrize(names, list(lowered(config)), ids=in_test_name, indirect=["lowering"])
+        names = ["lowering", "size", "dtype", "graph"]
+        if "graph" not in metafunc.fixturenames:  # of all that is compiled together
+            names.pop()
+        rows = dict.fromkeys(row[: len(names)] for row in lowered(config))
+        metafunc.parametrize(names, list(rows), ids=in_test_name, indirect=["lowering"])
     elif "suite" in metafunc.fixturenames:
         timed = metafunc.definition.get_closest_marker("benchmarked")
         precisions = Options.of(config).dtypes if config.getoption("--dtype") or not timed else [torch.float32]

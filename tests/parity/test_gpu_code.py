@@ -1,18 +1,16 @@
 """What is compiled for a GPU, read as code, by the compile gate: nothing can run it there."""
 
-import os
-import struct
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
 
-from maxwhisper.engine.artifacts import source_hash
+from reference.kernel_diff import graphs
+from reference.kernel_diff.kernels import SPLIT_REDUCER, Kernel
 
 COMPILE = """
 import sys
@@ -59,58 +57,19 @@ program = Program(name, "", NoWeights(), graphs[name], dict(enumerate(inputs[nam
 Artifact(name, [program], device).stored.compiled.export_mef(path)
 """
 pytestmark = pytest.mark.compiles_for("sm_90a")
-CUDA, ELF = 190, b"\x7fELF"
-INSTRUCTION = 16
-"""Bytes, of which the low 12 bits say what it does."""
 LOADS, STORES = {0x980, 0x981}, {0x385, 0x386, 0x985, 0x986}
 """LD and LDG, ST and STG: from and to the memory of the GPU."""
-TENSOR_CORES = {0x3C, 0x1F0}
-"""HMMA and HGMMA in the low 9 bits: a product of small matrices, of float16, bfloat16 or TF32."""
-Kernels = list[tuple[str, Counter[int]]]
-"""By name, with how often each has each instruction."""
-
-
-def kernels(artifact: bytes) -> Iterator[tuple[str, Counter[int]]]:
-    """Every kernel of the GPU programs in an artifact, by name, and how often it has each instruction."""
-    start = artifact.find(ELF)
-    while start >= 0:
-        program = artifact[start:]
-        if struct.unpack_from("<H", program, 18)[0] == CUDA:
-            (offset,), (size, number, names) = (
-                struct.unpack_from("<Q", program, 40),
-                struct.unpack_from("<HHH", program, 58),
-            )
-            sections = [struct.unpack_from("<IIQQQQIIQQ", program, offset + i * size) for i in range(number)]
-            strings = program[sections[names][4] :]
-            for section in sections:
-                name = strings[section[0] : strings.index(b"\0", section[0])].decode()
-                if name.startswith(".text."):
-                    code = range(section[4], section[4] + section[5], INSTRUCTION)
-                    yield name, Counter(struct.unpack_from("<H", program, at)[0] & 0xFFF for at in code)
-        start = artifact.find(ELF, start + 1)
-
-
-def own_cache(name: str) -> dict[str, str]:
-    """Names a compile cache for this graph alone: MAX puts kernels that it has compiled for others into an artifact."""
-    users = Path(os.environ.get("MODULAR_CACHE_DIR") or Path.home() / ".cache" / "modular")
-    folder = str(users / "gpu-code" / f"{name}-{source_hash()[:16]}")
-    return {"MODULAR_CACHE_DIR": folder, "MODULAR_MAX_CACHE_DIR": folder}
 
 
 @cache
-def compiled(name: str, dtype: str) -> Kernels:
+def compiled(name: str, dtype: str) -> list[Kernel]:
     """The kernels of a graph of COMPILE."""
     with TemporaryDirectory() as folder:
         path = Path(folder, "graph.mef")
-        environment = os.environ | own_cache(f"{name}-{dtype}")
-        subprocess.run([sys.executable, "-c", COMPILE, name, dtype, str(path)], check=True, env=environment)
-        found = list(kernels(path.read_bytes()))
-    assert found
-    return found
-
-
-def on_tensor_cores(code: Counter[int]) -> bool:
-    return any(instruction & 0x1FF in TENSOR_CORES for instruction in code)
+        subprocess.run([sys.executable, "-c", COMPILE, name, dtype, str(path)], check=True)
+        (graph,) = graphs.compiled(path.read_bytes(), path)
+    assert graph.kernels
+    return list(graph.kernels)
 
 
 STEPS = pytest.mark.parametrize("dtype", ["float16", "float32"])  # by kernels of ours, whatever the dtype
@@ -120,7 +79,7 @@ STEPS = pytest.mark.parametrize("dtype", ["float16", "float32"])  # by kernels o
 def test_a_kernel_of_ours_has_its_parameters_by_value(dtype: str) -> None:
     """Else it would look for the addresses of caches on the stack of the CPU: what puts a key and a value into a cache
     has nothing else to load than a length, a query, a key and a value, of which it stores three."""
-    storing = [code for name, code in compiled("step", dtype) if "elementwise" in name]
+    storing = [each.instructions for each in compiled("step", dtype) if "elementwise" in each.name]
     for code in storing:
         loads, stores = (sum(code[each] for each in kind) for kind in (LOADS, STORES))
         assert loads > 0 and loads * 3 == stores * 4
@@ -131,7 +90,7 @@ def test_a_kernel_of_ours_has_its_parameters_by_value(dtype: str) -> None:
 def test_scores_are_computed_from_parameters_by_value_too(dtype: str) -> None:
     """For each score there is nothing to load but a query and a key, 16 bytes at a time."""
     size = 2 * 64 * (4 if dtype == "float32" else 2)
-    scoring = [code for name, code in compiled("many", dtype) if "elementwise" in name]
+    scoring = [each.instructions for each in compiled("many", dtype) if "elementwise" in each.name]
     for code in scoring:
         loads, stores = (sum(code[each] for each in kind) for kind in (LOADS, STORES))
         assert stores > 0 and loads * 16 == stores * size
@@ -142,7 +101,7 @@ def test_scores_are_computed_from_parameters_by_value_too(dtype: str) -> None:
 def test_a_step_attends_by_kernels_of_ours_and_reads_a_cache_where_it_is(dtype: str) -> None:
     """A copy would take longer than attention, and might be made before the new key is there. Of our own two there is
     one of each for caches, and one for the audio; what stores is compiled for small and for large caches."""
-    counts = Counter(name.removeprefix(".text.").partition("_")[0] for name, _ in compiled("step", dtype))
+    counts = Counter(kernel.name.partition("_")[0] for kernel in compiled("step", dtype))
     assert counts == {"split": 2, "join": 2, "elementwise": 2}
 
 
@@ -152,26 +111,26 @@ def test_a_step_attends_by_kernels_of_ours_and_reads_a_cache_where_it_is(dtype: 
 )
 def test_attention_puts_no_parts_together_by_maxs_reducer(name: str, dtype: str) -> None:
     """Which weighs the parts by other powers than those in which their maxima are: docs/max-split-attention.md."""
-    assert not [kernel for kernel, _ in compiled(name, dtype) if "splitk_reduce" in kernel]
+    assert not [kernel for kernel in compiled(name, dtype) if SPLIT_REDUCER in kernel.name]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_attention_of_many_queries_is_on_tensor_cores_in_its_own_dtype(dtype: str) -> None:
     """In float32 these would cut probabilities off to TF32."""
-    names = [name for name, code in compiled("many", dtype) if on_tensor_cores(code)]
+    names = [kernel.name for kernel in compiled("many", dtype) if kernel.on_tensor_cores]
     assert names and all(f"_{dtype}_{dtype}_" in name and "float32" not in name for name in names)
 
 
 @pytest.mark.parametrize("name", ["step", "many", "convolution"])
 def test_float32_is_not_on_tensor_cores(name: str) -> None:
     """Which know no float32 but TF32."""
-    assert not [kernel for kernel, code in compiled(name, "float32") if on_tensor_cores(code)]
+    assert not [kernel for kernel in compiled(name, "float32") if kernel.on_tensor_cores]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_convolution_is_a_product(dtype: str) -> None:
     """By MAX's kernel for those, in float32 by the vendor's library. MAX's own for convolutions has a thread for each
     frame, which adds up every channel of it without tensor cores."""
-    names = [name for name, _ in compiled("convolution", dtype)]
+    names = [kernel.name for kernel in compiled("convolution", dtype)]
     assert any("gemm" in name for name in names) == (dtype == "bfloat16")
     assert not any("conv" in name for name in names)

@@ -115,6 +115,7 @@ def test_a_gate_asks_for_what_transcribes_on_a_gpu_too() -> None:
 def test_a_process_that_ends_early_is_reported_with_its_last_words(tmp_path: Path) -> None:
     lowering = Lowering("sm_1", FLOAT32, tmp_path / "out", None)
     reason = lowering.failure(*FLOAT32[0], "encoder")
+    assert not lowering.finish()
     lowering.stop()
     assert reason is not None and "ended with status 1" in reason and "target 'sm_1' is not known" in reason
     assert lowering.summary() == "sm_1: 0 of 1 models compiled, 0 graphs do not lower; no artifacts written"

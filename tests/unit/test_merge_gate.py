@@ -54,7 +54,8 @@ def test_whatever_has_a_base_is_gated_against_it() -> None:
     """An empty BASE fails the step, so that only a schedule, which has none, may leave it out."""
     condition = r"\n        if: github.event_name != 'schedule'"
     assert re.search(rf"run: make --silent perf-gate .*{condition}\n", WORKFLOW)
-    assert re.search(rf"run: make compile-base .*{condition} && matrix.target == env.GPU_TARGET\n", WORKFLOW)
+    for target in ("compile-base", "--silent kernel-diff"):
+        assert re.search(rf"run: make {target} .*{condition} && matrix.target == env.GPU_TARGET\n", WORKFLOW)
     done = subprocess.run(["make", "--old-file=.venv/installed", "perf-gate", "BASE="], cwd=ROOT, capture_output=True)
     assert done.returncode and b"make perf-gate needs a git revision" in done.stdout
 
