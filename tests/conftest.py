@@ -1,14 +1,18 @@
-"""Which tests the workers of pytest-xdist share out among them."""
+"""Which tests the workers of pytest-xdist share out among them, and that none fails because a machine is slow."""
 
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from reference.judge import dtype_name
 from reference.measures import DTYPES
 from reference.models import CHECKPOINT, FIXTURE, SIZES
+
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 MODEL = re.compile(
     rf"\[((?:{'|'.join((CHECKPOINT, FIXTURE, *SIZES))})-(?:{'|'.join(map(dtype_name, DTYPES.values()))}))\b"

@@ -29,7 +29,6 @@ pytestmark = pytest.mark.trained
 
 examples = settings(
     max_examples=8,
-    deadline=None,
     derandomize=True,  # the same examples in every run: a merge gate must not depend on luck
     print_blob=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],

@@ -153,7 +153,7 @@ def check(
 SIZES = {"rows": st.integers(1, 3), "n_head": st.integers(1, 3), "seed": st.integers(0, 2**32 - 1)}
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(shared=st.integers(1, 9), n_key=st.integers(1, 300), **SIZES)
 def test_attention_of_texts_that_share_keys(rows: int, shared: int, n_head: int, n_key: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -162,7 +162,7 @@ def test_attention_of_texts_that_share_keys(rows: int, shared: int, n_head: int,
     check("cross", graphs()["cross"](q, k, v), q, k, v)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     shared=st.integers(1, 3),
@@ -182,7 +182,7 @@ def test_attention_of_many_queries(
     check(name, graphs()[name](q, k, v), q, k, v, output=SCORES)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(n_token=st.integers(2, 300), **SIZES)
 def test_causal_attention(rows: int, n_head: int, n_token: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -191,7 +191,7 @@ def test_causal_attention(rows: int, n_head: int, n_token: int, seed: int) -> No
     check("causal", graphs()["causal"](q, k, v), q, k, v, causal=True)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(n_past=st.integers(0, 300), n_free=st.integers(0, 20), **SIZES)
 def test_attention_behind_a_cache_reads_nothing_that_is_not_filled(
     rows: int, n_head: int, n_past: int, n_free: int, seed: int
@@ -206,7 +206,7 @@ def test_attention_behind_a_cache_written_out(n_past: int, n_free: int) -> None:
     check_cached("written out", 3, 2, n_past, n_free, seed=0, output=SCORES)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(n_place=st.integers(1, 300), rows=st.integers(1, 4), data=st.data())
 def test_attention_behind_a_cache_in_place(n_place: int, rows: int, data: st.DataObject) -> None:
     n_past = torch.tensor([data.draw(st.integers(0, n_place - 1)) for _ in range(rows)])
@@ -236,7 +236,7 @@ def check_cached(
     check(graph, ours, q, k, v, output=output)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(dtype=st.sampled_from(DTYPES), shared=st.integers(1, 3), n_key=st.integers(1, 300), **SIZES)
 def test_attention_over_parts_of_the_keys(
     dtype: DType, rows: int, shared: int, n_head: int, n_key: int, seed: int
@@ -258,7 +258,7 @@ def test_parts_that_differ_by_more_than_float32_holds() -> None:
     assert graphs()["split, float32"](q, k, v)[0].equal(v[:, :, 70])
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(shared=st.integers(1, 3), n_token=st.integers(1, 20), n_key=st.integers(1, 90), **SIZES)
 def test_scores_as_a_gpu_computes_them(
     rows: int, shared: int, n_head: int, n_token: int, n_key: int, seed: int
@@ -308,7 +308,7 @@ def test_texts_of_other_lengths_attend_as_they_do_alone() -> None:
     assert together.equal(torch.cat(alone))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(n_past=st.integers(0, 300), **SIZES)
 def test_places_may_be_read_from_any_row(rows: int, n_head: int, n_past: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

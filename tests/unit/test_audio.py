@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import whisper.audio
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from maxwhisper import audio as audio_module
@@ -329,7 +329,6 @@ def samples_or_audio_error(path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*(damaged packets|its audio):RuntimeWarning")
-@settings(deadline=None)
 @given(data=st.data())
 def test_any_truncation_gives_samples_or_one_error(samples_of_formats: list[Path], data: st.DataObject) -> None:
     path = data.draw(st.sampled_from(samples_of_formats))
@@ -340,7 +339,6 @@ def test_any_truncation_gives_samples_or_one_error(samples_of_formats: list[Path
 
 
 @pytest.mark.filterwarnings("ignore:.*(damaged packets|its audio):RuntimeWarning")
-@settings(deadline=None)
 @given(data=st.data())
 def test_any_damage_gives_samples_or_one_error(samples_of_formats: list[Path], data: st.DataObject) -> None:
     path = data.draw(st.sampled_from(samples_of_formats))

@@ -49,7 +49,7 @@ FORMATS: dict[str, Callable[[Path, Tensors], Path]] = {
 sizes = st.integers(1, 3)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.builds(ModelDimensions, sizes, sizes, st.just(8), sizes, sizes, sizes, sizes, st.just(8), sizes, sizes))
 def test_expected_tensors_are_those_of_openai_whisper(dims: ModelDimensions) -> None:
     state = Whisper(dims).state_dict()

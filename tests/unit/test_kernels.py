@@ -49,7 +49,7 @@ def products() -> list[Program]:
     return [program(stored) for stored in STORED]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     stored=st.sampled_from(STORED),
     batch=st.integers(1, 3),
