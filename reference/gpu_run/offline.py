@@ -138,11 +138,13 @@ def main() -> int:
         into.mkdir()
         unpack(bundle, into)
         install(into)
+        number = len(list((into / "wheels").iterdir()))
+        shutil.rmtree(into / "wheels")
         (into / DONE).write_text(manifest)
     except (BundleError, subprocess.CalledProcessError) as error:
         print(error, file=sys.stderr)
         return 1
-    print(f"{len(list((into / 'wheels').glob('*.whl')))} wheels installed into {into / 'venv'}")
+    print(f"{number} wheels installed into {into / 'venv'}")
     return 0
 
 
