@@ -20,7 +20,7 @@ COMPILED_BASE = $(or $(BASE_ARTIFACTS),build/artifacts-base/$(TARGETS))
 NEEDS_BASE = @test -n "$(BASE)" || { echo "make $@ needs a git revision: make $@ BASE=main"; exit 1; }
 
 .PHONY: help setup demo lint lint-ci test test-nightly test-peers test-bulk test-x86-64-v3 test-faults test-mutants soak graph-key compile-gate \
-	compile-base kernel-diff doctor gpu-parity gpu-perf gpu-remote summary merge-gate perf perf-gate growth clean
+	compile-base kernel-diff doctor gpu-parity gpu-perf gpu-remote gpu-bundle summary merge-gate perf perf-gate growth clean
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z0-9-]*\):.*  ## \(.*\)/make \1\t\2/p' Makefile
@@ -113,8 +113,13 @@ gpu-perf: $(INSTALLED)  ## benchmarks on a GPU; ARTIFACTS and REPORT as for gpu-
 	mkdir -p $(REPORT_DIR)
 	$(BIN)/pytest tests/perf $(ON_GPU) --size $(SIZE) --dtype $(DTYPE) --benchmark-json $(REPORT_DIR)/perf.json
 
-gpu-remote:  ## all of this on another machine: make gpu-remote HOST=user@host
-	scripts/gpu-runner.sh --host "$(HOST)"
+gpu-remote:  ## all of this on another machine: make gpu-remote HOST=user@host [MINUTES=60]
+	scripts/gpu-runner.sh --host "$(HOST)" $(addprefix --minutes ,$(MINUTES))
+
+# For Python 3.12, HAS=torch and everything in build/artifacts, unless given.
+gpu-bundle: $(INSTALLED)  ## all of this for a machine without network [PYTHON_VERSION=3.12] [HAS=torch,...] [ARTIFACTS=dir]
+	$(BIN)/python -m reference.gpu_run.bundle $(addprefix --python ,$(PYTHON_VERSION)) $(if $(filter undefined,$(origin HAS)),,--has "$(HAS)") \
+	$(addprefix --artifacts ,$(ARTIFACTS))
 
 summary:  ## print the summary of a report
 	@cat $(REPORT_DIR)/summary.md

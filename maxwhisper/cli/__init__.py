@@ -92,7 +92,7 @@ def add_compile(commands: Any) -> None:
         description="Compile what transcribes with a model, for this machine's CPU or for a GPU, which need not be "
         "there, into a folder for `maxwhisper transcribe --artifacts`.",
     )
-    parser.add_argument("--model", required=True, help="as for transcribe")
+    parser.add_argument("--model", required=True, help="as for transcribe, or random:SIZE, as for compare")
     parser.add_argument("--model_dir", help="as for transcribe")
     parser.add_argument("--target", required=True, choices=TARGETS, help="host, or the architecture of a GPU")
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="as for transcribe")
@@ -122,8 +122,11 @@ def convert(source: str, destination: str) -> int:
 
 
 def compile_ahead(model: str, model_dir: str | None, target: str, dtype: str, out: str) -> int:
+    from ..compare.material import RANDOM, stored_model
     from ..whisper import compile_model
 
+    if model.startswith(RANDOM):
+        model = str(stored_model(model))
     compile_model(model, target, out, model_dir, dtype)
     print(out)
     return 0

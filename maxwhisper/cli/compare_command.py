@@ -21,6 +21,7 @@ def add_compare(commands: Any) -> None:
     add("--text", action="append", metavar="FILE", help="what is said, once for each AUDIO and in their order")
     add("--tokens", type=above_zero, metavar="N", help="decode N tokens for every 30 s, in place of transcribing")
     add_measuring(parser, rounds=3)
+    add("--artifacts", metavar="DIR", help="as of transcribe; rows of maxwhisper are then of the precisions held there")
     add("--plot", metavar="FILE", help="write a picture, in PNG")
     parser.set_defaults(run=partial(compare, parser))
 

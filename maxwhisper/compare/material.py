@@ -12,6 +12,7 @@ from whisper.model import ModelDimensions, sinusoids
 from ..audio import load_audio
 from ..checkpoint import Checkpoint, expected_tensors, load_checkpoint
 from ..errors import OptionError
+from .convert import converted, store
 
 RANDOM = "random:"
 
@@ -46,6 +47,14 @@ def checkpoint_for(model: str) -> Checkpoint:
     generator = torch.Generator().manual_seed(0)
     tensors = {name: random_tensor(name, shape, generator) for name, shape in expected_tensors(dims).items()}
     return Checkpoint(model, Path(model), dims, tensors, None)
+
+
+def stored_model(model: str) -> Path:
+    """Returns the file of what `checkpoint_for` returns, in OpenAI's format, kept as that of a comparison.
+
+    Raises as `checkpoint_for` and `store` do.
+    """
+    return converted("openai", store(checkpoint_for(model))) / "model.pt"
 
 
 def random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:

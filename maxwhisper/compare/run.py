@@ -14,14 +14,16 @@ from typing import Any
 
 import numpy as np
 from whisper.audio import log_mel_spectrogram, pad_or_trim
+from whisper.model import ModelDimensions
 
 from ..checkpoint import Checkpoint
 from ..doctor import ProbeError, ask
+from ..engine.artifacts import Artifacts
 from ..engine.session import device_named, find_device
 from ..errors import DeviceError, MaxWhisperError, OptionError
 from ..files import replacing
 from .convert import store
-from .engines import REFERENCE, SPECS, Spec, Task, missing, rows, versions
+from .engines import REFERENCE, SPECS, SUBJECT, Spec, Task, missing, precision, rows, versions
 from .material import Recording, checkpoint_for, recordings
 from .process import EngineError, Worker, awake
 from .results import Piece, Results, Row
@@ -50,15 +52,19 @@ def compare(
     batch_size: int,
     threads: int,
     rounds: int,
+    artifacts: str | None = None,
 ) -> Results:
     """Runs maxwhisper and the engines in `against`, None for all, on `audio`.
 
     device: "cpu", "gpu", or "auto" for a GPU where there is one.
     tokens: decode this many for every window of 30 s, in place of transcribing.
     batch_size: how many pieces decode together, in the rows that are of batches.
+    artifacts: a folder of graphs that maxwhisper takes; its rows are then those of the precisions there.
 
-    Raises AudioError, CheckpointError, DeviceError, OptionError, and MaxWhisperError if PyTorch Whisper, which the
-    others are compared with, fails.
+    Interrupted as it measures, it returns what was measured, and the rows that were not say so.
+
+    Raises ArtifactError, AudioError, CheckpointError, DeviceError, OptionError, and MaxWhisperError if PyTorch Whisper,
+    which the others are compared with, fails.
     """
     device = device_named(device)
     specs = rows(against, device)
@@ -66,10 +72,13 @@ def compare(
     found = machine(device)
     heard = recordings(audio, texts)
     checkpoint = checkpoint_for(model)
+    if artifacts:
+        specs = held(specs, Artifacts(artifacts, device), checkpoint.dims)
     longest = checkpoint.dims.n_text_ctx // 2
     if tokens is not None and not 2 <= tokens <= longest:
         raise OptionError(f"--tokens must be from 2 to {longest}, which is where Whisper ends a text, not {tokens}")
-    task = replace(task_for(checkpoint.dims, beam_size, threads, device), batch_size=batch_size)
+    task = task_for(checkpoint.dims, beam_size, threads, device)
+    task = replace(task, batch_size=batch_size, artifacts=artifacts)
     folder = store(checkpoint)
     with tempfile.TemporaryDirectory(prefix="maxwhisper-compare-") as scratch:
         comparison = Comparison(checkpoint, heard, task, tokens, rounds, folder, Path(scratch))
@@ -85,6 +94,16 @@ def compare(
         audio_s=sum(each.seconds for each in heard),
         rows=measured,
     )
+
+
+def held(specs: list[Spec], artifacts: Artifacts, dims: ModelDimensions) -> list[Spec]:
+    """Returns the rows without maxwhisper's in precisions that artifacts do not hold; raises OptionError if none is."""
+    networks = [each.identity for each in artifacts.held if each.identity.unit == "network"]
+    precisions = {each.compute for each in networks if each.dims == vars(dims)}
+    left = [spec for spec in specs if spec.engine != SUBJECT or precision(spec.variant) in precisions]
+    if not any(spec.engine == SUBJECT for spec in left):
+        raise OptionError(f"--artifacts {artifacts.folder}: holds no network of these dimensions: {vars(dims)}")
+    return left
 
 
 class Comparison:
@@ -124,24 +143,32 @@ class Comparison:
         """Returns a row for each of `specs`; raises MaxWhisperError if the reference fails."""
         rows = {spec.name: Row(spec.name, spec.note, versions(spec), missing(spec)) for spec in specs}
         spoken = self.reference()
-        with contextlib.ExitStack() as stack:
-            workers = {}
-            for spec in specs:
-                row = rows[spec.name]
-                if row.not_installed:
-                    continue
-                with reported(row):
-                    workers[spec.name] = self.started(spec, row, stack)
-            for number in range(self.rounds):
-                names = list(workers)
-                first = number % max(len(names), 1)
-                for name in names[first:] + names[:first]:  # nobody is always the one after the slowest
-                    log.info("round %d of %d: %s", number + 1, self.rounds, name)
-                    with reported(rows[name]):
-                        self.measure(workers[name], rows[name], spoken)
-                    if rows[name].error:
-                        workers.pop(name).close()
+        there = [spec for spec in specs if not rows[spec.name].not_installed]
+        try:
+            with contextlib.ExitStack() as stack:
+                self.measure_all(there, rows, spoken, stack)
+        except KeyboardInterrupt:
+            for spec in there:
+                rows[spec.name] = interrupted(rows[spec.name], self.rounds)
         return list(rows.values())
+
+    def measure_all(
+        self, specs: list[Spec], rows: dict[str, Row], spoken: list[list[int]], stack: contextlib.ExitStack
+    ) -> None:
+        """Measures engines into their rows; each starts when it is first its turn, and fails alone."""
+        workers: dict[str, Worker] = {}
+        for number in range(self.rounds):
+            first = number % max(len(specs), 1)
+            for spec in specs[first:] + specs[:first]:  # nobody is always the one after the slowest
+                if (row := rows[spec.name]).error:
+                    continue
+                log.info("round %d of %d: %s", number + 1, self.rounds, spec.name)
+                with reported(row):
+                    if spec.name not in workers:
+                        workers[spec.name] = self.started(spec, row, stack)
+                    self.measure(workers[spec.name], row, spoken)
+                if row.error and spec.name in workers:
+                    workers.pop(spec.name).close()
 
     def reference(self) -> list[list[int]]:
         """Returns PyTorch Whisper's tokens for each recording, and finds the languages, which all others get."""
@@ -257,6 +284,15 @@ def reported(row: Row) -> Iterator[None]:
         yield
     except EngineError as error:
         row.error = str(error)
+
+
+def interrupted(row: Row, rounds: int) -> Row:
+    """Returns a row of a comparison that was interrupted, which says so where rounds are missing."""
+    if row.error or len(row.total_s) == rounds:
+        return row
+    if not row.total_s:
+        return replace(row, error="interrupted before it was measured")
+    return replace(row, note=f"{row.note}; interrupted after {len(row.total_s)} of {rounds} rounds")
 
 
 def tokens_of(answer: dict[str, Any]) -> list[int]:

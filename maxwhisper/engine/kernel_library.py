@@ -29,8 +29,17 @@ FOLDER_DESCRIPTOR = 900
 def kernel_library() -> KernelLibrary:
     """Returns KERNELS compiled: once, where a graph that is given the sources would compile them in every process.
 
-    What was compiled is kept in the cache folder `kernels`, by a hash of the sources.
     Raises as `compile_kernels` does.
+    """
+    library = KernelLibrary()
+    library.load_paths([path_for_max(kernel_package())])
+    return library
+
+
+def kernel_package() -> Path:
+    """Returns the file that holds KERNELS compiled, in the cache folder `kernels`, named by a hash of the sources.
+
+    Raises as `compile_kernels` does, if it is not there yet.
     """
     hashed = hashlib.sha256(version("mojo-compiler").encode())
     for source in sorted(KERNELS.glob("*.mojo")):
@@ -38,9 +47,7 @@ def kernel_library() -> KernelLibrary:
     package = cache_folder("kernels").resolve() / f"maxwhisper_kernels_{hashed.hexdigest()[:16]}.mojoc"
     if not package.exists():
         compile_kernels(package)
-    library = KernelLibrary()
-    library.load_paths([path_for_max(package)])
-    return library
+    return package
 
 
 def code(path: Path) -> str:

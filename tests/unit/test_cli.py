@@ -11,13 +11,16 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import whisper
 
+from maxwhisper.checkpoint import load_checkpoint
 from maxwhisper.cli.outputs import FORMATS
 from maxwhisper.cli.terminal import messages_on_stderr
+from maxwhisper.compare import material
 from maxwhisper.engine import session
 
 from .command import CLIP, RESULT, ROOT, StubModel, assert_one_line, status, write_wav
@@ -417,3 +420,20 @@ def test_closed_standard_output(out: Path) -> None:
         error = process.stderr.read()
     assert (process.returncode, error) == (1, "maxwhisper: error: standard output was closed\n")
     assert sorted(os.listdir(out)) == sorted(f"{CLIP.stem}.{ending}" for ending in FORMATS)
+
+
+def test_random_weights_are_compiled_as_they_are_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MAXWHISPER_CACHE_DIR", str(tmp_path))
+    monkeypatch.setitem(material.SIZES, "tiny", material.dimensions(80, 51865, 64, 1, 1))
+    asked = Mock()
+    monkeypatch.setattr("maxwhisper.whisper.compile_model", asked)
+    command = ["compile", "--model", "random:tiny", "--target", "sm_90a", "--dtype", "float16", "--out", "DIR"]
+    assert status(command) == 0
+    (file, *others), _ = asked.call_args
+    assert others == ["sm_90a", "DIR", None, "float16"]
+    assert load_checkpoint(file).dims == material.SIZES["tiny"]
+    assert material.stored_model("random:tiny") == Path(file)
+    assert status(["compile", "--model", "random:huge", "--target", "host", "--out", "DIR"]) == 1
+    assert "random weights are of tiny" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,13 @@ from maxwhisper.cli import main
 from maxwhisper.compare import engines, run
 from maxwhisper.compare.engines import Spec, Task, missing
 from maxwhisper.compare.engines import maxwhisper as maxwhisper_engine
+from maxwhisper.compare.material import SIZES
 from maxwhisper.compare.process import EngineError
 from maxwhisper.compare.results import Row
 from maxwhisper.compare.table import cells as figures
 from maxwhisper.compare.tokens import task_for
 from maxwhisper.engine import session
+from maxwhisper.errors import OptionError
 from reference.fixtures import NANO
 
 from .engines import CLIP, named
@@ -180,6 +183,61 @@ def test_the_reference_must_not_fail(stub: type[StubWorker], capsys: pytest.Capt
     stub.broken = "openai-whisper"
     assert main(["compare", str(CLIP), "--model", str(NANO), "--against", "whisper.cpp"]) == 1
     assert "openai-whisper, which the others are compared with: RuntimeError: no luck" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("asks", "measured"), [(0, []), (7, ["maxwhisper"])])
+def test_what_was_measured_before_an_interruption_is_kept(
+    asks: int,
+    measured: list[str],
+    stub: type[StubWorker],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Interrupted as engines start, or as the second one is measured."""
+    whole, seen = stub.answer, []
+
+    def answer(self: StubWorker, do: str, **arguments: Any) -> dict[str, Any]:
+        if self.name != "openai-whisper" and do != "prepare":
+            seen.append(do)
+            if len(seen) > asks and self.name != "maxwhisper" * bool(asks):
+                raise KeyboardInterrupt
+        return whole(self, do, **arguments)
+
+    monkeypatch.setattr(stub, "answer", answer)
+    report = tmp_path / "report.json"
+    status, out = compared(capsys, "--against", "whisper.cpp", "--rounds", "2", "--json", str(report))
+    rows = json.loads(report.read_text())["rows"]
+    assert status == 1
+    assert [row["name"] for row in rows if row["total_s"]] == measured
+    assert {row["error"] for row in rows if not row["total_s"]} == {"interrupted before it was measured"}
+    assert ("; interrupted after 1 of 2 rounds" in out) == bool(measured)
+
+
+def test_rows_are_those_that_artifacts_hold() -> None:
+    dims = load_checkpoint(NANO).dims
+
+    def held(*computes: str, of: Any = dims) -> Any:
+        identities = [Mock(unit="network", compute=each, dims=dict(vars(of))) for each in computes]
+        return Mock(held=[Mock(identity=identity) for identity in identities], folder="DIR")
+
+    specs = [spec for spec in engines.SPECS if "gpu" in spec.devices]
+    peers = [spec.name for spec in specs if spec.engine != "maxwhisper"]
+    left = [spec.name for spec in run.held(specs, held("float16"), dims)]
+    assert left == ["maxwhisper float16", "maxwhisper float16 batched", *peers]
+    assert [spec.name for spec in run.held(specs, held("float32"), dims)] == ["maxwhisper", *peers]
+    with pytest.raises(OptionError, match="--artifacts DIR: holds no network of these dimensions: .*'n_mels': 80"):
+        run.held(specs, held("float16", of=SIZES["tiny"]), dims)
+
+
+def test_an_engine_of_ours_loads_from_the_artifacts_that_it_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = Mock()
+    monkeypatch.setattr(maxwhisper_engine, "load_model", load)
+    task = replace(task_for(load_checkpoint(NANO).dims, None, 2), artifacts="DIR")
+    maxwhisper_engine.Adapter("float16 batched", task).load(tmp_path)
+    load.assert_called_once_with(tmp_path / "model.pt", "cpu", artifacts="DIR", dtype="float16")
 
 
 def test_a_fixed_number_of_tokens(stub: type[StubWorker], capsys: pytest.CaptureFixture[str]) -> None:

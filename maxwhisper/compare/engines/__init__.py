@@ -10,9 +10,22 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
 from ...errors import OptionError
+from ...names import DTYPES
 from .base import Engine, Task
 
-__all__ = ["ENGINES", "REFERENCE", "SPECS", "SUBJECT", "Engine", "Spec", "Task", "missing", "rows", "versions"]
+__all__ = [
+    "ENGINES",
+    "REFERENCE",
+    "SPECS",
+    "SUBJECT",
+    "Engine",
+    "Spec",
+    "Task",
+    "missing",
+    "precision",
+    "rows",
+    "versions",
+]
 
 SUBJECT, REFERENCE = "maxwhisper", "openai-whisper"
 
@@ -178,6 +191,12 @@ def rows(against: Sequence[str] | None, device: str) -> list[Spec]:
     if without := [engine for engine in against or () if engine not in known]:
         raise OptionError(f"--against {without[0]}: it is not compared on a {device}, as {', '.join(known)} are")
     return [spec for spec in there if spec.engine in (SUBJECT, *(against or known))]
+
+
+def precision(variant: str) -> str:
+    """Returns what maxwhisper computes in, in one of its rows."""
+    first = variant.split(" ")[0]
+    return first if first in DTYPES else "float32"
 
 
 def versions(spec: Spec) -> dict[str, str | None]:

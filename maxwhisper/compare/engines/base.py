@@ -17,6 +17,7 @@ class Task:
     beam_size: None is greedy. batch_size: windows that decode together, where the row is one of batches. prompt: what a
     text without timestamps begins with. suppress: tokens that are never written, OpenAI's default list.
     suppress_first: those that are not written first. eot: the token that ends a text. device: "cpu" or "gpu".
+    artifacts: a folder that maxwhisper's graphs come from.
     """
 
     beam_size: int | None
@@ -27,6 +28,7 @@ class Task:
     suppress_first: list[int]
     eot: int
     device: str
+    artifacts: str | None = None
 
 
 class Engine(ABC):

@@ -9,19 +9,18 @@ import numpy as np
 from max.driver import Device, DeviceEvent
 from whisper.audio import SAMPLE_RATE
 
-from ...compiled import DTYPES
 from ...decoding.speculative import WORTH_PROPOSING
 from ...engine.session import find_device
 from ...rebind import Segments
 from ...whisper import load_model
+from . import precision
 from .openai_like import OpenAILike
 
 
 class Adapter(OpenAILike):
     def load(self, folder: Path) -> None:
-        dtype = self.variant.split(" ")[0]
-        dtype = dtype if dtype in DTYPES else "float32"
-        self.model = load_model(folder / "model.pt", self.task.device, dtype=dtype)
+        artifacts, dtype = self.task.artifacts, precision(self.variant)
+        self.model = load_model(folder / "model.pt", self.task.device, artifacts=artifacts, dtype=dtype)
 
     @cached_property
     def max_device(self) -> Device:

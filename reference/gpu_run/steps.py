@@ -1,0 +1,181 @@
+"""The steps of a run, in order of worth, and the commands of each."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from . import held
+
+CLIP = Path("fixtures", "clips", "english-longer.ogg")
+TALK = Path("fixtures", "cache", "talk.wav")
+NANO = Path("fixtures", "nano.pt")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run takes place.
+
+    root: of the project. out: where results go. python: the interpreter that has MAX and PyTorch. device: "cpu" or
+    "gpu". bundle: what `make gpu-bundle` has made, on a machine without network. artifacts: those for the device.
+    """
+
+    root: Path
+    out: Path
+    python: Path
+    device: str
+    bundle: Path | None = None
+    artifacts: tuple[held.Folder, ...] = ()
+
+    def with_artifacts(self) -> "Place":
+        """Returns the place with the artifacts that are there by now, for the GPU that the doctor has found."""
+        roots = [self.root / "build" / "artifacts"]
+        if self.bundle:
+            roots = [self.bundle / "unpacked" / "artifacts", *roots]
+        found = held.for_target(held.folders(roots), self.device, capability(self.out / "doctor.json"))
+        return replace(self, artifacts=tuple(found))
+
+    def from_artifacts(self, unit: str, size: str, dtype: str) -> list[str]:
+        """Returns the option that has a unit of a model come from artifacts; without any, it is compiled."""
+        folder = held.holding(self.artifacts, unit, size, dtype)
+        return ["--artifacts", str(folder)] if folder else []
+
+
+def capability(report: Path) -> str | None:
+    """Returns the compute capability of the GPU that a report of the doctor's names."""
+    try:
+        rows = json.loads(report.read_text())["rows"]
+        return next((row["data"]["compute_capability"] for row in rows if row["check"].startswith("compute cap")), None)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+@dataclass(frozen=True)
+class Command:
+    """arguments: of a process. output: the file among the results that gets its standard output, if not the log."""
+
+    arguments: list[str]
+    output: str | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """weight: its share of the time, in the seconds that it has in a run of 8 minutes. least: seconds without which it
+    is not begun. kind: how its results are read (`findings`). commands: made when it begins. whole: it may take all
+    that is left, since the others need it. online: it is left out where there is a bundle."""
+
+    name: str
+    kind: str
+    weight: float
+    least: float
+    commands: Callable[[Place], Sequence[Command]]
+    whole: bool = False
+    online: bool = False
+
+
+def module(place: Place, *arguments: str | Path) -> list[str]:
+    return [str(place.python), "-m", *map(str, arguments)]
+
+
+def environment(place: Place) -> list[Command]:
+    """Installs what the others need, from the network or from the bundle."""
+    if place.bundle:
+        return [Command([sys.executable, "-m", "reference.gpu_run.offline", str(place.bundle)])]
+    return [Command(["make", "setup"])]
+
+
+def doctor(place: Place) -> list[Command]:
+    return [Command(module(place, "maxwhisper", "doctor", "--json"), "doctor.json")]
+
+
+def suite(place: Place, tests: Sequence[str], dtype: str, unit: str) -> list[str]:
+    device = ["--device", place.device, *(["--require-gpu"] if place.device == "gpu" else [])]
+    artifacts = place.from_artifacts(unit, "fixture", dtype)
+    return module(place, "pytest", *tests, *device, "--size", "fixture", "--dtype", dtype, *artifacts)
+
+
+def parity(dtype: str) -> Callable[[Place], list[Command]]:
+    """Judges every block of the fixture in a precision; transcripts are a step of their own."""
+
+    def commands(place: Place) -> list[Command]:
+        tests = ["tests/parity", "--ignore", "tests/parity/test_transcript.py", "--tb", "line"]
+        report = ["--report", str(place.out / f"parity-{dtype}")]
+        return [Command([*suite(place, tests, dtype, "parts"), *report])]
+
+    return commands
+
+
+def transcripts(place: Place) -> list[Command]:
+    """Compares every clip's transcript, which the suite makes in float32."""
+    tests = ["tests/parity/test_transcript.py", "--tb", "line"]
+    report = ["--report", str(place.out / "transcripts")]
+    return [Command([*suite(place, tests, "float32", "network"), *report])]
+
+
+def peers(place: Place) -> list[Command]:
+    """Installs the engines to compare with."""
+    install = module(place, "pip", "install", "--quiet", "--constraint", "constraints.txt", "--editable")
+    return [Command([*install, ".[peers,cuda12]"])]
+
+
+def speed(size: str) -> Callable[[Place], list[Command]]:
+    """Compares engines: the fixture's whole transcripts, other models by 100 tokens for every window of a talk."""
+
+    def commands(place: Place) -> list[Command]:
+        dtypes = ("float16", "bfloat16", "float32")
+        options = [place.from_artifacts("network", size, dtype) for dtype in dtypes]
+        artifacts = next(filter(None, options), [])
+        common = ["--device", place.device, "--rounds", "1", *artifacts]
+        common += ["--json", str(place.out / f"speed-{size}.json")]
+        if size == "fixture":
+            return [Command(module(place, "maxwhisper", "compare", CLIP, "--model", NANO, *common))]
+        long = ["--model", f"random:{size}", "--tokens", "100", "--batch_size", "32"]
+        make = [] if (place.root / TALK).exists() else [Command([str(place.python), "fixtures/make.py", "talk"])]
+        return [*make, Command(module(place, "maxwhisper", "compare", TALK, *long, *common))]
+
+    return commands
+
+
+def blocks(place: Place) -> list[Command]:
+    """Times every block of the fixture in float16, MAX beside PyTorch."""
+    timed = suite(place, ["tests/perf"], "float16", "parts")
+    return [Command([*timed, "--benchmark-json", str(place.out / "blocks.json")])]
+
+
+PROFILERS = {
+    "nsys": ["profile", "--stats", "true", "--force-overwrite", "true", "--output"],
+    "ncu": ["--launch-count", "60", "--force-overwrite", "--export"],
+}
+
+
+def kernels(place: Place) -> list[Command]:
+    """Says which kernels a transcript runs: by PyTorch's profiler, and by NVIDIA's where these are installed."""
+    size = next((size for size in ("turbo", "tiny") if place.from_artifacts("network", size, "float16")), "fixture")
+    model = str(NANO) if size == "fixture" else f"random:{size}"
+    artifacts = place.from_artifacts("network", size, "float16")
+    plain = module(place, "reference.gpu_run.kernels", "--device", place.device, "--model", model, *artifacts)
+    commands = [Command([*plain, "--json", str(place.out / "kernels.json")])]
+    if place.device == "gpu":
+        for profiler, options in PROFILERS.items():
+            if path := shutil.which(profiler):
+                commands.append(Command([path, *options, str(place.out / f"kernels-{profiler}"), *plain]))
+    return commands
+
+
+STEPS = (
+    Step("environment", "log", 20, 1, environment, whole=True),
+    Step("doctor", "doctor", 25, 5, doctor),
+    Step("parity float16", "suite", 80, 20, parity("float16")),
+    Step("parity bfloat16", "suite", 80, 20, parity("bfloat16")),
+    Step("parity float32", "suite", 80, 20, parity("float32")),
+    Step("transcripts", "suite", 40, 15, transcripts),
+    Step("peers", "log", 10, 5, peers, online=True),
+    Step("speed fixture", "speed", 20, 10, speed("fixture")),
+    Step("speed tiny", "speed", 30, 10, speed("tiny")),
+    Step("speed turbo", "speed", 35, 15, speed("turbo")),
+    Step("speed large-v3", "speed", 50, 20, speed("large-v3")),
+    Step("blocks", "suite", 30, 10, blocks),
+    Step("kernels", "kernels", 20, 10, kernels),
+)
