@@ -122,10 +122,22 @@ def ways(model: Whisper, name: str) -> Iterator[tuple[str, Callable[[str], Liste
     """Yields what is compared, by name: from a language to what listens."""
     for policy, make in POLICIES.items():
         yield f"maxwhisper, {policy}", partial(listening, model, make)
-    if find_spec("faster_whisper"):
+    if installed("faster_whisper"):
         from .live_peers import peers
 
         yield from peers(name)
+        if installed("whisperlivekit"):
+            from .live_kit import kit
+
+            yield from kit(name)
+
+
+def installed(package: str) -> bool:
+    """Returns whether a package is, and says so if it is not."""
+    found = find_spec(package) is not None
+    if not found:
+        print(f"{package}: not installed, left out", flush=True)
+    return found
 
 
 def listening(model: Whisper, policy: Callable[[], Policy], language: str) -> Session:

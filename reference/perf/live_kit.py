@@ -6,7 +6,6 @@ does for audio of any length at once, so its queues are not needed.
 
 from collections.abc import Callable, Iterator
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,11 +14,14 @@ from whisperlivekit.core import TranscriptionEngine, online_factory
 from whisperlivekit.silero_vad_iterator import FixedVADIterator, OnnxWrapper
 
 from maxwhisper.audio import SAMPLE_RATE
+from maxwhisper.compare.convert import convert, store
+from maxwhisper.compare.material import checkpoint_for
 
 
-def kit(openai: Path, ctranslate2: Path) -> Iterator[tuple[str, Callable[[str], Any]]]:
-    """Yields what listens by a policy, made from a language. openai: a checkpoint in OpenAI's format; ctranslate2: a
-    folder of the same one for faster-whisper, which encodes for both policies."""
+def kit(name: str) -> Iterator[tuple[str, Callable[[str], Any]]]:
+    """Yields what listens by a policy, made from a language. faster-whisper encodes for both, and decodes for one."""
+    stored = store(checkpoint_for(name))
+    openai, ctranslate2 = stored / "openai" / "model.pt", convert("ctranslate2", stored)
     simul = {"decoder_model_path": str(openai), "encoder_model_path": str(ctranslate2)}
     for policy, models in (("localagreement", {"model_path": str(ctranslate2)}), ("simulstreaming", simul)):
         settings = {"backend_policy": policy, "backend": "faster-whisper", "warmup_file": "", **models}

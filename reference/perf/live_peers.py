@@ -1,13 +1,12 @@
 """LocalAgreement-2 and AlignAtt on faster-whisper, as they are published: what `maxwhisper live` is compared with.
 
 LocalAgreement-2 is that of whisper_streaming (Macháček et al., 2023), AlignAtt that of SimulStreaming (2025). Both are
-written anew here, with greedy decoding as in `maxwhisper.live`, so that the same checkpoint is decoded alike. Where
-WhisperLiveKit is installed, its own two policies are in `live_kit`.
+written anew here, with greedy decoding as in `maxwhisper.live`, so that the same checkpoint is decoded alike.
+WhisperLiveKit's own are in `live_kit`.
 """
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -32,16 +31,11 @@ FRAMES = 25
 
 def peers(name: str) -> Iterator[tuple[str, Callable[[str], Any]]]:
     """Yields what listens by a name, made from a language."""
-    stored = store(checkpoint_for(name))
-    folder = convert("ctranslate2", stored)
+    folder = convert("ctranslate2", store(checkpoint_for(name)))
     model = WhisperModel(str(folder), device="cpu", compute_type="float32", cpu_threads=2, local_files_only=True)
     for step in STEPS:
         yield f"faster-whisper, local-agreement, {step} s", partial(LocalAgreement, model, int(step * SAMPLE_RATE))
         yield f"faster-whisper, align-att, {step} s", partial(AlignAtt, model, int(step * SAMPLE_RATE))
-    if find_spec("whisperlivekit"):
-        from .live_kit import kit
-
-        yield from kit(stored / "openai" / "model.pt", folder)
 
 
 class Listening:
