@@ -71,18 +71,22 @@ def plain(word: str) -> str:
 
 
 def words_of(model: Whisper, features: Tensor, result: DecodingResult, n_frame: int, task: str) -> list[Word]:
-    """Returns the words of a result, with the frames, of the first `n_frame`, that the alignment heads attended to."""
+    """Returns the words of a result, with the frames, of the first `n_frame`, that the alignment heads attended to, and
+    their log-probabilities."""
     tokenizer = tokenizer_of(model, result.language, task)
     start = [*tokenizer.sot_sequence, tokenizer.no_timestamps]
     text = [token for token in result.tokens if token < tokenizer.eot]
-    _, scores = model.decoder.alignment(torch.tensor([start + text]), features[None])
+    logits, scores = model.decoder.alignment(torch.tensor([start + text]), features[None])
     of_alignment: Any = model.alignment_heads
     heads = torch.stack([scores[layer][0, head] for layer, head in of_alignment.indices().T]).cpu()
     finding = slice(len(start) - 1, -1)  # the position that finds a token is the one in front of it
     attended = heads[:, finding, :n_frame].softmax(-1).mean(0).argmax(-1)
+    found = logits[0, finding].float().cpu()
+    logprobs = found[range(len(text)), text] - found.logsumexp(-1)
     words, at = [], 0
     for word, tokens in zip(*tokenizer.split_to_word_tokens(text), strict=True):
-        words.append(Word(word, tuple(tokens), int(attended[at : at + len(tokens)].max())))
+        own = slice(at, at + len(tokens))
+        words.append(Word(word, tuple(tokens), int(attended[own].max()), float(logprobs[own].min())))
         at += len(tokens)
     return words
 

@@ -15,6 +15,26 @@ ABOVE_NOISE = 2.5
 """How many times as loud as the room, 8 dB, speech is at least."""
 
 
+PAUSE = 6
+"""Frames, 0.12 s, that are quiet together between sentences."""
+
+
+def quietest(samples: np.ndarray, start: int, end: int) -> int:
+    """Returns the middle of the frames between two samples that are quietest together; the start if there are too few.
+    samples: float32 (sample,)."""
+    start, end = max(start, 0), min(end, len(samples))
+    powers = powers_of(samples[start:end])
+    if len(powers) < PAUSE:
+        return start
+    return start + (int(np.convolve(powers, np.ones(PAUSE), "valid").argmin()) + PAUSE // 2) * FRAME
+
+
+def powers_of(samples: np.ndarray) -> np.ndarray:
+    """Returns the mean square of every whole frame, float64 (frame,)."""
+    n_whole = len(samples) // FRAME
+    return (samples[: n_whole * FRAME].reshape(n_whole, FRAME).astype(np.float64) ** 2).mean(1)
+
+
 class Loudness:
     """Says how far a recording is loud: louder than QUIET, and than the room."""
 
@@ -29,9 +49,8 @@ class Loudness:
         samples since the beginning."""
         samples = np.concatenate([self.rest, samples])
         n_whole = len(samples) // FRAME
-        frames = samples[: n_whole * FRAME].reshape(n_whole, FRAME).astype(np.float64)
         self.rest = samples[n_whole * FRAME :]
-        self.frames.extend(np.sqrt((frames**2).mean(1)).tolist())
+        self.frames.extend(np.sqrt(powers_of(samples)).tolist())
         new = np.array(self.frames)[len(self.frames) - min(n_whole, len(self.frames)) :]
         self.heard += n_whole * FRAME
         if len(new) and (loud := np.flatnonzero(new > max(QUIET, ABOVE_NOISE * np.quantile(self.frames, PAUSES)))).size:

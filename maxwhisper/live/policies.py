@@ -6,6 +6,7 @@ next hypothesis, of more audio, has others in their place.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import log
 from types import MappingProxyType
 from typing import Protocol
 
@@ -17,12 +18,13 @@ class Word:
     """A word of a hypothesis, or a punctuation mark.
 
     tokens: those that it is made of. frame: the last of the audio features, of 20 ms, that the decoder attended to most
-    for one of them, counted from the beginning of the window.
+    for one of them, counted from the beginning of the window. logprob: log-probability of the least likely one.
     """
 
     text: str
     tokens: tuple[int, ...]
     frame: int
+    logprob: float
 
 
 class Policy(Protocol):
@@ -38,6 +40,10 @@ class Policy(Protocol):
 REWIND = TOKENS_PER_SECOND
 """Frames, a second, that attention goes back at most from a word to the next one. For what it makes up, it looks among
 earlier words."""
+
+
+SURE, UNSURE = log(0.9), log(0.75)
+"""The log-probabilities from which on the decoder is sure of a word, and below which it is not."""
 
 
 def said(words: Sequence[Word], n_frame: int, margin: int = 0) -> int:
@@ -92,14 +98,15 @@ class AlignAtt:
 
 
 class HeardTwice:
-    """Settles what two hypotheses in a row begin with, as far as the decoder found it in the audio.
+    """Settles what two hypotheses in a row begin with, or the decoder is sure of, as far as it found it in the audio.
 
     Where only agreement counts, two hypotheses make up the same word for audio that is not there yet; where only
-    attention does, it has to be far from the end.
+    attention does, it has to be far from the end. What a word may still become, its probability says.
     """
 
-    margin = 8
-    """Frames at the end of the audio by which no word is settled."""
+    margin, sure_margin, unsure_margin = 8, 12, 24
+    """Frames at the end of the audio by which no word is settled: one that was heard twice, one that was heard once and
+    is sure, and one that was heard twice and is unsure."""
 
     def __init__(self) -> None:
         self.before: list[str] = []
@@ -107,7 +114,12 @@ class HeardTwice:
     def settled(self, words: Sequence[Word], n_frame: int) -> int:
         """Returns how many words are settled, as `Policy` has it."""
         texts = [word.text for word in words]
-        found = min(agreement(texts, self.before), said(words, n_frame, self.margin))
+        twice = min(agreement(texts, self.before), said(words, n_frame, self.margin))
+        late = n_frame - self.unsure_margin
+        unsure = (n for n in range(twice) if words[n].logprob < UNSURE and words[n].frame > late)
+        found = next(unsure, twice)
+        heard = said(words, n_frame, self.sure_margin)
+        found = next((n for n in range(found, heard) if words[n].logprob < SURE), max(found, heard))
         self.before = texts[found:]
         return found
 

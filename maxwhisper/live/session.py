@@ -17,7 +17,7 @@ from ..errors import OptionError
 from ..options import prompt_tokens, transcribing
 from ..whisper import Whisper
 from .hypotheses import hypothesis
-from .loudness import Loudness
+from .loudness import Loudness, quietest
 from .policies import HeardTwice, Policy, Word, audible, said
 from .recording import Recording
 
@@ -31,6 +31,8 @@ ECHO = SAMPLE_RATE // 5
 """Samples behind a loud one, 0.2 s, to which the decoder may still attend for a word."""
 LONG, FULL = 8 * SAMPLE_RATE, 25 * SAMPLE_RATE
 """Samples of a window from which on sentences that are settled leave it; and words, if there is no end of one."""
+ASTRAY = SAMPLE_RATE * 2 // 5
+"""Samples, 0.4 s, by which the decoder attends to another place than where a word is."""
 MOST = 150
 """Tokens that are settled in a window, of the 448 that Whisper has places for, above which they leave it too."""
 SHOWN = 2
@@ -69,12 +71,13 @@ class Window:
         self.samples, self.start = self.samples[start - self.start :], start
 
     def shorten(self) -> None:
-        """Begins behind the last sentence that is settled with a word behind it, in between the two; behind all that is
-        settled where there is much without one."""
+        """Begins behind the last sentence that is settled with a word behind it, where it is quietest; behind all
+        that is settled where there is much without one."""
         for number in range(len(self.words) - 1, 0, -1):
             (last, end), (_, begin) = self.words[number - 1 : number + 1]
             if last.text.strip().endswith(SENTENCE_ENDS):
-                return self.leave(number, (end + begin) // 2)
+                near = sorted((end - self.start, begin - self.start))
+                return self.leave(number, self.start + quietest(self.samples, near[0] - ASTRAY, near[1] + ASTRAY))
         if len(self.samples) > FULL or len(self.begun) > MOST:
             self.leave(len(self.words), self.words[-1][1] + FRAME if self.words else self.start)
         return None

@@ -18,7 +18,7 @@ from difflib import SequenceMatcher
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -48,6 +48,14 @@ class Listener(Protocol):
 
     def feed(self, samples: np.ndarray) -> None:
         """Takes the next samples."""
+
+
+@runtime_checkable
+class Ending(Protocol):
+    """What leaves words unsettled in a silence, until it is told that no audio comes."""
+
+    def end(self) -> None:
+        """Settles what is left."""
 
 
 @dataclass(frozen=True)
@@ -114,10 +122,22 @@ def ways(model: Whisper, name: str) -> Iterator[tuple[str, Callable[[str], Liste
     """Yields what is compared, by name: from a language to what listens."""
     for policy, make in POLICIES.items():
         yield f"maxwhisper, {policy}", partial(listening, model, make)
-    if find_spec("faster_whisper"):
+    if installed("faster_whisper"):
         from .live_peers import peers
 
         yield from peers(name)
+        if installed("whisperlivekit"):
+            from .live_kit import kit
+
+            yield from kit(name)
+
+
+def installed(package: str) -> bool:
+    """Returns whether a package is, and says so if it is not."""
+    found = find_spec(package) is not None
+    if not found:
+        print(f"{package}: not installed, left out", flush=True)
+    return found
 
 
 def listening(model: Whisper, policy: Callable[[], Policy], language: str) -> Session:
@@ -163,6 +183,11 @@ def play(listener: Listener, audio: np.ndarray) -> Played:
         found.words = words_in(listener.settled)
         found.settled_at += [now] * (len(found.words) - len(found.settled_at))
         found.shown_at += first_shown[len(found.shown_at) : len(found.words)]
+    if isinstance(listener, Ending):
+        listener.end()
+        found.words = words_in(listener.settled)
+        found.settled_at += [now] * (len(found.words) - len(found.settled_at))
+        found.shown_at += [now] * (len(found.words) - len(found.shown_at))
     found.settled = listener.settled
     return found
 

@@ -1,7 +1,8 @@
-"""LocalAgreement-2 and AlignAtt on faster-whisper, as they are published: what `maxwhisper live` is compared with.
+"""LocalAgreement-2 on faster-whisper, as it is published: what `maxwhisper live` is compared with.
 
-LocalAgreement-2 is that of whisper_streaming (Macháček et al., 2023), AlignAtt that of SimulStreaming (2025). Both are
-written anew here, with greedy decoding as in `maxwhisper.live`, so that the same checkpoint is decoded alike.
+It is that of whisper_streaming (Macháček et al., 2023), written anew with greedy decoding as in `maxwhisper.live`, so
+that the same checkpoint is decoded alike. AlignAtt is not here: of attention CTranslate2 gives a path alone, on
+which words that nobody said have times too. WhisperLiveKit's, on PyTorch, is in `live_kit`.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,9 +11,8 @@ from typing import Any
 
 import numpy as np
 from faster_whisper import WhisperModel
-from faster_whisper.tokenizer import Tokenizer
 
-from maxwhisper.audio import N_FRAMES, N_SAMPLES, SAMPLE_RATE
+from maxwhisper.audio import SAMPLE_RATE
 from maxwhisper.compare.convert import convert, store
 from maxwhisper.compare.material import checkpoint_for
 
@@ -22,10 +22,6 @@ TRIM = 15
 """Seconds of audio from which on whisper_streaming drops segments."""
 PROMPT = 200
 """Characters of settled text in front of the audio that whisper_streaming has as prompt."""
-MOST = 200
-"""Tokens in front of new ones for which there is room."""
-FRAMES = 25
-"""Frames at the end of the audio that AlignAtt stops at, as in SimulStreaming."""
 
 
 def peers(name: str) -> Iterator[tuple[str, Callable[[str], Any]]]:
@@ -34,11 +30,10 @@ def peers(name: str) -> Iterator[tuple[str, Callable[[str], Any]]]:
     model = WhisperModel(str(folder), device="cpu", compute_type="float32", cpu_threads=2, local_files_only=True)
     for step in STEPS:
         yield f"faster-whisper, local-agreement, {step} s", partial(LocalAgreement, model, int(step * SAMPLE_RATE))
-        yield f"faster-whisper, align-att, {step} s", partial(AlignAtt, model, int(step * SAMPLE_RATE))
 
 
-class Listening:
-    """Audio from the last cut on, and the text of it."""
+class LocalAgreement:
+    """Settles what two transcripts in a row of the audio from the last cut on begin with, by words with times."""
 
     def __init__(self, model: WhisperModel, step: int, language: str):
         self.model, self.step, self.language = model, step, language
@@ -46,6 +41,8 @@ class Listening:
         self.start = 0.0
         self.new = 0
         self.settled = self.tentative = ""
+        self.words: list[tuple[float, str]] = []
+        self.before: list[tuple[float, str]] = []
 
     def feed(self, samples: np.ndarray) -> None:
         """Takes the next samples, and decodes if there are enough."""
@@ -55,22 +52,10 @@ class Listening:
             self.new = 0
             self.decode()
 
-    def decode(self) -> None:
-        raise NotImplementedError
-
     def cut(self, end: float) -> None:
         """Drops the audio before a second of the recording."""
         n_sample = int((end - self.start) * SAMPLE_RATE)
         self.audio, self.start = self.audio[n_sample:], self.start + n_sample / SAMPLE_RATE
-
-
-class LocalAgreement(Listening):
-    """Settles what two transcripts in a row of the audio begin with, by words with times."""
-
-    def __init__(self, *args: Any):
-        super().__init__(*args)
-        self.words: list[tuple[float, str]] = []
-        self.before: list[tuple[float, str]] = []
 
     def decode(self) -> None:
         """Settles what is agreed on, and drops audio of segments that are."""
@@ -110,63 +95,3 @@ class LocalAgreement(Listening):
                 if [word for _, word in self.words[-n:]] == [word for _, word in words[:n]]:
                     return words[n:]
         return words
-
-
-class AlignAtt(Listening):
-    """Settles tokens up to one for which the decoder attends to the end of the audio."""
-
-    def __init__(self, *args: Any):
-        super().__init__(*args)
-        model = self.model
-        self.tokenizer = Tokenizer(
-            model.hf_tokenizer, model.model.is_multilingual, task="transcribe", language=self.language
-        )
-        self.tokens: list[int] = []
-        self.frames: list[float] = []
-        self.n_cut = 0
-
-    def decode(self) -> None:
-        """Settles what attention allows, and drops the first sentence where the audio is longer than a window."""
-        begun = self.tokens[self.n_cut :]
-        tokenizer = self.tokenizer
-        features = self.model.feature_extractor(self.audio, padding=N_SAMPLES)
-        encoded = self.model.encode(features[:, :N_FRAMES])
-        n_frame = max(1, len(self.audio) * 50 // SAMPLE_RATE)
-        start = [*tokenizer.sot_sequence, tokenizer.no_timestamps]
-        prompt = [*start, *begun]
-        [result] = self.model.model.generate(
-            encoded, [prompt], beam_size=1, max_length=min(448, len(prompt) + 100), suppress_blank=not begun
-        )
-        new = [token for token in result.sequences_ids[0] if token < tokenizer.eot]
-        if new:
-            [aligned] = self.model.model.align(
-                encoded, tokenizer.sot_sequence, [begun + new], [2 * n_frame], median_filter_width=7
-            )
-            frames = dict(aligned.alignments)  # of each token the last one
-            attended = [frames.get(len(begun) + number, n_frame) for number in range(len(new))]
-            n = next((number for number, frame in enumerate(attended) if frame >= n_frame - FRAMES), len(new))
-            n = self.whole_words(new, n)
-            self.tokens += new[:n]
-            self.frames += [self.start + frame / 50 for frame in attended[:n]]
-            self.tentative = tokenizer.decode(new[n:])
-        else:
-            self.tentative = ""
-        self.settled = tokenizer.decode(self.tokens)
-        if len(self.audio) > N_SAMPLES - 5 * SAMPLE_RATE or len(self.tokens) - self.n_cut > MOST:
-            self.drop()
-
-    def whole_words(self, tokens: list[int], n: int) -> int:
-        """Returns n, or less where a word would be cut."""
-        _, words = self.tokenizer.split_to_word_tokens([*tokens, self.tokenizer.eot])
-        ends = np.cumsum([len(word) for word in words])
-        return int(max((end for end in ends if end <= n), default=0))
-
-    def drop(self) -> None:
-        """Drops the audio of the first sentences, and of all settled text where there is no end of one."""
-        own = range(self.n_cut + 1, len(self.tokens))
-        half = self.start + len(self.audio) / SAMPLE_RATE / 2
-        ends = [n for n in own if self.tokenizer.decode([self.tokens[n - 1]]).strip()[-1:] in (".", "?", "!")]
-        at = max((n for n in ends if self.frames[n - 1] <= half), default=len(self.tokens))
-        if at:
-            self.n_cut = at
-            self.cut(max(self.frames[at - 1] + 0.1, self.start))

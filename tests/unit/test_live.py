@@ -12,6 +12,7 @@ from maxwhisper.audio import SAMPLE_RATE, load_audio
 from maxwhisper.errors import AudioError, OptionError
 from maxwhisper.live import POLICIES, Session, Word
 from maxwhisper.live.hypotheses import Hypothesis, hypothesis
+from maxwhisper.live.policies import SURE, UNSURE
 from maxwhisper.live.session import MOST, STEP
 from maxwhisper.whisper import Whisper
 from reference.fixtures import FIXTURES
@@ -93,6 +94,15 @@ def test_frames_are_where_words_are_said(model: Whisper) -> None:
     pairs = list(zip(segment["words"], words, strict=False))  # the last one of which is a question mark
     inside = [timed["start"] - 0.1 <= word.frame / 50 <= timed["end"] + 0.1 for timed, word in pairs]
     assert len(pairs) == 8 and sum(inside) >= 6
+
+
+def test_what_is_cut_is_unlikely(model: Whisper) -> None:
+    """The last word of 1.9 s is another one than that of the whole clip, and the decoder is less sure of it."""
+    cut, whole = (
+        hypothesis(model, torch.from_numpy(samples), [], [], language="en").words for samples in (SHORT[:30000], SHORT)
+    )
+    assert [word.text for word in cut[:7]] == [word.text for word in whole[:7]] and cut[7].text != whole[7].text
+    assert cut[7].logprob < UNSURE < SURE < min(word.logprob for word in whole) < 0
 
 
 def test_a_long_recording_leaves_the_window(model: Whisper) -> None:
@@ -228,7 +238,7 @@ def test_ten_minutes_without_a_pause(model: Whisper, monkeypatch: pytest.MonkeyP
         longest[0], longest[1] = max(longest[0], len(samples)), max(longest[1], 3 * len(settled))
         n_frame = len(samples) // 320
         text = f" w{said}" if not repeated else f" w{(session.window.end - SECOND) // SECOND}"
-        return Hypothesis([Word(text, (1, 2, 3), n_frame - 30)] if n_frame > 60 else [], n_frame, "en")
+        return Hypothesis([Word(text, (1, 2, 3), n_frame - 30, -0.2)] if n_frame > 60 else [], n_frame, "en")
 
     monkeypatch.setattr("maxwhisper.live.session.hypothesis", words)
     session = Session(model)

@@ -1,6 +1,7 @@
 """Which words are settled, where a recording is quiet, and what a terminal shows: without a model."""
 
 from collections.abc import Sequence
+from math import log
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from maxwhisper.cli.live_command import POLICIES as NAMES
 from maxwhisper.live import POLICIES, AlignAtt, HeardTwice, LocalAgreement, Word
 from maxwhisper.live.hypotheses import following
-from maxwhisper.live.loudness import FRAME, Loudness
+from maxwhisper.live.loudness import FRAME, Loudness, quietest
 from maxwhisper.live.policies import audible, said
 from maxwhisper.live.screen import ANEW, DIM, PLAIN, Lines, Terminal, cells
 from maxwhisper.live.session import Window
@@ -18,11 +19,12 @@ from maxwhisper.live.session import Window
 SECOND = 16000
 
 
-def words(text: str, frames: Sequence[int] | None = None) -> list[Word]:
-    """Words that were heard in these frames, or 20 frames apart."""
+def words(text: str, frames: Sequence[int] | None = None, probabilities: Sequence[float] | None = None) -> list[Word]:
+    """Words that were heard in these frames, or 20 frames apart, with these probabilities, or not quite surely."""
     texts = text.split()
     found = frames or range(10, 10 + 20 * len(texts), 20)
-    return [Word(f" {each}", (0,), frame) for each, frame in zip(texts, found, strict=True)]
+    likely = probabilities or [0.85] * len(texts)
+    return [Word(f" {each}", (0,), *rest, log(p)) for each, *rest, p in zip(texts, found, likely, strict=True)]
 
 
 def test_names() -> None:
@@ -63,6 +65,23 @@ def test_heard_twice_waits_for_agreement_and_attention() -> None:
         assert policy.settled(second, n_frame) == expected
 
 
+def test_heard_twice_settles_what_is_sure_at_once() -> None:
+    def settled(probabilities: Sequence[float], n_frame: int = 100) -> int:
+        return HeardTwice().settled(words("where is the", [10, 30, 50], probabilities), n_frame)
+
+    assert settled([0.95, 0.95, 0.95]) == 3
+    assert settled([0.95, 0.85, 0.95]) == 1, "what stands behind an unsure one waits too"
+    assert settled([0.95, 0.95, 0.95], 62) == 2, "the last one is 0.22 s from the end of the audio"
+
+
+def test_heard_twice_waits_for_audio_behind_what_is_unsure() -> None:
+    unsure = words("where is the engine", [10, 30, 50, 70], [0.6, 0.8, 0.6, 0.8])
+    for n_frame, expected in ((70, 2), (75, 3), (60, 2), (30, 0)):
+        policy = HeardTwice()
+        policy.settled(unsure, 40)
+        assert policy.settled(unsure, n_frame) == expected, n_frame
+
+
 @pytest.mark.parametrize(
     ("settled", "words", "expected"),
     [
@@ -86,7 +105,7 @@ def test_words_of_a_silence() -> None:
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 99)), max_size=6), st.integers(1, 99))
 def test_any_hypothesis(found: list[tuple[str, int]], n_frame: int) -> None:
-    hypothesis = [Word(text, (0,), frame) for text, frame in found]
+    hypothesis = [Word(text, (0,), frame, -0.01 * frame) for text, frame in found]
     for make in POLICIES.values():
         policy = make()
         for _ in range(3):
@@ -117,15 +136,26 @@ def test_a_noisy_room_is_quiet() -> None:
     assert loudness.loud_until == 20.5 * SECOND
 
 
+@pytest.mark.parametrize("start", [SECOND, SECOND + 99])
+def test_the_quietest_moment(start: int) -> None:
+    sound = np.concatenate([noise(0.5, 0.1), noise(0.5, 3e-4), noise(1.0, 0.1), noise(0.3, 1e-3), noise(0.7, 0.1)])
+    assert quietest(sound, start, len(sound)) - 2.15 * SECOND in range(-SECOND // 10, SECOND // 10)
+    assert 0.5 * SECOND < quietest(sound, -SECOND, 10 * SECOND) < SECOND
+    assert quietest(sound, start, start + FRAME) == start, "no time to be quiet in"
+
+
 # ---- windows -------------------------------------------------------------------------------------------------------
 
 
 def test_sentences_leave_the_window() -> None:
-    window = Window(np.arange(10 * SECOND, dtype=np.float32), start=100)
+    samples = noise(10, 0.1)
+    samples[int(2.6 * SECOND) : 3 * SECOND] = 0
+    window = Window(samples, start=100)
     window.words = [(word, 100 + SECOND * at) for at, word in enumerate(words("One. Two. three four"), 1)]
     window.shorten()
     assert [word.text for word, _ in window.words] == [" three", " four"]
-    assert window.start == 100 + 2.5 * SECOND and window.samples[0] == 2.5 * SECOND
+    start = window.start - 100
+    assert 2.6 * SECOND < start < 3 * SECOND and np.array_equal(window.samples, samples[start:])
     window.shorten()
     assert len(window.words) == 2, "no sentence has ended"
 
