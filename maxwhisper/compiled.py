@@ -13,7 +13,7 @@ from whisper.model import ModelDimensions
 from . import names
 from .checkpoint import Checkpoint
 from .decoding.cpu import select_tokens_program
-from .decoding.gpu import candidates_program, step_program
+from .decoding.gpu import search_program, step_program
 from .decoding.rules import TOKEN_RULES, rules_program
 from .decoding.speculative import Draft, draft_of, quantize_keys_program, speculate_program
 from .engine.artifacts import Artifacts, Cache
@@ -75,7 +75,7 @@ def stepper_programs(dims: ModelDimensions, policy: Policy) -> list[Program]:
     if policy.device.is_cpu():
         makers = (select_tokens_program, speculate_program, quantize_keys_program)
         return [rules_program(), *(program(dims, policy) for program in makers)]
-    return [step_program(dims, policy), candidates_program(dims, policy)]
+    return [step_program(dims, policy), search_program(dims, policy)]
 
 
 def unit_of(name: str, device: str) -> str:

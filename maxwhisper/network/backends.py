@@ -31,7 +31,8 @@ class Attention(Module):
     ) -> TensorValue:
         """Attends to kv, and to what is cached before it, which takes one token."""
         if isinstance(cache, Slots):
-            return self.split_attention(cache.filled(q, kv), cache.k, cache.v, cache.n_past)
+            q = cache.filled(q, kv)
+            return self.split_attention("cached_split_attention", q, cache.k, cache.v, cache.n_past, cache.rows)
         return (self.by_kernel if own_kernels(q.device) else self.by_device_kernel)(q, kv, mask, cache)
 
     def attend_with_scores(self, q: TensorValue, kv: KeyValue) -> tuple[TensorValue, TensorValue]:
@@ -79,7 +80,7 @@ class Attention(Module):
         text by ours, many by MAX's, which in float32 would take TF32."""
         k, v = tokens_first(kv if cache is None else cache.followed_by(kv))
         if q.shape[1] == 1:
-            return self.split_attention(q, k, v)
+            return self.split_attention("split_attention", q, k, v)
         if q.dtype == DType.float32:
             return self.split_queries(q, k, v, causal=mask is not None)
         rows = split_rows(q, k.shape[0])
@@ -92,22 +93,21 @@ class Attention(Module):
     def split_queries(self, q: TensorValue, k: TensorValue, v: TensorValue, causal: bool) -> TensorValue:
         """Attends as `split_attention` does, from each query as if it were a text of its own."""
         batch, n_token, n_state = q.shape
-        n_past = None
-        if causal:
-            n_past = ops.unsqueeze(indices(n_token, q.device), 0).broadcast_to((batch, n_token)).reshape((-1,))
-        return self.split_attention(q.reshape((-1, 1, n_state)), k, v, n_past).reshape(q.shape)
+        rows = q.reshape((-1, 1, n_state))
+        if not causal:
+            return self.split_attention("split_attention", rows, k, v).reshape(q.shape)
+        n_past = ops.unsqueeze(indices(n_token, q.device), 0).broadcast_to((batch, n_token)).reshape((-1,))
+        return self.split_attention("limited_split_attention", rows, k, v, n_past).reshape(q.shape)
 
     def split_attention(
-        self, q: TensorValue, k: TensorValue, v: TensorValue, n_past: TensorValue | None = None
+        self, name: str, q: TensorValue, k: TensorValue, v: TensorValue, *of_keys: TensorValue
     ) -> TensorValue:
-        """Attends from one query of each text by a kernel of our own for any device, which adds up in float32: to k and
-        v (row, token, head, channel), or to as many first tokens as n_past, (batch,), says, and the next."""
+        """Attends from one query of each text to k and v (row, token, head, channel), by a kernel of our own for any
+        device, which adds up in float32. of_keys: what the operation of that name takes behind these."""
         n_part = (k.shape[1] + PART - 1) // PART
         parts = TensorType(DType.float32, [q.shape[0], k.shape[2], n_part, self.n_channel + 2], q.device)
-        name = "maxwhisper.split_attention" if n_past is None else "maxwhisper.cached_split_attention"
-        values = [q, k, v] if n_past is None else [q, k, v, n_past]
-        parameters = {"n_channel": self.n_channel}
-        return ops.custom(name, q.device, values, [q.type, parts], parameters=parameters)[0].tensor
+        values, parameters = [q, k, v, *of_keys], {"n_channel": self.n_channel}
+        return ops.custom(f"maxwhisper.{name}", q.device, values, [q.type, parts], parameters=parameters)[0].tensor
 
     def written_out(
         self, q: TensorValue, kv: KeyValue, mask: TensorValue | None = None, cache: Cache | None = None

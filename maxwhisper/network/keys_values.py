@@ -54,6 +54,8 @@ class Slots(NamedTuple):
     k, v: (batch, position, head, channel).
     k_written, v_written: the same memory, to be written.
     n_past: int64 (batch,), how many positions of a text are filled; what others hold is never read.
+    rows: int64 (batch, position), in which row of k and v a text's key and value of a filled position are; what is new
+        goes into the text's own.
     """
 
     k: TensorValue
@@ -61,6 +63,7 @@ class Slots(NamedTuple):
     k_written: BufferValue
     v_written: BufferValue
     n_past: TensorValue
+    rows: TensorValue
 
     def filled(self, q: TensorValue, new: KeyValue) -> TensorValue:
         """Puts the new keys and values into the cache, and returns the queries (batch, 1, state).

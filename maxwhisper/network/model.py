@@ -233,11 +233,8 @@ class TextDecoder(Module):
         self.ln = LayerNorm(n_state, policy)
 
     def embed(self, tokens: TensorValue, offset: TensorValue | int) -> TensorValue:
-        """Embeds tokens (batch, token), the first at position `offset`, a scalar or (batch,), as vectors (batch, token,
-        state)."""
+        """Embeds tokens (batch, token), the first at position `offset`, a scalar, as vectors (batch, token, state)."""
         start = offset.to(tokens.device) if isinstance(offset, TensorValue) else offset
-        if isinstance(start, TensorValue) and start.rank:
-            start = ops.unsqueeze(start, 1)
         positions = indices(tokens.shape[1], tokens.device) + start
         x = self.token_embedding(tokens) + ops.gather(self.positional_embedding, positions, axis=0)
         return x.cast(self.policy.compute)
@@ -282,10 +279,9 @@ class TextDecoder(Module):
         x, *new = self._layers(ResidualAttentionBlock.steps, x, inputs)
         return [self.logits(x), *new]
 
-    def step_in_place(self, tokens: TensorValue, cross: Sequence[KeyValue], slots: Sequence[Slots]) -> TensorValue:
-        """Returns logits (batch, 1, n_vocab) of one token of each text (batch, 1), by layer cross-attention's keys and
-        values and the cache."""
-        x = self.embed(tokens, slots[0].n_past)
+    def step_in_place(self, x: TensorValue, cross: Sequence[KeyValue], slots: Sequence[Slots]) -> TensorValue:
+        """Returns logits (batch, 1, n_vocab) of one token of each text, embedded as x (batch, 1, state), by layer
+        cross-attention's keys and values and the cache."""
         (x,) = self._layers(ResidualAttentionBlock.step_in_place, x, list(zip(cross, slots, strict=True)))
         return self.logits(x)
 
