@@ -24,6 +24,7 @@ from .engine.session import TORCH_DTYPE, Policy, find_device
 from .errors import OptionError
 from .network.blocks import BLOCKS
 from .network.log_mel import LOG_MEL, N_MELS, log_mel_weights
+from .network.model import joined_weights
 
 STORAGE = {torch.float16: DType.float16, torch.bfloat16: DType.bfloat16}
 
@@ -130,7 +131,8 @@ class Network:
         slow = self.ahead.start if unit == "network" else None
         programs = programs_of(unit, dims, policy)
         mel = log_mel_weights(dims.n_mels) if LOG_MEL in (program.name for program in programs) else {}
-        return Artifact(f"{unit} of {name}", programs, device, load, slow).init({**self.checkpoint.tensors, **mel})
+        artifact, tensors = Artifact(f"{unit} of {name}", programs, device, load, slow), self.checkpoint.tensors
+        return artifact.init({**tensors, **mel, **joined_weights(tensors, artifact.stored.weights)})
 
     def _jobs(self) -> list[str]:
         """Returns what another process compiles while this one compiles the network, where it can be kept."""

@@ -21,7 +21,7 @@ from whisper.model import ModelDimensions
 from ..engine.program import Executable, Program, by_name
 from ..engine.repeated import Repeated
 from ..engine.session import Policy
-from ..network.keys_values import KeyValue, Slots
+from ..network.keys_values import Slots
 from ..network.model import TextDecoder
 from ..network.shapes import grouped
 from .cache import CacheSlots, JoinedCache, KeyValueCache, named
@@ -60,8 +60,7 @@ def next_logits(decoder: TextDecoder, given: Mapping[str, Any]) -> TensorValue:
     x, n_past = embed_last(decoder, given["texts"], given["lengths"])
     pairs = zip(own, into, strict=True)
     slots = [Slots(k, v, k_written, v_written, n_past, given["rows"]) for (k, v), (k_written, v_written) in pairs]
-    cross_kv = [KeyValue(*(ops.permute(x, [0, 2, 1, 3]) for x in pair)) for pair in cross]
-    return ops.squeeze(decoder.step_in_place(x, cross_kv, slots), 1)
+    return decoder.step_in_place(x, cross, slots)
 
 
 def embed_last(decoder: TextDecoder, texts: TensorValue, lengths: TensorValue) -> tuple[TensorValue, TensorValue]:
@@ -109,7 +108,7 @@ def step_program(dims: ModelDimensions, policy: Policy) -> Program:
         return []
 
     types = inputs(dims, policy, n_best=1)
-    return Program(SELECT_TOKENS, "decoder", TextDecoder(dims, policy), by_name(types, step), types)
+    return Program(SELECT_TOKENS, "decoder", TextDecoder(dims, policy, joined=True), by_name(types, step), types)
 
 
 def search_program(dims: ModelDimensions, policy: Policy) -> Program:
@@ -122,7 +121,7 @@ def search_program(dims: ModelDimensions, policy: Policy) -> Program:
         return []
 
     types = inputs(dims, policy, n_best=MAX_CANDIDATES)
-    return Program(SEARCH, "decoder", TextDecoder(dims, policy), by_name(types, search), types)
+    return Program(SEARCH, "decoder", TextDecoder(dims, policy, joined=True), by_name(types, search), types)
 
 
 def inputs(dims: ModelDimensions, policy: Policy, n_best: int) -> dict[str, TensorType | BufferType]:

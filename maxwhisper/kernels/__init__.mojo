@@ -1,5 +1,5 @@
 """Operations that maxwhisper brings itself: for CPUs, but for those of `device_attention`, `device_beams`, `device_select`, `product`,
-`split_attention` and `store`, which are for any device."""
+`split_attention`, `step_product` and `store`, which are for any device."""
 
 from .attention import Append, Attention, CachedAttention
 from .convolution import Convolution
@@ -14,5 +14,6 @@ from .product import BiasedProduct, Float32Product
 from .quantized import QuantizeKeys
 from .select_tokens import SelectTokens
 from .split_attention import CachedSplitAttention, LimitedSplitAttention, SplitAttention
+from .step_product import StepProduct
 from .store import EmbedLast, Store
 from .tiled_attention import AttentionScores, MaskedAttention, TiledAttention

@@ -27,13 +27,16 @@ class Attention(Module):
     n_channel: int
 
     def attend(
-        self, q: TensorValue, kv: KeyValue, mask: TensorValue | None = None, cache: Cache | Slots | None = None
+        self, q: TensorValue, kv: KeyValue, mask: TensorValue | None = None, cache: Cache | None = None
     ) -> TensorValue:
         """Attends to kv, and to what is cached before it, which takes one token."""
-        if isinstance(cache, Slots):
-            q = cache.filled(q, kv)
-            return self.split_attention("cached_split_attention", q, cache.k, cache.v, cache.n_past, cache.rows)
         return (self.by_kernel if own_kernels(q.device) else self.by_device_kernel)(q, kv, mask, cache)
+
+    def attend_in_place(self, qkv: TensorValue, slots: Slots) -> TensorValue:
+        """Attends from one token of each text to those before it and itself, whose key and value are in the cache
+        afterwards; qkv: its query, key and value side by side, (batch, 1, 3 * state)."""
+        q = slots.filled(qkv)
+        return self.split_attention("cached_split_attention", q, slots.k, slots.v, slots.n_past, slots.rows)
 
     def attend_with_scores(self, q: TensorValue, kv: KeyValue) -> tuple[TensorValue, TensorValue]:
         """Attends to kv; also returns the scores before softmax, float32 (batch, head, token, key)."""
@@ -167,9 +170,14 @@ class Steps(Module):
         y, kv, _ = self(x, cross_kv, cache=cache)
         return y, *kv
 
-    def step_in_place(self, x: TensorValue, cross_kv: KeyValue, slots: Slots) -> tuple[TensorValue]:
-        """Computes `step` submodule by submodule; the token's keys and values are in the cache afterwards."""
-        return (self(x, cross_kv, cache=slots)[0],)
+    def step_in_place(self, x: TensorValue, k_cross: TensorValue, v_cross: TensorValue, slots: Slots) -> TensorValue:
+        """Computes `step` on any device, by kernels for few rows; the token's keys and values are in the cache
+        afterwards. k_cross, v_cross: (audio, token, head, channel)."""
+        attn, cross_attn, (hidden, _, mlp_out) = self.attn, self.cross_attn, self.mlp
+        x = attn.out.step(attn.attend_in_place(attn.qkv.step(x, norm=self.attn_ln), slots), residual=x)
+        q = cross_attn.query.step(x, norm=self.cross_attn_ln)
+        x = cross_attn.out.step(cross_attn.split_attention("split_attention", q, k_cross, v_cross), residual=x)
+        return mlp_out.step(hidden.step(x, norm=self.mlp_ln, activated=True), residual=x)
 
     def by_kernel(self, x: TensorValue, cross_kv: KeyValue, cache: Cache) -> tuple[TensorValue, ...]:
         """Computes `step` by one kernel of our own, for CPUs, in float32: threads start once for all of it."""

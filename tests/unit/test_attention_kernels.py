@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from max.dtype import DType
-from max.graph import DeviceRef, TensorType, TensorValue
+from max.graph import DeviceRef, TensorType, TensorValue, ops
 from max.nn.layer import Module
 from torch import Tensor
 
@@ -59,7 +59,8 @@ class Attention(Module):
 
     def in_place(self, q: TensorValue, *others: Any) -> list[TensorValue]:
         k, v, n_past, k_new, v_new, k_written, v_written, rows = others
-        return [self.attn.attend(q, KeyValue(k_new, v_new), cache=Slots(k, v, k_written, v_written, n_past, rows))]
+        qkv = ops.concat([q, *(x.reshape(q.shape) for x in (k_new, v_new))], axis=2)
+        return [self.attn.attend_in_place(qkv, Slots(k, v, k_written, v_written, n_past, rows))]
 
     def split(self, q: TensorValue, k: TensorValue, v: TensorValue) -> list[TensorValue]:
         return [self.attn.split_attention("split_attention", q, *tokens_first(KeyValue(k, v)))]

@@ -21,7 +21,7 @@ from reference.fixtures import NANO
 
 DTYPES = pytest.mark.parametrize("dtype", [DType.float32, DType.float16, DType.bfloat16], ids=lambda dtype: dtype.name)
 ATTENTION = {"split_attention", "cached_split_attention", "device_scores", "store"}
-STEPS = {"embed_last", "device_select", "device_beams"}
+STEPS = {"embed_last", "step_product", "device_select", "device_beams"}
 OTHERS = {
     DType.float32: {"float32_product", "limited_split_attention"},
     DType.float16: {"biased_product", "device_attention"},
@@ -70,15 +70,16 @@ def test_a_step_can_be_captured(program: Callable[[ModelDimensions, Policy], Pro
 
 @pytest.mark.parametrize("program", [step_program, search_program])
 def test_a_step_has_few_operations(program: Callable[[ModelDimensions, Policy], Program]) -> None:
-    """Each of these is a kernel or two, and elementwise ones between them at most one: of a layer, three layer norms,
-    eight products, two attentions, and what puts keys and values into the cache."""
+    """Each is one kernel for few texts, but attention and selecting two: 11 kernels a layer, and 4 or 5 beside them."""
     dims, module = load_checkpoint(NANO).dims, GraphModule()
     program(dims, Policy(DeviceRef.GPU(), DType.float16, DType.float16)).trace(module)
-    text = module._to_mlir_str()
-    operations = Counter(re.findall(r'symbol = "maxwhisper\.(\w+)"', text))
-    operations += Counter(re.findall(r"mo\.(call|reduce\.\w+|gather|range|arg_max|top_k|where)\b", text))
-    n = dims.n_text_layer
+    text, n = module._to_mlir_str(), dims.n_text_layer
     of_beams = {"device_beams": 1} if program is search_program else {}
-    of_layers = {"biased_product": 7 * n, "store": n, "cached_split_attention": n, "split_attention": n}
-    norms, others = {"reduce.layer_norm": 3 * n + 1}, {"call": n + 1, "embed_last": 1, "device_select": 1}
-    assert operations == {**of_layers, **norms, **others, **of_beams}
+    attention = {"store": n, "cached_split_attention": n, "split_attention": n}
+    others = {"step_product": 6 * n + 1, "embed_last": 1, "device_select": 1}
+    assert Counter(re.findall(r'symbol = "maxwhisper\.(\w+)"', text)) == {**attention, **others, **of_beams}
+    assert set(re.findall(r" = (r?mo\.[\w.]+)", text)) <= VIEWS
+
+
+VIEWS = {"mo.constant", "mo.constant.external", "mo.chain.create", "mo.custom", "rmo.mo.transfer", "rmo.reshape"}
+"""What is no kernel, beside operations of ours."""
