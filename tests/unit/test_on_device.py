@@ -1,6 +1,7 @@
 """What a GPU executes, on a CPU: the same operations, but for the attention of many queries in float16 and bfloat16."""
 
 import gc
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,6 +42,7 @@ from reference.chain import pytorch_logits
 from reference.fixtures import NANO
 from reference.judge import Comparison, judge
 from reference.models import trained
+from reference.perf.step import N_PAST, Case, measure, table
 from reference.steps import SCENES, Scene, judge_steps
 from reference.suite import Suite
 from reference.windows import avg_logprob
@@ -346,6 +348,20 @@ def test_what_cannot_be_captured_is_executed(
     assert "decoder.select_tokens is not captured" in caplog.text and "waits for the device" in caplog.text
     with pytest.raises(RuntimeError, match="is not captured"):
         gpu.stepper.verify()
+
+
+def test_a_step_is_timed_beside_the_time_to_read_what_it_has_to(model: Whisper) -> None:
+    """On a CPU, a rehearsal, which says what it does not measure."""
+    timing = measure(model.network, model.dims, Case(), CPU(), torch.float32, rate=1e9, rounds=1)
+    assert timing.host is timing.device is timing.executed_device is timing.launches is None
+    assert timing.step > 0 and timing.executed_host > 0 and not timing.captured
+    assert table([timing]).splitlines()[-1].count("not measured") == 5
+    dims, tensors = model.dims, load_checkpoint(NANO).tensors
+    read = [name for name in tensors if re.match(r"decoder(?!.*(cross_attn\.(key|value)|positional))", name)]
+    weights = sum(x.numel() * (2 if x.ndim > 1 else 4) for x in map(tensors.get, read))
+    weights += 4 * dims.n_text_state * dims.n_text_layer  # what takes the place of the bias that keys have none of
+    kv = 2 * dims.n_text_layer * dims.n_text_state * (dims.n_audio_ctx + N_PAST) * 4
+    assert timing.floor == (weights + kv) / 1e3
 
 
 @pytest.fixture(scope="module")
