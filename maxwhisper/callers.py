@@ -40,7 +40,7 @@ class UntilStopped:
 
     def __init__(self, inner: Stepper, stopped: Event):
         self.inner, self.stopped = inner, stopped
-        self.max_candidates, self.tokens_first = inner.max_candidates, inner.tokens_first
+        self.max_candidates, self.tokens_first, self.searches = inner.max_candidates, inner.tokens_first, inner.searches
 
     def advance(self, texts: Texts, cache: KeyValueCache, rules: Rules, n_token: Tensor) -> Advanced:
         """Decodes texts further as the inner stepper does, or raises Stopped."""

@@ -13,7 +13,7 @@ from whisper.model import ModelDimensions
 from . import names
 from .checkpoint import Checkpoint
 from .decoding.cpu import select_tokens_program
-from .decoding.gpu import candidates_program, step_program
+from .decoding.gpu import search_program, step_program
 from .decoding.rules import TOKEN_RULES, rules_program
 from .decoding.speculative import Draft, draft_of, quantize_keys_program, speculate_program
 from .engine.artifacts import Artifacts, Cache
@@ -24,6 +24,7 @@ from .engine.session import TORCH_DTYPE, Policy, find_device
 from .errors import OptionError
 from .network.blocks import BLOCKS
 from .network.log_mel import LOG_MEL, N_MELS, log_mel_weights
+from .network.model import joined_weights
 
 STORAGE = {torch.float16: DType.float16, torch.bfloat16: DType.bfloat16}
 
@@ -75,7 +76,7 @@ def stepper_programs(dims: ModelDimensions, policy: Policy) -> list[Program]:
     if policy.device.is_cpu():
         makers = (select_tokens_program, speculate_program, quantize_keys_program)
         return [rules_program(), *(program(dims, policy) for program in makers)]
-    return [step_program(dims, policy), candidates_program(dims, policy)]
+    return [step_program(dims, policy), search_program(dims, policy)]
 
 
 def unit_of(name: str, device: str) -> str:
@@ -130,7 +131,8 @@ class Network:
         slow = self.ahead.start if unit == "network" else None
         programs = programs_of(unit, dims, policy)
         mel = log_mel_weights(dims.n_mels) if LOG_MEL in (program.name for program in programs) else {}
-        return Artifact(f"{unit} of {name}", programs, device, load, slow).init({**self.checkpoint.tensors, **mel})
+        artifact, tensors = Artifact(f"{unit} of {name}", programs, device, load, slow), self.checkpoint.tensors
+        return artifact.init({**tensors, **mel, **joined_weights(tensors, artifact.stored.weights)})
 
     def _jobs(self) -> list[str]:
         """Returns what another process compiles while this one compiles the network, where it can be kept."""

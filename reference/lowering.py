@@ -22,7 +22,7 @@ from max.graph import Module
 
 from maxwhisper.compiled import programs_of, units_on
 from maxwhisper.decoding.cpu import SELECT_TOKENS
-from maxwhisper.decoding.gpu import CANDIDATES
+from maxwhisper.decoding.gpu import SEARCH
 from maxwhisper.decoding.rules import TOKEN_RULES
 from maxwhisper.decoding.speculative import QUANTIZE_KEYS, SPECULATE
 from maxwhisper.engine.artifacts import HOST, Identity, Writer, aim_at, writing
@@ -39,7 +39,7 @@ from .suite import Suite
 
 SELECTING = {
     "cpu": (TOKEN_RULES, SELECT_TOKENS, SPECULATE, QUANTIZE_KEYS),
-    "gpu": (TOKEN_RULES, SELECT_TOKENS, CANDIDATES),
+    "gpu": (TOKEN_RULES, SELECT_TOKENS, SEARCH),
 }
 """By device, those that select the tokens of whole transcripts."""
 

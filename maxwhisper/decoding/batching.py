@@ -8,6 +8,7 @@ no transcript depends on its company.
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from itertools import islice
 from threading import Condition, Lock
 
 import torch
@@ -40,7 +41,7 @@ class BatchingStepper:
     def __init__(self, inner: Stepper, n_slot: int):
         """Takes the steps of up to `n_slot` threads at a time, which `inner` computes."""
         self.inner = inner
-        self.max_candidates, self.tokens_first = inner.max_candidates, inner.tokens_first
+        self.max_candidates, self.tokens_first, self.searches = inner.max_candidates, inner.tokens_first, inner.searches
         self.turn = Condition()
         self.n_thread, self.counting = 0, Lock()
         self.slots = CacheSlots(n_slot, inner.tokens_first)
@@ -95,9 +96,6 @@ class BatchingStepper:
 
     def _compute(self, requests: Sequence[Request]) -> dict[int, Advanced]:
         """Returns what every request gets, by the id of its cache, which is as much longer then."""
-        if self.tokens_first:
-            for request in requests:
-                request.cache.settle()
         by_cache = {id(request.cache): request for request in requests}
         order = [by_cache[id(cache)] for cache in self.slots.place([request.cache for request in requests])]
         rules = Rules.joined([each.rules for each in order])
@@ -105,11 +103,13 @@ class BatchingStepper:
         n_token = torch.cat([each.n_token for each in order])
         advanced = self.inner.advance(texts, self.slots.joined(len(order)), rules, n_token)
         sizes = [len(each.texts.tokens) for each in order]
-        candidates = advanced.candidates
+        candidates, ended = advanced.candidates, iter(advanced.ended)
         parts = [x.split(sizes) for x in (*advanced.texts, candidates.tokens, candidates.logprobs)]
         found = {}
         for each, tokens, lengths, totals, *best in zip(order, *parts, strict=True):
             longest = int(lengths.max())
             each.cache.n_token = longest - 1
-            found[id(each.cache)] = Advanced(Texts(tokens[:, :longest], lengths, totals), Candidates(*best))
+            its_ended = [*islice(ended, len(each.cache.cross[0]))]
+            texts = Texts(tokens[:, :longest], lengths, totals)
+            found[id(each.cache)] = Advanced(texts, Candidates(*best), its_ended)
         return found

@@ -150,6 +150,7 @@ class CacheSlots:
         self.memory: Tensor | None = None
         self.quantized_cross: Tensor | None = None
         self.buffers: dict[int, dict[str, Buffer]] = {}
+        self.kept: dict[Any, Any] = {}  # by a stepper, for as long as the memory is this
 
     def place(self, caches: Sequence[KeyValueCache]) -> list[KeyValueCache]:
         """Puts caches into the first slots and returns them in the order of these; nobody else keeps one."""

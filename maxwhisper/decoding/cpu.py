@@ -78,7 +78,7 @@ def keys_values(given: Mapping[str, Any]) -> list[TensorValue]:
 
 def written(given: Mapping[str, Any]) -> list[BufferValue]:
     """Returns the caches to write into, layer by layer, of all that a graph is given."""
-    return [given[name] for name in given if name.endswith("written")]
+    return [given[name] for name in given if name.endswith("written") and "cache" in name]
 
 
 def embed_next(decoder: TextDecoder, tokens: TensorValue, lengths: TensorValue) -> tuple[TensorValue, TensorValue]:
@@ -127,6 +127,7 @@ class CPUStepper:
 
     max_candidates = None
     tokens_first = False
+    searches = False
 
     def __init__(self, graphs: Graphs, n_text_ctx: int):
         self.graphs = graphs

@@ -1,176 +1,132 @@
-"""Decoding in the memory of a device: rules and caches stay there, and Python waits only now and then.
+"""Decoding in the memory of a device: rules, beams and caches stay there, and Python waits only now and then.
 
 A GPU works on while Python goes on. One execution is one step of the decoder, which puts its token behind every text,
-and its key and value into the cache; several are sent at once, and only then is asked what became of the texts. Beam
-search asks after every step for the likeliest tokens, and which text goes on with which cache Python decides. On a CPU
-`decoding.cpu` takes the steps, with kernels of its own.
+or chooses among beams, and its key and value into the cache; several are sent at once, and only then is asked what
+became of the texts. All that a step reads and writes is in the same memory at every step, so that a GPU's step is
+captured once and replayed. On a CPU `decoding.cpu` takes the steps, with kernels of its own.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from threading import local
 from typing import Any
 
 import torch
-from max.driver import CPU, Buffer, Device
+from max.driver import Device
 from max.dtype import DType
 from max.graph import BufferType, TensorType, TensorValue, ops
 from torch import Tensor
 from torch.nn import functional
 from whisper.model import ModelDimensions
 
-from ..engine.program import Program, buffer, by_name
+from ..engine.program import Executable, Program, by_name
+from ..engine.repeated import Repeated
 from ..engine.session import Policy
-from ..network.keys_values import KeyValue, Slots
+from ..network.keys_values import Slots
 from ..network.model import TextDecoder
-from ..network.shapes import grouped, indices
+from ..network.shapes import grouped
 from .cache import CacheSlots, JoinedCache, KeyValueCache, named
 from .cpu import SELECT_TOKENS, keys_values, written
-from .rules import END_OF_TEXT, TIMESTAMP_BEGIN, Rules, rules_inputs, texts_inputs
+from .mirror import Mirror
+from .rules import Rules, rules_inputs, texts_inputs
 from .stepper import Advanced, Candidates, Graphs, Texts, check_room
 
-CANDIDATES = "decoder.candidates"
-"""The graph of beam search, which compiles together with that of steps."""
+SEARCH = "decoder.search"
+"""The graph of a step of beam search, which compiles together with that of steps."""
 
 MAX_CANDIDATES = 8
 """How many a step finds, one more than there can be beams."""
 
-STATE = ("texts", "lengths", "totals", "logprobs")
-"""What a step takes and gives."""
+MAX_ENDED = 16
+"""Texts of a window for which there is room once they have ended: of more steps than one."""
+
+STATE = ("texts", "lengths", "totals", "latest")
+"""What every step changes in place. latest: (batch,), the log-probability of each text's latest token."""
+
+ENDED = ("n_ended", "ended", "ended_lengths", "ended_totals")
+"""What beam search leaves of the texts that end: how many of each window, these, their lengths and sums."""
 
 STEPS_AT_ONCE = 8
 """Before Python looks which texts have ended: what has ended meanwhile is computed on, half as many steps as a rule."""
 
-NEVER = float("-inf")
-EVERY_TOKEN = 2**31
-"""More than any vocabulary has."""
+PART = 256
+"""Tokens of a part in `maxwhisper.device_select`."""
 
 
-def log_probabilities(
-    logits: TensorValue,
-    texts: TensorValue,
-    lengths: TensorValue,
-    begins: TensorValue,
-    suppressed: TensorValue,
-    limits: TensorValue,
-) -> TensorValue:
-    """Returns those of every next token (batch, vocab), by openai-whisper's rules: minus infinity for those excluded;
-    not finite if a logit is NaN, or no token is left.
-
-    By MAX's operations, for any device: what `maxwhisper.select_tokens` has inside, whose source says what goes in.
-    logits: (batch, vocab).
-    """
-    begin, eot = (limits[at : at + 1] for at in (TIMESTAMP_BEGIN, END_OF_TEXT))
-    tokens = ops.unsqueeze(indices(logits.shape[1], logits.device), 0)
-    is_timestamp = tokens >= begin
-    text_from, timestamps_from = rules_of_timestamps(texts, lengths, begins, begin, eot)
-    allowed = ops.where(is_timestamp, tokens >= timestamps_from, tokens >= text_from) & ~ops.unsqueeze(suppressed, 0)
-    scores = ops.where(allowed, logits, NEVER)
-    timestamp_is_next = log_sum_exp(ops.where(is_timestamp, scores, NEVER)) > ops.max(
-        ops.where(is_timestamp, NEVER, scores), axis=1
-    )
-    scores = ops.where(timestamp_is_next & ~is_timestamp, NEVER, scores)
-    return scores - log_sum_exp(scores)
-
-
-def log_sum_exp(x: TensorValue) -> TensorValue:
-    """Returns that of (batch, n), (batch, 1); of minus infinity alone minus infinity, of anything with NaN in it
-    NaN."""
-    greatest = ops.max(x, axis=1)
-    base = ops.where(greatest > NEVER, greatest, 0)
-    # MAX's exponential of NaN is a number.
-    return base + ops.log(ops.sum(ops.where(ops.is_nan(x), x, ops.exp(x - base)), axis=1))
-
-
-def rules_of_timestamps(
-    texts: TensorValue, lengths: TensorValue, begins: TensorValue, begin: TensorValue, eot: TensorValue
-) -> tuple[TensorValue, TensorValue]:
-    """Returns for every text, (batch, 1), the first token of text, and the first timestamp, that may follow."""
-    places = ops.unsqueeze(indices(texts.shape[1], texts.device), 0)
-    first, last = ops.unsqueeze(begins, 1), ops.unsqueeze(lengths - 1, 1)
-    stamped = (texts >= begin) & (places >= first) & (places <= last)
-    # The greatest of float32, which every device finds, and which holds all places.
-    latest = ops.max(ops.where(stamped, places.cast(DType.float32), -1), axis=1).cast(DType.int64)
-    timestamp, before_last = (at(texts, place) for place in (latest, last - 1))
-    ends_in_timestamp = latest == last
-    of_two = (last == first) | (before_last >= begin)  # the first token counts as the second of two
-    timestamps_from = ops.where(of_two, EVERY_TOKEN, timestamp)
-    timestamps_from = ops.where(ends_in_timestamp, timestamps_from, timestamp + 1)
-    timestamps_from = ops.where(latest >= 0, timestamps_from, begin)
-    return ops.where(ends_in_timestamp & ~of_two, eot, 0), timestamps_from
-
-
-def at(x: TensorValue, place: TensorValue) -> TensorValue:
-    """Returns what is at a place of each row of (batch, place), both (batch, 1); the first for a place before it."""
-    return ops.unsqueeze(ops.gather_nd(x, ops.max(place, 0), batch_dims=1), 1)
-
-
-def next_logits(decoder: TextDecoder, given: Mapping[str, Any]) -> tuple[TensorValue, TensorValue]:
-    """Returns the last token of every text, (batch, 1), and the logits of the next, (batch, vocab). The last's key and
-    value go into the cache, which is given twice, as `Slots` has it. given: what the graph is given."""
-    texts, lengths = given["texts"], given["lengths"]
+def next_logits(decoder: TextDecoder, given: Mapping[str, Any]) -> TensorValue:
+    """Returns the logits of the token behind every text, (batch, vocab). The last one's key and value go into the
+    cache, which is given twice, as `Slots` has it. given: what the graph is given."""
     kv, caches = keys_values(given), written(given)
     own, cross, into = (grouped(each, 2) for each in (kv[: len(caches)], kv[len(caches) :], caches))
-    # A text as long as the cache has ended, and it does not matter where its last token is computed again.
-    n_past = ops.min(lengths, int(decoder.positional_embedding.shape[0])) - 1
+    x, n_past = embed_last(decoder, given["texts"], given["lengths"])
     pairs = zip(own, into, strict=True)
-    slots = [Slots(k, v, k_written, v_written, n_past) for (k, v), (k_written, v_written) in pairs]
-    last = at(texts, ops.unsqueeze(lengths - 1, 1))
-    cross_kv = [KeyValue(*(ops.permute(x, [0, 2, 1, 3]) for x in pair)) for pair in cross]
-    return last, ops.squeeze(decoder.step_in_place(last, cross_kv, slots), 1)
+    slots = [Slots(k, v, k_written, v_written, n_past, given["rows"]) for (k, v), (k_written, v_written) in pairs]
+    return decoder.step_in_place(x, cross, slots)
 
 
-def next_log_probabilities(logits: TensorValue, given: Mapping[str, Any]) -> TensorValue:
-    """Returns `log_probabilities` of what a graph is given."""
-    names = ("texts", "lengths", "begins", "suppressed", "limits")
-    return log_probabilities(logits, *(given[name] for name in names))
+def embed_last(decoder: TextDecoder, texts: TensorValue, lengths: TensorValue) -> tuple[TensorValue, TensorValue]:
+    """Embeds the last token of every text, as (batch, 1, state); also returns how many come before it, (batch,)."""
+    token_embedding, positional_embedding = decoder.token_embedding.weight, decoder.positional_embedding
+    types = [
+        TensorType(decoder.policy.compute, [texts.shape[0], 1, token_embedding.shape[1]], texts.device),
+        lengths.type,
+    ]
+    values = [texts, lengths, token_embedding, positional_embedding]
+    x, n_past = ops.custom("maxwhisper.embed_last", texts.device, values, types)
+    return x.tensor, n_past.tensor
+
+
+def select(logits: TensorValue, given: Mapping[str, Any], n_best: int, appends: bool) -> None:
+    """Finds the `n_best` likeliest tokens behind every text by openai-whisper's rules, and puts the likeliest there if
+    it `appends`, by `maxwhisper.device_select`, whose Mojo source says what goes in. logits: (batch, vocab)."""
+    batch, n_vocab = logits.shape
+    parts = [batch, (n_vocab + PART - 1) // PART + 1]
+    room = [
+        TensorType(DType.float32, [*parts, n_best + 2], logits.device),
+        TensorType(DType.int64, [*parts, n_best], logits.device),
+    ]
+    changed = ("candidates", "logprobs", *(f"{name} written" for name in STATE))
+    values = [logits, *(given[name] for name in (*changed, "ends", "begins", "suppressed", "limits"))]
+    parameters = {"n_best": n_best, "appends": appends}
+    ops.inplace_custom("maxwhisper.device_select", logits.device, values, room, parameters=parameters)
+
+
+def choose_beams(given: Mapping[str, Any], device: Any) -> None:
+    """Puts the candidates that openai-whisper's beam search chooses behind the texts, by `maxwhisper.device_beams`,
+    whose Mojo source says what goes in."""
+    changed = ("texts", "lengths", "rows", "totals", "latest")
+    values = [*(given[f"{name} written"] for name in changed), *(given[name] for name in ENDED)]
+    values += [given[name] for name in ("candidates", "logprobs", "ends", "wanted", "limits")]
+    ops.inplace_custom("maxwhisper.device_beams", device, values)
 
 
 def step_program(dims: ModelDimensions, policy: Policy) -> Program:
-    """Returns the graph of a step of the decoder, from texts, their lengths, the sums of their tokens'
-    log-probabilities and the latest of these to the same: the likeliest token behind every text that has not ended, is
-    not as long as it may get, and has had no log-probability that is not finite."""
+    """Returns the graph of a step of the decoder, which in the memory that it is given puts the likeliest token behind
+    every text that has not ended, is not as long as it may get, and has had no log-probability that is not finite."""
 
     def step(decoder: TextDecoder, **given: Any) -> list[TensorValue]:
-        texts, lengths, totals, logprobs = (given[name] for name in STATE)
-        last, logits = next_logits(decoder, given)
-        scores = next_log_probabilities(logits, given)
-        token = ops.argmax(scores, axis=1)
-        logprob = ops.squeeze(at(scores, token), 1)  # the greatest of what is not finite may be finite
-        failed = ops.is_nan(logprobs) | ops.is_inf(logprobs)
-        goes_on = (
-            (ops.squeeze(last, 1) != given["limits"][END_OF_TEXT : END_OF_TEXT + 1])
-            & (lengths < given["ends"])
-            & ~failed
-        )
-        places = ops.unsqueeze(indices(texts.shape[1], texts.device), 0)
-        is_next = (places == ops.unsqueeze(lengths, 1)) & ops.unsqueeze(goes_on, 1)
-        return [
-            ops.where(is_next, token, texts),
-            lengths + goes_on.cast(DType.int64),
-            totals + ops.where(goes_on, logprob, 0),
-            ops.where(goes_on, logprob, logprobs),
-        ]
+        select(next_logits(decoder, given), given, n_best=1, appends=True)
+        return []
 
-    types = inputs(dims, policy, (*STATE, "ends"))
-    return Program(SELECT_TOKENS, "decoder", TextDecoder(dims, policy), by_name(types, step), types)
+    types = inputs(dims, policy, n_best=1)
+    return Program(SELECT_TOKENS, "decoder", TextDecoder(dims, policy, joined=True), by_name(types, step), types)
 
 
-def candidates_program(dims: ModelDimensions, policy: Policy) -> Program:
-    """Returns the graph for beam search: the MAX_CANDIDATES likeliest tokens behind every text, and their
-    log-probabilities, in falling order."""
+def search_program(dims: ModelDimensions, policy: Policy) -> Program:
+    """Returns the graph of a step of beam search, which in the memory that it is given finds the MAX_CANDIDATES
+    likeliest tokens behind every text, and chooses among them as openai-whisper does."""
 
-    def candidates(decoder: TextDecoder, **given: Any) -> tuple[TensorValue, TensorValue]:
-        _, logits = next_logits(decoder, given)
-        logprobs, tokens = ops.top_k(next_log_probabilities(logits, given), MAX_CANDIDATES)
-        return ops.max(tokens, 0), logprobs  # a GPU may know no token for minus infinity
+    def search(decoder: TextDecoder, **given: Any) -> list[TensorValue]:
+        select(next_logits(decoder, given), given, n_best=MAX_CANDIDATES, appends=False)
+        choose_beams(given, policy.device)
+        return []
 
-    types = inputs(dims, policy, ("texts", "lengths"))
-    return Program(CANDIDATES, "decoder", TextDecoder(dims, policy), by_name(types, candidates), types)
+    types = inputs(dims, policy, n_best=MAX_CANDIDATES)
+    return Program(SEARCH, "decoder", TextDecoder(dims, policy, joined=True), by_name(types, search), types)
 
 
-def inputs(dims: ModelDimensions, policy: Policy, state: Sequence[str]) -> dict[str, TensorType | BufferType]:
-    """Returns the inputs of both programs. Keys and values are (row, token, head, channel), as kernels for GPUs take
-    them."""
+def inputs(dims: ModelDimensions, policy: Policy, n_best: int) -> dict[str, TensorType | BufferType]:
+    """Returns the inputs of both programs; what is also read is given twice. Keys and values are (row, token, head,
+    channel), as kernels for GPUs take them."""
     device, n_head = policy.device, dims.n_text_head
     n_channel = dims.n_text_state // n_head
     layers = range(2 * dims.n_text_layer)
@@ -178,16 +134,93 @@ def inputs(dims: ModelDimensions, policy: Policy, state: Sequence[str]) -> dict[
     cross = TensorType(policy.compute, ["audio", dims.n_audio_ctx, n_head, n_channel], device)
     kv = named([own for _ in layers], [cross for _ in layers])
     given = {**texts_inputs(device), **rules_inputs(dims.n_vocab, device)}
-    given["texts"] = TensorType(DType.int64, ["batch", "capacity"], device)  # which is not written into
-    given["logprobs"] = TensorType(DType.float32, ["batch"], device)
-    return {
-        **{name: given[name] for name in (*state, "suppressed", "begins", "limits")},
+    texts = TensorType(DType.int64, ["batch", "capacity"], device)
+    read = {"texts": texts, "lengths": given["lengths"], "rows": TensorType(DType.int64, ["batch", "position"], device)}
+    changed = {**read, "totals": given["totals"], "latest": given["totals"]}
+    found = {"candidates": DType.int64, "logprobs": DType.float32}
+    types: dict[str, TensorType | BufferType] = {
+        **read,
+        **{name: given[name] for name in ("ends", "begins", "suppressed", "limits")},
+        **{f"{name} written": each.as_buffer() for name, each in changed.items()},
+        **{name: BufferType(dtype, ["batch", n_best], device) for name, dtype in found.items()},
         **kv,
         **{f"{name} written": each.as_buffer() for name, each in kv.items() if "cache" in name},
     }
+    if n_best == 1:
+        del types["rows written"]
+        return types
+    shapes = (["audio"], ["audio", MAX_ENDED, "capacity"], ["audio", MAX_ENDED], ["audio", MAX_ENDED])
+    dtypes = (DType.int64, DType.int64, DType.int64, DType.float32)
+    ended = {name: BufferType(*of, device) for name, *of in zip(ENDED, dtypes, shapes, strict=True)}
+    return {**types, **ended, "wanted": TensorType(DType.int64, ["audio"], device)}
 
 
 # ---- the stepper ---------------------------------------------------------------------------------------------------
+
+
+class Steps:
+    """A graph of steps for the texts of some cache slots, and the memory that it works in."""
+
+    def __init__(self, graph: Executable, cache: JoinedCache, rules: Rules, n_text_ctx: int, device: Device):
+        """Makes room and has the graph executed once: for texts that are to get no token, but whose last one's key and
+        value go where no text has any that is still to get one."""
+        batch, position, n_window = *cache.rows.shape, len(cache.cross[0])
+        capacity, n_best = n_text_ctx + 1, MAX_CANDIDATES if graph.name == SEARCH else 1
+        integers, numbers = ((dtype, [batch]) for dtype in (DType.int64, DType.float32))
+        given = {
+            "suppressed": (DType.bool, rules.suppressed.shape),
+            "limits": (DType.int64, [2]),
+            "begins": integers,
+            "ends": integers,
+            "wanted": (DType.int64, [n_window]),
+        }
+        changed = {
+            "texts": (DType.int64, [batch, capacity]),
+            "lengths": integers,
+            "rows": (DType.int64, [batch, position]),
+            "totals": numbers,
+            "latest": numbers,  # given as 0
+            "n_ended": (DType.int64, [n_window]),  # given as 0
+        }
+        found = {
+            "candidates": (DType.int64, [batch, n_best]),
+            "logprobs": (DType.float32, [batch, n_best]),
+            "ended": (DType.int64, [n_window, MAX_ENDED, capacity]),
+            "ended_lengths": (DType.int64, [n_window, MAX_ENDED]),
+            "ended_totals": (DType.float32, [n_window, MAX_ENDED]),
+        }
+        if n_best == 1:
+            found = {name: found[name] for name in ("candidates", "logprobs")}
+        self.mirror = Mirror(given, changed, found, device)
+        self.here = self.mirror.here
+        self.here["lengths"].fill_(n_text_ctx)
+        self.here["begins"].fill_(n_text_ctx)
+        self.mirror.put()
+        there = self.mirror.there
+        buffers = {**there, **{f"{name} written": each for name, each in there.items()}}
+        buffers |= {**cache.inputs(), **cache.written()}
+        self.step = Repeated(graph, {name: buffers[name] for name in graph.inputs})
+
+    def take(self, texts: Texts, cache: JoinedCache, rules: Rules, n_token: Tensor, n_step: int) -> dict[str, Tensor]:
+        """Has the texts advance by some steps; returns what `Mirror.get` does."""
+        n_room = self.here["texts"].shape[1] - texts.tokens.shape[1]
+        now = {
+            "texts": functional.pad(texts.tokens, (0, n_room), value=rules.eot),
+            "lengths": texts.lengths,
+            "totals": texts.totals,
+            "rows": cache.rows,
+            "ends": texts.lengths + n_token,
+            "suppressed": rules.suppressed,
+            "begins": rules.begins,
+            "limits": rules.limits,
+            "wanted": torch.tensor(0) if rules.wanted is None else rules.wanted,
+        }
+        for name, value in now.items():
+            self.here[name].copy_(value)
+        self.mirror.put()
+        for _ in range(n_step):
+            self.step()
+        return self.mirror.get()
 
 
 class GPUStepper:
@@ -195,6 +228,7 @@ class GPUStepper:
 
     max_candidates = MAX_CANDIDATES
     tokens_first = True
+    searches = True
 
     def __init__(self, graphs: Graphs, dims: ModelDimensions, device: Device):
         self.graphs = graphs
@@ -203,43 +237,44 @@ class GPUStepper:
         self.of_thread = SlotsOfThread()
 
     def advance(self, texts: Texts, cache: KeyValueCache, rules: Rules, n_token: Tensor) -> Advanced:
-        """Decodes texts by at most STEPS_AT_ONCE tokens of the likeliest ones, or by one with several candidates."""
+        """Decodes texts by at most STEPS_AT_ONCE tokens, the likeliest ones or those of beams; by one, with several
+        candidates, where the rules do not say how many texts are wanted to end."""
         check_room(int((texts.lengths + n_token).max()) - 1, self.dims.n_text_ctx)
         in_slots = cache if isinstance(cache, JoinedCache) else self._in_slots(cache)
-        eot, n_free, n_best = rules.eot, self.dims.n_text_ctx + 1 - texts.tokens.shape[1], rules.n_best
-        tokens = functional.pad(texts.tokens, (0, n_free), value=eot)
-        of_rules = self._there(suppressed=rules.suppressed, begins=rules.begins, limits=rules.limits)
-        given = {**of_rules, **in_slots.inputs(), **in_slots.written()}
-        if n_best > 1:
-            graph = self.graphs[CANDIDATES]
-            here = self._there(texts=tokens, lengths=texts.lengths)
-            found = back(graph.execute(*graph.in_order({**here, **given})))
-            best, logprobs = (each[:, :n_best] for each in found)
-            tokens = tokens.scatter(1, texts.lengths[:, None], best[:, :1])
-            lengths, totals = texts.lengths + 1, texts.totals + logprobs[:, 0]
+        one_by_one = rules.n_best > 1 and rules.wanted is None
+        n_step = 1 if one_by_one else min(int(n_token.max()), STEPS_AT_ONCE)
+        found = self._steps(in_slots, rules).take(texts, in_slots, rules, n_token, n_step)
+        if one_by_one:
+            best, logprobs = (found[name][:, : rules.n_best] for name in ("candidates", "logprobs"))
+            tokens = found["texts"].scatter(1, texts.lengths[:, None], best[:, :1])
+            now = Texts(tokens, texts.lengths + 1, texts.totals + logprobs[:, 0])
         else:
-            tokens, lengths, totals, latest = self._steps(texts._replace(tokens=tokens), n_token, given)
-            best, logprobs = tokens.gather(1, lengths[:, None] - 1), latest[:, None]
-        cache.n_token = int(lengths.max()) - 1
-        return Advanced(Texts(tokens[:, : int(lengths.max())], lengths, totals), Candidates(best, logprobs))
+            in_slots.rows.copy_(found["rows"])
+            now = Texts(found["texts"], found["lengths"], found["totals"])
+            best, logprobs = now.last(), found["latest"][:, None]
+        longest = int(now.lengths.max())
+        cache.n_token = longest - 1
+        texts = now._replace(tokens=now.tokens[:, :longest])
+        return Advanced(texts, Candidates(best, logprobs), [] if rules.wanted is None else ended_of(found))
 
-    def _steps(self, texts: Texts, n_token: Tensor, given: Mapping[str, Buffer]) -> list[Tensor]:
-        graph = self.graphs[SELECT_TOKENS]
-        no_logprobs = torch.zeros(len(texts.tokens), dtype=torch.float32)
-        state = self._there(**texts._asdict(), logprobs=no_logprobs)
-        state["texts"] = state.pop("tokens")
-        ends = self._there(ends=texts.lengths + n_token)
-        for _ in range(min(int(n_token.max()), STEPS_AT_ONCE)):
-            latest = graph.execute(*graph.in_order({**state, **ends, **given}))
-            state = dict(zip(STATE, latest, strict=True))
-        return back([state[name] for name in STATE])
+    def _steps(self, cache: JoinedCache, rules: Rules) -> Steps:
+        """Returns those of the slots, which are made where there are none."""
+        name = SELECT_TOKENS if rules.n_best == 1 else SEARCH
+        kept, key = cache.slots.kept, (name, cache.n_slot)
+        if key not in kept:
+            kept[key] = Steps(self.graphs[name], cache, rules, self.dims.n_text_ctx, self.device)
+        return kept[key]
 
-    def _there(self, **tensors: Tensor) -> dict[str, Buffer]:
-        return {name: buffer(x).to(self.device) for name, x in tensors.items()}
+    def verify(self) -> int:
+        """Executes the steps that this thread has taken last; returns how many graphs they are of. Raises RuntimeError
+        if one is not captured, or launches other kernels than were captured."""
+        kept = self.of_thread.slots.kept.values()
+        for steps in kept:
+            steps.step.verify()
+        return len(kept)
 
     def _in_slots(self, cache: KeyValueCache) -> JoinedCache:
         """Returns the cache in the memory that kernels take: that of the thread's one before, if it fits."""
-        cache.settle()
         room, wanted = ([kv.shape for kv in (*each.own, *each.cross)] for each in (self.of_thread.slots, cache))
         if room not in ([], wanted):
             self.of_thread.slots = CacheSlots(1, tokens_first=True)
@@ -254,6 +289,10 @@ class SlotsOfThread(local):
         self.slots = CacheSlots(1, tokens_first=True)
 
 
-def back(buffers: Sequence[Buffer]) -> list[Tensor]:
-    """Returns what is in buffers of a device."""
-    return [torch.from_dlpack(x.to(CPU())) for x in buffers]
+def ended_of(found: Mapping[str, Tensor]) -> list[dict[tuple[int, ...], float]]:
+    """Returns by window the texts that have ended, in the order in which they did, and their sums."""
+    of_windows = zip(*(found[name].tolist() for name in ENDED), strict=True)
+    return [
+        {tuple(text[:length]): total for text, length, total in zip(texts[:n], lengths, totals, strict=False)}
+        for n, texts, lengths, totals in of_windows
+    ]

@@ -166,9 +166,23 @@ class DecodingTask(decoding.DecodingTask):
             tokens, completed = self.decoder.update(tokens, candidates, sum_logprobs)
             if completed or tokens.shape[1] >= n_end:
                 return tokens, sum_logprobs
+            if self.model.stepper.searches:
+                return self._search(Texts.of(tokens, sum_logprobs), rules, n_end)
             one = torch.ones(len(tokens), dtype=torch.int64)
             inputs = rules.inputs(tokens, candidates.tokens.shape[1])
             candidates = self.inference.advance(Texts.of(tokens, sum_logprobs), inputs, one).candidates
+
+    def _search(self, texts: "Texts", rules: "TokenRules", n_end: int) -> tuple[Tensor, Tensor]:
+        """Does the rest of what `_beams` does for the one window, by a stepper that chooses as openai-whisper does."""
+        (of_window,) = self.decoder.finished_sequences
+        while True:
+            wanted, left = self.decoder.max_candidates - len(of_window), n_end - texts.lengths
+            if wanted <= 0 or not left.any():
+                return texts.tokens, texts.totals
+            inputs = rules.inputs(texts.tokens, self.decoder.beam_size + 1)._replace(wanted=torch.tensor([wanted]))
+            advanced = self.inference.advance(texts, inputs, left.clamp(max=MAX_STEPS))
+            texts = advanced.texts
+            of_window.update(*advanced.ended)
 
     def _greedy(self, texts: "Texts", rules: "TokenRules", n_end: int) -> "Texts":
         """Returns the texts until each has ended, or has `n_end` tokens."""

@@ -76,12 +76,16 @@ def rules_inputs(n_vocab: int | str | Dim, device: DeviceRef = CPU) -> dict[str,
 
 
 class Rules(NamedTuple):
-    """The rules of `rules_inputs`, and how many candidates are wanted for each text."""
+    """The rules of `rules_inputs`, and how many candidates are wanted for each text.
+
+    wanted: of beam search that a stepper is to do by itself, (window,), how many texts of each window are to end.
+    """
 
     suppressed: Tensor
     begins: Tensor
     limits: Tensor
     n_best: int
+    wanted: Tensor | None = None
 
     def inputs(self) -> dict[str, Tensor]:
         """Returns the values of `rules_inputs`, room for candidates among them."""
@@ -102,7 +106,8 @@ class Rules(NamedTuple):
         for each in rules:
             assert each.suppressed.equal(first.suppressed) and each.limits.equal(first.limits)
             assert each.n_best == first.n_best
-        return first._replace(begins=torch.cat([each.begins for each in rules]))
+        wanted = None if first.wanted is None else torch.cat([each.wanted for each in rules if each.wanted is not None])
+        return first._replace(begins=torch.cat([each.begins for each in rules]), wanted=wanted)
 
 
 class TokenRules:

@@ -1,7 +1,7 @@
 """The protocol between openai-whisper's loop and what decodes: texts, and who takes them some tokens further."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -66,10 +66,15 @@ class Texts(NamedTuple):
 
 class Advanced(NamedTuple):
     """What a stepper gives: texts with the likeliest token of each step behind them, and the candidates of the last
-    step."""
+    step.
+
+    Of a stepper's own beam search, beams, and each one's likeliest candidate. ended: of each window the texts that have
+    ended, and the sums of their log-probabilities.
+    """
 
     texts: Texts
     candidates: Candidates
+    ended: Sequence[Mapping[tuple[int, ...], float]] = ()
 
 
 def checked(advanced: Advanced) -> Advanced:
@@ -97,11 +102,16 @@ class Stepper(Protocol):
     def tokens_first(self) -> bool:
         """Says whether it takes caches of several windows with the tokens of a row before its heads."""
 
+    @property
+    def searches(self) -> bool:
+        """Says whether it does beam search by itself, where rules say how many texts are wanted to end."""
+
     def advance(self, texts: Texts, cache: KeyValueCache, rules: Rules, n_token: Tensor) -> Advanced:
         """Decodes texts, all but the last tokens of which are in the cache: each by at most as many tokens as `n_token`
         (batch,) says, until one has ended or has as many, or sooner, but by one at least.
 
-        A text that gets none stays as it is, but its cache is lost. Raises OptionError where the cache has no room.
+        A text that gets none stays as it is, but its cache is lost. A window's beams, texts of one length, get tokens
+        until enough have ended. Raises OptionError where the cache has no room.
         """
 
 

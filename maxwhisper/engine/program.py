@@ -111,7 +111,8 @@ class Executable:
         """Computes on MAX's own buffers; a GPU may go on afterwards. Raises DeviceError in a forked process."""
         refuse_after_fork()
         if self.session.has_executed:
-            return self.model.execute(*inputs)
+            with self.session.launching:
+                return self.model.execute(*inputs)
         with long_timer_slack():
             outputs = self.model.execute(*inputs)
         self.session.has_executed = True

@@ -1,7 +1,11 @@
 """Devices, precision, and the sessions that compile for them."""
 
+import threading
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from max.driver import (
@@ -28,6 +32,7 @@ TORCH_DTYPE = {
     DType.int64: torch.int64,
     DType.int8: torch.int8,
     DType.uint8: torch.uint8,
+    DType.bool: torch.bool,
 }
 
 
@@ -79,9 +84,16 @@ class Session(InferenceSession):
     """MAX's session of a device.
 
     has_executed: whether it has executed a graph. MAX 26.7 starts a thread that logs with the first of a process.
+    launching: held by the thread that has a GPU compute: what another launched while it captures would be captured too.
     """
 
     has_executed = False
+
+    def __init__(self, devices: Sequence[Device]):
+        """Compiles for and executes on these devices."""
+        super().__init__(devices=list(devices))
+        on_cpu = all(device.is_host for device in devices)
+        self.launching: AbstractContextManager[Any] = nullcontext() if on_cpu else threading.Lock()
 
 
 @cache

@@ -2,12 +2,13 @@
 
 from max.algorithm import sync_parallelize
 from max.gpu.host import DeviceContext
-from std.math import align_up, ceildiv, erf
+from std.math import align_up, ceildiv
 
 import extensibility
 from extensibility import InputTensor, OutputTensor
 
 from .attention import QUERIES, ContinuedRows, Rows, ScatteredRows, attend_to_text, attend_to_window
+from .gelu import gelu
 from .layer_norm import normalize
 from .linear import COLUMNS, by_columns, multiply, row_size
 from .pointers import Numbers, Stored, numbers, stored, untracked
@@ -96,11 +97,6 @@ struct Values(TrivialRegisterPassable):
     var cross_attended: Numbers
     var cross_attn_sum: Numbers
     var n_before: Int
-
-
-@always_inline
-def gelu[width: Int](x: SIMD[DType.float32, width]) -> SIMD[DType.float32, width]:
-    return 0.5 * x * (1 + erf(x * Float32(0.5**0.5)))
 
 
 @no_inline

@@ -69,31 +69,6 @@ def greatest_of(scores: Pointer[Float32, _, address_space=_], n_key: Int) -> Flo
 
 
 @always_inline
-def attend_to_part[
-    dtype: DType, n_channel: Int, width: Int
-](
-    part: Numbers,
-    weights: Pointer[Float32, _, address_space=_],
-    v: Stored[dtype],
-    n_state: Int,
-    n_key: Int,
-    channel: Int,
-):
-    """Writes `width` channels of a part (n_channel + 2,), the sum of the values, each times its weight; behind all
-    channels the sum of the weights."""
-    var total = Float32(0)
-    var sums = SIMD[DType.float32, width](0)
-    for key in range(n_key):
-        var weighs = weights[unsafe_offset=key]
-        var values = v.unsafe_load[width=width](key * n_state + channel).cast[DType.float32]()
-        sums = values.fma(SIMD[DType.float32, width](weighs), sums)
-        total += weighs
-    part.unsafe_store(channel, sums)
-    if channel == 0:
-        part[unsafe_offset=n_channel] = total
-
-
-@always_inline
 def joined[n_channel: Int, width: Int](parts: Numbers, n_part: Int, channel: Int) -> SIMD[DType.float32, width]:
     """Returns `width` channels of attention from all its parts, each (n_channel + 2,): behind the sum of a part's
     weights stands its greatest score."""
@@ -112,8 +87,11 @@ def joined[n_channel: Int, width: Int](parts: Numbers, n_part: Int, channel: Int
 
 
 @fieldwise_init
-struct Task[dtype: DType, n_channel: Int](TrivialRegisterPassable):
-    """A head of a text: where its parts, its query, and its keys and values are, and how many of these it attends to."""
+struct Task[dtype: DType, n_channel: Int, cached: Bool](TrivialRegisterPassable):
+    """A head of a text: where its parts, its query, and its keys and values are, and how many of these it attends to.
+
+    rows: of a cache, in which row each key is; k and v are then those of row 0, else the first of its own.
+    """
 
     comptime size = Self.n_channel + 2
 
@@ -121,8 +99,10 @@ struct Task[dtype: DType, n_channel: Int](TrivialRegisterPassable):
     var q: Stored[Self.dtype]
     var k: Stored[Self.dtype]
     var v: Stored[Self.dtype]
+    var rows: Stored[DType.int64]
     var n_state: Int
     var n_key: Int
+    var row_size: Int  # in keys
 
     @always_inline
     def n_part(self) -> Int:
@@ -134,8 +114,15 @@ struct Task[dtype: DType, n_channel: Int](TrivialRegisterPassable):
         return min(PART, self.n_key - part * PART)
 
     @always_inline
+    def place(self, key: Int) -> Int:
+        """Returns where a key and its value begin."""
+        comptime if Self.cached:
+            return (Int(self.rows[unsafe_offset=key]) * self.row_size + key) * self.n_state
+        return key * self.n_state
+
+    @always_inline
     def score(self, part: Int, key: Int) -> Float32:
-        var k = self.k.unsafe_offset((part * PART + key) * self.n_state)
+        var k = self.k.unsafe_offset(self.place(part * PART + key))
         return score[Self.dtype, Self.n_channel](self.q, k)
 
     @always_inline
@@ -147,11 +134,20 @@ struct Task[dtype: DType, n_channel: Int](TrivialRegisterPassable):
 
     @always_inline
     def attend[width: Int](self, weights: Pointer[Float32, _, address_space=_], part: Int, channel: Int):
-        var v = self.v.unsafe_offset(part * PART * self.n_state)
+        """Writes `width` channels of a part, the sum of the values, each times its weight; behind all channels the sum
+        of the weights."""
+        var total = Float32(0)
+        var sums = SIMD[DType.float32, width](0)
+        for key in range(self.keys_of(part)):
+            var weighs = weights[unsafe_offset=key]
+            var at = self.place(part * PART + key) + channel
+            var values = self.v.unsafe_load[width=width](at).cast[DType.float32]()
+            sums = values.fma(SIMD[DType.float32, width](weighs), sums)
+            total += weighs
         var its_own = self.parts.unsafe_offset(part * Self.size)
-        attend_to_part[Self.dtype, Self.n_channel, width](
-            its_own, weights, v, self.n_state, self.keys_of(part), channel
-        )
+        its_own.unsafe_store(channel, sums)
+        if channel == 0:
+            its_own[unsafe_offset=Self.n_channel] = total
 
     @always_inline
     def result[width: Int](self, channel: Int) -> SIMD[Self.dtype, width]:
@@ -160,54 +156,58 @@ struct Task[dtype: DType, n_channel: Int](TrivialRegisterPassable):
 
 @always_inline
 def task[
-    dtype: DType, n_channel: Int, limited: Bool
+    dtype: DType, n_channel: Int, limited: Bool, cached: Bool
 ](
     parts: Numbers,
     q: Stored[dtype],
     k: Stored[dtype],
     v: Stored[dtype],
     n_past: Stored[DType.int64],
+    rows: Stored[DType.int64],
     n_head: Int,
     n_key: Int,
     shared: Int,
     text: Int,
     head: Int,
-) -> Task[dtype, n_channel]:
+) -> Task[dtype, n_channel, cached]:
     """Returns that of a head of a text. shared: how many texts attend to a row of keys. limited: whether it attends
-    to so many first keys and the next one, or to all."""
+    to so many first keys and the next one, or to all. cached: whether each key is in a row that is named."""
     var n_state = n_head * n_channel
-    var first = text // shared * n_key * n_state + head * n_channel
-    var number = text * n_head + head
-    var seen = n_key
+    var first, number, seen = head * n_channel, text * n_head + head, n_key
     comptime if limited:
         seen = min(n_key, Int(n_past[unsafe_offset=text]) + 1)
-    return Task[dtype, n_channel](
+    comptime if not cached:
+        first += text // shared * n_key * n_state
+    return Task[dtype, n_channel, cached](
         parts.unsafe_offset(number * ceildiv(n_key, PART) * (n_channel + 2)),
         q.unsafe_offset(number * n_channel),
         k.unsafe_offset(first),
         v.unsafe_offset(first),
+        rows.unsafe_offset(text * n_key),
         n_state,
         seen,
+        n_key,
     )
 
 
-@__name(t"split_attention_{dtype}_{n_channel}_{limited}")
+@__name(t"split_attention_{dtype}_{n_channel}_{limited}_{cached}")
 def attend_on_gpu[
-    dtype: DType, n_channel: Int, limited: Bool
+    dtype: DType, n_channel: Int, limited: Bool, cached: Bool
 ](
     parts: Numbers,
     q: Stored[dtype],
     k: Stored[dtype],
     v: Stored[dtype],
     n_past: Stored[DType.int64],
+    rows: Stored[DType.int64],
     n_head: Int32,
     n_key: Int32,
     shared: Int32,
 ):
     """Attends from the query of a block's first index, with the head of its second, to the part of its third: a thread
     for each key, then for each channel."""
-    var its_own = task[dtype, n_channel, limited](
-        parts, q, k, v, n_past, Int(n_head), Int(n_key), Int(shared), Int(block_idx.x), Int(block_idx.y)
+    var its_own = task[dtype, n_channel, limited, cached](
+        parts, q, k, v, n_past, rows, Int(n_head), Int(n_key), Int(shared), Int(block_idx.x), Int(block_idx.y)
     )
     var part, thread = Int(block_idx.z), Int(thread_idx.x)
     var n = its_own.keys_of(part)
@@ -237,12 +237,14 @@ def join_on_gpu[
     """Puts the parts of a head together, a thread for each channel."""
     var text, head, channel = Int(block_idx.x), Int(block_idx.y), Int(thread_idx.x)
     # Nothing but the parts is looked at.
-    var its_own = task[dtype, n_channel, limited](parts, y, y, y, n_past, Int(n_head), Int(n_key), 1, text, head)
+    var its_own = task[dtype, n_channel, limited, False](
+        parts, y, y, y, n_past, n_past, Int(n_head), Int(n_key), 1, text, head
+    )
     y[unsafe_offset=(text * Int(n_head) + head) * n_channel + channel] = its_own.result[1](channel)[0]
 
 
 def attend[
-    dtype: DType, n_channel: Int, limited: Bool, target: StaticString
+    dtype: DType, n_channel: Int, limited: Bool, cached: Bool, target: StaticString
 ](
     y: Stored[dtype],
     parts: Numbers,
@@ -250,6 +252,7 @@ def attend[
     k: Stored[dtype],
     v: Stored[dtype],
     n_past: Stored[DType.int64],
+    rows: Stored[DType.int64],
     room: Int,
     n_text: Int,
     n_row: Int,
@@ -268,8 +271,8 @@ def attend[
         var weights = unsafe_stack_allocation[PART, Float32]()
         for text in range(n_text):
             for head in range(n_head):
-                var its_own = task[dtype, n_channel, limited](
-                    parts, q, k, v, n_past, n_head, n_key, shared, text, head
+                var its_own = task[dtype, n_channel, limited, cached](
+                    parts, q, k, v, n_past, rows, n_head, n_key, shared, text, head
                 )
                 for part in range(its_own.n_part()):
                     var n = its_own.keys_of(part)
@@ -281,12 +284,13 @@ def attend[
                     its_own.attend[n_channel](weights, part, 0)
                 y.unsafe_store((text * n_head + head) * n_channel, its_own.result[n_channel](0))
     else:
-        ctx.enqueue_function[attend_on_gpu[dtype, n_channel, limited]](
+        ctx.enqueue_function[attend_on_gpu[dtype, n_channel, limited, cached]](
             parts,
             q,
             k,
             v,
             n_past,
+            rows,
             Int32(n_head),
             Int32(n_key),
             Int32(shared),
@@ -317,13 +321,14 @@ struct SplitAttention:
         v: InputTensor[dtype=y.dtype, rank=4, ...],
         ctx: DeviceContext,
     ) raises:
-        attend[y.dtype, n_channel, False, target](
+        attend[y.dtype, n_channel, False, False, target](
             stored[y.dtype](y),
             numbers(parts),
             stored[y.dtype](q),
             stored[y.dtype](k),
             stored[y.dtype](v),
             stored[DType.int64](q),  # which nobody looks at
+            stored[DType.int64](q),
             parts.size(),
             q.dim_size(0),
             k.dim_size(0),
@@ -333,12 +338,9 @@ struct SplitAttention:
         )
 
 
-@extensibility.register("maxwhisper.cached_split_attention")
-struct CachedSplitAttention:
-    """Attends to as many first keys of a cache as a text has filled, and to the next, which is its own.
-
-    As `SplitAttention`; n_past: (text,), how many those are. What other positions hold is never read.
-    """
+@extensibility.register("maxwhisper.limited_split_attention")
+struct LimitedSplitAttention:
+    """Attends to as many first keys as `n_past`, (text,), says, and to the next one; otherwise as `SplitAttention`."""
 
     @staticmethod
     def execute[
@@ -352,13 +354,52 @@ struct CachedSplitAttention:
         n_past: InputTensor[dtype=DType.int64, rank=1, ...],
         ctx: DeviceContext,
     ) raises:
-        attend[y.dtype, n_channel, True, target](
+        attend[y.dtype, n_channel, True, False, target](
             stored[y.dtype](y),
             numbers(parts),
             stored[y.dtype](q),
             stored[y.dtype](k),
             stored[y.dtype](v),
             stored[DType.int64](n_past),
+            stored[DType.int64](n_past),  # which nobody looks at
+            parts.size(),
+            q.dim_size(0),
+            k.dim_size(0),
+            k.dim_size(1),
+            k.dim_size(2),
+            ctx,
+        )
+
+
+@extensibility.register("maxwhisper.cached_split_attention")
+struct CachedSplitAttention:
+    """Attends to as many first keys of a cache as a text has filled, and to the next, which is its own.
+
+    As `SplitAttention`, but of keys and values each in the row that `rows`, (text, key), has for it; n_past: (text,),
+    how many first ones are filled. What other positions hold is never read.
+    """
+
+    @staticmethod
+    def execute[
+        target: StaticString, n_channel: Int
+    ](
+        y: OutputTensor[rank=3, ...],
+        parts: OutputTensor[dtype=DType.float32, rank=4, ...],
+        q: InputTensor[dtype=y.dtype, rank=3, ...],
+        k: InputTensor[dtype=y.dtype, rank=4, ...],
+        v: InputTensor[dtype=y.dtype, rank=4, ...],
+        n_past: InputTensor[dtype=DType.int64, rank=1, ...],
+        rows: InputTensor[dtype=DType.int64, rank=2, ...],
+        ctx: DeviceContext,
+    ) raises:
+        attend[y.dtype, n_channel, True, True, target](
+            stored[y.dtype](y),
+            numbers(parts),
+            stored[y.dtype](q),
+            stored[y.dtype](k),
+            stored[y.dtype](v),
+            stored[DType.int64](n_past),
+            stored[DType.int64](rows),
             parts.size(),
             q.dim_size(0),
             k.dim_size(0),

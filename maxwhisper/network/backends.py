@@ -27,12 +27,16 @@ class Attention(Module):
     n_channel: int
 
     def attend(
-        self, q: TensorValue, kv: KeyValue, mask: TensorValue | None = None, cache: Cache | Slots | None = None
+        self, q: TensorValue, kv: KeyValue, mask: TensorValue | None = None, cache: Cache | None = None
     ) -> TensorValue:
         """Attends to kv, and to what is cached before it, which takes one token."""
-        if isinstance(cache, Slots):
-            return self.split_attention(cache.filled(q, kv), cache.k, cache.v, cache.n_past)
         return (self.by_kernel if own_kernels(q.device) else self.by_device_kernel)(q, kv, mask, cache)
+
+    def attend_in_place(self, qkv: TensorValue, slots: Slots) -> TensorValue:
+        """Attends from one token of each text to those before it and itself, whose key and value are in the cache
+        afterwards; qkv: its query, key and value side by side, (batch, 1, 3 * state)."""
+        q = slots.filled(qkv)
+        return self.split_attention("cached_split_attention", q, slots.k, slots.v, slots.n_past, slots.rows)
 
     def attend_with_scores(self, q: TensorValue, kv: KeyValue) -> tuple[TensorValue, TensorValue]:
         """Attends to kv; also returns the scores before softmax, float32 (batch, head, token, key)."""
@@ -79,7 +83,7 @@ class Attention(Module):
         text by ours, many by MAX's, which in float32 would take TF32."""
         k, v = tokens_first(kv if cache is None else cache.followed_by(kv))
         if q.shape[1] == 1:
-            return self.split_attention(q, k, v)
+            return self.split_attention("split_attention", q, k, v)
         if q.dtype == DType.float32:
             return self.split_queries(q, k, v, causal=mask is not None)
         rows = split_rows(q, k.shape[0])
@@ -92,22 +96,21 @@ class Attention(Module):
     def split_queries(self, q: TensorValue, k: TensorValue, v: TensorValue, causal: bool) -> TensorValue:
         """Attends as `split_attention` does, from each query as if it were a text of its own."""
         batch, n_token, n_state = q.shape
-        n_past = None
-        if causal:
-            n_past = ops.unsqueeze(indices(n_token, q.device), 0).broadcast_to((batch, n_token)).reshape((-1,))
-        return self.split_attention(q.reshape((-1, 1, n_state)), k, v, n_past).reshape(q.shape)
+        rows = q.reshape((-1, 1, n_state))
+        if not causal:
+            return self.split_attention("split_attention", rows, k, v).reshape(q.shape)
+        n_past = ops.unsqueeze(indices(n_token, q.device), 0).broadcast_to((batch, n_token)).reshape((-1,))
+        return self.split_attention("limited_split_attention", rows, k, v, n_past).reshape(q.shape)
 
     def split_attention(
-        self, q: TensorValue, k: TensorValue, v: TensorValue, n_past: TensorValue | None = None
+        self, name: str, q: TensorValue, k: TensorValue, v: TensorValue, *of_keys: TensorValue
     ) -> TensorValue:
-        """Attends from one query of each text by a kernel of our own for any device, which adds up in float32: to k and
-        v (row, token, head, channel), or to as many first tokens as n_past, (batch,), says, and the next."""
+        """Attends from one query of each text to k and v (row, token, head, channel), by a kernel of our own for any
+        device, which adds up in float32. of_keys: what the operation of that name takes behind these."""
         n_part = (k.shape[1] + PART - 1) // PART
         parts = TensorType(DType.float32, [q.shape[0], k.shape[2], n_part, self.n_channel + 2], q.device)
-        name = "maxwhisper.split_attention" if n_past is None else "maxwhisper.cached_split_attention"
-        values = [q, k, v] if n_past is None else [q, k, v, n_past]
-        parameters = {"n_channel": self.n_channel}
-        return ops.custom(name, q.device, values, [q.type, parts], parameters=parameters)[0].tensor
+        values, parameters = [q, k, v, *of_keys], {"n_channel": self.n_channel}
+        return ops.custom(f"maxwhisper.{name}", q.device, values, [q.type, parts], parameters=parameters)[0].tensor
 
     def written_out(
         self, q: TensorValue, kv: KeyValue, mask: TensorValue | None = None, cache: Cache | None = None
@@ -167,9 +170,14 @@ class Steps(Module):
         y, kv, _ = self(x, cross_kv, cache=cache)
         return y, *kv
 
-    def step_in_place(self, x: TensorValue, cross_kv: KeyValue, slots: Slots) -> tuple[TensorValue]:
-        """Computes `step` submodule by submodule; the token's keys and values are in the cache afterwards."""
-        return (self(x, cross_kv, cache=slots)[0],)
+    def step_in_place(self, x: TensorValue, k_cross: TensorValue, v_cross: TensorValue, slots: Slots) -> TensorValue:
+        """Computes `step` on any device, by kernels for few rows; the token's keys and values are in the cache
+        afterwards. k_cross, v_cross: (audio, token, head, channel)."""
+        attn, cross_attn, (hidden, _, mlp_out) = self.attn, self.cross_attn, self.mlp
+        x = attn.out.step(attn.attend_in_place(attn.qkv.step(x, norm=self.attn_ln), slots), residual=x)
+        q = cross_attn.query.step(x, norm=self.cross_attn_ln)
+        x = cross_attn.out.step(cross_attn.split_attention("split_attention", q, k_cross, v_cross), residual=x)
+        return mlp_out.step(hidden.step(x, norm=self.mlp_ln, activated=True), residual=x)
 
     def by_kernel(self, x: TensorValue, cross_kv: KeyValue, cache: Cache) -> tuple[TensorValue, ...]:
         """Computes `step` by one kernel of our own, for CPUs, in float32: threads start once for all of it."""

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from max.graph import BufferValue, Dim, TensorValue, ops
+from max.graph import BufferValue, Dim, TensorType, TensorValue, ops
 
 from .shapes import indices
 
@@ -54,6 +54,8 @@ class Slots(NamedTuple):
     k, v: (batch, position, head, channel).
     k_written, v_written: the same memory, to be written.
     n_past: int64 (batch,), how many positions of a text are filled; what others hold is never read.
+    rows: int64 (batch, position), in which row of k and v a text's key and value of a filled position are; what is new
+        goes into the text's own.
     """
 
     k: TensorValue
@@ -61,12 +63,14 @@ class Slots(NamedTuple):
     k_written: BufferValue
     v_written: BufferValue
     n_past: TensorValue
+    rows: TensorValue
 
-    def filled(self, q: TensorValue, new: KeyValue) -> TensorValue:
-        """Puts the new keys and values into the cache, and returns the queries (batch, 1, state).
+    def filled(self, qkv: TensorValue) -> TensorValue:
+        """Puts new keys and values into the cache, of queries, keys and values side by side, (batch, 1, 3 * state);
+        returns the queries, (batch, 1, state).
 
         That they are there the graph only knows by the queries, which the operation returns that puts them there.
         """
-        rows = [q, *(x.reshape(q.shape) for x in tokens_first(new))]
-        values = [self.k_written, self.v_written, *rows, self.n_past]
-        return ops.inplace_custom("maxwhisper.store", q.device, values, [q.type])[0].tensor
+        queries = TensorType(qkv.dtype, [qkv.shape[0], 1, self.k.shape[2] * self.k.shape[3]], qkv.device)
+        values = [self.k_written, self.v_written, qkv, self.n_past]
+        return ops.inplace_custom("maxwhisper.store", qkv.device, values, [queries])[0].tensor

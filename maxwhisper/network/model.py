@@ -13,19 +13,21 @@ is handed the ones to attend to. The four uses of attention are then one class:
 Shapes: batch and text length are symbolic; audio length and widths are static and come from the checkpoint.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from max.dtype import DType
 from max.graph import TensorValue, Weight, ops
 from max.nn.layer import LayerList, Module
+from torch import Tensor
 from whisper.model import ModelDimensions
 
 from ..engine.session import Policy
 from .backends import Attention, Steps
 from .gelu import gelu
 from .keys_values import Cache, KeyValue, Slots
-from .products import convolve, linear
+from .products import convolve, linear, step_product
 from .shapes import causal_mask, grouped, indices
 
 
@@ -54,6 +56,10 @@ class Linear(Module):
     def __call__(self, x: TensorValue) -> TensorValue:
         return linear(x, self.weight, self.bias)
 
+    def step(self, x: TensorValue, **around: Any) -> TensorValue:
+        """Computes `step_product` of x (batch, 1, n_in) with what stands around it."""
+        return step_product(x, self.weight, self.bias, **around)
+
 
 class Conv1d(Module):
     """Convolution over time with kernel 3 and padding 1; weight is (n_out, n_in, 3) as in PyTorch."""
@@ -74,9 +80,12 @@ class Conv1d(Module):
 
 
 class MultiHeadAttention(Attention):
-    """Attention of queries from x over given keys and values, and the projections that make those."""
+    """Attention of queries from x over given keys and values, and the projections that make those.
 
-    def __init__(self, n_state: int, n_head: int, policy: Policy):
+    joined: whether it has query, key and value as one, too, as `joined_weights` makes it.
+    """
+
+    def __init__(self, n_state: int, n_head: int, policy: Policy, joined: bool = False):
         super().__init__()
         self.policy = policy
         self.n_head = n_head
@@ -85,6 +94,8 @@ class MultiHeadAttention(Attention):
         self.key = Linear(n_state, n_state, policy, bias=False)
         self.value = Linear(n_state, n_state, policy)
         self.out = Linear(n_state, n_state, policy)
+        if joined:
+            self.qkv = Linear(n_state, 3 * n_state, policy)
 
     def keys_values(self, x: TensorValue) -> KeyValue:
         """Computes keys and values of x (batch, token, state)."""
@@ -92,7 +103,7 @@ class MultiHeadAttention(Attention):
         return KeyValue(*(ops.permute(project(x).reshape(shape), [0, 2, 1, 3]) for project in (self.key, self.value)))
 
     def __call__(
-        self, x: TensorValue, kv: KeyValue, mask: TensorValue | None = None, cache: Cache | Slots | None = None
+        self, x: TensorValue, kv: KeyValue, mask: TensorValue | None = None, cache: Cache | None = None
     ) -> TensorValue:
         """Attends from x (batch, token, state) to kv, and to what is cached before it, which takes one token.
 
@@ -104,6 +115,21 @@ class MultiHeadAttention(Attention):
         """Attends from x to kv; also returns the scores before softmax (batch, head, token, key)."""
         wv, qk = self.attend_with_scores(self.query(x), kv)
         return self.out(wv), qk
+
+
+QKV = ("query", "key", "value")
+
+
+def joined_weights(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+    """Returns the tensors of `MultiHeadAttention.qkv` that are among the names, made of those of a checkpoint."""
+    found = {}
+    for name in names:
+        path, is_joined, kind = name.rpartition(".qkv.")
+        if is_joined:
+            query, key, value = (tensors.get(f"{path}.{each}.{kind}") for each in QKV)
+            assert query is not None and value is not None, "a checkpoint has them all"
+            found[name] = torch.cat([query, torch.zeros_like(query) if key is None else key, value])
+    return found
 
 
 class GELU(Module):
@@ -119,10 +145,10 @@ def mlp(n_state: int, policy: Policy) -> LayerList:
 class ResidualAttentionBlock(Steps):
     """Self-attention, cross-attention in the decoder, MLP; each behind a layer norm and around a residual."""
 
-    def __init__(self, n_state: int, n_head: int, policy: Policy, cross_attention: bool = False):
+    def __init__(self, n_state: int, n_head: int, policy: Policy, cross_attention: bool = False, joined: bool = False):
         super().__init__()
         self.policy = policy
-        self.attn = MultiHeadAttention(n_state, n_head, policy)
+        self.attn = MultiHeadAttention(n_state, n_head, policy, joined)
         self.attn_ln = LayerNorm(n_state, policy)
         self.cross_attn = MultiHeadAttention(n_state, n_head, policy) if cross_attention else None
         self.cross_attn_ln = LayerNorm(n_state, policy) if cross_attention else None
@@ -134,7 +160,7 @@ class ResidualAttentionBlock(Steps):
         x: TensorValue,
         cross_kv: KeyValue | None = None,
         mask: TensorValue | None = None,
-        cache: Cache | Slots | None = None,
+        cache: Cache | None = None,
         with_scores: bool = False,
     ) -> tuple[TensorValue, KeyValue, TensorValue | None]:
         """Turns x (batch, token, state) to the same shape; also returns the self-attention's keys and values of x, and
@@ -214,9 +240,9 @@ class Embedding(Module):
 
 
 class TextDecoder(Module):
-    """Tokens and audio features to logits over the vocabulary."""
+    """Tokens and audio features to logits over the vocabulary; joined: as of its `MultiHeadAttention`."""
 
-    def __init__(self, dims: ModelDimensions, policy: Policy):
+    def __init__(self, dims: ModelDimensions, policy: Policy, joined: bool = False):
         super().__init__()
         n_state = dims.n_text_state
         self.policy = policy
@@ -226,18 +252,15 @@ class TextDecoder(Module):
         )
         self.blocks = LayerList(
             [
-                ResidualAttentionBlock(n_state, dims.n_text_head, policy, cross_attention=True)
+                ResidualAttentionBlock(n_state, dims.n_text_head, policy, cross_attention=True, joined=joined)
                 for _ in range(dims.n_text_layer)
             ]
         )
         self.ln = LayerNorm(n_state, policy)
 
     def embed(self, tokens: TensorValue, offset: TensorValue | int) -> TensorValue:
-        """Embeds tokens (batch, token), the first at position `offset`, a scalar or (batch,), as vectors (batch, token,
-        state)."""
+        """Embeds tokens (batch, token), the first at position `offset`, a scalar, as vectors (batch, token, state)."""
         start = offset.to(tokens.device) if isinstance(offset, TensorValue) else offset
-        if isinstance(start, TensorValue) and start.rank:
-            start = ops.unsqueeze(start, 1)
         positions = indices(tokens.shape[1], tokens.device) + start
         x = self.token_embedding(tokens) + ops.gather(self.positional_embedding, positions, axis=0)
         return x.cast(self.policy.compute)
@@ -282,12 +305,15 @@ class TextDecoder(Module):
         x, *new = self._layers(ResidualAttentionBlock.steps, x, inputs)
         return [self.logits(x), *new]
 
-    def step_in_place(self, tokens: TensorValue, cross: Sequence[KeyValue], slots: Sequence[Slots]) -> TensorValue:
-        """Returns logits (batch, 1, n_vocab) of one token of each text (batch, 1), by layer cross-attention's keys and
-        values and the cache."""
-        x = self.embed(tokens, slots[0].n_past)
-        (x,) = self._layers(ResidualAttentionBlock.step_in_place, x, list(zip(cross, slots, strict=True)))
-        return self.logits(x)
+    def step_in_place(
+        self, x: TensorValue, cross: Sequence[Sequence[TensorValue]], slots: Sequence[Slots]
+    ) -> TensorValue:
+        """Returns float32 logits (batch, n_vocab) of one token of each text, embedded as x (batch, 1, state), by layer
+        cross-attention's keys and values, each (audio, token, head, channel), and the cache."""
+        for block, (k_cross, v_cross), slot in zip(self.blocks, cross, slots, strict=True):
+            x = block.step_in_place(x, k_cross, v_cross, slot)
+        logits = step_product(x, self.token_embedding.weight, norm=self.ln, dtype=DType.float32)
+        return ops.squeeze(logits, 1)
 
     def align(self, tokens: TensorValue, *cross_kv: TensorValue) -> list[TensorValue]:
         """Computes a whole text, but every layer's cross-attention scores stand behind the logits."""

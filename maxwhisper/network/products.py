@@ -119,6 +119,33 @@ def float32_product(x: TensorValue, weight: TensorValue) -> TensorValue:
     return product.reshape((*x.shape[:2], weight.shape[0]))
 
 
+def step_product(
+    x: TensorValue,
+    weight: TensorValue,
+    bias: TensorValue | None = None,
+    norm: Any = None,
+    activated: bool = False,
+    residual: TensorValue | None = None,
+    dtype: DType | None = None,
+) -> TensorValue:
+    """Computes `linear` of one token of each text, x (batch, 1, n_in), by an operation of ours for any device: of its
+    layer norm where there is a `norm`, with GELU behind it if `activated`, a `residual` added. Of few texts it is one
+    kernel, and rounded once, to the dtype of x or another."""
+    n_in, n_out = int(x.shape[2]), weight.shape[0]
+    rows, float32 = x.reshape((-1, n_in)), DType.float32
+    of_products = float32 if x.dtype == DType.float16 else x.dtype
+    kinds = ((dtype or x.dtype, n_out), (x.dtype, n_in), (of_products, n_out))
+    types = [TensorType(kind, [rows.shape[0], width], x.device) for kind, width in kinds]
+    not_read = norm.bias if bias is None else bias
+    norms = [not_read, not_read] if norm is None else [norm.weight, norm.bias]
+    values = [rows, weight.cast(x.dtype), not_read if bias is None else bias, *norms]
+    values.append(rows if residual is None else residual.reshape((-1, n_out)))
+    parameters = {"n_in": n_in, "normed": norm is not None, "biased": bias is not None}
+    parameters |= {"activated": activated, "added": residual is not None}
+    y = ops.custom("maxwhisper.step_product", x.device, values, types, parameters=parameters)[0].tensor
+    return y.reshape((x.shape[0], 1, n_out))
+
+
 def shared(function: Callable[..., TensorValue], *inputs: TensorValue) -> TensorValue:
     """Calls function(*inputs) as a subgraph that all calls with inputs of the same types share.
 

@@ -8,7 +8,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
+from mojo.run import subprocess_run_mojo
 
+from maxwhisper.engine.kernel_library import KERNELS
 from reference.kernel_diff import graphs
 from reference.kernel_diff.kernels import SPLIT_REDUCER, Kernel
 
@@ -32,19 +34,20 @@ attn = MultiHeadAttention(128, 2, policy)
 tensor = lambda *shape: TensorType(dtype, shape, gpu)
 heads = lambda x: ops.permute(x.reshape((*x.shape[:2], 2, 64)), [0, 2, 1, 3])
 
-def step(_, q, n_past, k, v, k_audio, v_audio, *into):
-    q = attn.attend(q, KeyValue(heads(q), heads(q)), cache=Slots(k, v, *into, n_past))
-    return [q, attn.attend(q, KeyValue(*(ops.permute(x, [0, 2, 1, 3]) for x in (k_audio, v_audio))))]
+def step(_, qkv, n_past, rows, k, v, k_audio, v_audio, *into):
+    q = attn.attend_in_place(qkv, Slots(k, v, *into, n_past, rows))
+    return [q, attn.split_attention("split_attention", q, k_audio, v_audio)]
 
 def many(_, audio, text):
     cross = KeyValue(heads(audio), heads(audio))
     causal = attn.attend(text, KeyValue(heads(text), heads(text)), causal_mask(text.shape[1], policy))
     return [attn.attend(audio, cross), causal, *attn.attend_with_scores(text, cross)]
 
-cache, row, audio = tensor("batch", "position", 2, 64), tensor("batch", 1, 128), tensor("audio", 1500, 2, 64)
+cache, row, audio = tensor("batch", "position", 2, 64), tensor("batch", 1, 384), tensor("audio", 1500, 2, 64)
 into, lengths = cache.as_buffer(), TensorType(DType.int64, ["batch"], gpu)
+rows = TensorType(DType.int64, ["batch", "position"], gpu)
 inputs = {
-    "step": [row, lengths, cache, cache, audio, audio, into, into],
+    "step": [row, lengths, rows, cache, cache, audio, audio, into, into],
     "many": [tensor("audio", 1500, 128), tensor("batch", "token", 128)],
     "convolution": [tensor("batch", 3002, 128), tensor(128, 128, 3), TensorType(DType.float32, [128], gpu)],
 }
@@ -55,6 +58,26 @@ graphs = {
 }
 program = Program(name, "", NoWeights(), graphs[name], dict(enumerate(inputs[name])))
 Artifact(name, [program], device).stored.compiled.export_mef(path)
+"""
+KERNELS_OF_A_STEP = """
+from kernels.device_rating import rate_on_gpu
+from kernels.device_select import choose_on_gpu
+from kernels.step_product import multiply_on_gpu, normalize_on_gpu
+from max.gpu.host import get_gpu_target
+from max.gpu.host.compile import _compile_code
+
+comptime target = get_gpu_target["sm_90a"]()
+comptime half, single = DType.float16, DType.float32
+
+def main() raises:
+    print(_compile_code[rate_on_gpu[1], target=target]().asm)
+    print(_compile_code[rate_on_gpu[8], target=target]().asm)
+    print(_compile_code[choose_on_gpu[1, True], target=target]().asm)
+    print(_compile_code[choose_on_gpu[8, False], target=target]().asm)
+    print(_compile_code[multiply_on_gpu[half, half, 1280, 1, True, True, True, False], target=target]().asm)
+    print(_compile_code[multiply_on_gpu[half, single, 384, 8, True, False, False, False], target=target]().asm)
+    print(_compile_code[multiply_on_gpu[single, single, 5120, 8, False, True, False, True], target=target]().asm)
+    print(_compile_code[normalize_on_gpu[half, 384], target=target]().asm)
 """
 pytestmark = pytest.mark.compiles_for("sm_90a")
 LOADS, STORES = {0x980, 0x981}, {0x385, 0x386, 0x985, 0x986}
@@ -134,3 +157,14 @@ def test_a_convolution_is_a_product(dtype: str) -> None:
     names = [kernel.name for kernel in compiled("convolution", dtype)]
     assert any("gemm" in name for name in names) == (dtype == "bfloat16")
     assert not any("conv" in name for name in names)
+
+
+def test_kernels_of_a_step_keep_what_they_compute_in_registers(tmp_path: Path) -> None:
+    """And in memory that a block's threads share: what is local to a thread but too much, or has an index that is known
+    only when it runs, lies in the memory of the GPU."""
+    source = tmp_path / "kernels_of_a_step.mojo"
+    source.write_text(KERNELS_OF_A_STEP)
+    done = subprocess_run_mojo(["run", "-I", str(KERNELS.parent), str(source)], check=True, capture_output=True)
+    code = done.stdout.decode()
+    assert code.count(".visible .entry") == KERNELS_OF_A_STEP.count("_compile_code[")
+    assert ".local" not in code

@@ -7,6 +7,7 @@ import pytest
 
 import maxwhisper
 from maxwhisper.decoding.cpu import CPUStepper
+from maxwhisper.decoding.gpu import GPUStepper
 from reference.judge import dtype_name
 from reference.results import Run
 from reference.steps import SCENES, Scene, judge_steps
@@ -55,3 +56,18 @@ def test_steps(
     run.judgements.append(judgement)
     if not judgement.passed:
         pytest.fail(f"\n{judgement}", pytrace=False)
+
+
+@pytest.mark.trained
+@pytest.mark.parametrize("name", ["one text", "5 beams"])
+def test_a_captured_step_launches_the_kernels_of_an_executed_one(
+    suite: Suite, name: str, checkpoint_path: str, loading: dict[str, Any]
+) -> None:
+    """Or what is replayed is not what the judge has seen pass elsewhere."""
+    if suite.device == "cpu":
+        pytest.skip("steps are captured on a GPU alone")
+    stepper = maxwhisper.load_model(checkpoint_path, dtype=dtype_name(suite.dtype), **loading).stepper
+    assert isinstance(stepper, GPUStepper)
+    (scene,) = (each for each in SCENES if each.name == name)
+    assert judge_steps(suite, stepper, scene, name).passed
+    assert stepper.verify() == 1

@@ -26,7 +26,7 @@ class StubModel:
 
     is_multilingual, num_languages = True, 99
     dims = SimpleNamespace(n_vocab=51865, n_text_ctx=448)
-    stepper = SimpleNamespace(max_candidates=None, tokens_first=False)
+    stepper = SimpleNamespace(max_candidates=None, tokens_first=False, searches=False)
 
     def __init__(self) -> None:
         self.calls: list[dict[str, Any]] = []

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from max.dtype import DType
-from max.graph import DeviceRef, TensorType, TensorValue
+from max.graph import DeviceRef, TensorType, TensorValue, ops
 from max.nn.layer import Module
 from torch import Tensor
 
@@ -58,11 +58,12 @@ class Attention(Module):
         return self.attn.written_out(q, kv, cache=cache), scores
 
     def in_place(self, q: TensorValue, *others: Any) -> list[TensorValue]:
-        k, v, n_past, k_new, v_new, k_written, v_written = others
-        return [self.attn.attend(q, KeyValue(k_new, v_new), cache=Slots(k, v, k_written, v_written, n_past))]
+        k, v, n_past, k_new, v_new, k_written, v_written, rows = others
+        qkv = ops.concat([q, *(x.reshape(q.shape) for x in (k_new, v_new))], axis=2)
+        return [self.attn.attend_in_place(qkv, Slots(k, v, k_written, v_written, n_past, rows))]
 
     def split(self, q: TensorValue, k: TensorValue, v: TensorValue) -> list[TensorValue]:
-        return [self.attn.split_attention(q, *tokens_first(KeyValue(k, v)))]
+        return [self.attn.split_attention("split_attention", q, *tokens_first(KeyValue(k, v)))]
 
     def device_scores(self, q: TensorValue, k: TensorValue, v: TensorValue) -> list[TensorValue]:
         kv = KeyValue(k, v)
@@ -106,6 +107,7 @@ def attentions() -> list[Program]:
     slot = TensorType(DType.float32, ["batch", "place", 2, N_CHANNEL], cpu)
     in_place = {**written_out, "k": slot, "v": slot, "length": lengths}
     in_place |= {f"{name} written": slot.as_buffer() for name in "kv"}
+    in_place["rows"] = TensorType(DType.int64, ["batch", "place"], cpu)
     many = {**cross, **queries("state", "token")}
     half = of_dtype(many, DType.bfloat16)
     causal = {**many, **dict.fromkeys(("k", "v"), heads("row", "token"))}
@@ -209,15 +211,19 @@ def test_attention_behind_a_cache_written_out(n_past: int, n_free: int) -> None:
 @settings(max_examples=60)
 @given(n_place=st.integers(1, 300), rows=st.integers(1, 4), data=st.data())
 def test_attention_behind_a_cache_in_place(n_place: int, rows: int, data: st.DataObject) -> None:
+    """Each key and value is in any row, but the new ones in the text's own."""
     n_past = torch.tensor([data.draw(st.integers(0, n_place - 1)) for _ in range(rows)])
     q, k_new, v_new = torch.randn(rows, 1, 2 * N_CHANNEL), *torch.randn(2, rows, 2, 1, N_CHANNEL)
     caches = torch.randn(2, rows, n_place, 2, N_CHANNEL)
-    caches[:, torch.arange(n_place) > n_past[:, None]] = float("nan")  # which nobody may read
+    caches[:, :, torch.arange(n_place) > n_past.max()] = float("nan")  # which nobody may read
+    there, own = torch.randint(0, rows, (rows, n_place)), torch.arange(rows)
+    there[own, n_past] = own
+    there[torch.arange(n_place) > n_past[:, None]] = 1 << 40  # nor this
     before = caches.clone()
-    (ours,) = graphs()["in place"](q, *caches, n_past, k_new, v_new, *caches)
+    (ours,) = graphs()["in place"](q, *caches, n_past, k_new, v_new, *caches, there)
+    before[:, own, n_past] = torch.stack([k_new, v_new])[:, :, :, 0]
     for row, place in enumerate(n_past.tolist()):
-        before[:, row, place] = torch.stack([k_new, v_new])[:, row, :, 0]
-        k, v = before[:, row : row + 1, : place + 1].transpose(2, 3)
+        k, v = before[:, there[row, : place + 1], torch.arange(place + 1)].unsqueeze(1).transpose(2, 3)
         check("in place", [ours[row : row + 1]], q[row : row + 1], k, v)
     assert torch.equal(caches.nan_to_num(), before.nan_to_num())
 

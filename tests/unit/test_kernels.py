@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,15 +13,17 @@ from max.dtype import DType
 from max.graph import DeviceRef, TensorType, TensorValue
 from max.nn.layer import Module
 from torch import Tensor
+from torch.nn.functional import gelu, layer_norm
+from torch.nn.functional import linear as linear_of_pytorch
 
 from maxwhisper.engine import kernel_library
 from maxwhisper.engine.folders import cache_folder
 from maxwhisper.engine.program import Artifact, Executable, Program
 from maxwhisper.engine.session import TORCH_DTYPE
 from maxwhisper.errors import OptionError
-from maxwhisper.network.products import convolution, convolution_by_product, linear, text_product
+from maxwhisper.network.products import convolution, convolution_by_product, linear, step_product, text_product
 from reference.formulas import bound_of_sums, judge_formula
-from reference.judge import UNIT_ROUNDOFF
+from reference.judge import UNIT_ROUNDOFF, Comparison, judge
 
 STORED = (DType.float32, DType.float16, DType.bfloat16)
 
@@ -33,7 +36,7 @@ class Product(Module):
 @cache
 def graphs() -> dict[str, Executable]:
     """All of this file, by name: most of a compilation does not depend on how many there are."""
-    programs = [*products(), *convolutions(), *affine()]
+    programs = [*products(), *convolutions(), *affine(), *step_products()]
     return Artifact("kernels", programs, "cpu").init({})
 
 
@@ -236,3 +239,70 @@ def test_a_product_is_rounded_once_with_its_bias(rows: str, dtype: DType) -> Non
     added = bound_of_sums(N_IN + 1, terms)
     assert y.dtype == half
     assert ((y - exact).abs() <= added + UNIT_ROUNDOFF[half] * (exact.abs() + added)).all()
+
+
+# ---- products of a step --------------------------------------------------------------------------------------------
+
+N_STATE, N_WIDE = 136, 77
+"""Not as many terms as a warp of a GPU takes at once, nor outputs as a block has."""
+WITH = {"norm and GELU": {"activated": True}, "residual": {}, "norm alone": {"dtype": DType.float32}}
+"""What stands around a product."""
+
+
+class StepProduct(Module):
+    def __init__(self, name: str):
+        super().__init__()
+        self.name = name
+
+    def __call__(self, *given: TensorValue) -> list[TensorValue]:
+        x, weight, bias, norm_weight, norm_bias, residual = given
+        norm = SimpleNamespace(weight=norm_weight, bias=norm_bias)
+        if self.name == "residual":
+            return [step_product(x, weight, bias, residual=residual)]
+        return [step_product(x, weight, None if "alone" in self.name else bias, norm=norm, **WITH[self.name])]
+
+
+def step_products() -> list[Program]:
+    def program(name: str, dtype: DType) -> Program:
+        def of(dtype: DType, *shape: str | int) -> TensorType:
+            return TensorType(dtype, shape, DeviceRef.CPU())
+
+        x, residual = of(dtype, "batch", 1, N_STATE), of(dtype, "batch", 1, N_WIDE)
+        vectors = {each: of(DType.float32, N_STATE) for each in ("norm_weight", "norm_bias")}
+        types = {"x": x, "weight": of(dtype, N_WIDE, N_STATE), "bias": of(DType.float32, N_WIDE), **vectors}
+        types["residual"] = residual
+        return Program(f"{name}, {dtype.name}", "", StepProduct(name), StepProduct.__call__, types)
+
+    return [program(name, dtype) for name in WITH for dtype in STORED]
+
+
+@pytest.mark.parametrize("dtype", STORED, ids=lambda dtype: dtype.name)
+@pytest.mark.parametrize("name", WITH)
+@pytest.mark.parametrize("n_row", [1, 2, 8, 9, 21])
+def test_a_product_of_a_step_with_what_stands_around_it(name: str, dtype: DType, n_row: int) -> None:
+    """Of few rows, by a kernel of ours, and of more."""
+    generator, low = torch.Generator().manual_seed(n_row), TORCH_DTYPE[dtype]
+    shapes = [(n_row, 1, N_STATE), (N_WIDE, N_STATE), (N_WIDE,), (N_STATE,), (N_STATE,), (n_row, 1, N_WIDE)]
+    random = [torch.randn(shape, generator=generator) for shape in shapes]
+    names = ("x", "weight", "bias", "norm_weight", "norm_bias", "residual")
+    given = dict(zip(names, random, strict=True))
+    given |= {each: given[each].to(low) for each in ("x", "weight", "residual")}
+
+    def formula(given: dict[str, Tensor]) -> list[Tensor]:
+        x, weight, dtype = given["x"], given["weight"], given["x"].dtype
+        if "norm" in name:
+            wide = x if dtype == torch.float64 else x.float()
+            x = layer_norm(wide, (N_STATE,), given["norm_weight"], given["norm_bias"]).to(dtype)
+        y = linear_of_pytorch(x, weight, None if "alone" in name else given["bias"].to(dtype))
+        if "GELU" in name:
+            y = gelu(y)
+        if name == "residual":
+            y = y + given["residual"]
+        return [y.float() if "alone" in name and dtype != torch.float64 else y]
+
+    (ours,) = graphs()[f"{name}, {dtype.name}"](**given)
+    assert ours.dtype == (torch.float32 if "alone" in name else low)
+    comparison = Comparison("a kernel", low, f"a step's product, {name}", 0, "random", "cpu")
+    oracle, peer = formula({name: x.double() for name, x in given.items()}), formula(given)
+    found = judge(comparison, oracle, peer, [ours], longest_reduction=N_STATE, roundings=3, n_vocab=0)
+    assert found.passed, f"\n{found}"

@@ -1,6 +1,9 @@
 """What a GPU executes, on a CPU: the same operations, but for the attention of many queries in float16 and bfloat16."""
 
-from collections.abc import Callable
+import gc
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
@@ -9,10 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from max.driver import CPU
-from max.dtype import DType
-from max.graph import DeviceRef, TensorType
+from max.driver import CPU, Buffer
 from whisper import DecodingOptions
 from whisper.audio import SAMPLE_RATE, pad_or_trim
 from whisper.model import Whisper as OpenAIWhisper
@@ -24,15 +24,16 @@ from maxwhisper.compiled import rounded
 from maxwhisper.decoding.cpu import SELECT_TOKENS
 from maxwhisper.decoding.gpu import (
     MAX_CANDIDATES,
+    SEARCH,
     STEPS_AT_ONCE,
     GPUStepper,
-    candidates_program,
-    log_probabilities,
+    search_program,
     step_program,
 )
 from maxwhisper.decoding.openai_loop import DecodingTask, MaxInference, first_tokens
-from maxwhisper.decoding.rules import TOKEN_RULES, NoWeights, TokenRules, rules_program
-from maxwhisper.engine.program import Artifact, Executable, Program
+from maxwhisper.decoding.rules import TOKEN_RULES, TokenRules, rules_program
+from maxwhisper.decoding.stepper import Texts
+from maxwhisper.engine.program import Artifact
 from maxwhisper.errors import DecodingError
 from maxwhisper.network.blocks import BLOCKS
 from maxwhisper.whisper import Whisper, load_model
@@ -41,6 +42,7 @@ from reference.chain import pytorch_logits
 from reference.fixtures import NANO
 from reference.judge import Comparison, judge
 from reference.models import trained
+from reference.perf.step import N_PAST, Case, measure, table
 from reference.steps import SCENES, Scene, judge_steps
 from reference.suite import Suite
 from reference.windows import avg_logprob
@@ -49,67 +51,10 @@ from .test_decoding import (
     BEGIN,
     EOT,
     N_VOCAB,
-    OPTIONS,
     PROMPT,
     SAMPLE_BEGIN,
-    check,
-    filtered,
-    filters,
-    histories,
-    random_logits,
 )
 from .test_together import SOME
-
-
-@cache
-def rules() -> Executable:
-    """`log_probabilities` alone."""
-    cpu = DeviceRef.CPU()
-    inputs = {
-        "logits": TensorType(DType.float32, ["batch", "vocab"], cpu),
-        "texts": TensorType(DType.int64, ["batch", "capacity"], cpu),
-        "lengths": TensorType(DType.int64, ["batch"], cpu),
-        "begins": TensorType(DType.int64, ["batch"], cpu),
-        "suppressed": TensorType(DType.bool, ["vocab"], cpu),
-        "limits": TensorType(DType.int64, [2], cpu),
-    }
-    program = Program("rules", "", NoWeights(), lambda _, *given: [log_probabilities(*given)], inputs)
-    return Artifact("rules by MAX's operations", [program], "cpu").init({})["rules"]
-
-
-def logprobs(logits: torch.Tensor, tokens: torch.Tensor, chosen: list) -> torch.Tensor:
-    """Of every next token; behind the texts stands what no rule may look at."""
-    known = TokenRules.of(chosen, N_VOCAB, SAMPLE_BEGIN, EOT)
-    assert known is not None
-    given = known.inputs(tokens, 1)
-    texts = torch.nn.functional.pad(tokens, (0, 3), value=N_VOCAB - 1)
-    lengths = torch.full((len(tokens),), tokens.shape[1])
-    (found,) = rules()(logits, texts, lengths, given.begins, given.suppressed, given.limits)
-    return found
-
-
-@settings(max_examples=100, deadline=None)
-@given(sampled=histories(n_text=3), **OPTIONS)
-def test_log_probabilities_are_openais(sampled, seed, lean, **options) -> None:  # noqa: ANN001, ANN003
-    logits, chosen = random_logits(3, seed, lean), filters(**options)
-    tokens = torch.tensor([PROMPT + each for each in sampled])
-    left = filtered(logits, tokens, chosen)
-    ours, theirs = logprobs(logits, tokens, chosen), left.log_softmax(1)
-    possible = theirs.isfinite()
-    assert ours.isfinite().equal(possible)
-    check(lambda given: [given["logits"].log_softmax(1)[possible]], left, ours[possible], theirs[possible])
-
-
-@pytest.mark.parametrize("value", [float("nan"), -float("inf"), float("inf")])
-def test_log_probabilities_tell_that_nothing_can_be_picked(value: float) -> None:
-    assert not logprobs(torch.full((1, N_VOCAB), value), torch.tensor([PROMPT]), []).isfinite().any()
-
-
-def test_a_single_logit_that_is_nan_tells_so_too() -> None:
-    logits = torch.zeros(1, N_VOCAB)
-    logits[0, 70] = float("nan")
-    assert not logprobs(logits, torch.tensor([PROMPT]), []).isfinite().any()
-
 
 # ---- blocks --------------------------------------------------------------------------------------------------------
 
@@ -155,7 +100,7 @@ def on_device(checkpoint: Checkpoint, dtype: str = "float32") -> Whisper:
         patch.setattr(
             maxwhisper.compiled,
             "stepper_programs",
-            lambda *of: [rules_program(), step_program(*of), candidates_program(*of)],
+            lambda *of: [rules_program(), step_program(*of), search_program(*of)],
         )
         model = Whisper(rounded(checkpoint, dtype), dtype=dtype)
         assert model.decoder.network[SELECT_TOKENS]  # compiled while patched
@@ -314,15 +259,109 @@ def test_a_text_goes_no_further_than_what_is_not_finite(model: Whisper) -> None:
     inference, start = MaxInference(model, SAMPLE_BEGIN), torch.tensor([PROMPT] * 3)
     inference.start(start, model.embed_audio(windows(3)), 0)
     cache = model.stepper._in_slots(inference.cache)
-    texts = torch.nn.functional.pad(start, (0, 1))
-    logprobs = torch.tensor([float("nan"), -float("inf"), -1.0])
-    lengths, ends = torch.full((3,), SAMPLE_BEGIN), torch.full((3,), SAMPLE_BEGIN + 1)
-    state = {"texts": texts, "lengths": lengths, "totals": torch.zeros(3), "logprobs": logprobs, "ends": ends}
-    rules = TokenRules(N_VOCAB, SAMPLE_BEGIN, EOT).inputs(start, 1)._asdict()
-    del rules["n_best"]
-    _, lengths, _, latest = model.network[SELECT_TOKENS](**state, **rules, **cache.inputs(), **cache.written())
-    assert (lengths - SAMPLE_BEGIN).tolist() == [0, 0, 1]
-    assert latest.isfinite().tolist() == [False, False, True]
+    rules, one = TokenRules(N_VOCAB, SAMPLE_BEGIN, EOT).inputs(start, 1), torch.ones(3, dtype=torch.int64)
+    steps = model.stepper._steps(cache, rules)
+    steps.here["latest"].copy_(torch.tensor([float("nan"), -float("inf"), -1.0]))
+    found = steps.take(Texts.of(start, torch.zeros(3)), cache, rules, one, n_step=1)
+    steps.here["latest"].zero_()
+    assert (found["lengths"] - SAMPLE_BEGIN).tolist() == [0, 0, 1]
+    assert found["latest"].isfinite().tolist() == [False, False, True]
+
+
+# ---- capture and replay --------------------------------------------------------------------------------------------
+
+
+class Captured:
+    """A graph as a GPU has it: a replay works on what was captured, whatever it is given, and returns nothing."""
+
+    def __init__(self, model: Any, fails: bool = False):
+        self.model, self.fails = model, fails
+        self.captured: dict[int, Sequence[Buffer]] = {}
+        self.calls: Counter[str] = Counter()
+
+    def execute(self, *given: Buffer) -> list[Buffer]:
+        self.calls["execute"] += 1
+        return self.model.execute(*given)
+
+    def capture(self, key: int, *given: Buffer) -> list[Buffer]:
+        if self.fails:
+            raise RuntimeError("an operation waits for the device")
+        assert key not in self.captured
+        self.captured[key] = given
+        return []
+
+    def replay(self, key: int, *given: Buffer) -> None:
+        assert len(given) == len(self.captured[key])
+        self.calls["replay"] += 1
+        self.model.execute(*self.captured[key])
+
+    def debug_verify_replay(self, key: int, *given: Buffer) -> None:
+        self.model.execute(*given)
+        self.calls["verify"] += 1
+
+    def release_captured_graph(self, key: int) -> None:
+        del self.captured[key]
+
+
+def on_a_gpu(model: Whisper, monkeypatch: pytest.MonkeyPatch, fails: bool = False) -> tuple[Whisper, list[Captured]]:
+    """The model with graphs that are captured."""
+    monkeypatch.setattr("maxwhisper.engine.repeated.on_gpu", lambda _: True)
+    graphs = {name: model.network[name] for name in (SELECT_TOKENS, SEARCH)}
+    graphs = {name: replace(graph, model=Captured(graph.model, fails)) for name, graph in graphs.items()}
+    stepping = model.stepping_by(GPUStepper(graphs, model.dims, CPU()))
+    return stepping, [graph.model for graph in graphs.values()]
+
+
+def decoded(model: Whisper, options: DecodingOptions, *batches: int) -> list[tuple[list[int], float]]:
+    """Texts and log-probabilities of batches of so many windows, one after the other."""
+    found = [each for n in batches for each in model.decode(windows(n), options)]
+    return [(each.tokens, each.avg_logprob) for each in found]
+
+
+@pytest.mark.parametrize(("number", "beam_size"), [(0, None), (1, 2)])
+def test_a_step_is_captured_once_and_replayed(
+    model: Whisper, monkeypatch: pytest.MonkeyPatch, number: int, beam_size: int | None
+) -> None:
+    """What it reads and writes is in the same memory at every step, of one window and of the next, and of others."""
+    options = DecodingOptions(language="en", beam_size=beam_size, sample_len=12, fp16=False)
+    expected = decoded(model, options, 1, 2, 1)
+    gpu, captured = on_a_gpu(model, monkeypatch)
+    assert decoded(gpu, options, 1, 2, 1) == expected
+    of_graph = captured[number]
+    n_made = 3 if beam_size is None else 1  # windows with beams are decoded one after the other
+    assert of_graph.calls["execute"] == n_made and of_graph.calls["replay"] > 12
+    assert not captured[1 - number].calls
+    assert len(of_graph.captured) == gpu.stepper.verify() == of_graph.calls["verify"] == 1
+    del gpu
+    gc.collect()
+    assert not of_graph.captured, "what was captured is released with the memory that it works in"
+
+
+def test_what_cannot_be_captured_is_executed(
+    model: Whisper, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = DecodingOptions(language="en", sample_len=12, fp16=False)
+    expected = decoded(model, options, 1)
+    gpu, (captured, _) = on_a_gpu(model, monkeypatch, fails=True)
+    assert decoded(gpu, options, 1) == expected
+    assert captured.calls["execute"] == 12 and not captured.calls["replay"]
+    assert "decoder.select_tokens is not captured" in caplog.text and "waits for the device" in caplog.text
+    with pytest.raises(RuntimeError, match="is not captured"):
+        gpu.stepper.verify()
+
+
+def test_a_step_is_timed_beside_the_time_to_read_what_it_has_to(model: Whisper) -> None:
+    """On a CPU, a rehearsal, which says what it does not measure."""
+    timing = measure(model.network, model.dims, Case(), CPU(), torch.float32, rate=1e9, rounds=1)
+    assert timing.host is timing.device is timing.executed_device is timing.launches is None
+    assert timing.step > 0 and timing.executed_host > 0 and not timing.captured
+    assert table([timing]).splitlines()[-1].count("not measured") == 5
+    dims, tensors = model.dims, load_checkpoint(NANO).tensors
+    read = [name for name in tensors if re.match(r"decoder(?!.*(cross_attn\.(key|value)|positional))", name)]
+    weights = sum(x.numel() * (2 if x.ndim > 1 else 4) for x in map(tensors.get, read))
+    weights += 4 * dims.n_text_state * dims.n_text_layer  # what takes the place of the bias that keys have none of
+    kv = 2 * dims.n_text_layer * dims.n_text_state * (dims.n_audio_ctx + N_PAST) * 4
+    assert timing.floor == (weights + kv) / 1e3
 
 
 @pytest.fixture(scope="module")

@@ -38,6 +38,7 @@ class Wrong:
     found: Callable[[Advanced, KeyValueCache], Advanced] = lambda advanced, cache: advanced
     max_candidates: int | None = field(default=None, init=False)
     tokens_first: bool = field(default=False, init=False)
+    searches: bool = field(default=False, init=False)
 
     def advance(self, texts: Texts, cache: KeyValueCache, rules: Rules, n_token: torch.Tensor) -> Advanced:
         texts, rules = self.given(texts, cache, rules)
