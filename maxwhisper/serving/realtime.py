@@ -122,21 +122,27 @@ class Conversation:
         try:
             while True:
                 async with asyncio.timeout(self.service.limits.timeout):
-                    text = await self.socket.receive_text()
+                    text = await self._next()
                 await self._answer(text)
         except TimeoutError:
             with suppress(RuntimeError):
                 await self.socket.close(POLICY_VIOLATION, "nothing has come for too long")
-        except (WebSocketDisconnect, KeyError):  # KeyError: a message of bytes
+        except WebSocketDisconnect:
             pass
         finally:
             sending.cancel()
             await self._end()
 
+    async def _next(self) -> str:
+        try:
+            return await self.socket.receive_text()
+        except KeyError:  # a message of bytes, which is no event
+            return ""
+
     async def _send_all(self) -> None:
         with suppress(WebSocketDisconnect, RuntimeError):  # of a client that has left
             while True:
-                await self.socket.send_text(json.dumps(await self.events.get(), ensure_ascii=False))
+                await self.socket.send_text(json.dumps(await self.events.get()))
 
     async def _end(self) -> None:
         """Ends what is being transcribed, and gives the place away."""
@@ -216,7 +222,7 @@ def parsed(text: str) -> dict[str, Any]:
     """Returns a client's event; raises APIError if it is none."""
     try:
         event = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise APIError(400, f"expected an event in JSON: {error}", code="invalid_json") from error
     if not isinstance(event, dict) or not isinstance(event.get("type"), str):
         raise APIError(400, "expected an event: an object with a type", "type", "invalid_event")

@@ -243,6 +243,19 @@ def test_a_browser_gives_its_key_among_its_protocols(server: Server) -> None:
         assert json.loads(socket.recv())["error"]["code"] == "invalid_json"
 
 
+@pytest.mark.parametrize("sent", ["[" * 100_000, b"{}", '{"type": "\\ud800", "event_id": "\\udfff"}'])
+def test_what_is_no_event_is_an_error_and_no_end(server: Server, sent: str | bytes) -> None:
+    """Nested deeper than Python reads, bytes, and half of a pair of surrogates, which UTF-8 does not have."""
+    headers = {"authorization": f"Bearer {KEY}"}
+    with connect(
+        f"{server.url.replace('http', 'ws')}/realtime?intent=transcription", additional_headers=headers
+    ) as socket:
+        socket.recv(5)
+        for _ in range(2):
+            socket.send(sent)
+            assert json.loads(socket.recv(5))["error"]["type"] == "invalid_request_error"
+
+
 def test_a_client_that_is_silent_for_too_long_loses_its_place(model: Whisper) -> None:
     with in_thread(model, timeout=0.5) as (address, service):
         with connect(f"{address.replace('http', 'ws')}/v1/realtime?intent=transcription") as socket:
