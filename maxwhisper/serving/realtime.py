@@ -179,8 +179,8 @@ class Conversation:
             self.send({"type": "error", "error": of_event})
 
     def _update(self, event: Event) -> None:
-        settings = settings_of(event.get("session"))
-        self.service.check_realtime(settings.model, settings.language)
+        settings = settings_of(event.get("session"), self.settings)
+        self.service.check_realtime(settings)
         self.settings = settings  # of the next item; one that is begun goes on as it began
         self.send({"type": "session.updated", "session": self.session})
 
@@ -251,7 +251,7 @@ def add_realtime(app: FastAPI, service: Service, is_key: Callable[[str], bool]) 
                 raise unknown_key()
             if (intent := socket.query_params.get("intent")) != "transcription":
                 raise APIError(400, f"'intent' is '{intent}': expected transcription", "intent", "invalid_value")
-            service.check_realtime(socket.query_params.get("model"), None)
+            service.check_realtime(Settings(socket.query_params.get("model")))
             job = service.jobs.new()
         except APIError as error:
             await socket.send_denial_response(answer(error))

@@ -171,6 +171,9 @@ def test_odd_pieces_are_the_same_audio(client: Client, model: Whisper, pcm: byte
         ({"type": "transcription", "audio": {"input": {"transcription": {"language": "xx"}}}}, "language"),
         ({"type": "transcription", "audio": {"input": {"transcription": {"keywords": ["a"]}}}}, "keywords"),
         ({"type": "transcription", "audio": {"input": {"transcription": {"model": "gpt-5"}}}}, "model"),
+        ({"type": "transcription", "audio": {"input": {"transcription": {"language": "yue"}}}}, "language"),
+        ({"type": "transcription", "audio": {"input": {"transcription": {"prompt": "<|nospeech|>"}}}}, "prompt"),
+        ({"type": "transcription", "audio": {"input": {"transcription": {"prompt": "a" * 2**17}}}}, "prompt"),
         ({"type": "transcription", "include": ["item.input_audio_transcription.logprobs"]}, "include"),
     ],
 )
@@ -178,6 +181,21 @@ def test_what_is_not_supported_is_refused_by_its_name(client: Client, session: A
     error = client.refused(type="session.update", event_id="mine", session=session)
     assert error.event_id == "mine" and param in (error.param or "")
     assert error.type == "invalid_request_error"
+
+
+def test_an_update_leaves_what_it_does_not_name(client: Client) -> None:
+    for given, expected in (
+        ({"language": "German", "model": "whisper-1"}, ("de", None, "whisper-1")),
+        ({"prompt": "Anna"}, ("de", "Anna", "whisper-1")),
+        ({"language": None}, (None, "Anna", "whisper-1")),
+        ({}, (None, "Anna", "whisper-1")),
+    ):
+        session: Any = {"type": "transcription", "audio": {"input": {"transcription": given}}}
+        client.connection.session.update(session=session)
+        found = client.next().session.audio.input.transcription
+        assert (found.language, found.prompt, found.model) == expected
+    client.connection.session.update(session={"type": "transcription"})
+    assert client.next().session.audio.input.transcription.prompt == "Anna"
 
 
 @pytest.mark.parametrize(
