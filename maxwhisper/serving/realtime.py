@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, cast
 
 from fastapi import FastAPI
@@ -62,14 +62,22 @@ class Item:
     def end(self) -> None:
         self.source.stop()
 
+    def drop(self) -> None:
+        """Has what is not decoded yet forgotten, and no more told of it."""
+        self.dropped, self.n_byte = True, 0
+        with suppress(Empty):
+            while True:
+                self.blocks.get_nowait()
+        self.end()
+
     def transcribe(self) -> None:
         """Tells what is said while it is, and at the end the transcript; in a thread of its own."""
         conversation = self.conversation
+        if self.dropped:
+            return
         try:
             session = Session(cast(Whisper, conversation.job.caller.model), **self.settings.options)
             listen(session, self.source, self.show)
-            if self.dropped:
-                return
             text = session.finish()["text"].strip()
             self.show(session.settled, "")
             usage = {"type": "duration", "seconds": self.seconds}
@@ -82,9 +90,9 @@ class Item:
                 self._tell("failed", error=told(error).body["error"])
 
     def show(self, settled: str, _: str) -> None:
-        """Sends what is settled more than was sent."""
+        """Sends what is settled more than was sent; raises Stopped where nobody wants it."""
         if self.dropped:
-            return
+            raise Stopped
         if delta := settled[len(self.sent) :] if self.sent else settled.lstrip():
             self._tell("delta", delta=delta)
         self.sent = settled
@@ -107,7 +115,7 @@ class Conversation:
         self.before: str | None = None
         # One item after the other, so that nobody takes the places of others by many.
         self.thread = ThreadPoolExecutor(1, "maxwhisper-realtime")
-        self.running: list[Future[None]] = []
+        self.running: list[tuple[Item, Future[None]]] = []
 
     def send(self, event: Event) -> None:
         """Has an event sent, from whichever thread."""
@@ -122,6 +130,7 @@ class Conversation:
         try:
             while True:
                 async with asyncio.timeout(self.service.limits.timeout):
+                    await self.events.join()  # who does not read is not listened to, lest unread events fill the memory
                     text = await self._next()
                 await self._answer(text)
         except TimeoutError:
@@ -140,18 +149,19 @@ class Conversation:
             return ""
 
     async def _send_all(self) -> None:
-        with suppress(WebSocketDisconnect, RuntimeError):  # of a client that has left
-            while True:
-                await self.socket.send_text(json.dumps(await self.events.get()))
+        while True:
+            event = await self.events.get()
+            with suppress(WebSocketDisconnect, RuntimeError):  # of a client that has left
+                await self.socket.send_text(json.dumps(event))
+            self.events.task_done()
 
     async def _end(self) -> None:
-        """Ends what is being transcribed, and gives the place away."""
+        """Ends what is being transcribed."""
         self.job.caller.stop()
         if self.item:
             self.item.end()
         self.thread.shutdown(wait=False, cancel_futures=True)
-        await asyncio.gather(*map(asyncio.wrap_future, self.running), return_exceptions=True)
-        self.job.stop()
+        await asyncio.gather(*(asyncio.wrap_future(work) for _, work in self.running), return_exceptions=True)
 
     @property
     def session(self) -> dict[str, Any]:
@@ -187,12 +197,15 @@ class Conversation:
     def _append(self, event: Event) -> None:
         pcm = samples_in(event.get("audio"))
         item = self.item or Item(self, self.settings)
-        if item.seconds + len(pcm) / (RATE * SAMPLE_SIZE) > 60 * self.service.limits.max_audio_minutes:
-            limit = f"an item has at most {self.service.limits.max_audio_minutes} minutes of audio here: commit it"
+        self.running = [(each, work) for each, work in self.running if not work.done()]
+        # An item takes memory too: one of less than a second counts as a second.
+        others = sum(max(1, each.seconds) for each, _ in self.running if each is not item)
+        most = self.service.limits.max_audio_minutes
+        if others + item.seconds + len(pcm) / (RATE * SAMPLE_SIZE) > 60 * most:
+            limit = f"there may be at most {most} minutes of audio that is not transcribed yet: commit it, and wait"
             raise APIError(400, limit, "audio")
         if not self.item:
-            self.running = [each for each in self.running if not each.done()]
-            self.running.append(self.thread.submit(item.transcribe))
+            self.running.append((item, self.thread.submit(item.transcribe)))
             self.item = item
         item.add(pcm)
 
@@ -212,8 +225,7 @@ class Conversation:
 
     def _clear(self) -> None:
         if self.item:
-            self.item.dropped = True
-            self.item.end()
+            self.item.drop()
             self.item = None
         self.send({"type": "input_audio_buffer.cleared"})
 
@@ -256,8 +268,11 @@ def add_realtime(app: FastAPI, service: Service, is_key: Callable[[str], bool]) 
         except APIError as error:
             await socket.send_denial_response(answer(error))
             return
-        await socket.accept("realtime" if "realtime" in offered else None)
-        await Conversation(socket, service, job).run()
+        try:
+            await socket.accept("realtime" if "realtime" in offered else None)
+            await Conversation(socket, service, job).run()
+        finally:
+            job.stop()
 
 
 def key_of(headers: Mapping[str, str], offered: Sequence[str]) -> str:
