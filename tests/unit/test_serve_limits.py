@@ -293,6 +293,24 @@ def test_a_body_without_a_length_is_read_up_to_its_limit(served: tuple[httpx.Cli
     assert answer.status_code == 413 and "more than 1 MB" in answer.text
 
 
+@pytest.mark.parametrize("charset", ["punycode", "undefined", "unicode_escape", "utf-7", "base64", "nothing", "UTF8"])
+def test_an_odd_charset_is_the_clients_error(served: tuple[httpx.Client, Service], charset: str) -> None:
+    part = b'--x\r\nContent-Disposition: form-data; name="model"\r\n\r\n\\ud800+2AA-\r\n--x--\r\n'
+    check(served, content=part, headers={"content-type": f"multipart/form-data; boundary=x; charset={charset}"})
+
+
+def test_lists_and_objects_in_the_spellings_of_other_clients(served: tuple[httpx.Client, Service]) -> None:
+    client, _ = served
+    sent: dict[str, Any] = {"files": {"file": AUDIO}}
+    data = {"model": "stub", "response_format": "verbose_json"}
+    for name in ("timestamp_granularities", "timestamp_granularities[]", "timestamp_granularities[0]"):
+        answer = client.post("transcriptions", data={**data, name: "segment"}, **sent)
+        assert answer.status_code == 200 and answer.json()["segments"] == []
+    for name in ("chunking_strategy[type]", "include[0]", "known_speaker_names[]"):
+        error = client.post("transcriptions", data={**data, name: "server_vad"}, **sent).json()["error"]
+        assert (error["param"], error["code"]) == (name.partition("[")[0], "unsupported_parameter")
+
+
 def test_other_methods_and_paths(served: tuple[httpx.Client, Service]) -> None:
     client, _ = served
     assert client.get("transcriptions").json()["error"]["message"].endswith("Method Not Allowed")
