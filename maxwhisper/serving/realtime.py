@@ -14,6 +14,7 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any, cast
+from urllib.parse import unquote
 
 from fastapi import FastAPI
 from starlette.websockets import WebSocket, WebSocketDisconnect
@@ -276,6 +277,7 @@ def add_realtime(app: FastAPI, service: Service, is_key: Callable[[str], bool]) 
 
 
 def key_of(headers: Mapping[str, str], offered: Sequence[str]) -> str:
-    """Returns the key of a client: of a browser, which can send no header, one of the protocols that it offers."""
-    named = (each.removeprefix(IN_PROTOCOLS) for each in offered if each.startswith(IN_PROTOCOLS))
+    """Returns the key of a client: of a browser, which can send no header, one of the protocols that it offers, with %
+    and two digits for what no protocol's name may have, as / and =."""
+    named = (unquote(each.removeprefix(IN_PROTOCOLS), "latin-1") for each in offered if each.startswith(IN_PROTOCOLS))
     return next(named, headers.get("authorization", "").removeprefix("Bearer "))
