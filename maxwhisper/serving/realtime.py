@@ -87,7 +87,9 @@ class Item:
         except (Stopped, CancelledError):
             pass
         except Exception as error:
-            if not conversation.job.caller.stopped.is_set():
+            while not self.source.ended:  # the client waits for an end from when it commits the item
+                self.source.take()
+            if not (self.dropped or conversation.job.caller.stopped.is_set()):
                 self._tell("failed", error=told(error).body["error"])
 
     def show(self, settled: str, _: str) -> None:

@@ -19,6 +19,7 @@ from starlette.websockets import WebSocketDisconnect
 from websockets.exceptions import ConnectionClosedError, InvalidStatus
 from websockets.sync.client import connect
 
+from maxwhisper.errors import AudioError
 from maxwhisper.serving.app import create_app
 from maxwhisper.serving.jobs import Limits
 from maxwhisper.serving.realtime import Conversation, Item
@@ -375,6 +376,21 @@ def test_audio_that_is_cleared_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -
     waiting.drop()
     waiting.transcribe()
     assert session.fed == 1 and waiting.n_byte == 0 and waiting.blocks.get_nowait() is None
+
+
+def test_what_fails_early_is_told_of_what_was_committed(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client waits for the end of an item from when it commits it."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise AudioError("audio: cannot be kept in a temporary file: No space left on device")
+
+    monkeypatch.setattr("maxwhisper.serving.realtime.Session", full)
+    client.append(bytes(2 * RATE))
+    time.sleep(0.1)
+    client.connection.input_audio_buffer.commit()
+    *before, failed = client.until(f"{TRANSCRIPTION}failed")
+    assert before[-1].type == "conversation.item.done"
+    assert failed.item_id == before[0].item_id and "No space left" in failed.error.message
 
 
 def test_audio_that_is_not_transcribed_yet_has_a_limit(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
