@@ -278,8 +278,9 @@ def add_realtime(app: FastAPI, service: Service, is_key: Callable[[str], bool]) 
             job.stop()
 
 
-def key_of(headers: Mapping[str, str], offered: Sequence[str]) -> str:
+def key_of(headers: Mapping[str, str], offered: Sequence[str] = ()) -> str:
     """Returns the key of a client: of a browser, which can send no header, one of the protocols that it offers, with %
     and two digits for what no protocol's name may have, as / and =."""
     named = (unquote(each.removeprefix(IN_PROTOCOLS), "latin-1") for each in offered if each.startswith(IN_PROTOCOLS))
-    return next(named, headers.get("authorization", "").removeprefix("Bearer "))
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    return next(named, key if scheme.lower() == "bearer" else "")

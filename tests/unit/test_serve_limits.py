@@ -210,6 +210,12 @@ def test_a_model_of_english_alone(model: SlowModel) -> None:
         assert post(url, language="en").status_code == 200
 
 
+def test_the_scheme_of_a_key_is_in_any_letters(model: SlowModel) -> None:
+    with in_thread(model, keys=["sesame"]) as (url, _):
+        for given, code in (("bearer sesame", 200), ("BEARER sesame", 200), ("Basic sesame", 401), ("Bearer", 401)):
+            assert httpx.get(f"{url}/v1/models", headers={"authorization": given}).status_code == code
+
+
 # ---- bodies --------------------------------------------------------------------------------------------------------
 
 
@@ -331,6 +337,8 @@ def test_what_keeps_it_from_starting_is_one_line(capsys: pytest.CaptureFixture[s
         with pytest.raises(OptionError, match=f"--api_key_file {keys}"):
             keys_in(str(keys))
     assert status(["serve", "--port", "70000"]) == 2
+    with pytest.raises(OptionError, match="--host a..b --port 0: cannot be listened at"):
+        bound("a..b", 0)
 
 
 def test_the_extra_is_named_where_it_is_missing(
