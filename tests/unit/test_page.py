@@ -185,6 +185,33 @@ def test_a_browser_without_live_text_takes_no_place_for_it(page: Any) -> None:
     assert page.evaluate("window.opened.every((each) => each.readyState > WebSocket.OPEN)")
 
 
+def test_what_is_said_while_the_server_is_far_away_is_sent_once_it_is_there(page: Any) -> None:
+    sent = page.evaluate(
+        """async () => {
+          const sent = [];
+          let tap, socket;
+          window.AudioContext = class {
+            audioWorklet = { addModule() {} };
+            createMediaStreamSource() { return { connect() {} }; }
+          };
+          window.AudioWorkletNode = class { constructor() { tap = this; this.port = {}; } };
+          window.WebSocket = class {
+            static OPEN = 1;
+            readyState = 0;
+            constructor() { socket = this; }
+            send(text) { sent.push(atob(JSON.parse(text).audio).length); }
+          };
+          await live(null);
+          const hear = () => tap.port.onmessage({ data: new Float32Array(128) });
+          for (let n = 0; n < 3000; n++) hear();
+          socket.readyState = 1;
+          hear();
+          return sent;
+        }"""
+    )
+    assert sum(sent) == 2 * 2400 * (128 * 3001 // 2400) and max(sent) == 2 * 2400
+
+
 def test_what_is_no_audio_is_an_error_in_words(page: Any, tmp_path: Path) -> None:
     broken = tmp_path / "broken.mp3"
     broken.write_bytes(b"no audio")
