@@ -220,3 +220,9 @@ def test_what_is_no_audio_is_an_error_in_words(page: Any, tmp_path: Path) -> Non
     page.press("#key", "Enter")
     page.get_by_role("alert").filter(has_text="cannot be read as audio").wait_for()
     assert page.is_hidden("#progress") and page.is_hidden("#cancel")
+
+
+def test_what_a_proxy_answers_is_an_error_in_words(page: Any) -> None:
+    page.route("**/transcripts", lambda route: route.fulfill(status=413, body="<html>413</html>"))
+    page.set_input_files("#file", str(CLIP))
+    page.get_by_role("alert").filter(has_text=re.compile("^413 .*Too Large")).wait_for(timeout=5000)
