@@ -164,6 +164,16 @@ def test_who_has_to_be_cut_off_may_ask_another_server(model: SlowModel) -> None:
         assert asked.result().status_code == 503 and asked.result().headers["retry-after"] == "2"
 
 
+def test_no_proxy_holds_text_back_that_comes_as_it_is_found(served: tuple[httpx.Client, Service]) -> None:
+    client, _ = served
+    for path in ("transcriptions", "/transcripts"):
+        answer = client.post(
+            str(httpx.URL(client.base_url).join(path)), files={"file": AUDIO}, data={"model": "stub", "stream": "true"}
+        )
+        assert answer.status_code == 200
+        assert (answer.headers["cache-control"], answer.headers["x-accel-buffering"]) == ("no-cache", "no")
+
+
 def test_what_takes_too_long_in_mid_stream(model: SlowModel, monkeypatch: pytest.MonkeyPatch) -> None:
     def transcribe(self: SlowModel, audio: np.ndarray, on_segments: Any, **options: Any) -> dict[str, Any]:
         on_segments([{"text": " Hello"}])
