@@ -21,7 +21,7 @@ from tiktoken import Encoding
 from whisper.audio import FRAMES_PER_SECOND, HOP_LENGTH
 from whisper.decoding import DecodingOptions
 from whisper.model import Whisper
-from whisper.tokenizer import Tokenizer, get_tokenizer
+from whisper.tokenizer import LANGUAGES, TO_LANGUAGE_CODE, Tokenizer, get_tokenizer
 from whisper.transcribe import transcribe
 
 from .errors import OptionError, warn_once
@@ -30,6 +30,8 @@ Options = Callable[..., DecodingOptions]
 TASKS = ("transcribe", "translate")
 OF_THE_LOOP = frozenset(inspect.signature(transcribe).parameters)
 """The options of `transcribe` that `decode` does not have, and temperature, which there is one number."""
+COLDEST = 1e-30
+"""The least temperature above 0: logits divided by much less are no float32 any more."""
 OF_FASTER_WHISPER = frozenset({"hotwords", "vad_filter"})
 """Those that openai-whisper does not have."""
 
@@ -69,7 +71,8 @@ def decoding(options: DecodingOptions, model: Whisper, tasks: Sequence[str] = (*
         raise refused("task", options.task, " or ".join(tasks))
     if options.language is not None and not isinstance(options.language, str):
         raise refused("language", options.language, "a code or a name, as in en or English")
-    found: dict[str, Any] = {"temperature": number("temperature", options.temperature)}
+    check_language(options.language, model)
+    found: dict[str, Any] = {"temperature": temperature(options.temperature)}
     for check, name, least in (
         (whole, "sample_len", 0),
         (whole, "best_of", 0),
@@ -114,6 +117,20 @@ def whole(name: str, value: Any, least: float) -> int:
     return int(found)
 
 
+def temperature(value: Any) -> Any:
+    found = number("temperature", value)
+    if 0 < found < COLDEST:
+        raise refused("temperature", value, f"0 or a number from {COLDEST:g} on")
+    return found
+
+
+def check_language(language: str | None, model: Whisper) -> None:
+    """Raises OptionError for a language that openai-whisper has, and this model no token for: Cantonese, in most."""
+    code = TO_LANGUAGE_CODE.get((language or "").lower(), (language or "").lower())
+    if model.is_multilingual and code in LANGUAGES and list(LANGUAGES).index(code) >= model.num_languages:
+        raise refused("language", language, f"one of the first {model.num_languages} of openai-whisper's languages")
+
+
 def is_several(value: Any) -> bool:
     return isinstance(value, Iterable) and not isinstance(value, str | bytes | bytearray | Mapping)
 
@@ -122,8 +139,8 @@ def temperatures(value: Any) -> Any:
     """Returns a temperature, or those to try one after the other."""
     value = scalar(value)
     if not is_several(value):
-        return number("temperature", value)
-    if several := tuple(number("temperature", each) for each in value):
+        return temperature(value)
+    if several := tuple(map(temperature, value)):
         return several
     raise refused("temperature", value, "a number from 0 on, or several")
 

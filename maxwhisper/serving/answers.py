@@ -78,7 +78,9 @@ class Streamed(StreamingResponse):
     """What is found of a job as it comes."""
 
     def __init__(self, job: Job, parts: AsyncIterator[str], media_type: str):
-        super().__init__(parts, media_type=media_type, headers={"cache-control": "no-cache"})
+        # nginx would hold small pieces back until it has many.
+        headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+        super().__init__(parts, media_type=media_type, headers=headers)
         self.job = job
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

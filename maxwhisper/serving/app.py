@@ -13,7 +13,7 @@ from .errors import APIError, add_handlers, unknown_key
 from .fields import Transcription, Translation
 from .metrics import Measured
 from .page import add_page
-from .realtime import add_realtime
+from .realtime import add_realtime, key_of
 from .service import Service
 
 
@@ -33,7 +33,7 @@ def create_app(service: Service, api_keys: Sequence[str] = (), race: str | None 
         return not api_keys or any([hmac.compare_digest(given.encode("latin-1"), key.encode()) for key in api_keys])
 
     async def check_key(request: Request) -> None:
-        if not is_key(request.headers.get("authorization", "").removeprefix("Bearer ")):
+        if not is_key(key_of(request.headers)):
             raise unknown_key()
 
     app = FastAPI(title="maxwhisper", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)

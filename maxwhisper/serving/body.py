@@ -3,6 +3,7 @@
 from typing import IO
 
 from fastapi import Request
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
 from starlette.types import Message, Receive
 
@@ -21,8 +22,12 @@ async def form_of(request: Request, max_file_mb: int) -> FormData:
     What is larger than a megabyte is on the disk in a file without a name, which ends with the process too.
     Raises APIError for a body of another type, or that is too long; HTTPException for one that is no form.
     """
-    if request.headers.get("content-type", "").split(";")[0].strip().lower() != "multipart/form-data":
+    kind, parameters = parse_options_header(request.headers.get("content-type", ""))
+    if kind != b"multipart/form-data":
         raise APIError(400, "expected a body of type multipart/form-data with the audio in its field 'file'", "file")
+    charset = parameters.get(b"charset", b"utf-8").decode("latin-1")
+    if charset.lower() not in ("utf-8", "utf8"):  # some codecs fail with other errors, or find half of a character
+        raise APIError(400, f"the charset of the form is {charset!r}, expected utf-8")
     limited = Request(request.scope, up_to(request, max_file_mb))
     return await limited.form(max_files=1, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD)
 

@@ -91,7 +91,7 @@ def bound(host: str, port: int) -> socket.socket:
             made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             made.bind(address)
             failed.pop_all()
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # UnicodeError: what is no name of a host
         raise OptionError(f"--host {host} --port {port}: cannot be listened at: {error}") from error
     return made
 

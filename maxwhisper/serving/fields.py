@@ -90,7 +90,7 @@ def checked(form: FormData, fields: type[Translation]) -> Translation:
     """Returns the fields of a form; raises APIError for the first one that cannot be used."""
     given: dict[str, Any] = {}
     for key, value in form.multi_items():
-        name = key.removesuffix("[]")
+        name = key.partition("[")[0]  # of a list as of an object: include[], include[0], chunking_strategy[type]
         if name == "file":
             continue
         if name in UNSUPPORTED:

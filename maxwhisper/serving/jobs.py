@@ -125,7 +125,13 @@ class Job:
             self.loop.call_soon_threadsafe(self.found.put_nowait, found)
 
 
-OF_OPENAI = {"file": "file", "audio": "file", "initial_prompt": "prompt"}
+OF_OPENAI = {
+    "file": "file",
+    "audio": "file",
+    "initial_prompt": "prompt",
+    "language": "language",
+    "temperature": "temperature",
+}
 """Fields of OpenAI's interface by what our own errors begin with."""
 
 

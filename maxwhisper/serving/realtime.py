@@ -12,8 +12,9 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, cast
+from urllib.parse import unquote
 
 from fastapi import FastAPI
 from starlette.websockets import WebSocket, WebSocketDisconnect
@@ -62,14 +63,22 @@ class Item:
     def end(self) -> None:
         self.source.stop()
 
+    def drop(self) -> None:
+        """Has what is not decoded yet forgotten, and no more told of it."""
+        self.dropped, self.n_byte = True, 0
+        with suppress(Empty):
+            while True:
+                self.blocks.get_nowait()
+        self.end()
+
     def transcribe(self) -> None:
         """Tells what is said while it is, and at the end the transcript; in a thread of its own."""
         conversation = self.conversation
+        if self.dropped:
+            return
         try:
             session = Session(cast(Whisper, conversation.job.caller.model), **self.settings.options)
             listen(session, self.source, self.show)
-            if self.dropped:
-                return
             text = session.finish()["text"].strip()
             self.show(session.settled, "")
             usage = {"type": "duration", "seconds": self.seconds}
@@ -78,13 +87,15 @@ class Item:
         except (Stopped, CancelledError):
             pass
         except Exception as error:
-            if not conversation.job.caller.stopped.is_set():
+            while not self.source.ended:  # the client waits for an end from when it commits the item
+                self.source.take()
+            if not (self.dropped or conversation.job.caller.stopped.is_set()):
                 self._tell("failed", error=told(error).body["error"])
 
     def show(self, settled: str, _: str) -> None:
-        """Sends what is settled more than was sent."""
+        """Sends what is settled more than was sent; raises Stopped where nobody wants it."""
         if self.dropped:
-            return
+            raise Stopped
         if delta := settled[len(self.sent) :] if self.sent else settled.lstrip():
             self._tell("delta", delta=delta)
         self.sent = settled
@@ -107,7 +118,7 @@ class Conversation:
         self.before: str | None = None
         # One item after the other, so that nobody takes the places of others by many.
         self.thread = ThreadPoolExecutor(1, "maxwhisper-realtime")
-        self.running: list[Future[None]] = []
+        self.running: list[tuple[Item, Future[None]]] = []
 
     def send(self, event: Event) -> None:
         """Has an event sent, from whichever thread."""
@@ -122,30 +133,38 @@ class Conversation:
         try:
             while True:
                 async with asyncio.timeout(self.service.limits.timeout):
-                    text = await self.socket.receive_text()
+                    await self.events.join()  # who does not read is not listened to, lest unread events fill the memory
+                    text = await self._next()
                 await self._answer(text)
         except TimeoutError:
             with suppress(RuntimeError):
                 await self.socket.close(POLICY_VIOLATION, "nothing has come for too long")
-        except (WebSocketDisconnect, KeyError):  # KeyError: a message of bytes
+        except WebSocketDisconnect:
             pass
         finally:
             sending.cancel()
             await self._end()
 
+    async def _next(self) -> str:
+        try:
+            return await self.socket.receive_text()
+        except KeyError:  # a message of bytes, which is no event
+            return ""
+
     async def _send_all(self) -> None:
-        with suppress(WebSocketDisconnect, RuntimeError):  # of a client that has left
-            while True:
-                await self.socket.send_text(json.dumps(await self.events.get(), ensure_ascii=False))
+        while True:
+            event = await self.events.get()
+            with suppress(WebSocketDisconnect, RuntimeError):  # of a client that has left
+                await self.socket.send_text(json.dumps(event))
+            self.events.task_done()
 
     async def _end(self) -> None:
-        """Ends what is being transcribed, and gives the place away."""
+        """Ends what is being transcribed."""
         self.job.caller.stop()
         if self.item:
             self.item.end()
         self.thread.shutdown(wait=False, cancel_futures=True)
-        await asyncio.gather(*map(asyncio.wrap_future, self.running), return_exceptions=True)
-        self.job.stop()
+        await asyncio.gather(*(asyncio.wrap_future(work) for _, work in self.running), return_exceptions=True)
 
     @property
     def session(self) -> dict[str, Any]:
@@ -173,20 +192,23 @@ class Conversation:
             self.send({"type": "error", "error": of_event})
 
     def _update(self, event: Event) -> None:
-        settings = settings_of(event.get("session"))
-        self.service.check_realtime(settings.model, settings.language)
+        settings = settings_of(event.get("session"), self.settings)
+        self.service.check_realtime(settings)
         self.settings = settings  # of the next item; one that is begun goes on as it began
         self.send({"type": "session.updated", "session": self.session})
 
     def _append(self, event: Event) -> None:
         pcm = samples_in(event.get("audio"))
         item = self.item or Item(self, self.settings)
-        if item.seconds + len(pcm) / (RATE * SAMPLE_SIZE) > 60 * self.service.limits.max_audio_minutes:
-            limit = f"an item has at most {self.service.limits.max_audio_minutes} minutes of audio here: commit it"
+        self.running = [(each, work) for each, work in self.running if not work.done()]
+        # An item takes memory too: one of less than a second counts as a second.
+        others = sum(max(1, each.seconds) for each, _ in self.running if each is not item)
+        most = self.service.limits.max_audio_minutes
+        if others + item.seconds + len(pcm) / (RATE * SAMPLE_SIZE) > 60 * most:
+            limit = f"there may be at most {most} minutes of audio that is not transcribed yet: commit it, and wait"
             raise APIError(400, limit, "audio")
         if not self.item:
-            self.running = [each for each in self.running if not each.done()]
-            self.running.append(self.thread.submit(item.transcribe))
+            self.running.append((item, self.thread.submit(item.transcribe)))
             self.item = item
         item.add(pcm)
 
@@ -206,8 +228,7 @@ class Conversation:
 
     def _clear(self) -> None:
         if self.item:
-            self.item.dropped = True
-            self.item.end()
+            self.item.drop()
             self.item = None
         self.send({"type": "input_audio_buffer.cleared"})
 
@@ -216,7 +237,7 @@ def parsed(text: str) -> dict[str, Any]:
     """Returns a client's event; raises APIError if it is none."""
     try:
         event = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise APIError(400, f"expected an event in JSON: {error}", code="invalid_json") from error
     if not isinstance(event, dict) or not isinstance(event.get("type"), str):
         raise APIError(400, "expected an event: an object with a type", "type", "invalid_event")
@@ -245,16 +266,21 @@ def add_realtime(app: FastAPI, service: Service, is_key: Callable[[str], bool]) 
                 raise unknown_key()
             if (intent := socket.query_params.get("intent")) != "transcription":
                 raise APIError(400, f"'intent' is '{intent}': expected transcription", "intent", "invalid_value")
-            service.check_realtime(socket.query_params.get("model"), None)
+            service.check_realtime(Settings(socket.query_params.get("model")))
             job = service.jobs.new()
         except APIError as error:
             await socket.send_denial_response(answer(error))
             return
-        await socket.accept("realtime" if "realtime" in offered else None)
-        await Conversation(socket, service, job).run()
+        try:
+            await socket.accept("realtime" if "realtime" in offered else None)
+            await Conversation(socket, service, job).run()
+        finally:
+            job.stop()
 
 
-def key_of(headers: Mapping[str, str], offered: Sequence[str]) -> str:
-    """Returns the key of a client: of a browser, which can send no header, one of the protocols that it offers."""
-    named = (each.removeprefix(IN_PROTOCOLS) for each in offered if each.startswith(IN_PROTOCOLS))
-    return next(named, headers.get("authorization", "").removeprefix("Bearer "))
+def key_of(headers: Mapping[str, str], offered: Sequence[str] = ()) -> str:
+    """Returns the key of a client: of a browser, which can send no header, one of the protocols that it offers, with %
+    and two digits for what no protocol's name may have, as / and =."""
+    named = (unquote(each.removeprefix(IN_PROTOCOLS), "latin-1") for each in offered if each.startswith(IN_PROTOCOLS))
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    return next(named, key if scheme.lower() == "bearer" else "")

@@ -11,13 +11,16 @@ from fastapi.responses import Response
 from starlette.requests import ClientDisconnect
 
 from ..callers import Together
+from ..errors import OptionError
+from ..options import transcribing
 from ..whisper import Whisper
 from .answers import answer, in_events
 from .body import file_in, form_of
 from .errors import APIError, stopping
 from .fields import Transcription, Translation, checked
-from .jobs import Job, Jobs, Limits, Segments, Transcript
+from .jobs import Job, Jobs, Limits, Segments, Transcript, told
 from .metrics import Metrics
+from .settings import Settings
 
 ALIASES = ("whisper-1",)
 """Names that clients send for whichever Whisper there is."""
@@ -89,12 +92,16 @@ class Service:
         if not self.model.is_multilingual and (language != "en" or wanted.task == "translate"):
             raise self._english_only("model" if wanted.task == "translate" else "language")
 
-    def check_realtime(self, model: str | None, language: str | None) -> None:
-        """Raises APIError for a model of realtime sessions that is another one, or does not know the language."""
-        if model not in (None, *self.names, *REALTIME_ALIASES):
-            raise self._no_model(model)
-        if not self.model.is_multilingual and language not in (None, "en"):
+    def check_realtime(self, settings: Settings) -> None:
+        """Raises APIError for a model of realtime sessions that is another one, or cannot do what is wanted."""
+        if settings.model not in (None, *self.names, *REALTIME_ALIASES):
+            raise self._no_model(settings.model)
+        if not self.model.is_multilingual and settings.language not in (None, "en"):
             raise self._english_only("language")
+        try:
+            transcribing(settings.options, self.model)
+        except OptionError as error:
+            raise told(error) from error
 
     def _no_model(self, name: str | None) -> APIError:
         message = f"The model '{name}' does not exist here: there is {' or '.join(self.names)}"

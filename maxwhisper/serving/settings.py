@@ -1,10 +1,11 @@
 """What a client may say of a session of `/v1/realtime`, in OpenAI's form."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from .body import MAX_FIELD
 from .errors import APIError
 from .fields import language_code, said_of
 
@@ -25,7 +26,7 @@ class Format(Strict):
 class OfTranscription(Strict):
     model: str | None = None
     language: Annotated[str | None, BeforeValidator(language_code)] = None
-    prompt: str | None = None
+    prompt: Annotated[str | None, Field(max_length=MAX_FIELD)] = None
 
 
 class Input(Strict):
@@ -64,12 +65,13 @@ class Settings:
         return OfSession(type="transcription", audio=Audio(input=Input(transcription=given))).model_dump()
 
 
-def settings_of(session: object) -> Settings:
-    """Returns the settings in an event; raises APIError that names the first one that cannot be used."""
+def settings_of(session: object, before: Settings) -> Settings:
+    """Returns the settings after an event, those that it does not name as they were before; raises APIError that names
+    the first one that cannot be used."""
     try:
         found = OfSession.model_validate(session).audio.input.transcription
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = ".".join(["session", *map(str, first["loc"])])
         raise APIError(400, f"'{name}' {said_of(first)}", name, "invalid_value") from error
-    return Settings(found.model, found.language, found.prompt)
+    return replace(before, **found.model_dump(exclude_unset=True))

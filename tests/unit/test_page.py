@@ -22,12 +22,14 @@ from .serving import KEY, in_thread
 from .test_race import FAST, record
 
 CLIP = FIXTURES / "clips" / "english-1.wav"
+ODD = "clé/1+="
+"""A key that holds what neither a header nor a protocol can: of `openssl rand -base64`, and no ASCII."""
 
 
 @pytest.fixture(scope="module")
 def address(model: Whisper) -> Iterator[str]:
     race = page_of(race_of(record(FAST), "race.json"))
-    with in_thread(model, "nano", [KEY], race) as (found, _):
+    with in_thread(model, "nano", [KEY, ODD], race) as (found, _):
         yield f"{found}/"
 
 
@@ -88,10 +90,10 @@ def page(browser: Any, address: str) -> Iterator[Any]:
     assert errors == []
 
 
-def transcribe(page: Any) -> None:
+def transcribe(page: Any, key: str = KEY) -> None:
     """Has the clip transcribed, with the key that is asked for first."""
     page.set_input_files("#file", str(CLIP))
-    page.fill("#key", KEY)
+    page.fill("#key", key)
     page.press("#key", "Enter")
     page.get_by_text("Done, 0:02 of audio").wait_for()
 
@@ -137,7 +139,7 @@ def test_by_keyboard_alone(page: Any) -> None:
 
 
 def test_the_microphone_is_transcribed(page: Any) -> None:
-    transcribe(page)  # after which the page has the key
+    transcribe(page, ODD)  # after which the page has the key
     page.get_by_role("button", name="Speak").click()
     page.get_by_text("Listening").wait_for()
     page.locator("#text").filter(has_text="Where is").wait_for()  # while the clip is still being said, or just after
@@ -148,6 +150,68 @@ def test_the_microphone_is_transcribed(page: Any) -> None:
     assert "doctor" in page.inner_text("#text")
 
 
+def test_speech_begins_once_and_with_nothing_of_what_was_before(page: Any) -> None:
+    transcribe(page)
+    page.evaluate("fail('an earlier error')")
+    page.evaluate(
+        """() => {
+          const devices = navigator.mediaDevices, ask = devices.getUserMedia.bind(devices);
+          window.asked = 0;
+          devices.getUserMedia = (...wanted) => { window.asked++; return ask(...wanted); };
+          for (let click = 0; click < 2; click++) document.getElementById("record").click();
+        }"""
+    )
+    page.get_by_text("Listening").wait_for()
+    assert page.evaluate("window.asked") == 1
+    assert page.inner_text("#wrong") == "" and page.locator("#files a").count() == 0
+    page.set_input_files("#file", str(CLIP))
+    page.get_by_role("alert").filter(has_text="Stop speaking").wait_for()
+    assert page.inner_text("#name") == "What is settled so far"
+
+
+def test_a_browser_without_live_text_takes_no_place_for_it(page: Any) -> None:
+    """Firefox, for one, takes a microphone at its own rate alone."""
+    transcribe(page)
+    page.evaluate(
+        """() => {
+          const Socket = window.WebSocket;
+          window.opened = [];
+          window.WebSocket = class extends Socket { constructor(...to) { super(...to); window.opened.push(this); } };
+          AudioContext.prototype.createMediaStreamSource = () => { throw new Error("another rate"); };
+        }"""
+    )
+    page.get_by_role("button", name="Speak").click()
+    page.get_by_text("Listening").wait_for()
+    assert page.evaluate("window.opened.every((each) => each.readyState > WebSocket.OPEN)")
+
+
+def test_what_is_said_while_the_server_is_far_away_is_sent_once_it_is_there(page: Any) -> None:
+    sent = page.evaluate(
+        """async () => {
+          const sent = [];
+          let tap, socket;
+          window.AudioContext = class {
+            audioWorklet = { addModule() {} };
+            createMediaStreamSource() { return { connect() {} }; }
+          };
+          window.AudioWorkletNode = class { constructor() { tap = this; this.port = {}; } };
+          window.WebSocket = class {
+            static OPEN = 1;
+            readyState = 0;
+            constructor() { socket = this; }
+            send(text) { sent.push(atob(JSON.parse(text).audio).length); }
+          };
+          await live(null);
+          const hear = () => tap.port.onmessage({ data: new Float32Array(128) });
+          for (let n = 0; n < 3000; n++) hear();
+          socket.readyState = 1;
+          hear();
+          return sent;
+        }"""
+    )
+    assert sum(sent) == 2 * 2400 * (128 * 3001 // 2400) and max(sent) == 2 * 2400
+
+
 def test_what_is_no_audio_is_an_error_in_words(page: Any, tmp_path: Path) -> None:
     broken = tmp_path / "broken.mp3"
     broken.write_bytes(b"no audio")
@@ -156,3 +220,9 @@ def test_what_is_no_audio_is_an_error_in_words(page: Any, tmp_path: Path) -> Non
     page.press("#key", "Enter")
     page.get_by_role("alert").filter(has_text="cannot be read as audio").wait_for()
     assert page.is_hidden("#progress") and page.is_hidden("#cancel")
+
+
+def test_what_a_proxy_answers_is_an_error_in_words(page: Any) -> None:
+    page.route("**/transcripts", lambda route: route.fulfill(status=413, body="<html>413</html>"))
+    page.set_input_files("#file", str(CLIP))
+    page.get_by_role("alert").filter(has_text=re.compile("^413 .*Too Large")).wait_for(timeout=5000)

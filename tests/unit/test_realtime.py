@@ -1,23 +1,35 @@
 """`/v1/realtime?intent=transcription`, asked by OpenAI's own client over loopback."""
 
+import asyncio
 import base64
 import json
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from threading import Event
+from types import SimpleNamespace
 from typing import Any
 
 import av
+import numpy as np
 import openai
 import pytest
+from starlette.websockets import WebSocketDisconnect
 from websockets.exceptions import ConnectionClosedError, InvalidStatus
 from websockets.sync.client import connect
 
+from maxwhisper.errors import AudioError
+from maxwhisper.serving.app import create_app
+from maxwhisper.serving.jobs import Limits
+from maxwhisper.serving.realtime import Conversation, Item
 from maxwhisper.serving.service import Service
+from maxwhisper.serving.settings import Settings
 from maxwhisper.whisper import Whisper
 from reference.fixtures import FIXTURES
 
-from .serving import KEY, in_thread
+from .command import StubModel
+from .serving import KEY, LIMITS, in_thread
 
 CLIP = FIXTURES / "clips" / "english-3.mp3"
 TRANSCRIPTION = "conversation.item.input_audio_transcription."
@@ -171,6 +183,9 @@ def test_odd_pieces_are_the_same_audio(client: Client, model: Whisper, pcm: byte
         ({"type": "transcription", "audio": {"input": {"transcription": {"language": "xx"}}}}, "language"),
         ({"type": "transcription", "audio": {"input": {"transcription": {"keywords": ["a"]}}}}, "keywords"),
         ({"type": "transcription", "audio": {"input": {"transcription": {"model": "gpt-5"}}}}, "model"),
+        ({"type": "transcription", "audio": {"input": {"transcription": {"language": "yue"}}}}, "language"),
+        ({"type": "transcription", "audio": {"input": {"transcription": {"prompt": "<|nospeech|>"}}}}, "prompt"),
+        ({"type": "transcription", "audio": {"input": {"transcription": {"prompt": "a" * 2**17}}}}, "prompt"),
         ({"type": "transcription", "include": ["item.input_audio_transcription.logprobs"]}, "include"),
     ],
 )
@@ -178,6 +193,21 @@ def test_what_is_not_supported_is_refused_by_its_name(client: Client, session: A
     error = client.refused(type="session.update", event_id="mine", session=session)
     assert error.event_id == "mine" and param in (error.param or "")
     assert error.type == "invalid_request_error"
+
+
+def test_an_update_leaves_what_it_does_not_name(client: Client) -> None:
+    for given, expected in (
+        ({"language": "German", "model": "whisper-1"}, ("de", None, "whisper-1")),
+        ({"prompt": "Anna"}, ("de", "Anna", "whisper-1")),
+        ({"language": None}, (None, "Anna", "whisper-1")),
+        ({}, (None, "Anna", "whisper-1")),
+    ):
+        session: Any = {"type": "transcription", "audio": {"input": {"transcription": given}}}
+        client.connection.session.update(session=session)
+        found = client.next().session.audio.input.transcription
+        assert (found.language, found.prompt, found.model) == expected
+    client.connection.session.update(session={"type": "transcription"})
+    assert client.next().session.audio.input.transcription.prompt == "Anna"
 
 
 @pytest.mark.parametrize(
@@ -243,6 +273,19 @@ def test_a_browser_gives_its_key_among_its_protocols(server: Server) -> None:
         assert json.loads(socket.recv())["error"]["code"] == "invalid_json"
 
 
+@pytest.mark.parametrize("sent", ["[" * 100_000, b"{}", '{"type": "\\ud800", "event_id": "\\udfff"}'])
+def test_what_is_no_event_is_an_error_and_no_end(server: Server, sent: str | bytes) -> None:
+    """Nested deeper than Python reads, bytes, and half of a pair of surrogates, which UTF-8 does not have."""
+    headers = {"authorization": f"Bearer {KEY}"}
+    with connect(
+        f"{server.url.replace('http', 'ws')}/realtime?intent=transcription", additional_headers=headers
+    ) as socket:
+        socket.recv(5)
+        for _ in range(2):
+            socket.send(sent)
+            assert json.loads(socket.recv(5))["error"]["type"] == "invalid_request_error"
+
+
 def test_a_client_that_is_silent_for_too_long_loses_its_place(model: Whisper) -> None:
     with in_thread(model, timeout=0.5) as (address, service):
         with connect(f"{address.replace('http', 'ws')}/v1/realtime?intent=transcription") as socket:
@@ -250,3 +293,121 @@ def test_a_client_that_is_silent_for_too_long_loses_its_place(model: Whisper) ->
             with pytest.raises(ConnectionClosedError, match="nothing has come for too long"):
                 socket.recv()
         assert not service.jobs.running
+
+
+# ---- what one connection takes -------------------------------------------------------------------------------------
+
+
+class Unread:
+    """The socket of a client that sends and does not read."""
+
+    received = 0
+
+    async def receive_text(self) -> str:
+        self.received += 1
+        if self.received > 50:
+            raise WebSocketDisconnect
+        await asyncio.sleep(0)
+        return "{}"
+
+    async def send_text(self, text: str) -> None:
+        await asyncio.Event().wait()
+
+    async def close(self, code: int, reason: str) -> None:
+        assert code == 1008
+
+
+def test_a_client_that_does_not_read_is_not_listened_to() -> None:
+    socket: Any = Unread()
+    service: Any = SimpleNamespace(limits=Limits(**LIMITS | {"timeout": 0.1}))
+    job: Any = SimpleNamespace(caller=SimpleNamespace(stop=lambda: None), stop=lambda: None)
+
+    async def talk() -> None:
+        await Conversation(socket, service, job).run()
+
+    asyncio.run(talk())
+    assert socket.received < 5
+
+
+def test_a_client_that_leaves_before_it_is_let_in_has_no_place() -> None:
+    scope = {"type": "websocket", "path": "/v1/realtime", "query_string": b"intent=transcription"}
+
+    async def receive() -> Any:
+        return {"type": "websocket.connect"}
+
+    async def send(message: Any) -> None:
+        raise OSError("it has left")
+
+    async def ask() -> None:
+        model: Any = StubModel()
+        service = Service(model, "stub", Limits(**LIMITS))
+        with suppress(OSError, WebSocketDisconnect):
+            await create_app(service)({**scope, "headers": [], "subprotocols": []}, receive, send)
+        assert not service.jobs.running
+        service.jobs.close()
+
+    asyncio.run(ask())
+
+
+class Heard:
+    """A session that notes what it is fed, during which its item is cleared."""
+
+    settled = tentative = ""
+    seconds = 0
+
+    def __init__(self, item: Item):
+        self.item, self.fed = item, 0
+
+    def feed(self, samples: np.ndarray) -> None:
+        self.fed += 1
+        self.item.drop()
+
+
+def test_audio_that_is_cleared_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    conversation: Any = SimpleNamespace(job=SimpleNamespace(caller=SimpleNamespace(model=None)), send=lambda _: None)
+    item = Item(conversation, Settings())
+    session = Heard(item)
+    monkeypatch.setattr("maxwhisper.serving.realtime.Session", lambda *_, **__: session)
+    item.add(bytes(2 * 60 * RATE))
+    item.transcribe()
+    assert session.fed == 1
+    waiting = Item(conversation, Settings())
+    waiting.add(bytes(2 * RATE))
+    waiting.drop()
+    waiting.transcribe()
+    assert session.fed == 1 and waiting.n_byte == 0 and waiting.blocks.get_nowait() is None
+
+
+def test_what_fails_early_is_told_of_what_was_committed(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client waits for the end of an item from when it commits it."""
+
+    def full(*_: Any, **__: Any) -> None:
+        raise AudioError("audio: cannot be kept in a temporary file: No space left on device")
+
+    monkeypatch.setattr("maxwhisper.serving.realtime.Session", full)
+    client.append(bytes(2 * RATE))
+    time.sleep(0.1)
+    client.connection.input_audio_buffer.commit()
+    *before, failed = client.until(f"{TRANSCRIPTION}failed")
+    assert before[-1].type == "conversation.item.done"
+    assert failed.item_id == before[0].item_id and "No space left" in failed.error.message
+
+
+def test_audio_that_is_not_transcribed_yet_has_a_limit(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of all items: by many short ones a client could fill the memory too."""
+    let = Event()
+    monkeypatch.setattr(Item, "transcribe", lambda _: let.wait(5))
+    for _ in range(2):
+        client.append(bytes(2 * 25 * RATE), at_once=2 * 25 * RATE)
+        client.connection.input_audio_buffer.commit()
+    client.append(bytes(2 * 9 * RATE), at_once=2 * 9 * RATE)
+    client.connection.input_audio_buffer.clear()
+    for _ in range(9):
+        client.append(bytes(2))
+        client.connection.input_audio_buffer.commit()
+    client.append(bytes(2))
+    for _ in range(11):
+        client.until("conversation.item.done")
+    error = client.next()
+    let.set()
+    assert error.type == "error" and "at most 1 minutes" in error.error.message

@@ -164,6 +164,16 @@ def test_who_has_to_be_cut_off_may_ask_another_server(model: SlowModel) -> None:
         assert asked.result().status_code == 503 and asked.result().headers["retry-after"] == "2"
 
 
+def test_no_proxy_holds_text_back_that_comes_as_it_is_found(served: tuple[httpx.Client, Service]) -> None:
+    client, _ = served
+    for path in ("transcriptions", "/transcripts"):
+        answer = client.post(
+            str(httpx.URL(client.base_url).join(path)), files={"file": AUDIO}, data={"model": "stub", "stream": "true"}
+        )
+        assert answer.status_code == 200
+        assert (answer.headers["cache-control"], answer.headers["x-accel-buffering"]) == ("no-cache", "no")
+
+
 def test_what_takes_too_long_in_mid_stream(model: SlowModel, monkeypatch: pytest.MonkeyPatch) -> None:
     def transcribe(self: SlowModel, audio: np.ndarray, on_segments: Any, **options: Any) -> dict[str, Any]:
         on_segments([{"text": " Hello"}])
@@ -208,6 +218,12 @@ def test_a_model_of_english_alone(model: SlowModel) -> None:
     with in_thread(model) as (url, _):
         assert post(url, language="German").json()["error"]["param"] == "language"
         assert post(url, language="en").status_code == 200
+
+
+def test_the_scheme_of_a_key_is_in_any_letters(model: SlowModel) -> None:
+    with in_thread(model, keys=["sesame"]) as (url, _):
+        for given, code in (("bearer sesame", 200), ("BEARER sesame", 200), ("Basic sesame", 401), ("Bearer", 401)):
+            assert httpx.get(f"{url}/v1/models", headers={"authorization": given}).status_code == code
 
 
 # ---- bodies --------------------------------------------------------------------------------------------------------
@@ -293,6 +309,24 @@ def test_a_body_without_a_length_is_read_up_to_its_limit(served: tuple[httpx.Cli
     assert answer.status_code == 413 and "more than 1 MB" in answer.text
 
 
+@pytest.mark.parametrize("charset", ["punycode", "undefined", "unicode_escape", "utf-7", "base64", "nothing", "UTF8"])
+def test_an_odd_charset_is_the_clients_error(served: tuple[httpx.Client, Service], charset: str) -> None:
+    part = b'--x\r\nContent-Disposition: form-data; name="model"\r\n\r\n\\ud800+2AA-\r\n--x--\r\n'
+    check(served, content=part, headers={"content-type": f"multipart/form-data; boundary=x; charset={charset}"})
+
+
+def test_lists_and_objects_in_the_spellings_of_other_clients(served: tuple[httpx.Client, Service]) -> None:
+    client, _ = served
+    sent: dict[str, Any] = {"files": {"file": AUDIO}}
+    data = {"model": "stub", "response_format": "verbose_json"}
+    for name in ("timestamp_granularities", "timestamp_granularities[]", "timestamp_granularities[0]"):
+        answer = client.post("transcriptions", data={**data, name: "segment"}, **sent)
+        assert answer.status_code == 200 and answer.json()["segments"] == []
+    for name in ("chunking_strategy[type]", "include[0]", "known_speaker_names[]"):
+        error = client.post("transcriptions", data={**data, name: "server_vad"}, **sent).json()["error"]
+        assert (error["param"], error["code"]) == (name.partition("[")[0], "unsupported_parameter")
+
+
 def test_other_methods_and_paths(served: tuple[httpx.Client, Service]) -> None:
     client, _ = served
     assert client.get("transcriptions").json()["error"]["message"].endswith("Method Not Allowed")
@@ -313,6 +347,8 @@ def test_what_keeps_it_from_starting_is_one_line(capsys: pytest.CaptureFixture[s
         with pytest.raises(OptionError, match=f"--api_key_file {keys}"):
             keys_in(str(keys))
     assert status(["serve", "--port", "70000"]) == 2
+    with pytest.raises(OptionError, match="--host a..b --port 0: cannot be listened at"):
+        bound("a..b", 0)
 
 
 def test_the_extra_is_named_where_it_is_missing(
