@@ -72,7 +72,7 @@ def files_of(source: str) -> list[str]:
 def lines_of(file: str) -> Iterator[str]:
     """Yields the full names in a file that has one a line."""
     system, path = place(file)
-    for line in system.read_text(path, encoding="utf-8").splitlines():
+    for line in system.read_text(path, encoding="utf-8-sig").split("\n"):  # splitlines cuts names at U+2028 too
         if line.strip():
             yield full_name(*place(line.strip()))
 

@@ -19,6 +19,8 @@ def place(url: str) -> tuple[Any, str]:
 
     Raises OptionError for a URL that fsspec knows nothing of, or whose package is not installed.
     """
+    if "::" in url and "://" not in url:  # a name on a disk, and none of the chains that fsspec takes it for
+        return fsspec.filesystem("file"), os.path.abspath(url)
     try:
         return fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:

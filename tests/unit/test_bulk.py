@@ -90,6 +90,17 @@ def test_a_list_has_a_name_a_line(folder: Path, monkeypatch: pytest.MonkeyPatch)
     assert found.paths == [str(folder / "b.MP3"), "/elsewhere/ü.wav", "memory:///store/c.wav"] and found.number == 3
 
 
+def test_a_list_has_names_as_they_are(tmp_path: Path) -> None:
+    names = [f"{tmp_path}/{name}.mp3" for name in ("first", "std::vector", "a\u2028b", "100%25 #1? [x]; 'y'", "last")]
+    (tmp_path / "list.txt").write_text("\r\n".join(names), encoding="utf-8-sig", newline="")
+    assert inputs_of(f"{tmp_path}/list.txt").paths == names
+
+
+def test_a_file_may_be_called_as_fsspec_joins_urls(tmp_path: Path) -> None:
+    (tmp_path / "std::vector.mp3").touch()
+    assert inputs_of(f"{tmp_path}/std::vector.mp3").paths == [f"{tmp_path}/std::vector.mp3"]
+
+
 def test_an_object_store_is_as_good_as_a_disk() -> None:
     fsspec.filesystem("memory").pipe_file("/calls/deep/x.wav", b"")
     assert inputs_of("memory://calls").paths == ["memory:///calls/deep/x.wav"]
