@@ -49,7 +49,10 @@ def inputs_of(source: str) -> Inputs:
 
 
 def named(paths: list[str]) -> Inputs:
+    """Raises OptionError for a name that Parquet cannot hold."""
     unique = list(dict.fromkeys(paths))
+    if wrong := [path for path in unique if path.encode(errors="ignore").decode() != path]:
+        raise OptionError(f"INPUT: names of {len(wrong)} files are not UTF-8, as {wrong[0]}: rename them")
     return Inputs(len(unique), unique, [], [])
 
 
@@ -81,20 +84,24 @@ def in_parquet(source: str, files: list[str]) -> Inputs:
     """Finds what Parquet files hold: a column `path` alone, or bytes."""
     if not files:
         raise OptionError(f"INPUT {source}: names no file")
-    opened = [opened_parquet(file) for file in files]
-    columns = columns_of(source, opened[0].schema_arrow)
-    for file, other in zip(files, opened, strict=True):
-        if columns_of(file, other.schema_arrow) != columns:
-            raise OptionError(f"INPUT {file}: its columns are not those of {files[0]}")
-    if columns != ["path"]:
-        return Inputs(sum(each.metadata.num_rows for each in opened), [], files, columns)
-    batches = (batch for each in opened for batch in each.iter_batches(columns=columns))
-    found = [path for batch in batches for path in batch.column(0).to_pylist()]
-    if None in found:
-        raise OptionError(f"INPUT {source}: a path is null")
-    if not found:
+    columns: list[str] = []
+    number, paths = 0, []
+    for file in files:
+        with opened_parquet(file) as opened:  # one after the other: there may be more than a process may open
+            found = columns_of(file, opened.schema_arrow)
+            columns = columns or found
+            if found != columns:
+                raise OptionError(f"INPUT {file}: its columns are not those of {files[0]}")
+            number += opened.metadata.num_rows
+            if columns == ["path"]:
+                paths += [path for batch in opened.iter_batches(columns=columns) for path in batch.column(0).to_pylist()]
+    if not number:
         raise OptionError(f"INPUT {source}: has no row")
-    return named([full_name(*place(path)) for path in found])
+    if columns != ["path"]:
+        return Inputs(number, [], files, columns)
+    if None in paths:
+        raise OptionError(f"INPUT {source}: a path is null")
+    return named([full_name(*place(path)) for path in paths])
 
 
 def opened_parquet(file: str) -> pq.ParquetFile:
@@ -102,15 +109,25 @@ def opened_parquet(file: str) -> pq.ParquetFile:
     return pq.ParquetFile(path if is_local(system) else system.open(path))
 
 
+def is_bytes(kind: pa.DataType | None) -> bool:
+    return kind is not None and (pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def is_text(kind: pa.DataType | None) -> bool:
+    """Returns whether a column can be of names: it may have none."""
+    return kind is not None and (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind))
+
+
 def columns_of(source: str, schema: pa.Schema) -> list[str]:
     """Returns those columns that say what to transcribe; raises OptionError if there are none."""
     types = {field.name: field.type for field in schema}
     kind = types.get("audio")
-    if kind is not None and pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+    within = {field.name: field.type for field in kind} if kind is not None and pa.types.is_struct(kind) else {}
+    if is_bytes(within.get("bytes")) and is_text(within.get("path", pa.null())):
         return ["audio"]
-    if "bytes" in types and (pa.types.is_binary(types["bytes"]) or pa.types.is_large_binary(types["bytes"])):
+    if is_bytes(types.get("bytes")) and is_text(types.get("path", pa.null())):
         return ["bytes", "path"] if "path" in types else ["bytes"]
-    if "path" in types and (pa.types.is_string(types["path"]) or pa.types.is_large_string(types["path"])):
+    if is_text(types.get("path")):
         return ["path"]
     raise OptionError(
         f"INPUT {source}: has the columns {', '.join(types)}: expected `path` (strings), `bytes` (binary), or `audio`"

@@ -3,6 +3,8 @@
 # ruff: noqa: E402 - what is imported below the skips is installed by the extra
 
 import json
+import os
+import resource
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -140,6 +142,9 @@ def write(path: Path, content: Any) -> None:
         ("other.parquet", {"sound": [1]}, "has the columns sound: expected `path`"),
         ("null.parquet", {"path": ["a", None]}, "a path is null"),
         ("empty.parquet", {"path": pa.array([], pa.string())}, "has no row"),
+        ("no_bytes.parquet", {"bytes": pa.array([], pa.binary())}, "has no row"),
+        ("numbers.parquet", {"bytes": [b"1"], "path": [1]}, "has the columns bytes, path: expected `path`"),
+        ("texts.parquet", {"audio": [{"bytes": "1"}]}, "has the columns audio: expected `path`"),
         (".", None, "no file in this folder ends as audio or video does"),
     ],
 )
@@ -147,6 +152,31 @@ def test_inputs_that_are_none(name: str, content: Any, expected: str, tmp_path: 
     write(tmp_path / name, content)
     with pytest.raises(OptionError, match=f"INPUT .*{expected}"):
         inputs_of(str(tmp_path / name))
+
+
+def test_names_that_are_not_utf_8(tmp_path: Path) -> None:
+    for name in (b"\xfc.wav", b"a.wav", b"\xe4.wav"):
+        Path(os.fsdecode(os.fsencode(tmp_path) + b"/" + name)).touch()
+    with pytest.raises(OptionError, match="INPUT: names of 2 files are not UTF-8, as .*/\udce4.wav: rename them"):
+        inputs_of(str(tmp_path))
+
+
+def test_columns_of_sizes_and_of_no_names(tmp_path: Path) -> None:
+    write(tmp_path / "x.parquet", {"path": ["/a"], "bytes": [5]})
+    assert inputs_of(f"{tmp_path}/x.parquet").paths == ["/a"]
+    write(tmp_path / "y.parquet", {"audio": [{"bytes": b"1", "path": None}]})
+    assert inputs_of(f"{tmp_path}/y.parquet").columns == ["audio"]
+
+
+def test_parquet_files_are_more_than_a_process_may_open(tmp_path: Path) -> None:
+    for number in range(100):
+        write(tmp_path / f"{number}.parquet", {"bytes": [b"1"]})
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 50, hard))
+    try:
+        assert inputs_of(f"{tmp_path}/*.parquet").number == 100
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_a_store_that_nobody_knows() -> None:
