@@ -66,7 +66,7 @@ class Parts:
     def claim(self, settings: dict[str, Any]) -> None:
         """Notes what transcripts depend on; raises OptionError if the folder has transcripts of other settings."""
         path = self.within("parts/settings.json")
-        if not self.system.exists(path):
+        if not (self.system.exists(path) and self.committed()):  # a model's name that was wrong binds nobody
             with self.written(), appearing(self.system, path) as [file]:
                 file.write(json.dumps(settings, indent=1).encode())
             return

@@ -273,7 +273,9 @@ def test_nothing_appears_while_an_input_is_missing(tmp_path: Path) -> None:
 
 def test_an_output_of_other_options_is_refused(tmp_path: Path) -> None:
     parts = Parts(str(tmp_path))
+    parts.claim({"model": "tyni", "language": None, "temperature": 0})
     parts.claim({"model": "tiny", "language": None, "temperature": 0})
+    put(parts, "1", "a")
     parts.claim({"model": "tiny", "language": None, "temperature": 0, "newer": 1})
     with pytest.raises(OptionError, match=f"OUTPUT {tmp_path}: was begun with --language None, not de: give that"):
         parts.claim({"model": "tiny", "language": "de", "temperature": 0})
