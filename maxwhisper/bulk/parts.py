@@ -70,7 +70,10 @@ class Parts:
             with self.written(), appearing(self.system, path) as [file]:
                 file.write(json.dumps(settings, indent=1).encode())
             return
-        earlier = json.loads(self.system.cat_file(path))
+        try:
+            earlier = dict(json.loads(self.system.cat_file(path)))
+        except (OSError, ValueError, TypeError) as error:
+            raise OptionError(f"OUTPUT {self.output}: parts/settings.json cannot be read: {error}") from error
         current = json.loads(json.dumps(settings))
         for name in current:
             if name in earlier and earlier[name] != current[name]:  # an earlier version has fewer options
@@ -94,7 +97,8 @@ class Parts:
         return [name.removesuffix(ENDING) for name in self.names(self.checkpoint) if not name.endswith(PENDING)]
 
     def mend(self) -> None:
-        """Takes away every part that is not whole, so that its inputs are transcribed again.
+        """Takes away every part that is not whole, so that its inputs are transcribed again; raises OptionError if that
+        cannot be.
 
         Ray does so for parts that are pending. It leaves ids that are committed as well, as they are after a write that
         was done and tried again, and ids whose rows are gone or cut off: their inputs would have no row for ever.
@@ -108,12 +112,13 @@ class Parts:
                 if is_whole
             }
         whole -= pending
-        for name in self.names(self.rows):
-            if name.removesuffix(f"-0{ENDING}") not in whole:
-                self.system.rm_file(posixpath.join(self.rows, name))
-        for name in self.names(self.checkpoint):  # after the rows: while these are there, so is what tells of them
-            if name.endswith(PENDING) or name.removesuffix(ENDING) not in whole:
-                self.system.rm_file(posixpath.join(self.checkpoint, name))
+        with self.written():
+            for name in self.names(self.rows):
+                if name.removesuffix(f"-0{ENDING}") not in whole:
+                    self.system.rm_file(posixpath.join(self.rows, name))
+            for name in self.names(self.checkpoint):  # after the rows: while these are there, so is what tells of them
+                if name.endswith(PENDING) or name.removesuffix(ENDING) not in whole:
+                    self.system.rm_file(posixpath.join(self.checkpoint, name))
 
     def is_whole(self, part: str) -> bool:
         """Returns whether a part has the rows of its ids."""

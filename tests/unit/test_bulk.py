@@ -285,6 +285,21 @@ def test_an_output_that_cannot_be_written_to(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OptionError, match="OUTPUT .*file: cannot be written to: Not a directory"):
         Parts(str(tmp_path / "file"))
+    parts = Parts(str(tmp_path))
+    put(parts, "1", "a", commit=False)
+    Path(parts.rows_of("1")).unlink()
+    Path(parts.rows_of("1")).mkdir()  # as little to be removed, for root too, as in a folder that is read-only
+    with pytest.raises(OptionError, match=f"OUTPUT {tmp_path}: cannot be written to: Is a directory"):
+        parts.mend()
+
+
+@pytest.mark.parametrize("content", ["", "[1]"])
+def test_settings_that_are_damaged(content: str, tmp_path: Path) -> None:
+    parts = Parts(str(tmp_path))
+    put(parts, "1", "a")
+    (tmp_path / "parts" / "settings.json").write_text(content)
+    with pytest.raises(OptionError, match=f"OUTPUT {tmp_path}: parts/settings.json cannot be read: "):
+        parts.claim({"model": "tiny"})
 
 
 @pytest.mark.parametrize("where", ["disk", "store"])
