@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..errors import OptionError
+from ..errors import MaxWhisperError, OptionError
 from .places import full_name, is_local, place
 
 AUDIO = "aac ac3 aif aiff amr au caf flac m4a m4b mp2 mp3 mpga oga ogg opus wav wave weba wma"
@@ -41,7 +41,9 @@ def inputs_of(source: str) -> Inputs:
             return in_parquet(source, files)
         if source.endswith(".txt"):
             files = [path for file in files for path in lines_of(file)]
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+    except MaxWhisperError:
+        raise
+    except Exception as error:  # what a store's package raises, as for want of credentials, has no common class
         raise OptionError(f"INPUT {source}: cannot be read: {error}") from error
     if not files:
         raise OptionError(f"INPUT {source}: names no file")

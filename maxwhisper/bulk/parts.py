@@ -57,8 +57,11 @@ class Parts:
         """Raises OptionError if what is written here cannot be."""
         try:
             yield
-        except OSError as error:
-            raise OptionError(f"OUTPUT {self.output}: cannot be written to: {error.strerror or error}") from error
+        except MaxWhisperError:
+            raise
+        except Exception as error:  # what a store's package raises, as for want of credentials, has no common class
+            reason = getattr(error, "strerror", None) or error
+            raise OptionError(f"OUTPUT {self.output}: cannot be written to: {reason}") from error
 
     def within(self, name: str) -> str:
         return posixpath.join(self.folder, name)

@@ -184,6 +184,18 @@ def test_a_store_that_nobody_knows() -> None:
         inputs_of("nowhere://calls")
 
 
+def test_a_store_that_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("Unable to locate credentials")  # botocore's is no OSError either
+
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "info", refuse)
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "makedirs", refuse)
+    with pytest.raises(OptionError, match="INPUT memory://calls: cannot be read: Unable to locate credentials"):
+        inputs_of("memory://calls")
+    with pytest.raises(OptionError, match="OUTPUT memory://texts: cannot be written to: Unable to locate credentials"):
+        Parts("memory://texts")
+
+
 def test_parquet_files_that_differ(tmp_path: Path) -> None:
     write(tmp_path / "a.parquet", {"bytes": [b""]})
     write(tmp_path / "b.parquet", {"path": ["x"]})
