@@ -74,8 +74,9 @@ def bulk(parser: argparse.ArgumentParser, input: str, output: str, **options: An
 
     of_model = {option: options.pop(option) for option in MODEL_OPTIONS}
     workers = {option: options.pop(option) for option in WORKERS}
-    if Path(of_model["model"]).exists():
-        of_model["model"] = os.path.abspath(of_model["model"])  # Ray's processes have a folder of their own
+    for option in ("model", "model_dir", "artifacts"):  # Ray's processes have a folder of their own
+        if of_model[option] and (option != "model" or Path(of_model["model"]).exists()):
+            of_model[option] = os.path.abspath(of_model[option])
     settings = {option: of_model[option] for option in ("model", "dtype")} | options
     if workers["gpus"] is None:
         workers["gpus"] = 1.0 if of_model["device"] in ("gpu", "cuda") else 0.0

@@ -489,10 +489,12 @@ def test_the_command_says_what_to_run(
     for name in ("RAY_USAGE_STATS_ENABLED", "RAY_BACKEND_LOG_LEVEL", "OMP_WAIT_POLICY"):
         monkeypatch.setenv(name, "as it was")
     write_wav(tmp_path / "m.pt", 1)
-    assert status(["bulk", "in", "out", "--model", "m.pt", "--device", "gpu", "--memory_gb", "3"]) == 0
+    folders = ["--model_dir", "models", "--artifacts", "graphs"]
+    assert status(["bulk", "in", "out", "--model", "m.pt", *folders, "--device", "gpu", "--memory_gb", "3"]) == 0
     source, output, load, options, settings, workers = called
     assert (source, output) == ("in", "out") and capsys.readouterr().out == "done\n"
     assert load.keywords["model"] == settings["model"] == str(tmp_path / "m.pt")
+    assert load.keywords["model_dir"] == f"{tmp_path}/models" and load.keywords["artifacts"] == f"{tmp_path}/graphs"
     assert options["temperature"][0] == 0 and len(options["temperature"]) == 6 and options["beam_size"] == 5
     assert settings["temperature_increment_on_fallback"] == 0.2 and "device" not in settings
     assert workers == job.Workers(1, 4, 1, 1.0, 3, None)
