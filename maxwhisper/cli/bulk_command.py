@@ -4,7 +4,6 @@ import argparse
 import os
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from ..errors import OptionError
@@ -75,7 +74,7 @@ def bulk(parser: argparse.ArgumentParser, input: str, output: str, **options: An
     of_model = {option: options.pop(option) for option in MODEL_OPTIONS}
     workers = {option: options.pop(option) for option in WORKERS}
     for option in ("model", "model_dir", "artifacts"):  # Ray's processes have a folder of their own
-        if of_model[option] and (option != "model" or Path(of_model["model"]).exists()):
+        if of_model[option] and (option != "model" or is_file_or_folder(of_model["model"])):
             of_model[option] = os.path.abspath(of_model[option])
     settings = {option: of_model[option] for option in ("model", "dtype")} | options
     if workers["gpus"] is None:
@@ -84,3 +83,10 @@ def bulk(parser: argparse.ArgumentParser, input: str, output: str, **options: An
     summary = run(input, output, partial(load, **of_model), options, settings, Workers(**workers))
     print(summary.text())
     return 0
+
+
+def is_file_or_folder(model: str) -> bool:
+    """Returns whether a model is taken from a path: one of OpenAI's names is not, whatever has it too."""
+    from whisper import available_models
+
+    return model not in available_models() and os.path.exists(model)

@@ -498,3 +498,7 @@ def test_the_command_says_what_to_run(
     assert options["temperature"][0] == 0 and len(options["temperature"]) == 6 and options["beam_size"] == 5
     assert settings["temperature_increment_on_fallback"] == 0.2 and "device" not in settings
     assert workers == job.Workers(1, 4, 1, 1.0, 3, None)
+    called.clear()
+    (tmp_path / "tiny").mkdir()  # as OUTPUT
+    assert status(["bulk", "in", "tiny", "--model", "tiny"]) == 0
+    assert called[2].keywords["model"] == called[4]["model"] == "tiny"
