@@ -96,7 +96,8 @@ def in_parquet(source: str, files: list[str]) -> Inputs:
                 raise OptionError(f"INPUT {file}: its columns are not those of {files[0]}")
             number += opened.metadata.num_rows
             if columns == ["path"]:
-                paths += [path for batch in opened.iter_batches(columns=columns) for path in batch.column(0).to_pylist()]
+                for batch in opened.iter_batches(columns=columns):
+                    paths += batch.column(0).to_pylist()
     if not number:
         raise OptionError(f"INPUT {source}: has no row")
     if columns != ["path"]:
