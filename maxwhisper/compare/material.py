@@ -95,6 +95,6 @@ def recordings(files: list[str], texts: list[str] | None) -> list[Recording]:
 
 def read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # with a byte order mark, the first word would be another
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError(f"--text {path}: cannot be read as text: {error}") from error
