@@ -209,6 +209,8 @@ def test_unusable_options(options: list[str], message: str, capsys: pytest.Captu
     ("arguments", "message"),
     [
         (["nothing.wav"], "nothing.wav: cannot be read as audio: No such file"),
+        (["."], ".: cannot be read as audio: Is a directory"),
+        ([""], ": cannot be read as audio: "),
         ([str(CLIP), "--text", "nothing.txt"], "--text nothing.txt: cannot be read as text"),
         ([str(CLIP), "--json", "no/such/folder.json"], "there is no folder 'no/such' that can be written to"),
         ([str(CLIP), "--model", "random:huge", "--tokens", "9"], "random weights are of tiny, base"),
