@@ -93,6 +93,12 @@ def test_silence(said: str, heard: str) -> None:
     assert [mark for *_, mark in words(race, "one")] == [WRONG] * bool(heard) + [MISSING] * bool(said)
 
 
+def test_a_text_of_signs_alone_has_no_words() -> None:
+    german = {"options": {"languages": ["de"], "threads": 2}}  # the normalizer for English leaves no blank
+    [lane] = race_of(record(FAST, text="♪ — ♪") | german, "talk.json").lanes
+    assert lane.wer is None
+
+
 def shown(draw: Callable[[Console], object], **terminal: Any) -> str:
     out = io.StringIO()
     draw(Console(file=out, width=80, height=24, **terminal))

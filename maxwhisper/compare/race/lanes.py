@@ -114,7 +114,7 @@ def lane_of(row: dict[str, Any], expected: str, normalize: Callable[[str], str])
     totals = row["total_s"]
     middle = sorted(range(len(totals)), key=totals.__getitem__)[(len(totals) - 1) // 2]
     timed = [(piece["seconds"], word) for piece in row["pieces"][middle] for word in piece["text"].split()]
-    said, heard = (normalize(text) for text in (expected, " ".join(word for _, word in timed)))
+    said, heard = (normalize(text).strip() for text in (expected, " ".join(word for _, word in timed)))
     return Lane(
         name=row["name"],
         total_s=totals[middle],
