@@ -93,6 +93,13 @@ def test_silence(said: str, heard: str) -> None:
     assert [mark for *_, mark in words(race, "one")] == [WRONG] * bool(heard) + [MISSING] * bool(said)
 
 
+def test_an_engine_that_heard_nothing_takes_part() -> None:
+    race = race_of(record(FAST, row("deaf", (1.0, []))), "talk.json")
+    assert [lane.name for lane in race.lanes] == ["deaf", "fast"] and race.lanes[0].wer == 1.0
+    assert [mark for *_, mark in words(race, "deaf")] == [MISSING] * 5
+    assert race_of(record(row("deaf", (1.0, [])), pytorch=""), "talk.json").lanes[0].words == []
+
+
 def test_a_text_of_signs_alone_has_no_words() -> None:
     german = {"options": {"languages": ["de"], "threads": 2}}  # the normalizer for English leaves no blank
     [lane] = race_of(record(FAST, text="♪ — ♪") | german, "talk.json").lanes
@@ -177,7 +184,8 @@ def test_a_browser_shows_the_end_to_whom_moving_things_disturb(tmp_path: Path) -
         ("{", "cannot be read as what `maxwhisper compare --json` writes"),
         ("[1]", "it is other JSON"),
         (json.dumps(record(FAST) | {"recordings": [{}, {}]}), "expected the record of one recording, it has 2"),
-        (json.dumps(record({"name": "tokens", "total_s": [1.0]})), "expected a record without --tokens"),
+        (json.dumps(record({"name": "older", "total_s": [1.0]})), "expected a record without --tokens"),
+        (json.dumps(record(row("x", (1.0, []))) | {"options": {"tokens": 9}}), "expected a record without --tokens"),
         (json.dumps(record({**FAST, "pieces": [[{"seconds": 1}]]})), "is not whole"),
         (json.dumps(record(FAST) | {"machine": None}), "is not whole"),
     ],

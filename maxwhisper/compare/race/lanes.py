@@ -90,8 +90,8 @@ def race_of(record: dict[str, Any], name: str) -> Race:
 def raced(record: dict[str, Any], name: str) -> Race:
     if len(record["recordings"]) != 1:
         raise OptionError(f"{name}: expected the record of one recording, it has {len(record['recordings'])}")
-    rows = [row for row in record["rows"] if row.get("pieces") and any(row["pieces"])]
-    if not rows:
+    rows = [row for row in record["rows"] if row.get("pieces")]
+    if not rows or record["options"].get("tokens") is not None:
         raise OptionError(f"{name}: no engine in it says when its words were there: expected a record without --tokens")
     [recording], options = record["recordings"], record["options"]
     known = recording["text"]
