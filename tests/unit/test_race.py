@@ -144,7 +144,9 @@ def test_it_is_replayed_at_true_speed_in_a_terminal_and_not_elsewhere(monkeypatc
 def test_the_page_holds_all_and_needs_nothing(tmp_path: Path) -> None:
     nasty = row("nasty", (1.0, [(0.5, " </script><!-- <b>\u2028 ü")]))
     source, page, picture = tmp_path / "talk.json", tmp_path / "race.html", tmp_path / "race.svg"
-    source.write_text(json.dumps(record(FAST, nasty)))
+    raced = record(FAST, nasty)
+    raced["recordings"][0]["name"] = "\udcfc[b].mp3"  # a byte of Latin-1 in a file's name
+    source.write_text(json.dumps(raced))
     assert main(["race", str(source), "--html", str(page), "--svg", str(picture)]) == 0
     text = page.read_text()
     [data] = re.findall(r"(?m)^const race = (.*);$", text)
@@ -153,7 +155,7 @@ def test_the_page_holds_all_and_needs_nothing(tmp_path: Path) -> None:
     assert text.count("</script>") == 1 and "default-src 'none'" in text
     assert not re.search(r"https?:|src=|@import|url\(", text)
     drawn = picture.read_text()
-    assert "Seven" in drawn and drawn.startswith("<svg") and "url(http" not in drawn
+    assert "Seven" in drawn and "?[b].mp3" in drawn and drawn.startswith("<svg") and "url(http" not in drawn
 
 
 def test_what_a_server_shows_is_a_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
