@@ -126,6 +126,8 @@ def test_a_frame_is_no_larger_than_the_terminal() -> None:
         race = race_of(record(*[long] * n_lane), "x")
         lines = shown(lambda console, race=race: console.print(frame(race, 1.0, console)))
         assert len(lines.splitlines()) <= 24
+    for width in range(1, 8):
+        assert shown(lambda console, width=width: console.print(frame(race, 1.0, Console(width=width))))
 
 
 def test_it_is_replayed_at_true_speed_in_a_terminal_and_not_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
