@@ -38,7 +38,7 @@ def check_installed(needed: dict[str, str]) -> None:
 
 
 def check_outputs(paths: dict[str, str | None]) -> None:
-    """Raises OptionError for a file, of those given by an option, whose folder cannot be written to, and for a folder."""
+    """Raises OptionError for a file, of those given by an option, that is a folder or in one that cannot be written."""
     for option, path in paths.items():
         if path and os.path.isdir(path):
             raise OptionError(f"{option} {path}: is a folder: expected the name of a file")

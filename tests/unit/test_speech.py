@@ -19,9 +19,12 @@ from maxwhisper.audio import load_audio
 from maxwhisper.batched import transcribe_batched
 from maxwhisper.cli import main
 from maxwhisper.errors import OptionError
+from maxwhisper.options import options_of_windows
 from maxwhisper.speech import AROUND, CHUNK, LEFT_OUT, Kept
 from maxwhisper.whisper import Whisper
 from reference.fixtures import FIXTURES, NANO
+
+from .command import StubModel
 
 LONG = FIXTURES / "clips" / "english-long.mp3"
 CLIP = FIXTURES / "clips" / "english-1.wav"
@@ -184,6 +187,16 @@ def test_hotwords_come_first_and_leave_what_is_before_the_window_the_rest(
     hot = tokenizer.encode(" the" * n_hot)[:223]
     room = 223 - len(hot)
     assert seen == [before if prefix else hot + before[len(before) - min(room, 150) :]]
+
+
+@pytest.mark.parametrize(("n_hot", "n_carried"), [(3, 40), (100, 130), (223, 40), (3, 300)])
+def test_hotwords_leave_a_carried_prompt_its_place(n_hot: int, n_carried: int) -> None:
+    hot, carried = " the" * n_hot, " apple" * n_carried
+    options = {"initial_prompt": carried, "carry_initial_prompt": True}
+    make = options_of_windows(options, hot, StubModel())  # type: ignore[arg-type]
+    [the], [apple] = (get_tokenizer(True, num_languages=99).encode(word) for word in (" the", " apple"))
+    prompt = make(prompt=[apple] * n_carried + list(range(1000, 1000 + max(0, 223 - n_carried)))).prompt
+    assert prompt == [the] * n_hot + [apple] * min(n_carried, 223 - n_hot) + list(range(1000, 1223 - n_carried))[n_hot:]
 
 
 def test_batches_take_hotwords_and_thresholds_of_silence(model: Whisper) -> None:
