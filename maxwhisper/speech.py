@@ -99,7 +99,7 @@ class Kept:
         start, end, seek = segment["start"], segment["end"], segment["seek"] / FRAMES_PER_SECOND
         times = {
             "start": self.in_recording(start, self.part_at(start)),
-            "end": self.in_recording(end, self.part_at(end, is_end=True)),
+            "end": self.in_recording(end, self.part_at(end, is_end=start < end)),
             "seek": round(self.in_recording(seek, self.part_at(seek)) * FRAMES_PER_SECOND),
         }
         if words := [self.restored_word(word) for word in segment.get("words", ())]:

@@ -89,6 +89,8 @@ def test_every_time_comes_back_to_where_it_was_in_the_recording(heard: list[tupl
         "end": round(first_end, 2),
         "seek": round(100 * round(first, 2)),
     }
+    instant = kept.restored(segment | {"start": border})
+    assert instant["start"] == instant["end"] == round(second, 2)
     restored = kept.restored(segment | {"words": words, "end": border + 0.5})
     times = [(each["start"], each["end"]) for each in restored["words"]]
     assert times[0] == (round(first_end - 0.5, 2), round(first_end + 0.1, 2))
