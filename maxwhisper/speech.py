@@ -11,6 +11,7 @@ from whisper.utils import make_safe
 
 from .audio import as_waveform
 from .errors import OptionError
+from .options import within
 from .rebind import Segments
 from .subtitles import as_line
 
@@ -126,9 +127,9 @@ def transcribe_speech(
 
     Raises OptionError for clip_timestamps, and if the voice-activity detector is not installed.
     """
-    if options.pop("clip_timestamps", "0") not in ("0", [0], [0.0]):
-        raise OptionError("clip_timestamps cannot be combined with vad_filter")
     whole = as_waveform(audio).numpy()
+    if within(options.pop("clip_timestamps", "0"), len(whole)) not in ([], [0.0]):
+        raise OptionError("clip_timestamps cannot be combined with vad_filter")
     kept = Kept(whole)
     prints = options.get("verbose")
     if prints:

@@ -132,6 +132,10 @@ def test_what_cannot_be_combined_and_what_is_no_choice(model: Whisper) -> None:
     audio = np.zeros(SAMPLE_RATE, np.float32)
     with pytest.raises(OptionError, match="clip_timestamps cannot be combined with vad_filter"):
         model.transcribe(audio, vad_filter=True, clip_timestamps="1,2")
+    with pytest.raises(OptionError, match="clip_timestamps cannot be combined with vad_filter"):
+        model.transcribe(audio, vad_filter=True, clip_timestamps=np.array([1.0, 2.0]))
+    for every in ("", "0.0", (0,), []):  # what openai-whisper takes for all of it
+        assert model.transcribe(audio, vad_filter=True, clip_timestamps=every, **GREEDY)["segments"] == []
     with pytest.raises(OptionError, match="vad_filter is 'yes', expected True or False"):
         model.transcribe(audio, vad_filter="yes")
     with pytest.raises(OptionError, match="hotwords is 5, expected a text"):
