@@ -123,6 +123,8 @@ def unusable_decoding(options: dict[str, Any]) -> str | None:
         least = 0 if name == "clip_timestamps" else -1
         if not all(each >= least for each in numbers):
             return f"argument --{name}: must be from {least} on, not '{options[name]}'"
+        if name == "clip_timestamps" and options["vad_filter"] and numbers not in ([], [0.0]):
+            return "argument --clip_timestamps: cannot be combined with --vad_filter True"
     return None
 
 
