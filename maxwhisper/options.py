@@ -12,6 +12,7 @@ import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from numbers import Integral, Real
 from typing import Any
 
@@ -32,6 +33,8 @@ OF_THE_LOOP = frozenset(inspect.signature(transcribe).parameters)
 """The options of `transcribe` that `decode` does not have, and temperature, which there is one number."""
 OF_FASTER_WHISPER = frozenset({"hotwords", "vad_filter"})
 """Those that openai-whisper does not have."""
+DETECTOR = ("silero_vad", "onnxruntime")
+"""Modules of the detector of speech."""
 
 
 def transcribing(options: Mapping[str, Any], model: Whisper) -> dict[str, Any]:
@@ -56,6 +59,8 @@ def transcribing(options: Mapping[str, Any], model: Whisper) -> dict[str, Any]:
             check_prompt(name, text, model, used)
     if not isinstance(found.get("vad_filter", False), bool):
         raise refused("vad_filter", found["vad_filter"], "True or False")
+    if found.get("vad_filter") and None in map(find_spec, DETECTOR):  # before the work: live speech is not said again
+        raise OptionError("vad_filter needs silero-vad and onnxruntime: pip install 'maxwhisper[batched]'")
     of_decode = {name: value for name, value in found.items() if name not in OF_THE_LOOP | OF_FASTER_WHISPER}
     checked = decoding(DecodingOptions(**of_decode), model, TASKS)
     return found | {name: getattr(checked, name) for name in of_decode}

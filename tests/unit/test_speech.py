@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from contextlib import nullcontext
 from typing import Any
 
@@ -19,7 +20,7 @@ from maxwhisper.audio import load_audio
 from maxwhisper.batched import transcribe_batched
 from maxwhisper.cli import main
 from maxwhisper.errors import OptionError
-from maxwhisper.options import options_of_windows
+from maxwhisper.options import DETECTOR, options_of_windows, transcribing
 from maxwhisper.speech import AROUND, CHUNK, LEFT_OUT, Kept
 from maxwhisper.whisper import Whisper
 from reference.fixtures import FIXTURES, NANO
@@ -142,6 +143,14 @@ def test_what_cannot_be_combined_and_what_is_no_choice(model: Whisper) -> None:
         model.transcribe(audio, hotwords=5)
     with pytest.raises(OptionError, match=r"hotwords holds <\|endoftext\|>, a special token"):
         model.transcribe(audio, hotwords="<|endoftext|>")
+
+
+@pytest.mark.parametrize("package", DETECTOR)
+def test_a_detector_that_is_not_installed_shows_before_any_work(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(OptionError, match=r"vad_filter needs silero-vad and onnxruntime: .*maxwhisper\[batched\]"):
+        transcribing({"vad_filter": True}, StubModel())  # type: ignore[arg-type]
+    assert transcribing({"vad_filter": False}, StubModel())  # type: ignore[arg-type]
 
 
 def test_the_command_prints_the_times_of_the_recording(
