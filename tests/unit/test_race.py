@@ -100,6 +100,11 @@ def test_an_engine_that_heard_nothing_takes_part() -> None:
     assert race_of(record(row("deaf", (1.0, [])), pytorch=""), "talk.json").lanes[0].words == []
 
 
+def test_what_is_not_needed_may_be_missing(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(json.dumps(record({**FAST, "name": 5, "error": None}, {})))
+    assert main(["race", str(tmp_path / "x.json")]) == 0
+
+
 def test_a_text_of_signs_alone_has_no_words() -> None:
     german = {"options": {"languages": ["de"], "threads": 2}}  # the normalizer for English leaves no blank
     [lane] = race_of(record(FAST, text="♪ — ♪") | german, "talk.json").lanes
@@ -192,6 +197,9 @@ def test_a_browser_shows_the_end_to_whom_moving_things_disturb(tmp_path: Path) -
         (json.dumps(record(row("x", (1.0, []))) | {"options": {"tokens": 9}}), "expected a record without --tokens"),
         (json.dumps(record({**FAST, "pieces": [[{"seconds": 1}]]})), "is not whole"),
         (json.dumps(record(FAST) | {"machine": None}), "is not whole"),
+        (json.dumps(record(FAST) | {"audio_s": None}), "is not whole"),
+        (json.dumps(record(row("x", (0, [])))), "is not whole"),
+        (json.dumps(record({**FAST, "pieces": [[{"seconds": "x", "text": "y"}]]})), "is not whole"),
     ],
 )
 def test_a_record_that_cannot_be_used(

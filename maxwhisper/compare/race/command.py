@@ -28,7 +28,7 @@ def run(source: str, html: str | None, svg: str | None, json: str | None, **opti
     if svg:
         write_picture(race, Path(svg))
     replay(race, Console())
-    failed = [row for row in record["rows"] if row["error"]]
+    failed = [row for row in record["rows"] if row.get("error")]
     for row in failed:
         print(f"{row['name']}: failed: {row['error']}")
     return int(bool(failed))

@@ -83,7 +83,7 @@ def race_of(record: dict[str, Any], name: str) -> Race:
     """
     try:
         return raced(record, name)
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise OptionError(f"{name}: is not whole: expected what `maxwhisper compare --json` writes") from error
 
 
@@ -103,7 +103,7 @@ def raced(record: dict[str, Any], name: str) -> Race:
         model=record["model"],
         machine=f"{machine.get('gpu') or machine['processor']}, {options['threads']} threads",
         recording=recording["name"],
-        audio_s=record["audio_s"],
+        audio_s=float(record["audio_s"]),
         against="PyTorch Whisper's transcript" if known is None else "what was said",
         lanes=sorted(lanes, key=lambda lane: lane.total_s),
     )
@@ -113,11 +113,13 @@ def lane_of(row: dict[str, Any], expected: str, normalize: Callable[[str], str])
     """Returns the lane of a row of `compare`, as it ran in its median round."""
     totals = row["total_s"]
     middle = sorted(range(len(totals)), key=totals.__getitem__)[(len(totals) - 1) // 2]
-    timed = [(piece["seconds"], word) for piece in row["pieces"][middle] for word in piece["text"].split()]
+    if not (total := float(totals[middle])) > 0:
+        raise ValueError(f"a time of {total} s")
+    timed = [(float(piece["seconds"]), word) for piece in row["pieces"][middle] for word in piece["text"].split()]
     said, heard = (normalize(text).strip() for text in (expected, " ".join(word for _, word in timed)))
     return Lane(
-        name=row["name"],
-        total_s=totals[middle],
+        name=str(row["name"]),
+        total_s=total,
         wer=jiwer.wer(said, heard) if said else None,
         words=list(marked(timed, expected.split(), normalize)),
     )
