@@ -1,6 +1,7 @@
 """What is to be transcribed: files by their names, or Parquet files that hold the bytes of audio files."""
 
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -62,7 +63,8 @@ def files_of(source: str) -> list[str]:
     """Returns the full names of the files that a name, a folder or a pattern stands for, sorted."""
     system, path = place(source)
     if system.isdir(path):
-        found = [file for file in system.find(path) if PurePosixPath(file).suffix.lower() in ENDINGS]
+        inside = below(path) if is_local(system) else system.find(path)
+        found = [file for file in inside if PurePosixPath(file).suffix.lower() in ENDINGS]
         if not found:
             raise OptionError(f"INPUT {source}: no file in this folder ends as audio or video does, as in .mp3")
     elif system.exists(path):
@@ -72,6 +74,16 @@ def files_of(source: str) -> list[str]:
     else:
         raise OptionError(f"INPUT {source}: there is no such file or folder")
     return sorted(full_name(system, file) for file in found)
+
+
+def below(folder: str) -> Iterator[str]:
+    """Yields the files of a disk in a folder and those in it, of which fsspec leaves out what it may not read."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for path, _, names in os.walk(folder, onerror=refuse):
+        yield from (os.path.join(path, name) for name in names)
 
 
 def lines_of(file: str) -> Iterator[str]:

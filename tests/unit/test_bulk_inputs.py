@@ -66,6 +66,19 @@ def test_a_folder_has_its_audio(folder: Path) -> None:
     assert inputs_of(str(folder)).paths == [str(folder / "b.MP3"), str(folder / "deep" / "a.wav")]
 
 
+def test_a_folder_in_it_that_cannot_be_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scandir = os.scandir
+
+    def refuse(path: str) -> Any:
+        if path.endswith("deep"):  # to root none is closed
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(OptionError, match="INPUT .*: cannot be read: .*Permission denied: '.*/deep'"):
+        inputs_of(str(folder))
+
+
 def test_a_pattern_has_what_it_names(folder: Path) -> None:
     assert inputs_of(f"{folder}/**/*.*").paths == sorted(map(str, folder.rglob("*.*")))
     (folder / "[1].wav").touch()
