@@ -137,8 +137,8 @@ def transcribe_speech(
 
     def tell(segments: Segments) -> None:
         restored = [kept.restored(segment) for segment in segments]
-        if prints:
-            print("\n".join(make_safe(as_line(segment)) for segment in restored), flush=True)
+        for segment in restored if prints else ():
+            print(make_safe(as_line(segment)), flush=True)
         if on_segments:
             on_segments(restored)
 

@@ -21,7 +21,7 @@ from maxwhisper.batched import transcribe_batched
 from maxwhisper.cli import main
 from maxwhisper.errors import OptionError
 from maxwhisper.options import DETECTOR, options_of_windows, transcribing
-from maxwhisper.speech import AROUND, CHUNK, LEFT_OUT, Kept
+from maxwhisper.speech import AROUND, CHUNK, LEFT_OUT, Kept, transcribe_speech
 from maxwhisper.whisper import Whisper
 from reference.fixtures import FIXTURES, NANO
 
@@ -165,6 +165,18 @@ def test_the_command_prints_the_times_of_the_recording(
     assert main([*arguments, "--vad_filter", "True", "--batched"]) == 0
     assert "--vad_filter has no effect with --batched" in capsys.readouterr().err
     assert json.loads((tmp_path / "english-1.json").read_text())["segments"]
+
+
+def test_a_window_of_which_nothing_is_left_prints_nothing(
+    heard: list[tuple[int, int]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Model:
+        def transcribe(self, audio: np.ndarray, **options: Any) -> dict[str, Any]:
+            options["on_segments"]([])  # as where hallucination_silence_threshold takes all of them
+            return {"segments": []}
+
+    transcribe_speech(Model(), np.zeros(SAMPLE_RATE, np.float32), verbose=True)
+    assert capsys.readouterr().out == ""
 
 
 # ---- hotwords ------------------------------------------------------------------------------------------------------
