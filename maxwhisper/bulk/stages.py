@@ -79,16 +79,17 @@ class Transcriber:
         """Loads the model; what keeps it from loading is raised by the first call, for Ray starts a process whose
         making fails again and again."""
         self.options, self.batch_size = dict(options), batch_size
-        self.unusable: MaxWhisperError | None = None
+        self.unusable: Exception | None = None
         try:
             self.model = load()
             if not self.model.is_multilingual:
                 self.options["language"] = "en"
-        except MaxWhisperError as error:
+        except Exception as error:  # not ours alone: a device may have no room, or a machine lack a package
             self.unusable = error
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Returns the rows, as ROW, of AUDIO; raises MaxWhisperError for a model or options that cannot be used."""
+        """Returns the rows, as ROW, of AUDIO; raises MaxWhisperError for options that cannot be used, and what loading
+        the model raised."""
         if self.unusable:
             raise self.unusable
         sources = table.to_pylist()

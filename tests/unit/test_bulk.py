@@ -257,12 +257,13 @@ def test_what_no_file_is_to_blame_for_ends_the_job(error: Exception, monkeypatch
         stages.Transcriber(Model, {}, 1)(table(3))  # type: ignore[arg-type]
 
 
-def test_a_model_that_does_not_load_says_so_once_it_is_needed() -> None:
+@pytest.mark.parametrize("error", [CheckpointError("x.pt: no checkpoint"), RuntimeError("out of memory")])
+def test_a_model_that_does_not_load_says_so_once_it_is_needed(error: Exception) -> None:
     def load() -> Any:
-        raise CheckpointError("x.pt: no checkpoint")
+        raise error
 
     transcriber = stages.Transcriber(load, {}, 1)
-    with pytest.raises(CheckpointError, match="x.pt: no checkpoint"):
+    with pytest.raises(type(error), match=str(error)):
         transcriber(table(3))
 
 
