@@ -103,6 +103,12 @@ def test_a_file_may_be_called_as_fsspec_joins_urls(tmp_path: Path) -> None:
     assert inputs_of(f"{tmp_path}/std::vector.mp3").paths == [f"{tmp_path}/std::vector.mp3"]
 
 
+@pytest.mark.parametrize("name", ["", " "])
+def test_an_empty_name_is_no_folder(name: str) -> None:
+    with pytest.raises(OptionError, match="the name of a file or folder is empty"):
+        inputs_of(name)
+
+
 def test_an_object_store_is_as_good_as_a_disk() -> None:
     fsspec.filesystem("memory").pipe_file("/archive/deep/x.wav", b"")
     assert inputs_of("memory://archive").paths == ["memory:///archive/deep/x.wav"]
