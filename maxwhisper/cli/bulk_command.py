@@ -1,6 +1,7 @@
 """The command `maxwhisper bulk`: its options, and what must be installed for it."""
 
 import argparse
+import logging
 import os
 from functools import partial
 from importlib.util import find_spec
@@ -10,7 +11,9 @@ from ..errors import OptionError
 from .model_options import MODEL_OPTIONS, add_model, leave_cores_to_max, load
 from .option_types import above_zero, str2bool
 from .transcribe_command import temperatures
-from .transcribe_options import add_decoding, add_fallback, unusable_decoding
+from .transcribe_options import add_decoding, add_fallback, unusable_decoding, without_effect
+
+log = logging.getLogger("maxwhisper")
 
 NEEDED = {"ray": "ray[data]", "pyarrow": "pyarrow", "pandas": "pandas", "fsspec": "fsspec"}
 """Packages of the extra `bulk`, by the modules that they have."""
@@ -63,6 +66,8 @@ def bulk(parser: argparse.ArgumentParser, input: str, output: str, **options: An
     """Transcribes an archive; returns 0 once every input has a row. Raises MaxWhisperError if that cannot be."""
     if reason := unusable_decoding(options):
         parser.error(reason)
+    for reason in without_effect(options):
+        log.warning("warning: %s", reason)
     if missing := [package for module, package in NEEDED.items() if find_spec(module) is None]:
         raise OptionError(f"maxwhisper bulk needs {', '.join(missing)}: pip install 'maxwhisper[bulk]'")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"

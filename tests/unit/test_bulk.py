@@ -329,5 +329,6 @@ def test_the_command_says_what_to_run(
     assert workers == job.Workers(1, 4, 1, 1.0, 3, None)
     called.clear()
     (tmp_path / "tiny").mkdir()  # as OUTPUT
-    assert status(["bulk", "in", "tiny", "--model", "tiny"]) == 0
+    assert status(["bulk", "in", "tiny", "--model", "tiny", "--hallucination_silence_threshold", "2"]) == 0
+    assert "--hallucination_silence_threshold has no effect without --word_timestamps True" in capsys.readouterr().err
     assert called[2].keywords["model"] == called[4]["model"] == "tiny"
