@@ -184,6 +184,7 @@ def test_a_browser_shows_the_end_to_whom_moving_things_disturb(tmp_path: Path) -
     [lanes] = re.findall(r"(?s)<main.*</main>", found)
     assert "2.00 s, 5 x real time" in lanes and "8.00 s, 1 x real time" in lanes
     assert "2 wrong, 2 missing, word error rate 60.00 %" in lanes
+    assert lanes.count('dir="auto"') == 2  # or a text in Arabic has its full stops at the wrong end
     assert '<del class="missing">apples, </del>' in lanes and 'hidden=""' not in lanes
 
 
