@@ -117,6 +117,14 @@ def shown(draw: Callable[[Console], object], **terminal: Any) -> str:
     return re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", out.getvalue())
 
 
+def test_a_record_has_no_orders_for_the_terminal() -> None:
+    wild = record(row("x\x1b]0;y\x07", (1.0, [(0.5, "a\x1b[2J\x9b5m")])), text="b\x1b[1m\x00")
+    wild["recordings"][0]["name"] = wild["model"] = wild["machine"]["processor"] = "c\x1b[3m"
+    out = io.StringIO()
+    replay(race_of(wild, "talk.json"), Console(file=out, width=80, height=24))
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", out.getvalue())
+
+
 def test_a_frame_shows_what_is_there_by_then() -> None:
     race = race_of(record(FAST, SLOW), "talk.json")
     early, late = (shown(lambda console, at=at: console.print(frame(race, at, console))) for at in (1.0, 7.5))

@@ -2,6 +2,7 @@
 wrong."""
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,9 @@ import jiwer
 
 from ...errors import OptionError
 from ..scores import normalizer
+
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+"""What a terminal takes for orders, and XML for an error: a record may be somebody else's."""
 
 RIGHT, WRONG, MISSING = "right", "wrong", "missing"
 
@@ -95,18 +99,22 @@ def raced(record: dict[str, Any], name: str) -> Race:
         raise OptionError(f"{name}: no engine in it says when its words were there: expected a record without --tokens")
     [recording], options = record["recordings"], record["options"]
     known = recording["text"]
-    expected = recording["pytorch"] if known is None else known
+    expected = plain(recording["pytorch"] if known is None else known)
     normalize = normalizer(options["languages"][0])
     machine = record["machine"]
     lanes = [lane_of(row, expected, normalize) for row in rows]
     return Race(
-        model=record["model"],
-        machine=f"{machine.get('gpu') or machine['processor']}, {options['threads']} threads",
-        recording=recording["name"],
+        model=plain(record["model"]),
+        machine=plain(f"{machine.get('gpu') or machine['processor']}, {options['threads']} threads"),
+        recording=plain(recording["name"]),
         audio_s=float(record["audio_s"]),
         against="PyTorch Whisper's transcript" if known is None else "what was said",
         lanes=sorted(lanes, key=lambda lane: lane.total_s),
     )
+
+
+def plain(text: str) -> str:
+    return CONTROL.sub(" ", text)
 
 
 def lane_of(row: dict[str, Any], expected: str, normalize: Callable[[str], str]) -> Lane:
@@ -115,10 +123,12 @@ def lane_of(row: dict[str, Any], expected: str, normalize: Callable[[str], str])
     middle = sorted(range(len(totals)), key=totals.__getitem__)[(len(totals) - 1) // 2]
     if not (total := float(totals[middle])) > 0:
         raise ValueError(f"a time of {total} s")
-    timed = [(float(piece["seconds"]), word) for piece in row["pieces"][middle] for word in piece["text"].split()]
+    timed = [
+        (float(piece["seconds"]), word) for piece in row["pieces"][middle] for word in plain(piece["text"]).split()
+    ]
     said, heard = (normalize(text).strip() for text in (expected, " ".join(word for _, word in timed)))
     return Lane(
-        name=str(row["name"]),
+        name=plain(str(row["name"])),
         total_s=total,
         wer=jiwer.wer(said, heard) if said else None,
         words=list(marked(timed, expected.split(), normalize)),
