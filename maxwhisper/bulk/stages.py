@@ -88,8 +88,8 @@ class Transcriber:
             self.unusable = error
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Returns the rows, as ROW, of AUDIO; raises MaxWhisperError for options that cannot be used, and what loading
-        the model raised."""
+        """Returns the rows, as ROW, of AUDIO; raises MaxWhisperError for options that cannot be used, what loading the
+        model raised, and what ended a model that takes nothing more."""
         if self.unusable:
             raise self.unusable
         sources = table.to_pylist()
@@ -109,7 +109,18 @@ class Transcriber:
             if isinstance(result, MaxWhisperError | MemoryError) and not isinstance(result, AudioError | DecodingError):
                 raise result  # of the options or the machine, and not of this recording
             results[number] = result
+        unexpected = (each for each in results if isinstance(each, Exception) and not isinstance(each, MaxWhisperError))
+        if (found := next(unexpected, None)) and not self.works():
+            raise found
         return results
+
+    def works(self) -> bool:
+        """Returns whether the model takes a second of silence: a GPU that has failed once takes nothing more."""
+        try:
+            self.model.transcribe(np.zeros(SAMPLE_RATE, np.float32), language="en")
+        except Exception:
+            return False
+        return True
 
     def row(
         self, source: dict[str, Any], done: tuple[np.ndarray, dict[str, Any] | Exception] | None, per_sample: float

@@ -257,6 +257,15 @@ def test_what_no_file_is_to_blame_for_ends_the_job(error: Exception, monkeypatch
         stages.Transcriber(Model, {}, 1)(table(3))  # type: ignore[arg-type]
 
 
+def test_a_model_that_takes_nothing_more_ends_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Any, audio: np.ndarray, **_: Any) -> None:
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(Model, "transcribe", fail)
+    with pytest.raises(RuntimeError, match="an illegal memory access"):
+        stages.Transcriber(Model, {}, 1)(table(3))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("error", [CheckpointError("x.pt: no checkpoint"), RuntimeError("out of memory")])
 def test_a_model_that_does_not_load_says_so_once_it_is_needed(error: Exception) -> None:
     def load() -> Any:
