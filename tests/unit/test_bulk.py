@@ -315,6 +315,14 @@ def test_another_failure_is_one_line_about_its_cause() -> None:
         raise passed_on(OSError(28, "No space left on device"))
 
 
+@pytest.mark.parametrize("output", ["what?", "two\nlines"])
+def test_an_output_that_ray_would_not_find(output: str, tmp_path: Path) -> None:
+    write_wav(tmp_path / "a.wav", 1)
+    with pytest.raises(OptionError, match="(?s)/(what|two).* has '.*' in its name, with which Ray finds no file"):
+        job.run(f"{tmp_path}/a.wav", f"{tmp_path}/{output}", Model, {}, {}, job.Workers(1, 1, 1, 0, None, None))  # type: ignore[arg-type]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.wav"]
+
+
 # ---- the command ---------------------------------------------------------------------------------------------------
 
 
