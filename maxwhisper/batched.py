@@ -15,6 +15,7 @@ from whisper.audio import CHUNK_LENGTH, FRAMES_PER_SECOND, N_FRAMES, N_SAMPLES, 
 from .audio import as_waveform, log_mel_spectrogram
 from .engine.surroundings import cpu_by_default
 from .errors import OptionError
+from .options import within
 from .speech import CHUNK, Span, probabilities, speech, with_margins
 
 if TYPE_CHECKING:
@@ -64,10 +65,10 @@ def transcribe_batched(
     The language, if not given, is that of the first piece; None where there is no speech.
     Raises OptionError for clip_timestamps, and if the voice-activity detector is not installed.
     """
-    if options.pop("clip_timestamps", "0") not in ("0", [0], [0.0]):
+    waveform = as_waveform(audio).numpy()
+    if within(options.pop("clip_timestamps", "0"), len(waveform)) not in ([], [0.0]):
         raise OptionError("clip_timestamps cannot be combined with cutting at silences")
     options.pop("vad_filter", None)  # silence is left out anyway
-    waveform = as_waveform(audio).numpy()
     spans = [(start * CHUNK, min(end * CHUNK, len(waveform))) for start, end in pieces(probabilities(waveform))]
     if progress:
         progress((len(waveform) - sum(end - start for start, end in spans)) / SAMPLE_RATE)

@@ -13,7 +13,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Where the block raises, what was under `path` stays as it was. Raises OSError if nothing can be written there.
     """
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
+    with tempfile.TemporaryDirectory(prefix=f".{path.name[:32]}-", dir=path.parent) as folder:
         unfinished = Path(folder, path.name)
         yield unfinished
         if unfinished.is_dir() and path.exists():

@@ -12,6 +12,7 @@ import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from numbers import Integral, Real
 from typing import Any
 
@@ -34,6 +35,8 @@ COLDEST = 1e-30
 """The least temperature above 0: logits divided by much less are no float32 any more."""
 OF_FASTER_WHISPER = frozenset({"hotwords", "vad_filter"})
 """Those that openai-whisper does not have."""
+DETECTOR = ("silero_vad", "onnxruntime")
+"""Modules of the detector of speech."""
 
 
 def transcribing(options: Mapping[str, Any], model: Whisper) -> dict[str, Any]:
@@ -58,6 +61,8 @@ def transcribing(options: Mapping[str, Any], model: Whisper) -> dict[str, Any]:
             check_prompt(name, text, model, used)
     if not isinstance(found.get("vad_filter", False), bool):
         raise refused("vad_filter", found["vad_filter"], "True or False")
+    if found.get("vad_filter") and None in map(find_spec, DETECTOR):  # before the work: live speech is not said again
+        raise OptionError("vad_filter needs silero-vad and onnxruntime: pip install 'maxwhisper[batched]'")
     of_decode = {name: value for name, value in found.items() if name not in OF_THE_LOOP | OF_FASTER_WHISPER}
     checked = decoding(DecodingOptions(**of_decode), model, TASKS)
     return found | {name: getattr(checked, name) for name in of_decode}
@@ -223,24 +228,33 @@ def options_of_windows(options: Mapping[str, Any], hotwords: str | None, model: 
     openai-whisper's loop the text before the window would push it out.
     """
     make: Options = DecodingOptions
-    carried = options.get("initial_prompt") if options.get("carry_initial_prompt") else None
-    if carried and len(tokens := prompt_tokens(carried, model)) >= (longest := longest_prompt(model)):
-        make = partial(with_prompt, tokens[-longest:])
-    return partial(with_hotwords, prompt_tokens(hotwords, model), longest_prompt(model), make) if hotwords else make
+    longest = longest_prompt(model)
+    text = options.get("initial_prompt") if options.get("carry_initial_prompt") else None
+    carried = prompt_tokens(text, model) if text else []
+    if len(carried) >= longest:
+        make = partial(with_prompt, carried[-longest:])
+    if not hotwords:
+        return make
+    return partial(with_hotwords, prompt_tokens(hotwords, model)[:longest], min(len(carried), longest), longest, make)
 
 
 def with_prompt(tokens: list[int], **options: Any) -> DecodingOptions:
     return DecodingOptions(**{**options, "prompt": tokens})
 
 
-def with_hotwords(tokens: list[int], longest: int, make: Options, **options: Any) -> DecodingOptions:
-    """Returns options whose prompt begins with hotwords, as faster-whisper has it: not beside a prefix. The text before
-    the window, of which the end counts, has the room that they leave."""
+def with_hotwords(first: list[int], n_carried: int, longest: int, make: Options, **options: Any) -> DecodingOptions:
+    """Returns options whose prompt begins with hotwords, as faster-whisper has it: not beside a prefix. The room that
+    they leave is that of the carried prompt, and then of the text before the window; of both the end counts."""
     found = make(**options)
     if found.prefix:
         return found
-    first, before = tokens[:longest], list(found.prompt or ())
-    return replace(found, prompt=first + before[max(0, len(before) - (longest - len(first))) :])
+    given, room = list(found.prompt or ()), longest - len(first)
+    carried, before = last(given[:n_carried], room), given[n_carried:]
+    return replace(found, prompt=first + carried + last(before, room - len(carried)))
+
+
+def last(tokens: list[int], number: int) -> list[int]:
+    return tokens[max(0, len(tokens) - number) :]
 
 
 # ---- times ---------------------------------------------------------------------------------------------------------

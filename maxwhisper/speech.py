@@ -11,6 +11,7 @@ from whisper.utils import make_safe
 
 from .audio import as_waveform
 from .errors import OptionError
+from .options import within
 from .rebind import Segments
 from .subtitles import as_line
 
@@ -99,7 +100,7 @@ class Kept:
         start, end, seek = segment["start"], segment["end"], segment["seek"] / FRAMES_PER_SECOND
         times = {
             "start": self.in_recording(start, self.part_at(start)),
-            "end": self.in_recording(end, self.part_at(end, is_end=True)),
+            "end": self.in_recording(end, self.part_at(end, is_end=start < end)),
             "seek": round(self.in_recording(seek, self.part_at(seek)) * FRAMES_PER_SECOND),
         }
         if words := [self.restored_word(word) for word in segment.get("words", ())]:
@@ -126,9 +127,9 @@ def transcribe_speech(
 
     Raises OptionError for clip_timestamps, and if the voice-activity detector is not installed.
     """
-    if options.pop("clip_timestamps", "0") not in ("0", [0], [0.0]):
-        raise OptionError("clip_timestamps cannot be combined with vad_filter")
     whole = as_waveform(audio).numpy()
+    if within(options.pop("clip_timestamps", "0"), len(whole)) not in ([], [0.0]):
+        raise OptionError("clip_timestamps cannot be combined with vad_filter")
     kept = Kept(whole)
     prints = options.get("verbose")
     if prints:
@@ -136,8 +137,8 @@ def transcribe_speech(
 
     def tell(segments: Segments) -> None:
         restored = [kept.restored(segment) for segment in segments]
-        if prints:
-            print("\n".join(make_safe(as_line(segment)) for segment in restored), flush=True)
+        for segment in restored if prints else ():
+            print(make_safe(as_line(segment)), flush=True)
         if on_segments:
             on_segments(restored)
 

@@ -1,6 +1,7 @@
 """What is to be transcribed: files by their names, or Parquet files that hold the bytes of audio files."""
 
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -8,7 +9,7 @@ from pathlib import PurePosixPath
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..errors import OptionError
+from ..errors import MaxWhisperError, OptionError
 from .places import full_name, is_local, place
 
 AUDIO = "aac ac3 aif aiff amr au caf flac m4a m4b mp2 mp3 mpga oga ogg opus wav wave weba wma"
@@ -41,7 +42,9 @@ def inputs_of(source: str) -> Inputs:
             return in_parquet(source, files)
         if source.endswith(".txt"):
             files = [path for file in files for path in lines_of(file)]
-    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
+    except MaxWhisperError:
+        raise
+    except Exception as error:  # what a store's package raises, as for want of credentials, has no common class
         raise OptionError(f"INPUT {source}: cannot be read: {error}") from error
     if not files:
         raise OptionError(f"INPUT {source}: names no file")
@@ -49,7 +52,10 @@ def inputs_of(source: str) -> Inputs:
 
 
 def named(paths: list[str]) -> Inputs:
+    """Raises OptionError for a name that Parquet cannot hold."""
     unique = list(dict.fromkeys(paths))
+    if wrong := [path for path in unique if path.encode(errors="ignore").decode() != path]:
+        raise OptionError(f"INPUT: names of {len(wrong)} files are not UTF-8, as {wrong[0]}: rename them")
     return Inputs(len(unique), unique, [], [])
 
 
@@ -57,7 +63,8 @@ def files_of(source: str) -> list[str]:
     """Returns the full names of the files that a name, a folder or a pattern stands for, sorted."""
     system, path = place(source)
     if system.isdir(path):
-        found = [file for file in system.find(path) if PurePosixPath(file).suffix.lower() in ENDINGS]
+        inside = below(path) if is_local(system) else system.find(path)
+        found = [file for file in inside if PurePosixPath(file).suffix.lower() in ENDINGS]
         if not found:
             raise OptionError(f"INPUT {source}: no file in this folder ends as audio or video does, as in .mp3")
     elif system.exists(path):
@@ -69,10 +76,20 @@ def files_of(source: str) -> list[str]:
     return sorted(full_name(system, file) for file in found)
 
 
+def below(folder: str) -> Iterator[str]:
+    """Yields the files of a disk in a folder and those in it, of which fsspec leaves out what it may not read."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for path, _, names in os.walk(folder, onerror=refuse):
+        yield from (os.path.join(path, name) for name in names)
+
+
 def lines_of(file: str) -> Iterator[str]:
     """Yields the full names in a file that has one a line."""
     system, path = place(file)
-    for line in system.read_text(path, encoding="utf-8").splitlines():
+    for line in system.read_text(path, encoding="utf-8-sig").split("\n"):  # splitlines cuts names at U+2028 too
         if line.strip():
             yield full_name(*place(line.strip()))
 
@@ -81,20 +98,25 @@ def in_parquet(source: str, files: list[str]) -> Inputs:
     """Finds what Parquet files hold: a column `path` alone, or bytes."""
     if not files:
         raise OptionError(f"INPUT {source}: names no file")
-    opened = [opened_parquet(file) for file in files]
-    columns = columns_of(source, opened[0].schema_arrow)
-    for file, other in zip(files, opened, strict=True):
-        if columns_of(file, other.schema_arrow) != columns:
-            raise OptionError(f"INPUT {file}: its columns are not those of {files[0]}")
-    if columns != ["path"]:
-        return Inputs(sum(each.metadata.num_rows for each in opened), [], files, columns)
-    batches = (batch for each in opened for batch in each.iter_batches(columns=columns))
-    found = [path for batch in batches for path in batch.column(0).to_pylist()]
-    if None in found:
-        raise OptionError(f"INPUT {source}: a path is null")
-    if not found:
+    columns: list[str] = []
+    number, paths = 0, []
+    for file in files:
+        with opened_parquet(file) as opened:  # one after the other: there may be more than a process may open
+            found = columns_of(file, opened.schema_arrow)
+            columns = columns or found
+            if found != columns:
+                raise OptionError(f"INPUT {file}: its columns are not those of {files[0]}")
+            number += opened.metadata.num_rows
+            if columns == ["path"]:
+                for batch in opened.iter_batches(columns=columns):
+                    paths += batch.column(0).to_pylist()
+    if not number:
         raise OptionError(f"INPUT {source}: has no row")
-    return named([full_name(*place(path)) for path in found])
+    if columns != ["path"]:
+        return Inputs(number, [], files, columns)
+    if None in paths:
+        raise OptionError(f"INPUT {source}: a path is null")
+    return named([full_name(*place(path)) for path in paths])
 
 
 def opened_parquet(file: str) -> pq.ParquetFile:
@@ -102,15 +124,25 @@ def opened_parquet(file: str) -> pq.ParquetFile:
     return pq.ParquetFile(path if is_local(system) else system.open(path))
 
 
+def is_bytes(kind: pa.DataType | None) -> bool:
+    return kind is not None and (pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def is_text(kind: pa.DataType | None) -> bool:
+    """Returns whether a column can be of names: it may have none."""
+    return kind is not None and (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind))
+
+
 def columns_of(source: str, schema: pa.Schema) -> list[str]:
     """Returns those columns that say what to transcribe; raises OptionError if there are none."""
     types = {field.name: field.type for field in schema}
     kind = types.get("audio")
-    if kind is not None and pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+    within = {field.name: field.type for field in kind} if kind is not None and pa.types.is_struct(kind) else {}
+    if is_bytes(within.get("bytes")) and is_text(within.get("path", pa.null())):
         return ["audio"]
-    if "bytes" in types and (pa.types.is_binary(types["bytes"]) or pa.types.is_large_binary(types["bytes"])):
+    if is_bytes(types.get("bytes")) and is_text(types.get("path", pa.null())):
         return ["bytes", "path"] if "path" in types else ["bytes"]
-    if "path" in types and (pa.types.is_string(types["path"]) or pa.types.is_large_string(types["path"])):
+    if is_text(types.get("path")):
         return ["path"]
     raise OptionError(
         f"INPUT {source}: has the columns {', '.join(types)}: expected `path` (strings), `bytes` (binary), or `audio`"

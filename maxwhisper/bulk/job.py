@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ import tqdm
 from ray.data.checkpoint import CheckpointConfig
 from ray.exceptions import RayError
 
-from ..errors import MaxWhisperError
+from ..errors import MaxWhisperError, OptionError
 from ..whisper import Whisper
 from .inputs import Inputs, identify, inputs_of
 from .parts import Parts, Totals
@@ -26,6 +27,8 @@ ROWS = 32
 """Inputs at most that are written and committed together: what a kill costs an actor."""
 AUDIO_BYTES = 2**26
 """Bytes of decoded audio, 35 minutes of it, from which on a block is passed on."""
+LOST = re.compile(r"[?\t\n\r]")
+"""What Ray takes for no part of the name of a Parquet file."""
 PATIENCE = 2.0
 """Seconds between looks at what is done, at least; a look takes a tenth of the time at most."""
 
@@ -75,6 +78,9 @@ def run(
     Raises MaxWhisperError if it cannot be done; what has been done by then stays, and the next run goes on.
     """
     inputs = inputs_of(source)
+    for name in (place(each)[1] for each in (output, *inputs.parquet)):
+        if wrong := LOST.search(name):
+            raise OptionError(f"{name}: has {wrong[0]!r} in its name, with which Ray finds no file: rename it")
     parts = Parts(output)
     parts.claim(settings)
     parts.mend()

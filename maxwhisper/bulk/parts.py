@@ -57,8 +57,11 @@ class Parts:
         """Raises OptionError if what is written here cannot be."""
         try:
             yield
-        except OSError as error:
-            raise OptionError(f"OUTPUT {self.output}: cannot be written to: {error.strerror or error}") from error
+        except MaxWhisperError:
+            raise
+        except Exception as error:  # what a store's package raises, as for want of credentials, has no common class
+            reason = getattr(error, "strerror", None) or error
+            raise OptionError(f"OUTPUT {self.output}: cannot be written to: {reason}") from error
 
     def within(self, name: str) -> str:
         return posixpath.join(self.folder, name)
@@ -66,11 +69,14 @@ class Parts:
     def claim(self, settings: dict[str, Any]) -> None:
         """Notes what transcripts depend on; raises OptionError if the folder has transcripts of other settings."""
         path = self.within("parts/settings.json")
-        if not self.system.exists(path):
+        if not (self.system.exists(path) and self.committed()):  # a model's name that was wrong binds nobody
             with self.written(), appearing(self.system, path) as [file]:
                 file.write(json.dumps(settings, indent=1).encode())
             return
-        earlier = json.loads(self.system.cat_file(path))
+        try:
+            earlier = dict(json.loads(self.system.cat_file(path)))
+        except (OSError, ValueError, TypeError) as error:
+            raise OptionError(f"OUTPUT {self.output}: parts/settings.json cannot be read: {error}") from error
         current = json.loads(json.dumps(settings))
         for name in current:
             if name in earlier and earlier[name] != current[name]:  # an earlier version has fewer options
@@ -94,7 +100,8 @@ class Parts:
         return [name.removesuffix(ENDING) for name in self.names(self.checkpoint) if not name.endswith(PENDING)]
 
     def mend(self) -> None:
-        """Takes away every part that is not whole, so that its inputs are transcribed again.
+        """Takes away every part that is not whole, so that its inputs are transcribed again; raises OptionError if that
+        cannot be.
 
         Ray does so for parts that are pending. It leaves ids that are committed as well, as they are after a write that
         was done and tried again, and ids whose rows are gone or cut off: their inputs would have no row for ever.
@@ -108,12 +115,13 @@ class Parts:
                 if is_whole
             }
         whole -= pending
-        for name in self.names(self.rows):
-            if name.removesuffix(f"-0{ENDING}") not in whole:
-                self.system.rm_file(posixpath.join(self.rows, name))
-        for name in self.names(self.checkpoint):  # after the rows: while these are there, so is what tells of them
-            if name.endswith(PENDING) or name.removesuffix(ENDING) not in whole:
-                self.system.rm_file(posixpath.join(self.checkpoint, name))
+        with self.written():
+            for name in self.names(self.rows):
+                if name.removesuffix(f"-0{ENDING}") not in whole:
+                    self.system.rm_file(posixpath.join(self.rows, name))
+            for name in self.names(self.checkpoint):  # after the rows: while these are there, so is what tells of them
+                if name.endswith(PENDING) or name.removesuffix(ENDING) not in whole:
+                    self.system.rm_file(posixpath.join(self.checkpoint, name))
 
     def is_whole(self, part: str) -> bool:
         """Returns whether a part has the rows of its ids."""

@@ -17,8 +17,12 @@ from ..files import replacing
 def place(url: str) -> tuple[Any, str]:
     """Returns the file system of a path or a URL, as in s3://bucket/folder, and the path in it.
 
-    Raises OptionError for a URL that fsspec knows nothing of, or whose package is not installed.
+    Raises OptionError for a URL that fsspec knows nothing of, or whose package is not installed, and for no name.
     """
+    if not url.strip():  # to fsspec, the folder that one happens to be in
+        raise OptionError("the name of a file or folder is empty")
+    if "::" in url and "://" not in url:  # a name on a disk, and none of the chains that fsspec takes it for
+        return fsspec.filesystem("file"), os.path.abspath(url)
     try:
         return fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:

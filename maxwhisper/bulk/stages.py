@@ -79,16 +79,17 @@ class Transcriber:
         """Loads the model; what keeps it from loading is raised by the first call, for Ray starts a process whose
         making fails again and again."""
         self.options, self.batch_size = dict(options), batch_size
-        self.unusable: MaxWhisperError | None = None
+        self.unusable: Exception | None = None
         try:
             self.model = load()
             if not self.model.is_multilingual:
                 self.options["language"] = "en"
-        except MaxWhisperError as error:
+        except Exception as error:  # not ours alone: a device may have no room, or a machine lack a package
             self.unusable = error
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        """Returns the rows, as ROW, of AUDIO; raises MaxWhisperError for a model or options that cannot be used."""
+        """Returns the rows, as ROW, of AUDIO; raises MaxWhisperError for options that cannot be used, what loading the
+        model raised, and what ended a model that takes nothing more."""
         if self.unusable:
             raise self.unusable
         sources = table.to_pylist()
@@ -108,7 +109,18 @@ class Transcriber:
             if isinstance(result, MaxWhisperError | MemoryError) and not isinstance(result, AudioError | DecodingError):
                 raise result  # of the options or the machine, and not of this recording
             results[number] = result
+        unexpected = (each for each in results if isinstance(each, Exception) and not isinstance(each, MaxWhisperError))
+        if (found := next(unexpected, None)) and not self.works():
+            raise found
         return results
+
+    def works(self) -> bool:
+        """Returns whether the model takes a second of silence: a GPU that has failed once takes nothing more."""
+        try:
+            self.model.transcribe(np.zeros(SAMPLE_RATE, np.float32), language="en")
+        except Exception:
+            return False
+        return True
 
     def row(
         self, source: dict[str, Any], done: tuple[np.ndarray, dict[str, Any] | Exception] | None, per_sample: float

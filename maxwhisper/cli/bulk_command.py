@@ -1,17 +1,19 @@
 """The command `maxwhisper bulk`: its options, and what must be installed for it."""
 
 import argparse
+import logging
 import os
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from ..errors import OptionError
 from .model_options import MODEL_OPTIONS, add_model, leave_cores_to_max, load
 from .option_types import above_zero, str2bool
 from .transcribe_command import temperatures
-from .transcribe_options import add_decoding, add_fallback, unusable_decoding
+from .transcribe_options import add_decoding, add_fallback, unusable_decoding, without_effect
+
+log = logging.getLogger("maxwhisper")
 
 NEEDED = {"ray": "ray[data]", "pyarrow": "pyarrow", "pandas": "pandas", "fsspec": "fsspec"}
 """Packages of the extra `bulk`, by the modules that they have."""
@@ -64,6 +66,8 @@ def bulk(parser: argparse.ArgumentParser, input: str, output: str, **options: An
     """Transcribes an archive; returns 0 once every input has a row. Raises MaxWhisperError if that cannot be."""
     if reason := unusable_decoding(options):
         parser.error(reason)
+    for reason in without_effect(options):
+        log.warning("warning: %s", reason)
     if missing := [package for module, package in NEEDED.items() if find_spec(module) is None]:
         raise OptionError(f"maxwhisper bulk needs {', '.join(missing)}: pip install 'maxwhisper[bulk]'")
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -74,8 +78,9 @@ def bulk(parser: argparse.ArgumentParser, input: str, output: str, **options: An
 
     of_model = {option: options.pop(option) for option in MODEL_OPTIONS}
     workers = {option: options.pop(option) for option in WORKERS}
-    if Path(of_model["model"]).exists():
-        of_model["model"] = os.path.abspath(of_model["model"])  # Ray's processes have a folder of their own
+    for option in ("model", "model_dir", "artifacts"):  # Ray's processes have a folder of their own
+        if of_model[option] and (option != "model" or is_file_or_folder(of_model["model"])):
+            of_model[option] = os.path.abspath(of_model[option])
     settings = {option: of_model[option] for option in ("model", "dtype")} | options
     if workers["gpus"] is None:
         workers["gpus"] = 1.0 if of_model["device"] in ("gpu", "cuda") else 0.0
@@ -83,3 +88,10 @@ def bulk(parser: argparse.ArgumentParser, input: str, output: str, **options: An
     summary = run(input, output, partial(load, **of_model), options, settings, Workers(**workers))
     print(summary.text())
     return 0
+
+
+def is_file_or_folder(model: str) -> bool:
+    """Returns whether a model is taken from a path: one of OpenAI's names is not, whatever has it too."""
+    from whisper import available_models
+
+    return model not in available_models() and os.path.exists(model)

@@ -123,14 +123,16 @@ def unusable_decoding(options: dict[str, Any]) -> str | None:
         least = 0 if name == "clip_timestamps" else -1
         if not all(each >= least for each in numbers):
             return f"argument --{name}: must be from {least} on, not '{options[name]}'"
+        if name == "clip_timestamps" and options["vad_filter"] and numbers not in ([], [0.0]):
+            return "argument --clip_timestamps: cannot be combined with --vad_filter True"
     return None
 
 
 def without_effect(options: dict[str, Any]) -> Iterator[str]:
     """Yields which options have no effect beside the others, in the words of OpenAI's command where it says so."""
-    if options["max_line_count"] and not options["max_line_width"]:
+    if options.get("max_line_count") and not options["max_line_width"]:
         yield "--max_line_count has no effect without --max_line_width"
-    if options["max_words_per_line"] and options["max_line_width"]:
+    if options.get("max_words_per_line") and options["max_line_width"]:
         yield "--max_words_per_line has no effect with --max_line_width"
     if options["hallucination_silence_threshold"] is not None and not options["word_timestamps"]:
         yield "--hallucination_silence_threshold has no effect without --word_timestamps True"

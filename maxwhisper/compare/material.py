@@ -1,6 +1,7 @@
 """What is compared on: a checkpoint, or random weights of a model's dimensions; recordings and their text."""
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,7 +93,7 @@ def recordings(files: list[str], texts: list[str] | None) -> list[Recording]:
 
     Raises AudioError for a file that cannot be read, OptionError for a text that cannot.
     """
-    sidecars = [Path(file).with_suffix(".txt") for file in files]
+    sidecars = [Path(os.path.splitext(file)[0] + ".txt") for file in files]  # pathlib refuses names as "." for it
     paths: list[Path | None] = [path if path.is_file() else None for path in sidecars]
     if texts is not None:
         paths = [Path(text) for text in texts]
@@ -104,6 +105,6 @@ def recordings(files: list[str], texts: list[str] | None) -> list[Recording]:
 
 def read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # with a byte order mark, the first word would be another
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError(f"--text {path}: cannot be read as text: {error}") from error

@@ -1,4 +1,4 @@
-"""`maxwhisper bulk` without Ray's processes: what it finds, what it writes, what is left of a run that was killed."""
+"""`maxwhisper bulk` without Ray's processes: what it writes, what is left of a run that was killed."""
 
 # ruff: noqa: E402 - what is imported below the skips is installed by the extra
 
@@ -27,128 +27,9 @@ from ray.exceptions import RayTaskError
 
 from maxwhisper.audio import load_audio
 from maxwhisper.bulk import job, stages
-from maxwhisper.bulk.inputs import IDENTIFIED, identified, identify, inputs_of
 from maxwhisper.bulk.parts import Parts
 from maxwhisper.bulk.places import appearing
 from maxwhisper.bulk.rows import ROW, for_json, row_of
-
-# ---- ids -----------------------------------------------------------------------------------------------------------
-
-
-def test_ids_are_the_same_for_ever() -> None:
-    assert identify("/calls/a.mp3", None) == "a24dbdbb93761f7cb00e7af9dc8bb987"
-    assert identify(None, b"bytes") == "e1f0eb969356bcbdb84186bb6067a22b"
-
-
-def test_ids_tell_inputs_apart() -> None:
-    inputs = [("a", None), ("b", None), (None, b"a"), ("a", b""), ("a", b"a"), ("b", b"a"), (None, None)]
-    assert len({identify(*each) for each in inputs}) == len(inputs)
-
-
-@pytest.mark.parametrize(
-    "table",
-    [
-        pa.table({"path": ["x.wav", None], "bytes": pa.array([b"1", b"2"])}),
-        pa.table({"audio": [{"bytes": b"1", "path": "x.wav"}, {"bytes": b"2", "path": None}]}),
-    ],
-    ids=["columns", "struct"],
-)
-def test_bytes_are_found_in_every_form(table: pa.Table) -> None:
-    found = identified(table)
-    assert found.schema == IDENTIFIED and identified(found) is found
-    assert found["id"].to_pylist() == [identify("x.wav", b"1"), identify(None, b"2")]
-    assert found["bytes"].to_pylist() == [b"1", b"2"] and found["path"].to_pylist() == ["x.wav", None]
-    assert len(identified(table.slice(0, 0))) == 0
-
-
-# ---- inputs --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Two files of audio, one of them deeper, and a text."""
-    (tmp_path / "in" / "deep").mkdir(parents=True)
-    for name in ("b.MP3", "deep/a.wav", "notes.txt"):
-        (tmp_path / "in" / name).touch()
-    return tmp_path / "in"
-
-
-def test_a_folder_has_its_audio(folder: Path) -> None:
-    assert inputs_of(str(folder)).paths == [str(folder / "b.MP3"), str(folder / "deep" / "a.wav")]
-
-
-def test_a_pattern_has_what_it_names(folder: Path) -> None:
-    assert inputs_of(f"{folder}/**/*.*").paths == sorted(map(str, folder.rglob("*.*")))
-    (folder / "[1].wav").touch()
-    assert inputs_of(f"{folder}/[1].wav").paths == [f"{folder}/[1].wav"]  # a file is what it is called
-
-
-def test_a_list_has_a_name_a_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (folder / "list.txt").write_text("b.MP3\n\n \n/elsewhere/ü.wav\r\nb.MP3\nmemory://store/c.wav\n", encoding="utf-8")
-    monkeypatch.chdir(folder)
-    found = inputs_of("list.txt")
-    assert found.paths == [str(folder / "b.MP3"), "/elsewhere/ü.wav", "memory:///store/c.wav"] and found.number == 3
-
-
-def test_an_object_store_is_as_good_as_a_disk() -> None:
-    fsspec.filesystem("memory").pipe_file("/calls/deep/x.wav", b"")
-    assert inputs_of("memory://calls").paths == ["memory:///calls/deep/x.wav"]
-
-
-def test_parquet_of_paths(tmp_path: Path) -> None:
-    pq.write_table(pa.table({"path": ["/a.wav", "/b.wav", "/a.wav"], "id": [1, 2, 3]}), tmp_path / "x.parquet")
-    assert inputs_of(f"{tmp_path}/*.parquet").paths == ["/a.wav", "/b.wav"]
-
-
-@pytest.mark.parametrize("columns", [["bytes"], ["bytes", "path"], ["audio"]])
-def test_parquet_of_bytes(columns: list[str], tmp_path: Path) -> None:
-    values = {"bytes": [b"1"], "path": ["a"], "audio": [{"bytes": b"1", "path": "a"}]}
-    table = pa.table({"other": [1]} | {name: values[name] for name in columns})
-    for name in ("x", "y"):
-        pq.write_table(table, tmp_path / f"{name}.parquet")
-    found = inputs_of(f"{tmp_path}/*.parquet")
-    assert (found.number, found.paths, found.columns) == (2, [], columns) and len(found.parquet) == 2
-
-
-def write(path: Path, content: Any) -> None:
-    if isinstance(content, dict):
-        pq.write_table(pa.table(content), path)
-    elif content is not None:
-        path.write_bytes(content)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "expected"),
-    [
-        ("nothing", None, "there is no such file or folder"),
-        ("*.wav", None, "names no file"),
-        ("*.parquet", None, "names no file"),
-        ("empty.txt", b"\n", "names no file"),
-        ("latin.txt", b"\xfc.wav", "cannot be read"),
-        ("no.parquet", b"PAR1 or not", "cannot be read"),
-        ("other.parquet", {"sound": [1]}, "has the columns sound: expected `path`"),
-        ("null.parquet", {"path": ["a", None]}, "a path is null"),
-        ("empty.parquet", {"path": pa.array([], pa.string())}, "has no row"),
-        (".", None, "no file in this folder ends as audio or video does"),
-    ],
-)
-def test_inputs_that_are_none(name: str, content: Any, expected: str, tmp_path: Path) -> None:
-    write(tmp_path / name, content)
-    with pytest.raises(OptionError, match=f"INPUT .*{expected}"):
-        inputs_of(str(tmp_path / name))
-
-
-def test_a_store_that_nobody_knows() -> None:
-    with pytest.raises(OptionError, match="nowhere://calls: cannot be opened: Protocol not known: nowhere"):
-        inputs_of("nowhere://calls")
-
-
-def test_parquet_files_that_differ(tmp_path: Path) -> None:
-    write(tmp_path / "a.parquet", {"bytes": [b""]})
-    write(tmp_path / "b.parquet", {"path": ["x"]})
-    with pytest.raises(OptionError, match="b.parquet: its columns are not those of .*a.parquet"):
-        inputs_of(f"{tmp_path}/*.parquet")
-
 
 # ---- parts ---------------------------------------------------------------------------------------------------------
 
@@ -232,7 +113,9 @@ def test_nothing_appears_while_an_input_is_missing(tmp_path: Path) -> None:
 
 def test_an_output_of_other_options_is_refused(tmp_path: Path) -> None:
     parts = Parts(str(tmp_path))
+    parts.claim({"model": "tyni", "language": None, "temperature": 0})
     parts.claim({"model": "tiny", "language": None, "temperature": 0})
+    put(parts, "1", "a")
     parts.claim({"model": "tiny", "language": None, "temperature": 0, "newer": 1})
     with pytest.raises(OptionError, match=f"OUTPUT {tmp_path}: was begun with --language None, not de: give that"):
         parts.claim({"model": "tiny", "language": "de", "temperature": 0})
@@ -242,6 +125,21 @@ def test_an_output_that_cannot_be_written_to(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OptionError, match="OUTPUT .*file: cannot be written to: Not a directory"):
         Parts(str(tmp_path / "file"))
+    parts = Parts(str(tmp_path))
+    put(parts, "1", "a", commit=False)
+    Path(parts.rows_of("1")).unlink()
+    Path(parts.rows_of("1")).mkdir()  # as little to be removed, for root too, as in a folder that is read-only
+    with pytest.raises(OptionError, match=f"OUTPUT {tmp_path}: cannot be written to: Is a directory"):
+        parts.mend()
+
+
+@pytest.mark.parametrize("content", ["", "[1]"])
+def test_settings_that_are_damaged(content: str, tmp_path: Path) -> None:
+    parts = Parts(str(tmp_path))
+    put(parts, "1", "a")
+    (tmp_path / "parts" / "settings.json").write_text(content)
+    with pytest.raises(OptionError, match=f"OUTPUT {tmp_path}: parts/settings.json cannot be read: "):
+        parts.claim({"model": "tiny"})
 
 
 @pytest.mark.parametrize("where", ["disk", "store"])
@@ -359,12 +257,22 @@ def test_what_no_file_is_to_blame_for_ends_the_job(error: Exception, monkeypatch
         stages.Transcriber(Model, {}, 1)(table(3))  # type: ignore[arg-type]
 
 
-def test_a_model_that_does_not_load_says_so_once_it_is_needed() -> None:
+def test_a_model_that_takes_nothing_more_ends_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Any, audio: np.ndarray, **_: Any) -> None:
+        raise RuntimeError("an illegal memory access")
+
+    monkeypatch.setattr(Model, "transcribe", fail)
+    with pytest.raises(RuntimeError, match="an illegal memory access"):
+        stages.Transcriber(Model, {}, 1)(table(3))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("error", [CheckpointError("x.pt: no checkpoint"), RuntimeError("out of memory")])
+def test_a_model_that_does_not_load_says_so_once_it_is_needed(error: Exception) -> None:
     def load() -> Any:
-        raise CheckpointError("x.pt: no checkpoint")
+        raise error
 
     transcriber = stages.Transcriber(load, {}, 1)
-    with pytest.raises(CheckpointError, match="x.pt: no checkpoint"):
+    with pytest.raises(type(error), match=str(error)):
         transcriber(table(3))
 
 
@@ -407,6 +315,14 @@ def test_another_failure_is_one_line_about_its_cause() -> None:
         raise passed_on(OSError(28, "No space left on device"))
 
 
+@pytest.mark.parametrize("output", ["what?", "two\nlines"])
+def test_an_output_that_ray_would_not_find(output: str, tmp_path: Path) -> None:
+    write_wav(tmp_path / "a.wav", 1)
+    with pytest.raises(OptionError, match="(?s)/(what|two).* has '.*' in its name, with which Ray finds no file"):
+        job.run(f"{tmp_path}/a.wav", f"{tmp_path}/{output}", Model, {}, {}, job.Workers(1, 1, 1, 0, None, None))  # type: ignore[arg-type]
+    assert [path.name for path in tmp_path.iterdir()] == ["a.wav"]
+
+
 # ---- the command ---------------------------------------------------------------------------------------------------
 
 
@@ -419,10 +335,17 @@ def test_the_command_says_what_to_run(
     for name in ("RAY_USAGE_STATS_ENABLED", "RAY_BACKEND_LOG_LEVEL", "OMP_WAIT_POLICY"):
         monkeypatch.setenv(name, "as it was")
     write_wav(tmp_path / "m.pt", 1)
-    assert status(["bulk", "in", "out", "--model", "m.pt", "--device", "gpu", "--memory_gb", "3"]) == 0
+    folders = ["--model_dir", "models", "--artifacts", "graphs"]
+    assert status(["bulk", "in", "out", "--model", "m.pt", *folders, "--device", "gpu", "--memory_gb", "3"]) == 0
     source, output, load, options, settings, workers = called
     assert (source, output) == ("in", "out") and capsys.readouterr().out == "done\n"
     assert load.keywords["model"] == settings["model"] == str(tmp_path / "m.pt")
+    assert load.keywords["model_dir"] == f"{tmp_path}/models" and load.keywords["artifacts"] == f"{tmp_path}/graphs"
     assert options["temperature"][0] == 0 and len(options["temperature"]) == 6 and options["beam_size"] == 5
     assert settings["temperature_increment_on_fallback"] == 0.2 and "device" not in settings
     assert workers == job.Workers(1, 4, 1, 1.0, 3, None)
+    called.clear()
+    (tmp_path / "tiny").mkdir()  # as OUTPUT
+    assert status(["bulk", "in", "tiny", "--model", "tiny", "--hallucination_silence_threshold", "2"]) == 0
+    assert "--hallucination_silence_threshold has no effect without --word_timestamps True" in capsys.readouterr().err
+    assert called[2].keywords["model"] == called[4]["model"] == "tiny"

@@ -24,6 +24,10 @@ def test_what_is_not_installed_is_named(
         (["--gpus", "-1"], "argument --gpus: must be a number from 0 on, not '-1'"),
         (["--gpus", "inf"], "argument --gpus: must be a number from 0 on, not 'inf'"),
         (["--actors", "0"], "argument --actors: must be a whole number above 0"),
+        (
+            ["--vad_filter", "True", "--clip_timestamps", "1,2"],
+            "--clip_timestamps: cannot be combined with --vad_filter",
+        ),
         (["--beam_size", "0"], "argument --beam_size: must be above 0, not 0"),
     ],
 )

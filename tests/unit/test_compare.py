@@ -267,8 +267,11 @@ def test_unusable_options(options: list[str], message: str, capsys: pytest.Captu
     ("arguments", "message"),
     [
         (["nothing.wav"], "nothing.wav: cannot be read as audio: No such file"),
+        (["."], ".: cannot be read as audio: Is a directory"),
+        ([""], ": cannot be read as audio: "),
         ([str(CLIP), "--text", "nothing.txt"], "--text nothing.txt: cannot be read as text"),
         ([str(CLIP), "--json", "no/such/folder.json"], "there is no folder 'no/such' that can be written to"),
+        ([str(CLIP), "--json", "."], "--json .: is a folder: expected the name of a file"),
         ([str(CLIP), "--model", "random:huge", "--tokens", "9"], "random weights are of tiny, base"),
         ([str(CLIP), "--model", str(NANO), "--tokens", "225"], "--tokens must be from 2 to 224"),
         (["nothing.wav", "--device", "gpu"], "device 'gpu' was asked for, but MAX finds no GPU on this machine"),

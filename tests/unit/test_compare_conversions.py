@@ -140,6 +140,8 @@ def test_a_text_beside_the_audio_is_read_and_one_that_is_given_wins(tmp_path: Pa
     given.write_text("given")
     assert recordings([str(audio)], None)[0].text == "beside"
     assert recordings([str(audio)], [str(given)])[0].text == "given"
+    given.write_text("given", encoding="utf-8-sig")
+    assert recordings([str(audio)], [str(given)])[0].text == "given"
 
 
 def test_five_minutes_of_speech_are_made_of_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,10 +93,36 @@ def test_silence(said: str, heard: str) -> None:
     assert [mark for *_, mark in words(race, "one")] == [WRONG] * bool(heard) + [MISSING] * bool(said)
 
 
+def test_an_engine_that_heard_nothing_takes_part() -> None:
+    race = race_of(record(FAST, row("deaf", (1.0, []))), "talk.json")
+    assert [lane.name for lane in race.lanes] == ["deaf", "fast"] and race.lanes[0].wer == 1.0
+    assert [mark for *_, mark in words(race, "deaf")] == [MISSING] * 5
+    assert race_of(record(row("deaf", (1.0, [])), pytorch=""), "talk.json").lanes[0].words == []
+
+
+def test_what_is_not_needed_may_be_missing(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(json.dumps(record({**FAST, "name": 5, "error": None}, {})))
+    assert main(["race", str(tmp_path / "x.json")]) == 0
+
+
+def test_a_text_of_signs_alone_has_no_words() -> None:
+    german = {"options": {"languages": ["de"], "threads": 2}}  # the normalizer for English leaves no blank
+    [lane] = race_of(record(FAST, text="♪ — ♪") | german, "talk.json").lanes
+    assert lane.wer is None
+
+
 def shown(draw: Callable[[Console], object], **terminal: Any) -> str:
     out = io.StringIO()
     draw(Console(file=out, width=80, height=24, **terminal))
     return re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", out.getvalue())
+
+
+def test_a_record_has_no_orders_for_the_terminal() -> None:
+    wild = record(row("x\x1b]0;y\x07", (1.0, [(0.5, "a\x1b[2J\x9b5m")])), text="b\x1b[1m\x00")
+    wild["recordings"][0]["name"] = wild["model"] = wild["machine"]["processor"] = "c\x1b[3m"
+    out = io.StringIO()
+    replay(race_of(wild, "talk.json"), Console(file=out, width=80, height=24))
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", out.getvalue())
 
 
 def test_a_frame_shows_what_is_there_by_then() -> None:
@@ -113,6 +139,8 @@ def test_a_frame_is_no_larger_than_the_terminal() -> None:
         race = race_of(record(*[long] * n_lane), "x")
         lines = shown(lambda console, race=race: console.print(frame(race, 1.0, console)))
         assert len(lines.splitlines()) <= 24
+    for width in range(1, 8):
+        assert shown(lambda console, width=width: console.print(frame(race, 1.0, Console(width=width))))
 
 
 def test_it_is_replayed_at_true_speed_in_a_terminal_and_not_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +159,9 @@ def test_it_is_replayed_at_true_speed_in_a_terminal_and_not_elsewhere(monkeypatc
 def test_the_page_holds_all_and_needs_nothing(tmp_path: Path) -> None:
     nasty = row("nasty", (1.0, [(0.5, " </script><!-- <b>\u2028 ü")]))
     source, page, picture = tmp_path / "talk.json", tmp_path / "race.html", tmp_path / "race.svg"
-    source.write_text(json.dumps(record(FAST, nasty)))
+    raced = record(FAST, nasty)
+    raced["recordings"][0]["name"] = "\udcfc[b].mp3"  # a byte of Latin-1 in a file's name
+    source.write_text(json.dumps(raced))
     assert main(["race", str(source), "--html", str(page), "--svg", str(picture)]) == 0
     text = page.read_text()
     [data] = re.findall(r"(?m)^const race = (.*);$", text)
@@ -140,7 +170,7 @@ def test_the_page_holds_all_and_needs_nothing(tmp_path: Path) -> None:
     assert text.count("</script>") == 1 and "default-src 'none'" in text
     assert not re.search(r"https?:|src=|@import|url\(", text)
     drawn = picture.read_text()
-    assert "Seven" in drawn and drawn.startswith("<svg") and "url(http" not in drawn
+    assert "Seven" in drawn and "?[b].mp3" in drawn and drawn.startswith("<svg") and "url(http" not in drawn
 
 
 def test_what_a_server_shows_is_a_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -162,6 +192,7 @@ def test_a_browser_shows_the_end_to_whom_moving_things_disturb(tmp_path: Path) -
     [lanes] = re.findall(r"(?s)<main.*</main>", found)
     assert "2.00 s, 5 x real time" in lanes and "8.00 s, 1 x real time" in lanes
     assert "2 wrong, 2 missing, word error rate 60.00 %" in lanes
+    assert lanes.count('dir="auto"') == 2  # or a text in Arabic has its full stops at the wrong end
     assert '<del class="missing">apples, </del>' in lanes and 'hidden=""' not in lanes
 
 
@@ -171,9 +202,13 @@ def test_a_browser_shows_the_end_to_whom_moving_things_disturb(tmp_path: Path) -
         ("{", "cannot be read as what `maxwhisper compare --json` writes"),
         ("[1]", "it is other JSON"),
         (json.dumps(record(FAST) | {"recordings": [{}, {}]}), "expected the record of one recording, it has 2"),
-        (json.dumps(record({"name": "tokens", "total_s": [1.0]})), "expected a record without --tokens"),
+        (json.dumps(record({"name": "older", "total_s": [1.0]})), "expected a record without --tokens"),
+        (json.dumps(record(row("x", (1.0, []))) | {"options": {"tokens": 9}}), "expected a record without --tokens"),
         (json.dumps(record({**FAST, "pieces": [[{"seconds": 1}]]})), "is not whole"),
         (json.dumps(record(FAST) | {"machine": None}), "is not whole"),
+        (json.dumps(record(FAST) | {"audio_s": None}), "is not whole"),
+        (json.dumps(record(row("x", (0, [])))), "is not whole"),
+        (json.dumps(record({**FAST, "pieces": [[{"seconds": "x", "text": "y"}]]})), "is not whole"),
     ],
 )
 def test_a_record_that_cannot_be_used(

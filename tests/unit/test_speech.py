@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from contextlib import nullcontext
 from typing import Any
 
@@ -19,9 +20,12 @@ from maxwhisper.audio import load_audio
 from maxwhisper.batched import transcribe_batched
 from maxwhisper.cli import main
 from maxwhisper.errors import OptionError
-from maxwhisper.speech import AROUND, CHUNK, LEFT_OUT, Kept
+from maxwhisper.options import DETECTOR, options_of_windows, transcribing
+from maxwhisper.speech import AROUND, CHUNK, LEFT_OUT, Kept, transcribe_speech
 from maxwhisper.whisper import Whisper
 from reference.fixtures import FIXTURES, NANO
+
+from .command import StubModel
 
 LONG = FIXTURES / "clips" / "english-long.mp3"
 CLIP = FIXTURES / "clips" / "english-1.wav"
@@ -86,6 +90,8 @@ def test_every_time_comes_back_to_where_it_was_in_the_recording(heard: list[tupl
         "end": round(first_end, 2),
         "seek": round(100 * round(first, 2)),
     }
+    instant = kept.restored(segment | {"start": border})
+    assert instant["start"] == instant["end"] == round(second, 2)
     restored = kept.restored(segment | {"words": words, "end": border + 0.5})
     times = [(each["start"], each["end"]) for each in restored["words"]]
     assert times[0] == (round(first_end - 0.5, 2), round(first_end + 0.1, 2))
@@ -127,12 +133,24 @@ def test_what_cannot_be_combined_and_what_is_no_choice(model: Whisper) -> None:
     audio = np.zeros(SAMPLE_RATE, np.float32)
     with pytest.raises(OptionError, match="clip_timestamps cannot be combined with vad_filter"):
         model.transcribe(audio, vad_filter=True, clip_timestamps="1,2")
+    with pytest.raises(OptionError, match="clip_timestamps cannot be combined with vad_filter"):
+        model.transcribe(audio, vad_filter=True, clip_timestamps=np.array([1.0, 2.0]))
+    for every in ("", "0.0", (0,), []):  # what openai-whisper takes for all of it
+        assert model.transcribe(audio, vad_filter=True, clip_timestamps=every, **GREEDY)["segments"] == []
     with pytest.raises(OptionError, match="vad_filter is 'yes', expected True or False"):
         model.transcribe(audio, vad_filter="yes")
     with pytest.raises(OptionError, match="hotwords is 5, expected a text"):
         model.transcribe(audio, hotwords=5)
     with pytest.raises(OptionError, match=r"hotwords holds <\|endoftext\|>, a special token"):
         model.transcribe(audio, hotwords="<|endoftext|>")
+
+
+@pytest.mark.parametrize("package", DETECTOR)
+def test_a_detector_that_is_not_installed_shows_before_any_work(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(OptionError, match=r"vad_filter needs silero-vad and onnxruntime: .*maxwhisper\[batched\]"):
+        transcribing({"vad_filter": True}, StubModel())  # type: ignore[arg-type]
+    assert transcribing({"vad_filter": False}, StubModel())  # type: ignore[arg-type]
 
 
 def test_the_command_prints_the_times_of_the_recording(
@@ -147,6 +165,18 @@ def test_the_command_prints_the_times_of_the_recording(
     assert main([*arguments, "--vad_filter", "True", "--batched"]) == 0
     assert "--vad_filter has no effect with --batched" in capsys.readouterr().err
     assert json.loads((tmp_path / "english-1.json").read_text())["segments"]
+
+
+def test_a_window_of_which_nothing_is_left_prints_nothing(
+    heard: list[tuple[int, int]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Model:
+        def transcribe(self, audio: np.ndarray, **options: Any) -> dict[str, Any]:
+            options["on_segments"]([])  # as where hallucination_silence_threshold takes all of them
+            return {"segments": []}
+
+    transcribe_speech(Model(), np.zeros(SAMPLE_RATE, np.float32), verbose=True)
+    assert capsys.readouterr().out == ""
 
 
 # ---- hotwords ------------------------------------------------------------------------------------------------------
@@ -184,6 +214,16 @@ def test_hotwords_come_first_and_leave_what_is_before_the_window_the_rest(
     hot = tokenizer.encode(" the" * n_hot)[:223]
     room = 223 - len(hot)
     assert seen == [before if prefix else hot + before[len(before) - min(room, 150) :]]
+
+
+@pytest.mark.parametrize(("n_hot", "n_carried"), [(3, 40), (100, 130), (223, 40), (3, 300)])
+def test_hotwords_leave_a_carried_prompt_its_place(n_hot: int, n_carried: int) -> None:
+    hot, carried = " the" * n_hot, " apple" * n_carried
+    options = {"initial_prompt": carried, "carry_initial_prompt": True}
+    make = options_of_windows(options, hot, StubModel())  # type: ignore[arg-type]
+    [the], [apple] = (get_tokenizer(True, num_languages=99).encode(word) for word in (" the", " apple"))
+    prompt = make(prompt=[apple] * n_carried + list(range(1000, 1000 + max(0, 223 - n_carried)))).prompt
+    assert prompt == [the] * n_hot + [apple] * min(n_carried, 223 - n_hot) + list(range(1000, 1223 - n_carried))[n_hot:]
 
 
 def test_batches_take_hotwords_and_thresholds_of_silence(model: Whisper) -> None:

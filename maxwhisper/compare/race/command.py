@@ -17,7 +17,7 @@ def run(source: str, html: str | None, svg: str | None, json: str | None, **opti
 
     from rich.console import Console
 
-    from .lanes import race_of, read_record
+    from .lanes import plain, race_of, read_record
     from .page import write_page, write_picture
     from .terminal import replay
 
@@ -28,9 +28,9 @@ def run(source: str, html: str | None, svg: str | None, json: str | None, **opti
     if svg:
         write_picture(race, Path(svg))
     replay(race, Console())
-    failed = [row for row in record["rows"] if row["error"]]
+    failed = [row for row in record["rows"] if row.get("error")]
     for row in failed:
-        print(f"{row['name']}: failed: {row['error']}")
+        print(plain(f"{row['name']}: failed: {row['error']}"))
     return int(bool(failed))
 
 

@@ -2,6 +2,7 @@
 wrong."""
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,9 @@ import jiwer
 
 from ...errors import OptionError
 from ..scores import normalizer
+
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+"""What a terminal takes for orders, and XML for an error: a record may be somebody else's."""
 
 RIGHT, WRONG, MISSING = "right", "wrong", "missing"
 
@@ -83,41 +87,49 @@ def race_of(record: dict[str, Any], name: str) -> Race:
     """
     try:
         return raced(record, name)
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise OptionError(f"{name}: is not whole: expected what `maxwhisper compare --json` writes") from error
 
 
 def raced(record: dict[str, Any], name: str) -> Race:
     if len(record["recordings"]) != 1:
         raise OptionError(f"{name}: expected the record of one recording, it has {len(record['recordings'])}")
-    rows = [row for row in record["rows"] if row.get("pieces") and any(row["pieces"])]
-    if not rows:
+    rows = [row for row in record["rows"] if row.get("pieces")]
+    if not rows or record["options"].get("tokens") is not None:
         raise OptionError(f"{name}: no engine in it says when its words were there: expected a record without --tokens")
     [recording], options = record["recordings"], record["options"]
     known = recording["text"]
-    expected = recording["pytorch"] if known is None else known
+    expected = plain(recording["pytorch"] if known is None else known)
     normalize = normalizer(options["languages"][0])
     machine = record["machine"]
     lanes = [lane_of(row, expected, normalize) for row in rows]
     return Race(
-        model=record["model"],
-        machine=f"{machine.get('gpu') or machine['processor']}, {options['threads']} threads",
-        recording=recording["name"],
-        audio_s=record["audio_s"],
+        model=plain(record["model"]),
+        machine=plain(f"{machine.get('gpu') or machine['processor']}, {options['threads']} threads"),
+        recording=plain(recording["name"]),
+        audio_s=float(record["audio_s"]),
         against="PyTorch Whisper's transcript" if known is None else "what was said",
         lanes=sorted(lanes, key=lambda lane: lane.total_s),
     )
+
+
+def plain(text: str) -> str:
+    return CONTROL.sub(" ", text)
 
 
 def lane_of(row: dict[str, Any], expected: str, normalize: Callable[[str], str]) -> Lane:
     """Returns the lane of a row of `compare`, as it ran in its median round."""
     totals = row["total_s"]
     middle = sorted(range(len(totals)), key=totals.__getitem__)[(len(totals) - 1) // 2]
-    timed = [(piece["seconds"], word) for piece in row["pieces"][middle] for word in piece["text"].split()]
-    said, heard = (normalize(text) for text in (expected, " ".join(word for _, word in timed)))
+    if not (total := float(totals[middle])) > 0:
+        raise ValueError(f"a time of {total} s")
+    timed = [
+        (float(piece["seconds"]), word) for piece in row["pieces"][middle] for word in plain(piece["text"]).split()
+    ]
+    said, heard = (normalize(text).strip() for text in (expected, " ".join(word for _, word in timed)))
     return Lane(
-        name=row["name"],
-        total_s=totals[middle],
+        name=plain(str(row["name"])),
+        total_s=total,
         wer=jiwer.wer(said, heard) if said else None,
         words=list(marked(timed, expected.split(), normalize)),
     )

@@ -39,4 +39,5 @@ def write_picture(race: Race, path: Path) -> None:
     console.print(frame(race, race.lanes[0].total_s, console))
     # Without rich's fonts from the network its last choice is taken, the viewer's monospaced one.
     drawn = re.sub(r"@font-face \{.*?\}", "", console.export_svg(title="maxwhisper race"), flags=re.DOTALL)
-    written(path, lambda unfinished: unfinished.write_text(drawn, encoding="utf-8"))
+    # A recording's name may have what is not UTF-8.
+    written(path, lambda unfinished: unfinished.write_text(drawn, encoding="utf-8", errors="replace"))

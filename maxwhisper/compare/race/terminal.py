@@ -36,7 +36,7 @@ def frame(race: Race, seconds: float, console: Console) -> Group:
     rows = -(-len(race.lanes) // columns)
     # A frame of two lines around each, a line of progress in it, and the heading.
     n_line = max(1, (console.height - 2) // rows - 3)
-    width = console.width // columns - 4
+    width = max(1, console.width // columns - 4)
     grid = Table.grid(expand=True)
     for _ in range(columns):
         grid.add_column(ratio=1)
