@@ -130,7 +130,7 @@ def test_settled_words_come_while_audio_does_and_the_transcript_at_last(
     transcript = expected(model, pcm)
     assert completed.transcript == transcript
     assert completed.usage.type == "duration" and completed.usage.seconds == len(pcm) / (2 * RATE)
-    assert len(deltas) > 3 and "".join(deltas).split()[:5] == transcript.split()[:5]
+    assert len(deltas) > 1 and "".join(deltas).split()[:5] == transcript.split()[:5]
     kinds = [event.type for event in others if event.type != f"{TRANSCRIPTION}delta"]
     assert kinds == ["input_audio_buffer.committed", "conversation.item.added", "conversation.item.done"]
     items = {getattr(event, "item_id", completed.item_id) for event in events}
