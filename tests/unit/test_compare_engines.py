@@ -255,7 +255,7 @@ def test_maxwhisper_on_a_gpu(variant: str, dtype: str, monkeypatch: pytest.Monke
     load_model = Mock()
     monkeypatch.setattr(maxwhisper_engine, "load_model", load_model)
     on_gpu(f"maxwhisper {variant}".strip()).load(Path("there"))
-    load_model.assert_called_once_with(Path("there/model.pt"), "gpu", dtype=dtype)
+    load_model.assert_called_once_with(Path("there/model.pt"), "gpu", artifacts=None, dtype=dtype)
 
 
 def test_events_are_on_the_queue_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
