@@ -21,8 +21,8 @@ from .select_tokens import END_OF_TEXT
 comptime THREADS = 128  # of a block
 comptime MOST = 8  # texts of a window; their candidates are one more than they are
 comptime NUMBERS = 2 * MOST + 2
-"""Of a choice: the text that each goes on from, the same of those that have ended, how many these are, and whether
-there is a choice at all."""
+"""A choice is so many numbers: the text that each goes on from, the same for those that have ended, how many these are,
+and whether there is a choice at all."""
 comptime N_ENDED = 2 * MOST
 comptime GOES_ON = 2 * MOST + 1
 

@@ -21,7 +21,7 @@ from maxwhisper.engine.session import find_device
 from maxwhisper.whisper import Whisper, load_model
 
 SECONDS, TOKENS = 30, 64
-"""Of audio, and of the text, which is of random tokens where weights are random."""
+"""How long the audio is, and how many tokens its text has: random ones where weights are random."""
 
 
 def transcribe(model: Whisper, device: str) -> None:
