@@ -80,6 +80,18 @@ def unrolled(text: str) -> set[int]:
     return found
 
 
+def on_gpu(text: str) -> set[int]:
+    """Returns the lines of functions that only a GPU executes, by their names."""
+    found: set[int] = set()
+    inside = False
+    for line in logical_lines(text):
+        if line.text[:1].strip():
+            inside = re.match(r"def \w+_on_gpu\b", line.text) is not None
+        if inside:
+            found.add(line.first)
+    return found
+
+
 @dataclass
 class Group:
     """What stands in brackets: arguments, of which each may change; parameters, known when it is compiled, stay."""
@@ -228,7 +240,8 @@ def ternary(choices: Sequence[tuple[int, str]], of: str) -> str:
 
 def instrumented(text: str, file: str, choose: Choose) -> str:
     """Returns a source with the mutants that `choose` numbers behind the switch; without one as it was."""
-    written = [rewritten(line, file, choose) for line in logical_lines(text)]
+    left = on_gpu(text)
+    written = [line.text if line.first in left else rewritten(line, file, choose) for line in logical_lines(text)]
     if all(line.text == new for line, new in zip(logical_lines(text), written, strict=True)):
         return text
     first = next(at for at, line in enumerate(logical_lines(text)) if line.text.startswith(("from ", "import ")))

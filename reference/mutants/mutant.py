@@ -4,8 +4,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 
+STEPS_ON_GPU = tuple(f"kernels/{name}.mojo" for name in ("device_beams", "device_rating", "device_select", "step_product"))
+"""Kernels of a GPU's steps, of which tests execute on the CPU what is not of the threads of a GPU."""
+
 COMPONENTS: tuple[tuple[str, str, str], ...] = (
     ("select_tokens and draft kernels", "steps", "kernels/select_tokens.mojo kernels/draft.mojo kernels/loop.mojo"),
+    ("a GPU's steps", "a GPU's steps", f"{' '.join(STEPS_ON_GPU)} decoding/gpu.py decoding/mirror.py"),
     ("kernels", "blocks", "kernels/*.mojo"),
     ("network", "blocks", "network/*.py"),
     (
@@ -18,7 +22,7 @@ COMPONENTS: tuple[tuple[str, str, str], ...] = (
 )
 """By component: its name, which tests are its right ones, and its files; the first that matches counts.
 
-Not here: what only a GPU runs, batches of recordings (tests/unit/test_together.py has them), the command, and what
+Not here: what only a GPU executes, batches of recordings (tests/unit/test_together.py has them), the command, and what
 compiles and keeps graphs.
 """
 
@@ -30,7 +34,7 @@ NOT_MUTATED = (
     "kernels/store.mojo",
     "network/backends.py",
 )
-"""Files of components above that only a GPU runs."""
+"""Files of components above that only a GPU executes."""
 
 OWN_BLOCKS = {
     "kernels/attention.mojo": "decoder.attention.cached or decoder.cross_attention.step",
@@ -49,12 +53,15 @@ RIGHT_TESTS = {
     "steps": "tests/parity/test_steps.py",
     "transcript": "tests/parity/test_transcript.py",
     "loading": "tests/parity/test_loading.py",
+    "a GPU's steps": "tests/unit/test_on_device.py",
 }
 
 UNIT_TESTS: tuple[tuple[str, str], ...] = (
     ("kernels/draft.mojo kernels/quantized.mojo decoding/speculative.py", "speculation"),
     ("kernels/select_tokens.mojo kernels/loop.mojo decoding/rules.py", "decoding text_decoder speculation"),
     ("decoding/cpu.py decoding/cache.py decoding/stepper.py", "text_decoder speculation cache together"),
+    ("kernels/step_product.mojo", "kernels on_device"),
+    ("kernels/device_*.mojo decoding/gpu.py decoding/mirror.py", "device_rules on_device"),
     ("decoding/*.py frozen.py", "text_decoder whisper openai_object decoding"),
     ("kernels/*attention.mojo kernels/softmax.mojo", "attention_kernels"),
     ("kernels/decoder_block.mojo kernels/team.mojo", "speculation text_decoder"),

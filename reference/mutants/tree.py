@@ -1,10 +1,10 @@
 """The project's sources with mutants in them, as a checkout of their own."""
 
-import random
 import re
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from hashlib import sha256
 from pathlib import Path
 
 from mojo.run import subprocess_run_mojo
@@ -54,11 +54,18 @@ def all_mutants() -> list[Mutant]:
 
 
 def sample(mutants: Sequence[Mutant], number: int, seed: int) -> list[Mutant]:
-    """Returns as many mutants as are asked for, as evenly from the components as these allow, by number."""
+    """Returns as many mutants as are asked for, as evenly from the components as these allow, by number.
+
+    Each has its place in the queue by itself, so that a change elsewhere leaves the sample as it was.
+    """
+
+    def place(mutant: Mutant) -> bytes:
+        return sha256(f"{seed} {mutant.file} {mutant.operator} {mutant.before} {mutant.after}".encode()).digest()
+
     by_component = defaultdict(list)
     for mutant in mutants:
         by_component[component_of(mutant.file)].append(mutant)
-    shuffled = [random.Random(seed).sample(of, len(of)) for of in by_component.values()]
+    shuffled = [sorted(of, key=place) for of in by_component.values()]
     chosen: list[Mutant] = []
     while len(chosen) < min(number, len(mutants)):
         for of in filter(None, shuffled):

@@ -11,7 +11,7 @@ import pytest
 from reference.fixtures import ROOT
 from reference.merge_gate import objections
 
-WORKFLOW = (ROOT / ".github" / "workflows" / "parity.yml").read_text()
+WORKFLOW, NIGHTLY = ((ROOT / ".github" / "workflows" / f"{name}.yml").read_text() for name in ("parity", "nightly"))
 RUNS = re.findall(r"^ +(?:- )?run: (.*)$", WORKFLOW, re.MULTILINE)
 JOBS = re.findall(r"^  ([\w-]+):$", WORKFLOW.partition("\njobs:\n")[2], re.MULTILINE)
 
@@ -26,7 +26,15 @@ def test_every_step_is_a_make_target(line: str) -> None:
     )
     gate = r"make compile-gate TARGETS=\$\{\{ matrix.target \}\}( SIZE=all)? DTYPE=all"
     assert found or re.fullmatch(gate, line), line
-    target = found[1] if found else "compile-gate"
+    assert_target(found[1] if found else "compile-gate")
+
+
+@pytest.mark.parametrize("target", re.findall(r"target: \[(.*)\]", NIGHTLY)[0].split(", "))
+def test_every_job_of_the_night_is_a_make_target(target: str) -> None:
+    assert_target(target)
+
+
+def assert_target(target: str) -> None:
     done = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

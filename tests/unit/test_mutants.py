@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -95,6 +96,7 @@ def test_mojo_operators(code: str, operator: str, after: str) -> None:
         "    raise Error(1)",
         "    var x: Int",
         "    var sums = Floats()",
+        "def add_on_gpu(\n    x: Int,\n):\n    y = x + 1",
     ],
 )
 def test_mojo_that_is_left_alone(code: str) -> None:
@@ -128,11 +130,22 @@ def test_python_does_what_it_did_until_a_mutant_is_in_force() -> None:
 
 def test_every_component_has_its_share_of_a_sample() -> None:
     mutants = tree.all_mutants()
-    chosen = tree.sample(mutants, 60, seed=1)
-    assert len(chosen) == 60 == len({mutant.number for mutant in chosen})
-    assert chosen == tree.sample(mutants, 60, seed=1) != tree.sample(mutants, 60, seed=2)
+    chosen = tree.sample(mutants, 70, seed=1)
+    assert len(chosen) == 70 == len({mutant.number for mutant in chosen})
+    assert chosen == tree.sample(mutants, 70, seed=1) != tree.sample(mutants, 70, seed=2)
     by_component = [sum(other.component == mutant.component for other in chosen) for mutant in chosen]
     assert set(by_component) == {10}
+
+
+def test_a_change_elsewhere_leaves_a_sample_as_it_was() -> None:
+    """Or a merge would be red over a mutant of code that it has not touched."""
+    mutants = tree.all_mutants()
+    fewer = [replace(mutant, number=mutant.number + 1) for mutant in mutants if mutant.file != "network/model.py"]
+    before, after = (
+        [str(replace(each, number=0)) for each in tree.sample(some, 70, seed=1) if each.component != "network"]
+        for some in (mutants, fewer)
+    )
+    assert before == after and len(before) == 60
 
 
 @pytest.mark.parametrize(("literal", "after"), [("0.5", "0.6"), ("1e-05", "2e-05"), ("0.39", "0.38"), ("0x1F", None)])
