@@ -84,11 +84,7 @@ class TextDecoder(Frozen, openai.TextDecoder):
         self.hold(network, network.tensors("decoder"), device)
 
     def forward(
-        self,
-        x: torch.Tensor,
-        xa: torch.Tensor,
-        kv_cache: Any = None,
-        positions: torch.Tensor | None = None,
+        self, x: torch.Tensor, xa: torch.Tensor, kv_cache: Any = None, positions: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Returns the logits of tokens x (batch, token) given audio features xa (audio, n_audio_ctx, state), as float32
         (batch, token, n_vocab).

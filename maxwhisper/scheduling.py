@@ -1,9 +1,8 @@
 """Several recordings at once: their texts advance together, one execution for the next tokens of all.
 
-Every recording is transcribed by openai-whisper's own loop, in a thread of its own, of which only one runs at a time: a
-thread that needs its next tokens waits, and when all wait, the last one has steps computed for all, until a text ends.
-Encoder and the start of a text are computed for one window at a time, since they wait for arithmetic and not for
-memory. On a CPU a text's row of a step is bitwise what it is alone, so no transcript depends on its company.
+Every recording is transcribed by openai-whisper's own loop, in a thread of its own, of which only one runs at a time:
+see `decoding.batching`. Encoder and the start of a text are computed for one window at a time, since they wait for
+arithmetic and not for memory.
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -102,10 +101,7 @@ def attempt(
 
 
 def in_threads(
-    model: Model,
-    audio: Sequence[Audio],
-    n_thread: int,
-    options: dict[str, Any],
+    model: Model, audio: Sequence[Audio], n_thread: int, options: dict[str, Any]
 ) -> Iterator[tuple[int, Result]]:
     """Transcribes as `transcribe_many` does, in as many threads, whose texts advance together."""
     stepper = BatchingStepper(model.stepper, n_thread)

@@ -80,11 +80,7 @@ def load_model(
 
 @cpu_by_default()
 def compile_model(
-    name_or_path: StrPath,
-    target: str,
-    out: StrPath,
-    download_root: StrPath | None = None,
-    dtype: str = "float32",
+    name_or_path: StrPath, target: str, out: StrPath, download_root: StrPath | None = None, dtype: str = "float32"
 ) -> None:
     """Compiles what transcribes with a checkpoint, and writes it into the folder `out` for `load_model(artifacts=out)`.
 

@@ -23,14 +23,12 @@ class Halves:
     """The suite twice, each for about half of the blocks, so that two processes compile at the same time."""
 
     def __init__(self, checkpoint: str):
-        model, names = (
-            trained(checkpoint, CHECKPOINT),
-            [name for name, block in BLOCKS.items() if block.unit != "network"],
-        )
+        model = trained(checkpoint, CHECKPOINT)
+        names = [name for name, block in BLOCKS.items() if block.unit != "network"]
         first, last = (Suite(model, torch.float32, only=frozenset(some)) for some in (names[:N_FIRST], names[N_FIRST:]))
         self.suites = first, last
-        job = suite_job(CHECKPOINT, torch.float32, last.only)
-        self.ahead, self.job = compile_ahead([job], str(checkpoint), "cpu"), job
+        self.job = suite_job(CHECKPOINT, torch.float32, last.only)
+        self.ahead = compile_ahead([self.job], str(checkpoint), "cpu")
         if not first.subject.kept("parts"):
             logging.getLogger("maxwhisper").addHandler(WhenCompiling(self.ahead))
 

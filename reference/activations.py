@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from whisper.audio import HOP_LENGTH, N_SAMPLES, pad_or_trim
 from whisper.model import ModelDimensions, Whisper
-from whisper.tokenizer import Tokenizer, get_tokenizer
 
+from maxwhisper.compare.tokens import tokenizer_of
 from maxwhisper.network.blocks import Block
 
 from . import waveforms
@@ -42,8 +42,9 @@ AUDIO: dict[str, Callable[[Tensor], Tensor]] = {
 speech: an English clip. silence: digital. clipping: speech far beyond full scale. constant: an offset and nothing else.
 click: speech in which one frame in the middle is full-scale noise.
 """
+WINDOWS = ("speech", "clipping", "click")
 BATCH = "three windows"
-"""Speech, clipping and a click side by side, each with three texts, which share their window's keys and values."""
+"""WINDOWS side by side, each with three texts, which share their window's keys and values."""
 END = "to the end"
 """Speech with a text up to the last position that a model has."""
 VOCABULARY = "every token"
@@ -130,17 +131,6 @@ def window_of(clip: dict[str, Any], dims: ModelDimensions) -> tuple[Tensor, Tens
     return audio, torch.tensor([[*tokenizer.sot_sequence_including_notimestamps, *text, tokenizer.eot]])
 
 
-def tokenizer_of(dims: ModelDimensions, language: str = "en") -> Tokenizer:
-    """Returns the tokenizer of transcripts in a language."""
-    multilingual = dims.n_vocab >= 51865
-    return get_tokenizer(
-        multilingual,
-        num_languages=dims.n_vocab - 51765 - multilingual,
-        language=language if multilingual else None,
-        task="transcribe" if multilingual else None,
-    )
-
-
 @contextmanager
 def hooked(model: Whisper, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> Iterator[None]:
     """While this is open, every submodule's input and output go into the dictionaries, in the order of computing."""
@@ -186,9 +176,7 @@ def recorded(oracle: Whisper, kind: str) -> Activations:
     audio, tokens = speech(oracle.dims)
     prompt, text, end = tokens[:, :N_PROMPT], tokens[:, N_PROMPT:-1], tokens[:, -1:]
     if kind == BATCH:
-        windows = torch.stack(
-            [change(audio) for name, change in AUDIO.items() if name in ("speech", "clipping", "click")]
-        )
+        windows = torch.stack([AUDIO[kind](audio) for kind in WINDOWS])
         turned = [torch.cat([prompt, text.roll(by, 1), end], 1) for by in range(len(windows) * 3)]
         return record(oracle, windows, torch.cat(turned))
     if kind == END:

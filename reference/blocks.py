@@ -62,12 +62,10 @@ def self_attention_cache(attn: MultiHeadAttention, cache: tuple[Tensor, Tensor] 
         return hook
 
     past = (None, None) if cache is None else tuple(join_heads(x) for x in cache)
-    handles = [m.register_forward_hook(prepend(x)) for m, x in zip((attn.key, attn.value), past, strict=True)]
-    try:
+    with ExitStack() as stack:
+        for module, x in zip((attn.key, attn.value), past, strict=True):
+            stack.callback(module.register_forward_hook(prepend(x)).remove)
         yield results
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def cross_attention_cache(attn: MultiHeadAttention, k: Tensor, v: Tensor, batch: int) -> dict[nn.Module, Tensor]:

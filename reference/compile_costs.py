@@ -13,7 +13,6 @@ import os
 import re
 import resource
 import statistics
-import struct
 import subprocess
 import sys
 import tempfile
@@ -31,12 +30,11 @@ from maxwhisper.engine.program import Artifact, Program
 from maxwhisper.engine.session import session
 
 from .judge import dtype_name
+from .kernel_diff.elf import EXECUTABLE, Elf
 from .measures import DTYPES
 from .models import FIXTURE, SIZES, load
 from .suite import Suite
 
-EXECUTABLE = 4
-"""A flag of a section."""
 ADDITION = "an addition"
 """The module that shows what MAX takes for any."""
 
@@ -117,14 +115,6 @@ def timed(command: Sequence[str], **environment: str) -> tuple[float, subprocess
     return now() - before, done
 
 
-def code_size(path: Path) -> int:
-    """Returns how many bytes of instructions an object file has, which is ELF of 64 bits."""
-    content = path.read_bytes()
-    (offset,), (size, number) = struct.unpack_from("<Q", content, 40), struct.unpack_from("<HH", content, 58)
-    sections = [struct.unpack_from("<IIQQQQ", content, offset + i * size) for i in range(number)]
-    return sum(section[5] for section in sections if section[2] & EXECUTABLE)
-
-
 def built(text: str) -> tuple[float, int]:
     """Returns the processor time that the compiler takes for a module, and the bytes of its instructions."""
     (package,) = (Path(path).resolve() for path in kernel_library().library_paths())
@@ -135,7 +125,8 @@ def built(text: str) -> tuple[float, int]:
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         seconds, done = timed(command, MODULAR_CACHE_DIR=folder, PATH=path)
         done.check_returncode()
-        return seconds, code_size(target)
+        sections = Elf(target.read_bytes()).sections
+        return seconds, sum(section.size for section in sections if section.flags & EXECUTABLE)
 
 
 def compile_alone(suite: Suite, module: str) -> tuple[float, Emitted]:

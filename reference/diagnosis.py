@@ -62,8 +62,9 @@ def mistakes(oracle: Tensor, subject: Tensor) -> Iterator[tuple[str, Tensor]]:
     if oracle.shape[0] > 1:
         yield "rows of the batch in reverse order", oracle.flip(0)
     if n_channel % HEAD_WIDTH == 0 and n_channel > HEAD_WIDTH:
-        yield from permutations(oracle, subject, "heads permuted", (-1, HEAD_WIDTH))
-        yield from permutations(oracle, subject, "channels of every head interleaved", (HEAD_WIDTH, -1))
+        yield from permuted_heads(oracle, subject)
+        interleaved = oracle.unflatten(-1, (HEAD_WIDTH, -1)).transpose(-1, -2).reshape(oracle.shape)
+        yield "channels of every head interleaved", interleaved
 
 
 def shifted(oracle: Tensor, subject: Tensor, by: int) -> Tensor:
@@ -74,13 +75,10 @@ def shifted(oracle: Tensor, subject: Tensor, by: int) -> Tensor:
     return moved
 
 
-def permutations(oracle: Tensor, subject: Tensor, name: str, split: tuple[int, int]) -> Iterator[tuple[str, Tensor]]:
+def permuted_heads(oracle: Tensor, subject: Tensor) -> Iterator[tuple[str, Tensor]]:
     """The oracle with its heads in the order in which the subject's resemble them; nothing if that is their own."""
-    if split[0] != -1:
-        yield name, oracle.unflatten(-1, split).transpose(-1, -2).reshape(oracle.shape)
-        return
-    right, ours = (x.unflatten(-1, split).movedim(-2, 0).flatten(1) for x in (oracle, subject))
+    heads = oracle.unflatten(-1, (-1, HEAD_WIDTH))
+    right, ours = (x.movedim(-2, 0).flatten(1) for x in (heads, subject.unflatten(-1, (-1, HEAD_WIDTH))))
     order = torch.cdist(ours, right).argmin(1)
     if not torch.equal(order, torch.arange(len(order), device=order.device)):
-        parts = oracle.unflatten(-1, split)[..., order, :]
-        yield f"{name}: {order.tolist()}", parts.flatten(-2)
+        yield f"heads permuted: {order.tolist()}", heads[..., order, :].flatten(-2)

@@ -15,18 +15,16 @@ from torch import Tensor
 from whisper import decoding
 from whisper.model import ModelDimensions, Whisper
 
+from maxwhisper.compare.tokens import tokenizer_of
 from maxwhisper.decoding.cache import KeyValueCache, rows_of
 from maxwhisper.decoding.rules import Rules, TokenRules
 from maxwhisper.decoding.stepper import Advanced, Stepper, Texts
 
-from .activations import speech, tokenizer_of
+from .activations import WINDOWS, speech
 from .blocks import TWINS
 from .chain import layers
 from .judge import Comparison, Judgement, judge
 from .suite import Suite
-
-WINDOWS = ("speech", "clipping", "click")
-"""The kinds of audio that the windows of a scene hold."""
 
 
 @dataclass(frozen=True)

@@ -71,9 +71,9 @@ def difference(path: Path, ours: np.ndarray) -> str:
     elif info.samplerate != SAMPLE_RATE:
         what = "the RMS difference in the pass-band"
         found, budget = in_passband(a - b), STEP * math.sqrt(2 / 12) + RIPPLE * rms(b)
-    return f"{path.name}: {what} is {found / STEP:.3g} steps of 16 bits, at most {budget / STEP:.3g} is right" * (
-        not found <= budget
-    )
+    if found <= budget:
+        return ""
+    return f"{path.name}: {what} is {found / STEP:.3g} steps of 16 bits, at most {budget / STEP:.3g} is right"
 
 
 def rms(x: Tensor) -> float:
@@ -90,6 +90,5 @@ def in_passband(x: Tensor) -> float:
 def magnitudes(x: Tensor) -> Tensor:
     """Return those of the spectrum in the pass-band, (frequency, frame), in the frames that Whisper hears."""
     window = torch.hann_window(N_FFT, dtype=x.dtype)
-    return torch.stft(x, N_FFT, HOP_LENGTH, window=window, return_complex=True)[
-        : int(PASSBAND / SAMPLE_RATE * N_FFT)
-    ].abs()
+    spectrum = torch.stft(x, N_FFT, HOP_LENGTH, window=window, return_complex=True)
+    return spectrum[: int(PASSBAND / SAMPLE_RATE * N_FFT)].abs()

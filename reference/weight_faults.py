@@ -24,10 +24,8 @@ def swapped(one: str, other: str) -> Callable[[Tensors, ModelDimensions], Tensor
 
     def change(tensors: Tensors, dims: ModelDimensions) -> Tensors:
         names = [name for name in tensors if name == one or name.startswith(one + ".")]
-        pairs = {name: other + name.removeprefix(one) for name in names}
-        return {a: tensors[b] for a, b in pairs.items() if b in tensors} | {
-            b: tensors[a] for a, b in pairs.items() if b in tensors
-        }
+        pairs = [(a, b) for a in names if (b := other + a.removeprefix(one)) in tensors]
+        return {a: tensors[b] for a, b in pairs} | {b: tensors[a] for a, b in pairs}
 
     return change
 

@@ -18,9 +18,9 @@ from whisper.tokenizer import Tokenizer
 
 from maxwhisper import alignment
 from maxwhisper.audio import spectrogram
+from maxwhisper.compare.tokens import tokenizer_of
 from maxwhisper.whisper import Whisper
 
-from .activations import tokenizer_of
 from .blocks import TWINS
 from .chain import pytorch_logits
 from .judge import UNIT_ROUNDOFF, Comparison, Judgement, condition, judge

@@ -7,7 +7,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -163,12 +163,14 @@ class Comparison:
                 if (row := rows[spec.name]).error:
                     continue
                 log.info("round %d of %d: %s", number + 1, self.rounds, spec.name)
-                with reported(row):
+                try:
                     if spec.name not in workers:
                         workers[spec.name] = self.started(spec, row, stack)
                     self.measure(workers[spec.name], row, spoken)
-                if row.error and spec.name in workers:
-                    workers.pop(spec.name).close()
+                except EngineError as error:
+                    row.error = str(error)
+                    if spec.name in workers:
+                        workers.pop(spec.name).close()
 
     def reference(self) -> list[list[int]]:
         """Returns PyTorch Whisper's tokens for each recording, and finds the languages, which all others get."""
@@ -254,11 +256,8 @@ class Comparison:
         row.agreement = agreement(theirs, ours)
         row.wer = word_error_rate([text or "" for text in self.spoken_texts], row.texts, self.languages)
         known = [i for i, each in enumerate(self.heard) if each.text is not None]
-        row.wer_text = word_error_rate(*([side[i] for i in known] for side in (self.known, row.texts, self.languages)))
-
-    @property
-    def known(self) -> list[str]:
-        return [each.text or "" for each in self.heard]
+        said = [each.text or "" for each in self.heard]
+        row.wer_text = word_error_rate(*([side[i] for i in known] for side in (said, row.texts, self.languages)))
 
     def pieces(self, answers: list[dict[str, Any]]) -> list[Piece]:
         """Returns what was known when of a round; nothing where numbers of tokens were asked for."""
@@ -275,15 +274,6 @@ class Comparison:
 
     def text_tokens(self, tokens: list[int]) -> list[int]:
         return [token for token in tokens if token < self.tokenizer.eot]
-
-
-@contextlib.contextmanager
-def reported(row: Row) -> Iterator[None]:
-    """Keeps an engine's failure to its row, while the others go on."""
-    try:
-        yield
-    except EngineError as error:
-        row.error = str(error)
 
 
 def interrupted(row: Row, rounds: int) -> Row:

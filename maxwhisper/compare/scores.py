@@ -18,14 +18,10 @@ def agreement(reference: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]
 def word_error_rate(reference: Sequence[str], texts: Sequence[str], languages: Sequence[str]) -> float | None:
     """Returns the word error rate after openai-whisper's normalizers; None if the reference has no words."""
     sides = [
-        [normalized(text, language) for text, language in zip(side, languages, strict=True)]
+        [normalizer(language)(text).strip() for text, language in zip(side, languages, strict=True)]
         for side in (reference, texts)
     ]
     return jiwer.wer(sides[0], sides[1]) if any(sides[0]) else None
-
-
-def normalized(text: str, language: str) -> str:
-    return normalizer(language)(text).strip()
 
 
 def normalizer(language: str) -> Callable[[str], str]:

@@ -126,8 +126,7 @@ def propose(decoder: TextDecoder, draft: Draft, given: Mapping[str, Any]) -> Ten
 
 def draft_inputs(dims: ModelDimensions, policy: Policy) -> dict[str, TensorType]:
     """Returns how graphs take what the draft reads: the caches of texts, all in one, and the keys and values of their
-    audio in int8, of both of which there may be more rows than texts; and the draft, with each execution, so that it
-    need not be there where nobody proposes."""
+    audio in int8, of both of which there may be more rows than texts; and the draft, as `draft_types` has it."""
     n_channel, n_head, n_kv = dims.n_text_state // dims.n_text_head, dims.n_text_head, 2 * dims.n_text_layer
     quantized: list[int | str] = [n_kv, "quantized_row", n_head, dims.n_audio_ctx, n_channel + SCALE_SIZE]
     return {

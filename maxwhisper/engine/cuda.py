@@ -105,7 +105,7 @@ def system_places(environ: Mapping[str, str], root: Path) -> Iterator[Place]:
         if environ.get(variable):
             yield Place(variable, toolkit_folders(Path(environ[variable]), "lib64"))
     local = root / "usr" / "local"
-    toolkits = sorted(local.glob("cuda-*"), key=lambda toolkit: version_in(toolkit.name), reverse=True)
+    toolkits = sorted(local.glob("cuda-*"), key=lambda each: [*map(int, re.findall(r"\d+", each.name))], reverse=True)
     for toolkit in (local / "cuda", *toolkits, root / "opt" / "cuda"):
         yield Place("system", toolkit_folders(toolkit, "lib64"))
     usr = root / "usr"
@@ -117,10 +117,6 @@ def toolkit_folders(toolkit: Path, libraries: str) -> tuple[Path, ...]:
     # NVIDIA calls 64-bit Arm servers sbsa.
     target = {"aarch64": "sbsa"}.get(platform.machine(), platform.machine())
     return (toolkit / libraries, toolkit / "targets" / f"{target}-linux" / "lib")
-
-
-def version_in(name: str) -> Version:
-    return tuple(int(number) for number in re.findall(r"\d+", name))
 
 
 def find(where: Iterable[Place]) -> list[LibrarySet]:

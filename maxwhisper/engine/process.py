@@ -105,20 +105,19 @@ def find_place_for_max_cache() -> None:
 
 
 @contextmanager
-def announced(
-    message: str, after: float = 2.0, every: float = 30.0, slow: Callable[[], None] | None = None
-) -> Iterator[None]:
-    """Logs `message` if the body is still running `after` seconds from now, when it calls `slow` too, and how long it
-    has run `every` so many."""
+def announced(message: str, slow: Callable[[], None] | None = None) -> Iterator[None]:
+    """Logs `message` if the body is still running two seconds from now, when it calls `slow` too, and every thirty
+    seconds from then on, with how long it has run."""
     start, done = time.perf_counter(), threading.Event()
 
     def report() -> None:
-        wait = after
-        while not done.wait(wait):
-            log.info("%s%s", message, f" ({time.perf_counter() - start:.0f} s so far)" if wait == every else "")
-            if slow and wait == after:
-                slow()
-            wait = every
+        if done.wait(2):
+            return
+        log.info("%s", message)
+        if slow:
+            slow()
+        while not done.wait(30):
+            log.info("%s (%.0f s so far)", message, time.perf_counter() - start)
 
     thread = threading.Thread(target=report, daemon=True)
     thread.start()

@@ -8,14 +8,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from max.driver import (
-    CPU,
-    Accelerator,
-    Device,
-    accelerator_count,
-    is_virtual_device_mode,
-    set_virtual_cpu_target,
-)
+from max.driver import CPU, Accelerator, Device, accelerator_count, is_virtual_device_mode, set_virtual_cpu_target
 from max.dtype import DType
 from max.engine import InferenceSession
 from max.graph import DeviceRef

@@ -34,8 +34,10 @@ from ..engine.session import Policy
 from . import model
 from .keys_values import Cache, KeyValue
 from .log_mel import LogMelSpectrogram
+from .model import ResidualAttentionBlock, TextDecoder
 
 Inputs = dict[str, TensorType]
+InputsOf = Callable[[ModelDimensions, Policy], Inputs]
 
 
 @dataclass(frozen=True)
@@ -90,28 +92,20 @@ def audio_features(dims: ModelDimensions, policy: Policy) -> Inputs:
     return {"audio_features": TensorType(policy.compute, shape, policy.device)}
 
 
-def prompt_tokens(dims: ModelDimensions, policy: Policy) -> Inputs:
-    return {"tokens": TensorType(DType.int64, ["batch", "tokens"], policy.device)}
+def tokens(n_token: int | str) -> InputsOf:
+    return lambda dims, policy: {"tokens": TensorType(DType.int64, ["batch", n_token], policy.device)}
 
 
 def positions(dims: ModelDimensions, policy: Policy) -> Inputs:
     return {"positions": TensorType(DType.int64, ["positions"], policy.device)}
 
 
-def step_tokens(dims: ModelDimensions, policy: Policy) -> Inputs:
-    return {"tokens": TensorType(DType.int64, ["batch", 1], policy.device)}
-
-
 def offset(dims: ModelDimensions, policy: Policy) -> Inputs:
     return {"offset": TensorType(DType.int64, [], DeviceRef.CPU())}
 
 
-def prompt_x(dims: ModelDimensions, policy: Policy) -> Inputs:
-    return {"x": TensorType(policy.compute, ["batch", "tokens", dims.n_text_state], policy.device)}
-
-
-def step_x(dims: ModelDimensions, policy: Policy) -> Inputs:
-    return {"x": TensorType(policy.compute, ["batch", 1, dims.n_text_state], policy.device)}
+def text_x(n_token: int | str) -> InputsOf:
+    return lambda dims, policy: {"x": TensorType(policy.compute, ["batch", n_token, dims.n_text_state], policy.device)}
 
 
 def key_value(kind: str, batch: str, n_token: int | str, dims: ModelDimensions, policy: Policy) -> Inputs:
@@ -125,9 +119,6 @@ def self_cache(dims: ModelDimensions, policy: Policy) -> Inputs:
 
 def cross(dims: ModelDimensions, policy: Policy) -> Inputs:
     return key_value("cross", "audio", dims.n_audio_ctx, dims, policy)
-
-
-InputsOf = Callable[[ModelDimensions, Policy], Inputs]
 
 
 def every_layer(inputs: InputsOf) -> InputsOf:
@@ -145,6 +136,10 @@ def together(*parts: InputsOf) -> InputsOf:
     return lambda dims, policy: {name: type_ for part in parts for name, type_ in part(dims, policy).items()}
 
 
+prompt_tokens, step_tokens = tokens("tokens"), tokens(1)
+prompt_x, step_x = text_x("tokens"), text_x(1)
+every_cache, every_cross = every_layer(self_cache), every_layer(cross)
+
 # ---- modules and functions -----------------------------------------------------------------------------------------
 
 
@@ -161,11 +156,11 @@ def audio_layer_norm(dims: ModelDimensions, policy: Policy) -> Module:
 
 
 def audio_block(dims: ModelDimensions, policy: Policy) -> Module:
-    return model.ResidualAttentionBlock(dims.n_audio_state, dims.n_audio_head, policy)
+    return ResidualAttentionBlock(dims.n_audio_state, dims.n_audio_head, policy)
 
 
 def text_block(dims: ModelDimensions, policy: Policy) -> Module:
-    return model.ResidualAttentionBlock(dims.n_text_state, dims.n_text_head, policy, cross_attention=True)
+    return ResidualAttentionBlock(dims.n_text_state, dims.n_text_head, policy, cross_attention=True)
 
 
 def audio_mlp(dims: ModelDimensions, policy: Policy) -> Module:
@@ -185,7 +180,7 @@ def audio_stem(dims: ModelDimensions, policy: Policy) -> Module:
 
 
 def text_ends(dims: ModelDimensions, policy: Policy) -> Module:
-    return model.TextDecoder(replace(dims, n_text_layer=0), policy)
+    return TextDecoder(replace(dims, n_text_layer=0), policy)
 
 
 def one(module: Callable[..., TensorValue], *inputs: TensorValue) -> tuple[TensorValue]:
@@ -217,7 +212,12 @@ def cross_attention(
 # ---- the table -----------------------------------------------------------------------------------------------------
 
 LAYER, TEXT_LAYER = "encoder.blocks.{audio_layer}", "decoder.blocks.{text_layer}"
-CROSS = f"{TEXT_LAYER}.cross_attn"
+SELF, CROSS, MLP = f"{TEXT_LAYER}.attn", f"{TEXT_LAYER}.cross_attn", f"{TEXT_LAYER}.mlp"
+
+
+def whole_decoder(name: str, function: Callable[..., Sequence[TensorValue]], inputs: InputsOf, unit: str) -> Block:
+    return Block(name, "decoder", TextDecoder, function, inputs, unit)
+
 
 BLOCKS: dict[str, Block] = {
     block.name: block
@@ -227,79 +227,36 @@ BLOCKS: dict[str, Block] = {
         Block("encoder.layer_norm", f"{LAYER}.attn_ln", audio_layer_norm, one, audio_x),
         Block("encoder.attention", f"{LAYER}.attn", audio_attention, encoder_attention, audio_x),
         Block("encoder.mlp", f"{LAYER}.mlp", audio_mlp, one, audio_x),
-        Block("encoder.block", LAYER, audio_block, model.ResidualAttentionBlock.encode, audio_x),
+        Block("encoder.block", LAYER, audio_block, ResidualAttentionBlock.encode, audio_x),
         Block("encoder", "encoder", model.AudioEncoder, one, mel, unit="network"),
         Block("decoder.embedding", "decoder", text_ends, lambda m, *x: (m.embed(*x),), together(prompt_tokens, offset)),
-        Block("decoder.attention.causal", f"{TEXT_LAYER}.attn", text_attention, causal_attention, prompt_x),
-        Block(
-            "decoder.attention.cached",
-            f"{TEXT_LAYER}.attn",
-            text_attention,
-            cached_attention,
-            together(step_x, offset, self_cache),
-        ),
+        Block("decoder.attention.causal", SELF, text_attention, causal_attention, prompt_x),
+        Block("decoder.attention.cached", SELF, text_attention, cached_attention, together(step_x, offset, self_cache)),
         Block(
             "decoder.cross_attention.keys_values", CROSS, text_attention, lambda m, x: m.keys_values(x), audio_features
         ),
         Block("decoder.cross_attention.prefill", CROSS, text_attention, cross_attention, together(prompt_x, cross)),
         Block("decoder.cross_attention.step", CROSS, text_attention, cross_attention, together(step_x, cross)),
-        Block("decoder.mlp.prefill", f"{TEXT_LAYER}.mlp", text_mlp, one, prompt_x),
-        Block("decoder.mlp.step", f"{TEXT_LAYER}.mlp", text_mlp, one, step_x),
+        Block("decoder.mlp.prefill", MLP, text_mlp, one, prompt_x),
+        Block("decoder.mlp.step", MLP, text_mlp, one, step_x),
         Block(
-            "decoder.block.prefill",
-            TEXT_LAYER,
-            text_block,
-            model.ResidualAttentionBlock.prefill,
-            together(prompt_x, cross),
+            "decoder.block.prefill", TEXT_LAYER, text_block, ResidualAttentionBlock.prefill, together(prompt_x, cross)
         ),
         Block(
             "decoder.block.step",
             TEXT_LAYER,
             text_block,
-            model.ResidualAttentionBlock.step,
+            ResidualAttentionBlock.step,
             together(step_x, offset, self_cache, cross),
         ),
         Block("decoder.logits.prefill", "decoder", text_ends, lambda m, x: (m.logits(x),), prompt_x),
         Block("decoder.logits.step", "decoder", text_ends, lambda m, x: (m.logits(x),), step_x),
-        Block(
-            "decoder.keys_values",
-            "decoder",
-            model.TextDecoder,
-            model.TextDecoder.keys_values,
-            audio_features,
-            unit="network",
+        whole_decoder("decoder.keys_values", TextDecoder.keys_values, audio_features, "network"),
+        whole_decoder("decoder.prefill", TextDecoder.__call__, together(prompt_tokens, every_cross), "network"),
+        whole_decoder("decoder.start", TextDecoder.start, together(prompt_tokens, positions, every_cross), "network"),
+        whole_decoder(
+            "decoder.step", TextDecoder.step, together(step_tokens, offset, every_cache, every_cross), "decoding"
         ),
-        Block(
-            "decoder.prefill",
-            "decoder",
-            model.TextDecoder,
-            model.TextDecoder.__call__,
-            together(prompt_tokens, every_layer(cross)),
-            unit="network",
-        ),
-        Block(
-            "decoder.start",
-            "decoder",
-            model.TextDecoder,
-            model.TextDecoder.start,
-            together(prompt_tokens, positions, every_layer(cross)),
-            unit="network",
-        ),
-        Block(
-            "decoder.step",
-            "decoder",
-            model.TextDecoder,
-            model.TextDecoder.step,
-            together(step_tokens, offset, every_layer(self_cache), every_layer(cross)),
-            unit="decoding",
-        ),
-        Block(
-            "decoder.alignment",
-            "decoder",
-            model.TextDecoder,
-            model.TextDecoder.align,
-            together(prompt_tokens, every_layer(cross)),
-            unit="alignment",
-        ),
+        whole_decoder("decoder.alignment", TextDecoder.align, together(prompt_tokens, every_cross), "alignment"),
     )
 }

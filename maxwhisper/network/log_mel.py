@@ -47,7 +47,6 @@ class LogMelSpectrogram(Module):
         # OpenAI's (max(log10(mel), top - 8) + 4) / 4, with the division by 4 folded into the logarithm's base.
         log_mel = ops.log(mel) * (math.log10(math.e) / 4) + 1
         top = ops.max(ops.max(log_mel, axis=0), axis=1)
-        # MAX's maximum passes over NaN, where PyTorch's gives it.
         total = ops.sum(audio, axis=0)
         # What is no number in the audio, since MAX's maximum passes over NaN, where PyTorch's gives it.
         lost = ops.where(ops.is_nan(total) | ops.is_inf(total), total, ops.constant(0, DType.float32, audio.device))

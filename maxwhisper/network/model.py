@@ -105,10 +105,7 @@ class MultiHeadAttention(Attention):
     def __call__(
         self, x: TensorValue, kv: KeyValue, mask: TensorValue | None = None, cache: Cache | None = None
     ) -> TensorValue:
-        """Attends from x (batch, token, state) to kv, and to what is cached before it, which takes one token.
-
-        kv may have fewer rows than the batch: with several sequences per audio window, consecutive ones share a row.
-        """
+        """Attends from x (batch, token, state) to kv, and to what is cached before it, which takes one token."""
         return self.out(self.attend(self.query(x), kv, mask, cache))
 
     def with_scores(self, x: TensorValue, kv: KeyValue) -> tuple[TensorValue, TensorValue]:

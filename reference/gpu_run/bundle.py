@@ -200,13 +200,7 @@ def make(out: Path, python: str, has: Sequence[str], artifacts: Sequence[Path], 
 
 
 def wheels_and_more(
-    scratch: Path,
-    out: Path,
-    roots: Sequence[str],
-    python: str,
-    has: Sequence[str],
-    held: dict[str, Path],
-    fetch: Fetch,
+    scratch: Path, out: Path, roots: Sequence[str], python: str, has: Sequence[str], held: dict[str, Path], fetch: Fetch
 ) -> tuple[dict[str, dict[str, int | str]], list[str]]:
     """Writes the parts into `out`; returns them, and the names of the wheels in them."""
     brought, plain, archives = (scratch / name for name in ("brought", "plain", "archives"))

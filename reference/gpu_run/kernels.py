@@ -10,6 +10,7 @@ import argparse
 import json
 import shutil
 import sys
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,8 @@ def transcribe(model: Whisper, device: str) -> None:
 def rows(found: profile, on_gpu: bool) -> list[dict[str, Any]]:
     """Returns what was run, the longest first: names, calls, and microseconds in all."""
     events = [event for event in found.key_averages() if not on_gpu or event.device_type.name == "CUDA"]
-    listed = [
-        {
-            "name": event.key,
-            "calls": event.count,
-            "microseconds": event.self_device_time_total if on_gpu else event.self_cpu_time_total,
-        }
-        for event in events
-    ]
+    time = attrgetter("self_device_time_total" if on_gpu else "self_cpu_time_total")
+    listed = [{"name": event.key, "calls": event.count, "microseconds": time(event)} for event in events]
     return sorted(listed, key=lambda row: -row["microseconds"])
 
 

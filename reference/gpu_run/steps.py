@@ -5,6 +5,7 @@ import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from . import held
@@ -96,15 +97,11 @@ def suite(place: Place, tests: Sequence[str], dtype: str, unit: str) -> list[str
     return module(place, "pytest", *tests, *device, "--size", "fixture", "--dtype", dtype, *artifacts)
 
 
-def parity(dtype: str) -> Callable[[Place], list[Command]]:
+def parity(dtype: str, place: Place) -> list[Command]:
     """Judges every block of the fixture in a precision; transcripts are a step of their own."""
-
-    def commands(place: Place) -> list[Command]:
-        tests = ["tests/parity", "--ignore", "tests/parity/test_transcript.py", "--tb", "line"]
-        report = ["--report", str(place.out / f"parity-{dtype}")]
-        return [Command([*suite(place, tests, dtype, "parts"), *report])]
-
-    return commands
+    tests = ["tests/parity", "--ignore", "tests/parity/test_transcript.py", "--tb", "line"]
+    report = ["--report", str(place.out / f"parity-{dtype}")]
+    return [Command([*suite(place, tests, dtype, "parts"), *report])]
 
 
 def transcripts(place: Place) -> list[Command]:
@@ -120,22 +117,17 @@ def peers(place: Place) -> list[Command]:
     return [Command([*install, ".[peers,cuda12]"])]
 
 
-def speed(size: str) -> Callable[[Place], list[Command]]:
+def speed(size: str, place: Place) -> list[Command]:
     """Compares engines: the fixture's whole transcripts, other models by 100 tokens for every window of a talk."""
-
-    def commands(place: Place) -> list[Command]:
-        dtypes = ("float16", "bfloat16", "float32")
-        options = [place.from_artifacts("network", size, dtype) for dtype in dtypes]
-        artifacts = next(filter(None, options), [])
-        common = ["--device", place.device, "--rounds", "1", *artifacts]
-        common += ["--json", str(place.out / f"speed-{size}.json")]
-        if size == "fixture":
-            return [Command(module(place, "maxwhisper", "compare", CLIP, "--model", NANO, *common))]
-        long = ["--model", f"random:{size}", "--tokens", "100", "--batch_size", "32"]
-        make = [] if (place.root / TALK).exists() else [Command([str(place.python), "fixtures/make.py", "talk"])]
-        return [*make, Command(module(place, "maxwhisper", "compare", TALK, *long, *common))]
-
-    return commands
+    options = [place.from_artifacts("network", size, dtype) for dtype in ("float16", "bfloat16", "float32")]
+    artifacts = next(filter(None, options), [])
+    common = ["--device", place.device, "--rounds", "1", *artifacts]
+    common += ["--json", str(place.out / f"speed-{size}.json")]
+    if size == "fixture":
+        return [Command(module(place, "maxwhisper", "compare", CLIP, "--model", NANO, *common))]
+    long = ["--model", f"random:{size}", "--tokens", "100", "--batch_size", "32"]
+    make = [] if (place.root / TALK).exists() else [Command([str(place.python), "fixtures/make.py", "talk"])]
+    return [*make, Command(module(place, "maxwhisper", "compare", TALK, *long, *common))]
 
 
 def blocks(place: Place) -> list[Command]:
@@ -167,15 +159,15 @@ def kernels(place: Place) -> list[Command]:
 STEPS = (
     Step("environment", "log", 20, 1, environment, whole=True),
     Step("doctor", "doctor", 25, 5, doctor),
-    Step("parity float16", "suite", 80, 20, parity("float16")),
-    Step("parity bfloat16", "suite", 80, 20, parity("bfloat16")),
-    Step("parity float32", "suite", 80, 20, parity("float32")),
+    Step("parity float16", "suite", 80, 20, partial(parity, "float16")),
+    Step("parity bfloat16", "suite", 80, 20, partial(parity, "bfloat16")),
+    Step("parity float32", "suite", 80, 20, partial(parity, "float32")),
     Step("transcripts", "suite", 40, 15, transcripts),
     Step("peers", "log", 10, 5, peers, online=True),
-    Step("speed fixture", "speed", 20, 10, speed("fixture")),
-    Step("speed tiny", "speed", 30, 10, speed("tiny")),
-    Step("speed turbo", "speed", 35, 15, speed("turbo")),
-    Step("speed large-v3", "speed", 50, 20, speed("large-v3")),
+    Step("speed fixture", "speed", 20, 10, partial(speed, "fixture")),
+    Step("speed tiny", "speed", 30, 10, partial(speed, "tiny")),
+    Step("speed turbo", "speed", 35, 15, partial(speed, "turbo")),
+    Step("speed large-v3", "speed", 50, 20, partial(speed, "large-v3")),
     Step("blocks", "suite", 30, 10, blocks),
     Step("kernels", "kernels", 20, 10, kernels),
 )

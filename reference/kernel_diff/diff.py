@@ -2,7 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import zip_longest
 
 from maxwhisper.network.blocks import BLOCKS
@@ -54,11 +54,6 @@ class Report:
     """The differences of all graphs, in the order of their names."""
 
     differences: Sequence[Difference]
-    by_dims: bool = field(init=False)
-
-    def __post_init__(self) -> None:
-        sizes = {difference.name.dims for difference in self.differences if len(difference.name.dims) > 1}
-        object.__setattr__(self, "by_dims", len(sizes) > 1)
 
     @property
     def changed(self) -> list[Difference]:
@@ -67,7 +62,7 @@ class Report:
     @property
     def selection(self) -> str:
         """What `pytest -k` takes to test the changed blocks alone; empty if none is."""
-        blocks = [block_of(each.name.block) for each in self.changed if each.head]
+        blocks = [each.name.block.removesuffix(" with intermediates") for each in self.changed if each.head]
         words = [word for block in blocks for word in ([block] if block in BLOCKS else DECODING_TESTS)]
         return " or ".join(dict.fromkeys(words))
 
@@ -86,17 +81,15 @@ class Report:
     def _graphs(self) -> Iterator[str]:
         yield "| graph | dtype | launches at least | kernels | added | gone | changed | to see |"
         yield "|---|---|---:|---:|---:|---:|---:|---|"
+        several = len({each.name.dims for each in self.differences if len(each.name.dims) > 1}) > 1
         for each in self.differences:
             numbers = " | ".join(str(each.number(kind) or "") for kind in ("added", "gone", "changed"))
             launches = arrow(each, lambda graph: graph.n_launch)
             kernels = arrow(each, lambda graph: len(graph.kernels))
-            name = f"{self._named(each.name)} | {each.name.dtype}"
+            width = dict(each.name.dims).get("n_text_state")
+            size = f", {width} wide" if several and width is not None else ""
+            name = f"{each.name.block} ({each.name.unit}{size}) | {each.name.dtype}"
             yield f"| {name} | {launches} | {kernels} | {numbers} | {seen(each)} |"
-
-    def _named(self, name: Name) -> str:
-        dims = dict(name.dims)
-        size = f", {dims['n_text_state']} wide" if self.by_dims and "n_text_state" in dims else ""
-        return f"{name.block} ({name.unit}{size})"
 
     def _kernels(self) -> Iterator[str]:
         """Every change once, with the graphs that it is in."""
@@ -144,11 +137,6 @@ def by_name(kernels: Iterable[Kernel]) -> dict[str, list[Kernel]]:
     for kernel in kernels:
         found[kernel.name].append(kernel)
     return {name: sorted(each, key=lambda kernel: (kernel.size, kernel.digest)) for name, each in found.items()}
-
-
-def block_of(graph: str) -> str:
-    """Returns the block of a graph, which may give its intermediates too."""
-    return graph.removesuffix(" with intermediates")
 
 
 def arrow(each: Difference, number: Callable[[Compiled], int]) -> str:

@@ -6,12 +6,15 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from operator import attrgetter
 
 MAGIC = b"\x7fELF"
 X86_64, CUDA = 62, 190
 """Machines."""
 SYMBOLS, RELOCATIONS, NO_BITS = 2, 4, 8
 """Types of sections."""
+EXECUTABLE = 4
+"""A flag of a section."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,7 @@ class Section:
 
     name: str
     type: int
+    flags: int
     offset: int
     size: int
     link: int
@@ -54,8 +58,8 @@ class Elf:
         raw = [struct.unpack_from("<IIQQQQIIQQ", self.content, offset + i * size) for i in range(number)]
         strings = raw[names][4]
         return [
-            Section(self.string(strings + name), type_, at, length, link, info, entry)
-            for name, type_, _, _, at, length, link, info, _, entry in raw
+            Section(self.string(strings + name), type_, flags, at, length, link, info, entry)
+            for name, type_, flags, _, at, length, link, info, _, entry in raw
         ]
 
     def string(self, at: int) -> str:
@@ -79,22 +83,20 @@ class Elf:
         return [Symbol(self.string(strings + name), at, start, size) for name, _, _, at, start, size in entries]
 
     @cached_property
-    def _starts(self) -> dict[int, list[tuple[int, Symbol]]]:
+    def _by_section(self) -> dict[int, list[Symbol]]:
         """By section, its symbols by where they start."""
         found = defaultdict(list)
-        for symbol in self.symbols:
+        for symbol in sorted(self.symbols, key=attrgetter("start")):
             if symbol.size:
-                found[symbol.section].append((symbol.start, symbol))
-        return {section: sorted(each, key=lambda pair: pair[0]) for section, each in found.items()}
+                found[symbol.section].append(symbol)
+        return found
 
     def at(self, section: int, offset: int) -> Symbol | None:
         """Returns the symbol that holds a byte of a section."""
-        symbols = self._starts.get(section, [])
-        place = bisect_right(symbols, offset, key=lambda pair: pair[0]) - 1
-        if place < 0:
-            return None
-        symbol = symbols[place][1]
-        return symbol if offset < symbol.start + symbol.size else None
+        symbols = self._by_section.get(section, [])
+        place = bisect_right(symbols, offset, key=attrgetter("start")) - 1
+        found = symbols[place] if place >= 0 else None
+        return found if found and offset < found.start + found.size else None
 
     @cached_property
     def _relocations(self) -> dict[Symbol, list[tuple[Symbol, int]]]:

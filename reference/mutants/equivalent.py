@@ -1,25 +1,20 @@
 """Mutants that nothing could see, each with the reason."""
 
-from collections.abc import Mapping
-from types import MappingProxyType
-
-EQUIVALENT: Mapping[tuple[str, str, str], str] = MappingProxyType(
-    {
-        (
-            "kernels/linear.mojo",
-            "ceildiv(ceildiv(n_out, n_task), COLUMNS) * COLUMNS",
-            "ceildiv(ceildiv(n_out, n_task), COLUMNS) + COLUMNS",
-        ): "tasks are smaller, and as many more: all columns are computed",
-        (
-            "kernels/linear.mojo",
-            "number * share",
-            "number",
-        ): "a task computes the columns of those before it too, to the same values",
-        (
-            "kernels/attention.mojo",
-            "values.cast[Self.dtype]().cast[DType.float32]()",
-            "values",
-        ): "in float32, in which mutants are tried, a cast to the cache's dtype changes nothing",
-    }
-)
+EQUIVALENT = {
+    (
+        "kernels/linear.mojo",
+        "ceildiv(ceildiv(n_out, n_task), COLUMNS) * COLUMNS",
+        "ceildiv(ceildiv(n_out, n_task), COLUMNS) + COLUMNS",
+    ): "tasks are smaller, and as many more: all columns are computed",
+    (
+        "kernels/linear.mojo",
+        "number * share",
+        "number",
+    ): "a task computes the columns of those before it too, to the same values",
+    (
+        "kernels/attention.mojo",
+        "values.cast[Self.dtype]().cast[DType.float32]()",
+        "values",
+    ): "in float32, in which mutants are tried, a cast to the cache's dtype changes nothing",
+}
 """By file, code before and code after."""

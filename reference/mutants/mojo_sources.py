@@ -275,9 +275,10 @@ def statement(writer: Writer, code: str, text: str) -> str:
         return text
     if ALWAYS in (skipped, added):
         return indent + ("pass" if skipped == ALWAYS else other)
-    lines = [f"{indent}if mutated({added}):", f"{indent}    {other}", f"{indent}else:"] if added else []
-    inner = f"{indent}    " if added or skipped else indent
-    lines += [f"{indent}{'if' if not added else 'elif'} not mutated({skipped}):"] if skipped else []
-    if added and skipped:  # one after the other
-        lines = [f"{indent}if mutated({added}):", f"{indent}    {other}", f"{indent}elif not mutated({skipped}):"]
-    return "\n".join([*lines, inner + written])
+    lines = [f"if mutated({added}):", f"    {other}"] if added else []
+    if skipped:
+        lines.append(f"{'elif' if added else 'if'} not mutated({skipped}):")
+    elif added:
+        lines.append("else:")
+    lines.append(f"    {written}" if lines else written)
+    return "\n".join(indent + line for line in lines)

@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -63,27 +63,19 @@ class Material:
     n_window: int
 
 
-@dataclass(frozen=True)
-class Model:
-    """folder: of the checkpoint in the cache, as `store` gives it."""
-
-    folder: Path
-    dims: ModelDimensions
-
-
 class Measurement:
     """One run of the command, without its rendering. scratch: a folder for what the engines read."""
 
     def __init__(self, rounds: int, scratch: Path):
         self.rounds, self.scratch = rounds, scratch
         self.clip = load_audio(CLIP)
-        self.models: dict[str, Model] = {}
+        self.models: dict[str, tuple[Path, ModelDimensions]] = {}
         self.prepared: set[tuple[str, str]] = set()
         self.specs = [spec for spec in SPECS if spec.name in (SUBJECT, REFERENCE)]
 
     def row(self, axis: str, point: Point) -> Row:
         """Both engines at a point, in turn; one that fails is not asked again."""
-        model, material = self.model(point.size), self.material(point)
+        material = self.material(point)
         row = Row(axis, point, {spec.name: Cost() for spec in self.specs})
         n_round = 1 if (point.minutes or 0) >= LONG else self.rounds
         for number in range(n_round):
@@ -91,13 +83,13 @@ class Measurement:
                 cost = row.costs[spec.name]
                 if not cost.error:
                     log.info("%s %s, round %d of %d: %s", axis, row.value, number + 1, n_round, spec.name)
-                    self.measure(spec, model, point, material, cost)
+                    self.measure(spec, point, material, cost)
         return row
 
-    def measure(self, spec: Spec, model: Model, point: Point, material: Material, cost: Cost) -> None:
+    def measure(self, spec: Spec, point: Point, material: Material, cost: Cost) -> None:
         """One round of an engine, or its error."""
         try:
-            with self.worker(spec, model, point) as worker:
+            with self.worker(spec, point) as worker:
                 worker.ask("load")
                 # The first call of anything is slower, and users of a loaded model do not wait for it.
                 worker.ask(material.request, n_tokens=TOKENS, **material.warm_up)
@@ -112,23 +104,25 @@ class Measurement:
             cost.peak_bytes.append(peak_bytes)
 
     @contextlib.contextmanager
-    def worker(self, spec: Spec, model: Model, point: Point) -> Iterator[Worker]:
+    def worker(self, spec: Spec, point: Point) -> Iterator[Worker]:
         """A new process of an engine, whose graphs another one has compiled; raises EngineError."""
-        task = task_for(model.dims, None, point.threads)
+        folder, dims = self.model(point.size)
+        task = task_for(dims, None, point.threads)
         if (spec.name, point.size) not in self.prepared:
             log.info("preparing %s, %s", spec.name, point.size)
-            with contextlib.closing(Worker(spec, model.folder, task)) as preparing:
+            with contextlib.closing(Worker(spec, folder, task)) as preparing:
                 preparing.ask("prepare")
             self.prepared.add((spec.name, point.size))
         time.sleep(PAUSE)  # for our own threads, which have made weights and spectrograms
-        with contextlib.closing(Worker(spec, model.folder, task)) as worker:
+        with contextlib.closing(Worker(spec, folder, task)) as worker:
             yield worker
 
-    def model(self, size: str) -> Model:
-        """Returns a model of random weights, the same at every call, kept on disk only."""
+    def model(self, size: str) -> tuple[Path, ModelDimensions]:
+        """Returns the folder, as `store` gives it, and the dimensions of a model of random weights, the same at every
+        call, kept on disk only."""
         if size not in self.models:
             checkpoint = checkpoint_for(RANDOM + size)
-            self.models[size] = Model(store(checkpoint), checkpoint.dims)
+            self.models[size] = store(checkpoint), checkpoint.dims
         return self.models[size]
 
     def material(self, point: Point) -> Material:
@@ -137,7 +131,8 @@ class Measurement:
             n_window = 2 * point.minutes
             first, whole = self.save("first", self.audio(1)), self.save("whole", self.audio(n_window))
             return Material("transcribe_fixed", {"audio": first}, {"audio": whole}, n_window)
-        windows = Recording(CLIP.name, self.audio(point.batch), None).windows(self.model(point.size).dims.n_mels)
+        dims = self.model(point.size)[1]
+        windows = Recording(CLIP.name, self.audio(point.batch), None).windows(dims.n_mels)
         path = {"mel": self.save("windows", windows)}
         return Material("generate_batch", path, path, point.batch)
 
@@ -198,7 +193,7 @@ def write(growth: Growth, folder: Path) -> None:
     print(text := markdown(growth), flush=True)
     files: dict[str, Callable[[Path], object]] = {
         "growth.md": lambda unfinished: unfinished.write_text(text),
-        "growth.json": lambda unfinished: unfinished.write_text(json.dumps(growth.as_json(), indent=1)),
+        "growth.json": lambda unfinished: unfinished.write_text(json.dumps(asdict(growth), indent=1)),
         "growth.png": lambda unfinished: plot(growth, unfinished),
     }
     missing = []

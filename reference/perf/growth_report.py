@@ -1,8 +1,7 @@
 """What `growth` has measured, as a table and as a picture."""
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from maxwhisper.compare.engines import REFERENCE, SUBJECT
+from maxwhisper.compare.plot import shown
 from maxwhisper.compare.results import middle
 from maxwhisper.compare.table import number
 
@@ -91,9 +91,6 @@ class Growth:
     def of(self, axis: str) -> list[Row]:
         return [row for row in self.rows if row.axis == axis]
 
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 # ---- table ---------------------------------------------------------------------------------------------------------
 
@@ -106,7 +103,7 @@ def markdown(growth: Growth) -> str:
 
 
 def table(axis: str, rows: Sequence[Row]) -> Iterator[str]:
-    unit = unit_of(axis)
+    unit = "s" if axis == "minutes" else "ms per window"
     yield f"{TITLES[axis]}:"
     yield ""
     yield (
@@ -120,10 +117,6 @@ def table(axis: str, rows: Sequence[Row]) -> Iterator[str]:
         memory = compared([row.peak_bytes(engine) for engine in (SUBJECT, REFERENCE)], 0, 1e-6)
         rounds = max(len(cost.seconds) for cost in row.costs.values())
         yield f"| {row.value} | {' | '.join([*seconds, *memory])} | {rounds} |"
-
-
-def unit_of(axis: str) -> str:
-    return "s" if axis == "minutes" else "ms per window"
 
 
 def compared(values: Sequence[float | None], digits: int, factor: float) -> list[str]:
@@ -183,8 +176,3 @@ def draw(axes: Axes, rows: Sequence[Row], lines: Sequence[Sequence[float]]) -> N
     axes.set_xticks(places, [str(value) for value in values])
     axes.set_xticks([], minor=True)
     axes.grid(alpha=0.3)
-
-
-def shown(value: float | None, factor: float) -> float:
-    """NaN, which is not drawn, where nothing was measured."""
-    return math.nan if value is None else value * factor

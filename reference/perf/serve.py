@@ -170,12 +170,8 @@ def health_under_load(server: Server, seconds: float) -> dict[str, float | int]:
     return {
         "/health under load, requests": len(taken),
         "/health under load, median, ms": statistics.median(taken),
-        "/health under load, 99th percentile, ms": percentile(taken, 99),
+        "/health under load, 99th percentile, ms": float(np.percentile(taken, 99)),
     }
-
-
-def percentile(values: Sequence[float], percent: float) -> float:
-    return float(np.percentile(values, percent))
 
 
 def beside_an_hour(server: Server) -> dict[str, float]:

@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from maxwhisper.decoding.gpu import MAX_CANDIDATES, SEARCH, STEPS_AT_ONCE, Steps
 from maxwhisper.decoding.rules import Rules
 from maxwhisper.decoding.stepper import Graphs, Texts
 from maxwhisper.engine.artifacts import Artifacts
-from maxwhisper.engine.program import Artifact, Executable
+from maxwhisper.engine.program import Artifact
 from maxwhisper.engine.session import TORCH_DTYPE, Policy, find_device
 from maxwhisper.errors import MaxWhisperError
 from maxwhisper.network.model import joined_weights
@@ -123,12 +123,7 @@ def steps_of(
     n_token = torch.full((n_text,), dims.n_text_ctx - N_PAST)
     steps.take(Texts.of(tokens, torch.zeros(n_text)), joined, rules, n_token, n_step=0)
     kv = sum(x.nbytes for x in cache.cross) + sum(x[:, :, :N_PAST].nbytes for x in cache.own)
-    return steps, kv + bytes_of_weights(graph)
-
-
-def bytes_of_weights(graph: Executable) -> int:
-    """Returns how much of a decoder a step reads."""
-    return sum(x.nbytes for name, x in graph.weights.items() if not NOT_READ.search(name))
+    return steps, kv + sum(x.nbytes for name, x in graph.weights.items() if not NOT_READ.search(name))
 
 
 def read_rate(device: Device) -> float:
@@ -253,15 +248,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for case in CASES[: given.cases]:
         timings.append(measure(graphs, dims, case, device, dtype, rate, given.rounds))
         if given.json:  # of each case before the next begins
-            given.json.write_text(json.dumps(figures(given.model, rate, timings), indent=1))
+            of_all = {"read_bytes_per_second": rate, "timings": [asdict(each) for each in timings]}
+            given.json.write_text(json.dumps({"model": given.model, **of_all}, indent=1))
     print(
         f"{given.model}, {given.dtype}, {given.device}; a large read: {rate / 1e9:.0f} GB/s; microseconds of one step"
     )
     print(table(timings))
-
-
-def figures(model: str, rate: float, timings: Sequence[Timing]) -> Mapping[str, object]:
-    return {"model": model, "read_bytes_per_second": rate, "timings": [asdict(each) for each in timings]}
 
 
 if __name__ == "__main__":

@@ -39,8 +39,6 @@ PR_SET_PDEATHSIG = 1
 MATRIX, VECTOR = 2048, 2**26
 """Rows of the matrix product and elements of the copy and of the read that find the machine's ceilings: far more than
 its caches hold."""
-
-
 N_TOKEN = 50
 """How many tokens every text of a decode loop has, which does not end before."""
 

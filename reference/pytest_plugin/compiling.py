@@ -10,24 +10,20 @@ from maxwhisper.engine.precompile import Ahead
 
 from ..ahead import WhenCompiling, compile_ahead
 from ..lowering import Lowering
-from .options import Options
+from .options import OfRun, Options
 
 
-class Compiling:
+class Compiling(OfRun):
     """The processes of a run that compile.
 
     ahead: what later tests need. lowering: by target of --compile-only, in the order in which they were started.
     """
 
     def __init__(self, config: pytest.Config):
+        super().__init__(config)
         self.options = Options.of(config)
         self.ahead: list[Ahead] = []
         self.lowering: dict[str, Lowering] = {}
-
-    @classmethod
-    def of(cls, config: pytest.Config) -> "Compiling":
-        """Return those of a run."""
-        return config.stash.setdefault(COMPILING, cls(config))
 
     def start(self, jobs: Sequence[str]) -> None:
         """Have jobs done by a process, from when this one compiles something on."""
@@ -56,9 +52,6 @@ class Compiling:
         for each in self.ahead:
             each.stop()
         self.stop_lowering()
-
-
-COMPILING = pytest.StashKey[Compiling]()
 
 
 @pytest.fixture

@@ -31,12 +31,8 @@ from .workers import is_worker
 PLUGGY = Path(pluggy.__file__).parent
 FOUND = "maxwhisper_found"
 """Attribute of the report of a test that ran in a worker."""
-
-
 CHOSEN = "maxwhisper_chosen"
 """Key of `Chosen` in what a worker gives back."""
-
-
 ENDING = pytest.StashKey["Ending"]()
 
 

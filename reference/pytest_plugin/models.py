@@ -15,14 +15,14 @@ from ..models import Model, load
 from ..results import Run
 from ..suite import Suite
 from .compiling import Compiling
-from .options import Options
+from .options import OfRun, Options
 
 SuiteFor = Callable[[str, torch.dtype], Suite]
 RUN = pytest.StashKey[Run]()
 """What a run has found."""
 
 
-class Models:
+class Models(OfRun):
     """The models and suites of a run.
 
     asked: by size and dtype, the blocks that are compared alone. model, suite: from a size, and from a size and a
@@ -30,15 +30,11 @@ class Models:
     """
 
     def __init__(self, config: pytest.Config):
-        self.config, self.options = config, Options.of(config)
+        super().__init__(config)
+        self.options = Options.of(config)
         self.asked: dict[tuple[str, torch.dtype], frozenset[str]] = {}
         self.model: Callable[[str], Model] = lru_cache(maxsize=2)(lambda size: load(size, self.options.checkpoint))
         self.suite: SuiteFor = lru_cache(maxsize=2)(self.new_suite)
-
-    @classmethod
-    def of(cls, config: pytest.Config) -> "Models":
-        """Return those of a run."""
-        return config.stash.setdefault(MODELS, cls(config))
 
     def new_suite(self, size: str, dtype: torch.dtype) -> Suite:
         """Make a suite, once its blocks are compiled if another process compiles them."""
@@ -46,9 +42,6 @@ class Models:
         Compiling.of(self.config).wait(suite_job(size, dtype, only))
         memory = getattr(self.config, "cache", None)
         return Suite(self.model(size), dtype, options.device, options.artifacts, memory, only)
-
-
-MODELS = pytest.StashKey[Models]()
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import Any, ClassVar, Self
 
 import pytest
 import torch
@@ -63,20 +64,34 @@ def pytest_configure(config: pytest.Config) -> None:
     Options.of(config).check()
 
 
-class Options:
+class OfRun:
+    """What a run has one of, made of its config when it is first asked for."""
+
+    key: ClassVar[pytest.StashKey[Any]]
+
+    def __init_subclass__(cls) -> None:
+        cls.key = pytest.StashKey()
+
+    def __init__(self, config: pytest.Config):
+        self.config = config
+
+    @classmethod
+    def of(cls, config: pytest.Config) -> Self:
+        """Return that of a run."""
+        if cls.key not in config.stash:
+            config.stash[cls.key] = cls(config)
+        return config.stash[cls.key]
+
+
+class Options(OfRun):
     """What the command line asks for, each part read when it is first needed.
 
     checkpoint: the user's, by path or name, or None.
     """
 
     def __init__(self, config: pytest.Config):
-        self.config = config
+        super().__init__(config)
         self.checkpoint: str | None = config.getoption("--checkpoint")
-
-    @classmethod
-    def of(cls, config: pytest.Config) -> "Options":
-        """Return those of a run."""
-        return config.stash.setdefault(OPTIONS, cls(config))
 
     def check(self) -> None:
         """Raise a usage error for the first that cannot be met."""
@@ -152,9 +167,6 @@ class Options:
     def times(self) -> bool:
         """Whether anything is timed: not beside other workers of pytest-xdist, nor without pytest-benchmark."""
         return not self.config.getoption("benchmark_disable", True) and not is_worker(self.config)
-
-
-OPTIONS = pytest.StashKey[Options]()
 
 
 def check_folder(option: str, folder: Path) -> None:

@@ -35,22 +35,12 @@ VARIABLES = {
     **{colour: f"var(--dtype-{number})" for number, colour in enumerate(DTYPE_COLOURS)},
 }
 STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
     "font.size": 9,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": GRID,
-    "axes.facecolor": "none",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": GRID,
-    "ytick.color": GRID,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "grid.color": GRID,
     "grid.linewidth": 0.6,
-    "figure.facecolor": "none",
-    "legend.frameon": False,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), INK),
+    **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), GRID),
+    **dict.fromkeys(("svg.fonttype", "axes.facecolor", "figure.facecolor"), "none"),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
 }
 NOT_FINITE = "#e5484d"
 """In a map of errors, where colours are those of a picture and not of the page."""
@@ -120,18 +110,12 @@ def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
 
 LABELS = 28
 """How many names there is room for along a chart's axis."""
+ISOLATED, CHAINED = {"ls": "", "mfc": PAPER, "ms": 4.5}, {"lw": 1.2, "ms": 2.6}
 SERIES: dict[str, dict[str, Any]] = {
-    "isolated-pytorch": {
-        "label": "PyTorch, isolated",
-        "marker": "s",
-        "ls": "",
-        "mfc": PAPER,
-        "mec": PYTORCH,
-        "ms": 4.5,
-    },
-    "isolated-max": {"label": "MAX, isolated", "marker": "o", "ls": "", "mfc": PAPER, "mec": MAX, "ms": 4.5},
-    "chained-pytorch": {"label": "PyTorch, chained", "marker": "s", "color": PYTORCH, "lw": 1.2, "ms": 2.6},
-    "chained-max": {"label": "MAX, chained", "marker": "o", "color": MAX, "lw": 1.2, "ms": 2.6},
+    "isolated-pytorch": {"label": "PyTorch, isolated", "marker": "s", "mec": PYTORCH, **ISOLATED},
+    "isolated-max": {"label": "MAX, isolated", "marker": "o", "mec": MAX, **ISOLATED},
+    "chained-pytorch": {"label": "PyTorch, chained", "marker": "s", "color": PYTORCH, **CHAINED},
+    "chained-max": {"label": "MAX, chained", "marker": "o", "color": MAX, **CHAINED},
 }
 
 
@@ -147,19 +131,12 @@ def along_the_network(
             points = isolated if gid.startswith("isolated") else chained
             errors = [point.peer if gid.endswith("pytorch") else point.subject for point in points]
             draw_errors(axes, gid, points, errors, tips)
-        axes.step(
-            [p.position for p in chained],
-            [p.budget for p in chained],
-            where="mid",
-            color=INK,
-            lw=0.8,
-            ls=(0, (2, 2)),
-            label="budget of MAX, chained",
-        )
+        places, budgets = [point.position for point in chained], [point.budget for point in chained]
+        style: dict[str, Any] = {"where": "mid", "color": INK, "lw": 0.8, "ls": (0, (2, 2))}
+        axes.step(places, budgets, label="budget of MAX, chained", **style)
         if first_divergence in names:
-            axes.axvline(
-                names.index(first_divergence), color=BAD, lw=1, label=plain(f"first divergence: {first_divergence}")
-            )
+            label = plain(f"first divergence: {first_divergence}")
+            axes.axvline(names.index(first_divergence), color=BAD, lw=1, label=label)
         network_axis(axes, names)
         axes.set_yscale("log")
         axes.set_ylabel("relative L2 to float64")
@@ -233,9 +210,10 @@ def ratios(figures: Mapping[str, Mapping[str, BlockFigures]], dtypes: Sequence[s
     """From the smallest to the largest ratio of each block, one line per dtype, a mark at the median."""
     with matplotlib.rc_context(STYLE):
         figure, axes = new_figure(11, 1.1 + 0.3 * len(figures))
-        tips: dict[str, list[str]] = {}
-        for number, dtype in enumerate(dtypes):
-            draw_ratios(axes, figures, dtype, number, len(dtypes), tips)
+        tips = {
+            f"ratio-{dtype}": draw_ratios(axes, figures, dtype, number, len(dtypes))
+            for number, dtype in enumerate(dtypes)
+        }
         axes.axvline(1, color=INK, lw=1)
         axes.set_yticks(range(len(figures)), [plain(block) for block in figures])
         axes.set_ylim(len(figures) - 0.5, -0.5)
@@ -255,29 +233,23 @@ def ratios(figures: Mapping[str, Mapping[str, BlockFigures]], dtypes: Sequence[s
 
 
 def draw_ratios(
-    axes: Axes,
-    figures: Mapping[str, Mapping[str, BlockFigures]],
-    dtype: str,
-    number: int,
-    n_dtype: int,
-    tips: dict[str, list[str]],
-) -> None:
-    """One dtype's lines, its `number` of `n_dtype` beside each other within a block's row. What is not finite or zero
-    has no place on the axis and is left to the table."""
+    axes: Axes, figures: Mapping[str, Mapping[str, BlockFigures]], dtype: str, number: int, n_dtype: int
+) -> list[str]:
+    """One dtype's lines, its `number` of `n_dtype` beside each other within a block's row, and the tips of its marks.
+    What is not finite or zero has no place on the axis and is left to the table."""
     colour, marker = DTYPE_COLOURS[number % 3], "os^"[number % 3]
     shift = (number - (n_dtype - 1) / 2) * 0.22
-    rows = [(i, of[dtype]) for i, of in enumerate(figures.values()) if dtype in of]
-    rows = [(i, each) for i, each in rows if 0 < each.median < math.inf]
+    of_dtype = [(i, of[dtype]) for i, of in enumerate(figures.values()) if dtype in of]
+    rows = [(i, each) for i, each in of_dtype if 0 < each.median < math.inf]
     for i, each in rows:
         ends = [x for x in (each.best, each.median, each.worst) if 0 < x < math.inf]
         axes.plot([min(ends), max(ends)], [i + shift] * 2, color=colour, lw=1.6, alpha=0.55)
         if not each.worst <= WIDEST:
             axes.plot(WIDEST, i + shift, ">", color=colour, ms=5, clip_on=False)
-    gid = f"ratio-{dtype}"
     medians = [each.median for _, each in rows]
-    axes.plot(medians, [i + shift for i, _ in rows], marker, color=colour, ms=4.5, gid=gid, label=dtype)
+    axes.plot(medians, [i + shift for i, _ in rows], marker, color=colour, ms=4.5, gid=f"ratio-{dtype}", label=dtype)
     names = list(figures)
-    tips[gid] = [
+    return [
         f"{names[i]}, {dtype}, {e.n} comparisons\nratio {fixed(e.best)} to {fixed(e.worst)}, median {fixed(e.median)}"
         for i, e in rows
     ]
@@ -291,7 +263,6 @@ def error_map(name: str, errors: torch.Tensor, shape: tuple[int, ...] | None) ->
     the shape is not known: the axes then count the map's own cells."""
     with matplotlib.rc_context(STYLE):
         figure, axes = new_figure(5.4, 3.1)
-        values = errors.double().numpy()
         found = errors[errors.isfinite() & (errors > 0)]
         highest = float(found.max()) if found.numel() else 1.0
         lowest = max(float(found.min()) if found.numel() else 0.1, highest * 1e-6)
@@ -301,7 +272,7 @@ def error_map(name: str, errors: torch.Tensor, shape: tuple[int, ...] | None) ->
         extent = (-0.5, n_channel - 0.5, n_position - 0.5, -0.5)
         norm = LogNorm(lowest, highest)
         # Zeros are not to be taken for values that are missing.
-        shown = torch.from_numpy(values).masked_fill(errors == 0, lowest / 2).numpy()
+        shown = errors.double().masked_fill(errors == 0, lowest / 2).numpy()
         axes.imshow(shown, norm=norm, cmap=colours, extent=extent, aspect="auto", interpolation="none")
         bar = figure.colorbar(ScalarMappable(norm, colours), ax=axes, pad=0.02)
         if bar.solids is not None:

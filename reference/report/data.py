@@ -4,17 +4,17 @@ import json
 import math
 from typing import Any
 
-from torch import Tensor
-
 from ..chain import Chain
-from ..faults import FaultResult, FaultTotals, fault_totals, outcome
-from ..judge import Comparison, Explanation, Judgement, K, Measure, Output, dtype_name
+from ..faults import FaultResult, fault_totals, outcome
+from ..judge import Comparison, Explanation, Judgement, K, Output, dtype_name
 from ..results import Run
 from .figures import conclusion, failures
 
 SCHEMA_VERSION = 1
 MAP_DIGITS = 4
 """Significant digits of a map of errors, which is to be looked at."""
+OF_FAULTS = ("n", "caught", "right_block", "below", "between", "missed", "only_one", "published")
+"""Fields of `FaultTotals`."""
 
 
 def as_json(run: Run, machine: dict[str, str]) -> str:
@@ -66,7 +66,7 @@ def totals(run: Run) -> dict[str, Any]:
         "chains_failed": sum(not chain.passed for chain in run.chains),
         "transcripts": len(run.transcripts),
         "transcripts_failed": sum(not transcript.equal for transcript in run.transcripts),
-        "faults": {dtype: fault_total_data(each) for dtype, each in fault_totals(run.faults).items()},
+        "faults": {dtype: picked(total, *OF_FAULTS) for dtype, total in fault_totals(run.faults).items()},
         "failures": len(failures(run)),
         "artifacts_compiled": len(run.compiled),
         "graphs_compiled": run.graphs_compiled,
@@ -94,24 +94,16 @@ def judgement_data(judgement: Judgement) -> dict[str, Any]:
 
 
 def output_data(output: Output) -> dict[str, Any]:
-    measures = [measure_data(measure) for measure in output.measures]
-    return {"index": output.index, "shape": output.shape, "measures": measures}
-
-
-def measure_data(measure: Measure) -> dict[str, Any]:
-    return picked(measure, "name", "subject", "peer", "budget", "ratio", "used", "passed")
+    fields = ("name", "subject", "peer", "budget", "ratio", "used", "passed")
+    return {**picked(output, "index", "shape"), "measures": [picked(measure, *fields) for measure in output.measures]}
 
 
 def explanation_data(explanation: Explanation) -> dict[str, Any]:
     return {
         **picked(explanation, "output", "worst", "oracle", "peer", "subject"),
         "causes": [picked(diagnosis, "name", "before", "after") for diagnosis in explanation.diagnoses],
-        "errors": map_data(explanation.errors),
+        "errors": [[float(f"{x:.{MAP_DIGITS}g}") for x in row] for row in explanation.errors.tolist()],
     }
-
-
-def map_data(errors: Tensor) -> list[list[float]]:
-    return [[float(f"{x:.{MAP_DIGITS}g}") for x in row] for row in errors.tolist()]
 
 
 def chain_data(chain: Chain) -> dict[str, Any]:
@@ -127,15 +119,5 @@ def chain_data(chain: Chain) -> dict[str, Any]:
 def fault_data(found: FaultResult) -> dict[str, Any]:
     known = picked(found.fault, "name", "block", "path", "kind", "published")
     result = picked(found, "accepted", "caught", "right_block", "checks", "only_check", "divergence", "used")
-    return {
-        **known,
-        "dtype": dtype_name(found.dtype),
-        "outcome": outcome(found),
-        **result,
-        "effect": dict(found.effect),
-        "rounding": dict(found.rounding),
-    }
-
-
-def fault_total_data(total: FaultTotals) -> dict[str, int]:
-    return picked(total, "n", "caught", "right_block", "below", "between", "missed", "only_one", "published")
+    effects = {"effect": dict(found.effect), "rounding": dict(found.rounding)}
+    return {**known, "dtype": dtype_name(found.dtype), "outcome": outcome(found), **result, **effects}

@@ -70,18 +70,14 @@ def conclusion(run: Run) -> Conclusion:
 
 
 def what_failed(run: Run) -> Iterator[str]:
-    failed = [judgement for judgement in run.judgements if not judgement.passed]
-    if failed:
+    if failed := [judgement for judgement in run.judgements if not judgement.passed]:
         worst = f"worst {worst_first(failed)[0].comparison}"
         yield f"{share(len(failed), len(run.judgements), 'comparisons')} failed, {worst}"
-    diverging = [chain for chain in run.chains if not chain.passed]
-    if diverging:
+    if diverging := [chain for chain in run.chains if not chain.passed]:
         yield f"{share(len(diverging), len(run.chains), 'chains')} diverged, the first at {divergence(diverging[0])}"
-    missed = sum(not fault.accepted for fault in run.faults)
-    if missed:
+    if missed := sum(not fault.accepted for fault in run.faults):
         yield f"{share(missed, len(run.faults), 'faults')} not caught in the right block"
-    different = sum(not transcript.equal for transcript in run.transcripts)
-    if different:
+    if different := sum(not transcript.equal for transcript in run.transcripts):
         yield f"{share(different, len(run.transcripts), 'transcripts')} differ from PyTorch Whisper's"
     yield from run.lost
 
@@ -180,17 +176,13 @@ def isolated_points(run: Run, chain: Chain) -> list[Point]:
     for judgement in run.judgements:
         c = judgement.comparison
         position, dtype = places.get(place(c), (None, None))
-        same = c.size == chain.comparison.size and c.dtype == dtype and kind(c) == chain.comparison.inputs
+        kind = c.inputs.partition(".")[0]  # without a decoder's place in the text
+        same = c.size == chain.comparison.size and c.dtype == dtype and kind == chain.comparison.inputs
         if same and position is not None and judgement.pairs:
             measure = judgement.relative_l2
             name = f"{c.block}, layer {c.layer}, {c.inputs}"
             points.append(Point(position, name, measure.subject, measure.peer, measure.budget, judgement.passed))
     return sorted(points, key=lambda point: point.position)
-
-
-def kind(comparison: Comparison) -> str:
-    """Returns the kind of the inputs, without a decoder's place in the text."""
-    return comparison.inputs.partition(".")[0]
 
 
 def place(comparison: Comparison) -> str:

@@ -4,9 +4,8 @@ import math
 from pathlib import Path
 
 from ..results import Run
-from .attempts import Attempts
 from .figures import conclusion, failures, fixed, share
-from .markup import Html, element, folded, html, mark, none_of, table
+from .markup import Attempts, Html, element, folded, html, mark, none_of, table
 from .page_blocks import block_section, comparison_section, map_section
 from .page_faults import fault_section
 from .page_network import network_section
@@ -14,33 +13,23 @@ from .page_network import network_section
 CSS = Path(__file__).with_name("page.css")
 FAILURES = 20
 """How many failures have a line before the others are folded."""
-SECTIONS = {
-    "failures": "Failures",
-    "blocks": "MAX beside PyTorch, block by block",
-    "network": "Error along the network",
-    "maps": "Where the errors are",
-    "faults": "The judge on trial",
-    "transcripts": "Transcripts",
-    "comparisons": "All comparisons",
-    "environment": "Environment",
-}
 
 
 def page(run: Run, machine: dict[str, str], attempts: Attempts) -> str:
     """HTML of the whole page; a section or a chart that cannot be made is a line in its place."""
     found = conclusion(run)
-    contents = {
-        "failures": attempts("failures", failure_section, run),
-        "blocks": attempts("blocks", block_section, run, attempts),
-        "network": attempts("network", network_section, run, attempts),
-        "maps": attempts("maps of errors", map_section, run, attempts),
-        "faults": attempts("faults", fault_section, run),
-        "transcripts": attempts("transcripts", transcript_section, run),
-        "comparisons": attempts("comparisons", comparison_section, run),
-        "environment": attempts("environment", environment_section, run, machine),
-    }
-    sections = [element("section", element("h2", SECTIONS[id]), body, id=id) for id, body in contents.items()]
-    links = [element("a", title, href=f"#{id}") for id, title in SECTIONS.items()]
+    contents = (
+        ("failures", "Failures", attempts("failures", failure_section, run)),
+        ("blocks", "MAX beside PyTorch, block by block", attempts("blocks", block_section, run, attempts)),
+        ("network", "Error along the network", attempts("network", network_section, run, attempts)),
+        ("maps", "Where the errors are", attempts("maps of errors", map_section, run, attempts)),
+        ("faults", "The judge on trial", attempts("faults", fault_section, run)),
+        ("transcripts", "Transcripts", attempts("transcripts", transcript_section, run)),
+        ("comparisons", "All comparisons", attempts("comparisons", comparison_section, run)),
+        ("environment", "Environment", attempts("environment", environment_section, run, machine)),
+    )
+    sections = [element("section", element("h2", title), body, id=id) for id, title, body in contents]
+    links = [element("a", title, href=f"#{id}") for id, title, _ in contents]
     head = html(
         Html('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'),
         Html('<meta name="color-scheme" content="light dark">'),
@@ -93,15 +82,9 @@ def failure_section(run: Run) -> Html:
     found = failures(run)
     if not found:
         return element("p", "None." if run.compared else "Nothing was compared.", class_="quiet")
-    texts = [
-        folded(failure.title, element("pre", failure.text, tabindex=0), opened=number == 0)
-        for number, failure in enumerate(found)
-    ]
+    texts = [folded(each.title, element("pre", each.text, tabindex=0), opened=each is found[0]) for each in found]
     rest = texts[FAILURES:]
     return html(*texts[:FAILURES], folded(f"{len(rest)} more failures", *rest) if rest else "")
-
-
-# ---- the rest ------------------------------------------------------------------------------------------------------
 
 
 def transcript_section(run: Run) -> Html:

@@ -1,15 +1,12 @@
 """The page's sections on blocks by themselves: ratios, maps of errors, and the list of all comparisons."""
 
 import math
-from collections.abc import Mapping, Sequence
-
-from torch import Tensor
+from collections.abc import Sequence
 
 from ..judge import Explanation, Judgement, K, dtype_name
 from ..results import Run
-from .attempts import Attempts
 from .figures import BlockFigures, block_figures, dtypes_of, fixed, scientific, worst_first
-from .markup import Html, element, folded, html, mark, none_of, table_of
+from .markup import Attempts, Html, element, folded, html, mark, none_of, table_of
 
 MAPS = 6
 """How many maps of errors are shown."""
@@ -31,7 +28,8 @@ def block_section(run: Run, attempts: Attempts) -> Html:
         f"the two. Used is the largest share of its budget, {K:g} times PyTorch's error or the one to expect, "
         "that any measure took; above 1 the block fails. Over all sizes, layers and inputs.",
     )
-    chart = element("div", attempts("charts", ratio_chart, figures, dtypes), class_="scroll chart", tabindex=0)
+    ratios = attempts.chart(lambda charts: charts.ratios(figures, dtypes))
+    chart = element("div", ratios, class_="scroll chart", tabindex=0)
     columns = ("median", "largest", "used")
     above = element("tr", element("th", ""), *(element("th", dtype, colspan=3, class_="group") for dtype in dtypes))
     header_row = element(
@@ -43,12 +41,6 @@ def block_section(run: Run, attempts: Attempts) -> Html:
     ]
     whole = element("table", element("thead", above, header_row), element("tbody", *rows))
     return html(explained, chart, element("div", whole, class_="scroll", tabindex=0))
-
-
-def ratio_chart(figures: Mapping[str, Mapping[str, BlockFigures]], dtypes: Sequence[str]) -> Html:
-    from . import charts  # matplotlib, without which there is a page all the same
-
-    return charts.ratios(figures, dtypes)
 
 
 def block_cells(of: dict[str, BlockFigures], dtypes: Sequence[str]) -> list[Html]:
@@ -104,16 +96,10 @@ def worst_maps(judgements: Sequence[Judgement]) -> list[tuple[Judgement, Explana
     return list(found.values())
 
 
-def map_chart(name: str, errors: Tensor, shape: tuple[int, ...] | None) -> Html:
-    from . import charts
-
-    return charts.error_map(name, errors, shape)
-
-
 def map_figure(judgement: Judgement, explanation: Explanation, name: str, attempts: Attempts) -> Html:
     e = explanation
     shape = next((output.shape for output in judgement.outputs if output.index == e.output), None)
-    chart = attempts("charts", map_chart, name, e.errors, shape)
+    chart = attempts.chart(lambda charts: charts.error_map(name, e.errors, shape))
     values = f"MAX {e.subject:.6g}, PyTorch {e.peer:.6g}, float64 {e.oracle:.6g}"
     return element(
         "figure",

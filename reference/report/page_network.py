@@ -5,9 +5,8 @@ from collections.abc import Iterable, Sequence
 from ..chain import Chain
 from ..judge import dtype_name
 from ..results import Run
-from .attempts import Attempts
 from .figures import chained_points, divergence, isolated_points, scientific, worst_chains_first
-from .markup import Html, element, folded, html, mark, none_of, table, table_of
+from .markup import Attempts, Html, element, folded, html, mark, none_of, table, table_of
 
 
 def network_section(run: Run, attempts: Attempts) -> Html:
@@ -38,16 +37,12 @@ def first_of_each_dtype(chains: Iterable[Chain]) -> list[Chain]:
     return list(found.values())
 
 
-def chain_chart(run: Run, chain: Chain, name: str) -> Html:
-    from . import charts  # matplotlib, without which there is a page all the same
-
-    points, beside = chained_points(chain), isolated_points(run, chain)
-    return charts.along_the_network(name, list(chain.judgements), points, beside, chain.first_divergence)
-
-
 def chain_figure(run: Run, chain: Chain, name: str, attempts: Attempts) -> Html:
     c, points = chain.comparison, chained_points(chain)
-    chart = attempts("charts", chain_chart, run, chain, name)
+    names, first = list(chain.judgements), chain.first_divergence
+    chart = attempts.chart(
+        lambda charts: charts.along_the_network(name, names, points, isolated_points(run, chain), first)
+    )
     rows = [
         (element("code", p.name), scientific(p.subject), scientific(p.peer), scientific(p.budget), mark(p.passed))
         for p in points

@@ -1,6 +1,8 @@
 """summary.md: what a CI job shows of a run, in fewer than LINES lines."""
 
+import re
 from collections.abc import Mapping, Sequence
+from html import escape
 
 from ..faults import fault_totals
 from ..results import Run
@@ -22,10 +24,7 @@ def summary(run: Run, machine: dict[str, str]) -> str:
 
 def plain(text: str) -> str:
     """One line in which nothing is Markdown or HTML."""
-    escaped = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    for character in "\\`*_[]|":
-        escaped = escaped.replace(character, f"\\{character}")
-    return escaped
+    return re.sub(r"[\\`*_\[\]|]", r"\\\g<0>", escape(" ".join(text.split()), quote=False))
 
 
 def total_lines(run: Run, machine: dict[str, str]) -> list[str]:

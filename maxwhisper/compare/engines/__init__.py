@@ -11,21 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 from ...errors import OptionError
 from ...names import DTYPES
-from .base import Engine, Task
-
-__all__ = [
-    "ENGINES",
-    "REFERENCE",
-    "SPECS",
-    "SUBJECT",
-    "Engine",
-    "Spec",
-    "Task",
-    "missing",
-    "precision",
-    "rows",
-    "versions",
-]
+from .base import Engine as Engine
+from .base import Task as Task
 
 SUBJECT, REFERENCE = "maxwhisper", "openai-whisper"
 
@@ -173,9 +160,7 @@ SPECS = (
     ),
     Spec("openvino", "float32", f"float32 (INFERENCE_PRECISION_HINT); {STEPS}; {OPENAI_LOOP}"),
     Spec(
-        "openvino",
-        "bfloat16",
-        "as float32, but bfloat16 where OpenVINO takes it on this CPU: not the same arithmetic",
+        "openvino", "bfloat16", "as float32, but bfloat16 where OpenVINO takes it on this CPU: not the same arithmetic"
     ),
     Spec("onnxruntime", "", f"float32; {STEPS}; {OPENAI_LOOP}"),
 )

@@ -58,10 +58,7 @@ def panel(race: Race, lane: Lane, seconds: float, n_line: int, width: int) -> Pa
     # Padding ends its line, which a bar does not.
     bar = Padding(ProgressBar(total=max(total, 1), completed=n_word if total or not done else 1), 0)
     return Panel(
-        Group(bar, *lines),
-        title=f"{lane.name}, {time_of}",
-        title_align="left",
-        border_style="green" if done else "dim",
+        Group(bar, *lines), title=f"{lane.name}, {time_of}", title_align="left", border_style="green" if done else "dim"
     )
 
 
@@ -82,9 +79,5 @@ def result(race: Race) -> Group:
         wer = "-" if lane.wer is None else f"{100 * lane.wer:.2f} %"
         table.add_row(lane.name, f"{lane.total_s:.2f}", f"{race.audio_s / lane.total_s:.1f}", wer, *counts)
     notes = f"{heading(race)}. {race.machine}. Words are held against {race.against}."
-    differing = [Text(f"{lane.name}: ") + text_of(lane.words) for lane in race.lanes if differs(lane)]
-    return Group(table, Text(notes), *differing)
-
-
-def differs(lane: Lane) -> bool:
-    return any(word.mark in STYLES for word in lane.words)
+    differing = [lane for lane in race.lanes if any(word.mark in STYLES for word in lane.words)]
+    return Group(table, Text(notes), *(Text(f"{lane.name}: ") + text_of(lane.words) for lane in differing))
