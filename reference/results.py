@@ -23,7 +23,7 @@ from .transcripts import Transcript
 from .versions import version
 
 PACKAGES = ("maxwhisper", "max", "torch", "openai-whisper", "numpy")
-FOUND = ("judgements", "chains", "faults", "transcripts", "compiled", "lost")
+FOUND = ("judgements", "chains", "faults", "transcripts", "held", "compiled", "lost")
 """Fields of a run that its tests fill."""
 
 
@@ -31,14 +31,16 @@ FOUND = ("judgements", "chains", "faults", "transcripts", "compiled", "lost")
 class Run:
     """Everything a run has found.
 
-    compare_seconds: in parity tests, without compiling. lost: why verdicts are missing that should be there, a line
-    each; a run that lost some has not passed. notes: other lines to be said at its end, by what they are about.
+    compare_seconds: in parity tests, without compiling. held: parity tests that passed and leave no verdict, as those of
+    loaders and of properties do, by id. lost: why verdicts are missing that should be there, a
+    line each; a run that lost some has not passed. notes: other lines to be said at its end, by what they are about.
     """
 
     judgements: list[Judgement] = field(default_factory=list)
     chains: list[Chain] = field(default_factory=list)
     faults: list[FaultResult] = field(default_factory=list)
     transcripts: list[Transcript] = field(default_factory=list)
+    held: list[str] = field(default_factory=list)
     compiled: list[CompileRecord] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
     notes: dict[str, str] = field(default_factory=dict)
@@ -84,7 +86,7 @@ class Run:
     @property
     def compared(self) -> bool:
         """Whether anything was: what is said of wrong models counts, for it is of the judge, but not as pairs."""
-        return bool(self.pairs or self.faults)
+        return bool(self.pairs or self.faults or self.held)
 
     @property
     def recalled_pairs(self) -> int:

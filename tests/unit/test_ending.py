@@ -137,6 +137,7 @@ def everything() -> Run:
         chains=[Chain(comparison, {"encoder": judgement}, ())],
         faults=results,
         transcripts=[Transcript("english-1.wav", "greedy", True, 41)],
+        held=["tests/parity/test_loading.py::test_two_channels"],
         compiled=[CompileRecord("fixture, float32, parts", 19, 2.5)],
         lost=["a worker"],
         notes={"cache": "a note"},
@@ -149,7 +150,7 @@ def test_what_a_worker_finds_arrives_whole() -> None:
     assert found.anything and not worker.anything
     for _ in range(2):
         run.add(pickle.loads(pickle.dumps(found)))
-    for name in ("judgements", "chains", "transcripts", "compiled", "lost"):
+    for name in ("judgements", "chains", "transcripts", "held", "compiled", "lost"):
         assert getattr(run, name) == getattr(everything(), name) * 2, name
     assert [str(each) for each in run.faults] == [str(each) for each in everything().faults] * 2
     errors = (each.judgements[0].explanations[0].errors for each in (run, found))

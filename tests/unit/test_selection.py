@@ -8,7 +8,7 @@ from whisper.model import ModelDimensions, Whisper
 
 from maxwhisper.network.blocks import BLOCKS
 from reference.fixtures import ROOT
-from reference.pytest_plugin.selection import block_of, compares, judges_itself, left_out, of_parity
+from reference.pytest_plugin.selection import block_of, compares, left_out, of_parity
 from reference.pytest_plugin.words import all_words, finds, words_of
 
 PARITY, PERF = ROOT / "tests" / "parity", ROOT / "tests" / "perf"
@@ -172,26 +172,20 @@ def test_what_leaves_no_comparison_is_named(collect: Callable[..., Collected]) -
 @pytest.mark.parametrize(
     ("file", "selection", "status"),
     [
-        ("", "at_least_forty", pytest.ExitCode.TESTS_FAILED),
+        ("", "every_format", pytest.ExitCode.TESTS_FAILED),
         ("", "no_such_block", pytest.ExitCode.NO_TESTS_COLLECTED),
-        ("test_faults.py", "at_least_forty", pytest.ExitCode.TESTS_FAILED),
+        ("test_loading.py", "every_format", pytest.ExitCode.OK),
     ],
 )
 def test_a_selection_that_compares_no_block_fails_and_says_so(
     file: str, selection: str, status: int, pytester: pytest.Pytester
 ) -> None:
-    """The second only where what it chooses from compares any."""
+    """Where what it chooses from compares any."""
     done = pytester.runpytest_inprocess(
         "-q", "-p", "no:cacheprovider", "--size", "fixture", PARITY / file, "-k", selection
     )
     assert done.ret == status
     assert ("no block was compared with PyTorch" in done.stdout.str()) == (not file)
-
-
-def test_properties_alone_are_no_empty_selection(collect: Callable[..., Collected]) -> None:
-    """They ask the judge themselves."""
-    properties = collect(PARITY / "test_properties.py", "--dtype", "float32").items
-    assert properties and all(judges_itself(item) and not compares(item) for item in properties)
 
 
 def test_a_word_in_a_tests_name_does_not_have_it_compare() -> None:
