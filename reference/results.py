@@ -23,7 +23,7 @@ from .transcripts import Transcript
 from .versions import version
 
 PACKAGES = ("maxwhisper", "max", "torch", "openai-whisper", "numpy")
-FOUND = ("judgements", "chains", "faults", "transcripts", "held", "compiled", "lost")
+FOUND = ("judgements", "chains", "faults", "transcripts", "held", "waits", "compiled", "lost")
 """Fields of a run that its tests fill."""
 
 
@@ -31,8 +31,9 @@ FOUND = ("judgements", "chains", "faults", "transcripts", "held", "compiled", "l
 class Run:
     """Everything a run has found.
 
-    compare_seconds: in parity tests, without compiling. held: parity tests that passed and leave no verdict, as those of
-    loaders and of properties do, by id. lost: why verdicts are missing that should be there, a
+    compare_seconds: in parity tests, without `waits`, the seconds that these waited for a compiler, here or in another
+    process. waiting: for another process, since the last report of a test. held: parity tests that passed and leave no
+    verdict, as those of loaders and of properties do, by id. lost: why verdicts are missing that should be there, a
     line each; a run that lost some has not passed. notes: other lines to be said at its end, by what they are about.
     """
 
@@ -41,9 +42,11 @@ class Run:
     faults: list[FaultResult] = field(default_factory=list)
     transcripts: list[Transcript] = field(default_factory=list)
     held: list[str] = field(default_factory=list)
+    waits: list[float] = field(default_factory=list)
     compiled: list[CompileRecord] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
     notes: dict[str, str] = field(default_factory=dict)
+    waiting: float = 0.0
     test_seconds: float = 0.0
     exit_status: int = 0
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
@@ -115,7 +118,7 @@ class Run:
 
     @property
     def compare_seconds(self) -> float:
-        return max(0.0, self.test_seconds - self.compile_seconds)
+        return max(0.0, self.test_seconds - sum(self.waits))
 
     def summary_lines(self) -> list[str]:
         """The last lines of a run."""

@@ -77,6 +77,7 @@ class Ending:
         self.config, self.run = config, run
         self.distributed: list[str] = []
         self.left_out_by_workers: str | None = None
+        self.n_compiled = 0
         self.lines: list[str] = []
 
     # ---- what was found ----------------------------------------------------------------------------------------------
@@ -90,11 +91,21 @@ class Ending:
             report.outcome, report.longrepr = "failed", f"--require-peers: {report.longrepr[-1]}"  # type: ignore[index]
         if report.when == "call" and report.passed and leaves_no_verdict(item):
             self.run.held.append(report.nodeid)
+        self.note_waits(item)
         if is_worker(self.config):
             found = self.run.taken()
             if found.anything:
                 vars(report)[FOUND] = pickle.dumps(found)
+        self.n_compiled = len(self.run.compiled)
         return report
+
+    def note_waits(self, item: pytest.Item) -> None:
+        """Keeps how long a parity test has waited for compilers since the last report."""
+        run = self.run
+        waited = run.waiting + sum(record.seconds for record in run.compiled[self.n_compiled :])
+        if waited and of_parity(item.nodeid):
+            run.waits.append(waited)
+        run.waiting = 0.0
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:

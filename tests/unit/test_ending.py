@@ -118,6 +118,20 @@ def test_without_a_terminal_what_failed_is_said_to_standard_error(
     assert "other.py, pytest_sessionfinish failed" in capfd.readouterr().err
 
 
+def test_seconds_of_comparing_are_those_of_parity_tests_but_for_what_they_wait_for_compilers() -> None:
+    """Be that here or in another process; what other tests compile is none of it."""
+    run = Run(test_seconds=10.0)
+    ending = Ending(Mock(spec=["getoption"], getoption=lambda name: None), run)
+    for folder, compiled, waited in (("parity", 2.0, 3.0), ("unit", 500.0, 7.0), ("parity", 0.0, 0.0)):
+        run.compiled += [CompileRecord("a", 1, compiled)]
+        run.waiting += waited
+        report = ending.pytest_runtest_makereport(Mock(nodeid=f"tests/{folder}/test_a.py::test", fixturenames=["run"]))
+        next(report)
+        with pytest.raises(StopIteration):
+            report.send(Mock(skipped=False))
+    assert (run.compile_seconds, run.compare_seconds) == (502.0, 5.0)
+
+
 # ---- workers -------------------------------------------------------------------------------------------------------
 
 
@@ -138,6 +152,7 @@ def everything() -> Run:
         faults=results,
         transcripts=[Transcript("english-1.wav", "greedy", True, 41)],
         held=["tests/parity/test_loading.py::test_two_channels"],
+        waits=[2.5],
         compiled=[CompileRecord("fixture, float32, parts", 19, 2.5)],
         lost=["a worker"],
         notes={"cache": "a note"},
@@ -150,7 +165,7 @@ def test_what_a_worker_finds_arrives_whole() -> None:
     assert found.anything and not worker.anything
     for _ in range(2):
         run.add(pickle.loads(pickle.dumps(found)))
-    for name in ("judgements", "chains", "transcripts", "held", "compiled", "lost"):
+    for name in ("judgements", "chains", "transcripts", "held", "waits", "compiled", "lost"):
         assert getattr(run, name) == getattr(everything(), name) * 2, name
     assert [str(each) for each in run.faults] == [str(each) for each in everything().faults] * 2
     errors = (each.judgements[0].explanations[0].errors for each in (run, found))
