@@ -65,6 +65,21 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         reason = "nothing was compared with PyTorch"
     if reason:
         ending.fail(session, reason)
+    if line := compared_with_none(config):
+        ending.run.note(line)
+        if config.getoption("--benchmark-compare-fail"):
+            ending.fail(session)
+
+
+def compared_with_none(config: pytest.Config) -> str | None:
+    """Return what to say where --benchmark-compare has found no benchmark of this run among those that were saved."""
+    session = getattr(config, "_benchmarksession", None)
+    if session is None or not (session.compare and session.benchmarks):
+        return None
+    saved = {name for benchmarks in session.compared_mapping.values() for name in benchmarks}
+    if any(benchmark.fullname in saved for benchmark in session.benchmarks):
+        return None
+    return "--benchmark-compare: nothing was compared, for no benchmark of this run was saved by an earlier one"
 
 
 class Ending:

@@ -132,6 +132,21 @@ def test_seconds_of_comparing_are_those_of_parity_tests_but_for_what_they_wait_f
     assert (run.compile_seconds, run.compare_seconds) == (502.0, 5.0)
 
 
+@pytest.mark.parametrize("run_again", ["test_one", "test_other"])
+def test_benchmarks_that_are_compared_with_none_fail_where_a_slower_one_would(
+    run_again: str, pytester: pytest.Pytester, tmp_path: Path
+) -> None:
+    pytester.makeconftest((ROOT / "conftest.py").read_text())
+    pytester.makepyfile("def test_one(benchmark): benchmark(int)\ndef test_other(benchmark): benchmark(int)")
+    options = ["-p", "no:cacheprovider", f"--benchmark-storage={tmp_path}", "--benchmark-max-time=0.01"]
+    assert pytester.runpytest_inprocess(*options, "--benchmark-save=x", "-k", "test_one").ret == pytest.ExitCode.OK
+    compare = ["--benchmark-compare", "--benchmark-compare-fail=median:100000%"]
+    done = pytester.runpytest_inprocess(*options, *compare, "-k", run_again)
+    same = run_again == "test_one"
+    assert done.ret == (pytest.ExitCode.OK if same else pytest.ExitCode.TESTS_FAILED)
+    assert ("--benchmark-compare: nothing was compared" in done.stdout.str()) != same
+
+
 # ---- workers -------------------------------------------------------------------------------------------------------
 
 
