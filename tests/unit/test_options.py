@@ -46,6 +46,11 @@ def run(pytester: pytest.Pytester) -> Run:
         (["--cpu", "pentium"], "argument --cpu: invalid choice: 'pentium'"),
         (["--device", "gpu"], "--device gpu: MAX and PyTorch do not both find a GPU"),
         (["--report", str(NANO)], "nano.pt: cannot be written to: File exists"),
+        (["--report", ""], "--report is empty"),
+        (["--checkpoint", ""], "--checkpoint is empty"),
+        (["--artifacts", ""], "--artifacts is empty"),
+        (["--faults", "all", "--size", "tiny"], "--faults: these are tried in the fixture"),
+        (["--faults", "graphs", "--checkpoint", str(NANO)], "--faults: these are tried in the fixture"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) and len(value) < 3 else None,
 )
@@ -58,6 +63,14 @@ def test_options_that_cannot_be_met_are_errors(options: list[str], message: str,
     status, output = run(PARITY, "--collect-only", *options)
     assert status == pytest.ExitCode.USAGE_ERROR
     assert message in output
+
+
+def test_a_gpu_that_is_required_and_not_asked_for_is_an_error(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a gate on a machine with a GPU would compare on its CPU and pass."""
+    monkeypatch.setattr("reference.pytest_plugin.options.gpu_found", lambda: True)
+    status, output = run(PARITY, "--collect-only", "--require-gpu")
+    assert status == pytest.ExitCode.USAGE_ERROR
+    assert "--require-gpu: nothing would be computed on the GPU: give --device gpu" in output
 
 
 def test_an_error_is_one_line_of_a_run_that_fails(pytester: pytest.Pytester) -> None:
