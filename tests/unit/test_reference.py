@@ -247,6 +247,8 @@ CHANGES: dict[str, Callable[[Yardstick, pytest.MonkeyPatch], object]] = {
     "version": lambda y, patch: patch.setattr("reference.verdicts.version", lambda name: f"{name} 0"),
     "threads": lambda y, patch: patch.setattr(torch, "get_num_threads", lambda: 77),
     "instructions": lambda y, patch: patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "none"),
+    "precision": lambda y, patch: patch.setattr(torch, "get_float32_matmul_precision", lambda: "medium"),
+    "oneDNN's arithmetic": lambda y, patch: patch.setenv("ONEDNN_DEFAULT_FPMATH_MODE", "BF16"),
 }
 
 
