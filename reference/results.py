@@ -136,7 +136,7 @@ class Run:
         lines += fault_lines(self.faults)
         if self.transcripts:
             equal = sum(transcript.equal for transcript in self.transcripts)
-            lines.append(f"transcripts: {equal} of {len(self.transcripts)} equal to PyTorch Whisper's")
+            lines.append(f"transcripts, float32: {equal} of {len(self.transcripts)} equal to PyTorch Whisper's")
         return lines
 
 

@@ -36,7 +36,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add = parser.getgroup("maxwhisper").addoption
     sizes, dtypes = ", ".join(ALL_SIZES), ", ".join(DTYPES)
     add("--size", help=f"models, comma-separated, of {sizes}, or all (default: {','.join(DEFAULT_SIZES)})")
-    add("--dtype", help=f"precisions, comma-separated, of {dtypes}, or all (default: {','.join(DEFAULT_DTYPES)})")
+    default = f"default: {','.join(DEFAULT_DTYPES)}; whole transcripts are in float32"
+    add("--dtype", help=f"precisions, comma-separated, of {dtypes}, or all ({default})")
     add(
         "--device", default="cpu", choices=["cpu", "gpu", "auto"], help="what MAX and PyTorch compute on (default: cpu)"
     )
