@@ -6,12 +6,14 @@ import sys
 
 import torch
 
+from maxwhisper.errors import MaxWhisperError
 from maxwhisper.network.blocks import BLOCKS, Block
 
 from .activations import END, KINDS
 from .ahead import WhenCompiling, compile_ahead, suite_job
 from .compile_log import CompileRecord, compilations
 from .fixtures import NANO
+from .measures import severity
 from .models import CHECKPOINT, trained
 from .suite import Suite
 
@@ -47,8 +49,12 @@ def main() -> int:
     checkpoint = parser.parse_args().checkpoint
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     compiled: list[CompileRecord] = []
-    with compilations(compiled.append):
-        passed = print_verdicts(Halves(checkpoint))
+    try:
+        with compilations(compiled.append):
+            passed = print_verdicts(Halves(checkpoint))
+    except MaxWhisperError as error:
+        print(f"python -m reference: {error}", file=sys.stderr)
+        return 1
     graphs, seconds = sum(r.graphs for r in compiled), sum(r.seconds for r in compiled)
     print(f"\n{graphs} graphs compiled in {seconds:.1f} s")
     return 0 if passed else 1
@@ -64,10 +70,13 @@ def print_verdicts(suites: Halves) -> bool:
         # `pytest tests/parity` compares a text to the end too, and has work cut for other numbers of threads.
         comparisons = list(suite.comparisons(block, [kind for kind in KINDS if kind != END]))
         judgements = [suite.judge(each, suite.executable(block, each.layer)) for each in comparisons]
-        worst = max((j.relative_l2 for j in judgements if j.pairs), key=lambda measure: measure.used)
+        measures = [judgement.relative_l2 for judgement in judgements if judgement.pairs]
+        worst = max(measures, key=lambda measure: severity(measure.used), default=None)
         verdict = all(judgement.passed for judgement in judgements)
         passed &= verdict
-        figures = f"{worst.subject:11.2e}{worst.peer:11.2e}{worst.ratio:8.2f}"
+        figures = (
+            f"{worst.subject:11.2e}{worst.peer:11.2e}{worst.ratio:8.2f}" if worst else f"{'-':>11}{'-':>11}{'-':>8}"
+        )
         print(f"{block.name:38}{figures}  {'ok' if verdict else 'FAILED'}", flush=True)
     return passed
 

@@ -6,7 +6,8 @@ way. Every submodule's output is judged under its name in the PyTorch model, in 
 outside its budget is the first divergence: all that was fed to it was within.
 
 To see inside a graph, every layer's output is made an output of the graph as well, which can change how the compiler
-fuses. So the chain also runs on graphs without intermediates, and says whether these changed what came out.
+fuses. So the chain also runs on graphs without intermediates, as they transcribe: what comes out at their ends is what
+is judged there, and it is said whether intermediates changed it.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -75,12 +76,13 @@ def run_chain(suite: Suite, kind: str = "speech") -> Chain:
     """The chain over one of the waveforms AUDIO and the text of "speech", the last token as the step."""
     audio, tokens = speech(suite.dims)
     graphs, waveform = suite.subject.graphs, AUDIO[kind](audio)
-    ours = max_chain(suite, graphs, waveform, tokens)
+    inside = max_chain(suite, graphs, waveform, tokens)
     plain = max_chain(suite, graphs, waveform, tokens, intermediates=False)
+    ours = inside | plain
     comparison = Comparison(suite.model.size, suite.dtype, "chain", 0, kind, suite.device)
     tensors = {"audio": waveform, "tokens": tokens, **ours}
     judgements = suite.recalled(comparison, tensors, lambda: [each for _, each in judge_chain(suite, kind, ours)])
-    effects = tuple(effect(name, plain[name], ours[name]) for name in ENDS)
+    effects = tuple(effect(name, plain[name], inside[name]) for name in ENDS)
     return Chain(comparison, {each.comparison.block: each for each in judgements}, effects)
 
 

@@ -9,7 +9,7 @@ request is given no GPU runner; its GPU jobs are excused by name, and run when i
 import argparse
 import json
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,24 +43,45 @@ def missing(path: Path, device: str) -> Iterator[str]:
     except (OSError, ValueError) as error:
         yield f"{path}: cannot be read: {error}"
         return
+    try:
+        yield from (f"{path}: {reason}" for reason in lacking(report, device))
+    except (KeyError, TypeError):
+        yield f"{path}: is no report"
+
+
+def lacking(report: dict[str, Any], device: str) -> Iterator[str]:
+    """The same of what a file holds. Raises KeyError or TypeError where that is no report."""
     if "benchmarks" in report:
         if not any(benchmark["group"].endswith(f", {device}") for benchmark in report["benchmarks"]):
-            yield f"{path}: no benchmark ran on {device}"
+            yield f"no benchmark ran on {device}"
         return
-    if not report.get("passed"):
-        yield f"{path}: {report.get('reason', 'is no report')}"
-    compared = [each for each in report.get("judgements", []) if each["comparison"]["device"] == device]
+    if not report["passed"]:
+        yield report["reason"]
+    compared = [each for each in report["judgements"] if each["comparison"]["device"] == device]
     if not sum(judgement["pairs"] for judgement in compared):
-        yield f"{path}: compared nothing on {device}"
+        yield f"compared nothing on {device}"
 
 
-def main() -> int:
+def as_json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"is not JSON: {error}") from error
+
+
+def of_a_job(text: str) -> str:
+    if text.count(":") < 2:
+        raise argparse.ArgumentTypeError(f"{text}: expected JOB:DEVICE:PATH")
+    return text
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m reference.merge_gate", description=__doc__)
-    parser.add_argument("--needs", required=True, help="GitHub's needs context, as JSON")
+    parser.add_argument("--needs", required=True, type=as_json, help="GitHub's needs context, as JSON")
     parser.add_argument("--excused", default="", help="jobs that may have been skipped, with spaces between them")
-    parser.add_argument("--report", action="append", default=[], metavar="JOB:DEVICE:PATH")
-    options = parser.parse_args()
-    reasons = objections(json.loads(options.needs), options.excused.split(), options.report)
+    parser.add_argument("--report", action="append", default=[], type=of_a_job, metavar="JOB:DEVICE:PATH")
+    options = parser.parse_args(arguments)
+    reasons = objections(options.needs, options.excused.split(), options.report)
     print("\n".join(reasons) or "every job succeeded and compared something")
     return 1 if reasons else 0
 

@@ -23,7 +23,7 @@ from .transcripts import Transcript
 from .versions import version
 
 PACKAGES = ("maxwhisper", "max", "torch", "openai-whisper", "numpy")
-FOUND = ("judgements", "chains", "faults", "transcripts", "compiled", "lost")
+FOUND = ("judgements", "chains", "faults", "transcripts", "held", "waits", "compiled", "lost")
 """Fields of a run that its tests fill."""
 
 
@@ -31,17 +31,22 @@ FOUND = ("judgements", "chains", "faults", "transcripts", "compiled", "lost")
 class Run:
     """Everything a run has found.
 
-    compare_seconds: in parity tests, without compiling. lost: why verdicts are missing that should be there, a line
-    each; a run that lost some has not passed. notes: other lines to be said at its end, by what they are about.
+    compare_seconds: in parity tests, without `waits`, the seconds that these waited for a compiler, here or in another
+    process. waiting: for another process, since the last report of a test. held: parity tests that passed and leave no
+    verdict, as those of loaders and of properties do, by id. lost: why verdicts are missing that should be there, a
+    line each; a run that lost some has not passed. notes: other lines to be said at its end, by what they are about.
     """
 
     judgements: list[Judgement] = field(default_factory=list)
     chains: list[Chain] = field(default_factory=list)
     faults: list[FaultResult] = field(default_factory=list)
     transcripts: list[Transcript] = field(default_factory=list)
+    held: list[str] = field(default_factory=list)
+    waits: list[float] = field(default_factory=list)
     compiled: list[CompileRecord] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
     notes: dict[str, str] = field(default_factory=dict)
+    waiting: float = 0.0
     test_seconds: float = 0.0
     exit_status: int = 0
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
@@ -84,7 +89,7 @@ class Run:
     @property
     def compared(self) -> bool:
         """Whether anything was: what is said of wrong models counts, for it is of the judge, but not as pairs."""
-        return bool(self.pairs or self.faults)
+        return bool(self.pairs or self.faults or self.held)
 
     @property
     def recalled_pairs(self) -> int:
@@ -113,7 +118,7 @@ class Run:
 
     @property
     def compare_seconds(self) -> float:
-        return max(0.0, self.test_seconds - self.compile_seconds)
+        return max(0.0, self.test_seconds - sum(self.waits))
 
     def summary_lines(self) -> list[str]:
         """The last lines of a run."""
@@ -131,7 +136,7 @@ class Run:
         lines += fault_lines(self.faults)
         if self.transcripts:
             equal = sum(transcript.equal for transcript in self.transcripts)
-            lines.append(f"transcripts: {equal} of {len(self.transcripts)} equal to PyTorch Whisper's")
+            lines.append(f"transcripts, float32: {equal} of {len(self.transcripts)} equal to PyTorch Whisper's")
         return lines
 
 

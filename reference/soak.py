@@ -7,18 +7,19 @@ than the peer's where there are any (oneDNN switched off).
 import argparse
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from maxwhisper.cli.option_types import above_zero
 from maxwhisper.network.blocks import BLOCKS
 
 from .activations import RANDOM
 from .blocks import TWINS
 from .judge import Comparison, Judgement, dtype_name
 from .measures import DTYPES
-from .models import load
+from .models import FIXTURE, SIZES, load
 from .suite import Suite
 
 
@@ -42,12 +43,13 @@ def repetition(suite: Suite, seed: int) -> Iterator[tuple[str, Judgement]]:
             yield "PyTorch", suite.judge(comparison, pytorch_in_the_subjects_place(suite, comparison))
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m reference.soak", description=__doc__)
-    parser.add_argument("--repetitions", type=int, default=100, help="default: %(default)s")
-    parser.add_argument("--size", nargs="+", default=["fixture", "tiny"], help="default: fixture tiny")
+    parser.add_argument("--repetitions", type=above_zero, default=100, help="default: %(default)s")
+    sizes = [FIXTURE, *SIZES]
+    parser.add_argument("--size", nargs="+", choices=sizes, default=sizes[:2], help="default: fixture tiny")
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     alarms = 0
     for size in options.size:

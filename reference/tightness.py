@@ -7,6 +7,7 @@ Above K it is where PyTorch errs by less than is to be expected. Where PyTorch i
 
 import argparse
 import sys
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from maxwhisper.network.blocks import BLOCKS, Block
 from .activations import RANDOM
 from .judge import Comparison
 from .measures import DTYPES, ROUNDING, UNIT_ROUNDOFF, VALUES
-from .models import FIXTURE, load
+from .models import FIXTURE, SIZES, load
 from .suite import Suite
 from .trial import Trial
 
@@ -48,11 +49,11 @@ def tightness(suite: Suite, block: Block, kind: str) -> tuple[float, float]:
     return min(found), max(found)
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m reference.tightness", description=__doc__)
-    parser.add_argument("--size", default=FIXTURE, help="default: %(default)s")
+    parser.add_argument("--size", choices=[FIXTURE, *SIZES], default=FIXTURE, help="default: %(default)s")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     suite = Suite(load(options.size), DTYPES[options.dtype])
     print(f"{'block':38}{'inputs':8}{'one':>8}{'every':>8}")
     for block in BLOCKS.values():

@@ -6,6 +6,7 @@ depends on, the verdict is the same and is not found again. Only verdicts that p
 """
 
 import hashlib
+import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -24,6 +25,8 @@ from .versions import version
 
 JUDGES = ("torch", "openai-whisper", "numpy")
 """Packages that a verdict depends on."""
+LIBRARIES = ("ATEN_", "ONEDNN_", "DNNL_", "MKL_")
+"""What the names of variables begin with that choose PyTorch's code, or its arithmetic."""
 JUDGE, TABLE = Path(__file__).parent, Path(maxwhisper.network.blocks.__file__)
 
 
@@ -101,13 +104,15 @@ def fingerprint(tensors: Mapping[str, Tensor], *others: str) -> str:
 
 
 def circumstances(packages: Iterable[str]) -> list[str] | None:
-    """What PyTorch's results depend on beside what it is given: packages, and how it computes here; None where that is
-    not known, as a package has no version."""
+    """What PyTorch's results depend on beside what it is given: packages, and how it computes here, with what the
+    environment tells its libraries; None where that is not known, as a package has no version."""
     try:
         versions = [f"{name} {version(name)}" for name in packages]
     except ImportError:
         return None
-    return [*versions, torch.backends.cpu.get_cpu_capability(), str(torch.get_num_threads())]
+    told = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith(LIBRARIES)]
+    computing = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(), torch.get_float32_matmul_precision()
+    return [*versions, *map(str, computing), *told]
 
 
 @cache

@@ -57,9 +57,11 @@ class Window:
 
     @property
     def numbers(self) -> list[Tensor]:
-        """Return what is judged: the log-probability of the text, the probabilities of no speech, languages, words."""
+        """Return what is judged: the log-probability of the text, the probabilities of no speech, of languages, and of
+        words where there are any."""
         own = [torch.tensor([number]) for number in (self.result.avg_logprob, self.result.no_speech_prob)]
-        return [*own, self.languages, torch.tensor([word.probability for word in self.words])]
+        words = [torch.tensor([word.probability for word in self.words])] if self.words else []
+        return [*own, self.languages, *words]
 
 
 def decoded(model: OpenAIWhisper, mel: Tensor, options: dict[str, Any]) -> Window:
@@ -87,7 +89,7 @@ class Judge:
         window = torch.from_numpy(pad_or_trim(audio, N_SAMPLES))
         ours = decoded(subject, spectrogram(subject.network["log_mel"], window), DECODING[decoding])
         comparison = Comparison(FIXTURE, torch.float32, f"decode, {decoding}", 0, clip, str(subject.device))
-        numbers = dict(zip(("logprob", "speech", "languages", "words"), ours.numbers, strict=True))
+        numbers = dict(zip(("logprob", "speech", "languages", "words"), ours.numbers, strict=False))
         tensors = {"audio": window, repr(ours.text): torch.tensor(ours.result.tokens), **numbers}
         judged = partial(self.judged, comparison, window, ours)
         if self.verdicts and subject.device.type == "cpu":
@@ -139,8 +141,8 @@ def numbers_of(task: DecodingTask, tokens: list[int], logits: dict[str, Tensor])
     speech = logits["text"][task.sot_index].softmax(-1)[[known.no_speech]]
     tokens_of = dict(zip(known.all_language_codes, known.all_language_tokens, strict=True))
     languages = logits["start"][0, [tokens_of[code] for code in sorted(tokens_of)]].softmax(-1)
-    words = word_probabilities(known, tokens, logits["words"])
-    return [avg_logprob(task, tokens, logits["text"]), speech, languages, words]
+    words = [word_probabilities(known, tokens, logits["words"])] if words_of(known, tokens) else []
+    return [avg_logprob(task, tokens, logits["text"]), speech, languages, *words]
 
 
 def avg_logprob(task: DecodingTask, tokens: list[int], logits: Tensor) -> Tensor:

@@ -2,22 +2,27 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+from maxwhisper.cli.option_types import above_zero
 
 from .controller import Trials
 from .report import enough, report
 from .tree import ROOT, all_mutants, plant, sample
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Tries a sample of mutants and returns 1 if too many stay green or are seen in the wrong place."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--number", type=int, default=300, help="how many, as evenly from the components as can be")
+    evenly = "how many, as evenly from the components as can be"
+    parser.add_argument("--number", type=above_zero, default=300, help=evenly)
     parser.add_argument("--seed", type=int, default=0, help="which")
     parser.add_argument("--only", default="", help="those of files whose name has this in it")
     parser.add_argument("--tree", type=Path, default=ROOT / "build" / "mutants", help="where the mutated sources go")
-    asked = parser.parse_args()
-    mutants = [mutant for mutant in all_mutants() if asked.only in mutant.file]
+    asked = parser.parse_args(arguments)
+    if not (mutants := [mutant for mutant in all_mutants() if asked.only in mutant.file]):
+        parser.error(f"--only {asked.only}: no file that is mutated has this in its name")
     chosen = sample(mutants, asked.number, asked.seed)
     planted = plant([mutant for mutant in chosen if not mutant.alone], asked.tree)
     trials = Trials(asked.tree, planted, asked.tree / f"outcomes-{asked.seed}.jsonl")

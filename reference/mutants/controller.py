@@ -227,16 +227,16 @@ class Trials:
         """Tries a mutant in processes that have it in force from the start: the unit tests of its file, and where the
         suite is to be run too, its right tests before, and all others behind."""
         before, behind = ([[RIGHT_TESTS[mutant.right]]], [["tests/parity"]]) if with_parity else ([], [])
-        self.check_unit_tests(mutant.unit_tests)
+        self.check(file for selection in (*before, mutant.unit_tests) for file in selection)
         return tried_alone(mutant, self.tree, [*before, mutant.unit_tests], behind)
 
-    def check_unit_tests(self, files: Sequence[str]) -> None:
-        """Raises RuntimeError if unit tests fail without a mutant; runs each file once."""
-        if unknown := [file for file in files if file not in self.sound]:
+    def check(self, files: Iterable[str]) -> None:
+        """Raises RuntimeError if a file of tests fails without a mutant; runs each once."""
+        for file in files:
             none = Mutant(0, "", 0, "", "", "")
-            if (outcome := tried_alone(none, self.tree, [unknown], [])).how != "survived":
-                raise RuntimeError(f"fails without a mutant: {outcome.by}")
-            self.sound.update(unknown)
+            if file not in self.sound and (outcome := tried_alone(none, self.tree, [[file]], [])).how != "survived":
+                raise RuntimeError(f"{file} fails without a mutant: {outcome.by}")
+            self.sound.add(file)
 
     def try_unrolled(self, mutants: Iterable[Mutant]) -> None:
         """Tries mutants that are compiled without others: the smallest blocks that run them, then all tests."""
@@ -247,6 +247,7 @@ class Trials:
             if not plant([mutant], tree):
                 self.note(Outcome(mutant.number, "refused"))
                 continue
+            self.check([RIGHT_TESTS[mutant.right], *mutant.unit_tests])
             own = OWN_BLOCKS.get(mutant.file)
             first = [RIGHT_TESTS[mutant.right], *(["-k", own] if own else [])]
             self.note(tried_alone(mutant, tree, [first, mutant.unit_tests], [["tests/parity"]]))

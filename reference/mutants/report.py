@@ -68,8 +68,9 @@ def report(mutants: Sequence[Mutant], outcomes: Mapping[int, Outcome]) -> Iterat
 
 
 def enough(mutants: Sequence[Mutant], outcomes: Mapping[int, Outcome]) -> bool:
-    """Tells whether KILLED of the mutants that are not equivalent were killed, and RIGHT of them in the right place."""
+    """Tells whether KILLED of the mutants that are not equivalent were killed, and RIGHT of them in the right place;
+    none at all show nothing."""
     tried = compiled(mutants, outcomes)
     counted = [each for each in tried if each.killed or each.reason is None]
     killed, right = sum(each.killed for each in counted), sum(each.outcome.right for each in counted)
-    return killed >= KILLED * len(counted) and right >= RIGHT * len(counted)
+    return bool(counted) and killed >= KILLED * len(counted) and right >= RIGHT * len(counted)

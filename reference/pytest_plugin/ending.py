@@ -10,7 +10,6 @@ import traceback
 import warnings
 from collections.abc import Generator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,8 @@ from ..reasons import one_line
 from ..report import ReportError, write
 from ..results import Run
 from ..verdicts import Lenient
-from .compiling import Compiling
 from .models import RUN
-from .selection import COMPARES, judges_itself, left_out, of_parity
+from .selection import COMPARES, leaves_no_verdict, left_out, of_parity
 from .workers import is_worker
 
 PLUGGY = Path(pluggy.__file__).parent
@@ -33,6 +31,8 @@ FOUND = "maxwhisper_found"
 """Attribute of the report of a test that ran in a worker."""
 CHOSEN = "maxwhisper_chosen"
 """Key of `Chosen` in what a worker gives back."""
+LEFT_OUT = "maxwhisper_left_out"
+"""Key of what `left_out` says in what a worker gives back."""
 ENDING = pytest.StashKey["Ending"]()
 
 
@@ -54,28 +54,30 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if config.getoption("collectonly"):
         return
     reason = left_out(config, session.items) if config.stash.get(COMPARES, False) else None
-    chosen = Chosen(reason, any(judges_itself(item) for item in session.items))
     if is_worker(config):
-        config.workeroutput[CHOSEN] = vars(chosen)  # type: ignore[attr-defined]
+        config.workeroutput[LEFT_OUT] = reason  # type: ignore[attr-defined]
         return
     ending = config.stash[ENDING]
-    chosen = ending.chosen_by_workers or chosen
-    if chosen.nothing:
-        ending.fail(session, chosen.nothing)
-    parity = any(map(of_parity, ending.selected(session)))
-    if parity and not (ending.run.compared or Compiling.of(config).lowering or chosen.judges_itself):
-        ending.fail(session)
+    reason = ending.left_out_by_workers or reason
+    if not reason and any(map(of_parity, ending.selected(session))) and not ending.run.compared:
+        reason = "nothing was compared with PyTorch"
+    if reason:
+        ending.fail(session, reason)
+    if line := compared_with_none(config):
+        ending.run.note(line)
+        if config.getoption("--benchmark-compare-fail"):
+            ending.fail(session)
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """What the tests of a selection are for.
-
-    nothing: why it compares nothing, where -k or -m left it so. judges_itself: whether one asks the judge by itself.
-    """
-
-    nothing: str | None
-    judges_itself: bool
+def compared_with_none(config: pytest.Config) -> str | None:
+    """Return what to say where --benchmark-compare has found no benchmark of this run among those that were saved."""
+    session = getattr(config, "_benchmarksession", None)
+    if session is None or not (session.compare and session.benchmarks):
+        return None
+    saved = {name for benchmarks in session.compared_mapping.values() for name in benchmarks}
+    if any(benchmark.fullname in saved for benchmark in session.benchmarks):
+        return None
+    return "--benchmark-compare: nothing was compared, for no benchmark of this run was saved by an earlier one"
 
 
 class Ending:
@@ -87,23 +89,36 @@ class Ending:
     def __init__(self, config: pytest.Config, run: Run):
         self.config, self.run = config, run
         self.distributed: list[str] = []
-        self.chosen_by_workers: Chosen | None = None
+        self.left_out_by_workers: str | None = None
+        self.n_compiled = 0
         self.lines: list[str] = []
 
     # ---- what was found ----------------------------------------------------------------------------------------------
 
     @pytest.hookimpl(wrapper=True)
-    def pytest_runtest_makereport(self) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-        """Fails what is skipped where peers are required; in a worker, gives the report of a test what it found since
-        the one before."""
+    def pytest_runtest_makereport(self, item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        """Fails what is skipped where peers are required; notes what passed without a verdict; in a worker, gives the
+        report of a test what it found since the one before."""
         report = yield
         if report.skipped and not hasattr(report, "wasxfail") and self.config.getoption("--require-peers"):
             report.outcome, report.longrepr = "failed", f"--require-peers: {report.longrepr[-1]}"  # type: ignore[index]
+        if report.when == "call" and report.passed and leaves_no_verdict(item):
+            self.run.held.append(report.nodeid)
+        self.note_waits(item)
         if is_worker(self.config):
             found = self.run.taken()
             if found.anything:
                 vars(report)[FOUND] = pickle.dumps(found)
+        self.n_compiled = len(self.run.compiled)
         return report
+
+    def note_waits(self, item: pytest.Item) -> None:
+        """Keeps how long a parity test has waited for compilers since the last report."""
+        run = self.run
+        waited = run.waiting + sum(record.seconds for record in run.compiled[self.n_compiled :])
+        if waited and of_parity(item.nodeid):
+            run.waits.append(waited)
+        run.waiting = 0.0
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -135,8 +150,7 @@ class Ending:
 
     @pytest.hookimpl(optionalhook=True)
     def pytest_testnodedown(self, node: Any, error: object) -> None:
-        if chosen := getattr(node, "workeroutput", {}).get(CHOSEN):
-            self.chosen_by_workers = Chosen(**chosen)
+        self.left_out_by_workers = getattr(node, "workeroutput", {}).get(LEFT_OUT) or self.left_out_by_workers
         if error:
             self.run.lost.append(f"worker {node.gateway.id} ended early, with what it had not reported: {error}")
 

@@ -1,5 +1,6 @@
 """The models that a run compares, few of them in memory at a time, and the fixtures that tests are given."""
 
+import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
@@ -39,9 +40,15 @@ class Models(OfRun):
     def new_suite(self, size: str, dtype: torch.dtype) -> Suite:
         """Make a suite, once its blocks are compiled if another process compiles them."""
         only, options = self.asked.get((size, dtype), frozenset()), self.options
-        Compiling.of(self.config).wait(suite_job(size, dtype, only))
+        self.wait(suite_job(size, dtype, only))
         memory = getattr(self.config, "cache", None)
         return Suite(self.model(size), dtype, options.device, options.artifacts, memory, only)
+
+    def wait(self, job: str) -> None:
+        """Wait for a job if another process does it."""
+        start = time.perf_counter()
+        Compiling.of(self.config).wait(job)
+        self.config.stash[RUN].waiting += time.perf_counter() - start
 
 
 @pytest.fixture
@@ -79,7 +86,7 @@ def own_artifacts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def checkpoint_path(request: pytest.FixtureRequest) -> str:
     """The checkpoint that whole transcripts are made with: the user's, or the trained fixture."""
-    Compiling.of(request.config).wait(TRANSCRIBING)
+    Models.of(request.config).wait(TRANSCRIBING)
     return Options.of(request.config).checkpoint or str(NANO)
 
 

@@ -37,11 +37,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add = parser.getgroup("maxwhisper").addoption
     sizes, dtypes = ", ".join(ALL_SIZES), ", ".join(DTYPES)
     add("--size", help=f"models, comma-separated, of {sizes}, or all (default: {','.join(DEFAULT_SIZES)})")
-    add("--dtype", help=f"precisions, comma-separated, of {dtypes}, or all (default: {','.join(DEFAULT_DTYPES)})")
+    default = f"default: {','.join(DEFAULT_DTYPES)}; whole transcripts are in float32"
+    add("--dtype", help=f"precisions, comma-separated, of {dtypes}, or all ({default})")
     add(
         "--device", default="cpu", choices=["cpu", "gpu", "auto"], help="what MAX and PyTorch compute on (default: cpu)"
     )
-    add("--require-gpu", action="store_true", help="fail if MAX and PyTorch do not both find a GPU")
+    add("--require-gpu", action="store_true", help="with --device gpu: fail if MAX and PyTorch do not both find a GPU")
     peers = "fail where a test is skipped, as those of engines are that are not installed"
     add("--require-peers", action="store_true", help=peers)
     add("--cpu", choices=AS_ON, help="compute as on a CPU with fewer instructions (default: with all of this one's)")
@@ -96,12 +97,19 @@ class Options(OfRun):
     def check(self) -> None:
         """Raise a usage error for the first that cannot be met."""
         get = self.config.getoption
+        for option in ("--checkpoint", "--artifacts", "--report"):
+            if get(option) == "":  # as of a variable that is not set
+                raise pytest.UsageError(f"{option} is empty: give it a path, or leave it out")
         _ = self.sizes_given, self.dtypes
         for option, needed in (("--require-gpu", get("--require-gpu")), ("--device gpu", get("--device") == "gpu")):
             if needed and not gpu_found():
                 raise pytest.UsageError(
                     f"{option}: MAX and PyTorch do not both find a GPU; `maxwhisper doctor` says why"
                 )
+        if get("--require-gpu") and self.device == "cpu":
+            raise pytest.UsageError("--require-gpu: nothing would be computed on the GPU: give --device gpu as well")
+        if get("--faults") and FIXTURE not in self.sizes:
+            raise pytest.UsageError("--faults: these are tried in the fixture, which --size or --checkpoint leaves out")
         if (cpu := get("--cpu")) and not heeded(cpu):
             raise pytest.UsageError(f"--cpu {cpu}: needs x86-64, and to stand on the command line or in PYTEST_ADDOPTS")
         if self.checkpoint:

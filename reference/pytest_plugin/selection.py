@@ -133,10 +133,9 @@ def compared_alone(items: Iterable[pytest.Item]) -> dict[tuple[str, torch.dtype]
     return {model: frozenset(names) for model, names in compared.items() if len(names) <= len(BLOCKS) // 2}
 
 
-def judges_itself(item: pytest.Item) -> bool:
-    """Whether a test asks the judge and leaves nothing behind, as those of properties do."""
-    names = item.fixturenames  # type: ignore[attr-defined]
-    return "parity" in item.nodeid and "suite" in names and "run" not in names
+def leaves_no_verdict(item: pytest.Item) -> bool:
+    """Whether a test of tests/parity leaves nothing behind, as those of properties, loaders and compiled code do."""
+    return of_parity(item.nodeid) and "run" not in item.fixturenames  # type: ignore[attr-defined]
 
 
 def of_parity(nodeid: str) -> bool:

@@ -41,7 +41,7 @@ def total_lines(run: Run, machine: dict[str, str]) -> list[str]:
         )
     if run.transcripts:
         equal = sum(transcript.equal for transcript in run.transcripts)
-        lines.append(f"transcripts: {share(equal, len(run.transcripts), 'equal')}")
+        lines.append(f"transcripts, float32: {share(equal, len(run.transcripts), 'equal')}")
     return lines + chain_lines(run)
 
 

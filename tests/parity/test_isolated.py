@@ -1,11 +1,13 @@
 """Every block of the table on its own, in every layer, on every kind of inputs, against its budget."""
 
+import shlex
 from dataclasses import replace
 
 import pytest
 
 from reference.chain import AUDIO, run_chain
 from reference.judge import Comparison, Judgement, dtype_name
+from reference.models import CHECKPOINT
 from reference.pytest_plugin.models import SuiteFor
 from reference.results import Run
 from reference.suite import Suite
@@ -24,9 +26,11 @@ def test_isolated(comparison: Comparison, suite_for: SuiteFor, run: Run, request
 
 def message(judgement: Judgement, suite: Suite, node: str) -> str:
     c = judgement.comparison
+    model = ["--checkpoint", str(suite.model.source)] if c.size == CHECKPOINT else ["--size", c.size]
+    options = shlex.join([*model, "--dtype", dtype_name(c.dtype), "--device", c.device])
     return f"""isolated: {judgement}
 chained: {chained(judgement, suite)}
-again: pytest '{node}' --size {c.size} --dtype {dtype_name(c.dtype)} --device {c.device}"""
+again: pytest '{node}' {options}"""
 
 
 def chained(judgement: Judgement, suite: Suite) -> str:

@@ -16,9 +16,7 @@ from torch import Tensor
 from maxwhisper.network.blocks import BLOCKS
 from maxwhisper.network.log_mel import LOG_MEL
 from reference.activations import BATCH
-from reference.blocks import TWINS
-from reference.formulas import in_float64
-from reference.judge import Comparison, Judgement, judge
+from reference.judge import Comparison, Judgement
 from reference.suite import Suite
 from reference.trial import Trial
 from reference.verdicts import fingerprint
@@ -62,26 +60,10 @@ def expected(suite: Suite, block: str, names: list[str], inputs: list[Tensor], o
     """The verdict on `ours` where the right result is the twin's of these inputs, or that of an earlier run."""
     named = dict(zip(names, inputs, strict=True))
     comparison = Comparison(suite.model.size, suite.dtype, block, 0, "property", suite.device)
+    trial = Trial(suite, comparison, named, suite.executable(BLOCKS[block], 0))
     tensors = named | {f"output {index}": x for index, x in enumerate(ours)}
-    (found,) = suite.recalled(comparison, tensors, lambda: [judged(suite, comparison, named, ours)], fingerprint(named))
+    (found,) = suite.recalled(comparison, tensors, lambda: [trial.judge(ours)], fingerprint(named))
     return found
-
-
-def judged(suite: Suite, comparison: Comparison, named: dict[str, Tensor], ours: list[Tensor]) -> Judgement:
-    exact = in_float64(named)
-    there = {name: x.to(suite.torch_device) for name, x in named.items()}
-    twin = TWINS[comparison.block]
-    with torch.no_grad():
-        oracle, peer = twin(suite.model.oracle, 0, **exact), twin(suite.peer, 0, **there)
-    return judge(
-        comparison,
-        oracle[: len(ours)],
-        [x.cpu() for x in peer[: len(ours)]],
-        ours,
-        longest_reduction=twin.longest_reduction(suite.dims),
-        roundings=twin.roundings(suite.dims),
-        n_vocab=suite.dims.n_vocab,
-    )
 
 
 def prefill_names(suite: Suite) -> list[str]:
@@ -116,11 +98,11 @@ def test_a_row_of_a_batch_of_text_is_what_it_is_alone(
 def test_texts_hear_their_own_window(suite: Suite, seed: int, per_window: int, length: int) -> None:
     """Consecutive texts share a window's keys and values, as beams do."""
     tokens = random_tokens(suite, seed, 2 * per_window, length)
-    both = run(suite, "decoder.prefill", tokens, *cross_keys_values(suite, slice(0, 2)))[0]
+    both = run(suite, "decoder.prefill", tokens, *cross_keys_values(suite, slice(0, 2)))
     for window in range(2):
         rows, cross = slice(window * per_window, (window + 1) * per_window), slice(window, window + 1)
         inputs = [tokens[rows], *cross_keys_values(suite, cross)]
-        found = expected(suite, "decoder.prefill", prefill_names(suite), inputs, [both[rows]])
+        found = expected(suite, "decoder.prefill", prefill_names(suite), inputs, [x[rows] for x in both])
         assert found.passed, f"\n{found}"
 
 
@@ -197,13 +179,15 @@ def repeated(suite: Suite, block: str, times: int, *inputs: Tensor) -> list[list
     return found
 
 
-@pytest.mark.parametrize("block", BLOCKS)
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block != "decoder.embedding"])  # which takes integers
 def test_what_is_no_number_comes_out_where_pytorchs_does(suite: Suite, block: str) -> None:
     """One NaN or infinity among the inputs, in a row that others stand beside: heard, or where nothing may be heard."""
     kind = "speech" if block == LOG_MEL else BATCH
     comparison = next(suite.comparisons(BLOCKS[block], (kind,)))
     given = suite.inputs(BLOCKS[block], comparison)
-    for name in (name for name, x in given.items() if x.is_floating_point() and name.partition(".")[2] in ("", "0")):
+    names = [name for name, x in given.items() if x.is_floating_point() and name.partition(".")[2] in ("", "0")]
+    assert names
+    for name in names:
         for value, at in itertools.product((math.nan, math.inf), (0.5, -1)):
             x = given[name].clone()
             place = [len(x) // 2, *(at if at < 0 else int(size * at) for size in x.shape[1:])]

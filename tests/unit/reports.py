@@ -78,6 +78,7 @@ def passing() -> Run:
         ],
         transcripts=[Transcript("english-1.wav", "greedy", True, 41)],
         compiled=[CompileRecord("fixture, float32, parts", 19, 2.5)],
+        waits=[2.5],
         test_seconds=4.0,
         started=datetime(2026, 1, 2, 3, 4, tzinfo=UTC),
         command="pytest tests/parity -k 'mlp or chain'",

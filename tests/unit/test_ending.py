@@ -118,6 +118,35 @@ def test_without_a_terminal_what_failed_is_said_to_standard_error(
     assert "other.py, pytest_sessionfinish failed" in capfd.readouterr().err
 
 
+def test_seconds_of_comparing_are_those_of_parity_tests_but_for_what_they_wait_for_compilers() -> None:
+    """Be that here or in another process; what other tests compile is none of it."""
+    run = Run(test_seconds=10.0)
+    ending = Ending(Mock(spec=["getoption"], getoption=lambda name: None), run)
+    for folder, compiled, waited in (("parity", 2.0, 3.0), ("unit", 500.0, 7.0), ("parity", 0.0, 0.0)):
+        run.compiled += [CompileRecord("a", 1, compiled)]
+        run.waiting += waited
+        report = ending.pytest_runtest_makereport(Mock(nodeid=f"tests/{folder}/test_a.py::test", fixturenames=["run"]))
+        next(report)
+        with pytest.raises(StopIteration):
+            report.send(Mock(skipped=False))
+    assert (run.compile_seconds, run.compare_seconds) == (502.0, 5.0)
+
+
+@pytest.mark.parametrize("run_again", ["test_one", "test_other"])
+def test_benchmarks_that_are_compared_with_none_fail_where_a_slower_one_would(
+    run_again: str, pytester: pytest.Pytester, tmp_path: Path
+) -> None:
+    pytester.makeconftest((ROOT / "conftest.py").read_text())
+    pytester.makepyfile("def test_one(benchmark): benchmark(int)\ndef test_other(benchmark): benchmark(int)")
+    options = ["-p", "no:cacheprovider", f"--benchmark-storage={tmp_path}", "--benchmark-max-time=0.01"]
+    assert pytester.runpytest_inprocess(*options, "--benchmark-save=x", "-k", "test_one").ret == pytest.ExitCode.OK
+    compare = ["--benchmark-compare", "--benchmark-compare-fail=median:100000%"]
+    done = pytester.runpytest_inprocess(*options, *compare, "-k", run_again)
+    same = run_again == "test_one"
+    assert done.ret == (pytest.ExitCode.OK if same else pytest.ExitCode.TESTS_FAILED)
+    assert ("--benchmark-compare: nothing was compared" in done.stdout.str()) != same
+
+
 # ---- workers -------------------------------------------------------------------------------------------------------
 
 
@@ -137,6 +166,8 @@ def everything() -> Run:
         chains=[Chain(comparison, {"encoder": judgement}, ())],
         faults=results,
         transcripts=[Transcript("english-1.wav", "greedy", True, 41)],
+        held=["tests/parity/test_loading.py::test_two_channels"],
+        waits=[2.5],
         compiled=[CompileRecord("fixture, float32, parts", 19, 2.5)],
         lost=["a worker"],
         notes={"cache": "a note"},
@@ -149,7 +180,7 @@ def test_what_a_worker_finds_arrives_whole() -> None:
     assert found.anything and not worker.anything
     for _ in range(2):
         run.add(pickle.loads(pickle.dumps(found)))
-    for name in ("judgements", "chains", "transcripts", "compiled", "lost"):
+    for name in ("judgements", "chains", "transcripts", "held", "waits", "compiled", "lost"):
         assert getattr(run, name) == getattr(everything(), name) * 2, name
     assert [str(each) for each in run.faults] == [str(each) for each in everything().faults] * 2
     errors = (each.judgements[0].explanations[0].errors for each in (run, found))

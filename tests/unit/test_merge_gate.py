@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from reference.fixtures import ROOT
-from reference.merge_gate import objections
+from reference.merge_gate import main, objections
 
 WORKFLOW, NIGHTLY = ((ROOT / ".github" / "workflows" / f"{name}.yml").read_text() for name in ("parity", "nightly"))
 RUNS = re.findall(r"^ +(?:- )?run: (.*)$", WORKFLOW, re.MULTILINE)
@@ -111,6 +111,8 @@ def test_an_excused_job_may_be_skipped_and_nothing_else(report: Path) -> None:
         (None, "cannot be read: .*No such file"),
         ("{", "cannot be read"),
         ({}, "is no report"),
+        ([], "is no report"),
+        ({"passed": True, "judgements": [{"pairs": 3}]}, "is no report"),
         (parity("gpu", 0), "compared nothing on gpu"),
         (parity("cpu", 3), "compared nothing on gpu"),
         (parity("gpu", 3, passed=False), "2 comparisons failed"),
@@ -135,3 +137,15 @@ def test_benchmarks_on_the_device_pass(report: Path) -> None:
 def test_a_gate_without_jobs_or_with_a_stray_report_fails(report: Path) -> None:
     assert objections({}, [], []) == ["no job is needed"]
     assert objections(needs(), [], [f"tpu:gpu:{report}"]) == ["tpu: is to report, but is not needed"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [(["--needs", ""], "--needs: is not JSON"), (["--needs", "{}", "--report", "cpu:report.json"], "JOB:DEVICE:PATH")],
+)
+def test_an_argument_that_cannot_be_read_is_named(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert said in capsys.readouterr().err.splitlines()[-1]

@@ -1,13 +1,17 @@
 """The machine that makes mutants: what it changes, what it leaves, and what is said of those that stay green."""
 
 import ast
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from reference.mutants import mojo_sources, python_sources, switch, tree
-from reference.mutants.controller import Outcome
+from reference.mutants.__main__ import main
+from reference.mutants.controller import Outcome, Trials
 from reference.mutants.mutant import Mutant, next_digit
 from reference.mutants.report import enough, report
 
@@ -162,3 +166,28 @@ def test_what_stays_green_is_counted_and_named() -> None:
     text = "\n".join(report(mutants, outcomes))
     assert "| kernels | 20 | 0 | 18 (90%) | 18 (90%) | 1 | 1 |" in text
     assert "3 kernels/linear.mojo:3 constant: 1 -> 3" in text
+
+
+def test_no_mutants_show_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    refused = Mutant(1, "kernels/linear.mojo", 1, "constant", "1", "2")
+    assert not enough([], {})
+    assert not enough([refused], {1: Outcome(1, "refused")})
+    for arguments, said in (
+        (["--only", "no_such_file"], "--only no_such_file: no file"),
+        (["--number", "0"], "above 0"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(arguments)
+        assert said in capsys.readouterr().err
+
+
+def test_what_fails_without_a_mutant_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where every test passes and the status is not 0: each mutant would count as killed there."""
+
+    def run(command: list[str], **_: object) -> SimpleNamespace:
+        return SimpleNamespace(returncode=int("tests/parity/test_loading.py" in command), stdout="16 passed", stderr="")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    loader = Mutant(1, "checkpoint/stored.py", 1, "sign", "-a", "a")
+    with pytest.raises(RuntimeError, match=r"test_loading\.py fails without a mutant: 16 passed"):
+        Trials(tmp_path, [loader], tmp_path / "record").tried_alone(loader, with_parity=True)

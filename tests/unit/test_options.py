@@ -1,5 +1,6 @@
 """The suite's options: a selection that would show nothing is an error, not a success."""
 
+import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +46,11 @@ def run(pytester: pytest.Pytester) -> Run:
         (["--cpu", "pentium"], "argument --cpu: invalid choice: 'pentium'"),
         (["--device", "gpu"], "--device gpu: MAX and PyTorch do not both find a GPU"),
         (["--report", str(NANO)], "nano.pt: cannot be written to: File exists"),
+        (["--report", ""], "--report is empty"),
+        (["--checkpoint", ""], "--checkpoint is empty"),
+        (["--artifacts", ""], "--artifacts is empty"),
+        (["--faults", "all", "--size", "tiny"], "--faults: these are tried in the fixture"),
+        (["--faults", "graphs", "--checkpoint", str(NANO)], "--faults: these are tried in the fixture"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) and len(value) < 3 else None,
 )
@@ -57,6 +63,14 @@ def test_options_that_cannot_be_met_are_errors(options: list[str], message: str,
     status, output = run(PARITY, "--collect-only", *options)
     assert status == pytest.ExitCode.USAGE_ERROR
     assert message in output
+
+
+def test_a_gpu_that_is_required_and_not_asked_for_is_an_error(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a gate on a machine with a GPU would compare on its CPU and pass."""
+    monkeypatch.setattr("reference.pytest_plugin.options.gpu_found", lambda: True)
+    status, output = run(PARITY, "--collect-only", "--require-gpu")
+    assert status == pytest.ExitCode.USAGE_ERROR
+    assert "--require-gpu: nothing would be computed on the GPU: give --device gpu" in output
 
 
 def test_an_error_is_one_line_of_a_run_that_fails(pytester: pytest.Pytester) -> None:
@@ -109,11 +123,20 @@ def test_a_selection_that_selects_nothing_fails(run: Run) -> None:
     assert run(PARITY, "-k", "no_such_block")[0] == pytest.ExitCode.NO_TESTS_COLLECTED
 
 
-def test_a_parity_run_that_compares_nothing_fails(run: Run) -> None:
-    """It passes, but for the rule: the one test that it selects compares no values."""
-    status, output = run(PARITY / "test_faults.py", "-k", "at_least_forty", "--size", "fixture")
-    assert "1 passed" in output
+def test_a_parity_run_that_compares_nothing_fails_and_says_so(run: Run) -> None:
+    """It passes, but for the rule: what it selects is for a GPU, so it is skipped on a CPU."""
+    captured = f"{PARITY / 'test_steps.py'}::test_a_captured_step_launches_the_kernels_of_an_executed_one"
+    status, output = run(captured, "--size", "fixture", "--dtype", "float32")
+    assert "2 skipped" in output and "nothing was compared with PyTorch" in output
     assert status == pytest.ExitCode.TESTS_FAILED
+
+
+def test_what_compares_and_leaves_no_verdict_is_a_run_that_passed(run: Run, tmp_path: Path) -> None:
+    """As loaders are held against other readers, and properties ask the judge by themselves."""
+    status, output = run(f"{PARITY / 'test_loading.py'}::test_every_format", "--report", tmp_path)
+    assert status == pytest.ExitCode.OK, output
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["passed"], report["reason"]) == (True, "5 tests passed that leave no verdict")
 
 
 def test_a_run_of_faults_alone_succeeds(run: Run) -> None:

@@ -27,6 +27,7 @@ from reference.judge import UNIT_ROUNDOFF, Comparison, Judgement, K, Measure, Ou
 from reference.models import FIXTURE, load, random_weights
 from reference.suite import Suite
 from reference.transcripts import Yardstick
+from reference.weight_faults import weight_faults
 
 DIMS = ModelDimensions(
     n_mels=4, n_audio_ctx=10, n_audio_state=8, n_audio_head=2, n_audio_layer=1,
@@ -246,6 +247,8 @@ CHANGES: dict[str, Callable[[Yardstick, pytest.MonkeyPatch], object]] = {
     "version": lambda y, patch: patch.setattr("reference.verdicts.version", lambda name: f"{name} 0"),
     "threads": lambda y, patch: patch.setattr(torch, "get_num_threads", lambda: 77),
     "instructions": lambda y, patch: patch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "none"),
+    "precision": lambda y, patch: patch.setattr(torch, "get_float32_matmul_precision", lambda: "medium"),
+    "oneDNN's arithmetic": lambda y, patch: patch.setenv("ONEDNN_DEFAULT_FPMATH_MODE", "BF16"),
 }
 
 
@@ -349,6 +352,12 @@ def test_a_condition_widens_what_a_lucky_peer_leaves() -> None:
 
 
 # ---- faults --------------------------------------------------------------------------------------------------------
+
+
+def test_there_are_at_least_forty_faults_each_in_a_block_of_its_own_name() -> None:
+    faults = [*weight_faults(), *graph_faults()]
+    assert len({fault.name for fault in faults}) == len(faults) >= 40
+    assert {fault.block for fault in faults} <= BLOCKS.keys()
 
 
 def traced(program: Program) -> str:

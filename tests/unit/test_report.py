@@ -188,6 +188,8 @@ def test_summary_is_short_and_says_what_failed() -> None:
     assert re.search(r"^\d+ more blocks", lines[-1])
     assert sum(bool(re.match(r"\d+\. ", line)) for line in lines) == 10
     assert any(line.startswith("- faults, bfloat16: 1 of 2 caught") for line in lines)
+    assert "- transcripts, float32: 1 of 2 equal" in lines
+    assert "transcripts, float32: 1 of 2 equal to PyTorch Whisper's" in run.summary_lines()
     assert any("first divergence encoder.blocks.0.mlp" in line for line in lines)
 
 

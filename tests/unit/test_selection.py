@@ -1,15 +1,24 @@
 """Which blocks a word after -k selects: everybody's names of a thing find it, and what finds none fails."""
 
+import re
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from whisper.model import ModelDimensions, Whisper
 
 from maxwhisper.network.blocks import BLOCKS
-from reference.fixtures import ROOT
-from reference.pytest_plugin.selection import block_of, compares, judges_itself, left_out, of_parity
+from reference.fixtures import NANO, ROOT
+from reference.judge import Comparison, Judgement
+from reference.models import CHECKPOINT, FIXTURE
+from reference.pytest_plugin.parameters import identify
+from reference.pytest_plugin.selection import block_of, compares, left_out, of_parity
 from reference.pytest_plugin.words import all_words, finds, words_of
+from tests.parity.test_isolated import message
 
 PARITY, PERF = ROOT / "tests" / "parity", ROOT / "tests" / "perf"
 
@@ -172,15 +181,15 @@ def test_what_leaves_no_comparison_is_named(collect: Callable[..., Collected]) -
 @pytest.mark.parametrize(
     ("file", "selection", "status"),
     [
-        ("", "at_least_forty", pytest.ExitCode.TESTS_FAILED),
+        ("", "every_format", pytest.ExitCode.TESTS_FAILED),
         ("", "no_such_block", pytest.ExitCode.NO_TESTS_COLLECTED),
-        ("test_faults.py", "at_least_forty", pytest.ExitCode.TESTS_FAILED),
+        ("test_loading.py", "every_format", pytest.ExitCode.OK),
     ],
 )
 def test_a_selection_that_compares_no_block_fails_and_says_so(
     file: str, selection: str, status: int, pytester: pytest.Pytester
 ) -> None:
-    """The second only where what it chooses from compares any."""
+    """Where what it chooses from compares any."""
     done = pytester.runpytest_inprocess(
         "-q", "-p", "no:cacheprovider", "--size", "fixture", PARITY / file, "-k", selection
     )
@@ -188,10 +197,30 @@ def test_a_selection_that_compares_no_block_fails_and_says_so(
     assert ("no block was compared with PyTorch" in done.stdout.str()) == (not file)
 
 
-def test_properties_alone_are_no_empty_selection(collect: Callable[..., Collected]) -> None:
-    """They ask the judge themselves."""
-    properties = collect(PARITY / "test_properties.py", "--dtype", "float32").items
-    assert properties and all(judges_itself(item) and not compares(item) for item in properties)
+def test_every_word_of_a_selection_in_the_documents_selects_a_test(collect: Callable[..., Collected]) -> None:
+    documents = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    command = re.compile(r"pytest (tests/[\w/.*]+) -k (?:\"([^\"]+)\"|([a-z]\w*))")
+    asked = {(path, one or other) for each in documents for path, one, other in command.findall(each.read_text())}
+    files = {path: {str(file) for file in ROOT.glob(path)} for path, _ in asked}
+    collected = collect(*set().union(*files.values()), "--size", "fixture", "--dtype", "float32", "--nightly")
+    unselected = {
+        (path, word)
+        for path, expression in asked
+        for word in [expression, *re.split(" or ", expression)]
+        if not any(str(item.path).startswith(tuple(files[path])) for item in collected.selected(word))
+    }
+    assert len(asked) >= 5 and not unselected
+
+
+@pytest.mark.parametrize("size", [FIXTURE, CHECKPOINT])
+def test_the_command_that_repeats_a_failure_selects_it_alone(size: str, collect: Callable[..., Collected]) -> None:
+    comparison = Comparison(size, torch.bfloat16, "encoder.mlp", 1, "three windows")
+    node = f"{PARITY / 'test_isolated.py'}::test_isolated[{identify(comparison)}]"
+    suite: Any = SimpleNamespace(model=SimpleNamespace(source=NANO))
+    said = message(Judgement(comparison, (), ("shape",)), suite, node)
+    (again,) = (line for line in said.splitlines() if line.startswith("again: pytest "))
+    (item,) = collect(*shlex.split(again)[2:]).items
+    assert item.callspec.params == {"comparison": comparison}  # type: ignore[attr-defined]
 
 
 def test_a_word_in_a_tests_name_does_not_have_it_compare() -> None:

@@ -1,12 +1,14 @@
 """How small an error the judge finds. Of the fixture's parts by day, of everything else at night."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
+import reference.tightness
 from maxwhisper.engine.surroundings import one_torch_thread
 from maxwhisper.network.blocks import BLOCKS, Block
+from reference import soak
 from reference.judge import K
 from reference.measures import DTYPES
 from reference.models import FIXTURE, load
@@ -46,3 +48,19 @@ def test_the_judge_passes_less_and_fails_more(trained: Suite) -> None:
     factor = smallest_failing(trained, comparison)
     less, more = (trial_of_pytorch(trained, comparison, times * factor).judge() for times in (0.9, 1.1))
     assert less.passed and not more.passed
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "said"),
+    [
+        (reference.tightness.main, ["--size", "huge"], "invalid choice: 'huge'"),
+        (soak.main, ["--size", "huge"], "invalid choice: 'huge'"),
+        (soak.main, ["--repetitions", "0"], "must be a whole number above 0"),
+    ],
+)
+def test_an_option_under_which_nothing_is_compared_is_refused(
+    main: Callable[[list[str]], int], arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert said in capsys.readouterr().err

@@ -20,19 +20,38 @@ CLIP = "clips/english-1.wav"
 
 
 @pytest.fixture(scope="module")
-def said() -> tuple[Window, Callable[[Window], Judgement]]:
-    """What PyTorch says of a window in float32, and the judge of what is said of it."""
+def judge() -> windows.Judge:
+    """The judge of what is said of a window."""
     peer = checkpoints.read(NANO, 51865).eval()
-    judge = windows.Judge(pytorch_whisper(peer.dims, peer.state_dict(), torch.float64), peer, None)
+    return windows.Judge(pytorch_whisper(peer.dims, peer.state_dict(), torch.float64), peer, None)
+
+
+def saying(judge: windows.Judge, way: str) -> tuple[Window, Callable[[Window], Judgement]]:
+    """What PyTorch says of a window in float32, and what judges what is said of it."""
     audio = torch.from_numpy(pad_or_trim(waveforms.read(FIXTURES / CLIP)))
-    comparison = Comparison(FIXTURE, torch.float32, "decode, greedy", 0, CLIP)
-    right = windows.decoded(peer, log_mel_spectrogram(audio), {})
+    comparison = Comparison(FIXTURE, torch.float32, f"decode, {way}", 0, CLIP)
+    right = windows.decoded(judge.peer, log_mel_spectrogram(audio), windows.DECODING[way])
     return right, lambda window: judge.judged(comparison, audio, window)
+
+
+@pytest.fixture(scope="module")
+def said(judge: windows.Judge) -> tuple[Window, Callable[[Window], Judgement]]:
+    return saying(judge, "greedy")
 
 
 def test_what_pytorch_says_passes(said: Any) -> None:
     right, judged = said
     assert judged(right).passed
+
+
+def test_what_has_no_words_passes(judge: windows.Judge, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a checkpoint may say nothing to silence."""
+    no_text = {"suppress_tokens": [*range(50257)], "without_timestamps": True, "sample_len": 3}
+    monkeypatch.setitem(windows.DECODING, "nothing", no_text)
+    right, judged = saying(judge, "nothing")
+    assert right.result.tokens and not right.words
+    assert judged(right).passed
+    assert not judged(off("avg_logprob", 1.001)(right)).passed
 
 
 def off(name: str, factor: float) -> Callable[[Window], Window]:
