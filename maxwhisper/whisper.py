@@ -122,8 +122,9 @@ class Frames:
     def __enter__(self) -> "Frames":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.update(self.left)  # of windows without speech it is not told
+    def __exit__(self, failure: object, *_: object) -> None:
+        if failure is None:
+            self.update(self.left)  # of windows without speech it is not told
 
     def update(self, n: int) -> None:
         """Takes n frames of the spectrogram as done."""
@@ -266,7 +267,9 @@ class Whisper(Frozen, OpenAIWhisper):
         """Yields the number of each recording, and what `transcribe` returns or raises for it, in the order in which
         they are done: the same as one at a time.
 
-        batch_size: how many recordings to decode together. Raises OptionError if that is not above 0.
+        batch_size: how many recordings to decode together.
+
+        Raises OptionError if that is no whole number above 0, or if there is one recording in the place of several.
         """
         return transcribe_many(self, audio, batch_size, **options)
 
