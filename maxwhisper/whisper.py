@@ -6,9 +6,11 @@ that code calls is replaced: the encoder, the decoder, its cache, the log-mel sp
 
 import copy
 import os
+import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
 from typing import Any
 
@@ -304,3 +306,12 @@ def restored(
     model = Whisper(checkpoint, device, artifacts, dtype)
     model.register_buffer("alignment_heads", alignment_heads, persistent=False)
     return model.train(training)
+
+
+def by_value(model: Whisper) -> Any:
+    """Returns what multiprocessing makes a model of: its pickle. PyTorch would have the tensors that MAX reads moved to
+    memory that the child shares."""
+    return pickle.loads, (pickle.dumps(model),)
+
+
+ForkingPickler.register(Whisper, by_value)
