@@ -25,6 +25,7 @@ from .engine.program import Artifact, Executable
 from .engine.surroundings import cpu_by_default, one_torch_thread
 from .errors import AudioError, OptionError, warn_once
 from .network.log_mel import LogMelSpectrogram, log_mel_program, log_mel_weights
+from .options import refused
 from .pipes import Pipe, is_regular, open_once, status_of
 
 __all__ = [
@@ -285,6 +286,8 @@ def as_waveform(audio: np.ndarray | torch.Tensor) -> torch.Tensor:
     samples = audio.detach() if isinstance(audio, torch.Tensor) else as_array(audio)
     floats = samples.is_floating_point() if isinstance(samples, torch.Tensor) else samples.dtype.kind == "f"
     if not floats or samples.ndim != 1:
+        if isinstance(samples, np.ndarray) and samples.dtype.kind in "OSU":  # is what NumPy makes of anything
+            raise refused("audio", audio, "the name of a file, or floats (samples,) in [-1, 1]")
         found = f"{samples.dtype} {tuple(samples.shape)}"
         hint = "; take the mean of its channels" if samples.ndim == 2 else ""
         hint = "; divide it by 32768" if "int16" in found else hint
@@ -299,7 +302,7 @@ def as_array(audio: object) -> np.ndarray:
     try:
         return np.asarray(audio)
     except ValueError as error:  # of lists of different lengths
-        raise OptionError(f"audio is a {type(audio).__name__} that is no array of samples: {error}") from error
+        raise refused("audio", audio, "the name of a file, or floats (samples,) in [-1, 1]") from error
 
 
 @cpu_by_default()
@@ -314,9 +317,11 @@ def log_mel_spectrogram(
     Raises: AudioError if the file cannot be read, a sample is not finite, or there are too few samples to mirror;
     OptionError for a waveform of another shape or of integers, a negative padding, or an n_mels other than 80 and 128.
     """
+    waveform = heard(audio, padding)  # before a minute goes into compiling
     with COMPILING:
         compiled = compiled_spectrogram(n_mels)
-    return spectrogram(compiled, audio, padding)
+    [log_mel] = compiled(audio=waveform)
+    return log_mel
 
 
 @cpu_by_default()
@@ -325,6 +330,12 @@ def spectrogram(
     compiled: Executable, audio: str | os.PathLike[str] | np.ndarray | torch.Tensor, padding: int = 0
 ) -> torch.Tensor:
     """Computes `log_mel_spectrogram` by a graph that `compiled_spectrogram` or a model has compiled."""
+    [log_mel] = compiled(audio=heard(audio, padding))
+    return log_mel
+
+
+def heard(audio: str | os.PathLike[str] | np.ndarray | torch.Tensor, padding: int) -> torch.Tensor:
+    """Returns what a spectrogram is computed of, float32 (samples + padding,); raises as `log_mel_spectrogram`."""
     waveform = as_waveform(load_audio(audio) if isinstance(audio, str | os.PathLike) else audio)
     if padding < 0:
         raise OptionError(f"padding is a number of samples and must not be negative, not {padding}")
@@ -335,5 +346,4 @@ def spectrogram(
         raise AudioError(f"audio of {len(waveform)} samples is too short: a spectrogram needs {N_FFT // 2 + 1}")
     if max(waveform.aminmax(), key=abs).abs() > LOUDEST:
         warn_once(f"audio has samples beyond {LOUDEST}, expected floats in [-1, 1]: divide 16-bit samples by 32768")
-    [log_mel] = compiled(audio=waveform)
-    return log_mel
+    return waveform

@@ -49,6 +49,9 @@ def transcribing(options: Mapping[str, Any], model: Whisper) -> dict[str, Any]:
     for name, limit in {**least, "hallucination_silence_threshold": 0.0}.items():
         if found.get(name) is not None:
             found[name] = number(name, found[name], limit)
+    no_texts(found, ("verbose", "condition_on_previous_text", "carry_initial_prompt", "word_timestamps"))
+    if found.get("prompt"):
+        warn_once("prompt has no effect on transcribe, which gives every window its own: use initial_prompt")
     if "temperature" in found:
         found["temperature"] = temperatures(found["temperature"])
     for name in ("prepend_punctuations", "append_punctuations"):
@@ -77,6 +80,7 @@ def decoding(options: DecodingOptions, model: Whisper, tasks: Sequence[str] = (*
     if options.language is not None and not isinstance(options.language, str):
         raise refused("language", options.language, "a code or a name, as in en or English")
     check_language(options.language, model)
+    no_texts(vars(options), ("without_timestamps", "suppress_blank", "fp16"))
     found: dict[str, Any] = {"temperature": temperature(options.temperature)}
     for check, name, least in (
         (whole, "sample_len", 0),
@@ -100,6 +104,13 @@ def decoding(options: DecodingOptions, model: Whisper, tasks: Sequence[str] = (*
 def refused(name: str, value: object, expected: str) -> OptionError:
     shown = " ".join(reprlib.repr(value).split())
     return OptionError(f"{name} is {shown}, expected {expected}")
+
+
+def no_texts(options: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raises OptionError where True or False is given as a text: each would be taken for True."""
+    for name in names:
+        if isinstance(options.get(name), str):
+            raise refused(name, options[name], "True or False")
 
 
 def scalar(value: Any) -> Any:

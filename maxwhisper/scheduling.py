@@ -20,7 +20,7 @@ from whisper.decoding import DecodingOptions
 from .audio import SAMPLE_RATE, read_audio
 from .decoding.batching import BatchingStepper
 from .decoding.stepper import Stepper
-from .errors import OptionError
+from .options import refused, whole
 
 Waveform = np.ndarray | Tensor
 Audio = str | PathLike[str] | Waveform
@@ -76,10 +76,13 @@ def transcribe_many(
 ) -> Iterator[tuple[int, Result]]:
     """Yields the number of every recording and what `Whisper.transcribe` returns or raises for it, as each is done.
 
-    batch_size: how many recordings to decode together. Raises OptionError if that is not above 0.
+    batch_size: how many recordings to decode together.
+
+    Raises OptionError if that is no whole number above 0, or if there is one recording in the place of several.
     """
-    if batch_size < 1:
-        raise OptionError(f"batch_size must be above 0, not {batch_size}")
+    batch_size = whole("batch_size", batch_size, 1)
+    if isinstance(audio, str | bytes | PathLike) or getattr(audio, "ndim", 2) < 2:
+        raise refused("audio", audio, "several recordings, in a list")
     n_thread = min(batch_size, len(audio))
     if n_thread > 1:
         yield from in_threads(model, audio, n_thread, options)

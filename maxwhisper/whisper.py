@@ -6,9 +6,11 @@ that code calls is replaced: the encoder, the decoder, its cache, the log-mel sp
 
 import copy
 import os
+import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
 from typing import Any
 
@@ -118,8 +120,9 @@ class Frames:
     def __enter__(self) -> "Frames":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.update(self.left)  # of windows without speech it is not told
+    def __exit__(self, failure: object, *_: object) -> None:
+        if failure is None:
+            self.update(self.left)  # of windows without speech it is not told
 
     def update(self, n: int) -> None:
         """Takes n frames of the spectrogram as done."""
@@ -262,7 +265,9 @@ class Whisper(Frozen, OpenAIWhisper):
         """Yields the number of each recording, and what `transcribe` returns or raises for it, in the order in which
         they are done: the same as one at a time.
 
-        batch_size: how many recordings to decode together. Raises OptionError if that is not above 0.
+        batch_size: how many recordings to decode together.
+
+        Raises OptionError if that is no whole number above 0, or if there is one recording in the place of several.
         """
         return transcribe_many(self, audio, batch_size, **options)
 
@@ -297,3 +302,12 @@ def restored(
     model = Whisper(checkpoint, device, artifacts, dtype)
     model.register_buffer("alignment_heads", alignment_heads, persistent=False)
     return model.train(training)
+
+
+def by_value(model: Whisper) -> Any:
+    """Returns what multiprocessing makes a model of: its pickle. PyTorch would have the tensors that MAX reads moved to
+    memory that the child shares."""
+    return pickle.loads, (pickle.dumps(model),)
+
+
+ForkingPickler.register(Whisper, by_value)

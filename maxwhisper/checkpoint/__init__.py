@@ -39,7 +39,15 @@ from maxwhisper.checkpoint.hugging_face import (
     read_weights,
     with_tied_embedding,
 )
-from maxwhisper.checkpoint.stored import parse_json, read_json, read_safetensors, reason, some, unpickle
+from maxwhisper.checkpoint.stored import (
+    is_safetensors,
+    parse_json,
+    read_json,
+    read_safetensors,
+    reason,
+    some,
+    unpickle,
+)
 from maxwhisper.checkpoint.vocabulary import check_vocabulary, vocabulary_size
 from maxwhisper.checkpoint.wrapped import OUTPUT, Named, model_in, named, rewriting
 from maxwhisper.engine.folders import cache_home, writable
@@ -92,12 +100,13 @@ def load_checkpoint(name_or_path: StrPath, download_root: StrPath | None = None)
     if isinstance(name_or_path, str) and name_or_path in whisper.available_models():
         return _load_named(name_or_path, download_root)
     path = Path(name_or_path)
-    if os.path.isdir(path):
+    if os.path.isdir(name_or_path):  # not of the path, which makes the folder one is in of an empty name
         return _load_hugging_face(path)
     if not os.path.isfile(path):
         names = ", ".join(whisper.available_models())
-        raise CheckpointError(f"{path}: no such file or folder, nor one of the model names {names}")
-    return _load_safetensors(path) if path.suffix == ".safetensors" else _load_openai(path)
+        shown = path if name_or_path else "''"
+        raise CheckpointError(f"{shown}: no such file or folder, nor one of the model names {names}")
+    return _load_safetensors(path) if is_safetensors(path) else _load_openai(path)
 
 
 def convert(source: StrPath, destination: StrPath) -> Path:

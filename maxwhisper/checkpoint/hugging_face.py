@@ -43,6 +43,10 @@ _WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+_INSIDE = ("snapshots/*/config.json", "*.pt")
+"""What a folder without config.json may hold that loads: a cache of the hub, and OpenAI's format."""
+_OF_OTHERS = {"n_audio_state": "MLX", "lang_ids": "CTranslate2"}
+"""A key of config.json by which other libraries' models are known."""
 
 
 def read_config(folder: Path, weights: Path | None) -> dict[str, Any]:
@@ -54,7 +58,16 @@ def read_config(folder: Path, weights: Path | None) -> dict[str, Any]:
     if weights is None and os.path.isfile(folder / "adapter_config.json"):
         refuse_adapter(folder)
     path = folder / "config.json"
+    if not os.path.lexists(path):
+        inside = next((found for pattern in _INSIDE for found in sorted(folder.glob(pattern))), None)
+        instead = f": give {inside.parent if inside.name == path.name else inside}" if inside else ""
+        raise CheckpointError(f"{folder}: has no config.json, as the folder of a Hugging Face model has{instead}")
     config = {"activation_function": "gelu", "scale_embedding": False} | read_json(path)
+    if foreign := next((key for key in _OF_OTHERS if key in config), None):
+        raise CheckpointError(
+            f"{path}: has {foreign!r}, as a model converted for {_OF_OTHERS[foreign]} has, expected the Hugging Face"
+            " model that it was made from"
+        )
     for key, needed in (("model_type", "whisper"), ("activation_function", "gelu"), ("scale_embedding", False)):
         if config.get(key) != needed:
             raise CheckpointError(f"{path}: {key} is {config.get(key)!r}, expected {needed!r}")

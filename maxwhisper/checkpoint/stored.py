@@ -13,9 +13,39 @@ from whisper.model import ModelDimensions
 
 from maxwhisper.errors import CheckpointError
 
+FOREIGN = {
+    b"lmgg": "a ggml file, as whisper.cpp reads it",
+    b"GGUF": "a GGUF file",
+    b"WhisperSpec": "a model converted for CTranslate2",
+    b"version https://git-lfs": "a pointer of Git LFS in the place of the file, which `git lfs pull` fetches",
+}
+"""What is found in the first bytes of other files, and what they are."""
+
 
 def read_tensors(path: Path) -> dict[Any, Any]:
-    return read_safetensors(path)[0] if path.suffix == ".safetensors" else unpickle(path)
+    return read_safetensors(path)[0] if is_safetensors(path) else unpickle(path)
+
+
+def first_bytes(path: Path) -> bytes:
+    """Returns the first bytes of a file; none if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(32)
+    except OSError:
+        return b""
+
+
+def is_safetensors(path: Path) -> bool:
+    """Returns whether a file is to be read as safetensors: by its name, or whatever its name, as of the files that the
+    hub's cache links to, by the object of JSON that begins behind eight bytes."""
+    return path.suffix == ".safetensors" or first_bytes(path)[8:10] in (b'{"', b"{}", b"{ ")
+
+
+def refuse_foreign(path: Path) -> None:
+    """Raises CheckpointError for a file of another library's, or of none."""
+    start = first_bytes(path)
+    if kind := next((kind for mark, kind in FOREIGN.items() if mark in start), None):
+        raise CheckpointError(f"{path}: {kind}, expected a checkpoint of PyTorch or safetensors")
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -23,6 +53,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except Exception as error:  # besides its own error, the reader lets those of the file system and of torch through
+        refuse_foreign(path)
         raise CheckpointError(f"{path}: cannot be read as safetensors: {reason(error)}") from error
 
 
@@ -38,6 +69,7 @@ def unpickle(path: Path) -> dict[Any, Any]:
         if foreign := re.search(r"GLOBAL (\S+)", str(error)):
             refused = f"{path}: refused, since reading it would run or build {foreign[1]}"
             raise CheckpointError(f"{refused}{_without(path, foreign[1])}") from error
+        refuse_foreign(path)
         raise CheckpointError(f"{path}: damaged, or not a PyTorch checkpoint ({type(error).__name__})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, expected a dict")

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from maxwhisper.checkpoint.stored import as_lines, read_json, some
+from maxwhisper.checkpoint.stored import as_lines, is_safetensors, read_json, some
 from maxwhisper.errors import CheckpointError
 
 OUTPUT = "proj_out.weight"
@@ -101,7 +101,7 @@ def rewriting(path: Path, content: dict[Any, Any], key: Any = None) -> str:
     if prefix:
         source = f"{{n.removeprefix({prefix!r}): t for n, t in {source}.items() if n.startswith({prefix!r})}}"
     read = f"import torch; content = torch.load({str(path)!r}, map_location='cpu')"
-    if path.suffix == ".safetensors":
+    if is_safetensors(path):
         read = f"import torch, safetensors.torch; content = safetensors.torch.load_file({str(path)!r})"
     if is_hugging_face:
         module = "model" if inner.endswith("model.") else "model.model"

@@ -38,11 +38,11 @@ def add_bulk(commands: Any) -> None:
     parser.add_argument("output", metavar="OUTPUT", help="folder for the transcripts, or as in s3://bucket/texts")
     add_model(parser.add_argument_group("model and device").add_argument)
     add = parser.add_argument_group("who computes").add_argument
-    add("--cluster", metavar="ADDRESS", help="a Ray cluster, as in auto or ray://head:10001; None is this machine")
+    add("--cluster", metavar="ADDRESS", help="a Ray cluster, as in auto or ray://head:10001; this machine unless given")
     add("--actors", type=above_zero, default=1, metavar="N", help="processes that hold a model each")
     add("--batch_size", type=above_zero, default=4, metavar="N", help="recordings that a model decodes together")
     add("--cpus", type=above_zero, default=1, metavar="N", help="CPUs that Ray counts for an actor")
-    gpus = "GPUs, or the share of one, that Ray counts for an actor; None is 1 with --device gpu"
+    gpus = "GPUs, or the share of one, that Ray counts for an actor; unless given, 1 with --device gpu"
     add("--gpus", type=share, metavar="N", help=gpus)
     add("--memory_gb", type=above_zero, metavar="N", help="memory that Ray counts for an actor")
     decoding = parser.add_argument_group("decoding").add_argument

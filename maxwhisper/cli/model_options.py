@@ -18,7 +18,7 @@ def add_model(add: Callable[..., Any]) -> None:
     """Adds what says which model to load, and for which device."""
     model = "name of an OpenAI model, or path of a .pt or .safetensors file or of a Hugging Face folder"
     add("--model", default="turbo", help=model)
-    add("--model_dir", help="where named models are kept; None stands for ~/.cache/whisper")
+    add("--model_dir", help="where named models are kept; ~/.cache/whisper unless given")
     device = "what to compute on; cuda means gpu, auto a GPU where there is one"
     add("--device", default="cpu", choices=["cpu", "gpu", "cuda", "auto"], help=device)
     dtype = "of arithmetic; the others are less accurate, and bfloat16 encodes faster on CPUs with AVX-512 BF16"

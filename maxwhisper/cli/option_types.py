@@ -15,16 +15,22 @@ def above_zero(value: str) -> int:
 
 def str2bool(value: str) -> bool:
     if value not in ("True", "False"):
-        raise ValueError(value)
+        raise argparse.ArgumentTypeError(f"must be True or False, not '{value}'")
     return value == "True"
 
 
 def optional_int(value: str) -> int | None:
-    return None if value == "None" else int(value)
+    try:
+        return None if value == "None" else int(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a whole number or None, not '{value}'") from error
 
 
 def optional_float(value: str) -> float | None:
-    return None if value == "None" else float(value)
+    try:
+        return None if value == "None" else float(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a number or None, not '{value}'") from error
 
 
 def prompt(value: str) -> str:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from ..errors import MaxWhisperError, OptionError
+from ..errors import MaxWhisperError
 from ..subtitles import as_line
 from .model_options import MODEL_OPTIONS, leave_cores_to_max, load
 from .outputs import WORD_OPTIONS, unfinished, write
@@ -66,8 +66,6 @@ def transcripts(model: Any, files: list[str], options: dict[str, Any]) -> Iterat
     batch_size, batched = options.pop("batch_size"), options.pop("batched")
     if not batched:
         return transcribe_many(model, files, batch_size or 1, **options)
-    if options.pop("clip_timestamps") != "0":
-        raise OptionError("--clip_timestamps cannot be combined with --batched")
     run = partial(transcribe_batched, model, batch_size=batch_size or BATCH_SIZE)
     return ((number, attempt(run, waveform, options)) for number, waveform in loaded(files))
 

@@ -1,6 +1,7 @@
 """The options of `maxwhisper transcribe`: those of OpenAI's `whisper` command, and a few of our own."""
 
 import argparse
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -38,24 +39,24 @@ def add_files_and_devices(add: Callable[..., Any]) -> None:
     add("--batch_size", type=above_zero, metavar="N", help=f"{together} how many pieces (default: 1, and 8)")
     batched = "cut audio at silences into pieces that decode together: not the same transcript"
     add("--batched", action="store_true", help=batched)
-    add("--threads", type=optional_int, default=0, help="threads of PyTorch, which picks the tokens; 0: its choice")
+    add("--threads", type=optional_int, default=0, help="threads of PyTorch, not of MAX; 0 or None: its choice")
     fp16 = "has no effect: weights keep the precision they are stored in, and arithmetic is as --dtype says"
     add("--fp16", type=str2bool, default=True, help=fp16)
 
 
 def add_decoding(add: Callable[..., Any]) -> None:
     add("--task", default="transcribe", choices=["transcribe", "translate"], help="keep the language, or go to English")
-    add("--language", type=language, help="what is spoken, as in en or English; None finds out by itself")
+    add("--language", type=language, help="what is spoken, as in en or English; found out by itself unless given")
     add("--temperature", type=float, default=0, help="0 takes the likeliest text; above, tokens are drawn at random")
     add("--best_of", type=optional_int, default=5, help="how many texts to draw at a temperature above 0")
     add("--beam_size", type=optional_int, default=5, help="how many texts to pursue at temperature 0; None pursues one")
-    add("--patience", type=float, help="beam search stops after this times beam_size texts; None is 1")
-    add("--length_penalty", type=float, help="exponent from 0 to 1 of the length penalty; None divides by the length")
+    add("--patience", type=float, help="beam search stops after this times beam_size texts; 1 unless given")
+    penalty = "exponent from 0 to 1 of the length penalty; unless given, the length divides"
+    add("--length_penalty", type=float, help=penalty)
     add("--suppress_tokens", default="-1", help="numbers of tokens never to write, comma-separated; -1 is most symbols")
     add("--initial_prompt", type=prompt, help="text to continue from, for example with names to be spelt right")
     add("--carry_initial_prompt", type=str2bool, default=False, help="give initial_prompt to every window")
-    hotwords = "words to expect, as names, which every window is given; without effect beside a prefix"
-    add("--hotwords", type=prompt, help=hotwords)
+    add("--hotwords", type=prompt, help="words to expect, as names, which every window is given")
     condition = "give each window the text before it: more consistent, but errors can repeat themselves"
     add("--condition_on_previous_text", type=str2bool, default=True, help=condition)
     add("--clip_timestamps", default="0", help="transcribe these parts only: start,end,start,end,... in seconds")
@@ -89,7 +90,7 @@ def add_words(add: Callable[..., Any]) -> None:
 
 def unusable(options: dict[str, Any]) -> str | None:
     """Says what is wrong with the values of the options, if anything is; their types are right."""
-    if options["threads"] < 0:
+    if (options["threads"] or 0) < 0:
         return f"argument --threads: must not be below 0, not {options['threads']}"
     return unusable_decoding(options) or unusable_words(options) or unusable_files(options["audio"])
 
@@ -113,6 +114,8 @@ def unusable_decoding(options: dict[str, Any]) -> str | None:
             return f"argument --{name}: must be above 0, not {options[name]}"
     if not options["temperature"] >= 0:
         return f"argument --temperature: must not be below 0, not {options['temperature']}"
+    if options["patience"] is not None and options["beam_size"] is None and options["temperature"] == 0:
+        return "argument --patience: needs --beam_size"
     if options["length_penalty"] is not None and not 0 <= options["length_penalty"] <= 1:
         return f"argument --length_penalty: must be from 0 to 1, not {options['length_penalty']}"
     for name, kind in (("clip_timestamps", float), ("suppress_tokens", int)):
@@ -123,8 +126,11 @@ def unusable_decoding(options: dict[str, Any]) -> str | None:
         least = 0 if name == "clip_timestamps" else -1
         if not all(each >= least for each in numbers):
             return f"argument --{name}: must be from {least} on, not '{options[name]}'"
-        if name == "clip_timestamps" and options["vad_filter"] and numbers not in ([], [0.0]):
-            return "argument --clip_timestamps: cannot be combined with --vad_filter True"
+        if name == "clip_timestamps" and numbers not in ([], [0.0]):
+            if options["vad_filter"]:
+                return "argument --clip_timestamps: cannot be combined with --vad_filter True"
+            if options.get("batched"):
+                return "argument --clip_timestamps: cannot be combined with --batched"
     return None
 
 
@@ -145,8 +151,8 @@ def unusable_files(files: list[str]) -> str | None:
     if terminal := next(filter(is_terminal, files), None):
         return f"argument AUDIO: {not_a_file(terminal, 'terminal')}"
     names = [output_name(audio) for audio in files]
-    if twice := [name for name in names if names.count(name) > 1]:
-        return f"argument AUDIO: the output of {names.count(twice[0])} files would have the name '{twice[0]}'"
+    if (most := Counter(names).most_common(1)[0])[1] > 1:
+        return f"argument AUDIO: the output of {most[1]} files would have the name '{most[0]}'"
     pipes = [pipe_behind(audio) for audio in files]
     if once := [pipe for pipe in pipes if pipe and pipes.count(pipe) > 1]:
         same = [f"'{audio}'" for audio, pipe in zip(files, pipes, strict=True) if pipe == once[0]]

@@ -81,6 +81,12 @@ def test_dtypes_may_be_mixed_and_order_and_strides_do_not_matter(tmp_path: Path)
     assert not any(tensor.requires_grad for tensor in loaded.tensors.values())
 
 
+def test_a_safetensors_file_of_any_name(tmp_path: Path) -> None:
+    """As the hub's cache has them, where what ends in .safetensors is a link."""
+    written = write_safetensors(tmp_path / "model.safetensors", random_tensors())
+    assert_same(load_checkpoint(written.rename(tmp_path / "7ebdc6ba")), random_tensors())
+
+
 def test_name_and_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = random_tensors()
     path = write_pt(tmp_path / "mine.pt", tensors)

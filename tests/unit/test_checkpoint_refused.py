@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Callable
 from dataclasses import asdict
@@ -201,9 +202,46 @@ def test_dimensions_that_are_not_there(tmp_path: Path, dims: object) -> None:
 
 def test_what_is_not_there(tmp_path: Path) -> None:
     for name in ("tinny", str(tmp_path / "tiny.pt"), "", "\0", "x" * 5000, os.devnull):
-        if name:
-            assert_refused(name, "no such file or folder, nor one of the model names", "tiny.en", "large-v3-turbo")
-    assert_refused(tmp_path, "config.json", "No such file")
+        assert_refused(name, "no such file or folder, nor one of the model names", "tiny.en", "large-v3-turbo")
+
+
+@pytest.mark.parametrize("inside", ["snapshots/abc/config.json", "model.pt", None])
+def test_a_folder_without_a_model_names_the_one_inside(tmp_path: Path, inside: str | None) -> None:
+    """As the hub's cache has it, or a folder of somebody's files."""
+    instead = ""
+    if inside:
+        (tmp_path / inside).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / inside).touch()
+        instead = f": give {tmp_path / inside.removesuffix('/config.json')}"
+    with pytest.raises(CheckpointError, match=f"has no config.json, as the folder of a .* has{re.escape(instead)}$"):
+        load_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "part"),
+    [
+        ({"n_audio_state": 384, "model_type": "whisper"}, "has 'n_audio_state', as a model converted for MLX has"),
+        ({"lang_ids": [50259]}, "has 'lang_ids', as a model converted for CTranslate2 has"),
+    ],
+)
+def test_the_folder_of_another_library(tmp_path: Path, config: dict[str, Any], part: str) -> None:
+    assert_refused(write_folder(tmp_path / "model", {}, config=config), "config.json", part)
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"lmgg" + bytes(40), "a ggml file, as whisper.cpp reads it"),
+        (b"GGUF" + bytes(40), "a GGUF file"),
+        (b"\6\0\0\0\x0c\0WhisperSpec\0" + bytes(40), "a model converted for CTranslate2"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS in the place of the file"),
+    ],
+    ids=["ggml", "gguf", "ctranslate2", "lfs"],
+)
+@pytest.mark.parametrize("file", ["a.pt", "a.safetensors", "a.bin"])
+def test_a_file_of_another_library_is_called_what_it_is(tmp_path: Path, file: str, content: bytes, kind: str) -> None:
+    (tmp_path / file).write_bytes(content)
+    assert_refused(tmp_path / file, f"{file}: {kind}", "expected a checkpoint of PyTorch or safetensors")
 
 
 @pytest.mark.parametrize(

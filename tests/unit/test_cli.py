@@ -198,11 +198,17 @@ def test_files_that_advance_together_are_printed_one_after_the_other(
     assert sorted(file.name for file in out.iterdir()) == ["a.txt", "b.txt"]
 
 
+@pytest.mark.parametrize("how", ["--batched", "--vad_filter=True"])
 def test_clips_and_cutting_at_silences_exclude_each_other(
-    out: Path, model: StubModel, capsys: pytest.CaptureFixture[str]
+    how: str, out: Path, model: StubModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert status(["transcribe", CLIP, "-o", out, "--batched", "--clip_timestamps", "1,2"]) == 1
-    assert_one_line(capsys, "--clip_timestamps cannot be combined with --batched")
+    assert status(["transcribe", CLIP, "-o", out, how, "--clip_timestamps", "1,2"]) == 2
+    assert_one_line(capsys, f"--clip_timestamps: cannot be combined with {how.replace('=', ' ')}")
+    assert not model.calls and not out.exists()
+    monkeypatch.setattr("maxwhisper.batched.probabilities", lambda audio: np.zeros(len(audio) // 512))
+    monkeypatch.setattr(model, "transcribe_many", lambda *_, **__: [], raising=False)
+    for everything in ("0.0", ""):
+        assert status(["transcribe", CLIP, "-o", out, how, "--clip_timestamps", everything]) == 0
 
 
 def test_english_only_models_take_english(out: Path, model: StubModel, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import tomllib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from maxwhisper import __version__
 from maxwhisper.cli import build_parser
 
-from .command import ROOT
+from .command import CLIP, ROOT, StubModel, assert_one_line, status
 
 # The options whose values differ from OpenAI's on purpose.
 DIFFERENCES = {
@@ -93,6 +94,31 @@ def _on_cpu(options: dict[str, Any] | None) -> dict[str, Any] | None:
 
 def own_defaults() -> dict[str, Any]:
     return {name.removeprefix("--"): default for name, default in OWN.items()}
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("--fp16", "yes", "must be True or False, not 'yes'"),
+        ("--beam_size", "2.5", "must be a whole number or None, not '2.5'"),
+        ("--logprob_threshold", "none", "must be a number or None, not 'none'"),
+    ],
+)
+def test_a_value_of_another_kind_is_told_what_was_expected(
+    option: str, value: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status(["transcribe", CLIP, option, value]) == 2
+    assert_one_line(capsys, f"argument {option}: {expected}")
+
+
+def test_patience_needs_beams(capsys: pytest.CaptureFixture[str]) -> None:
+    assert status(["transcribe", CLIP, "--beam_size", "None", "--patience", "2"]) == 2
+    assert_one_line(capsys, "argument --patience: needs --beam_size")
+
+
+def test_threads_that_nobody_chooses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("maxwhisper.whisper.load_model", lambda *_, **__: StubModel())
+    assert status(["transcribe", CLIP, "-o", tmp_path, "--threads", "None"]) == 0
 
 
 def test_every_option_has_help() -> None:

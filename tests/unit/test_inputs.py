@@ -1,5 +1,6 @@
 """Tensors and arrays of every kind, given to the drop-in as mel, tokens, features and audio."""
 
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -131,11 +132,14 @@ def test_no_samples_have_no_text(model: Whisper, empty: Any) -> None:
         (np.zeros((2, 16000), np.float32), r"\(2, 16000\); take the mean of its channels"),
         (torch.zeros(16000, 2), r"\(16000, 2\); take the mean of its channels"),
         (torch.tensor(0.5), r"\(\)"),
-        (b"talk.wav", "not |S8"),
-        (None, "not object"),
-        ([[0.5], [0.5, 0.5]], "a list that is no array"),
+        (b"talk.wav", r"^audio is b'talk.wav', expected the name of a file, or floats \(samples,\) in"),
+        (None, "^audio is None, expected the name of a file"),
+        (io.BytesIO(b"RIFF"), "^audio is <_io.BytesIO .*, expected the name of a file"),
+        ({"array": np.zeros(5), "sampling_rate": 16000}, "^audio is {'array': array.*, expected the name of a file"),
+        ([[0.5], [0.5, 0.5]], r"^audio is \[\[0.5\], \[0.5, 0.5\]\], expected the name of a file"),
     ],
-    ids=["int16", "int16 tensor", "int32", "bool", "channels", "last channels", "scalar", "bytes", "none", "ragged"],
+    ids=["int16", "int16 tensor", "int32", "bool", "channels", "last channels", "scalar", "bytes", "none"]
+    + ["file", "dict", "ragged"],
 )
 def test_what_is_no_waveform(model: Whisper, given: Any, said: str) -> None:
     for use in (model.transcribe, log_mel_spectrogram):

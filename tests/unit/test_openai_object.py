@@ -6,6 +6,7 @@ import copy
 import gzip
 import pickle
 from collections.abc import Callable, Iterator
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import numpy as np
@@ -294,10 +295,12 @@ def test_a_copy_has_hooks_heads_and_caches_of_its_own(model: Whisper, mel: torch
     assert copied.decoder.blocks[0] is not model.decoder.blocks[0]
 
 
-def test_a_pickle_holds_the_weights_and_gives_the_model(model: Whisper, mel: torch.Tensor) -> None:
+@pytest.mark.parametrize("dumps", [pickle.dumps, ForkingPickler.dumps], ids=["pickle", "multiprocessing"])
+def test_a_pickle_holds_the_weights_and_gives_the_model(model: Whisper, mel: torch.Tensor, dumps: Any) -> None:
+    """And leaves the model as it is: multiprocessing puts tensors into other memory, for the child to share."""
     copied = copy.deepcopy(model).train()
     alignment_heads(copied)
-    restored = pickle.loads(pickle.dumps(copied))
+    restored = pickle.loads(dumps(copied))
     assert restored.decode(mel, DecodingOptions(**SHORT)).tokens == model.decode(mel, DecodingOptions(**SHORT)).tokens
     assert restored.alignment_heads.to_dense().equal(copied.alignment_heads.to_dense()) and restored.training
     assert all(a.equal(b) for a, b in zip(restored.parameters(), model.parameters(), strict=True))

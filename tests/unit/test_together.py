@@ -100,9 +100,16 @@ def test_whoever_stops_listening_leaves_no_thread_behind(model: Whisper) -> None
     assert model.transcribe(SOME[0])["text"]
 
 
-def test_batch_size_of_nothing(model: Whisper) -> None:
-    with pytest.raises(OptionError, match="batch_size must be above 0, not 0"):
-        next(model.transcribe_many(SOME, 0))
+@pytest.mark.parametrize("size", [0, "4", 2.5, None])
+def test_batch_size_of_nothing(model: Whisper, size: Any) -> None:
+    with pytest.raises(OptionError, match=f"batch_size is {size!r}, expected a whole number from 1 on"):
+        next(model.transcribe_many(SOME, size))
+
+
+@pytest.mark.parametrize("one", ["talk.mp3", Path("talk.mp3"), np.zeros(400, np.float32), torch.zeros(400)], ids=type)
+def test_one_recording_in_the_place_of_several(model: Whisper, one: Any) -> None:
+    with pytest.raises(OptionError, match="^audio is .*, expected several recordings, in a list$"):
+        next(model.transcribe_many(one))
 
 
 def test_no_recordings(model: Whisper) -> None:

@@ -61,6 +61,9 @@ OF_BOTH: list[tuple[str, Any, str]] = [
     ("length_penalty", "1", "is '1', expected a number"),
     ("patience", "1", "is '1', expected a number"),
     ("max_initial_timestamp", -1, "is -1, expected a number"),
+    ("without_timestamps", "False", "is 'False', expected True or False"),
+    ("suppress_blank", "no", "is 'no', expected True or False"),
+    ("fp16", "False", "is 'False', expected True or False"),
     ("prefix", "a<|endoftext|>", "holds <|endoftext|>, a special token"),
     ("prefix", [51865], "has 51865, expected numbers of tokens from 0 to 51864"),
 ]
@@ -84,6 +87,10 @@ def test_what_no_window_is_decoded_with(
         ("temperature", [0.0, "1"], "is '1', expected a number"),
         ("temperature", {0.0: 1}, "expected a number"),
         ("task", "lang_id", "expected transcribe or translate"),
+        ("verbose", "False", "is 'False', expected True or False"),
+        ("condition_on_previous_text", "False", "expected True or False"),
+        ("carry_initial_prompt", "False", "expected True or False"),
+        ("word_timestamps", "False", "expected True or False"),
         ("initial_prompt", "<|notimestamps|> a", "holds <|notimestamps|>, a special token"),
         ("initial_prompt", ["a"], "expected a text"),
         ("logprob_threshold", "-1", "is '-1', expected a number"),
@@ -255,6 +262,11 @@ def test_a_prompt_that_is_not_used_whole_is_announced(model: Whisper, audio: np.
         model.transcribe(audio, initial_prompt="the " * 400, **SHORT)
     with pytest.warns(UserWarning, match="^prompt has 400 tokens, of which the last 223 are used"):
         model.decode(mel, DecodingOptions(fp16=False, prompt="the " * 400, **SHORT))
+
+
+def test_a_prompt_that_is_of_decode_alone_is_announced(model: Whisper, audio: np.ndarray) -> None:
+    with pytest.warns(UserWarning, match="^prompt has no effect on transcribe, .*: use initial_prompt$"):
+        assert model.transcribe(audio, prompt="the", **SHORT) == model.transcribe(audio, **SHORT)
 
 
 # ---- audio of another range -----------------------------------------------------------------------------------------

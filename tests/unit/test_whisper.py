@@ -1,6 +1,7 @@
 """The drop-in object: openai-whisper's attributes, its encoder, its decoding over MAX, and how it is loaded."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -101,6 +102,20 @@ def test_converted_checkpoint_says_the_same(model: Whisper, mels: torch.Tensor, 
 
 def test_silence(model: Whisper) -> None:
     assert model.transcribe(torch.zeros(N_SAMPLES), language="en")["text"] == ""
+
+
+def test_progress_is_told_of_what_is_done_alone(model: Whisper, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[float] = []
+    model.transcribe(torch.zeros(16000), progress=told.append, language="en")
+    assert sum(told) == 1
+
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(model), "decode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.transcribe(torch.zeros(16000), progress=told.append, language="en")
+    assert sum(told) == 1
 
 
 def test_clips_end_with_the_audio(model: Whisper) -> None:
