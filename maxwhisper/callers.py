@@ -16,7 +16,7 @@ from .decoding.batching import BatchingStepper, Stopped
 from .decoding.cache import KeyValueCache
 from .decoding.rules import Rules
 from .decoding.stepper import Advanced, Stepper, Texts
-from .scheduling import Model, Waveform
+from .scheduling import Decode, Model, Waveform
 
 
 class Together:
@@ -79,10 +79,16 @@ class Caller:
     def _when_due(self, mel: Tensor, options: DecodingOptions) -> Any:
         drawn = options.temperature > 0
         threads = self.together.drawn if drawn else self.together.likeliest
-        self.window = threads.submit(self.decoding.decode if drawn else self._with_others, mel, options)
+        decode = self.decoding.decode if drawn else self._with_others
+        self.window = threads.submit(self._unless_stopped, decode, mel, options)
         if self.stopped.is_set():  # after `stop` has looked for a window
             self.window.cancel()
         return self.window.result()
+
+    def _unless_stopped(self, decode: Decode, mel: Tensor, options: DecodingOptions) -> Any:
+        if self.stopped.is_set():  # a thread may have taken the window before it could be cancelled
+            raise Stopped
+        return decode(mel, options)
 
     def _with_others(self, mel: Tensor, options: DecodingOptions) -> Any:
         stepper = self.together.stepper

@@ -55,10 +55,13 @@ class Summary:
     def text(self) -> str:
         """Returns a line for people."""
         totals = self.totals
+        found = f"{totals.rows} files, {totals.errors} of them with errors"
+        if totals.transient:
+            found += f", {totals.transient} of which may pass: the same command tries again"
         if not totals.audio:
-            return f"{totals.rows} files, {totals.errors} of them with errors; no audio was left to transcribe"
+            return f"{found}; no audio was left to transcribe"
         return (
-            f"{totals.rows} files, {totals.errors} of them with errors; this run: {totals.audio / 3600:.3f} h of audio"
+            f"{found}; this run: {totals.audio / 3600:.3f} h of audio"
             f" in {self.seconds:.0f} s, {totals.audio / self.seconds:.1f} x real time;"
             f" {totals.audio / max(totals.model, 1e-9):.1f} x while a model computes"
         )
@@ -82,16 +85,18 @@ def run(
         if wrong := LOST.search(name):
             raise OptionError(f"{name}: has {wrong[0]!r} in its name, with which Ray finds no file: rename it")
     parts = Parts(output)
-    parts.claim(settings)
-    parts.mend()
-    earlier = set(parts.committed())
-    start = time.perf_counter()
-    if inputs.paths:
-        parts.write_inputs(inputs.paths)
-    with started(workers), progress(parts, inputs.number), failures(output):
-        rows_of(inputs, parts, load, options, workers).write_parquet(parts.rows, filesystem=for_arrow(parts.system))
-    totals = parts.finish(earlier, {identify(path, None) for path in inputs.paths})
-    return Summary(totals, time.perf_counter() - start)
+    with parts.locked():
+        parts.claim(settings)
+        parts.mend()
+        parts.retry()
+        earlier = set(parts.committed())
+        start = time.perf_counter()
+        if inputs.paths:
+            parts.write_inputs(inputs.paths)
+        with started(workers), progress(parts, inputs.number), failures(output):
+            rows_of(inputs, parts, load, options, workers).write_parquet(parts.rows, filesystem=for_arrow(parts.system))
+        totals = parts.finish(earlier, {identify(path, None) for path in inputs.paths})
+        return Summary(totals, time.perf_counter() - start)
 
 
 def rows_of(

@@ -1,12 +1,13 @@
 """What Ray's processes do: decode audio, anywhere, and transcribe it, in those that hold a model."""
 
+import errno
 import io
 import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from threading import Event
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 import numpy as np
@@ -14,10 +15,12 @@ import pyarrow as pa
 from ray.data.checkpoint import NumpyArrayBasedCheckpointFilter
 
 from ..audio import SAMPLE_RATE, load_audio, read_upload
-from ..errors import AudioError, DecodingError, MaxWhisperError
+from ..errors import AudioError, DecodingError, MaxWhisperError, OptionError
+from ..options import transcribing
 from ..scheduling import transcribe_many
 from ..whisper import Whisper
 from .inputs import identified
+from .places import check_regular
 from .rows import ROW, row_of
 
 AUDIO = pa.schema(
@@ -27,9 +30,29 @@ AUDIO = pa.schema(
         "audio": pa.large_binary(),  # samples of 16 bits, half of what they are as floats; null after an error
         "warnings": pa.list_(pa.string()),
         "error": pa.string(),
+        "transient": pa.bool_(),
         "decode_seconds": pa.float64(),
     }
 )
+TRANSIENT = frozenset(
+    {
+        errno.EIO,
+        errno.EREMOTEIO,
+        errno.ESTALE,
+        errno.ENETDOWN,
+        errno.ENETUNREACH,
+        errno.ENETRESET,
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+        errno.ENOTCONN,
+        errno.EBUSY,
+    }
+)
+"""Errors of disks and networks that may pass, besides ConnectionError and TimeoutError."""
+WAITS = (0.5, 2.0, 8.0)
+"""Seconds after which a file is read again that could not be."""
+
+T = TypeVar("T")
 
 
 class NotYetWritten(NumpyArrayBasedCheckpointFilter):
@@ -43,7 +66,7 @@ def decode(table: pa.Table) -> Iterator[pa.Table]:
     """Yields the audio of each input, as AUDIO, or its error."""
     for row in identified(table).to_pylist():
         start = time.perf_counter()
-        found: dict[str, Any] = {"id": row["id"], "path": row["path"], "audio": None, "error": None}
+        found: dict[str, Any] = {"id": row["id"], "path": row["path"], "audio": None, "error": None, "transient": False}
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
@@ -51,25 +74,74 @@ def decode(table: pa.Table) -> Iterator[pa.Table]:
             except (ImportError, MemoryError):
                 raise  # of the machine, and not of this input
             except Exception as error:
-                found["error"] = said(error)
+                found |= {"error": said(error), "transient": isinstance(error, Unread)}
         found["warnings"] = [str(each.message) for each in caught]
         yield pa.Table.from_pylist([found | {"decode_seconds": time.perf_counter() - start}], AUDIO)
 
 
+class Unread(AudioError):
+    """What could not be read, for a reason that may pass."""
+
+
 def waveform(path: str | None, content: bytes | None) -> np.ndarray:
     """Returns float32 (samples,) of a file, an object in a store, or bytes; raises AudioError, OSError."""
-    if path is None and content is None:
+    if content is None and path is None:
         raise AudioError("neither path nor bytes: both are null")
     if content is None and path is not None:
         if "://" not in path:
-            return load_audio(path)
-        with fsspec.open(path, "rb") as file:
-            content = file.read()
+            check_regular(path)
+            return patiently(load_audio, path)
+        content = patiently(fetched, path)
     return read_upload(io.BytesIO(content or b""), path or "bytes", math.inf, Event())
+
+
+def fetched(path: str) -> bytes:
+    """Returns an object in a store; raises OSError."""
+    try:
+        with fsspec.open(path, "rb") as file:
+            content: bytes = file.read()
+            return content
+    except (OSError, ImportError, MemoryError):
+        raise
+    except Exception as error:  # what a store's package raises, as for want of credentials, has no common class
+        raise ConnectionError(said(error)) from error
+
+
+def patiently(read: Callable[[str], T], path: str) -> T:
+    """Returns what `read` makes of a file, tried again after an error that may pass; raises Unread where that stays."""
+    for wait in (*WAITS, None):
+        try:
+            return read(path)
+        except Exception as error:
+            if not may_pass(error.__cause__ if isinstance(error, AudioError) else error):
+                raise
+            if wait is None:
+                raise Unread(said(error)) from error
+            time.sleep(wait)
+    raise AssertionError
+
+
+def may_pass(error: BaseException | None) -> bool:
+    return isinstance(error, ConnectionError | TimeoutError) or isinstance(error, OSError) and error.errno in TRANSIENT
 
 
 def said(error: Exception) -> str:
     return str(error) if isinstance(error, MaxWhisperError) else f"{type(error).__name__}: {error}"
+
+
+def check_options(options: dict[str, Any], model: Whisper) -> None:
+    """Raises OptionError for options that a model cannot follow: where `transcribe` warns, as of a prompt that is too
+    long, nobody would see what a process of Ray's has to say."""
+    if not model.is_multilingual:
+        for name, known in (("language", (None, "en", "English")), ("task", ("transcribe",))):
+            if options.get(name, known[0]) not in known:
+                raise OptionError(f"--{name} {options[name]}: the model knows English only")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        try:
+            transcribing(options, model)
+        except UserWarning as warning:
+            raise OptionError(f"--{warning}") from warning
 
 
 class Transcriber:
@@ -82,6 +154,7 @@ class Transcriber:
         self.unusable: Exception | None = None
         try:
             self.model = load()
+            check_options(self.options, self.model)
             if not self.model.is_multilingual:
                 self.options["language"] = "en"
         except Exception as error:  # not ours alone: a device may have no room, or a machine lack a package

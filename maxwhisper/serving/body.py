@@ -1,10 +1,12 @@
 """How a request's body is read: no further than its limit, and into files that have no name."""
 
+from contextlib import aclosing
 from typing import IO
 
 from fastapi import Request
 from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.types import Message, Receive
 
 from .errors import APIError
@@ -20,7 +22,7 @@ async def form_of(request: Request, max_file_mb: int) -> FormData:
     """Reads the form of a request, whose file is to be closed.
 
     What is larger than a megabyte is on the disk in a file without a name, which ends with the process too.
-    Raises APIError for a body of another type, or that is too long; HTTPException for one that is no form.
+    Raises APIError for a body of another type, that is too long, or that is no form.
     """
     kind, parameters = parse_options_header(request.headers.get("content-type", ""))
     if kind != b"multipart/form-data":
@@ -28,8 +30,34 @@ async def form_of(request: Request, max_file_mb: int) -> FormData:
     charset = parameters.get(b"charset", b"utf-8").decode("latin-1")
     if charset.lower() not in ("utf-8", "utf8"):  # some codecs fail with other errors, or find half of a character
         raise APIError(400, f"the charset of the form is {charset!r}, expected utf-8")
-    limited = Request(request.scope, up_to(request, max_file_mb))
-    return await limited.form(max_files=1, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD)
+    async with aclosing(Request(request.scope, up_to(request, max_file_mb)).stream()) as body:
+        parser = Parser(request.headers, body, max_files=1, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD)
+        try:
+            return await parser.parse()
+        except MultiPartException as error:
+            raise APIError(400, error.message) from error
+
+
+class Parser(MultiPartParser):
+    """Names the field that cannot be taken."""
+
+    def on_headers_finished(self) -> None:
+        """Begins a field; raises APIError for one more than there may be."""
+        try:
+            super().on_headers_finished()
+        except MultiPartException as error:
+            if not (name := self._current_part.field_name):
+                raise
+            raise APIError(400, f"'{name}' is one too many: {error.message}", name) from error
+
+    def on_part_data(self, data: bytes, start: int, end: int) -> None:
+        """Takes a piece of a field; raises APIError where it has too many bytes for one that is no file."""
+        try:
+            super().on_part_data(data, start, end)
+        except MultiPartException as error:
+            name, most = self._current_part.field_name, MAX_FIELD // 1024
+            message = f"'{name}' has more than {most} KB: only a file may, and a file comes with a file name"
+            raise APIError(400, message, name, "invalid_value") from error
 
 
 def up_to(request: Request, max_file_mb: int) -> Receive:

@@ -2,7 +2,10 @@
 
 # ruff: noqa: E402 - what is imported below the skips is installed by the extra
 
+import errno
 import json
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -27,9 +30,11 @@ from ray.exceptions import RayTaskError
 
 from maxwhisper.audio import load_audio
 from maxwhisper.bulk import job, stages
-from maxwhisper.bulk.parts import Parts
+from maxwhisper.bulk.parts import Parts, Totals
 from maxwhisper.bulk.places import appearing
 from maxwhisper.bulk.rows import ROW, for_json, row_of
+
+from .bulk import decoded
 
 # ---- parts ---------------------------------------------------------------------------------------------------------
 
@@ -103,6 +108,57 @@ def test_each_id_is_taken_once(tmp_path: Path) -> None:
     assert [json.loads(line) for line in lines] == written.to_pylist() and '"text": "ü"' in lines[2]
 
 
+def test_rows_with_errors_that_may_pass_are_taken_away(tmp_path: Path) -> None:
+    parts = Parts(str(tmp_path))
+    put(parts, "1", "a", "b")
+    put(parts, "2", "c", error="lost", transient=True)
+    mixed = pa.concat_tables([rows("d", text="kept"), rows("e", error="lost", transient=True)])
+    put(parts, "3", "d", "e")
+    pq.write_table(mixed, parts.rows_of("3"))
+    assert parts.finish(set(), None) == Totals(rows=5, errors=2, transient=2)
+    earlier = [name for name in ROW.names if name != "transient"]
+    pq.write_table(rows("a", "b").select(earlier), parts.rows_of("1"))
+    parts.retry()
+    assert parts.committed() == ["1", "3"] and all(map(parts.is_whole, parts.committed()))
+    assert parts.finish(set(), set("abd")) == Totals(rows=3)
+    assert pq.read_table(tmp_path / "transcripts.parquet")["text"].to_pylist() == [None, None, "kept"]
+
+
+HOLD = """
+import sys, time
+from maxwhisper.bulk.parts import Parts
+with Parts(sys.argv[1]).locked():
+    print("locked", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_two_commands_do_not_write_to_one_folder(tmp_path: Path) -> None:
+    write_wav(tmp_path / "a.wav", 1)
+    workers, output = job.Workers(1, 1, 1, 0, None, None), tmp_path / "out"
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(output)], stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout and other.stdout.readline() == "locked\n"
+            with pytest.raises(OptionError, match=f"OUTPUT {output}: another `maxwhisper bulk` is writing there"):
+                job.run(f"{tmp_path}/a.wav", str(output), Model, {}, {}, workers)  # type: ignore[arg-type]
+            assert not (output / "parts" / "settings.json").exists()
+        finally:
+            other.kill()
+    with Parts(str(output)).locked():
+        pass
+
+
+def test_a_folder_that_cannot_be_locked_is_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", fail)
+    with Parts(str(tmp_path)).locked(), Parts("memory://texts").locked():
+        assert f"OUTPUT {tmp_path}: cannot be locked: No locks available" in caplog.text
+
+
 def test_nothing_appears_while_an_input_is_missing(tmp_path: Path) -> None:
     parts = Parts(str(tmp_path))
     put(parts, "1", "a")
@@ -157,12 +213,6 @@ def test_a_file_is_whole_or_not_there(where: str, tmp_path: Path) -> None:
 
 
 # ---- stages --------------------------------------------------------------------------------------------------------
-
-
-def decoded(*inputs: tuple[str | None, bytes | None]) -> list[dict[str, Any]]:
-    paths, contents = zip(*inputs, strict=True)
-    table = pa.table({"path": pa.array(paths, pa.string()), "bytes": pa.array(contents, pa.binary())})
-    return [row for found in stages.decode(table) for row in found.to_pylist()]
 
 
 def test_samples_pass_unchanged() -> None:
@@ -250,6 +300,22 @@ def test_a_model_of_english_only_is_not_asked_for_a_language() -> None:
     assert model.calls == [{"language": "en"}]
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"language": "German"}, "--language German: the model knows English only"),
+        ({"task": "translate"}, "--task translate: the model knows English only"),
+        ({"initial_prompt": "word " * 301}, "--initial_prompt has 301 tokens, of which the last 223 are used"),
+        ({"hotwords": "word " * 302}, "--hotwords has 302 tokens, of which the first 223 are used"),
+    ],
+)
+def test_options_that_a_model_cannot_follow_end_the_job(options: dict[str, Any], said: str) -> None:
+    model = Model()
+    model.is_multilingual = False
+    with pytest.raises(OptionError, match=f"^{said}"):
+        stages.Transcriber(lambda: model, {"language": None, **options}, 1)(table(3))  # type: ignore[arg-type, return-value]
+
+
 @pytest.mark.parametrize("error", [OptionError("--patience"), MemoryError()])
 def test_what_no_file_is_to_blame_for_ends_the_job(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages, "transcribe_many", lambda *_, **__: [(0, error)])
@@ -288,11 +354,13 @@ def test_rows_and_json() -> None:
 
 
 def test_a_summary_says_what_there_is() -> None:
-    totals = SimpleNamespace(rows=200, errors=10, audio=7200.0, model=360.0)
-    assert job.Summary(totals, 720.0).text() == (  # type: ignore[arg-type]
+    totals = Totals(rows=200, errors=10, audio=7200.0, model=360.0)
+    assert job.Summary(totals, 720.0).text() == (
         "200 files, 10 of them with errors; this run: 2.000 h of audio in 720 s, 10.0 x real time;"
         " 20.0 x while a model computes"
     )
+    again = "2 files, 2 of them with errors, 1 of which may pass: the same command tries again; no audio was left"
+    assert job.Summary(Totals(rows=2, errors=2, transient=1), 1.0).text().startswith(again)
 
 
 def passed_on(error: Exception) -> Exception:

@@ -95,6 +95,26 @@ def test_windows_drawn_at_random_hold_up_nobody(
         assert drawn.result()["segments"]
 
 
+def test_no_window_is_drawn_for_who_has_left(
+    together: Together, short: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even where a thread takes the window before it can be cancelled."""
+    drawn: list[float] = []
+    decode, submit = Whisper.decode, together.drawn.submit
+
+    def leaving(self: Whisper, mel: Any, options: Any) -> Any:
+        drawn.append(options.temperature)
+        caller.stop()
+        return decode(self, mel, options)
+
+    monkeypatch.setattr(Whisper, "decode", leaving)
+    monkeypatch.setattr(together.drawn, "submit", lambda *work: (submit(*work), time.sleep(0.1))[0])
+    caller = Caller(together)
+    with pytest.raises(Stopped):
+        caller.transcribe(short, temperature=(0.2, 0.4), logprob_threshold=0.0)
+    assert drawn == [0.2]
+
+
 def test_who_stops_waiting_is_not_served(together: Together, long: np.ndarray, short: np.ndarray) -> None:
     begun = Event()
     first, waiting = Caller(together), [Caller(together) for _ in range(2)]

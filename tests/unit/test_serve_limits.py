@@ -297,6 +297,23 @@ def test_the_limit_is_that_of_the_file(served: tuple[httpx.Client, Service]) -> 
         assert client.post("transcriptions", files={"file": bytes(size)}, data={"model": "stub"}).status_code == code
 
 
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        ("prompt", "'prompt' has more than 64 KB"),
+        ("file", "'file' has more than 64 KB: only a file may, and a file comes with a file name"),
+        ("audio", "'audio' is one too many: Too many files"),
+    ],
+)
+def test_a_field_that_cannot_be_taken_is_named(served: tuple[httpx.Client, Service], field: str, said: str) -> None:
+    client, _ = served
+    name = "talk.wav" if field == "audio" else None  # without one it is no file
+    sent: list[Any] = [("file", ("talk.wav", AUDIO)), (field, (name, bytes(70_000)))]
+    answer = client.post("transcriptions", files=sent, data={"model": "stub"})
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and error["param"] == field and said in error["message"]
+
+
 def test_a_body_without_a_length_is_read_up_to_its_limit(served: tuple[httpx.Client, Service]) -> None:
     client, _ = served
 
