@@ -4,12 +4,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 
-STEPS_ON_GPU = tuple(f"kernels/{name}.mojo" for name in ("device_beams", "device_rating", "device_select", "step_product"))
-"""Kernels of a GPU's steps, of which tests execute on the CPU what is not of the threads of a GPU."""
-
 COMPONENTS: tuple[tuple[str, str, str], ...] = (
     ("select_tokens and draft kernels", "steps", "kernels/select_tokens.mojo kernels/draft.mojo kernels/loop.mojo"),
-    ("a GPU's steps", "a GPU's steps", f"{' '.join(STEPS_ON_GPU)} decoding/gpu.py decoding/mirror.py"),
+    (
+        "a GPU's steps",
+        "a GPU's steps",
+        "kernels/device_beams.mojo kernels/device_rating.mojo kernels/device_select.mojo kernels/step_product.mojo"
+        " decoding/gpu.py decoding/mirror.py",
+    ),
     ("kernels", "blocks", "kernels/*.mojo"),
     ("network", "blocks", "network/*.py"),
     (

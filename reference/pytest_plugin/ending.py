@@ -29,8 +29,6 @@ from .workers import is_worker
 PLUGGY = Path(pluggy.__file__).parent
 FOUND = "maxwhisper_found"
 """Attribute of the report of a test that ran in a worker."""
-CHOSEN = "maxwhisper_chosen"
-"""Key of `Chosen` in what a worker gives back."""
 LEFT_OUT = "maxwhisper_left_out"
 """Key of what `left_out` says in what a worker gives back."""
 ENDING = pytest.StashKey["Ending"]()
