@@ -32,7 +32,7 @@ from maxwhisper.decoding.gpu import (
 )
 from maxwhisper.decoding.openai_loop import DecodingTask, MaxInference, first_tokens
 from maxwhisper.decoding.rules import TOKEN_RULES, TokenRules, rules_program
-from maxwhisper.decoding.stepper import Texts
+from maxwhisper.decoding.stepper import Advanced, Texts
 from maxwhisper.engine.program import Artifact
 from maxwhisper.errors import DecodingError
 from maxwhisper.network.blocks import BLOCKS
@@ -377,6 +377,23 @@ def not_finite() -> Whisper:
 def test_what_is_not_finite_is_an_error(not_finite: Whisper, beam_size: int | None) -> None:
     with pytest.raises(DecodingError, match="not finite"):
         not_finite.decode(windows(1), DecodingOptions(language="en", beam_size=beam_size, fp16=False))
+
+
+def test_beams_that_are_looked_at_now_and_then(model: Whisper, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a search has done to texts, sums and rows is what the next steps go on from, of every beam."""
+    found: list[Texts] = []
+
+    class Recorded(GPUStepper):
+        def advance(self, *given: Any) -> Advanced:
+            advanced = super().advance(*given)
+            found.append(advanced.texts)
+            return advanced
+
+    recorded = model.stepping_by(Recorded(model.network, model.dims, CPU()))
+    for n_step in (24, 5, 1):
+        monkeypatch.setattr("maxwhisper.decoding.gpu.STEPS_AT_ONCE", n_step)
+        recorded.decode(windows(1), DecodingOptions(language="en", beam_size=5, sample_len=24, fp16=False))
+        assert all(map(torch.equal, found[-1], found[0]))
 
 
 @pytest.mark.parametrize("beam_size", [MAX_CANDIDATES - 1, MAX_CANDIDATES])
