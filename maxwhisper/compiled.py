@@ -143,25 +143,27 @@ class Network:
 
 
 def is_matrix(name: str, tensor: torch.Tensor) -> bool:
-    """Returns whether a tensor is stored in the dtype of `Policy.storage`."""
-    return tensor.ndim > 1 and "positional_embedding" not in name
+    """Returns whether a tensor is stored in the dtype of `Policy.storage`; a spectrogram's are not."""
+    return tensor.ndim > 1 and "positional_embedding" not in name and not name.startswith(f"{LOG_MEL}.")
 
 
 def rounded(checkpoint: Checkpoint, dtype: str) -> Checkpoint:
-    """Rounds the checkpoint for arithmetic in a dtype: matrices that each use would round to it are rounded once."""
+    """Rounds the checkpoint for arithmetic in a dtype."""
+    return replace(checkpoint, tensors=rounded_tensors(checkpoint.tensors, dtype))
+
+
+def rounded_tensors(tensors: Mapping[str, torch.Tensor], dtype: str) -> dict[str, torch.Tensor]:
+    """Returns weights for arithmetic in a dtype: matrices that each use would round to it are rounded once."""
     if dtype == "float32":
-        return checkpoint
+        return dict(tensors)
     half = TORCH_DTYPE[arithmetic(dtype)]
-    tensors = {
-        name: tensor.to(half) if is_matrix(name, tensor) else tensor for name, tensor in checkpoint.tensors.items()
-    }
-    return replace(checkpoint, tensors=tensors)
+    return {name: tensor.to(half) if is_matrix(name, tensor) else tensor for name, tensor in tensors.items()}
 
 
 def storage_dtype(tensors: Mapping[str, torch.Tensor], device: str, compute: DType) -> DType:
-    """Returns the dtype that all matrices are stored in where that is float16 or bfloat16, float32 otherwise: and in it
-    on a GPU, for arithmetic in float32, which would widen all weights at every use."""
-    if device != "cpu" and compute == DType.float32:
+    """Returns the dtype that matrices are stored in: that of arithmetic, where they are rounded to it, and on a GPU,
+    which would widen them at every use; else float16 or bfloat16, if that is the dtype of all, or float32."""
+    if device != "cpu" or compute != DType.float32:
         return compute
     dtypes = {tensor.dtype for name, tensor in tensors.items() if is_matrix(name, tensor)}
     return STORAGE.get(dtypes.pop(), DType.float32) if len(dtypes) == 1 else DType.float32

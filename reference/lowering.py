@@ -13,11 +13,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-from max.dtype import DType
 from max.graph import Module
 
 from maxwhisper.compiled import programs_of, units_on
@@ -28,7 +26,6 @@ from maxwhisper.decoding.speculative import QUANTIZE_KEYS, SPECULATE
 from maxwhisper.engine.artifacts import HOST, Identity, Writer, aim_at, writing
 from maxwhisper.engine.built_from import built_from
 from maxwhisper.engine.program import Artifact, Program
-from maxwhisper.engine.session import Policy
 from maxwhisper.network.blocks import BLOCKS
 
 from .intermediates import WITH_INTERMEDIATES
@@ -99,20 +96,14 @@ def units(suite: Suite) -> Iterator[tuple[str, list[Program]]]:
     yield from ((unit, suite.subject.programs(unit)) for unit in suite.subject.units)
     if selects_tokens(suite.device, suite.model.size, suite.dtype):
         others = [unit for unit in units_on(suite.device) if unit not in suite.subject.units]
-        yield from ((unit, programs_of(unit, suite.dims, loaded(suite.policy))) for unit in others)
-
-
-def loaded(policy: Policy) -> Policy:
-    """Returns what `load_model` has, where matrices are rounded to the dtype of arithmetic below float32."""
-    return policy if policy.compute == DType.float32 else replace(policy, storage=policy.compute)
+        yield from ((unit, programs_of(unit, suite.dims, suite.policy)) for unit in others)
 
 
 def lower_all(suite: Suite, writer: Writer) -> dict[str, str]:
     """Adds every artifact of the suite to the folder; returns what does not lower, and why."""
     failures: dict[str, str] = {}
     for unit, programs in units(suite):
-        policy = suite.policy if unit in suite.subject.units else loaded(suite.policy)
-        identity = Identity.of(unit, suite.dims, policy, programs)
+        identity = Identity.of(unit, suite.dims, suite.policy, programs)
         if identity in writer:  # models share the log-mel spectrogram
             continue
         artifact, found = lower(suite.subject.name(unit), programs, suite.subject.device_of(unit))

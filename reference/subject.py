@@ -4,12 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from max.dtype import DType
 from max.graph import DeviceRef
 from max.graph import Module as GraphModule
 from torch import Tensor
 
-from maxwhisper.compiled import ON_CPU, unit_of
+from maxwhisper.compiled import ON_CPU, rounded_tensors, unit_of
 from maxwhisper.engine.artifacts import Artifacts, Cache
 from maxwhisper.engine.folders import cache_folder
 from maxwhisper.engine.program import Artifact, Executable, Program
@@ -51,7 +50,7 @@ class Subject:
     @property
     def transcribes(self) -> bool:
         """Tells whether whole transcripts are made of the model."""
-        return self.policy.compute == DType.float32 and self.model.size in TRAINED
+        return self.model.size in TRAINED
 
     @property
     def units(self) -> list[str]:
@@ -115,15 +114,19 @@ class Subject:
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
-        """Returns the weights of the checkpoint, and those of the log-mel spectrogram."""
-        return {**self.model.tensors, **log_mel_weights(self.model.dims.n_mels)}
+        """Returns the weights of the checkpoint, as `load_model` has them, and those of the log-mel spectrogram."""
+        return {**self.rounded(self.model.tensors), **log_mel_weights(self.model.dims.n_mels)}
+
+    def rounded(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Returns weights in the dtypes that the graphs take."""
+        return rounded_tensors(tensors, self.policy.compute.name)
 
     def initialised(self, unit: str, layer: int, tensors: Mapping[str, Tensor]) -> dict[str, Executable]:
         """Returns the unit's graphs with the weights of a layer; of a layer that only encoder or decoder has, the other
         is given its last."""
         dims = self.model.dims
         layers = {"audio_layer": min(layer, dims.n_audio_layer - 1), "text_layer": min(layer, dims.n_text_layer - 1)}
-        return self.artifact(unit).init(tensors, **layers)
+        return self.artifact(unit).init(self.rounded(tensors), **layers)
 
     def own(self, unit: str, layer: int = 0) -> dict[str, Executable]:
         """Returns the unit's graphs with the model's own weights, those of one layer with that layer's."""

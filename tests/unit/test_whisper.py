@@ -15,12 +15,15 @@ from whisper.model import Whisper as OpenAIWhisper
 import maxwhisper
 from maxwhisper import cli
 from maxwhisper.audio import load_audio
-from maxwhisper.compiled import DTYPES, storage_dtype
+from maxwhisper.checkpoint import load_checkpoint
+from maxwhisper.compiled import DTYPES, policy_of, programs_of, rounded, storage_dtype
 from maxwhisper.decoding.cache import KeyValueCache
 from maxwhisper.decoding.openai_loop import MaxInference
 from maxwhisper.errors import AudioError, DeviceError, OptionError
 from maxwhisper.options import within
 from maxwhisper.whisper import Whisper, load_model
+from reference.models import trained
+from reference.suite import Suite
 
 from .conftest import CLIPS, WINDOW
 
@@ -151,10 +154,19 @@ def test_half_precision_rounds_but_transcribes(model: Whisper, mels: torch.Tenso
     assert len(said & heard) > len(said) / 2
 
 
-def test_weights_are_stored_as_they_are_but_for_float32_on_a_gpu() -> None:
+def test_weights_are_stored_in_the_dtype_of_arithmetic_but_for_float32_on_a_cpu() -> None:
     half = {"decoder.token_embedding.weight": torch.zeros(2, 2, dtype=torch.float16)}
     stored = [storage_dtype(half, device, dtype) for device in ("cpu", "gpu") for dtype in DTYPES.values()]
-    assert stored == [DType.float16] * 3 + [DType.float32] + [DType.float16] * 2
+    assert stored == [DType.float16, DType.float16, DType.bfloat16, *DTYPES.values()]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_network_that_is_loaded_is_the_one_that_is_judged(dtype: str) -> None:
+    checkpoint, suite = rounded(load_checkpoint(NANO), dtype), Suite(trained(), getattr(torch, dtype))
+    policy = policy_of(checkpoint.tensors, "cpu", dtype)
+    loaded, judged = programs_of("network", checkpoint.dims, policy), suite.subject.programs("network")
+    assert suite.policy == policy and [each.inputs for each in loaded] == [each.inputs for each in judged]
+    assert all(suite.subject.tensors[name].equal(weight) for name, weight in checkpoint.tensors.items())
 
 
 def test_dtypes_that_are_not_there() -> None:
