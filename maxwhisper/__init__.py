@@ -35,18 +35,15 @@ __all__ = [
 ]
 
 _MODULES = {
-    "Whisper": "whisper",
-    "compile_model": "whisper",
-    "convert": "checkpoint",
-    "load_audio": "audio",
-    "load_checkpoint": "checkpoint",
-    "load_model": "whisper",
-    "log_mel_spectrogram": "audio",
+    "audio": ("load_audio", "log_mel_spectrogram"),
+    "checkpoint": ("convert", "load_checkpoint"),
+    "whisper": ("Whisper", "compile_model", "load_model"),
 }
 
 
 def __getattr__(name: str) -> Any:
     # Imported when first used: MAX takes seconds, and the command line answers most mistakes without it.
-    if name not in _MODULES:
-        raise AttributeError(f"module 'maxwhisper' has no attribute {name!r}")
-    return getattr(import_module(f".{_MODULES[name]}", __name__), name)
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(import_module(f".{module}", __name__), name)
+    raise AttributeError(f"module 'maxwhisper' has no attribute {name!r}")

@@ -2,27 +2,16 @@
 
 from .results import Results, Row, middle
 
-COLUMNS = (
-    "engine",
-    "load s",
-    "encoder ms",
-    "ms per token",
-    "total s",
-    "x real time",
-    "peak MB",
-    "tokens",
-    "agreement",
-    "WER",
-    "WER to text",
-)
+COLUMNS = ("engine", "load s", "encoder ms", "ms per token")
 DEVICE_COLUMNS = ("encoder device ms", "device ms per token")
-"""What a table for a GPU has behind its fourth column."""
+"""What a table for a GPU has behind these."""
+LAST_COLUMNS = ("total s", "x real time", "peak MB", "tokens", "agreement", "WER", "WER to text")
 
 
 def table(results: Results) -> str:
     """Returns the table, a line for each engine that has no figures, and the fairness notes."""
     on_gpu = results.options["device"] == "gpu"
-    columns = (*COLUMNS[:4], *DEVICE_COLUMNS, *COLUMNS[4:]) if on_gpu else COLUMNS
+    columns = (*COLUMNS, *(DEVICE_COLUMNS if on_gpu else ()), *LAST_COLUMNS)
     rows = [cells(row, results.audio_s, on_gpu) for row in results.rows if row.total_s and not row.error]
     widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
     lines = [line(columns, widths), "|" + "|".join("-" * (width + 2) for width in widths) + "|"]

@@ -18,14 +18,8 @@ from .cuda import preload
 from .instructions import cpu_target
 from .process import find_place_for_max_cache, refuse_after_fork
 
-TORCH_DTYPE = {
-    DType.float16: torch.float16,
-    DType.bfloat16: torch.bfloat16,
-    DType.float32: torch.float32,
-    DType.int64: torch.int64,
-    DType.int8: torch.int8,
-    DType.uint8: torch.uint8,
-    DType.bool: torch.bool,
+TORCH_DTYPE: dict[DType, torch.dtype] = {
+    DType[name]: getattr(torch, name) for name in ("float16", "bfloat16", "float32", "int64", "int8", "uint8", "bool")
 }
 
 

@@ -187,17 +187,9 @@ def measure(
     repeated = steps.step
     host, on_device, both = timed(steps, repeated, device, rounds)
     executed_host, executed_device, _ = timed(steps, repeated.execute, device, rounds)
-    return Timing(
-        str(case),
-        repeated.captured,
-        None if device.is_host else host,
-        on_device,
-        executed_host,
-        executed_device,
-        launches(repeated.execute, device),
-        n_bytes / rate * 1e6,
-        both,
-    )
+    times = None if device.is_host else host, on_device, executed_host, executed_device
+    launched = launches(repeated.execute, device)
+    return Timing(str(case), repeated.captured, *times, launched, n_bytes / rate * 1e6, both)
 
 
 COLUMNS = {

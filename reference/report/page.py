@@ -68,14 +68,11 @@ def tiles(run: Run) -> Html:
             (fixed(largest.ratio), "largest MAX / PyTorch", str(largest.comparison)),
             (fixed(closest.used), "of a budget used, at most", str(closest.comparison)),
         ]
-    return element(
-        "dl",
-        *(
-            element("div", element("dt", name), element("dd", value), element("dd", note, class_="quiet"))
-            for value, name, note in values
-        ),
-        class_="tiles",
-    )
+    shown = [
+        element("div", element("dt", name), element("dd", value), element("dd", note, class_="quiet"))
+        for value, name, note in values
+    ]
+    return element("dl", *shown, class_="tiles")
 
 
 def failure_section(run: Run) -> Html:

@@ -75,16 +75,13 @@ def map_section(run: Run, attempts: Attempts) -> Html:
     found = worst_maps(run.judgements)
     if not found:
         return element("p", "Maps are made of comparisons that fail; this run has none.", class_="quiet")
-    return html(
-        element(
-            "p",
-            "Absolute error of MAX over the RMS of the oracle, the largest of each cell; red where it is not finite. "
-            "One comparison of each block and dtype, the worst.",
-        ),
-        element(
-            "div", *(map_figure(*each, f"map-{n}", attempts) for n, each in enumerate(found[:MAPS])), class_="maps"
-        ),
+    explained = element(
+        "p",
+        "Absolute error of MAX over the RMS of the oracle, the largest of each cell; red where it is not finite. "
+        "One comparison of each block and dtype, the worst.",
     )
+    maps = [map_figure(*each, f"map-{n}", attempts) for n, each in enumerate(found[:MAPS])]
+    return html(explained, element("div", *maps, class_="maps"))
 
 
 def worst_maps(judgements: Sequence[Judgement]) -> list[tuple[Judgement, Explanation]]:
