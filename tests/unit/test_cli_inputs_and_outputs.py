@@ -363,6 +363,18 @@ def test_files_are_written_whatever_becomes_of_standard_output(
     assert written(out) == files_of("a", "b")
 
 
+@pytest.mark.parametrize("make", [closed_pipe, lambda: os.open("/dev/full", os.O_WRONLY)], ids=["closed", "full"])
+def test_files_are_written_whatever_becomes_of_standard_error(
+    make: Callable[[], int], tmp_path: Path, out: Path, model: StubModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, missing = write_wav(tmp_path / "a.wav", 1600), tmp_path / "missing.wav"
+    with open(make(), "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        assert status(["transcribe", good, "-o", out, "--verbose", "False"]) == 0
+        assert status(["transcribe", missing, good, "-o", out, "--verbose", "False"]) == 1
+    assert written(out) == files_of("a")
+
+
 def test_no_standard_output_at_all(
     out: Path, model: StubModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
