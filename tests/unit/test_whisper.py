@@ -44,6 +44,7 @@ def test_the_library_itself_is_unchanged(model: Whisper) -> None:
 def test_the_package_offers_what_it_lists() -> None:
     assert all(getattr(maxwhisper, name) is not None for name in maxwhisper.__all__)
     assert maxwhisper.load_model is load_model
+    assert set(maxwhisper.__all__) <= set(dir(maxwhisper))
     with pytest.raises(AttributeError, match="transcribe_faster"):
         _ = maxwhisper.transcribe_faster
 
