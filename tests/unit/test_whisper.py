@@ -49,6 +49,12 @@ def test_the_package_offers_what_it_lists() -> None:
         _ = maxwhisper.transcribe_faster
 
 
+@pytest.mark.parametrize("load", [maxwhisper.load_audio, maxwhisper.load_model])
+def test_who_expects_openais_error_for_a_file_gets_it(load: Any) -> None:
+    with pytest.raises(RuntimeError, match="enormous.mp3: .*[Nn]o such file"):
+        load("enormous.mp3")
+
+
 # ---- encoder -------------------------------------------------------------------------------------------------------
 
 
