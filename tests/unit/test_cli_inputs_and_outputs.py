@@ -227,6 +227,13 @@ def test_a_read_only_file(folder_of_a_user: Path, model: StubModel, capsys: pyte
     assert (out / "a.vtt").read_text() == "old"
 
 
+def test_who_may_read_an_earlier_file_stays(out: Path, model: StubModel) -> None:
+    out.mkdir()
+    (out / f"{CLIP.stem}.txt").touch(0o600)
+    assert status(["transcribe", CLIP, "-o", out]) == 0
+    assert (out / f"{CLIP.stem}.txt").stat().st_mode & 0o777 == 0o600 and (out / f"{CLIP.stem}.txt").read_text()
+
+
 @contextmanager
 def small_disk() -> Iterator[None]:
     """No file can become larger than 4,000 bytes, nor can the one that pytest may be writing to."""
