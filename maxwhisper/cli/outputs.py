@@ -85,5 +85,6 @@ def replace(file: str, target: str) -> None:
     if os.path.isfile(target):
         if not os.access(target, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
             raise OSError(EACCES, os.strerror(EACCES))
-        shutil.copymode(target, file)
+        with suppress(OSError):  # of a disk that has no permissions
+            shutil.copymode(target, file)
     os.replace(file, target)
