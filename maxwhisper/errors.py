@@ -15,12 +15,13 @@ class ArtifactError(MaxWhisperError):
     """Graphs compiled ahead of time that cannot be used; the message names the folder, the field, and both values."""
 
 
-class AudioError(MaxWhisperError):
-    """A file that cannot be read as audio; the message names the file."""
+class AudioError(MaxWhisperError, RuntimeError):
+    """A file that cannot be read as audio; the message names the file. A RuntimeError, as openai-whisper's."""
 
 
-class CheckpointError(MaxWhisperError):
-    """A checkpoint that cannot be used; the message names the file and, where there is one, the tensor."""
+class CheckpointError(MaxWhisperError, RuntimeError):
+    """A checkpoint that cannot be used; the message names the file and, where there is one, the tensor. A RuntimeError,
+    as openai-whisper's."""
 
 
 class DecodingError(MaxWhisperError):

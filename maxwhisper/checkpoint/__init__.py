@@ -50,7 +50,7 @@ from maxwhisper.checkpoint.stored import (
 )
 from maxwhisper.checkpoint.vocabulary import check_vocabulary, vocabulary_size
 from maxwhisper.checkpoint.wrapped import OUTPUT, Named, model_in, named, rewriting
-from maxwhisper.engine.folders import cache_home, writable
+from maxwhisper.engine.folders import cache_home, one_at_a_time, writable
 from maxwhisper.errors import CheckpointError, OptionError
 from maxwhisper.files import replacing
 
@@ -173,7 +173,7 @@ def _load_named(name: str, download_root: StrPath | None) -> Checkpoint:
     if download_root is None:
         download_root = writable(cache_home() / "whisper")
     try:
-        path = Path(whisper._download(whisper._MODELS[name], os.fspath(download_root), in_memory=False))
+        path = Path(_fetched(whisper._MODELS[name], os.fspath(download_root)))
     except Exception as error:  # the network and the disk, but also a server's answer that the downloader stumbles over
         raise CheckpointError(f"{name}: cannot be fetched into {download_root}: {reason(error)}") from error
     checkpoint = _load_openai(path)
@@ -181,6 +181,16 @@ def _load_named(name: str, download_root: StrPath | None) -> Checkpoint:
     mask = np.frombuffer(gzip.decompress(base64.b85decode(whisper._ALIGNMENT_HEADS[name])), dtype=bool)
     pairs = np.argwhere(mask.reshape(dims.n_text_layer, dims.n_text_head)).tolist()
     return replace(checkpoint, name=name, alignment_heads=_heads(path, dims, pairs))
+
+
+def _fetched(url: str, root: str) -> str:
+    """Returns the file that openai-whisper's downloader has put into a folder: one process does, others wait for it, or
+    they would write into the same file."""
+    file = os.path.abspath(os.path.join(root, os.path.basename(url)))
+    with one_at_a_time(file):
+        if not os.path.isfile(file):
+            return whisper._download(url, root, in_memory=False)
+    return whisper._download(url, root, in_memory=False)  # which reads all of it, for its checksum
 
 
 def _load_openai(path: Path) -> Checkpoint:

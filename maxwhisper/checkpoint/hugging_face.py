@@ -43,8 +43,8 @@ _WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-_INSIDE = ("snapshots/*/config.json", "*.pt")
-"""What a folder without config.json may hold that loads: a cache of the hub, and OpenAI's format."""
+_INSIDE = ("snapshots/*/config.json", "*/config.json", "*.pt")
+"""What a folder without config.json may hold that loads: a cache of the hub, a trainer's steps, OpenAI's format."""
 _OF_OTHERS = {"n_audio_state": "MLX", "lang_ids": "CTranslate2"}
 """A key of config.json by which other libraries' models are known."""
 

@@ -19,7 +19,7 @@ from .bulk_command import add_bulk
 from .compare_command import add_compare, add_race
 from .live_command import add_live
 from .serve_command import add_serve
-from .terminal import failed, messages_on_stderr, standard_output
+from .terminal import failed, messages_on_stderr, standard_streams
 from .transcribe_command import transcribe
 from .transcribe_options import add_transcribe
 
@@ -28,7 +28,7 @@ from .transcribe_options import add_transcribe
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status; raises SystemExit(2) for an unusable option."""
-    with standard_output() as output, messages_on_stderr():
+    with standard_streams() as output, messages_on_stderr():
         status = run(arguments)
         output.flush()
         return max(status, failed(output.lost) if output.lost else 0)

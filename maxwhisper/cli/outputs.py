@@ -1,6 +1,7 @@
 """The output files of `maxwhisper transcribe`: the names and texts of OpenAI's; each is complete or not there."""
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -79,8 +80,11 @@ def removed_on_failure(file: str) -> Iterator[None]:
 
 
 def replace(file: str, target: str) -> None:
-    """Puts a file in the place of another; raises OSError where OpenAI's command could not write that one either."""
-    effective = os.access in os.supports_effective_ids
-    if os.path.exists(target) and not os.access(target, os.W_OK, effective_ids=effective):
-        raise OSError(EACCES, os.strerror(EACCES))
+    """Puts a file in the place of another, with its permissions; raises OSError where OpenAI's command could not write
+    that one either."""
+    if os.path.isfile(target):
+        if not os.access(target, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
+            raise OSError(EACCES, os.strerror(EACCES))
+        with suppress(OSError):  # of a disk that has no permissions
+            shutil.copymode(target, file)
     os.replace(file, target)

@@ -41,9 +41,9 @@ def messages_on_stderr() -> Iterator[None]:
             log.propagate = propagate
 
 
-class StandardOutput:
-    """Standard output, as long as somebody takes it. Then `error` holds the reason, and what more is written is lost:
-    the command goes on, to the files that it has still to write.
+class StandardStream:
+    """Standard output or standard error, as long as somebody takes it. Then `error` holds the reason, and what more is
+    written is lost: the command goes on, to the files that it has still to write.
 
     What the stream's encoding has not becomes question marks, as openai-whisper means it to be.
     """
@@ -86,16 +86,18 @@ class StandardOutput:
 
 
 @contextmanager
-def standard_output() -> Iterator[StandardOutput]:
-    """Has everything printed go through a StandardOutput; where a standard stream is closed, nowhere."""
+def standard_streams() -> Iterator[StandardStream]:
+    """Has everything printed go through a StandardStream, and gives that of standard output; where a standard stream is
+    closed, nowhere."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-    stream = sys.stdout
-    output = StandardOutput(stream)
-    sys.stdout = cast(TextIO, output)
+    before = sys.stdout, sys.stderr
+    output, errors = map(StandardStream, before)
+    sys.stdout, sys.stderr = cast(TextIO, output), cast(TextIO, errors)
     try:
         yield output
     finally:
         output.flush()
-        sys.stdout = stream
+        errors.flush()
+        sys.stdout, sys.stderr = before

@@ -1,13 +1,15 @@
 """Where files are kept that can be made again, and where instead if nothing can be written there."""
 
 import atexit
+import fcntl
 import hashlib
 import logging
 import os
 import shutil
 import stat
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 
@@ -69,6 +71,19 @@ def writable(folder: Path, quiet: bool = False) -> Path:
             *(folder, reason, instead),
         )
     return instead
+
+
+@contextmanager
+def one_at_a_time(what: str) -> Iterator[None]:
+    """Has processes of this machine that share a cache run the body one after the other, for the same `what`. Where
+    files cannot be locked they do not wait for each other."""
+    folder = cache_folder("locks")
+    with ExitStack() as stack:
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context((folder / hashlib.sha256(os.fsencode(what)).hexdigest()[:16]).open("w"))
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def free_bytes(folder: Path) -> int:

@@ -1,14 +1,12 @@
 """What MAX 26.7 needs of the process that it runs in, and does to it: threads, forks, environment, and its end."""
 
 import atexit
-import fcntl
-import hashlib
 import logging
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -17,7 +15,7 @@ from max import _core, mlir
 from max._mlir_context import default_mlir_context, ensure_default_mlir_context
 
 from ..errors import DeviceError
-from .folders import cache_folder, cache_root, writable
+from .folders import cache_root, writable
 
 log = logging.getLogger("maxwhisper")
 
@@ -64,19 +62,6 @@ def wait_at_exit() -> None:
     """Has this process end a tenth of a second later: a thread of MAX's asks for Python's lock a while after it has
     compiled, and where Python is ending by then, the process is aborted instead."""
     atexit.register(time.sleep, 0.1)
-
-
-@contextmanager
-def one_at_a_time(what: str) -> Iterator[None]:
-    """Has processes of this machine that share a cache run the body one after the other, for the same `what`. Where
-    files cannot be locked they do not wait for each other."""
-    folder = cache_folder("locks")
-    with ExitStack() as stack:
-        with suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context((folder / hashlib.sha256(what.encode()).hexdigest()[:16]).open("w"))
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def refuse_after_fork() -> None:

@@ -22,8 +22,9 @@ from max.graph import Module as GraphModule
 from max.nn.layer import Module
 
 from ..errors import CheckpointError
+from .folders import one_at_a_time
 from .kernel_library import kernel_library
-from .process import announced, compiler, one_at_a_time, refuse_after_fork, wait_at_exit
+from .process import announced, compiler, refuse_after_fork, wait_at_exit
 from .session import TORCH_DTYPE, Session, session
 from .surroundings import long_timer_slack
 

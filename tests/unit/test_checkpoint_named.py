@@ -5,8 +5,11 @@ import hashlib
 import io
 import os
 import re
+import threading
+import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -16,7 +19,7 @@ from safetensors.torch import save_file
 from whisper.model import Whisper
 
 from maxwhisper import checkpoint as checkpoint_module
-from maxwhisper.checkpoint import convert, load_checkpoint
+from maxwhisper.checkpoint import Checkpoint, convert, load_checkpoint
 from maxwhisper.errors import CheckpointError, OptionError
 
 from .checkpoints import (
@@ -78,6 +81,28 @@ def test_a_name_is_fetched_once_and_verified(
     judge.set_alignment_heads(whisper._ALIGNMENT_HEADS["tiny"])
     assert loaded.alignment_heads == tuple(map(tuple, judge.alignment_heads.indices().T.tolist()))
     assert load_checkpoint(tmp_path / "root" / "tiny.pt").alignment_heads is None
+
+
+def test_two_that_want_a_name_at_once_fetch_it_once(
+    tmp_path: Path, named: tuple[Tensors, bytes, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They lock files, as processes do: the workers of a server start together."""
+    server, both = Server(monkeypatch, named[1], named[2]), threading.Barrier(2)
+
+    def slow(url: str) -> io.BytesIO:
+        time.sleep(0.3)
+        return server.answer(url)
+
+    monkeypatch.setattr(urllib.request, "urlopen", slow)
+
+    def load(_: int) -> Checkpoint:
+        both.wait()
+        return load_checkpoint("tiny", download_root=tmp_path / "root")
+
+    with ThreadPoolExecutor(2) as pool:
+        for loaded in pool.map(load, range(2)):
+            assert_same(loaded, named[0], NAMED_DIMS)
+    assert server.requests == 1
 
 
 def test_the_cache_is_openai_whispers_own(

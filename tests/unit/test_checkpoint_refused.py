@@ -205,7 +205,7 @@ def test_what_is_not_there(tmp_path: Path) -> None:
         assert_refused(name, "no such file or folder, nor one of the model names", "tiny.en", "large-v3-turbo")
 
 
-@pytest.mark.parametrize("inside", ["snapshots/abc/config.json", "model.pt", None])
+@pytest.mark.parametrize("inside", ["snapshots/abc/config.json", "checkpoint-500/config.json", "model.pt", None])
 def test_a_folder_without_a_model_names_the_one_inside(tmp_path: Path, inside: str | None) -> None:
     """As the hub's cache has it, or a folder of somebody's files."""
     instead = ""

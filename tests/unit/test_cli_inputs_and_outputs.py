@@ -227,6 +227,13 @@ def test_a_read_only_file(folder_of_a_user: Path, model: StubModel, capsys: pyte
     assert (out / "a.vtt").read_text() == "old"
 
 
+def test_who_may_read_an_earlier_file_stays(out: Path, model: StubModel) -> None:
+    out.mkdir()
+    (out / f"{CLIP.stem}.txt").touch(0o600)
+    assert status(["transcribe", CLIP, "-o", out]) == 0
+    assert (out / f"{CLIP.stem}.txt").stat().st_mode & 0o777 == 0o600 and (out / f"{CLIP.stem}.txt").read_text()
+
+
 @contextmanager
 def small_disk() -> Iterator[None]:
     """No file can become larger than 4,000 bytes, nor can the one that pytest may be writing to."""
@@ -361,6 +368,18 @@ def test_files_are_written_whatever_becomes_of_standard_output(
         assert status(["transcribe", *files, "-o", out, *how]) == 1
     assert_one_line(capsys, reason)
     assert written(out) == files_of("a", "b")
+
+
+@pytest.mark.parametrize("make", [closed_pipe, lambda: os.open("/dev/full", os.O_WRONLY)], ids=["closed", "full"])
+def test_files_are_written_whatever_becomes_of_standard_error(
+    make: Callable[[], int], tmp_path: Path, out: Path, model: StubModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, missing = write_wav(tmp_path / "a.wav", 1600), tmp_path / "missing.wav"
+    with open(make(), "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        assert status(["transcribe", good, "-o", out, "--verbose", "False"]) == 0
+        assert status(["transcribe", missing, good, "-o", out, "--verbose", "False"]) == 1
+    assert written(out) == files_of("a")
 
 
 def test_no_standard_output_at_all(

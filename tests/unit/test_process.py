@@ -16,7 +16,7 @@ import torch
 
 from maxwhisper import audio, load_model, log_mel_spectrogram
 from maxwhisper.compiled import Network
-from maxwhisper.engine.process import one_at_a_time
+from maxwhisper.engine.folders import one_at_a_time
 from maxwhisper.errors import DeviceError
 from maxwhisper.whisper import Whisper
 from reference.fixtures import NANO

@@ -47,8 +47,15 @@ def test_the_library_itself_is_unchanged(model: Whisper) -> None:
 def test_the_package_offers_what_it_lists() -> None:
     assert all(getattr(maxwhisper, name) is not None for name in maxwhisper.__all__)
     assert maxwhisper.load_model is load_model
+    assert set(maxwhisper.__all__) <= set(dir(maxwhisper))
     with pytest.raises(AttributeError, match="transcribe_faster"):
         _ = maxwhisper.transcribe_faster
+
+
+@pytest.mark.parametrize("load", [maxwhisper.load_audio, maxwhisper.load_model])
+def test_who_expects_openais_error_for_a_file_gets_it(load: Any) -> None:
+    with pytest.raises(RuntimeError, match="enormous.mp3: .*[Nn]o such file"):
+        load("enormous.mp3")
 
 
 # ---- encoder -------------------------------------------------------------------------------------------------------
