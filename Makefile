@@ -46,8 +46,9 @@ endef
 test: lint  ## lint, then every test, unit tests in JOBS processes; REPORT=DIR writes the report there
 	$(call TESTS,)
 
-test-nightly: $(INSTALLED)  ## the tests that are too slow for every merge
+test-nightly: $(INSTALLED)  ## the tests that are too slow for every merge, and those that time something
 	$(BIN)/pytest tests --benchmark-disable --nightly -m nightly
+	$(BIN)/pytest tests/unit -m clock
 
 test-peers: $(INSTALLED)  ## what is compared with other engines, which are installed first; a skip fails
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[peers]'

@@ -17,7 +17,7 @@ from maxwhisper.compare.run import processor
 from .chain import Chain
 from .compile_log import CompileRecord
 from .faults import FaultResult, fault_totals
-from .judge import Judgement
+from .judge import Judgement, severity
 from .reasons import one_line
 from .transcripts import Transcript
 from .versions import version
@@ -126,8 +126,8 @@ class Run:
         if self.pairs:
             lines.append(f"parity: {self.pairs} pairs compared in {self.compare_seconds:.1f} s{self.recalled_note}")
         if compared := [judgement for judgement in self.judgements if judgement.pairs]:
-            worst = max(compared, key=lambda judgement: judgement.relative_l2.ratio)
-            nearest = max(compared, key=lambda judgement: judgement.worst.used)
+            worst = max(compared, key=lambda judgement: severity(judgement.relative_l2.ratio))
+            nearest = max(compared, key=lambda judgement: severity(judgement.worst.used))
             lines.append(f"largest MAX error / PyTorch error {worst.relative_l2.ratio:.2f}: {worst.comparison}")
             lines.append(f"nearest to its budget {nearest.worst.used:.2f}, {nearest.worst.name}: {nearest.comparison}")
         for chain in self.chains:

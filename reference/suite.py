@@ -89,8 +89,8 @@ class Suite:
         return Trial(self, comparison, self.inputs(block, comparison), run or self.executable(block, comparison.layer))
 
     def judge(self, comparison: Comparison, run: Run | None = None) -> Judgement:
-        """Returns the isolated verdict. run: as for `trial`; what is said of another than the suite's own is not
-        kept."""
+        """Returns the isolated verdict, explained where only a cut of the work for other threads is wrong. run: as for
+        `trial`; what is said of another than the suite's own is not kept."""
         if not run and (misread := self.misread(comparison)):
             return Judgement(comparison, (), tuple(misread))
         trial = self.trial(comparison, run)
@@ -102,7 +102,8 @@ class Suite:
             if not all(map(torch.equal, outputs, trial.subject)):
                 cut = self.verdict(trial, outputs)
                 if not cut.passed:
-                    return replace(cut, defects=(*cut.defects, f"with work cut for {n_thread} threads"))
+                    defects = (*cut.defects, f"with work cut for {n_thread} threads")
+                    return replace(cut, defects=defects, explanations=trial.explain(outputs) if cut.pairs else ())
         return judgement
 
     def verdict(self, trial: Trial, outputs: list[Tensor]) -> Judgement:

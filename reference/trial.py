@@ -125,9 +125,9 @@ class Trial:
         unit, seed = UNIT_ROUNDOFF[self.comparison.dtype], self.comparison.seed
         return condition(self.exactly, in_float64(self.given), unit, seed)
 
-    def explain(self) -> tuple[Explanation, ...]:
-        """Returns where and how MAX errs."""
-        return explain(self.oracle, self.peer, self.subject, self.in_tf32())
+    def explain(self, subject: Outputs | None = None) -> tuple[Explanation, ...]:
+        """Returns where and how MAX errs. subject: as for `judge`."""
+        return explain(self.oracle, self.peer, self.subject if subject is None else subject, self.in_tf32())
 
     def in_tf32(self) -> dict[str, Outputs]:
         """Returns what the oracle makes of the inputs with products in TF32, by what a failure of float32 then looks

@@ -1,8 +1,8 @@
 """report.html: one page without a reference to anything outside it."""
 
-import math
 from pathlib import Path
 
+from ..judge import severity
 from ..results import Run
 from .figures import conclusion, failures, fixed, share
 from .markup import Attempts, Html, element, folded, html, mark, none_of, table
@@ -62,7 +62,7 @@ def tiles(run: Run) -> Html:
     ]
     compared = [judgement for judgement in run.judgements if judgement.pairs]
     if compared:
-        largest = max(compared, key=lambda j: -math.inf if math.isnan(j.ratio) else j.ratio)
+        largest = max(compared, key=lambda j: severity(j.ratio))
         closest = max(compared, key=lambda j: j.used)
         values += [
             (fixed(largest.ratio), "largest MAX / PyTorch", str(largest.comparison)),

@@ -17,7 +17,7 @@ def test_isolated(comparison: Comparison, suite_for: SuiteFor, run: Run, request
     """Judges the comparison; a failure says all there is to know about it on one screen."""
     suite = suite_for(comparison.size, comparison.dtype)
     judgement = suite.judge(comparison)
-    if judgement.pairs and not judgement.passed:
+    if judgement.pairs and not (judgement.passed or judgement.explanations):
         judgement = replace(judgement, explanations=suite.explain(comparison))
     run.judgements.append(judgement)
     if not judgement.passed:

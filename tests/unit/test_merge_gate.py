@@ -68,6 +68,13 @@ def test_whatever_has_a_base_is_gated_against_it() -> None:
     assert done.returncode and b"make perf-gate needs a git revision" in done.stdout
 
 
+@pytest.mark.parametrize("marker", ["nightly", "clock"])
+def test_what_make_test_leaves_out_runs_at_night(marker: str) -> None:
+    options = ["--dry-run", "--old-file=.venv/installed"]
+    done = subprocess.run(["make", *options, "test-nightly"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert re.search(rf"pytest tests\S*( --\S+)* -m {marker}$", done.stdout, re.MULTILINE)
+
+
 # ---- objections -------------------------------------------------------------------------------------------------
 
 

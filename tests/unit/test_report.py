@@ -193,6 +193,17 @@ def test_summary_is_short_and_says_what_failed() -> None:
     assert any("first divergence encoder.blocks.0.mlp" in line for line in lines)
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_the_worst_comparison_is_named_be_it_no_number(order: int, tmp_path: Path) -> None:
+    """By the last lines of a run, and at the head of its page."""
+    run = Run(judgements=[judgement("encoder.mlp"), judgement("encoder.stem", math.nan)][::order])
+    ratio, nearest = run.summary_lines()[1:]
+    assert ratio.startswith("largest MAX error / PyTorch error nan: encoder.stem")
+    assert nearest.startswith("nearest to its budget nan, relative L2: encoder.stem")
+    page = " ".join(read(written(run, tmp_path)[0]).text.split())
+    assert re.search("largest MAX / PyTorch ?NaN ?encoder.stem", page)
+
+
 def test_ratio_and_share_of_a_block_are_the_worst_ones() -> None:
     run = Run(judgements=[judgement("encoder.mlp", error) for error in (1e-7, 3e-7, 2e-7)])
     assert "| encoder.mlp | 3.00, 0.75 |" in summary(run, environment()).splitlines()

@@ -32,6 +32,10 @@ def test_a_cut_that_leaves_a_column_out_is_red(wrong_for: str | None, monkeypatc
     found = judged.judge(next(judged.comparisons(BLOCK, ["speech"])))
     assert found.passed == (wrong_for is None)
     assert (f"with work cut for {wrong_for} threads" in found.defects) == (wrong_for is not None)
+    if wrong_for:  # what is explained is that cut, not the right one
+        (explanation,) = found.explanations
+        last = judged.dims.n_text_state - 1
+        assert (explanation.worst[-1], explanation.subject) == (last, 0.0) and explanation.errors.max() > 0.1
 
 
 @pytest.mark.parametrize("block", BLOCKS)
