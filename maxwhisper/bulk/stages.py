@@ -107,18 +107,17 @@ def fetched(path: str) -> bytes:
         raise ConnectionError(said(error)) from error
 
 
-def patiently(read: Callable[[str], T], path: str) -> T:
+def patiently(read: Callable[[str], T], path: str, waits: tuple[float, ...] = WAITS) -> T:
     """Returns what `read` makes of a file, tried again after an error that may pass; raises Unread where that stays."""
-    for wait in (*WAITS, None):
-        try:
-            return read(path)
-        except Exception as error:
-            if not may_pass(error.__cause__ if isinstance(error, AudioError) else error):
-                raise
-            if wait is None:
-                raise Unread(said(error)) from error
-            time.sleep(wait)
-    raise AssertionError
+    try:
+        return read(path)
+    except Exception as error:
+        if not may_pass(error.__cause__ if isinstance(error, AudioError) else error):
+            raise
+        if not waits:
+            raise Unread(said(error)) from error
+    time.sleep(waits[0])
+    return patiently(read, path, waits[1:])
 
 
 def may_pass(error: BaseException | None) -> bool:
