@@ -193,5 +193,7 @@ def test_what_is_no_number_comes_out_where_pytorchs_does(suite: Suite, block: st
             place = [len(x) // 2, *(at if at < 0 else int(size * at) for size in x.shape[1:])]
             x[tuple(place)] = value
             trial = Trial(suite, comparison, {**given, name: x}, suite.executable(BLOCKS[block], 0))
-            for ours, theirs in zip(trial.subject, trial.peer, strict=True):
-                assert ours.isfinite().equal(theirs.isfinite()), f"{value} in {name} at {place}"
+            for x in zip(trial.subject, trial.peer, trial.oracle, strict=True):
+                ours, theirs, right = (each.isfinite().cpu() for each in x)
+                # Infinity times what is almost 0 has the sign of a rounding error: PyTorch's may be the wrong one.
+                assert ((ours == theirs) | (ours == right)).all(), f"{value} in {name} at {place}"
