@@ -17,6 +17,7 @@ from ..alignment import keep_alignment_compiled
 from ..errors import OptionError
 from ..whisper import Whisper
 from .app import Service, create_app
+from .handshake import Handshake
 from .jobs import Limits
 
 
@@ -46,7 +47,12 @@ def serve(
         sys.setswitchinterval(0.001)
         app = create_app(Service(model, name, Limits(**limits)), keys, race)
         config = uvicorn.Config(
-            app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=stop_timeout
+            app,
+            ws=Handshake,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=stop_timeout,
         )
         signal.signal(signal.SIGTERM, ended)  # uvicorn, done, passes the signal on
         Server(config, name, address).run(sockets=[address])

@@ -15,6 +15,7 @@ import openai
 import uvicorn
 
 from maxwhisper.serving.app import create_app
+from maxwhisper.serving.handshake import Handshake
 from maxwhisper.serving.jobs import Limits
 from maxwhisper.serving.service import Service
 from reference.fixtures import NANO
@@ -81,7 +82,8 @@ def in_thread(
 ) -> Iterator[tuple[str, Service]]:
     """Serves a model in this process, and gives the address; at the end, what runs has a second."""
     service = Service(model, name, Limits(**LIMITS | limits))
-    config = uvicorn.Config(create_app(service, keys, race), port=0, log_level="critical", timeout_graceful_shutdown=1)
+    app, quiet = create_app(service, keys, race), {"log_level": "critical", "timeout_graceful_shutdown": 1}
+    config = uvicorn.Config(app, port=0, ws=Handshake, **quiet)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()

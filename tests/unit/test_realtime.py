@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import av
+import httpx
 import numpy as np
 import openai
 import pytest
@@ -271,6 +272,16 @@ def test_a_browser_gives_its_key_among_its_protocols(server: Server) -> None:
         assert json.loads(socket.recv())["type"] == "session.created"
         socket.send("{")
         assert json.loads(socket.recv())["error"]["code"] == "invalid_json"
+
+
+@pytest.mark.parametrize("name", ["Protocol", "Extensions", "Key", "Version"])
+@pytest.mark.parametrize("value", ["ü".encode(), b"\xfc", "realtime, openai-insecure-api-key.ü".encode()])
+def test_a_handshake_that_is_not_ascii_is_refused(server: Server, name: str, value: bytes) -> None:
+    headers = {b"Connection": b"Upgrade", b"Upgrade": b"websocket", b"Sec-WebSocket-Version": b"13"}
+    headers |= {b"Sec-WebSocket-Key": b"dGhlIHNhbXBsZSBub25jZQ==", f"Sec-WebSocket-{name}".encode(): value}
+    answer = httpx.get(f"{server.url}/realtime?intent=transcription", headers=headers)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].lower() == f"the header sec-websocket-{name} is not ASCII".lower()
 
 
 @pytest.mark.parametrize("sent", ["[" * 100_000, b"{}", '{"type": "\\ud800", "event_id": "\\udfff"}'])
