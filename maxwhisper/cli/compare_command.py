@@ -6,6 +6,9 @@ from typing import Any
 
 from .option_types import above_zero
 
+MEASURING = ("model", "text", "device", "against", "beam_size", "batch_size", "threads", "rounds", "json")
+"""The options of `race` that a record leaves nothing to do for."""
+
 
 def add_compare(commands: Any) -> None:
     """Adds the command `compare`."""
@@ -42,7 +45,8 @@ def add_race(commands: Any) -> None:
     add_measuring(parser, rounds=1)
     add("--html", metavar="FILE", help="write a page that replays it in a browser, without network")
     add("--svg", metavar="FILE", help="write a picture of the moment when the fastest is done")
-    parser.set_defaults(run=race)
+    defaults = {name: parser.get_default(name) for name in MEASURING}
+    parser.set_defaults(run=partial(race, parser, defaults), **dict.fromkeys(MEASURING))
 
 
 def add_measuring(parser: Any, rounds: int) -> None:
@@ -78,13 +82,18 @@ def compare(parser: Any, **options: Any) -> int:
         parser.error(f"argument --text: given {len(options['text'])} times for {len(options['audio'])} AUDIO")
     if options["model"].startswith("random:") and not options["tokens"]:
         parser.error("argument --model: random weights never end a text, say how long with --tokens")
+    if options["text"] and options["tokens"]:
+        parser.error("argument --text: cannot be combined with --tokens, which makes tokens and no words")
     from ..compare.command import run
 
     return run(**options)
 
 
-def race(**options: Any) -> int:
-    """Replays; returns 1 if an engine failed."""
-    from ..compare.race.command import run
+def race(parser: Any, defaults: dict[str, Any], source: str, **options: Any) -> int:
+    """Replays; returns 1 if an engine failed. defaults: of the options that are None where they are not given."""
+    from ..compare.race.command import is_record, run
 
-    return run(**options)
+    given = [name for name in defaults if options[name] is not None]
+    if given and is_record(source):
+        parser.error(f"argument --{given[0]}: has no effect on {source}, a record, of which nothing is measured anew")
+    return run(source, **options | {name: defaults[name] for name in defaults if name not in given})

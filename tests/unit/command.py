@@ -1,5 +1,6 @@
 """The command line in this process, with a model that knows what is said."""
 
+import argparse
 import wave
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from maxwhisper.cli import main
+from maxwhisper.cli import build_parser, main
 from reference.fixtures import ROOT
 
 CLIP = ROOT / "fixtures" / "clips" / "english-1.wav"
@@ -56,6 +57,12 @@ def status(arguments: list[Any]) -> int:
     except SystemExit as stop:
         assert isinstance(stop.code, int)
         return stop.code
+
+
+def options_of(command: str) -> set[str]:
+    """The options that a command has."""
+    commands = next(each for each in build_parser()._actions if isinstance(each, argparse._SubParsersAction))
+    return {name for each in commands.choices[command]._actions for name in each.option_strings if name[:2] == "--"}
 
 
 def assert_one_line(capsys: pytest.CaptureFixture[str], expected: str) -> None:

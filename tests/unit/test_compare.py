@@ -253,6 +253,7 @@ def test_a_fixed_number_of_tokens(stub: type[StubWorker], capsys: pytest.Capture
         (["--against", "openvino,whisperx"], "argument --against: unknown engine 'whisperx': expected some of openai-"),
         (["--model", "random:tiny"], "argument --model: random weights never end a text, say how long with --tokens"),
         (["--text", "a", "--text", "b"], "argument --text: given 2 times for 1 AUDIO"),
+        (["--text", "a", "--tokens", "9"], "argument --text: cannot be combined with --tokens"),
         (["--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
         (["--rounds", "0"], "argument --rounds: must be a whole number above 0, not '0'"),
     ],

@@ -20,6 +20,7 @@ from maxwhisper.compare.race.page import page_of, write_page
 from maxwhisper.compare.race.terminal import frame, replay
 from reference.fixtures import NANO
 
+from .command import assert_one_line, options_of, status
 from .engines import CLIP
 from .test_compare import StubWorker, stub  # noqa: F401, a fixture
 
@@ -220,6 +221,20 @@ def test_a_record_that_cannot_be_used(
     error = capsys.readouterr().err
     assert error.startswith(f"maxwhisper: error: {path}: ") and message in error
     assert [each.name for each in tmp_path.iterdir()] == ["talk.json"]
+
+
+VALUES = {"device": "cpu", "against": "whisper.cpp", "batch_size": "8", "rounds": "1", "model": "tiny"}
+"""Of options that do not take any word: their defaults, as far as they have one."""
+
+
+@pytest.mark.parametrize("option", sorted(options_of("race") - {"--html", "--svg", "--help"}))
+def test_what_a_record_leaves_nothing_to_do_for(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, value = tmp_path / "talk.json", VALUES.get(option.removeprefix("--"), "2")
+    path.write_text(json.dumps(record(FAST)))
+    assert status(["race", path, option, value]) == 2
+    assert_one_line(capsys, f"argument {option}: has no effect on {path}, a record")
 
 
 def test_a_folder_that_is_not_there_is_said_before_anything_is_measured(capsys: pytest.CaptureFixture[str]) -> None:

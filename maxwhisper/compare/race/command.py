@@ -21,7 +21,7 @@ def run(source: str, html: str | None, svg: str | None, json: str | None, **opti
     from .page import write_page, write_picture
     from .terminal import replay
 
-    record = read_record(Path(source)) if source.lower().endswith(".json") else measured(source, json, **options)
+    record = read_record(Path(source)) if is_record(source) else measured(source, json, **options)
     race = race_of(record, source)
     if html:
         write_page(race, Path(html))
@@ -32,6 +32,11 @@ def run(source: str, html: str | None, svg: str | None, json: str | None, **opti
     for row in failed:
         print(plain(f"{row['name']}: failed: {row['error']}"))
     return int(bool(failed))
+
+
+def is_record(source: str) -> bool:
+    """Returns whether a file is what `compare --json` wrote, and no audio."""
+    return source.lower().endswith(".json")
 
 
 def measured(audio: str, json: str | None, text: str | None, threads: int | None, **options: Any) -> dict[str, Any]:
