@@ -13,7 +13,7 @@ from .model_options import MODEL_OPTIONS, add_model, leave_cores_to_max, load
 from .option_types import above_zero
 from .outputs import FORMATS, WORD_OPTIONS, unfinished, write
 from .terminal import failed
-from .transcribe_command import spoken, temperatures
+from .transcribe_command import in_english, temperatures
 from .transcribe_options import add_decoding, add_fallback, add_words, unusable_decoding, unusable_words, without_effect
 
 log = logging.getLogger("maxwhisper")
@@ -65,7 +65,8 @@ def live(parser: argparse.ArgumentParser, source: str, rate: int, policy: str, *
     model = load(**{name: options.pop(name) for name in MODEL_OPTIONS})
     layout = {name: options.pop(name) for name in WORD_OPTIONS}
     options["temperature"] = temperatures(options["temperature"], options.pop("temperature_increment_on_fallback"))
-    options["language"] = spoken(options["language"], model.is_multilingual)
+    if not model.is_multilingual:
+        options = in_english(options)
     on_terminal = sys.stdout.isatty()
     screen = Terminal(shutil.get_terminal_size().columns) if on_terminal else Lines()
     result = live(model, policy, source == STANDARD_INPUT, rate, screen, **options)

@@ -1,6 +1,7 @@
 """The command `maxwhisper serve`: its options, and what must be installed for it."""
 
 import argparse
+import logging
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,6 +10,9 @@ from typing import Any
 from ..errors import OptionError
 from .model_options import MODEL_OPTIONS, add_model, leave_cores_to_max, load
 from .option_types import above_zero
+from .transcribe_options import without_effect
+
+log = logging.getLogger("maxwhisper")
 
 NEEDED = {
     "fastapi": "fastapi",
@@ -56,6 +60,8 @@ def serve(**options: Any) -> int:
     """Serves until it is told to stop; raises MaxWhisperError if it cannot start."""
     if missing := [package for module, package in NEEDED.items() if find_spec(module) is None]:
         raise OptionError(f"maxwhisper serve needs {', '.join(missing)}: pip install 'maxwhisper[serve]'")
+    for reason in without_effect(options):
+        log.warning("warning: %s", reason)
     leave_cores_to_max()
 
     from ..serving.command import serve

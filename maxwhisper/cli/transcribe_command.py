@@ -40,7 +40,8 @@ def transcribe(parser: argparse.ArgumentParser, **options: Any) -> int:
     model = load(**{name: options.pop(name) for name in MODEL_OPTIONS})
     files, layout = options.pop("audio"), {name: options.pop(name) for name in WORD_OPTIONS}
     options["temperature"] = temperatures(options["temperature"], options.pop("temperature_increment_on_fallback"))
-    options["language"] = spoken(options["language"], model.is_multilingual)
+    if not model.is_multilingual:
+        options = in_english(options)
     transcribing({name: value for name, value in options.items() if name not in ("batch_size", "batched")}, model)
     failures = []
     with shown(files, options) as tell:
@@ -125,9 +126,10 @@ def temperatures(first: float, increment: float | None) -> tuple[float, ...]:
     return tuple(np.arange(first, 1 + 1e-6, increment).tolist())
 
 
-def spoken(language: str | None, is_multilingual: bool) -> str | None:
-    if is_multilingual:
-        return language
-    if language not in (None, "en", "English"):
-        log.warning("warning: the model knows English only, --language %s is not used", language)
-    return "en"
+def in_english(options: dict[str, Any]) -> dict[str, Any]:
+    """Returns the options for a model that knows English only, and warns of those that it cannot do."""
+    if options["language"] not in (None, "en", "English"):
+        log.warning("warning: the model knows English only, --language %s is not used", options["language"])
+    if options["task"] == "translate":
+        log.warning("warning: the model knows English only, --task translate is not used")
+    return options | {"language": "en", "task": "transcribe"}

@@ -134,10 +134,14 @@ def without_effect(options: dict[str, Any]) -> Iterator[str]:
         yield "--max_line_count has no effect without --max_line_width"
     if options.get("max_words_per_line") and options["max_line_width"]:
         yield "--max_words_per_line has no effect with --max_line_width"
-    if options["hallucination_silence_threshold"] is not None and not options["word_timestamps"]:
+    if options.get("hallucination_silence_threshold") is not None and not options["word_timestamps"]:
         yield "--hallucination_silence_threshold has no effect without --word_timestamps True"
-    if options["vad_filter"] and options.get("batched"):
+    if options.get("vad_filter") and options.get("batched"):
         yield "--vad_filter has no effect with --batched, which leaves silence out anyway"
+    if options.get("carry_initial_prompt") and not options["initial_prompt"]:
+        yield "--carry_initial_prompt has no effect without --initial_prompt"
+    if options["or_compile"] and not options["artifacts"]:
+        yield "--or_compile has no effect without --artifacts"
 
 
 def unusable_files(files: list[str]) -> str | None:

@@ -207,9 +207,10 @@ def test_clips_and_cutting_at_silences_exclude_each_other(
 
 def test_english_only_models_take_english(out: Path, model: StubModel, capsys: pytest.CaptureFixture[str]) -> None:
     model.is_multilingual = False
-    assert status(["transcribe", CLIP, "-o", out, "-f", "txt", "--language", "German"]) == 0
-    assert model.calls[0]["language"] == "en"
-    assert "--language German is not used" in capsys.readouterr().err
+    assert status(["transcribe", CLIP, "-o", out, "-f", "txt", "--language", "German", "--task", "translate"]) == 0
+    assert (model.calls[0]["language"], model.calls[0]["task"]) == ("en", "transcribe")
+    said = capsys.readouterr().err
+    assert "--language German is not used" in said and "--task translate is not used" in said
 
 
 # ---- what goes wrong -----------------------------------------------------------------------------------------------

@@ -167,6 +167,8 @@ WITHOUT_EFFECT = {
     "--hallucination_silence_threshold 0": (
         "--hallucination_silence_threshold has no effect without --word_timestamps True"
     ),
+    "--carry_initial_prompt True": "--carry_initial_prompt has no effect without --initial_prompt",
+    "--or_compile True": "--or_compile has no effect without --artifacts",
     "--max_line_count 2 --max_line_width 9 --word_timestamps True": "",
     "--max_words_per_line 2 --word_timestamps True --hallucination_silence_threshold 2": "",
     "": "",
