@@ -5,12 +5,13 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import MaxWhisperError, OptionError
-from .places import full_name, is_local, place
+from .places import check_regular, full_name, is_local, place
 
 AUDIO = "aac ac3 aif aiff amr au caf flac m4a m4b mp2 mp3 mpga oga ogg opus wav wave weba wma"
 VIDEO = "3gp avi flv m4v mka mkv mov mp4 mpeg mpg mts ogv ts webm wmv"
@@ -70,10 +71,15 @@ def files_of(source: str) -> list[str]:
     elif system.exists(path):
         found = [path]
     elif any(character in path for character in "*?["):
-        found = [file for file in system.glob(path) if system.isfile(file)]
+        found = [file for file in system.glob(path) if is_input(system, file)]
     else:
         raise OptionError(f"INPUT {source}: there is no such file or folder")
     return sorted(full_name(system, file) for file in found)
+
+
+def is_input(system: Any, path: str) -> bool:
+    """Returns whether a pattern has found no folder: of a disk, what is no file either has a row that says so."""
+    return not os.path.isdir(path) if is_local(system) else bool(system.isfile(path))
 
 
 def below(folder: str) -> Iterator[str]:
@@ -86,9 +92,17 @@ def below(folder: str) -> Iterator[str]:
         yield from (os.path.join(path, name) for name in names)
 
 
+def to_read(file: str) -> tuple[Any, str]:
+    """Returns the place of a file; raises AudioError for a pipe and the like."""
+    system, path = place(file)
+    if is_local(system):
+        check_regular(path)
+    return system, path
+
+
 def lines_of(file: str) -> Iterator[str]:
     """Yields the full names in a file that has one a line."""
-    system, path = place(file)
+    system, path = to_read(file)
     for line in system.read_text(path, encoding="utf-8-sig").split("\n"):  # splitlines cuts names at U+2028 too
         if line.strip():
             yield full_name(*place(line.strip()))
@@ -120,7 +134,7 @@ def in_parquet(source: str, files: list[str]) -> Inputs:
 
 
 def opened_parquet(file: str) -> pq.ParquetFile:
-    system, path = place(file)
+    system, path = to_read(file)
     return pq.ParquetFile(path if is_local(system) else system.open(path))
 
 

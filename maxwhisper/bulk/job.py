@@ -55,10 +55,13 @@ class Summary:
     def text(self) -> str:
         """Returns a line for people."""
         totals = self.totals
+        found = f"{totals.rows} files, {totals.errors} of them with errors"
+        if totals.transient:
+            found += f", {totals.transient} of which may pass: the same command tries again"
         if not totals.audio:
-            return f"{totals.rows} files, {totals.errors} of them with errors; no audio was left to transcribe"
+            return f"{found}; no audio was left to transcribe"
         return (
-            f"{totals.rows} files, {totals.errors} of them with errors; this run: {totals.audio / 3600:.3f} h of audio"
+            f"{found}; this run: {totals.audio / 3600:.3f} h of audio"
             f" in {self.seconds:.0f} s, {totals.audio / self.seconds:.1f} x real time;"
             f" {totals.audio / max(totals.model, 1e-9):.1f} x while a model computes"
         )
@@ -84,6 +87,7 @@ def run(
     parts = Parts(output)
     parts.claim(settings)
     parts.mend()
+    parts.retry()
     earlier = set(parts.committed())
     start = time.perf_counter()
     if inputs.paths:

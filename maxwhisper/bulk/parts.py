@@ -3,7 +3,7 @@
 Ray writes rows as files of a few dozen: first their ids, checkpoint/X.pending.parquet, then the rows, rows/X-0.parquet,
 and then it renames the ids to checkpoint/X.parquet, which commits them. Only what is committed counts. After a run that
 was killed there may be rows without ids, ids without rows, and ids twice: `mend` takes away what is not whole, before
-Ray looks at it, and `finish` takes each id once.
+Ray looks at it, `retry` takes away rows with errors that may pass, and `finish` takes each id once.
 """
 
 import json
@@ -31,10 +31,12 @@ READERS = 16
 
 @dataclass
 class Totals:
-    """How many inputs have a row, how many of these an error, and of those of this run, seconds of audio and model."""
+    """How many inputs have a row, how many of these an error, and one that may pass, and of those of this run, seconds
+    of audio and model."""
 
     rows: int = 0
     errors: int = 0
+    transient: int = 0
     audio: float = 0
     model: float = 0
 
@@ -123,6 +125,35 @@ class Parts:
                 if name.endswith(PENDING) or name.removesuffix(ENDING) not in whole:
                     self.system.rm_file(posixpath.join(self.checkpoint, name))
 
+    def retry(self) -> None:
+        """Takes away the rows whose errors may pass, so that their inputs are read again; raises OptionError if that
+        cannot be."""
+        parts = self.committed()
+        with ThreadPoolExecutor(READERS) as readers:
+            flags = list(readers.map(self.transient, parts))
+        with self.written():
+            for part, transient in zip(parts, flags, strict=True):
+                if any(transient):
+                    self._keep(part, pa.array([not each for each in transient]))
+
+    def transient(self, part: str) -> list[bool]:
+        """Returns for each row of a part whether it has an error that may pass."""
+        with self.system.open(self.rows_of(part), "rb") as file:
+            table = pq.read_table(file, schema=ROW, columns=["transient"])  # which rows of earlier versions lack
+        return [bool(each) for each in table["transient"].to_pylist()]
+
+    def _keep(self, part: str, kept: pa.Array) -> None:
+        """Leaves those rows of a part, and their ids. While they are written, the part is one without ids."""
+        with self.system.open(self.rows_of(part), "rb") as file:
+            rows = pq.read_table(file, schema=ROW).filter(kept)
+        self.system.rm_file(self.ids_of(part))
+        if not len(rows):
+            self.system.rm_file(self.rows_of(part))
+            return
+        for path, table in ((self.rows_of(part), rows), (self.ids_of(part), rows.select(["id"]))):
+            with appearing(self.system, path) as [file]:
+                pq.write_table(table, file)
+
     def is_whole(self, part: str) -> bool:
         """Returns whether a part has the rows of its ids."""
         return self.number(self.ids_of(part)) == self.number(self.rows_of(part)) is not None
@@ -154,6 +185,7 @@ class Parts:
             table = table.filter(pa.array(fresh))
             totals.rows += len(table)
             totals.errors += len(table) - table["error"].null_count
+            totals.transient += table["transient"].to_pylist().count(True)
             if part not in earlier:
                 totals.audio += sum(filter(None, table["duration"].to_pylist()))
                 totals.model += sum(filter(None, table["transcribe_seconds"].to_pylist()))

@@ -10,8 +10,9 @@ import fsspec
 import pyarrow.fs
 from fsspec.implementations.local import LocalFileSystem
 
-from ..errors import OptionError
+from ..errors import AudioError, OptionError
 from ..files import replacing
+from ..pipes import is_regular, status_of
 
 
 def place(url: str) -> tuple[Any, str]:
@@ -31,6 +32,12 @@ def place(url: str) -> tuple[Any, str]:
 
 def is_local(system: Any) -> bool:
     return isinstance(system, LocalFileSystem)
+
+
+def check_regular(path: str) -> None:
+    """Raises AudioError for what is on a disk and no regular file: a pipe would be waited for, perhaps for ever."""
+    if status_of(path) and not is_regular(path):
+        raise AudioError(f"{path}: is no regular file: folders, pipes, sockets and devices are not read")
 
 
 def full_name(system: Any, path: str) -> str:

@@ -35,13 +35,14 @@ ROW = pa.schema(
         "words": pa.list_(pa.struct(WORD)),
         "warnings": pa.list_(pa.string()),
         "error": pa.string(),
+        "transient": pa.bool_(),
         "decode_seconds": pa.float64(),
         "transcribe_seconds": pa.float64(),
     }
 )
 """duration: seconds of audio. segments: those of `transcribe`, but for their words, which are the rows of `words`, with
-the id of their segment; null if they were not asked for. transcribe_seconds: of the model's time, which recordings that
-decode together share by their durations."""
+the id of their segment; null if they were not asked for. transient: whether the error may pass. transcribe_seconds: of
+the model's time, which recordings that decode together share by their durations."""
 
 
 def row_of(source: dict[str, Any], duration: float | None, result: dict[str, Any] | None) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """What Ray's processes do: decode audio, anywhere, and transcribe it, in those that hold a model."""
 
+import errno
 import io
 import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from threading import Event
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 import numpy as np
@@ -18,6 +19,7 @@ from ..errors import AudioError, DecodingError, MaxWhisperError
 from ..scheduling import transcribe_many
 from ..whisper import Whisper
 from .inputs import identified
+from .places import check_regular
 from .rows import ROW, row_of
 
 AUDIO = pa.schema(
@@ -27,9 +29,29 @@ AUDIO = pa.schema(
         "audio": pa.large_binary(),  # samples of 16 bits, half of what they are as floats; null after an error
         "warnings": pa.list_(pa.string()),
         "error": pa.string(),
+        "transient": pa.bool_(),
         "decode_seconds": pa.float64(),
     }
 )
+TRANSIENT = frozenset(
+    {
+        errno.EIO,
+        errno.EREMOTEIO,
+        errno.ESTALE,
+        errno.ENETDOWN,
+        errno.ENETUNREACH,
+        errno.ENETRESET,
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+        errno.ENOTCONN,
+        errno.EBUSY,
+    }
+)
+"""Errors of disks and networks that may pass, besides ConnectionError and TimeoutError."""
+WAITS = (0.5, 2.0, 8.0)
+"""Seconds after which a file is read again that could not be."""
+
+T = TypeVar("T")
 
 
 class NotYetWritten(NumpyArrayBasedCheckpointFilter):
@@ -43,7 +65,7 @@ def decode(table: pa.Table) -> Iterator[pa.Table]:
     """Yields the audio of each input, as AUDIO, or its error."""
     for row in identified(table).to_pylist():
         start = time.perf_counter()
-        found: dict[str, Any] = {"id": row["id"], "path": row["path"], "audio": None, "error": None}
+        found: dict[str, Any] = {"id": row["id"], "path": row["path"], "audio": None, "error": None, "transient": False}
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
@@ -51,21 +73,54 @@ def decode(table: pa.Table) -> Iterator[pa.Table]:
             except (ImportError, MemoryError):
                 raise  # of the machine, and not of this input
             except Exception as error:
-                found["error"] = said(error)
+                found |= {"error": said(error), "transient": isinstance(error, Unread)}
         found["warnings"] = [str(each.message) for each in caught]
         yield pa.Table.from_pylist([found | {"decode_seconds": time.perf_counter() - start}], AUDIO)
 
 
+class Unread(AudioError):
+    """What could not be read, for a reason that may pass."""
+
+
 def waveform(path: str | None, content: bytes | None) -> np.ndarray:
     """Returns float32 (samples,) of a file, an object in a store, or bytes; raises AudioError, OSError."""
-    if path is None and content is None:
+    if content is None and path is None:
         raise AudioError("neither path nor bytes: both are null")
     if content is None and path is not None:
         if "://" not in path:
-            return load_audio(path)
-        with fsspec.open(path, "rb") as file:
-            content = file.read()
+            check_regular(path)
+            return patiently(load_audio, path)
+        content = patiently(fetched, path)
     return read_upload(io.BytesIO(content or b""), path or "bytes", math.inf, Event())
+
+
+def fetched(path: str) -> bytes:
+    """Returns an object in a store; raises OSError."""
+    try:
+        with fsspec.open(path, "rb") as file:
+            content: bytes = file.read()
+            return content
+    except (OSError, ImportError, MemoryError):
+        raise
+    except Exception as error:  # what a store's package raises, as for want of credentials, has no common class
+        raise ConnectionError(said(error)) from error
+
+
+def patiently(read: Callable[[str], T], path: str, waits: tuple[float, ...] = WAITS) -> T:
+    """Returns what `read` makes of a file, tried again after an error that may pass; raises Unread where that stays."""
+    try:
+        return read(path)
+    except Exception as error:
+        if not may_pass(error.__cause__ if isinstance(error, AudioError) else error):
+            raise
+        if not waits:
+            raise Unread(said(error)) from error
+    time.sleep(waits[0])
+    return patiently(read, path, waits[1:])
+
+
+def may_pass(error: BaseException | None) -> bool:
+    return isinstance(error, ConnectionError | TimeoutError) or isinstance(error, OSError) and error.errno in TRANSIENT
 
 
 def said(error: Exception) -> str:

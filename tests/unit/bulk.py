@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from maxwhisper.audio import SAMPLE_RATE, load_audio
 from maxwhisper.bulk.inputs import identify
+from maxwhisper.bulk.stages import decode
 from maxwhisper.whisper import Whisper
 from reference.fixtures import FIXTURES, NANO, ROOT
 
@@ -71,6 +73,13 @@ def bulk(source: object, output: object, *options: str, faulty: str | None = Non
     return subprocess.run(
         command(source, output, *options, faulty=faulty), capture_output=True, text=True, cwd=ROOT, timeout=900
     )
+
+
+def decoded(*inputs: tuple[str | None, bytes | None]) -> list[dict[str, Any]]:
+    """Returns what is decoded of names and bytes, in this process."""
+    paths, contents = zip(*inputs, strict=True)
+    table = pa.table({"path": pa.array(paths, pa.string()), "bytes": pa.array(contents, pa.binary())})
+    return [row for found in decode(table) for row in found.to_pylist()]
 
 
 def lone_runs(model: Whisper, files: Sequence[Path], **options: Any) -> dict[str, dict[str, Any] | None]:

@@ -27,9 +27,11 @@ from ray.exceptions import RayTaskError
 
 from maxwhisper.audio import load_audio
 from maxwhisper.bulk import job, stages
-from maxwhisper.bulk.parts import Parts
+from maxwhisper.bulk.parts import Parts, Totals
 from maxwhisper.bulk.places import appearing
 from maxwhisper.bulk.rows import ROW, for_json, row_of
+
+from .bulk import decoded
 
 # ---- parts ---------------------------------------------------------------------------------------------------------
 
@@ -103,6 +105,22 @@ def test_each_id_is_taken_once(tmp_path: Path) -> None:
     assert [json.loads(line) for line in lines] == written.to_pylist() and '"text": "ü"' in lines[2]
 
 
+def test_rows_with_errors_that_may_pass_are_taken_away(tmp_path: Path) -> None:
+    parts = Parts(str(tmp_path))
+    put(parts, "1", "a", "b")
+    put(parts, "2", "c", error="lost", transient=True)
+    mixed = pa.concat_tables([rows("d", text="kept"), rows("e", error="lost", transient=True)])
+    put(parts, "3", "d", "e")
+    pq.write_table(mixed, parts.rows_of("3"))
+    assert parts.finish(set(), None) == Totals(rows=5, errors=2, transient=2)
+    earlier = [name for name in ROW.names if name != "transient"]
+    pq.write_table(rows("a", "b").select(earlier), parts.rows_of("1"))
+    parts.retry()
+    assert parts.committed() == ["1", "3"] and all(map(parts.is_whole, parts.committed()))
+    assert parts.finish(set(), set("abd")) == Totals(rows=3)
+    assert pq.read_table(tmp_path / "transcripts.parquet")["text"].to_pylist() == [None, None, "kept"]
+
+
 def test_nothing_appears_while_an_input_is_missing(tmp_path: Path) -> None:
     parts = Parts(str(tmp_path))
     put(parts, "1", "a")
@@ -157,12 +175,6 @@ def test_a_file_is_whole_or_not_there(where: str, tmp_path: Path) -> None:
 
 
 # ---- stages --------------------------------------------------------------------------------------------------------
-
-
-def decoded(*inputs: tuple[str | None, bytes | None]) -> list[dict[str, Any]]:
-    paths, contents = zip(*inputs, strict=True)
-    table = pa.table({"path": pa.array(paths, pa.string()), "bytes": pa.array(contents, pa.binary())})
-    return [row for found in stages.decode(table) for row in found.to_pylist()]
 
 
 def test_samples_pass_unchanged() -> None:
@@ -288,11 +300,13 @@ def test_rows_and_json() -> None:
 
 
 def test_a_summary_says_what_there_is() -> None:
-    totals = SimpleNamespace(rows=200, errors=10, audio=7200.0, model=360.0)
-    assert job.Summary(totals, 720.0).text() == (  # type: ignore[arg-type]
+    totals = Totals(rows=200, errors=10, audio=7200.0, model=360.0)
+    assert job.Summary(totals, 720.0).text() == (
         "200 files, 10 of them with errors; this run: 2.000 h of audio in 720 s, 10.0 x real time;"
         " 20.0 x while a model computes"
     )
+    again = "2 files, 2 of them with errors, 1 of which may pass: the same command tries again; no audio was left"
+    assert job.Summary(Totals(rows=2, errors=2, transient=1), 1.0).text().startswith(again)
 
 
 def passed_on(error: Exception) -> Exception:
