@@ -85,17 +85,18 @@ def run(
         if wrong := LOST.search(name):
             raise OptionError(f"{name}: has {wrong[0]!r} in its name, with which Ray finds no file: rename it")
     parts = Parts(output)
-    parts.claim(settings)
-    parts.mend()
-    parts.retry()
-    earlier = set(parts.committed())
-    start = time.perf_counter()
-    if inputs.paths:
-        parts.write_inputs(inputs.paths)
-    with started(workers), progress(parts, inputs.number), failures(output):
-        rows_of(inputs, parts, load, options, workers).write_parquet(parts.rows, filesystem=for_arrow(parts.system))
-    totals = parts.finish(earlier, {identify(path, None) for path in inputs.paths})
-    return Summary(totals, time.perf_counter() - start)
+    with parts.locked():
+        parts.claim(settings)
+        parts.mend()
+        parts.retry()
+        earlier = set(parts.committed())
+        start = time.perf_counter()
+        if inputs.paths:
+            parts.write_inputs(inputs.paths)
+        with started(workers), progress(parts, inputs.number), failures(output):
+            rows_of(inputs, parts, load, options, workers).write_parquet(parts.rows, filesystem=for_arrow(parts.system))
+        totals = parts.finish(earlier, {identify(path, None) for path in inputs.paths})
+        return Summary(totals, time.perf_counter() - start)
 
 
 def rows_of(

@@ -6,7 +6,9 @@ was killed there may be rows without ids, ids without rows, and ids twice: `mend
 Ray looks at it, `retry` takes away rows with errors that may pass, and `finish` takes each id once.
 """
 
+import fcntl
 import json
+import logging
 import posixpath
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,8 +20,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import MaxWhisperError, OptionError
-from .places import appearing, place
+from .places import appearing, is_local, place
 from .rows import ROW, for_json
+
+log = logging.getLogger("maxwhisper")
 
 PENDING = ".pending.parquet"
 ENDING = ".parquet"
@@ -67,6 +71,29 @@ class Parts:
 
     def within(self, name: str) -> str:
         return posixpath.join(self.folder, name)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other commands out of the folder, no longer than this process lives; an object store has no locks.
+
+        Raises OptionError where another one is writing there.
+        """
+        if not is_local(self.system):
+            yield
+            return
+        with self.written():
+            file = open(self.within("parts/lock"), "wb")  # noqa: SIM115
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise OptionError(
+                    f"OUTPUT {self.output}: another `maxwhisper bulk` is writing there: wait for its end, or give"
+                    " another folder"
+                ) from error
+            except OSError as error:  # a file system without locks
+                log.warning("warning: OUTPUT %s: cannot be locked: %s", self.output, error.strerror)
+            yield
 
     def claim(self, settings: dict[str, Any]) -> None:
         """Notes what transcripts depend on; raises OptionError if the folder has transcripts of other settings."""

@@ -2,7 +2,10 @@
 
 # ruff: noqa: E402 - what is imported below the skips is installed by the extra
 
+import errno
 import json
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -119,6 +122,41 @@ def test_rows_with_errors_that_may_pass_are_taken_away(tmp_path: Path) -> None:
     assert parts.committed() == ["1", "3"] and all(map(parts.is_whole, parts.committed()))
     assert parts.finish(set(), set("abd")) == Totals(rows=3)
     assert pq.read_table(tmp_path / "transcripts.parquet")["text"].to_pylist() == [None, None, "kept"]
+
+
+HOLD = """
+import sys, time
+from maxwhisper.bulk.parts import Parts
+with Parts(sys.argv[1]).locked():
+    print("locked", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_two_commands_do_not_write_to_one_folder(tmp_path: Path) -> None:
+    write_wav(tmp_path / "a.wav", 1)
+    workers, output = job.Workers(1, 1, 1, 0, None, None), tmp_path / "out"
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(output)], stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout and other.stdout.readline() == "locked\n"
+            with pytest.raises(OptionError, match=f"OUTPUT {output}: another `maxwhisper bulk` is writing there"):
+                job.run(f"{tmp_path}/a.wav", str(output), Model, {}, {}, workers)  # type: ignore[arg-type]
+            assert not (output / "parts" / "settings.json").exists()
+        finally:
+            other.kill()
+    with Parts(str(output)).locked():
+        pass
+
+
+def test_a_folder_that_cannot_be_locked_is_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", fail)
+    with Parts(str(tmp_path)).locked(), Parts("memory://texts").locked():
+        assert f"OUTPUT {tmp_path}: cannot be locked: No locks available" in caplog.text
 
 
 def test_nothing_appears_while_an_input_is_missing(tmp_path: Path) -> None:
