@@ -15,7 +15,8 @@ import pyarrow as pa
 from ray.data.checkpoint import NumpyArrayBasedCheckpointFilter
 
 from ..audio import SAMPLE_RATE, load_audio, read_upload
-from ..errors import AudioError, DecodingError, MaxWhisperError
+from ..errors import AudioError, DecodingError, MaxWhisperError, OptionError
+from ..options import transcribing
 from ..scheduling import transcribe_many
 from ..whisper import Whisper
 from .inputs import identified
@@ -127,6 +128,21 @@ def said(error: Exception) -> str:
     return str(error) if isinstance(error, MaxWhisperError) else f"{type(error).__name__}: {error}"
 
 
+def check_options(options: dict[str, Any], model: Whisper) -> None:
+    """Raises OptionError for options that a model cannot follow: where `transcribe` warns, as of a prompt that is too
+    long, nobody would see what a process of Ray's has to say."""
+    if not model.is_multilingual:
+        for name, known in (("language", (None, "en", "English")), ("task", ("transcribe",))):
+            if options.get(name, known[0]) not in known:
+                raise OptionError(f"--{name} {options[name]}: the model knows English only")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        try:
+            transcribing(options, model)
+        except UserWarning as warning:
+            raise OptionError(f"--{warning}") from warning
+
+
 class Transcriber:
     """A process with a model, which transcribes all that comes."""
 
@@ -137,6 +153,7 @@ class Transcriber:
         self.unusable: Exception | None = None
         try:
             self.model = load()
+            check_options(self.options, self.model)
             if not self.model.is_multilingual:
                 self.options["language"] = "en"
         except Exception as error:  # not ours alone: a device may have no room, or a machine lack a package

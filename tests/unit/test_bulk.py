@@ -300,6 +300,22 @@ def test_a_model_of_english_only_is_not_asked_for_a_language() -> None:
     assert model.calls == [{"language": "en"}]
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"language": "German"}, "--language German: the model knows English only"),
+        ({"task": "translate"}, "--task translate: the model knows English only"),
+        ({"initial_prompt": "word " * 301}, "--initial_prompt has 301 tokens, of which the last 223 are used"),
+        ({"hotwords": "word " * 302}, "--hotwords has 302 tokens, of which the first 223 are used"),
+    ],
+)
+def test_options_that_a_model_cannot_follow_end_the_job(options: dict[str, Any], said: str) -> None:
+    model = Model()
+    model.is_multilingual = False
+    with pytest.raises(OptionError, match=f"^{said}"):
+        stages.Transcriber(lambda: model, {"language": None, **options}, 1)(table(3))  # type: ignore[arg-type, return-value]
+
+
 @pytest.mark.parametrize("error", [OptionError("--patience"), MemoryError()])
 def test_what_no_file_is_to_blame_for_ends_the_job(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stages, "transcribe_many", lambda *_, **__: [(0, error)])
