@@ -290,8 +290,24 @@ def test_a_query_is_bitwise_the_same_among_any_others() -> None:
         assert together[text : text + 1, -n_token:].equal(alone)
 
 
+WAYS = ["cross", "split, float32", "many", "many, bfloat16"]
+
+
 @pytest.mark.parametrize("n_key", [5, 100, 131])
-@pytest.mark.parametrize("name", ["cross", "split, float32", "many", "many, bfloat16"])
+@pytest.mark.parametrize("name", WAYS)
+def test_a_key_that_outweighs_all_others_is_found(name: str, n_key: int) -> None:
+    """Wherever it stands: by less than its score float32's exponentials overflow."""
+    dtype = torch.bfloat16 if "bfloat16" in name else torch.float32
+    q = torch.ones(1, 7 if "many" in name else 1, N_CHANNEL, dtype=dtype)
+    v = torch.randn(1, 1, n_key, N_CHANNEL).to(dtype)
+    for place in (0, n_key // 2, n_key - 1):
+        k = torch.zeros_like(v)
+        k[:, :, place] = 1000
+        assert graphs()[name](q, k, v)[0].equal(v[:, 0, place].expand(q.shape))
+
+
+@pytest.mark.parametrize("n_key", [5, 100, 131])
+@pytest.mark.parametrize("name", WAYS)
 def test_a_key_that_is_no_number_is_seen(name: str, n_key: int) -> None:
     """Wherever it stands among those that are compared with each other for the greatest score."""
     dtype = torch.bfloat16 if "bfloat16" in name else torch.float32

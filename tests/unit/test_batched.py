@@ -8,14 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+import torch
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from whisper.audio import FRAMES_PER_SECOND, N_SAMPLES, SAMPLE_RATE
 
 from maxwhisper import batched
 from maxwhisper.audio import load_audio
-from maxwhisper.batched import LONGEST, MARGIN, pieces, transcribe_batched
+from maxwhisper.batched import LONGEST, MARGIN, SHORTEST_SILENCE, language_of, pieces, transcribe_batched
 from maxwhisper.errors import OptionError
 from maxwhisper.speech import CHUNK, SILENCE, SPEECH, probabilities
 from maxwhisper.whisper import Whisper
@@ -27,6 +28,11 @@ SENTENCES = next(
 )["segments"]
 
 
+WINDOW = N_SAMPLES // CHUNK
+
+
+@example(np.pad(np.ones(WINDOW - 1), MARGIN), 1)  # with margins it would be longer than a window
+@example(np.insert(np.ones(WINDOW + 1), WINDOW // 2, np.zeros(SHORTEST_SILENCE + 2)), 1)  # which no two share evenly
 @given(
     arrays.arrays(np.float64, st.integers(0, 40), elements=st.sampled_from([0.0, 0.4, 0.6, 1.0])),
     st.integers(1, 200),
@@ -36,7 +42,7 @@ def test_pieces_hold_all_speech_and_fit_a_window(coarse: np.ndarray, times: int)
     spans = pieces(found)
     edges = [edge for span in spans for edge in span]
     assert edges == sorted(edges) and all(0 <= edge <= len(found) for edge in edges)
-    assert all(0 < end - start <= N_SAMPLES // CHUNK for start, end in spans)
+    assert all(0 < end - start <= WINDOW for start, end in spans)
     inside = np.zeros(len(found), bool)
     for start, end in spans:
         inside[start:end] = True
@@ -84,13 +90,28 @@ def test_pieces_are_transcribed_as_recordings_of_their_own(
     assert result["language"] == "en"
     assert result["text"] == "".join(each["text"] for each in expected)
     starts = [start * CHUNK / SAMPLE_RATE for start, _ in spans]
-    moved = [s["start"] + by for by, each in zip(starts, expected, strict=True) for s in each["segments"]]
-    assert [segment["start"] for segment in result["segments"]] == moved == sorted(moved)
-    assert [segment["id"] for segment in result["segments"]] == list(range(len(moved)))
+    moved = [(by, segment) for by, each in zip(starts, expected, strict=True) for segment in each["segments"]]
+    for number, (found, (by, alone)) in enumerate(zip(result["segments"], moved, strict=True)):
+        words = [{**word, **{edge: word[edge] + by for edge in ("start", "end")}} for word in alone["words"]]
+        times = {"start": alone["start"] + by, "end": alone["end"] + by, "seek": alone["seek"] + round(100 * by)}
+        assert found == alone | times | {"id": number, "words": words}
     words = [word for segment in result["segments"] for word in segment["words"]]
     assert words[-1]["end"] > 60 and all(word["start"] <= word["end"] for word in words)
     not_told = len(audio) / SAMPLE_RATE - sum(done)  # less than a frame of each piece
     assert 0 <= round(not_told, 6) < len(spans) / FRAMES_PER_SECOND
+
+
+def test_the_language_is_found_in_what_transcribe_finds_it_in(model: Whisper, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[torch.Tensor] = []
+
+    def detect_language(_: Whisper, mel: torch.Tensor) -> tuple[None, dict[str, float]]:
+        heard.append(mel)
+        return None, {"de": 0.4, "en": 0.6}
+
+    monkeypatch.setattr(type(model), "detect_language", detect_language)
+    audio = load_audio(LONG)[: 2 * SAMPLE_RATE]
+    assert language_of(model, audio) == model.transcribe(audio, sample_len=1, temperature=0.0)["language"] == "en"
+    assert heard[0].equal(heard[1])
 
 
 def test_silence_has_no_text_and_no_language(model: Whisper) -> None:

@@ -57,17 +57,25 @@ def histories(draw: st.DrawFn, n_text: int) -> list[list[int]]:
     return [draw(st.lists(token, min_size=length, max_size=length)) for _ in range(n_text)]
 
 
+SPECIAL = [*TOKENIZER.encode(" "), EOT, TOKENIZER.sot, TOKENIZER.no_speech, TOKENIZER.no_timestamps]
+MARKED = [*SPECIAL, BEGIN, BEGIN + 1, BEGIN + 50, BEGIN + 51, N_VOCAB - 1]
+"""Tokens that rules are about."""
+
+
 def random_logits(n_text: int, seed: int, lean: float) -> torch.Tensor:
-    """Logits of which those of timestamps are greater by `lean`."""
-    logits = torch.from_numpy(np.random.default_rng(seed).normal(scale=4, size=(n_text, N_VOCAB))).float()
+    """Logits of which those of timestamps are greater by `lean`, and those of up to two marked tokens the greatest."""
+    random = np.random.default_rng(seed)
+    logits = torch.from_numpy(random.normal(scale=4, size=(n_text, N_VOCAB))).float()
     logits[:, BEGIN:] += lean
+    for token in random.choice(MARKED, random.integers(3), replace=False):
+        logits[:, token] = logits.amax(1) + 1
     return logits
 
 
 OPTIONS = {
     "timestamps": st.booleans(),
     "blank": st.booleans(),
-    "suppressed": st.lists(st.integers(0, BEGIN - 1), max_size=9, unique=True),
+    "suppressed": st.lists(st.sampled_from(SPECIAL) | st.integers(0, BEGIN - 1), max_size=9, unique=True),
     "initial": st.sampled_from([None, 0, 50]),
     "seed": st.integers(0, 2**32 - 1),
     "lean": st.sampled_from([-30.0, -2.0, 0.0, 2.0, 30.0]),

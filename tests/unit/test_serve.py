@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from maxwhisper.audio import SAMPLE_RATE, load_audio
+from maxwhisper.serving.fields import Transcription
 from maxwhisper.subtitles import contents
 from maxwhisper.whisper import Whisper
 from reference.fixtures import FIXTURES
@@ -84,6 +85,14 @@ def verbose_of(result: dict[str, Any], clip: Path) -> dict[str, Any]:
 
 
 # ---- transcripts ---------------------------------------------------------------------------------------------------
+
+
+def test_a_transcript_is_asked_for_with_what_was_given_alone() -> None:
+    """Temperature 0 is what OpenAI's code begins with, and makes warmer where a window fails, unless given."""
+    assert Transcription(model="a").options == Transcription(model="a", temperature=0).options == {"task": "transcribe"}
+    fields = {"temperature": 0.4, "prompt": "Hector", "language": "German", "timestamp_granularities": ["word"]}
+    given = {"temperature": 0.4, "initial_prompt": "Hector", "language": "de", "word_timestamps": True}
+    assert Transcription(model="a", **fields).options == {"task": "transcribe", **given}
 
 
 def test_every_format(server: Process, model: Whisper) -> None:

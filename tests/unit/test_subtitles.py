@@ -155,6 +155,9 @@ def test_any_text_is_read_back(segments: list[list[str]], layout: dict[str, Any]
     if not layout["highlight_words"] or not words:
         said, read = ("".join("".join(texts).split()) for texts in (result["text"], shown))
         assert re.sub("--+>", "->", read) == re.sub("--+>", "->", said)
+    if layout == NONE:  # a cue of each segment, with the spaces between its words
+        said = [re.sub("--+>", "->", " ".join("".join(texts).split())) for texts in segments]
+        assert [" ".join(text.split()) for text in shown] == [text for text in said if text]
 
 
 # ---- options without effect ----------------------------------------------------------------------------------------

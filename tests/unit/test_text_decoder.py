@@ -292,6 +292,21 @@ def test_a_copied_cache_is_independent(model: Whisper, features: torch.Tensor, t
     assert not all(own.equal(other) for own, other in zip(filled(cache), filled(copy), strict=True))
 
 
+def test_what_is_put_into_a_cache_is_read(model: Whisper, features: torch.Tensor, tokens: torch.Tensor) -> None:
+    """Keys and values of other audio too, once those before have been read."""
+
+    def step(cache: Any) -> torch.Tensor:
+        return model.decoder(tokens[:, -1:], features[:1], kv_cache=cache)
+
+    caches = [model.install_kv_cache_hooks()[0] for _ in features]
+    for cache, audio in zip(caches, features, strict=True):
+        model.decoder(tokens[:, :-1], audio[None], kv_cache=cache)
+    step(caches[0])
+    for module, kv in list(caches[1].items()):
+        caches[0][module] = kv
+    assert step(caches[0]).equal(step(caches[1]))
+
+
 def test_decoder_refuses_what_it_has_no_place_for(model: Whisper, features: torch.Tensor, tokens: torch.Tensor) -> None:
     dims = model.dims
     with pytest.raises(OptionError, match=f"{dims.n_text_ctx + 1} tokens, the model has places for {dims.n_text_ctx}"):

@@ -15,8 +15,10 @@ from whisper.audio import SAMPLE_RATE
 
 import maxwhisper.scheduling
 from maxwhisper.audio import load_audio
+from maxwhisper.decoding.batching import BatchingStepper
 from maxwhisper.decoding.cache import CacheSlots, KeyValueCache, rows_of
 from maxwhisper.decoding.rules import Rules, TokenRules
+from maxwhisper.decoding.stepper import Advanced, Candidates, Texts
 from maxwhisper.errors import AudioError, DecodingError, OptionError
 from maxwhisper.scheduling import loaded, transcribe_many
 from maxwhisper.whisper import Whisper
@@ -159,6 +161,39 @@ def test_caches_keep_what_they_hold_from_slot_to_slot() -> None:
             assert (own[2 * slot : 2 * slot + 2, :, :value] == value).all() and (cross[slot] == value).all()
             assert (quantized[:, slot] == value).all()
             assert each.own[0].data_ptr() == own[2 * slot].data_ptr()
+
+
+class OneToken:
+    """Gives every text a token more."""
+
+    max_candidates, tokens_first, searches = None, False, False
+
+    def advance(self, texts: Texts, cache: KeyValueCache, rules: Rules, n_token: torch.Tensor) -> Advanced:
+        tokens = torch.nn.functional.pad(texts.tokens, (0, 1), value=rules.eot)
+        first = torch.zeros(len(tokens), 1)
+        return Advanced(Texts(tokens, texts.lengths + 1, texts.totals), Candidates(first.long(), first))
+
+
+def test_a_cache_is_as_long_as_its_own_texts_whatever_others_are() -> None:
+    """Beams of which it would exchange places else that are not filled yet."""
+    stepper = BatchingStepper(OneToken(), 2)
+    held = {n: cache(float(n)) for n in (1, 3)}
+    for _ in held:
+        stepper.join()
+
+    def advance(n: int) -> Advanced:
+        tokens = torch.full((2, n + 1), n)
+        with stepper.turn:
+            try:
+                given = Texts.of(tokens, torch.zeros(2)), held[n], TokenRules(10, 0, 9).inputs(tokens, 1)
+                return stepper.advance(*given, torch.ones(2, dtype=torch.int64))
+            finally:
+                stepper.leave()
+
+    with ThreadPoolExecutor(2) as threads:
+        found = dict(zip(held, threads.map(advance, held), strict=True))
+    assert {n: each.n_token for n, each in held.items()} == {1: 2, 3: 4}
+    assert all(each.texts.tokens.tolist() == [[n] * (n + 1) + [9]] * 2 for n, each in found.items())
 
 
 def test_rules_of_different_filters_do_not_join() -> None:

@@ -8,7 +8,7 @@ import torch
 import whisper
 from max.dtype import DType
 from whisper import timing
-from whisper.audio import N_SAMPLES
+from whisper.audio import N_SAMPLES, SAMPLE_RATE
 from whisper.decoding import DecodingTask as OpenAIDecodingTask
 from whisper.model import Whisper as OpenAIWhisper
 
@@ -128,6 +128,13 @@ def test_progress_is_told_of_what_is_done_alone(model: Whisper, monkeypatch: pyt
     assert sum(told) == 1
 
 
+def test_windows_that_are_passed_over_are_done(model: Whisper) -> None:
+    told: list[float] = []
+    skipped = {"no_speech_threshold": 0.0, "logprob_threshold": None}
+    model.transcribe(torch.zeros(SAMPLE_RATE), progress=told.append, language="en", temperature=0.0, **skipped)
+    assert sum(told) == 1
+
+
 def test_clips_end_with_the_audio(model: Whisper) -> None:
     assert within("0,1000", 16000 * 3 + 1) == [0, 3] and within([5, 7.5], 16000) == [1, 1] and within("", 16000) == []
     audio = load_audio(WINDOW["en"])
@@ -154,6 +161,10 @@ def test_half_precision_rounds_but_transcribes(model: Whisper, mels: torch.Tenso
     features = rough.encoder(mels)
     assert features.dtype == mels.dtype and features.to(dtype).equal(features)
     assert not features.equal(model.encoder(mels))
+    exact = model.state_dict()
+    for name, weight in rough.state_dict().items():
+        as_stored = weight.ndim == 1 or "positional_embedding" in name  # which are float32 under every dtype
+        assert weight.float().equal((exact[name] if as_stored else exact[name].to(dtype)).float()), name
     clip = next(clip for clip in CLIPS if FIXTURES / clip["file"] == WINDOW["en"])
     result = rough.transcribe(load_audio(FIXTURES / clip["file"]), language="en", word_timestamps=True)
     assert result["segments"][0]["words"]
