@@ -89,11 +89,11 @@ struct Choice[n_best: Int](TrivialRegisterPassable):
         return self.n_words if timestamp_is_next else 0
 
     @always_inline
-    def log_sum_exp(
+    def log_sum(
         self, sums: Pointer[Float32, _, address_space=_], greatest: Pointer[Float32, _, address_space=_]
     ) -> Float32:
-        var sum = sum_of(sums, self.first_part(sums, greatest), self.n_part)
-        return greatest_of(greatest, self.n_part) + log(sum)
+        """Returns the logarithm of the sum of all exponentials, divided by that of the greatest logit."""
+        return log(sum_of(sums, self.first_part(sums, greatest), self.n_part))
 
     @always_inline
     def choose_parts(
@@ -138,7 +138,8 @@ struct Choice[n_best: Int](TrivialRegisterPassable):
         self,
         scores: Pointer[Float32, _, address_space=_],
         tokens: Pointer[Int64, _, address_space=_],
-        log_sum_exp: Float32,
+        greatest: Float32,
+        log_sum: Float32,
         thread: Int,
     ) -> Bool:
         """Writes what a thread gathered, if it is among the best, in its rank; tells whether it is the likeliest."""
@@ -149,7 +150,7 @@ struct Choice[n_best: Int](TrivialRegisterPassable):
             rank += Int(comes_before(scores[unsafe_offset=other], tokens[unsafe_offset=other], score, token))
         if rank < Self.n_best:
             self.candidates[unsafe_offset=rank] = token
-            self.logprobs[unsafe_offset=rank] = score - log_sum_exp
+            self.logprobs[unsafe_offset=rank] = score - greatest - log_sum  # never rounded at the size of a logit
         return rank == 0
 
 
@@ -209,7 +210,8 @@ def choose_on_gpu[
     barrier()
     choice.gather(scores, their_tokens, chosen, thread)
     barrier()
-    if choice.finish(scores, their_tokens, choice.log_sum_exp(sums, greatest), thread):
+    var log_sum = choice.log_sum(sums, greatest)
+    if choice.finish(scores, their_tokens, greatest_of(greatest, choice.n_part), log_sum, thread):
         comptime if appends:
             var its = Texts(texts, lengths, ends, lengths, limits, totals, latest, Int(capacity))
             its.append(text, their_tokens[unsafe_offset=thread], choice.logprobs[unsafe_offset=0])
@@ -231,9 +233,9 @@ def choose_on_cpu[n_best: Int, appends: Bool](choice: Choice[n_best], texts: Tex
         choice.choose_parts(sums, greatest, chosen, thread)
     for thread in range(among):
         choice.gather(scores, tokens, chosen, thread)
-    var log_sum_exp = choice.log_sum_exp(sums, greatest)
+    var log_sum = choice.log_sum(sums, greatest)
     for thread in range(among):
-        if choice.finish(scores, tokens, log_sum_exp, thread):
+        if choice.finish(scores, tokens, greatest_of(greatest, choice.n_part), log_sum, thread):
             comptime if appends:
                 texts.append(text, tokens[unsafe_offset=thread], choice.logprobs[unsafe_offset=0])
 

@@ -61,6 +61,11 @@ struct LogSumExp(TrivialRegisterPassable):
     def value(self) -> Float32:
         return self.base() + log(self.total)
 
+    @no_inline
+    def log_probability(self, logit: Float32) -> Float32:
+        """Returns a logit less the logarithm of the sum, never rounded at the size of the greatest logit."""
+        return logit - self.base() - log(self.total)
+
 
 @no_inline
 def forbidden(
@@ -243,7 +248,7 @@ def select_tokens(its: Logits, into: Found) raises:
             words = words.joined(parts[unsafe_offset=2 * part])
             timestamps = timestamps.joined(parts[unsafe_offset=2 * part + 1])
         var timestamp_is_next = timestamps.value() > words.greatest
-        var total = timestamps.value() if timestamp_is_next else words.joined(timestamps).value()
+        var of_all = timestamps if timestamp_is_next else words.joined(timestamps)
         var own_scores = scores.unsafe_offset(row * n_best)
         write_top_tokens(
             permitted_logits.unsafe_offset(row * n_vocab),
@@ -254,7 +259,7 @@ def select_tokens(its: Logits, into: Found) raises:
             own_scores,
         )
         for rank in range(n_best):
-            own_scores[unsafe_offset=rank] -= total
+            own_scores[unsafe_offset=rank] = of_all.log_probability(own_scores[unsafe_offset=rank])
 
     sync_parallelize(some, ceildiv(n_part, share))
     sync_parallelize(one, n_row)

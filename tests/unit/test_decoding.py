@@ -63,12 +63,14 @@ MARKED = [*SPECIAL, BEGIN, BEGIN + 1, BEGIN + 50, BEGIN + 51, N_VOCAB - 1]
 
 
 def random_logits(n_text: int, seed: int, lean: float) -> torch.Tensor:
-    """Logits of which those of timestamps are greater by `lean`, and those of up to two marked tokens the greatest."""
+    """Logits of which those of timestamps are greater by `lean`, and those of up to two marked tokens the greatest, at
+    times by far."""
     random = np.random.default_rng(seed)
     logits = torch.from_numpy(random.normal(scale=4, size=(n_text, N_VOCAB))).float()
     logits[:, BEGIN:] += lean
-    for token in random.choice(MARKED, random.integers(3), replace=False):
-        logits[:, token] = logits.amax(1) + 1
+    marked = random.choice(MARKED, random.integers(3), replace=False)
+    for token, above in zip(marked, (random.choice([1, 40]), 1), strict=False):
+        logits[:, token] = logits.amax(1) + above
     return logits
 
 

@@ -252,6 +252,17 @@ def test_texts_picked_for_may_be_read_from_each_others_rows(
         assert ours[:, :, n_start:].equal(theirs[:, :, n_start:])
 
 
+def test_more_tokens_than_fit_are_refused_before_one_is_decoded(model: Whisper, features: torch.Tensor) -> None:
+    """Though the text would end before that."""
+    texts, n_place = torch.tensor([[50258, 50259, 50359, 50364]]), model.dims.n_text_ctx
+    inference = MaxInference(model, 3)
+    inference.logits(texts[:, :3], features[:1])
+    n_token = n_place + 1 - texts.shape[1]
+    with pytest.raises(OptionError, match=f"{n_place + 1} tokens, the model has places for {n_place}"):
+        picked(inference, texts, torch.zeros(1), token_rules(model), n_token=n_token + 1)
+    assert picked(inference, texts, torch.zeros(1), token_rules(model), n_token=n_token).texts.last() == EOT
+
+
 def test_nothing_is_picked_for_a_full_cache(model: Whisper, features: torch.Tensor, tokens: torch.Tensor) -> None:
     n_place = model.dims.n_text_ctx
     inference = MaxInference(model, n_place)
