@@ -148,7 +148,7 @@ class DecodingTask(decoding.DecodingTask):
             at_sot, logits = (x.cpu() for x in self.inference.start(tokens, audio_features, self.sot_index))
             tokens = tokens.cpu()
             if self.tokenizer.no_speech is not None:
-                no_speech_probs = at_sot.softmax(dim=-1)[:, self.tokenizer.no_speech].tolist()
+                no_speech_probs = at_sot.softmax(1)[:, self.tokenizer.no_speech].tolist()
             first = first_tokens(self.model.network[TOKEN_RULES], rules, logits, tokens, sum_logprobs, n_best)
             if beams:
                 tokens, sum_logprobs = self._beams(tokens, sum_logprobs, first.candidates, rules, n_end)
