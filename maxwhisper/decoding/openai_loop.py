@@ -38,7 +38,7 @@ class MaxInference(decoding.Inference):
         self.cache = KeyValueCache()
 
     def logits(self, tokens: torch.Tensor, audio_features: torch.Tensor) -> torch.Tensor:
-        if tokens.shape[-1] > self.initial_token_length:
+        if tokens.shape[1] > self.initial_token_length:
             tokens = tokens[:, -1:]
         return self.model.decoder(tokens, audio_features, kv_cache=self.cache)
 

@@ -71,7 +71,11 @@ UNIT_TESTS: tuple[tuple[str, str], ...] = (
     ("network/*.py", "gelu on_device wrapped"),
     ("alignment.py", "alignment_heads text_decoder whisper"),
     ("whisper.py", "whisper openai_object transcribe_options speech"),
-    ("checkpoint/*.py", "checkpoint checkpoint_named checkpoint_refused checkpoints_in_transformers loaders"),
+    (
+        "checkpoint/*.py",
+        "checkpoint checkpoint_named checkpoint_refused checkpoints_in_transformers loaders"
+        " alignment_heads vocabulary wrapped",
+    ),
     ("audio.py", "audio timeline pipes inputs"),
 )
 """By the first pattern of files that a mutant's matches, the unit tests of what they hold: tests/unit/test_*.py."""
