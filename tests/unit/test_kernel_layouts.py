@@ -6,14 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from max.graph import DeviceRef
+from max.dtype import DType
+from max.graph import DeviceRef, TensorType
 
 from maxwhisper.checkpoint import load_checkpoint
 from maxwhisper.decoding import rules, speculative
 from maxwhisper.decoding.rules import TokenRules, rules_inputs, texts_inputs
 from maxwhisper.decoding.speculative import MATRICES, SCALE_SIZE, VECTORS, WEIGHTS, Draft, draft_types, propose
 from maxwhisper.engine.kernel_library import KERNELS
-from maxwhisper.network.model import LayerNorm
+from maxwhisper.engine.session import Policy
+from maxwhisper.network.keys_values import Cache, KeyValue
+from maxwhisper.network.model import LayerNorm, ResidualAttentionBlock
 from maxwhisper.network.products import DECODER_LAYERS
 
 from .test_speculation import NANO
@@ -73,8 +76,47 @@ def test_a_kernel_takes_texts_and_rules_in_the_order_of_a_graphs_inputs() -> Non
 class Named(str):
     """What stands for the value of a kernel's operand, by its name there."""
 
-    shape = (1, 64)
+    shape = (1, 1, 64)
     device = DeviceRef.CPU()
+    dtype = DType.float32
+
+    def same(self, _: Any) -> "Named":
+        return self
+
+    cast = broadcast_to = same
+
+
+def test_a_kernel_takes_a_layers_values_in_this_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[Any] = []
+
+    def custom(name: str, _: DeviceRef, values: list[Any], types: list[TensorType], **parameters: Any) -> list[Any]:
+        taken.extend([values, types])
+        return [SimpleNamespace(tensor=Named(number)) for number in range(len(types))]
+
+    monkeypatch.setattr("maxwhisper.network.backends.ops.custom", custom)
+    names = operands("decoder_block.mojo", "maxwhisper.decoder_block")
+    outputs = [name for name, kind in names.items() if kind == "Output"]
+    x, k, v, n_past, rows, *cross = given = [Named(name) for name in [*names][len(outputs) :][:7]]
+    assert given == ["x", "k", "v", "n_past", "rows", "k_cross", "v_cross"]
+    policy = Policy(DeviceRef.CPU(), DType.float32, DType.float32)
+    block = ResidualAttentionBlock(64, 2, policy, cross_attention=True)
+    y, found = block.kernel_outputs(x, KeyValue(*cross), Cache(k, v, n_past, rows))  # type: ignore[arg-type]
+    values, types = taken
+    assert values[:7] == given
+    assert [name for name, of in zip(outputs, types, strict=True) if of.shape[2] == 256] == ["hidden", "active"]
+    hidden, active, mlp = block.mlp
+    named = {"attn_ln": block.attn_ln, "query": block.attn.query, "key": block.attn.key, "value": block.attn.value}
+    named |= {"attn": block.attn, "cross_attn": block.cross_attn, "cross_query": block.cross_attn.query}
+    named |= {
+        "cross_attn_ln": block.cross_attn_ln,
+        "mlp_ln": block.mlp_ln,
+        "hidden": hidden,
+        "active": active,
+        "mlp": mlp,
+    }
+    assert y == "0" and {name: found[module] for name, module in named.items()} == {
+        name: str(outputs.index(name)) for name in named
+    }
 
 
 def test_a_kernel_takes_what_it_proposes_by_in_this_order(monkeypatch: pytest.MonkeyPatch) -> None:
