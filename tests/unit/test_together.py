@@ -61,10 +61,10 @@ def test_threads_that_share_the_model_meanwhile(
 ) -> None:
     """Each transcribes for itself, beside recordings together on the same model, which others wait for."""
     both = recordings[:2]
-    with ThreadPoolExecutor(4) as pool:
-        found = [pool.submit(model.transcribe, both[i % 2], beam_size=None) for i in range(4)]
+    with ThreadPoolExecutor(8) as pool:
+        found = [pool.submit(model.transcribe, both[i % 2], beam_size=None) for i in range(8)]
         together = dict(model.transcribe_many(both, 2, beam_size=None))
-        assert [each.result() for each in found] == [alone(None)[i % 2] for i in range(4)]
+        assert [each.result() for each in found] == [alone(None)[i % 2] for i in range(8)]
     assert together == {i: alone(None)[i] for i in range(2)}
 
 
