@@ -54,6 +54,9 @@ JOINED = 2**16
 LOUDEST = 2
 """Samples beyond this were not meant to be in [-1, 1]: lossy decoders and resamplers overshoot it by less than 6 dB."""
 
+SAMPLES = "floats (samples,) in [-1, 1]"
+"""What a waveform is."""
+
 
 def load_audio(file: str | os.PathLike[str], sr: int = SAMPLE_RATE) -> np.ndarray:
     """Reads the audio of a file, down-mixed to mono and resampled to `sr` samples per second; "-" is standard input.
@@ -278,31 +281,31 @@ def compiled_spectrogram(n_mels: int) -> Executable:
     return Artifact(program.name, [program], "cpu").init(log_mel_weights(n_mels))[program.name]
 
 
-def as_waveform(audio: np.ndarray | torch.Tensor) -> torch.Tensor:
+def as_waveform(audio: np.ndarray | torch.Tensor, expected: str = f"the name of a file, or {SAMPLES}") -> torch.Tensor:
     """Converts an array or a tensor of floats in any memory layout to float32 (samples,) on the CPU, without gradient.
 
-    Raises OptionError for another shape, for integers, and for what is no array.
+    expected: said of what is no array. Raises OptionError for that, for another shape, and for integers.
     """
-    samples = audio.detach() if isinstance(audio, torch.Tensor) else as_array(audio)
+    samples = audio.detach() if isinstance(audio, torch.Tensor) else as_array(audio, expected)
     floats = samples.is_floating_point() if isinstance(samples, torch.Tensor) else samples.dtype.kind == "f"
     if not floats or samples.ndim != 1:
         if isinstance(samples, np.ndarray) and samples.dtype.kind in "OSU":  # is what NumPy makes of anything
-            raise refused("audio", audio, "the name of a file, or floats (samples,) in [-1, 1]")
+            raise refused("audio", audio, expected)
         found = f"{samples.dtype} {tuple(samples.shape)}"
         hint = "; take the mean of its channels" if samples.ndim == 2 else ""
         hint = "; divide it by 32768" if "int16" in found else hint
-        raise OptionError(f"audio must be floats (samples,) in [-1, 1], not {found}{hint}")
+        raise OptionError(f"audio must be {SAMPLES}, not {found}{hint}")
     if isinstance(samples, np.ndarray):
         samples = torch.from_numpy(np.require(samples, np.float32, ["C", "W"]))
     return samples.to("cpu", torch.float32)
 
 
-def as_array(audio: object) -> np.ndarray:
+def as_array(audio: object, expected: str) -> np.ndarray:
     """Raises OptionError for what is no array."""
     try:
         return np.asarray(audio)
     except ValueError as error:  # of lists of different lengths
-        raise refused("audio", audio, "the name of a file, or floats (samples,) in [-1, 1]") from error
+        raise refused("audio", audio, expected) from error
 
 
 @cpu_by_default()

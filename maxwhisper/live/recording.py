@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from whisper.audio import SAMPLE_RATE
 
-from ..audio import as_waveform
+from ..audio import SAMPLES, as_waveform
 from ..errors import AudioError
 
 
@@ -29,7 +29,7 @@ class Recording:
         Raises OptionError for another shape or dtype, AudioError for a NaN or an infinity, or where the disk is full:
         then none of them are taken.
         """
-        waveform = as_waveform(samples).numpy()
+        waveform = as_waveform(samples, SAMPLES).numpy()
         if not np.isfinite(waveform).all():
             at = len(self) + int(np.flatnonzero(~np.isfinite(waveform))[0])
             raise AudioError(f"audio: sample {at} ({at / SAMPLE_RATE:.3f} s) is not finite")

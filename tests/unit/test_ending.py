@@ -134,8 +134,9 @@ def test_seconds_of_comparing_are_those_of_parity_tests_but_for_what_they_wait_f
 
 @pytest.mark.parametrize("run_again", ["test_one", "test_other"])
 def test_benchmarks_that_are_compared_with_none_fail_where_a_slower_one_would(
-    run_again: str, pytester: pytest.Pytester, tmp_path: Path
+    run_again: str, pytester: pytest.Pytester, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # in which nothing is timed
     pytester.makeconftest((ROOT / "conftest.py").read_text())
     pytester.makepyfile("def test_one(benchmark): benchmark(int)\ndef test_other(benchmark): benchmark(int)")
     options = ["-p", "no:cacheprovider", f"--benchmark-storage={tmp_path}", "--benchmark-max-time=0.01"]

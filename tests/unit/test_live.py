@@ -184,7 +184,7 @@ def test_pieces_of_any_size(model: Whisper) -> None:
     [
         (np.zeros(9, np.int16), OptionError, "divide it by 32768"),
         (np.zeros((2, 9), np.float32), OptionError, "mean of its channels"),
-        ("talk.wav", OptionError, "audio must be floats"),
+        ("talk.wav", OptionError, "audio is 'talk.wav', expected floats (samples,)"),
         (np.array([0, np.nan], np.float32), AudioError, "sample 5 (0.000 s) is not finite"),
         (np.array([np.inf], np.float32), AudioError, "sample 4 (0.000 s) is not finite"),
     ],
