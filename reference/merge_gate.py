@@ -50,7 +50,8 @@ def missing(path: Path, device: str) -> Iterator[str]:
 
 
 def lacking(report: dict[str, Any], device: str) -> Iterator[str]:
-    """The same of what a file holds. Raises KeyError or TypeError where that is no report."""
+    """Yields what the content of a report lacks to show anything about a device; raises KeyError or TypeError for what
+    is no report."""
     if "benchmarks" in report:
         if not any(benchmark["group"].endswith(f", {device}") for benchmark in report["benchmarks"]):
             yield f"no benchmark ran on {device}"
