@@ -66,7 +66,7 @@ def contents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 
 @formats_and_names
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(name=st.sampled_from(NAMES))
 def test_a_missing_tensor_is_named(scratch: Callable[[], Path], layout: str, name: str) -> None:
     tensors = random_tensors()
@@ -75,7 +75,7 @@ def test_a_missing_tensor_is_named(scratch: Callable[[], Path], layout: str, nam
 
 
 @formats_and_names
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(name=st.sampled_from(NAMES), data=st.data())
 def test_a_misshapen_tensor_is_named(scratch: Callable[[], Path], layout: str, name: str, data: st.DataObject) -> None:
     tensors = random_tensors()
@@ -90,7 +90,7 @@ def test_a_misshapen_tensor_is_named(scratch: Callable[[], Path], layout: str, n
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(name=st.sampled_from(NAMES), data=st.data())
 def test_a_value_that_is_not_finite_is_named(
     scratch: Callable[[], Path], dtype: torch.dtype, value: float, name: str, data: st.DataObject
@@ -257,7 +257,7 @@ def test_files_that_are_no_checkpoint(tmp_path: Path, file: str, content: bytes)
     assert_refused(folder, "model.safetensors")
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     content=st.binary(max_size=200),
     suffix=st.sampled_from([".pt", ".safetensors"]),
@@ -269,7 +269,7 @@ def test_random_bytes(scratch: Callable[[], Path], content: bytes, suffix: str, 
     assert_refused(path)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(content=st.binary(max_size=100))
 def test_valid_archive_with_garbage_inside(scratch: Callable[[], Path], content: bytes) -> None:
     path = scratch() / "model.pt"
@@ -280,7 +280,7 @@ def test_valid_archive_with_garbage_inside(scratch: Callable[[], Path], content:
 
 
 @pytest.mark.parametrize("layout", OPENAI_FORMATS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_truncation_anywhere_is_noticed(
     scratch: Callable[[], Path], contents: dict[str, bytes], layout: str, data: st.DataObject
@@ -292,7 +292,7 @@ def test_truncation_anywhere_is_noticed(
 
 
 @pytest.mark.parametrize("layout", OPENAI_FORMATS)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=st.data())
 def test_a_changed_byte_is_refused_where_the_format_has_checksums(
     scratch: Callable[[], Path], contents: dict[str, bytes], layout: str, data: st.DataObject

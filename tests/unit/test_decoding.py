@@ -102,7 +102,7 @@ def filtered(logits: torch.Tensor, tokens: torch.Tensor, chosen: list) -> torch.
     return logits
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(sampled=histories(n_text=3), **OPTIONS)
 def test_greedy_picks_what_openai_picks(sampled, seed, lean, **options) -> None:  # noqa: ANN001, ANN003
     logits, chosen = random_logits(3, seed, lean), filters(**options)
@@ -120,7 +120,7 @@ def test_greedy_picks_what_openai_picks(sampled, seed, lean, **options) -> None:
     check(formula, filtered(logits, tokens, chosen), ours.texts.totals, sums, totals=totals(tokens))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(sampled=histories(n_text=3), **OPTIONS)
 def test_beam_search_picks_what_openai_picks(sampled, seed, lean, **options) -> None:  # noqa: ANN001, ANN003
     logits, chosen = random_logits(3, seed, lean), filters(**options)

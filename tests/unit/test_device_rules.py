@@ -93,7 +93,7 @@ def candidates(logits: torch.Tensor, tokens: torch.Tensor, chosen: list) -> Cand
     return Candidates(given["candidates"], given["logprobs"])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(sampled=histories(n_text=3), **OPTIONS)
 def test_candidates_are_openais(sampled, seed, lean, **options) -> None:  # noqa: ANN001, ANN003
     logits, chosen = random_logits(3, seed, lean), filters(**options)
@@ -151,7 +151,7 @@ class Rows:
         self.cache.rearrange(texts)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     n_beam=st.integers(1, MAX_CANDIDATES - 1),
     n_window=st.integers(1, 3),

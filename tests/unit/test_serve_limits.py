@@ -260,7 +260,7 @@ PIECES = st.sampled_from(
 
 
 @given(fields=st.lists(st.tuples(NAMES, TEXTS), max_size=6), file=st.one_of(st.just(AUDIO), st.binary(max_size=99)))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_fields(served: Any, fields: list[tuple[str, str]], file: bytes) -> None:
     data: dict[str, Any] = {"model": "stub"}
     for name, value in fields:
@@ -274,7 +274,7 @@ def test_any_fields(served: Any, fields: list[tuple[str, str]], file: bytes) -> 
     ),
     kind=st.sampled_from(["multipart/form-data; boundary=x", "multipart/form-data", "application/json", "", "a/b;;="]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_body(served: Any, body: bytes, kind: str) -> None:
     check(served, content=body, headers={"content-type": kind})
 

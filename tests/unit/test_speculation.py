@@ -291,7 +291,7 @@ def verified(
     return texts[0, : int(lengths)].tolist(), [rules["candidates"], rules["logprobs"], last, totals, left]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**32 - 1),
     n_right=st.integers(0, N_TOKEN - 1),
