@@ -54,7 +54,7 @@ from .test_decoding import (
     PROMPT,
     SAMPLE_BEGIN,
 )
-from .test_together import SOME
+from .test_scheduling import SOME
 
 # ---- blocks --------------------------------------------------------------------------------------------------------
 
