@@ -10,9 +10,9 @@ import torch
 
 from maxwhisper.engine.folders import cache_folder
 
-from ..ahead import TRANSCRIBING, suite_job
 from ..fixtures import NANO
 from ..models import Model, load
+from ..precompile import TRANSCRIBING, suite_job
 from ..results import Run
 from ..suite import Suite
 from .compiling import Compiling

@@ -10,7 +10,7 @@ import torch
 from maxwhisper.network.blocks import BLOCKS
 from maxwhisper.network.log_mel import LOG_MEL
 
-from ..ahead import TRANSCRIBING, suite_job
+from ..precompile import TRANSCRIBING, suite_job
 from .compiling import Compiling
 from .models import Models
 from .options import Options

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ..ahead import suite_job
+from ..precompile import suite_job
 
 
 def is_worker(config: pytest.Config) -> bool:

@@ -125,10 +125,10 @@ def test_a_process_with_an_empty_compile_cache_transcribes_in_seconds(compiled: 
 
 
 def test_results_are_those_of_a_compilation(compiled: Path) -> None:
-    ahead, here = load_model(NANO, artifacts=compiled), Whisper(load_checkpoint(NANO))
+    precompiled, here = load_model(NANO, artifacts=compiled), Whisper(load_checkpoint(NANO))
     mel = torch.randn(1, 80, 3000, generator=torch.Generator().manual_seed(0))
     tokens = torch.tensor([[50258, 50259, 50359]])
-    assert torch.equal(ahead(mel, tokens), here(mel, tokens))
+    assert torch.equal(precompiled(mel, tokens), here(mel, tokens))
 
 
 # ---- what does not fit is not used ---------------------------------------------------------------------------------

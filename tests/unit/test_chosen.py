@@ -11,10 +11,10 @@ import torch
 
 from maxwhisper.engine.artifacts import Artifacts
 from maxwhisper.network.blocks import BLOCKS
-from reference.ahead import suite_job
 from reference.intermediates import WITH_INTERMEDIATES
 from reference.judge import Comparison
 from reference.models import FIXTURE, load
+from reference.precompile import suite_job
 from reference.pytest_plugin.selection import compared_alone, models_of
 from reference.pytest_plugin.workers import group
 from reference.subject import CHOSEN
