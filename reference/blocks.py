@@ -2,7 +2,7 @@
 
 Each twin takes the PyTorch model, the layer's number and the block's named inputs, and returns what the MAX block
 returns. The modules and their forward methods are openai-whisper's; what stands here hands them the inputs that they
-would otherwise compute, such as a cache, and picks up the values that they keep to themselves, such as keys.
+would otherwise compute, such as a cache, and takes up the values that they keep to themselves, such as keys.
 
 Heads: MAX keeps keys and values as (batch, head, token, channel), OpenAI as (batch, token, state).
 """

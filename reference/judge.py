@@ -285,28 +285,28 @@ def not_finite(**found: Norms) -> list[str]:
 
 
 def condition(
-    oracle: Callable[[dict[str, Tensor]], list[Tensor]], inputs: Mapping[str, Tensor], unit: float, seed: int = 0
+    oracle: Callable[[dict[str, Tensor]], list[Tensor]], inputs: Mapping[str, Tensor], roundoff: float, seed: int = 0
 ) -> float:
-    """How many times larger the oracle's answer to a rounding of its inputs is than that rounding, at least 1.
+    """Returns how many times larger the oracle's answer to a rounding of its inputs is than that rounding, at least 1.
 
-    oracle: from float64 inputs to outputs. unit: the relative size of the rounding, up or down at random in each value.
-    The largest relative L2 of any output in DRAWS draws, for what one draw meets is a matter of luck.
+    oracle: from float64 inputs to outputs. roundoff: the relative size of the rounding, up or down at random in each
+    value. It is the largest relative L2 of any output in DRAWS draws, for what one draw meets is a matter of luck.
     """
     generator = torch.Generator().manual_seed(seed)
     right, found = oracle(dict(inputs)), 1.0
     for _ in range(DRAWS):
-        rounded = {name: roughly(x, unit, generator) for name, x in inputs.items()}
+        rounded = {name: perturbed(x, roundoff, generator) for name, x in inputs.items()}
         for before, after in zip(right, oracle(rounded), strict=True):
-            found = max(found, relative_l2(norms(after - before), norms(before)) / unit)
+            found = max(found, relative_l2(norms(after - before), norms(before)) / roundoff)
     return found
 
 
-def roughly(x: Tensor, unit: float, generator: torch.Generator) -> Tensor:
-    """x with every value larger or smaller by the relative `unit`; as it is where it holds integers."""
+def perturbed(x: Tensor, roundoff: float, generator: torch.Generator) -> Tensor:
+    """Returns x with every value larger or smaller by the relative `roundoff`; as it is where it holds integers."""
     if not x.is_floating_point():
         return x
     signs = torch.randint(0, 2, x.shape, generator=generator).to(x.device) * 2 - 1
-    return x * (1 + unit * signs)
+    return x * (1 + roundoff * signs)
 
 
 def explain(

@@ -16,8 +16,8 @@ DTYPES = {name: getattr(torch, name) for name in names.DTYPES}
 """PyTorch's dtypes that blocks are compared in, by name, the most precise first."""
 UNIT_ROUNDOFF = {dtype: torch.finfo(dtype).eps / 2 for dtype in DTYPES.values()}
 SMALLEST = {
-    dtype: max(torch.finfo(dtype).smallest_normal, torch.finfo(torch.float32).smallest_normal / unit)
-    for dtype, unit in UNIT_ROUNDOFF.items()
+    dtype: max(torch.finfo(dtype).smallest_normal, torch.finfo(torch.float32).smallest_normal / roundoff)
+    for dtype, roundoff in UNIT_ROUNDOFF.items()
 }
 """By dtype, the size below which an error is no longer relative to its value: what lies between subnormal numbers is
 rounded to one of them, and sums in float32 may flush those of float32 to zero."""

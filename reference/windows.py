@@ -149,9 +149,9 @@ def avg_logprob(task: DecodingTask, tokens: list[int], logits: Tensor) -> Tensor
     """Return the mean log-probability (1,) of a text and its end, of logits (token, vocab) of prompt and text."""
     text = torch.tensor([[*task.initial_tokens, *tokens, task.tokenizer.eot]])
     left = logits[task.sample_begin - 1 :].clone()
-    for place in range(len(left)):
+    for position in range(len(left)):
         for each in task.logit_filters:
-            each.apply(left[place : place + 1], text[:, : task.sample_begin + place])
+            each.apply(left[position : position + 1], text[:, : task.sample_begin + position])
     return left.log_softmax(-1).gather(1, text[0, task.sample_begin :, None]).sum(0) / (len(tokens) + 1)
 
 

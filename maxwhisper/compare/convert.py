@@ -54,8 +54,8 @@ def complete(folder: Path, write: Callable[[Path], None]) -> None:
     as it is if another process has completed it meanwhile."""
     if folder.exists():
         return
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as place:
-        unfinished = Path(place, folder.name)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+        unfinished = Path(scratch, folder.name)
         unfinished.mkdir()
         write(unfinished)
         try:

@@ -24,8 +24,8 @@ COMPONENTS: tuple[tuple[str, str, str], ...] = (
 )
 """By component: its name, which tests are its right ones, and its files; the first that matches counts.
 
-Not here: what only a GPU executes, batches of recordings (tests/unit/test_scheduling.py has them), the command, and what
-compiles and keeps graphs.
+Not here: what only a GPU executes, batches of recordings (tests/unit/test_scheduling.py has them), the command, and
+what compiles and keeps graphs.
 """
 
 NOT_MUTATED = (

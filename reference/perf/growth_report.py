@@ -103,11 +103,11 @@ def markdown(growth: Growth) -> str:
 
 
 def table(axis: str, rows: Sequence[Row]) -> Iterator[str]:
-    unit = "s" if axis == "minutes" else "ms per window"
+    measured_in = "s" if axis == "minutes" else "ms per window"
     yield f"{TITLES[axis]}:"
     yield ""
     yield (
-        f"| {HEADINGS[axis]} | {SUBJECT} {unit} | {REFERENCE} {unit} | ratio"
+        f"| {HEADINGS[axis]} | {SUBJECT} {measured_in} | {REFERENCE} {measured_in} | ratio"
         f" | {SUBJECT} peak MB | {REFERENCE} peak MB | ratio | rounds |"
     )
     yield "|---:|---:|---:|---:|---:|---:|---:|---:|"
@@ -168,11 +168,11 @@ def plot(growth: Growth, path: Path) -> None:
 def draw(axes: Axes, rows: Sequence[Row], lines: Sequence[Sequence[float]]) -> None:
     values = [row.value for row in rows]
     numeric = [value for value in values if isinstance(value, int)]
-    places = numeric or list(range(len(values)))
+    positions = numeric or list(range(len(values)))
     for engine, line in zip((SUBJECT, REFERENCE), lines, strict=True):
-        axes.plot(places, line, marker="o", label=engine)
+        axes.plot(positions, line, marker="o", label=engine)
     if numeric:
         axes.set_xscale("log")
-    axes.set_xticks(places, [str(value) for value in values])
+    axes.set_xticks(positions, [str(value) for value in values])
     axes.set_xticks([], minor=True)
     axes.grid(alpha=0.3)

@@ -131,9 +131,9 @@ def along_the_network(
             points = isolated if gid.startswith("isolated") else chained
             errors = [point.peer if gid.endswith("pytorch") else point.subject for point in points]
             draw_errors(axes, gid, points, errors, tips)
-        places, budgets = [point.position for point in chained], [point.budget for point in chained]
+        positions, budgets = [point.position for point in chained], [point.budget for point in chained]
         style: dict[str, Any] = {"where": "mid", "color": INK, "lw": 0.8, "ls": (0, (2, 2))}
-        axes.step(places, budgets, label="budget of MAX, chained", **style)
+        axes.step(positions, budgets, label="budget of MAX, chained", **style)
         if first_divergence in names:
             label = plain(f"first divergence: {first_divergence}")
             axes.axvline(names.index(first_divergence), color=BAD, lw=1, label=label)

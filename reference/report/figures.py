@@ -174,11 +174,11 @@ def chained_points(chain: Chain) -> list[Point]:
 def isolated_points(run: Run, chain: Chain) -> list[Point]:
     """Relative L2 of the blocks that stand at a submodule of the chain, on the same inputs, size and dtype."""
     points = []
-    places = {name: (i, j.comparison.dtype) for i, (name, j) in enumerate(chain.judgements.items())}
+    positions = {name: (i, j.comparison.dtype) for i, (name, j) in enumerate(chain.judgements.items())}
     for judgement in run.judgements:
         c = judgement.comparison
-        position, dtype = places.get(place(c), (None, None))
-        kind = c.inputs.partition(".")[0]  # without a decoder's place in the text
+        position, dtype = positions.get(chain_name(c), (None, None))
+        kind = c.inputs.partition(".")[0]  # without a decoder's position in the text
         same = c.size == chain.comparison.size and c.dtype == dtype and kind == chain.comparison.inputs
         if same and position is not None and judgement.pairs:
             measure = judgement.relative_l2
@@ -187,7 +187,7 @@ def isolated_points(run: Run, chain: Chain) -> list[Point]:
     return sorted(points, key=lambda point: point.position)
 
 
-def place(comparison: Comparison) -> str:
+def chain_name(comparison: Comparison) -> str:
     """The name in a chain of what a block computes: the block's own for a part that is no submodule, otherwise its path
     in the PyTorch model."""
     if comparison.block not in BLOCKS:

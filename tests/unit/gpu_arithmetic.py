@@ -73,7 +73,7 @@ class Attends:
 
     scores, values: its products of queries with keys, and of probabilities with values.
     part: keys of a part, None for all. power: how the parts are weighed by differences of their maxima, which are in
-        units of log2. stored: the dtype in which a part's values wait for the others.
+        exponents of 2. stored: the dtype in which a part's values wait for the others.
     """
 
     scores: Product = float32

@@ -209,16 +209,16 @@ def test_attention_behind_a_cache_written_out(n_past: int, n_free: int) -> None:
 
 
 @settings(max_examples=60)
-@given(n_place=st.integers(1, 300), rows=st.integers(1, 4), data=st.data())
-def test_attention_behind_a_cache_in_place(n_place: int, rows: int, data: st.DataObject) -> None:
+@given(n_position=st.integers(1, 300), rows=st.integers(1, 4), data=st.data())
+def test_attention_behind_a_cache_in_place(n_position: int, rows: int, data: st.DataObject) -> None:
     """Each key and value is in any row, but the new ones in the text's own."""
-    n_past = torch.tensor([data.draw(st.integers(0, n_place - 1)) for _ in range(rows)])
+    n_past = torch.tensor([data.draw(st.integers(0, n_position - 1)) for _ in range(rows)])
     q, k_new, v_new = torch.randn(rows, 1, 2 * N_CHANNEL), *torch.randn(2, rows, 2, 1, N_CHANNEL)
-    caches = torch.randn(2, rows, n_place, 2, N_CHANNEL)
-    caches[:, :, torch.arange(n_place) > n_past.max()] = float("nan")  # which nobody may read
-    there, own = torch.randint(0, rows, (rows, n_place)), torch.arange(rows)
+    caches = torch.randn(2, rows, n_position, 2, N_CHANNEL)
+    caches[:, :, torch.arange(n_position) > n_past.max()] = float("nan")  # which nobody may read
+    there, own = torch.randint(0, rows, (rows, n_position)), torch.arange(rows)
     there[own, n_past] = own
-    there[torch.arange(n_place) > n_past[:, None]] = 1 << 40  # nor this
+    there[torch.arange(n_position) > n_past[:, None]] = 1 << 40  # nor this
     before = caches.clone()
     (ours,) = graphs()["in place"](q, *caches, n_past, k_new, v_new, *caches, there)
     before[:, own, n_past] = torch.stack([k_new, v_new])[:, :, :, 0]

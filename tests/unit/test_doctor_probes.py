@@ -63,7 +63,7 @@ ISOLATION = """
 from functools import partial
 from pathlib import Path
 from maxwhisper.engine import cuda
-cuda.places = partial(cuda.places, [{site!r}], {{}}, Path({folder!r}))
+cuda.locations = partial(cuda.locations, [{site!r}], {{}}, Path({folder!r}))
 cuda.FOLDERS_OF_MAX = {{13: (), 12: ()}}
 """
 

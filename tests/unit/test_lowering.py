@@ -93,7 +93,7 @@ def test_decode_loops_are_timed_from_its_artifacts(gated: Path) -> None:
 
 
 @pytest.mark.nightly
-def test_decode_loops_are_not_timed_from_artifacts_that_pick_no_tokens(gated: Path) -> None:
+def test_decode_loops_are_not_timed_from_artifacts_that_select_no_tokens(gated: Path) -> None:
     """Of another model, or of none."""
     held = Artifacts(gated, "cpu")
     tiny = Blocks(Suite(load("tiny"), torch.float32, held=held))

@@ -291,8 +291,8 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_recognised(mistake: str) -> None:
     oracle = torch.randn(2, 128, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    causes = diagnose(oracle, MISTAKES[mistake](oracle))
-    assert causes and mistake in causes[0].name
+    found = diagnose(oracle, MISTAKES[mistake](oracle))
+    assert found and mistake in found[0].name
 
 
 def test_noise_is_not_taken_for_a_mistake() -> None:
@@ -328,12 +328,12 @@ def two_keys(gap: float, size: float) -> tuple[Callable[[dict[str, Tensor]], lis
 
 
 def test_the_condition_of_a_product_is_one_and_that_of_a_close_decision_large() -> None:
-    unit = UNIT_ROUNDOFF[torch.float32]
+    roundoff = UNIT_ROUNDOFF[torch.float32]
     weight, x = torch.randn(64, 64).double(), torch.randn(9, 64).double()
-    assert condition(lambda given: [given["x"] @ weight], {"x": x}, unit) < 2
-    assert condition(*two_keys(1.0, 1.0), unit) < 4
-    # One rounding moves each score by size * unit, and the softmax by as much as its difference of scores.
-    assert condition(*two_keys(1.0, 1e4), unit) > 1e3
+    assert condition(lambda given: [given["x"] @ weight], {"x": x}, roundoff) < 2
+    assert condition(*two_keys(1.0, 1.0), roundoff) < 4
+    # One rounding moves each score by size * roundoff, and the softmax by as much as its difference of scores.
+    assert condition(*two_keys(1.0, 1e4), roundoff) > 1e3
 
 
 def test_a_condition_widens_what_a_lucky_peer_leaves() -> None:

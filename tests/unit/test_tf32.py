@@ -153,7 +153,7 @@ def test_tf32_fails_and_is_named(fixture: Suite, block: str, rounding: str, tmp_
     assert f"looks like: float32 products in TF32, operands {rounding}" in str(judgement)
     write(Run(judgements=[judgement]), tmp_path)
     (found,) = json.loads((tmp_path / "report.json").read_text())["judgements"]
-    assert found["explanations"][0]["causes"][0]["name"] == name(rounding)
+    assert found["explanations"][0]["diagnoses"][0]["name"] == name(rounding)
     assert not found["passed"]
     assert name(rounding) in (tmp_path / "report.html").read_text()
 
