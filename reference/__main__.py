@@ -35,7 +35,7 @@ class Halves:
             logging.getLogger("maxwhisper").addHandler(WhenCompiling(self.precompiler))
 
     def of(self, block: Block) -> Suite:
-        """Return the one for a block, when what it computes with has been compiled, or can be."""
+        """Returns the one for a block, when what it computes with has been compiled, or can be."""
         first, last = self.suites
         if block.name not in last.only:
             return first

@@ -80,7 +80,7 @@ def decode(table: pa.Table) -> Iterator[pa.Table]:
 
 
 class Unread(AudioError):
-    """What could not be read, for a reason that may pass."""
+    """An input that could not be read, for a reason that may pass."""
 
 
 def waveform(path: str | None, content: bytes | None) -> np.ndarray:

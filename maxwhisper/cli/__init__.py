@@ -50,7 +50,7 @@ def run(arguments: Sequence[str] | None) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """Its errors are one line, without the usage of thirty options above it."""
+    """A parser whose errors are one line, without the usage of thirty options above it."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"maxwhisper: error: {message} (see {self.prog} --help)\n")

@@ -77,7 +77,8 @@ def write_openai(checkpoint: "Checkpoint", folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Conversion:
-    """write(checkpoint, folder) fills a folder; package: the one whose version the result depends on."""
+    """A format to write a checkpoint in: write(checkpoint, folder) fills a folder; package: the one whose version the
+    result depends on."""
 
     write: Callable[["Checkpoint", Path], None]
     package: str

@@ -91,8 +91,8 @@ class Session:
     """
 
     def __init__(self, model: Whisper, policy: Callable[[], Policy] = HeardTwice, **options: Any):
-        """policy: makes what decides which words are settled. options: of `Whisper.transcribe`, for `finish`; language,
-        task, suppress_tokens and initial_prompt are heeded before that too.
+        """Takes what makes the policy, which decides which words are settled, and the options of `Whisper.transcribe`,
+        for `finish`; language, task, suppress_tokens and initial_prompt are heeded before that too.
 
         Raises OptionError as `transcribe` does.
         """

@@ -29,7 +29,7 @@ class Source:
     """Audio that comes by itself, and is kept until somebody takes it."""
 
     def __init__(self, blocks: Blocks, rate: int):
-        """rate: samples per second of the blocks, which are converted to 16 kHz."""
+        """Takes blocks of `rate` samples per second, which are converted to 16 kHz."""
         self.blocks, self.rate = blocks, rate
         self.resampler = av.AudioResampler(format="s16", layout="mono", rate=SAMPLE_RATE)
         self.odd = b""

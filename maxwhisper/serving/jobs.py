@@ -47,7 +47,7 @@ class Jobs:
     """All requests that are being received or transcribed."""
 
     def __init__(self, scheduler: Scheduler, limits: Limits, count: Callable[[float], None]):
-        """count: is called with the seconds of audio that were transcribed."""
+        """Takes `count`, which is called with the seconds of audio that were transcribed."""
         self.scheduler, self.limits, self.count = scheduler, limits, count
         self.threads = ThreadPoolExecutor(limits.max_requests, "maxwhisper-request")
         self.running: set[Job] = set()

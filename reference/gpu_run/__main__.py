@@ -27,7 +27,7 @@ SHOWN = 12
 
 
 class Parser(argparse.ArgumentParser):
-    """Its errors are one line."""
+    """A parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"gpu-runner.sh: {message}\n")

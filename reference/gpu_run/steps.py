@@ -17,7 +17,7 @@ NANO = Path("fixtures", "nano.pt")
 
 @dataclass(frozen=True)
 class Workspace:
-    """Where a run takes place.
+    """Where a run takes place: a checkout, an interpreter and a device.
 
     root: of the project. out: where results go. python: the interpreter that has MAX and PyTorch. device: "cpu" or
     "gpu". bundle: what `make gpu-bundle` has made, on a machine without network. artifacts: those for the device.
@@ -55,7 +55,10 @@ def capability(report: Path) -> str | None:
 
 @dataclass(frozen=True)
 class Command:
-    """arguments: of a process. output: the file among the results that gets its standard output, if not the log."""
+    """A process to run.
+
+    arguments: of the process. output: the file among the results that gets its standard output, if not the log.
+    """
 
     arguments: list[str]
     output: str | None = None
@@ -63,9 +66,12 @@ class Command:
 
 @dataclass(frozen=True)
 class Step:
-    """weight: its share of the time, in the seconds that it has in a run of 8 minutes. least: seconds without which it
-    is not begun. kind: how its results are read (`findings`). commands: made when it begins. whole: it may take all
-    that is left, since the others need it. online: it is left out where there is a bundle."""
+    """A step of a run.
+
+    weight: its share of the time, in the seconds that it has in a run of 8 minutes. least: seconds without which it is
+    not begun. kind: how its results are read (`findings`). commands: made when it begins. whole: it may take all that
+    is left, since the others need it. online: it is left out where there is a bundle.
+    """
 
     name: str
     kind: str

@@ -26,17 +26,17 @@ class Compiling(OfRun):
         self.lowering: dict[str, Lowering] = {}
 
     def start(self, jobs: Sequence[str]) -> None:
-        """Have jobs done by a process, from when this one compiles something on."""
+        """Has jobs done by a process, from when this one compiles something on."""
         self.precompilers.append(precompiler(jobs, self.options.checkpoint, self.options.device))
         logging.getLogger("maxwhisper").addHandler(WhenCompiling(self.precompilers[-1]))
 
     def wait(self, job: str) -> None:
-        """Wait for the job if a process does it."""
+        """Waits for the job if a process does it."""
         for each in self.precompilers:
             each.wait(job, job)
 
     def for_target(self, target: str) -> Lowering:
-        """Return the process that compiles for a target, started at the first call."""
+        """Returns the process that compiles for a target, started at the first call."""
         if target not in self.lowering:
             self.stop_lowering()  # one at a time: two would take as long, and twice the memory
             models = list(itertools.product(self.options.sizes, self.options.dtypes))
@@ -56,7 +56,7 @@ class Compiling(OfRun):
 
 @pytest.fixture
 def lowering(request: pytest.FixtureRequest) -> Lowering:
-    """The process that compiles for a target of --compile-only."""
+    """Returns the process that compiles for a target of --compile-only."""
     return Compiling.of(request.config).for_target(request.param)
 
 

@@ -18,7 +18,7 @@ OF_FAULTS = ("n", "caught", "right_block", "below", "between", "missed", "only_o
 
 
 def as_json(run: Run, machine: dict[str, str]) -> str:
-    """Strict JSON: a number that is not finite is the string "NaN", "Infinity" or "-Infinity"."""
+    """Returns strict JSON: a number that is not finite is the string "NaN", "Infinity" or "-Infinity"."""
     return json.dumps(finite(as_data(run, machine)), allow_nan=False, ensure_ascii=False, indent=1) + "\n"
 
 
@@ -32,7 +32,7 @@ def finite(value: Any) -> Any:
 
 
 def fields_of(record: Any, *names: str) -> dict[str, Any]:
-    """Fields by name, so that one that is added to a class does not change the schema unasked."""
+    """Returns fields by name, so that one that is added to a class does not change the schema unasked."""
     return {name: getattr(record, name) for name in names}
 
 

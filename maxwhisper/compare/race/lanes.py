@@ -49,8 +49,11 @@ class Lane:
 
 @dataclass(frozen=True)
 class Race:
-    """model, machine: as of `compare`. recording: its name. audio_s: its seconds. against: what words are held against,
-    in a few words. lanes: the fastest first."""
+    """A race of engines.
+
+    model, machine: as of `compare`. recording: its name. audio_s: its seconds. against: what words are held against, in
+    a few words. lanes: the fastest first.
+    """
 
     model: str
     machine: str
