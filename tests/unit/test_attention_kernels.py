@@ -247,7 +247,7 @@ def check_cached(
 def test_attention_over_parts_of_the_keys(
     dtype: DType, rows: int, shared: int, n_head: int, n_key: int, seed: int
 ) -> None:
-    """As a GPU has it, but one part after the other."""
+    """Takes the parts one after the other, where a GPU takes them at once."""
     generator = torch.Generator().manual_seed(seed)
     q = torch.randn(rows * shared, 1, n_head * N_CHANNEL, generator=generator).to(TORCH_DTYPE[dtype])
     k, v = torch.randn(2, rows, n_head, n_key, N_CHANNEL, generator=generator).to(TORCH_DTYPE[dtype])

@@ -23,7 +23,7 @@ CLIPS = FIXTURES / "clips"
 
 @pytest.fixture(scope="module")
 def long() -> np.ndarray:
-    """Of two windows."""
+    """Returns a recording of two windows."""
     return load_audio(CLIPS / "english-longer.ogg")[: 33 * SAMPLE_RATE]
 
 

@@ -207,7 +207,7 @@ def test_what_is_not_there(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("inside", ["snapshots/abc/config.json", "checkpoint-500/config.json", "model.pt", None])
 def test_a_folder_without_a_model_names_the_one_inside(tmp_path: Path, inside: str | None) -> None:
-    """As the hub's cache has it, or a folder of somebody's files."""
+    """The hub's cache has such folders, and so has somebody with files of their own."""
     instead = ""
     if inside:
         (tmp_path / inside).parent.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,7 @@ def compare(block: str, size: str = FIXTURE) -> Any:
 
 
 def suite(kept: bool, held: Artifacts | None = None, only: frozenset[str] = FEW) -> Suite:
-    """Of which `kept` says whether all has been compiled earlier."""
+    """Returns a suite of which `kept` says whether all has been compiled earlier."""
     made = Suite(load(FIXTURE), torch.float32, held=held, only=only)
     made.subject.found_kept.update(network=kept, parts=kept)
     return made

@@ -280,7 +280,7 @@ def step_products() -> list[Program]:
 @pytest.mark.parametrize("name", WITH)
 @pytest.mark.parametrize("n_row", [1, 2, 8, 9, 21])
 def test_a_product_of_a_step_with_what_stands_around_it(name: str, dtype: DType, n_row: int) -> None:
-    """Of few rows, by a kernel of ours, and of more."""
+    """A kernel of ours takes few rows, MAX's takes more."""
     generator, low = torch.Generator().manual_seed(n_row), TORCH_DTYPE[dtype]
     shapes = [(n_row, 1, N_STATE), (N_WIDE, N_STATE), (N_WIDE,), (N_STATE,), (N_STATE,), (n_row, 1, N_WIDE)]
     random = [torch.randn(shape, generator=generator) for shape in shapes]

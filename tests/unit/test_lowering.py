@@ -94,7 +94,7 @@ def test_decode_loops_are_timed_from_its_artifacts(gated: Path) -> None:
 
 @pytest.mark.nightly
 def test_decode_loops_are_not_timed_from_artifacts_that_select_no_tokens(gated: Path) -> None:
-    """Of another model, or of none."""
+    """Such artifacts are of another model, or of none."""
     held = Artifacts(gated, "cpu")
     tiny = Blocks(Suite(load("tiny"), torch.float32, held=held))
     assert tiny.suite.dims != trained().dims and not {*LOOPS} & {*tiny.takes()}

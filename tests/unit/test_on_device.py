@@ -119,7 +119,7 @@ def usual() -> Whisper:
 
 @pytest.fixture(scope="module")
 def recordings() -> list[np.ndarray]:
-    """Of one window and, cut to its second one, of several."""
+    """Returns recordings of one window and, cut to its second one, of several."""
     return [load_audio(clip)[: 33 * SAMPLE_RATE] for clip in SOME]
 
 
@@ -163,7 +163,7 @@ def test_steps_pass_the_judge(model: Whisper, judged: Suite, scene: Scene) -> No
 
 @BEAMS
 def test_transcripts(alone: Alone, usual: Whisper, recordings: list[np.ndarray], beam_size: int | None) -> None:
-    """Of several windows each, which follow each other in the same memory."""
+    """Each is of several windows, which follow each other in the same memory."""
     for clip, audio, ours in zip(SOME, recordings, alone(beam_size), strict=True):
         theirs = usual.transcribe(audio, temperature=0.0, beam_size=beam_size)
         assert texts(ours) == texts(theirs) and (texts(ours) or clip.stem == "silence")
@@ -199,7 +199,7 @@ def windows(n: int) -> torch.Tensor:
 
 
 def test_windows_of_a_batch_as_alone(model: Whisper, usual: Whisper) -> None:
-    """Of other batches than before, too, and of other windows for as many texts: there is room for each."""
+    """Batches differ from those before, and windows for as many texts do too: there is room for each."""
     mel = windows(3)
     for n, beam_size, sample_len in ((1, 3, 12), (3, None, 12), (1, 3, 12), (1, None, 12), (2, None, None)):
         options = DecodingOptions(language="en", beam_size=beam_size, sample_len=sample_len, fp16=False)
@@ -241,7 +241,7 @@ def test_a_text_that_fills_the_cache(model: Whisper, usual: Whisper) -> None:
 
 
 def test_as_many_tokens_as_asked_for(model: Whisper) -> None:
-    """Of each text, and none of one of which none are wanted, nor of one that has ended."""
+    """Each text has its own number, and none where none are wanted, or where it has ended."""
     inference, start = MaxInference(model, SAMPLE_BEGIN), torch.tensor([PROMPT] * 4)
     logits = inference.start(start, model.embed_audio(windows(4)), 0)[1]
     known = TokenRules(N_VOCAB, SAMPLE_BEGIN, EOT)

@@ -64,7 +64,7 @@ def aligned(x: Model, mel: torch.Tensor) -> list[tuple[str, float, float]]:
 
 
 def attention_weights(x: Model, mel: torch.Tensor) -> list[Any]:
-    """As the notebook on multilingual speech looks for them."""
+    """Looks for the weights as the notebook on multilingual speech does."""
     weights: list[Any] = [None] * x.dims.n_text_layer
     hooks = [
         block.cross_attn.register_forward_hook(lambda _, ins, outs, index=i: weights.__setitem__(index, outs[-1]))
@@ -78,7 +78,7 @@ def attention_weights(x: Model, mel: torch.Tensor) -> list[Any]:
 
 
 def cached(x: Model, mel: torch.Tensor, install: Callable[[Model], Any] | None = None) -> list[Any]:
-    """As `PyTorchInference` decodes, with texts that change their places."""
+    """Decodes as `PyTorchInference` does, with texts that change their rows."""
     tokens, features = text_of(x).repeat(2, 1), x.encoder(mel[None])
     cache, hooks = install(x) if install else x.install_kv_cache_hooks()
     found = [x.decoder(tokens[:, :4], features, kv_cache=cache)]

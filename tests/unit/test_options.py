@@ -132,7 +132,7 @@ def test_a_parity_run_that_compares_nothing_fails_and_says_so(run: Run) -> None:
 
 
 def test_what_compares_and_leaves_no_verdict_is_a_run_that_passed(run: Run, tmp_path: Path) -> None:
-    """As loaders are held against other readers, and properties ask the judge by themselves."""
+    """Loaders are held against other readers so, and properties ask the judge by themselves."""
     status, output = run(f"{PARITY / 'test_loading.py'}::test_every_format", "--report", tmp_path)
     assert status == pytest.ExitCode.OK, output
     report = json.loads((tmp_path / "report.json").read_text())

@@ -405,7 +405,7 @@ def test_what_fails_early_is_told_of_what_was_committed(client: Client, monkeypa
 
 
 def test_audio_that_is_not_transcribed_yet_has_a_limit(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of all items: by many short ones a client could fill the memory too."""
+    """All items count: by many short ones a client could fill the memory too."""
     let = Event()
     monkeypatch.setattr(Item, "transcribe", lambda _: let.wait(5))
     for _ in range(2):

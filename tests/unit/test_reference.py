@@ -96,7 +96,7 @@ def test_oracle_computes_in_float64(tensors: dict[str, torch.Tensor]) -> None:
 
 
 def check_oracle(x: np.ndarray, wanted: np.ndarray, oracle: torch.nn.Module, single: torch.nn.Module) -> None:
-    """As far from NumPy's result as the same module in float32 is, but in roundings of float64."""
+    """Holds it as near to NumPy's result as the same module in float32 is, but in roundings of float64."""
     given = torch.from_numpy(x)[None]
     made = (each[0] if isinstance(each, tuple) else each for each in (oracle(given), single(given.float())))
     error, yardstick = (np.abs(each[0].detach().numpy() - wanted).max() / torch.finfo(each.dtype).eps for each in made)

@@ -31,7 +31,7 @@ SOME = [clip for clip in CLIPS if clip.stem in ("english-1", "english-long", "ge
 
 @pytest.fixture(scope="module")
 def recordings() -> list[np.ndarray]:
-    """Of one window and, cut to its second one, of several."""
+    """Returns recordings of one window and, cut to its second one, of several."""
     return [load_audio(clip)[: 33 * SAMPLE_RATE] for clip in SOME]
 
 

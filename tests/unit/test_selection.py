@@ -149,7 +149,7 @@ def test_what_is_compiled_alone_is_selected_by_the_same_words(collect: Callable[
 
 
 def names_in_pytorch() -> Iterator[str]:
-    """Of every class and attribute in openai-whisper's model, but for those of containers."""
+    """Yields the names of every class and attribute in openai-whisper's model, but for those of containers."""
     model = Whisper(ModelDimensions(4, 10, 8, 2, 1, 30, 12, 8, 2, 1))
     for path, module in model.named_modules():
         yield from (name for name in path.split(".") if name.isidentifier())

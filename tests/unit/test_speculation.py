@@ -67,7 +67,7 @@ def model(request: pytest.FixtureRequest) -> Whisper:
 
 @pytest.fixture(scope="module")
 def mels() -> torch.Tensor:
-    """Of every clip, (clip, n_mels, frame)."""
+    """Returns the spectrogram of every clip, (clip, n_mels, frame)."""
     waveforms = [pad_or_trim(load_audio(FIXTURES / "clips" / clip), N_SAMPLES) for clip in CLIPS]
     return torch.stack([log_mel_spectrogram(waveform, 80) for waveform in waveforms])
 
@@ -242,7 +242,7 @@ def test_nearly_all_proposals_are_right_for_recordings_together(
 
 
 def assert_nearly_all_right(counted: Counted, n_round: int) -> None:
-    """Of every text: one for which all are wrong would not show in the average of several."""
+    """Looks at every text: one for which all are wrong would not show in the average of several."""
     assert sum(map(len, counted.gained)) >= n_round
     width = max(map(len, counted.gained))
     for gained in zip(*(each for each in counted.gained if len(each) == width), strict=True):
@@ -365,7 +365,7 @@ def test_several_tokens_of_a_layer_are_bitwise_as_many_steps() -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_a_quantized_matrix_has_the_nearest_multiples(bits: int, dtype: torch.dtype) -> None:
-    """Of a scale that is a power of two, so that all of this is exact in every dtype."""
+    """The scale is a power of two, so that all of this is exact in every dtype."""
     scale, greatest = 2.0**-6, 2 ** (bits - 1) - 1
     expected = torch.randint(-greatest, greatest + 1, (5000, 64))
     expected[:, 5] = greatest

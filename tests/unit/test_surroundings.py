@@ -251,7 +251,7 @@ def test_a_cache_that_does_not_work_is_done_without(
 def test_words_are_timed_where_nothing_is_compiled(
     search: Any, model: Whisper, audio: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As NUMBA_DISABLE_JIT has it: the functions are Python's then."""
+    """NUMBA_DISABLE_JIT has it so: the functions are Python's then."""
     for name in ("backtrace", "dtw_cpu"):
         monkeypatch.setattr(timing, name, getattr(timing, name).py_func)
     assert model.transcribe(audio, **SHORT, word_timestamps=True)["segments"][0]["words"]

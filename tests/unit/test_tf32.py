@@ -59,7 +59,7 @@ def bits(x: Tensor) -> Tensor:
 
 
 def test_operands_have_ten_bits_of_mantissa() -> None:
-    """As bits are rounded, ties to the even one, and cut off."""
+    """Bits are rounded, ties to the even one, or cut off."""
     x = torch.randn(10_000) * 2.0 ** torch.randint(-30, 30, (10_000,))
     halfway = bits(x) >> LAST_BITS << LAST_BITS | 1 << LAST_BITS - 1
     for values in (x, halfway.view(torch.float32), torch.tensor([0.0, 1.0, -1.0, 65504.0])):

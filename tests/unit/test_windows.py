@@ -45,7 +45,7 @@ def test_what_pytorch_says_passes(said: Any) -> None:
 
 
 def test_what_has_no_words_passes(judge: windows.Judge, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a checkpoint may say nothing to silence."""
+    """A checkpoint may say nothing to silence."""
     no_text = {"suppress_tokens": [*range(50257)], "without_timestamps": True, "sample_len": 3}
     monkeypatch.setitem(windows.DECODING, "nothing", no_text)
     right, judged = saying(judge, "nothing")
