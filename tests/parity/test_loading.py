@@ -43,7 +43,7 @@ def test_the_checkpoint(checkpoint_path: str, pytestconfig: pytest.Config) -> No
 
 
 def written(layout: str, folder: Path) -> Path:
-    """A checkpoint of random weights, with heads where the layout has a place for them."""
+    """Writes a checkpoint of random weights, with heads where the layout has room for them."""
     tensors = random_tensors()
     if layout == "pt":
         return write_pt(folder / "model.pt", tensors)

@@ -57,7 +57,7 @@ def cross_keys_values(suite: Suite, rows: slice) -> list[Tensor]:
 
 
 def expected(suite: Suite, block: str, names: list[str], inputs: list[Tensor], ours: list[Tensor]) -> Judgement:
-    """The verdict on `ours` where the right result is the twin's of these inputs, or that of an earlier run."""
+    """Returns the verdict on `ours` where the right result is the twin's of these inputs, or that of an earlier run."""
     named = dict(zip(names, inputs, strict=True))
     comparison = Comparison(suite.model.size, suite.dtype, block, 0, "property", suite.device)
     trial = Trial(suite, comparison, named, suite.executable(BLOCKS[block], 0))

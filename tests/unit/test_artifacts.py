@@ -37,7 +37,7 @@ Manifest = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The fixture's graphs for this machine."""
+    """Compiles the fixture's graphs for this machine."""
     folder = tmp_path_factory.mktemp("artifacts") / "nano-host"
     compile_model(NANO, HOST, folder)
     return folder
@@ -45,7 +45,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def changed(compiled: Path, tmp_path: Path) -> Callable[[Callable[[Manifest], object]], Path]:
-    """The folder with a change in its manifest."""
+    """Returns the folder with a change in its manifest."""
 
     def change(how: Callable[[Manifest], object]) -> Path:
         folder = tmp_path / "changed"

@@ -27,7 +27,7 @@ ATTENTION, SCORES = 0, 1
 
 @cache
 def graphs() -> dict[str, Executable]:
-    """All of this file, by name: most of a compilation does not depend on how many there are."""
+    """Compiles all of this file, by name: most of a compilation does not depend on how many there are."""
     return Artifact("kernels of attention", attentions(), "cpu").init({})
 
 
@@ -52,7 +52,7 @@ class Attention(Module):
     def written_out(
         self, q: TensorValue, k: TensorValue, v: TensorValue, length: TensorValue, *new: TensorValue
     ) -> tuple[TensorValue, ...]:
-        """What takes the kernels' place in faults."""
+        """Returns what takes the kernels' place in faults."""
         kv, cache = KeyValue(*new), Cache(k, v, length)
         scores = self.attn.heads_attention(q, cache.followed_by(kv), None)[SCORES]
         return self.attn.written_out(q, kv, cache=cache), scores
@@ -74,7 +74,7 @@ class Attention(Module):
 
     @property
     def attn(self) -> MultiHeadAttention:
-        """One without weights of its own: a graph would want their values."""
+        """Returns one without weights of its own: a graph would want their values."""
         policy = Policy(DeviceRef.CPU(), DType.float32, DType.float32)
         return MultiHeadAttention(2 * N_CHANNEL, 2, policy)
 
@@ -127,7 +127,7 @@ def attentions() -> list[Program]:
 
 
 def expected(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> list[Tensor]:
-    """Attention, and its scores; k and v are repeated for the texts that share them."""
+    """Computes attention, and its scores; k and v are repeated for the texts that share them."""
     n_head, shared = k.shape[1], len(q) // len(k)
     k, v = (x.repeat_interleave(shared, 0) for x in (k, v))
     split = q.unflatten(2, (n_head, N_CHANNEL)).transpose(1, 2)

@@ -47,7 +47,7 @@ def stored_name(layout: str, name: str) -> str:
 
 @pytest.fixture(scope="module")
 def scratch(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
-    """A new empty folder at each call, for tests that hypothesis repeats."""
+    """Returns what gives a new empty folder at each call, for tests that hypothesis repeats."""
     folders = (tmp_path_factory.mktemp("scratch") / str(i) for i in itertools.count())
 
     def new_folder() -> Path:
@@ -60,7 +60,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
 
 @pytest.fixture(scope="module")
 def contents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The bytes of a good file in each of OpenAI's formats."""
+    """Returns the bytes of a good file in each of OpenAI's formats."""
     folder = tmp_path_factory.mktemp("contents")
     return {layout: FORMATS[layout](folder, random_tensors()).read_bytes() for layout in OPENAI_FORMATS}
 

@@ -75,7 +75,7 @@ def test_the_graph_of_a_step_is_pytorchs_decoder() -> None:
 
 
 def logits_of(model: OpenAIWhisper, tokens: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-    """In the dtype of the features."""
+    """Computes logits in the dtype of the features."""
     return decoder(model, 0, tokens, **layers("cross", decoder_keys_values(model, 0, features)))[0]
 
 

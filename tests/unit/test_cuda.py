@@ -60,7 +60,7 @@ LAYOUTS: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
 
 
 def locations(machine: Path) -> list[cuda.Location]:
-    """Every location on a machine that has all of them."""
+    """Returns every location on a machine that has all of them."""
     (machine / "conda" / "conda-meta").mkdir(parents=True, exist_ok=True)
     environ = {
         "CONDA_PREFIX": str(machine / "conda"),
@@ -185,7 +185,7 @@ def load(tmp_path: Path) -> Callable[..., Any]:
 
 
 def reason(result: Any, kind: str) -> str:
-    """Why the one set of this kind is not loaded."""
+    """Returns why the one set of this kind is not loaded."""
     (found,) = [each["reason"] for each in result["rejected"] if each["libraries"]["kind"] == kind]
     return found
 

@@ -51,7 +51,7 @@ def filters(timestamps: bool, blank: bool, suppressed: list[int], initial: int |
 
 @st.composite
 def histories(draw: st.DrawFn, n_text: int) -> list[list[int]]:
-    """What several texts, of the same length, have sampled so far: text and timestamps in any order."""
+    """Returns what several texts, of the same length, have sampled so far: text and timestamps in any order."""
     token = st.one_of(st.integers(0, EOT), st.integers(BEGIN, N_VOCAB - 1))
     length = draw(st.integers(0, 5))
     return [draw(st.lists(token, min_size=length, max_size=length)) for _ in range(n_text)]
@@ -95,7 +95,7 @@ def totals(tokens: torch.Tensor) -> torch.Tensor:
 
 
 def filtered(logits: torch.Tensor, tokens: torch.Tensor, chosen: list) -> torch.Tensor:
-    """The logits that openai-whisper's filters leave."""
+    """Returns the logits that openai-whisper's filters leave."""
     logits = logits.clone()
     for each in chosen:
         each.apply(logits, tokens)
@@ -149,7 +149,7 @@ def test_beam_search_selects_what_openai_selects(sampled, seed, lean, **options)
 
 
 def finished(decoder: decoding.BeamSearchDecoder) -> list[list[tuple[int, ...]]]:
-    """The texts that have ended with a probability above 0, in order."""
+    """Returns the texts that have ended with a probability above 0, in order."""
     return [[text for text, sum_ in each.items() if math.isfinite(sum_)] for each in decoder.finished_sequences]
 
 

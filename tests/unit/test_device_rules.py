@@ -38,7 +38,7 @@ from .test_decoding import (
 
 @cache
 def graphs() -> dict[str, Executable]:
-    """What selects tokens, and what chooses among beams, alone."""
+    """Returns what selects tokens, and what chooses among beams, alone."""
     cpu = DeviceRef.CPU()
     dims = load_checkpoint(NANO).dims
     types = inputs(dims, Policy(cpu, DType.float32, DType.float32), MAX_CANDIDATES)
@@ -62,7 +62,7 @@ def graphs() -> dict[str, Executable]:
 
 
 def given_to(texts: Texts, rules: Rules, n_window: int = 1) -> dict[str, torch.Tensor]:
-    """What the graphs take, to be changed in place, with room for a token more."""
+    """Returns what the graphs take, to be changed in place, with room for a token more."""
     tokens = pad(texts.tokens, (0, 1), value=N_VOCAB - 1)
     n_text, n_position = tokens.shape
     read = {"texts": tokens, "lengths": texts.lengths, "rows": rows_of(n_text, n_position)}
@@ -85,7 +85,7 @@ def given_to(texts: Texts, rules: Rules, n_window: int = 1) -> dict[str, torch.T
 
 
 def candidates(logits: torch.Tensor, tokens: torch.Tensor, chosen: list) -> Candidates:
-    """The likeliest tokens; behind the texts stands what no rule may look at."""
+    """Returns the likeliest tokens; behind the texts stands what no rule may look at."""
     known = TokenRules.of(chosen, N_VOCAB, SAMPLE_BEGIN, EOT)
     assert known is not None
     given = given_to(Texts.of(tokens, torch.zeros(len(tokens))), known.inputs(tokens, MAX_CANDIDATES))

@@ -53,7 +53,7 @@ CHECKS = [
 
 
 def report_on(changes: Mapping[str, Answer | str] | None = None) -> Report:
-    """The report on a machine that has everything but for `changes`: other answers, or the reason why there is none."""
+    """Returns the report on a machine that has everything but for `changes`: other answers, or why there is none."""
     answers = {**HEALTHY, **(changes or {})}
 
     def ask(probe: str) -> Answer:

@@ -39,7 +39,7 @@ def one_thread() -> Iterator[None]:
 def judged(
     dtype: torch.dtype, block: str, run: Callable[[int], Callable[..., list[Tensor]]], kinds: Iterable[str]
 ) -> list[Judgement]:
-    """The verdicts on a block whose layers `run` computes, by their numbers."""
+    """Returns the verdicts on a block whose layers `run` computes, by their numbers."""
 
     def judge(comparison: Comparison) -> Judgement:
         return suite(dtype).judge(comparison, run(comparison.layer))
@@ -54,7 +54,7 @@ def attending(
 
 
 def in_dtype(dtype: torch.dtype) -> Attends:
-    """Computes attention as tensor cores do, whose operands are of the dtype."""
+    """Returns attention as of tensor cores, whose operands are of the dtype."""
     return Attends(values=of_operands(lambda x: x.to(dtype).float()))
 
 

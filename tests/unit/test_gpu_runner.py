@@ -24,7 +24,7 @@ BARE = ("__init__", "__main__", "steps", "held", "limits", "findings", "results"
 
 @pytest.fixture
 def this_python(tmp_path: Path) -> str:
-    """A folder in which python3 is the Python of these tests."""
+    """Returns a folder in which python3 is the Python of these tests."""
     program = tmp_path / "bin" / "python3"
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')

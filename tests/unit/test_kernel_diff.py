@@ -28,7 +28,7 @@ COPY = kernel("foreach_00112233", MOVE)
 
 
 def made(**kernels: list[bytes]) -> Made:
-    """A graph "encoder" with an operation for each of the functions, which load these kernels."""
+    """Returns a graph "encoder" with an operation for each of the functions, which load these kernels."""
     entries = {name: Entry(name.encode(), programs) for name, programs in kernels.items()}
     return Made(entries, {"encoder": [Step(name) for name in entries]})
 

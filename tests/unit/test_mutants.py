@@ -17,7 +17,7 @@ from reference.mutants.report import enough, report
 
 
 def changes(instrumented: Callable[..., str], text: str) -> dict[str, set[str]]:
-    """By operator, what the code of a source becomes."""
+    """Returns, by operator, what the code of a source becomes."""
     found: dict[str, set[str]] = {}
 
     def note(file: str, line: int, operator: str, before: str, after: str) -> None:

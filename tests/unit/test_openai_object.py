@@ -97,7 +97,7 @@ def cached(x: Model, mel: torch.Tensor, install: Callable[[Model], Any] | None =
 
 
 def cut_short(x: Model, mel: torch.Tensor) -> list[int]:
-    """A cache that is taken back to an earlier token."""
+    """Returns a cache that is taken back to an earlier token."""
     tokens, features = text_of(x), x.encoder(mel[None])
     cache, hooks = x.install_kv_cache_hooks()
     for part in (tokens[:, :4], tokens[:, 4:5], tokens[:, 5:6]):
@@ -182,7 +182,7 @@ def parts(x: Model, mel: torch.Tensor) -> list[Any]:
 
 
 def stays(change: Callable[[Model], Any]) -> Use:
-    """Something that returns the model as it was."""
+    """Returns a use in which a change returns the model as it was."""
     return lambda x, mel: change(x) is x and x.decode(mel, DecodingOptions(**SHORT)).tokens
 
 

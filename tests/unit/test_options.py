@@ -20,8 +20,9 @@ Run = Callable[..., tuple[int, str]]
 
 @pytest.fixture
 def run(pytester: pytest.Pytester) -> Run:
-    """Exit status and output of a run inside this process: with a configuration of its own, so that neither options nor
-    results leak from one into the other, and without the seconds that it takes to import PyTorch and MAX."""
+    """Returns exit status and output of a run inside this process: with a configuration of its own, so that neither
+    options nor results leak from one into the other, and without the seconds that it takes to import PyTorch and
+    MAX."""
 
     def run(*options: str | Path) -> tuple[int, str]:
         done = pytester.runpytest_inprocess("-q", "-p", "no:cacheprovider", *options)

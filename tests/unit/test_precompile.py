@@ -30,7 +30,7 @@ time.sleep(60)
 
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A module that only this process has in its path, and machines of two cores with enough memory."""
+    """Writes a module that only this process has in its path, and has machines of two cores with enough memory."""
     (tmp_path / "does_jobs.py").write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(precompile, "cores", lambda: 2)

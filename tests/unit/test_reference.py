@@ -322,7 +322,7 @@ def test_no_test_holds_a_tolerance() -> None:
 
 
 def two_keys(gap: float, size: float) -> tuple[Callable[[dict[str, Tensor]], list[Tensor]], dict[str, Tensor]]:
-    """Attention over two keys whose scores are `size` and nearly equal, as a function of the scores."""
+    """Returns attention over two keys whose scores are `size` and nearly equal, as a function of the scores."""
     scores = torch.tensor([[size, size + gap]], dtype=torch.float64)
     return lambda x: [x["scores"].softmax(-1) @ torch.tensor([[1.0], [-1.0]]).double()], {"scores": scores}
 

@@ -20,7 +20,7 @@ Written = tuple[str, dict, str]
 
 @pytest.fixture(scope="module")
 def failed(tmp_path_factory: pytest.TempPathFactory) -> Written:
-    """What is written of a run that failed, which draws charts for a second."""
+    """Writes the report of a run that failed, which draws charts for a second."""
     return written(failing(), tmp_path_factory.mktemp("failed"))
 
 

@@ -27,7 +27,7 @@ TASKS = Path("/proc/self/task")
 
 
 def wakeups() -> dict[str, int]:
-    """How often each thread of this process has waited and gone on."""
+    """Returns how often each thread of this process has waited and gone on."""
     found = {}
     for task in TASKS.iterdir():
         with suppress(FileNotFoundError, ProcessLookupError):  # of a thread that has ended since
@@ -68,7 +68,7 @@ def test_a_thread_that_needs_python_when_the_process_ends_has_it_after_a_compila
 
 
 def timer_slack() -> int:
-    """That of the calling thread, in nanoseconds."""
+    """Returns the timer slack of the calling thread, in nanoseconds."""
     return ctypes.CDLL(None).prctl(PR_GET_TIMERSLACK)
 
 

@@ -37,7 +37,7 @@ def recordings() -> list[np.ndarray]:
 
 @pytest.fixture(scope="module")
 def alone(model: Whisper, recordings: list[np.ndarray]) -> Callable[[int | None], dict[int, dict[str, Any]]]:
-    """From a number of beams to each recording's transcript."""
+    """Returns what gives, for a number of beams, each recording's transcript."""
     return cache_of(lambda beam_size: {i: model.transcribe(x, beam_size=beam_size) for i, x in enumerate(recordings)})
 
 

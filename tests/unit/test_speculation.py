@@ -74,7 +74,7 @@ def mels() -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def heard(model: Whisper, mels: torch.Tensor) -> torch.Tensor:
-    """Every clip's audio features, which a decode takes as well as the mels."""
+    """Returns every clip's audio features, which a decode takes as well as the mels."""
     return torch.cat([model.embed_audio(mel[None]) for mel in mels])
 
 
@@ -82,13 +82,13 @@ Found = list[tuple[Any, ...]]
 
 
 def decoded(model: Whisper, heard: torch.Tensor, **options: Any) -> Found:
-    """What is found in windows that decode together."""
+    """Returns what is found in windows that decode together."""
     results = model.decode(heard, whisper.DecodingOptions(fp16=False, language="en", **options))
     return [(result.tokens, result.avg_logprob, result.no_speech_prob) for result in results]
 
 
 def by_steps(model: Whisper, heard: torch.Tensor, **options: Any) -> Found:
-    """What is decoded without proposals."""
+    """Returns what is decoded without proposals."""
     return decoded(model.stepping_by(CPUStepper(model.network, model.dims.n_text_ctx)), heard, **options)
 
 
@@ -271,7 +271,7 @@ def test_a_cache_is_one_memory_for_the_draft(model: Whisper, heard: torch.Tensor
 
 @pytest.fixture(scope="module")
 def verify() -> Executable:
-    """The graph that selects tokens, of texts with proposals behind them."""
+    """Returns the graph that selects tokens, of texts with proposals behind them."""
     logits = TensorType(DType.float32, ["batch", "token", N_VOCAB], DeviceRef.CPU())
     inputs = {"logits": logits, **texts_inputs(), **rules_inputs(N_VOCAB)}
     function = by_name(inputs, lambda _, logits, **given: top_tokens(logits, given))
@@ -282,7 +282,7 @@ def verify() -> Executable:
 def verified(
     verify: Executable, logits: torch.Tensor, text: list[int], proposals: list[int], total: float, end: int
 ) -> tuple[list[int], list[torch.Tensor]]:
-    """The text with what is put behind it, and what else the graph gives."""
+    """Returns the text with what is put behind it, and what else the graph gives."""
     texts = torch.tensor([[*text, *proposals, 0]])
     limits, begins = torch.tensor([BEGIN, EOT]), torch.tensor([1])
     rules = Rules(torch.zeros(N_VOCAB, dtype=torch.bool), begins, limits, n_best=2).inputs()

@@ -106,7 +106,8 @@ class Seen(decoding.LogitFilter):
         self.steps.append((tokens, logits.clone()))
 
     def along(self, text: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The logits (step, vocabulary) behind the first tokens of a text, and the token (step,) that follows each."""
+        """Returns the logits (step, vocabulary) behind the first tokens of a text, and the tokens (step,) that
+        follow."""
         rows = [
             logits[(tokens == torch.tensor(text[: tokens.shape[1]])).all(1)][0]
             for tokens, logits in self.steps
@@ -164,7 +165,7 @@ def advanced(
 
 
 def equal(ours: Advanced, theirs: Advanced) -> bool:
-    """Bitwise."""
+    """Compares bitwise."""
     pairs = zip(
         (*ours.texts, *vars(ours.candidates).values()), (*theirs.texts, *vars(theirs.candidates).values()), strict=True
     )
@@ -172,7 +173,7 @@ def equal(ours: Advanced, theirs: Advanced) -> bool:
 
 
 def started(model: Whisper, texts: torch.Tensor, features: torch.Tensor) -> MaxInference:
-    """The cache of texts without their last token."""
+    """Returns the cache of texts without their last token."""
     inference = MaxInference(model, texts.shape[1] - 1)
     inference.logits(texts[:, :-1], features[:1])
     return inference

@@ -109,7 +109,7 @@ def test_every_product_of_a_twin_has_operands_in_tf32(fixture: Suite, block: str
 
 @contextmanager
 def in_float16(fixture: Suite, module: str) -> Iterator[None]:
-    """What the submodules of a name make is rounded to float16, which has TF32's mantissa."""
+    """Rounds what the submodules of a name make to float16, which has TF32's mantissa."""
     modules = [each for path, each in fixture.peer.named_modules() if path.endswith(module)]
     hooks = [each.register_forward_hook(lambda _, inputs, output: output.half().float()) for each in modules]
     try:
@@ -122,7 +122,8 @@ def in_float16(fixture: Suite, module: str) -> Iterator[None]:
 def judged(
     fixture: Suite, block: str, around: Callable[[], Any], change: Callable[[Tensor], Tensor] = lambda x: x
 ) -> Judgement:
-    """The explained verdict on PyTorch in float32 in the place of MAX, computing in a context, its outputs changed."""
+    """Returns the explained verdict on PyTorch in float32 as the subject, computing in a context, its outputs
+    changed."""
     of = comparison(fixture, block)
 
     @torch.no_grad()
@@ -136,7 +137,7 @@ def judged(
 
 
 def named(judgement: Judgement) -> list[str]:
-    """The best explanation of each output."""
+    """Returns the best explanation of each output."""
     return [e.diagnoses[0].name if e.diagnoses else "" for e in judgement.explanations]
 
 
