@@ -256,7 +256,7 @@ def test_what_inside_a_model_is_asked_is_said_to_be_computed_in_pytorch(
         inner_steps(model, mel)
     assert [record.getMessage() for record in caplog.records] == [
         "computed in PyTorch, not on MAX, and slower: modules inside have hooks",
-        "tokens are picked by openai-whisper's loop, not in the graph: the decoder has hooks",
+        "tokens are selected by openai-whisper's loop, not in the graph: the decoder has hooks",
     ]
 
 

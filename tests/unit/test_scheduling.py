@@ -175,7 +175,7 @@ class OneToken:
 
 
 def test_a_cache_is_as_long_as_its_own_texts_whatever_others_are() -> None:
-    """Beams of which it would exchange places else that are not filled yet."""
+    """Else it would exchange rows of beams that are not filled yet."""
     stepper = BatchingStepper(OneToken(), 2)
     held = {n: cache(float(n)) for n in (1, 3)}
     for _ in held:
