@@ -162,7 +162,7 @@ class Ending:
         except pytest.exit.Exception:
             raise
         except Exception as error:
-            self.fail(session, f"{place(error)} failed as the run ended: {one_line(error)}")
+            self.fail(session, f"{failing_hook(error)} failed as the run ended: {one_line(error)}")
         if is_worker(self.config) or self.config.getoption("collectonly"):
             return
         if self.run.lost:
@@ -207,7 +207,7 @@ class Ending:
             terminalreporter.write_line(line, yellow=True)
 
 
-def place(error: BaseException) -> str:
+def failing_hook(error: BaseException) -> str:
     """Returns the file and the function of the plugin whose hook raised the error."""
     frames = traceback.extract_tb(error.__traceback__)
     hooks = [hook for caller, hook in pairwise(frames) if Path(caller.filename).parent == PLUGGY]
