@@ -197,7 +197,7 @@ class Timeline:
     """How far the frames of a stream, by their times in the file, are behind where their samples alone would be."""
 
     def __init__(self, start: int | None, duration: int | None):
-        """Takes start and duration of the file, in units of 1 / av.time_base; None if it does not say."""
+        """Takes start and duration of the file, as multiples of 1 / av.time_base s; None if it does not say."""
         self.position = None if start is None else start / av.time_base
         # A time behind it is none: damaged, or one before the start in a format whose times wrap around.
         self.end = math.inf if start is None or not duration else (start + duration) / av.time_base

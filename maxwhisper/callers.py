@@ -1,7 +1,7 @@
 """Recordings of callers who come and go: windows of several decode at once, and each waits its turn for the next one.
 
 A window is what is scheduled, not a recording: behind an hour of audio a short clip waits for one window, not for 120.
-Texts advance together as in `scheduling`. Where tokens are drawn at random they cannot, so such windows are decoded one
+Texts advance together as in `scheduling`. Where tokens are sampled they cannot, so such windows are decoded one
 after the other beside the others.
 """
 
@@ -19,20 +19,20 @@ from .decoding.stepper import Advanced, Stepper, Texts
 from .scheduling import Decode, Model, Waveform
 
 
-class Together:
+class Scheduler:
     """A model that any number of threads transcribe with, each by a `Caller`."""
 
     def __init__(self, model: Model, n_window: int):
         """Has up to `n_window` windows decode at once."""
         self.model = model
         self.stepper = BatchingStepper(model.stepper, n_window)
-        self.likeliest = ThreadPoolExecutor(n_window, "maxwhisper-window")
-        self.drawn = ThreadPoolExecutor(1, "maxwhisper-window")
+        self.deterministic = ThreadPoolExecutor(n_window, "maxwhisper-window")
+        self.sampled = ThreadPoolExecutor(1, "maxwhisper-window")
 
     def close(self) -> None:
         """Ends the threads, once no caller transcribes any more."""
-        self.likeliest.shutdown()
-        self.drawn.shutdown()
+        self.deterministic.shutdown()
+        self.sampled.shutdown()
 
 
 class UntilStopped:
@@ -52,11 +52,11 @@ class UntilStopped:
 class Caller:
     """Somebody with one recording, who may stop waiting for its transcript."""
 
-    def __init__(self, together: Together):
-        self.together = together
+    def __init__(self, scheduler: Scheduler):
+        self.scheduler = scheduler
         self.stopped = Event()
         self.window: Future[Any] | None = None
-        self.decoding = together.model.stepping_by(UntilStopped(together.stepper, self.stopped))
+        self.decoding = scheduler.model.stepping_by(UntilStopped(scheduler.stepper, self.stopped))
 
     def transcribe(self, audio: Waveform, **options: Any) -> dict[str, Any]:
         """Returns in this thread what the model's `transcribe` does; raises Stopped after a call of `stop`."""
@@ -77,9 +77,9 @@ class Caller:
             window.cancel()
 
     def _when_due(self, mel: Tensor, options: DecodingOptions) -> Any:
-        drawn = options.temperature > 0
-        threads = self.together.drawn if drawn else self.together.likeliest
-        decode = self.decoding.decode if drawn else self._with_others
+        sampled = options.temperature > 0
+        threads = self.scheduler.sampled if sampled else self.scheduler.deterministic
+        decode = self.decoding.decode if sampled else self._with_others
         self.window = threads.submit(self._unless_stopped, decode, mel, options)
         if self.stopped.is_set():  # after `stop` has looked for a window
             self.window.cancel()
@@ -91,7 +91,7 @@ class Caller:
         return decode(mel, options)
 
     def _with_others(self, mel: Tensor, options: DecodingOptions) -> Any:
-        stepper = self.together.stepper
+        stepper = self.scheduler.stepper
         stepper.join()
         with stepper.turn:
             try:

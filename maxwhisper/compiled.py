@@ -17,7 +17,7 @@ from .decoding.gpu import search_program, step_program
 from .decoding.rules import TOKEN_RULES, rules_program
 from .decoding.speculative import Draft, draft_of, quantize_keys_program, speculate_program
 from .engine.artifacts import Artifacts, Cache
-from .engine.precompile import Ahead, Job
+from .engine.precompile import Job, Precompiler
 from .engine.process import compiler
 from .engine.program import Artifact, Executable, Program, buffer
 from .engine.session import TORCH_DTYPE, Policy, find_device
@@ -96,7 +96,7 @@ class Network:
         self.artifacts = artifacts
         self.policy = policy_of(checkpoint.tensors, device, dtype)
         self.dtype = TORCH_DTYPE[self.policy.compute]
-        self.ahead = Ahead("maxwhisper.precompile", self._jobs())
+        self.precompiler = Precompiler("maxwhisper.precompile", self._jobs())
         self.executables = self._load("network")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Network":
@@ -126,9 +126,9 @@ class Network:
             device, policy = "cpu", replace(policy, device=DeviceRef.CPU())
         load = self.artifacts.loader(unit, dims, policy) if self.artifacts else None
         if unit == DECODING:
-            for job in self.ahead.jobs:
-                self.ahead.wait(job, f"{unit} of {name}")
-        slow = self.ahead.start if unit == "network" else None
+            for job in self.precompiler.jobs:
+                self.precompiler.wait(job, f"{unit} of {name}")
+        slow = self.precompiler.start if unit == "network" else None
         programs = programs_of(unit, dims, policy)
         mel = log_mel_weights(dims.n_mels) if LOG_MEL in (program.name for program in programs) else {}
         artifact, tensors = Artifact(f"{unit} of {name}", programs, device, load, slow), self.checkpoint.tensors

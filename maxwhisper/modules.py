@@ -100,7 +100,7 @@ class TextDecoder(Frozen, openai.TextDecoder):
         None as the other output. With other hooks inside, or features that require a gradient that is not switched off,
         this is openai-whisper's forward, in PyTorch.
 
-        Raises OptionError for tokens or features that the model has no place for, or if weights were changed.
+        Raises OptionError for tokens or features that the model has no room for, or if weights were changed.
         """
         cache = kv_cache if isinstance(kv_cache, KeyValueCache) else KeyValueCache()
         if cache:

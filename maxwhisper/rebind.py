@@ -26,7 +26,7 @@ def rebind(function: FunctionType, **names: Any) -> Callable[..., Any]:
 def enumerate_and_tell(
     tell: Callable[[Segments], None], segments: Segments, start: int | None = None
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Is what openai-whisper's `transcribe` takes for `enumerate`: only of a window's final segments does it say where
+    """Stands in for `enumerate` in openai-whisper's `transcribe`: only of a window's final segments does that say where
     the numbers start, and nowhere else does it show them before the end."""
     if start is not None:
         tell(segments)

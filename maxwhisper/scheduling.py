@@ -59,13 +59,13 @@ def loaded(
             return error
 
     with ThreadPoolExecutor(1) as reader:
-        ahead: list[Future[Waveform | Exception]] = []
+        prefetched: list[Future[Waveform | Exception]] = []
         try:
             for number, each in enumerate(audio):
-                ahead.append(reader.submit(load, each))
+                prefetched.append(reader.submit(load, each))
                 if number:
-                    yield number - 1, ahead.pop(0).result()
-            for last in ahead:
+                    yield number - 1, prefetched.pop(0).result()
+            for last in prefetched:
                 yield number, last.result()
         finally:
             stopped.set()

@@ -10,11 +10,11 @@ from maxwhisper.errors import MaxWhisperError
 from maxwhisper.network.blocks import BLOCKS, Block
 
 from .activations import END, KINDS
-from .ahead import WhenCompiling, compile_ahead, suite_job
 from .compile_log import CompileRecord, compilations
 from .fixtures import NANO
 from .measures import severity
 from .models import CHECKPOINT, trained
+from .precompile import WhenCompiling, precompiler, suite_job
 from .suite import Suite
 
 N_FIRST = 8
@@ -30,16 +30,16 @@ class Halves:
         first, last = (Suite(model, torch.float32, only=frozenset(some)) for some in (names[:N_FIRST], names[N_FIRST:]))
         self.suites = first, last
         self.job = suite_job(CHECKPOINT, torch.float32, last.only)
-        self.ahead = compile_ahead([self.job], str(checkpoint), "cpu")
+        self.precompiler = precompiler([self.job], str(checkpoint), "cpu")
         if not first.subject.kept("parts"):
-            logging.getLogger("maxwhisper").addHandler(WhenCompiling(self.ahead))
+            logging.getLogger("maxwhisper").addHandler(WhenCompiling(self.precompiler))
 
     def of(self, block: Block) -> Suite:
-        """Return the one for a block, when what it computes with has been compiled, or can be."""
+        """Returns the one for a block, when what it computes with has been compiled, or can be."""
         first, last = self.suites
         if block.name not in last.only:
             return first
-        self.ahead.wait(self.job, "the other half of the blocks")
+        self.precompiler.wait(self.job, "the other half of the blocks")
         return last
 
 

@@ -80,8 +80,8 @@ class Activations:
     audio_features: Tensor
 
     def of(self, block: Block, names: list[str], layer: int, position: int) -> dict[str, Tensor]:
-        """The block's inputs. A decoder block sees the first `position` tokens at prefill, or at a step the one token
-        at `position` behind a cache of all before it: the decoder is causal, so one recording holds both."""
+        """Returns the block's inputs by name. A decoder block sees the first `position` tokens at prefill, or at a step
+        the token at `position` behind a cache of all before it: the decoder is causal, so one recording holds both."""
         path = block.path.format(audio_layer=layer, text_layer=layer)
         # Where a block is told the first token's position, it is not 0, which would not show that it was ignored.
         first = OFFSET if "offset" in names else 0
@@ -103,7 +103,8 @@ class Activations:
         return self.key_value(name, path)
 
     def key_value(self, name: str, path: str) -> Tensor:
-        """k_cache, v_cross, and in a whole decoder k_cache.0, v_cross.1 and so on."""
+        """Returns what an input such as k_cache or v_cross names, or in a whole decoder k_cache.0, v_cross.1 and so on:
+        (batch or audio, head, token, channel)."""
         kind, _, layer = name.partition(".")
         block = f"decoder.blocks.{layer}" if layer else path.removesuffix(".attn").removesuffix(".cross_attn")
         table = self.keys if kind.startswith("k") else self.values
@@ -114,17 +115,17 @@ class Activations:
 
 
 def is_step(block: Block) -> bool:
-    """Whether the block takes one token behind a cache."""
+    """Tells whether the block takes one token behind a cache."""
     return TWINS[block.name].step
 
 
 def speech(dims: ModelDimensions) -> tuple[Tensor, Tensor]:
-    """The first window of an English clip, (samples,), and its text with the prompt before it, (1, token)."""
+    """Returns the first window of an English clip, (samples,), and its text with the prompt before it, (1, token)."""
     return window_of(next(clip for clip in CLIPS if "english-2" in clip["file"]), dims)
 
 
 def window_of(clip: dict[str, Any], dims: ModelDimensions) -> tuple[Tensor, Tensor]:
-    """The first 30 s of a clip, (samples,), and prompt and text as the decoder sees them, (1, token)."""
+    """Returns the first 30 s of a clip, (samples,), and prompt and text as the decoder sees them, (1, token)."""
     audio = torch.from_numpy(pad_or_trim(waveforms.read(FIXTURES / clip["file"])))
     tokenizer = tokenizer_of(dims, clip["language"])
     text = tokenizer.encode(" " + clip["text"])[: dims.n_text_ctx - N_PROMPT - 1]
@@ -133,7 +134,7 @@ def window_of(clip: dict[str, Any], dims: ModelDimensions) -> tuple[Tensor, Tens
 
 @contextmanager
 def hooked(model: Whisper, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> Iterator[None]:
-    """While this is open, every submodule's input and output go into the dictionaries, in the order of computing."""
+    """Puts every submodule's input and output into the dictionaries while this is open, in the order of computing."""
 
     def hook(name: str) -> Callable[..., None]:
         def keep(module: torch.nn.Module, given: tuple, output: object) -> None:
@@ -172,7 +173,7 @@ def record(oracle: Whisper, audio: Tensor, tokens: Tensor) -> Activations:
 
 
 def recorded(oracle: Whisper, kind: str) -> Activations:
-    """The activations that a kind of inputs is taken from: those of its audio, or for changed ones those of speech."""
+    """Records what a kind of inputs is taken from: activations of its audio, or for changed ones those of speech."""
     audio, tokens = speech(oracle.dims)
     prompt, text, end = tokens[:, :N_PROMPT], tokens[:, N_PROMPT:-1], tokens[:, -1:]
     if kind == BATCH:
@@ -186,12 +187,12 @@ def recorded(oracle: Whisper, kind: str) -> Activations:
 
 
 def source(kind: str) -> str:
-    """The kind whose recording the inputs of a kind are made from."""
+    """Returns the kind whose recording the inputs of a kind are made from."""
     return "speech" if kind in (RANDOM, VOCABULARY, *SCALED) else kind
 
 
 def changed(inputs: dict[str, Tensor], kind: str, n_vocab: int, seed: int) -> dict[str, Tensor]:
-    """Recorded inputs as the kind has them: scaled, random, or as they are."""
+    """Returns recorded inputs as the kind has them: scaled, random, or as they are."""
     if kind in SCALED:
         return {name: x * SCALED[kind] if x.is_floating_point() else x for name, x in inputs.items()}
     if kind == VOCABULARY:
@@ -207,7 +208,7 @@ def changed(inputs: dict[str, Tensor], kind: str, n_vocab: int, seed: int) -> di
 
 
 def random_like(x: Tensor, n_vocab: int, generator: torch.Generator) -> Tensor:
-    """Normal numbers of the RMS of x; where x holds tokens, tokens."""
+    """Returns normal numbers of the RMS of x; where x holds tokens, tokens."""
     if x.is_floating_point():
         normal = torch.randn(x.shape, generator=generator)  # of float32, which costs a fifth of float64
         return normal.to(x) * x.square().mean().sqrt()
@@ -215,7 +216,7 @@ def random_like(x: Tensor, n_vocab: int, generator: torch.Generator) -> Tensor:
 
 
 def kinds(block: Block, names: list[str]) -> tuple[str, ...]:
-    """The kinds of inputs that mean something for a block with inputs of these names."""
+    """Returns the kinds of inputs that mean something for a block with inputs of these names."""
     if block.name == "log_mel":
         return tuple(kind for kind in KINDS if kind not in (BATCH, END, VOCABULARY))
     if set(names) <= {"tokens", "offset"}:

@@ -2,7 +2,7 @@
 
 Each twin takes the PyTorch model, the layer's number and the block's named inputs, and returns what the MAX block
 returns. The modules and their forward methods are openai-whisper's; what stands here hands them the inputs that they
-would otherwise compute, such as a cache, and picks up the values that they keep to themselves, such as keys.
+would otherwise compute, such as a cache, and takes up the values that they keep to themselves, such as keys.
 
 Heads: MAX keeps keys and values as (batch, head, token, channel), OpenAI as (batch, token, state).
 """
@@ -22,7 +22,7 @@ torch.backends.cudnn.allow_tf32 = False
 
 
 def pytorch_whisper(dims: ModelDimensions, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Whisper:
-    """openai-whisper's model with the given weights.
+    """Returns openai-whisper's model with the given weights.
 
     In float64 it is the oracle. OpenAI's LayerNorm casts to float32 whatever it is given, so there it is replaced by
     the PyTorch class it derives from. In every other dtype it is the peer: weights stay float32, as OpenAI's
@@ -40,12 +40,12 @@ def pytorch_whisper(dims: ModelDimensions, tensors: Mapping[str, Tensor], dtype:
 
 
 def split_heads(x: Tensor, n_head: int) -> Tensor:
-    """(batch, token, state) to (batch, head, token, channel)."""
+    """Splits (batch, token, state) into (batch, head, token, channel)."""
     return x.unflatten(2, (n_head, -1)).transpose(1, 2)
 
 
 def join_heads(x: Tensor) -> Tensor:
-    """(batch, head, token, channel) to (batch, token, state)."""
+    """Joins (batch, head, token, channel) into (batch, token, state)."""
     return x.transpose(1, 2).flatten(2)
 
 
@@ -69,12 +69,12 @@ def self_attention_cache(attn: MultiHeadAttention, cache: tuple[Tensor, Tensor] 
 
 
 def cross_attention_cache(attn: MultiHeadAttention, k: Tensor, v: Tensor, batch: int) -> dict[nn.Module, Tensor]:
-    """The dictionary from which OpenAI's cross-attention takes keys and values, a row for each of `batch` texts."""
+    """Returns the dictionary of keys and values of OpenAI's cross-attention, a row for each of `batch` texts."""
     return {m: join_heads(x).repeat_interleave(batch // x.shape[0], 0) for m, x in ((attn.key, k), (attn.value, v))}
 
 
 def log_mel(model: Whisper, layer: int, audio: Tensor) -> list[Tensor]:
-    """OpenAI's function, which is float32; in float64 its formula, with a Hann window and a transform of that dtype."""
+    """Computes OpenAI's function, which is float32; in float64 its formula, with window and transform of that dtype."""
     n_mels = model.dims.n_mels
     if audio.dtype != torch.float64:
         return [log_mel_spectrogram(audio, n_mels)]
@@ -92,7 +92,7 @@ def encoder_stem(model: Whisper, layer: int, mel: Tensor) -> list[Tensor]:
 
 
 def submodule(path: str) -> Callable[..., list[Tensor]]:
-    """A submodule of the model by its name, "{layer}" standing for the layer's number, with its one input."""
+    """Returns what calls a submodule of this name with its one input; "{layer}" stands for the layer's number."""
 
     def forward(model: Whisper, layer: int, **x: Tensor) -> list[Tensor]:
         y = model.get_submodule(path.format(layer=layer))(*x.values())
@@ -113,7 +113,7 @@ def causal_attention(model: Whisper, layer: int, x: Tensor) -> list[Tensor]:
 
 
 def filled(cache: Tensor, offset: Tensor) -> Tensor:
-    """The positions of a cache (batch, head, position, channel) that hold keys or values."""
+    """Returns the positions of a cache (batch, head, position, channel) that hold keys or values."""
     return cache[:, :, : int(offset)]
 
 
@@ -136,7 +136,7 @@ def cross_attention(model: Whisper, layer: int, x: Tensor, k_cross: Tensor, v_cr
 
 
 def decoder_block(model: Whisper, layer: int, x: Tensor, **kv: Tensor) -> list[Tensor]:
-    """At prefill, and at a step when there are an offset, a k_cache and a v_cache."""
+    """Computes a layer at prefill, or at a step when there are an offset, a k_cache and a v_cache."""
     block: ResidualAttentionBlock = model.decoder.blocks[layer]
     cache = (filled(kv["k_cache"], kv["offset"]), filled(kv["v_cache"], kv["offset"])) if "k_cache" in kv else None
     cross = cross_attention_cache(block.cross_attn, kv["k_cross"], kv["v_cross"], x.shape[0])
@@ -145,7 +145,7 @@ def decoder_block(model: Whisper, layer: int, x: Tensor, **kv: Tensor) -> list[T
 
 
 def decoder_logits(model: Whisper, layer: int, x: Tensor) -> list[Tensor]:
-    """OpenAI's last two lines, but float64 stays float64."""
+    """Computes OpenAI's last two lines, but float64 stays float64."""
     decoder = model.decoder
     logits = decoder.ln(x) @ decoder.token_embedding.weight.to(x.dtype).T
     return [logits if x.dtype == torch.float64 else logits.float()]
@@ -158,7 +158,7 @@ def decoder_keys_values(model: Whisper, layer: int, audio_features: Tensor) -> l
 def decoder(
     model: Whisper, layer: int, tokens: Tensor, positions: Tensor | slice = slice(None), **kv: Tensor
 ) -> list[Tensor]:
-    """The decoder at prefill, and at a step when there are an offset and caches; its logits at some positions alone."""
+    """Computes the decoder at prefill, or at a step where there are an offset and caches; logits at some positions."""
     offset = kv.get("offset", torch.tensor(0))
     (x,) = decoder_embedding(model, 0, tokens, offset)
     others: list[Tensor] = []
@@ -182,7 +182,7 @@ def cross_scores(attn: MultiHeadAttention, x: Tensor, k_cross: Tensor) -> Tensor
 
 
 def decoder_alignment(model: Whisper, layer: int, tokens: Tensor, **kv: Tensor) -> list[Tensor]:
-    """As at prefill, with every layer's cross-attention scores."""
+    """Computes the decoder at prefill, and every layer's cross-attention scores."""
     scores: list[Tensor] = []
 
     def hook(k_cross: Tensor) -> Callable[..., None]:
@@ -215,7 +215,7 @@ class Twin:
     step: bool = False
 
     def __call__(self, model: Whisper, layer: int, **inputs: Tensor) -> list[Tensor]:
-        """Compute the block's outputs with the weights of a layer of the model."""
+        """Computes the block's outputs with the weights of a layer of the model."""
         return self.forward(model, layer, **inputs)
 
 
@@ -236,7 +236,7 @@ def times(factor: int, size: Count) -> Count:
 
 
 def attending(size: Count) -> Count:
-    """The longer of what a projection to queries, or the like, sums and of the audio that attention goes over."""
+    """Returns the count of the longer sum: that of a projection, over `size`, or attention's, over the audio."""
     return lambda dims: max(size(dims), dims.n_audio_ctx)
 
 

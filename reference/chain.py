@@ -57,7 +57,7 @@ class Chain:
 
     @property
     def first_divergence(self) -> str | None:
-        """The first submodule whose inputs were within budget and whose output is not."""
+        """Returns the first submodule whose inputs were within budget and whose output is not."""
         return next((name for name, judgement in self.judgements.items() if not judgement.passed), None)
 
     def __str__(self) -> str:
@@ -73,7 +73,7 @@ class Chain:
 
 
 def run_chain(suite: Suite, kind: str = "speech") -> Chain:
-    """The chain over one of the waveforms AUDIO and the text of "speech", the last token as the step."""
+    """Judges the chain over one of the waveforms AUDIO and the text of "speech", the last token as the step."""
     audio, tokens = speech(suite.dims)
     graphs, waveform = suite.subject.graphs, AUDIO[kind](audio)
     inside = max_chain(suite, graphs, waveform, tokens)
@@ -87,13 +87,13 @@ def run_chain(suite: Suite, kind: str = "speech") -> Chain:
 
 
 def first_divergence(suite: Suite, graphs: Mapping[str, Executable]) -> str | None:
-    """Where the chain over speech first leaves its budget, with other graphs than the suite's own."""
+    """Returns where the chain over speech first leaves its budget, with other graphs than the suite's own."""
     ours = max_chain(suite, graphs, *speech(suite.dims))
     return next((name for name, judgement in judge_chain(suite, "speech", ours) if not judgement.passed), None)
 
 
 def judge_chain(suite: Suite, kind: str, ours: Outputs) -> Iterator[tuple[str, Judgement]]:
-    """Submodule by submodule, in the order of computing."""
+    """Yields name and verdict of every submodule, in the order of computing."""
     oracle, peer = references(suite, kind)
     for name, right in oracle.items():
         dtype = torch.float32 if name == "log_mel" else suite.dtype
@@ -102,7 +102,7 @@ def judge_chain(suite: Suite, kind: str, ours: Outputs) -> Iterator[tuple[str, J
 
 
 def teacher_forced(suite: Suite, clip: dict[str, Any]) -> Judgement:
-    """The chain over a clip's first window with its own text given: the logits of every next token."""
+    """Judges the chain over a clip's first window with its own text given: the logits of every next token."""
     audio, tokens = window_of(clip, suite.dims)
     ours = max_chain(suite, suite.subject.graphs, audio, tokens, intermediates=False)["decoder"]
     comparison = Comparison(suite.model.size, suite.dtype, "decoder.prefill", 0, clip["file"], suite.device)
@@ -131,7 +131,7 @@ def judge_chained(suite: Suite, comparison: Comparison, oracle: Tensor, peer: Te
 
 
 def references(suite: Suite, kind: str) -> tuple[Outputs, Outputs]:
-    """What oracle and peer make of a waveform, computed once: a fault changes only the subject."""
+    """Returns what oracle and peer make of a waveform, computed once: a fault changes only the subject."""
     if kind not in suite.chains:
         waveform, tokens = speech(suite.dims)
         audio = AUDIO[kind](waveform)
@@ -147,7 +147,7 @@ def effect(output: str, plain: Tensor, ours: Tensor) -> IntermediatesEffect:
 
 @torch.no_grad()
 def pytorch_chain(model: Whisper, audio: Tensor, tokens: Tensor, dtype: torch.dtype) -> Outputs:
-    """Every submodule's output under its name, with STEP before it for what the step computes."""
+    """Computes every submodule's output, under its name, with STEP before it for what the step computes."""
     mel = pytorch_mel(model, audio, dtype)
     values: Outputs = {"log_mel": mel}
 
@@ -171,29 +171,29 @@ def pytorch_chain(model: Whisper, audio: Tensor, tokens: Tensor, dtype: torch.dt
 
 @torch.no_grad()
 def pytorch_logits(model: Whisper, audio: Tensor, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-    """The logits behind all tokens but the last."""
+    """Computes the logits (batch, token, vocab) behind all tokens but the last."""
     features = model.encoder(pytorch_mel(model, audio, dtype)[None].to(model.device, dtype))
     cross = layers("cross", decoder_keys_values(model, 0, features))
     return decoder_twin(model, 0, tokens[:, :-1].to(model.device), **cross)[0].cpu()
 
 
 def pytorch_mel(model: Whisper, audio: Tensor, dtype: torch.dtype) -> Tensor:
-    """In float32 at least."""
+    """Computes the log-mel spectrogram (n_mels, frame), in float32 at least."""
     return log_mel(model, 0, audio.to(torch.promote_types(dtype, torch.float32)))[0]
 
 
 def length_of(cache: list[Tensor]) -> Tensor:
-    """How many tokens a full cache holds."""
+    """Returns how many tokens a full cache holds."""
     return torch.tensor(cache[0].shape[2])
 
 
 def layers(kind: str, values: list[Tensor]) -> dict[str, Tensor]:
-    """Keys and values of every layer in turn, by the names that BLOCKS gives them."""
+    """Returns keys and values of every layer in turn, by the names that BLOCKS gives them."""
     return {f"{'kv'[i % 2]}_{kind}.{i // 2}": value for i, value in enumerate(values)}
 
 
 def named(prefix: str, inputs: Outputs, outputs: Outputs) -> Outputs:
-    """The outputs in order, each sum before the first submodule inside the one that it goes into."""
+    """Returns the outputs in order, each sum before the first submodule inside the one that it goes into."""
     values: Outputs = {}
     for name, value in outputs.items():
         for module, total in SUMS.items():

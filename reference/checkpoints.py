@@ -38,11 +38,11 @@ convert_openai_to_hf.py, the other way round."""
 
 
 class UnreadableError(Exception):
-    """No reader but maxwhisper's own reads the checkpoint."""
+    """A checkpoint that no reader but maxwhisper's own reads."""
 
 
 def read(source: str | Path, n_vocab: int) -> Whisper:
-    """Read a checkpoint into openai-whisper's model in float32, with its alignment heads.
+    """Reads a checkpoint into openai-whisper's model in float32, with its alignment heads.
 
     source: what `maxwhisper.load_checkpoint` is given. n_vocab: the tokens of its vocabulary, behind which rows that a
     trainer has added to the token embedding are left out. Raises UnreadableError.
@@ -63,7 +63,7 @@ def read(source: str | Path, n_vocab: int) -> Whisper:
 
 
 def stored(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors of a file of weights as they are named there, and its metadata."""
+    """Returns the tensors of a file of weights as they are named there, and its metadata."""
     if path.suffix != ".safetensors":
         return torch.load(path, map_location="cpu", weights_only=True), {}
     with safe_open(path, "pt") as file:
@@ -71,7 +71,7 @@ def stored(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def hugging_face(folder: Path, files: list[Path], n_vocab: int) -> Whisper:
-    """Read a Hugging Face folder by its config.json and its files of weights."""
+    """Reads a Hugging Face folder by its config.json and its files of weights."""
     config, tensors = json.loads((folder / "config.json").read_text()), dict[str, Tensor]()
     for file in files:
         tensors |= {openai_name(name): tensor for name, tensor in stored(file)[0].items()}
@@ -88,7 +88,7 @@ def hugging_face(folder: Path, files: list[Path], n_vocab: int) -> Whisper:
 
 
 def openai_name(name: str) -> str:
-    """Return OpenAI's name for one of Hugging Face's."""
+    """Returns OpenAI's name for one of Hugging Face's."""
     name = name.removeprefix("model.")
     for theirs, ours in NAMES:
         name = name.replace(theirs, ours)
@@ -96,7 +96,7 @@ def openai_name(name: str) -> str:
 
 
 def model_of(dims: ModelDimensions, tensors: Mapping[str, Tensor], heads: Any) -> Whisper:
-    """Return openai-whisper's model; without heads, or with another model's, it has OpenAI's default."""
+    """Returns openai-whisper's model; without heads, or with another model's, it has OpenAI's default."""
     model = Whisper(dims)
     model.load_state_dict(tensors)
     if heads and all(layer < dims.n_text_layer and head < dims.n_text_head for layer, head in heads):
@@ -112,7 +112,7 @@ def model_of(dims: ModelDimensions, tensors: Mapping[str, Tensor], heads: Any) -
 def differences(
     dims: ModelDimensions, tensors: Mapping[str, Tensor], right_dims: ModelDimensions, right: Mapping[str, Tensor]
 ) -> dict[str, str]:
-    """Return what the subject's loader has in the place of what is right, by dimension and tensor, where they differ.
+    """Returns what the subject's loader has in the place of what is right, by dimension and tensor, where they differ.
 
     Values are compared whatever dtype they are held in.
     """
@@ -129,7 +129,7 @@ def differences(
 
 
 def differing_heads(ours: Sequence[Sequence[int]] | None, right: Whisper) -> dict[str, str]:
-    """Return the same of the alignment heads, a layer and a head each; None stands for OpenAI's default."""
+    """Returns what differs of the alignment heads, a layer and a head each; None stands for OpenAI's default."""
     dims, theirs = right.dims, right.alignment_heads.coalesce().indices().T.tolist()
     if ours is None:
         upper = range(dims.n_text_layer // 2, dims.n_text_layer)
@@ -139,7 +139,7 @@ def differing_heads(ours: Sequence[Sequence[int]] | None, right: Whisper) -> dic
 
 
 def looks_like(ours: Tensor, theirs: Tensor, others: Mapping[str, Tensor]) -> str:
-    """Return what a loader has done to a tensor, where that can be told."""
+    """Says what a loader has done to a tensor, where that can be told."""
     if source := next((name for name, x in others.items() if torch.equal(x, ours)), None):
         return f"it holds {source}"
     if ours.shape == theirs.shape[::-1] and torch.equal(ours, theirs.permute(*range(theirs.ndim)[::-1])):

@@ -85,7 +85,7 @@ class Emitted:
 
     @property
     def primitives(self) -> int:
-        """How many functions call no kernel: they compute shapes, and hand on memory."""
+        """Returns how many functions call no kernel: they compute shapes, and hand on memory."""
         return sum(not any(f" {kernel}(" in caller for kernel in self.kernels) for caller in self.callers)
 
 

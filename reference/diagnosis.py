@@ -44,7 +44,7 @@ def distance(oracle: Tensor, subject: Tensor) -> float:
 
 
 def mistakes(oracle: Tensor, subject: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Every mistake's name and what it makes of the oracle's values (..., position, channel)."""
+    """Yields every mistake's name and what it makes of the oracle's values (..., position, channel)."""
     if float(oracle.norm()):
         scale = float((oracle * subject).sum() / oracle.square().sum())
         yield f"scaled by {scale:.4g}", oracle * scale
@@ -68,7 +68,7 @@ def mistakes(oracle: Tensor, subject: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def shifted(oracle: Tensor, subject: Tensor, by: int) -> Tensor:
-    """The oracle's positions moved; what stands where nothing was moved to is the subject's own."""
+    """Returns the oracle with its positions moved; what stands where nothing was moved to is the subject's own."""
     moved = oracle.roll(by, -2)
     edge = 0 if by > 0 else -1
     moved[..., edge, :] = subject[..., edge, :]
@@ -76,7 +76,7 @@ def shifted(oracle: Tensor, subject: Tensor, by: int) -> Tensor:
 
 
 def permuted_heads(oracle: Tensor, subject: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The oracle with its heads in the order in which the subject's resemble them; nothing if that is their own."""
+    """Yields the oracle with its heads in the order in which the subject's resemble them, if that is not their own."""
     heads = oracle.unflatten(-1, (-1, HEAD_WIDTH))
     right, ours = (x.movedim(-2, 0).flatten(1) for x in (heads, subject.unflatten(-1, (-1, HEAD_WIDTH))))
     order = torch.cdist(ours, right).argmin(1)

@@ -78,17 +78,17 @@ class FaultResult:
 
     @property
     def right_block(self) -> bool:
-        """Whether it was caught, and the chain, if that was run and diverged, did so where the faulty block stands."""
+        """Tells whether it was caught, and the chain, if that diverged, did so where the faulty block stands."""
         return self.caught and (self.divergence or self.fault.path).removeprefix("step ").startswith(self.fault.path)
 
     @property
     def below_rounding(self) -> bool:
-        """Whether the fault changes the block less than PyTorch's rounding does, on all inputs; never so in float32."""
+        """Tells whether the fault changes the block less than PyTorch's rounding does; never so in float32."""
         return self.dtype != torch.float32 and all(self.effect[kind] <= self.rounding[kind] for kind in self.rounding)
 
     @property
     def below_budget(self) -> bool:
-        """Whether its effect is less than K times PyTorch's rounding, where the judge is blind by design."""
+        """Tells whether its effect is less than K times PyTorch's rounding, where the judge is blind by design."""
         return self.dtype != torch.float32 and all(
             self.effect[kind] <= K * self.rounding[kind] for kind in self.rounding
         )
@@ -99,7 +99,7 @@ class FaultResult:
 
     @property
     def only_check(self) -> str | None:
-        """The one check that caught it, if it was only one: nobody must delete that."""
+        """Returns the one check that caught it, if it was only one: nobody must delete that."""
         return self.checks[0] if len(self.checks) == 1 else None
 
     def __str__(self) -> str:
@@ -135,7 +135,7 @@ def outcome(fault: FaultResult) -> str:
 
 @dataclass(frozen=True)
 class FaultTotals:
-    """Counts the faults of one dtype. below: not caught, and below PyTorch's rounding; between: that and the budget."""
+    """Counts of a dtype's faults. below: not caught, and below PyTorch's rounding; between: that and the budget."""
 
     n: int
     caught: int
@@ -169,14 +169,14 @@ def fault_totals(faults: Sequence[FaultResult]) -> dict[str, FaultTotals]:
 
 
 def with_weight_fault(suite: Suite, fault: Fault) -> dict[str, Executable]:
-    """Every graph of the suite, with the fault in its weights."""
+    """Returns every graph of the suite, with the fault in its weights."""
     assert fault.change is not None
     tensors = suite.subject.tensors
     return suite.subject.graphs_with({**tensors, **fault.change(tensors, suite.dims)}, LAYER)
 
 
 def faulty(fault: Fault, right: Program) -> Program:
-    """The program of the fault's block with the fault in it, which is there only while the program is traced."""
+    """Returns the program of the fault's block with the fault in it, which is there only while it is traced."""
 
     def function(module: Module, *inputs: TensorValue) -> Sequence[TensorValue]:
         assert fault.patched is not None
@@ -187,14 +187,14 @@ def faulty(fault: Fault, right: Program) -> Program:
 
 
 def compile_graph_faults(suite: Suite, faults: Sequence[Fault]) -> dict[str, Executable]:
-    """The faulty blocks of graph faults, by the fault's name, compiled together."""
+    """Compiles the faulty blocks of graph faults together; returns them by the fault's name."""
     programs = [faulty(fault, BLOCKS[fault.block].program(suite.dims, suite.policy)) for fault in faults]
     artifact = Artifact(f"{suite.model.size}, graph faults", programs, suite.device)
     return artifact.init(suite.subject.tensors, audio_layer=LAYER, text_layer=LAYER)
 
 
 def isolated(suite: Suite, fault: Fault, executable: Executable) -> Iterator[Judgement]:
-    """The faulty block alone, on one kind of inputs after the other."""
+    """Judges the faulty block alone, on one kind of inputs after the other."""
     block: Block = BLOCKS[fault.block]
     layer = min(LAYER, block.n_layer(suite.dims) - 1)
     for comparison in suite.comparisons(block, KINDS):
@@ -203,7 +203,7 @@ def isolated(suite: Suite, fault: Fault, executable: Executable) -> Iterator[Jud
 
 
 def until_caught(judgements: Iterable[Judgement]) -> list[Judgement]:
-    """Those up to the first that shows the fault."""
+    """Returns the verdicts up to the first that shows the fault."""
     seen = []
     for judgement in judgements:
         seen.append(judgement)
@@ -219,8 +219,11 @@ def result_of(
     in_float32: Sequence[Judgement],
     divergence: str | None,
 ) -> FaultResult:
-    """in_float32: for a fault that was not caught the same judgements in float32, where the error is the fault's effect
-    and hardly any rounding."""
+    """Returns what the judge made of a fault.
+
+    in_float32: for a fault that was not caught the same judgements in float32, where the error is the fault's effect
+    and hardly any rounding.
+    """
     failed = {f"isolated: {measure.name}" for j in judgements for _, measure in j.measures if not measure.within}
     failed |= {"isolated: not comparable" for judgement in judgements if judgement.defects}
     checks = sorted(failed) + (["chain"] if divergence else [])

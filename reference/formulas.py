@@ -37,12 +37,12 @@ def judge_formula(
 
 
 def in_float64(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inputs of the oracle."""
+    """Returns inputs as the oracle takes them."""
     return {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
 
 
 def bound_of_sums(n_term: int, terms: Tensor) -> Tensor:
-    """The most by which sums of n_term products can be off in float32, in whatever order they are added.
+    """Returns the most by which sums of n_term products can be off in float32, in whatever order they are added.
 
     terms: the sums of the products' absolute values.
     """

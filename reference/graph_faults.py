@@ -14,7 +14,7 @@ from .faults import Fault, path_of
 
 
 def graph_faults() -> Iterator[Fault]:
-    """Every one is a way in which a port of the network is wrong that no weight shows."""
+    """Yields faults of which each is a way in which a port of the network is wrong that no weight shows."""
 
     def fault(name: str, block: str, patched: mistakes.Patch, published: bool = False) -> Fault:
         return Fault(name, block, path_of(block), patched=patched, kind="graph", published=published)

@@ -22,8 +22,8 @@ SUMS = {"encoder.blocks.0": "encoder.stem", "decoder.blocks.0": "decoder.embeddi
 
 @contextmanager
 def layer_outputs(module: Module, path: str) -> Iterator[dict[str, TensorValue]]:
-    """While this is open, every layer's output goes into the dictionary as the graph is built, by its PyTorch name;
-    `path` is the module's own name, whose output is the graph's already."""
+    """Puts every layer's output into the dictionary that it yields, by its PyTorch name, as the graph is built while
+    this is open; `path` is the module's own name, whose output is the graph's already."""
     names = {id(layer): f"{path}.{prefix}".rstrip(".") for prefix, layer in module.named_modules()}
     found: dict[str, TensorValue] = {}
 

@@ -157,7 +157,7 @@ class Judgement:
 
     @property
     def pairs(self) -> int:
-        """How many pairs of measures were compared."""
+        """Returns how many pairs of measures were compared."""
         return len(self.measures)
 
     @property
@@ -166,27 +166,27 @@ class Judgement:
 
     @property
     def worst(self) -> Measure:
-        """The measure that comes nearest to its budget, or exceeds it most, a NaN before all others."""
+        """Returns the measure that comes nearest to its budget, or exceeds it most, a NaN before all others."""
         return max((measure for _, measure in self.measures), key=lambda measure: severity(measure.used))
 
     @property
     def relative_l2(self) -> Measure:
-        """The relative L2 of the output that comes nearest to its budget in it."""
+        """Returns the relative L2 of the output that comes nearest to its budget in it."""
         return max((output["relative L2"] for output in self.outputs), key=lambda measure: severity(measure.used))
 
     @property
     def used(self) -> float:
-        """The largest share of a budget that the subject uses, infinite where values could not be compared."""
+        """Returns the largest share of a budget that the subject uses, infinite where values could not be compared."""
         return severity(self.worst.used) if self.pairs and not self.defects else math.inf
 
     @property
     def ratio(self) -> float:
-        """MAX's relative L2 over PyTorch's; NaN where nothing was compared."""
+        """Returns MAX's relative L2 over PyTorch's; NaN where nothing was compared."""
         return self.relative_l2.ratio if self.pairs else math.nan
 
     @property
     def bad_yardstick(self) -> list[str]:
-        """Where PyTorch errs by more than rounding explains, so that its error measures nothing."""
+        """Says where PyTorch errs by more than rounding explains, so that its error measures nothing."""
         dtype = dtype_name(self.comparison.dtype)
         return [
             f"the yardstick is bad: PyTorch is {m.peer:.3g} off in {m.name} of output {output.index}, "
@@ -265,7 +265,7 @@ def judge(
 
 
 def output_defects(oracle: Tensor, peer: Tensor, subject: Tensor) -> list[str]:
-    """What makes a comparison of values meaningless."""
+    """Says what makes a comparison of values meaningless."""
     if oracle.dtype != torch.float64:
         return [f"the oracle is {oracle.dtype}, not torch.float64"]
     if not oracle.shape == peer.shape == subject.shape:
@@ -276,7 +276,7 @@ def output_defects(oracle: Tensor, peer: Tensor, subject: Tensor) -> list[str]:
 
 
 def not_finite(**found: Norms) -> list[str]:
-    """Where there is a NaN or an infinity, the squares of its position do not add up to a number."""
+    """Says where there is a NaN or an infinity: the squares of such a position do not add up to a number."""
     return [
         f"{name} has values that are not finite, at {int((~norms.positions.isfinite()).sum())} positions"
         for name, norms in found.items()
@@ -285,28 +285,28 @@ def not_finite(**found: Norms) -> list[str]:
 
 
 def condition(
-    oracle: Callable[[dict[str, Tensor]], list[Tensor]], inputs: Mapping[str, Tensor], unit: float, seed: int = 0
+    oracle: Callable[[dict[str, Tensor]], list[Tensor]], inputs: Mapping[str, Tensor], roundoff: float, seed: int = 0
 ) -> float:
-    """How many times larger the oracle's answer to a rounding of its inputs is than that rounding, at least 1.
+    """Returns how many times larger the oracle's answer to a rounding of its inputs is than that rounding, at least 1.
 
-    oracle: from float64 inputs to outputs. unit: the relative size of the rounding, up or down at random in each value.
-    The largest relative L2 of any output in DRAWS draws, for what one draw meets is a matter of luck.
+    oracle: from float64 inputs to outputs. roundoff: the relative size of the rounding, up or down at random in each
+    value. It is the largest relative L2 of any output in DRAWS draws, for what one draw meets is a matter of luck.
     """
     generator = torch.Generator().manual_seed(seed)
     right, found = oracle(dict(inputs)), 1.0
     for _ in range(DRAWS):
-        rounded = {name: roughly(x, unit, generator) for name, x in inputs.items()}
+        rounded = {name: perturbed(x, roundoff, generator) for name, x in inputs.items()}
         for before, after in zip(right, oracle(rounded), strict=True):
-            found = max(found, relative_l2(norms(after - before), norms(before)) / unit)
+            found = max(found, relative_l2(norms(after - before), norms(before)) / roundoff)
     return found
 
 
-def roughly(x: Tensor, unit: float, generator: torch.Generator) -> Tensor:
-    """x with every value larger or smaller by the relative `unit`; as it is where it holds integers."""
+def perturbed(x: Tensor, roundoff: float, generator: torch.Generator) -> Tensor:
+    """Returns x with every value larger or smaller by the relative `roundoff`; as it is where it holds integers."""
     if not x.is_floating_point():
         return x
     signs = torch.randint(0, 2, x.shape, generator=generator).to(x.device) * 2 - 1
-    return x * (1 + unit * signs)
+    return x * (1 + roundoff * signs)
 
 
 def explain(

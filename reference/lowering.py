@@ -42,7 +42,7 @@ SELECTING = {
 
 
 def graphs(target: str, size: str, dtype: torch.dtype) -> tuple[str, ...]:
-    """Every graph of a model for a target, by name: its blocks, those with intermediates, and what selects tokens."""
+    """Returns a model's graphs for a target, by name: blocks, those with intermediates, and what selects tokens."""
     device = "cpu" if target == HOST else "gpu"
     return (
         *BLOCKS,
@@ -52,8 +52,8 @@ def graphs(target: str, size: str, dtype: torch.dtype) -> tuple[str, ...]:
 
 
 def selects_tokens(device: str, size: str, dtype: torch.dtype) -> bool:
-    """Whether a model's tokens come from graphs: those of whole transcripts, which the suite makes in float32, and
-    of benchmarks of engines, which on a GPU compute in any dtype."""
+    """Tells whether a model's tokens come from graphs: those of whole transcripts, which the suite makes in float32,
+    and of benchmarks of engines, which on a GPU compute in any dtype."""
     return size in TRAINED and (device == "gpu" or dtype == torch.float32)
 
 
@@ -61,7 +61,7 @@ def selects_tokens(device: str, size: str, dtype: torch.dtype) -> bool:
 
 
 def lower(name: str, programs: Sequence[Program], device: str) -> tuple[Artifact | None, dict[str, str]]:
-    """The artifact of the programs, or none and by program what MAX says against it."""
+    """Returns the artifact of the programs, or None and by program what MAX says against it."""
     try:
         return Artifact(name, programs, device), {}
     except Exception as together:
@@ -78,7 +78,7 @@ def lower(name: str, programs: Sequence[Program], device: str) -> tuple[Artifact
 
 
 def not_built(program: Program) -> str | None:
-    """What MAX says against the program while its graph is built, if anything."""
+    """Returns what MAX says against the program while its graph is built, if anything."""
     try:
         program.trace(Module())
     except Exception as error:
@@ -87,12 +87,12 @@ def not_built(program: Program) -> str | None:
 
 
 def message(error: BaseException) -> str:
-    """What MAX says: its own error stands behind one that asks to report it."""
+    """Returns what MAX says: its own error stands behind one that asks to report it."""
     return f"{type(error).__name__}: {error}" if error.__cause__ is None else message(error.__cause__)
 
 
 def units(suite: Suite) -> Iterator[tuple[str, list[Program]]]:
-    """What the suite compiles together, and what `load_model` compiles beside that for whole transcripts."""
+    """Yields what the suite compiles together, and what `load_model` compiles beside that for whole transcripts."""
     yield from ((unit, suite.subject.programs(unit)) for unit in suite.subject.units)
     if selects_tokens(suite.device, suite.model.size, suite.dtype):
         others = [unit for unit in units_on(suite.device) if unit not in suite.subject.units]
@@ -159,7 +159,7 @@ class Lowering:
         self.failures: dict[tuple[str, torch.dtype], dict[str, str]] = {}
 
     def failure(self, size: str, dtype: torch.dtype, graph: str) -> str | None:
-        """Why the graph does not lower, None if it does; waits until that is known."""
+        """Says why the graph does not lower, None if it does; waits until that is known."""
         assert self.process.stdout is not None
         while (size, dtype) not in self.failures:
             if not (line := self.process.stdout.readline()):
@@ -175,14 +175,14 @@ class Lowering:
         return self.process.wait() == 0
 
     def ended(self) -> str:
-        """How the process ended that should have said more."""
+        """Says how the process ended that should have said more."""
         self.process.wait()
         self.log.seek(0)
         last = self.log.read().decode(errors="replace").splitlines()[-20:]
         return "\n".join([f"the process that compiles ended with status {self.process.returncode}", *last])
 
     def summary(self) -> str:
-        """The last line of a run. Call it after `stop`."""
+        """Returns the last line of a run. Call it after `stop`."""
         models = f"{len(self.failures)} of {len(self.failures) + len(self.waiting)} models"
         failed = sum(len(failures) for failures in self.failures.values())
         wrote = f"artifacts in {self.out}" if self.process.returncode == 0 else "no artifacts written"

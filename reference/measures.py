@@ -16,8 +16,8 @@ DTYPES = {name: getattr(torch, name) for name in names.DTYPES}
 """PyTorch's dtypes that blocks are compared in, by name, the most precise first."""
 UNIT_ROUNDOFF = {dtype: torch.finfo(dtype).eps / 2 for dtype in DTYPES.values()}
 SMALLEST = {
-    dtype: max(torch.finfo(dtype).smallest_normal, torch.finfo(torch.float32).smallest_normal / unit)
-    for dtype, unit in UNIT_ROUNDOFF.items()
+    dtype: max(torch.finfo(dtype).smallest_normal, torch.finfo(torch.float32).smallest_normal / roundoff)
+    for dtype, roundoff in UNIT_ROUNDOFF.items()
 }
 """By dtype, the size below which an error is no longer relative to its value: what lies between subnormal numbers is
 rounded to one of them, and sums in float32 may flush those of float32 to zero."""
@@ -26,7 +26,7 @@ POSITIONS_AT_A_TIME = 4
 
 
 def severity(x: float) -> float:
-    """To sort by: a NaN is as bad as it gets."""
+    """Returns what to sort by: a NaN is as bad as it gets."""
     return math.inf if math.isnan(x) else x
 
 
@@ -47,24 +47,24 @@ class Measure:
 
     @property
     def within(self) -> bool:
-        """Whether the subject stays in its budget."""
+        """Tells whether the subject stays in its budget."""
         return self.subject <= self.budget  # not for a NaN
 
     @property
     def sound(self) -> bool:
-        """Whether the peer's own error is one of rounding."""
+        """Tells whether the peer's own error is one of rounding."""
         return self.peer <= self.ceiling
 
     @property
     def ratio(self) -> float:
-        """subject / peer: below 1, MAX is more accurate than PyTorch. 1 when neither errs."""
+        """Returns subject / peer: below 1, MAX is more accurate than PyTorch. 1 when neither errs."""
         if self.peer == 0:
             return 1.0 if self.subject == 0 else math.inf
         return self.subject / self.peer
 
     @property
     def used(self) -> float:
-        """Share of the budget that the subject uses; above 1 it fails."""
+        """Returns the share of the budget that the subject uses; above 1 it fails."""
         if self.budget == 0:
             return 0.0 if self.subject == 0 else math.inf
         return self.subject / self.budget
@@ -91,8 +91,8 @@ class Norms:
 
     @property
     def size(self) -> float:
-        """What errors are relative to: the RMS, or 1 where all values are zero, about the size of what a layer norm
-        hands on."""
+        """Returns what errors are relative to: the RMS, or 1 where all values are zero, about the size of what a layer
+        norm hands on."""
         return max(self.rms, self.smallest) if self.rms else 1.0
 
     @property
@@ -122,13 +122,13 @@ class Allowance:
         return K * max(self.values / math.sqrt(n_mean), self.sums) + (self.condition - 1) * self.most
 
     def below(self, error_of_zeros: float) -> float:
-        """The largest error that is not yet that of zeros, which is that of twice the right values too; rounding is
-        allowed where these are no larger."""
+        """Returns the largest error that is not yet that of zeros, which is that of twice the right values too;
+        rounding is allowed where these are no larger."""
         return max(error_of_zeros - self.most, self.most)
 
 
 def rows(x: Tensor) -> Tensor:
-    """(position, channel): a position is a row of the last axis."""
+    """Reshapes values to (position, channel): a position is a row of the last axis."""
     return x.reshape(-1, x.shape[-1] if x.ndim else 1)
 
 
@@ -138,28 +138,28 @@ def norms(x: Tensor, smallest: float = 0.0) -> Norms:
 
 
 def relative_l2(error: Norms, oracle: Norms) -> float:
-    """RMS of the error over that of the oracle."""
+    """Returns the RMS of the error over that of the oracle."""
     return error.rms / oracle.size
 
 
 def worst_position(error: Norms, oracle: Norms) -> float:
-    """The largest relative L2 over any one position."""
+    """Returns the largest relative L2 over any one position."""
     return float(((error.positions / len(error.channels)).sqrt() / oracle.position_sizes).max())
 
 
 def worst_channel(error: Norms, oracle: Norms) -> float:
-    """The largest RMS error of any one channel, over the RMS of the oracle."""
+    """Returns the largest RMS error of any one channel, over the RMS of the oracle."""
     return math.sqrt(float(error.channels.max()) / len(error.positions)) / oracle.size
 
 
 def worst_mean(error: Norms, oracle: Norms) -> float:
-    """The largest mean error of any one channel, over the RMS of the oracle: what is wrong in the same way at every
-    position remains, and roundings cancel out."""
+    """Returns the largest mean error of any one channel, over the RMS of the oracle: what is wrong in the same way at
+    every position remains, and roundings cancel out."""
     return float(error.means.abs().max()) / oracle.size
 
 
 def largest_error(error: Norms, oracle: Norms) -> float:
-    """The largest absolute error, over the RMS of the oracle."""
+    """Returns the largest absolute error, over the RMS of the oracle."""
     return error.largest / oracle.size
 
 
@@ -198,13 +198,13 @@ def measure_values(oracle: Norms, peer: Norms, subject: Norms, allowed: Allowanc
 
 
 def expected_maximum(n: int) -> float:
-    """The largest of n standard normal numbers to expect, asymptotically; at least 1."""
+    """Returns the largest of n standard normal numbers to expect, asymptotically; at least 1."""
     return max(1.0, math.sqrt(2 * math.log(n)))
 
 
 def kl_divergences(right: Tensor, *others: Tensor) -> list[Tensor]:
-    """KL divergence of the probabilities of others at every position, all (position, token); computed for a few
-    positions at a time, which then stay in the processor's cache."""
+    """Returns the KL divergence of the probabilities of others at every position, all (position, token); computed for a
+    few positions at a time, which then stay in the processor's cache."""
     found: list[list[Tensor]] = [[] for _ in others]
     for first in range(0, len(right), POSITIONS_AT_A_TIME):
         some = slice(first, first + POSITIONS_AT_A_TIME)

@@ -15,7 +15,7 @@ from typing import Any
 
 
 def objections(needs: dict[str, dict[str, Any]], excused: Collection[str], reports: Collection[str]) -> list[str]:
-    """Why the merge must not happen; empty if it may.
+    """Says why the merge must not happen; nothing if it may.
 
     needs: GitHub's `needs` context. excused: jobs that may have been skipped. reports: job, device and the path of a
     report.json or of pytest-benchmark's JSON, with colons between them.
@@ -37,7 +37,7 @@ def objections(needs: dict[str, dict[str, Any]], excused: Collection[str], repor
 
 
 def missing(path: Path, device: str) -> Iterator[str]:
-    """What a report lacks to show anything about a device."""
+    """Yields what a report lacks to show anything about a device."""
     try:
         report = json.loads(path.read_text())
     except (OSError, ValueError) as error:

@@ -18,7 +18,7 @@ Patch = Callable[[], AbstractContextManager[Any]]
 
 
 def float32_norm(x: TensorValue, weight: TensorValue, bias: TensorValue, form: str) -> TensorValue:
-    """Layer norm written out, wrong in one way."""
+    """Computes layer norm, written out, wrong in one way."""
     mean = ops.mean(x, axis=-1)
     centred = x if form == "mean not subtracted" else x - mean
     variance = ops.mean(centred * centred, axis=-1)
@@ -38,7 +38,7 @@ def norm(form: str) -> Patch:
 
 
 def half(dtype: DType) -> DType:
-    """The dtype that a careless port would compute in."""
+    """Returns the dtype that a careless port would compute in."""
     return dtype if dtype != DType.float32 else DType.float16
 
 
@@ -51,7 +51,7 @@ KERNELS = (
 
 
 def written_out(right: Patch) -> Patch:
-    """A patch of attention or of a block that also applies where a kernel would compute that."""
+    """Returns a patch of attention or of a block that also applies where a kernel would compute that."""
 
     @contextmanager
     def patched() -> Iterator[None]:
@@ -69,7 +69,7 @@ def attention(
     softmax: Callable[[TensorValue], TensorValue] = ops.softmax,
     kv_of: Callable[[model.KeyValue], model.KeyValue] = lambda kv: kv,
 ) -> Patch:
-    """Attention with another scale, another softmax, or over other keys and values."""
+    """Returns a patch of attention, with another scale, another softmax, or over other keys and values."""
 
     def attend(
         self: model.MultiHeadAttention, q: TensorValue, kv: model.KeyValue, mask: TensorValue | None
@@ -84,7 +84,7 @@ def attention(
 
 
 def half_softmax(qk: TensorValue) -> TensorValue:
-    """In float16, and written out: a cast before MAX's own softmax is dropped where it fuses attention."""
+    """Computes softmax in float16, and written out: a cast before MAX's own is dropped where it fuses attention."""
     exp = ops.exp((qk - ops.max(qk, axis=-1)).cast(DType.float16))
     return exp / ops.sum(exp, axis=-1)
 
@@ -92,7 +92,7 @@ def half_softmax(qk: TensorValue) -> TensorValue:
 def summed_in_compute_dtype(
     self: model.MultiHeadAttention, q: TensorValue, kv: model.KeyValue, mask: TensorValue | None
 ) -> tuple[TensorValue, TensorValue]:
-    """Attention wholly in the dtype of the activations, or in float16 where that is float32."""
+    """Computes attention wholly in the dtype of the activations, or in float16 where that is float32."""
     q, k, v = (x.cast(half(self.policy.compute)) for x in (q, *kv))
     qk = (q @ ops.transpose(k, 2, 3)) * ops.constant(self.n_channel**-0.5, q.dtype, q.device)
     if mask is not None:
@@ -119,7 +119,7 @@ def interleaved_heads(self: model.MultiHeadAttention, x: TensorValue) -> model.K
 
 
 def cached(change: Callable[[model.Cache], model.Cache]) -> Patch:
-    """Attention of one token, alone or in its block, over another cache."""
+    """Returns a patch of attention of one token, alone or in its block, that goes over another cache."""
     for_kernel, followed_by = model.Cache.for_kernel, model.Cache.followed_by
 
     @contextmanager
@@ -143,7 +143,7 @@ def without_newest(kv: model.KeyValue) -> model.KeyValue:
 
 
 def with_padding(kv: model.KeyValue) -> model.KeyValue:
-    """Three rows of zeros behind the cache, as a cache of fixed length has them, and no mask over them."""
+    """Puts three rows of zeros behind the cache, as a cache of fixed length has them, and no mask over them."""
 
     def padded(x: TensorValue) -> TensorValue:
         zero = ops.constant(0, x.dtype, x.device).broadcast_to((x.shape[0], x.shape[1], 3, x.shape[3]))
@@ -161,13 +161,13 @@ def mask(make: Callable[[Any, Any], TensorValue]) -> Patch:
 
 
 def band(above: float, num_upper: int, n_token: Any, policy: Any) -> TensorValue:
-    """`above` where a key is more than num_upper later than the query, 0 elsewhere."""
+    """Returns a mask (query, key): `above` where a key is more than num_upper later than the query, 0 elsewhere."""
     value = ops.constant(above, DType.float32, policy.device).broadcast_to((n_token, n_token))
     return ops.band_part(value, num_lower=-1, num_upper=num_upper, exclude=True)
 
 
 def by_comparison(n_token: Any, policy: Any) -> TensorValue:
-    """A right mask, in the form that MAX 26.7 drops when it fuses attention itself on CPU."""
+    """Returns a right mask, in the form that MAX 26.7 drops when it fuses attention itself on CPU."""
     position = model.indices(n_token, policy.device)
     later = ops.unsqueeze(position, 0) > ops.unsqueeze(position, 1)
     return later.cast(DType.float32) * ops.constant(-1e4, DType.float32, policy.device)
@@ -178,7 +178,7 @@ def earlier_hidden(n_token: Any, policy: Any) -> TensorValue:
 
 
 def conv(padding: tuple[int, int] = (1, 1), reverse: bool = False) -> Patch:
-    """A convolution whose taps begin elsewhere or run backwards."""
+    """Returns a patch of the convolution whose taps begin elsewhere or run backwards."""
 
     def call(self: model.Conv1d, x: TensorValue) -> TensorValue:
         taps = ops.permute(self.weight.cast(x.dtype), [2, 1, 0])
@@ -205,19 +205,19 @@ def stem(form: str) -> Patch:
 
 
 def embedding(change: Callable[[Any], Any]) -> Patch:
-    """Tokens embedded at another position."""
+    """Returns a patch that embeds tokens at another position."""
     embed = model.TextDecoder.embed
     return method(model.TextDecoder, "embed", lambda self, tokens, offset: embed(self, tokens, change(offset)))
 
 
 def layers(change: Callable[[Sequence[Any]], Sequence[Any]]) -> Patch:
-    """The decoder's layers given other inputs, or each another's."""
+    """Returns a patch that gives the decoder's layers other inputs, or each another's."""
     right = model.TextDecoder._layers
     return method(model.TextDecoder, "_layers", lambda self, name, x, inputs: right(self, name, x, change(inputs)))
 
 
 def residual(form: str) -> Patch:
-    """A residual block with its parts put together wrongly."""
+    """Returns a patch that puts the parts of a residual block together wrongly."""
 
     def call(
         self: model.ResidualAttentionBlock,
@@ -250,13 +250,13 @@ def cpu_int(value: int) -> TensorValue:
 
 
 def keys_then_values(values: Sequence[TensorValue], size: int) -> list[Sequence[TensorValue]]:
-    """The order K, K, K, V, V, V read as K, V, K, V, K, V."""
+    """Reads the order K, K, K, V, V, V as K, V, K, V, K, V."""
     number = len(values) // size
     return [values[i::number] for i in range(number)]
 
 
 def log_mel(form: str) -> Patch:
-    """A log-mel spectrogram scaled in another way."""
+    """Returns a patch that scales the log-mel spectrogram in another way."""
 
     def call(self: LogMelSpectrogram, waveform: TensorValue) -> TensorValue:
         power = self.power(waveform)
@@ -275,7 +275,7 @@ def log_mel(form: str) -> Patch:
 
 
 def product(form: str) -> Patch:
-    """The product with a vector of one token, wrong in one way."""
+    """Returns a patch of the product with a vector of one token, wrong in one way."""
     right = model.linear
 
     def linear(x: TensorValue, weight: TensorValue, bias: TensorValue | None = None) -> TensorValue:

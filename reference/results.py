@@ -53,16 +53,16 @@ class Run:
     command: str = field(default_factory=lambda: shlex.join(["pytest", *sys.argv[1:]]))
 
     def note(self, line: str, about: str = "") -> None:
-        """Keep a line to be said at the end, unless there is one about the same already."""
+        """Keeps a line to be said at the end, unless there is one about the same already."""
         self.notes.setdefault(about or line, line)
 
     @property
     def anything(self) -> bool:
-        """Whether there is anything that another process should know."""
+        """Tells whether there is anything that another process should know."""
         return bool(self.notes) or any(getattr(self, name) for name in FOUND)
 
     def taken(self) -> "Run":
-        """Return what was found, and forget it here."""
+        """Returns what was found, and forgets it here."""
         found = Run(notes=self.notes, **{name: getattr(self, name) for name in FOUND})
         self.notes = {}
         for name in FOUND:
@@ -70,7 +70,7 @@ class Run:
         return found
 
     def add(self, found: "Run") -> None:
-        """Add what was found elsewhere, for instance by a worker of this run."""
+        """Adds what was found elsewhere, for instance by a worker of this run."""
         for name in FOUND:
             getattr(self, name).extend(getattr(found, name))
         for about, line in found.notes.items():
@@ -78,27 +78,27 @@ class Run:
 
     @property
     def verdicts(self) -> list[Judgement]:
-        """Isolated and chained."""
+        """Returns all verdicts, isolated and chained."""
         return [*self.judgements, *(judgement for chain in self.chains for judgement in chain.judgements.values())]
 
     @property
     def pairs(self) -> int:
-        """Pairs of measures compared, isolated and chained, and whole transcripts."""
+        """Counts the pairs of measures compared, isolated and chained, and whole transcripts."""
         return sum(judgement.pairs for judgement in self.verdicts) + len(self.transcripts)
 
     @property
     def compared(self) -> bool:
-        """Whether anything was: what is said of wrong models counts, for it is of the judge, but not as pairs."""
+        """Tells whether anything was compared: what is said of wrong models counts, though not as pairs."""
         return bool(self.pairs or self.faults or self.held)
 
     @property
     def recalled_pairs(self) -> int:
-        """Those of outputs of MAX that an earlier run judged."""
+        """Counts the pairs of outputs of MAX that an earlier run judged."""
         return sum(judgement.pairs for judgement in self.verdicts if judgement.recalled)
 
     @property
     def recalled_note(self) -> str:
-        """Behind how many pairs were compared."""
+        """Returns what is said behind the number of pairs that were compared."""
         return f", {self.recalled_pairs:,} of them as MAX's outputs are those of before" if self.recalled_pairs else ""
 
     @property
@@ -121,7 +121,7 @@ class Run:
         return max(0.0, self.test_seconds - sum(self.waits))
 
     def summary_lines(self) -> list[str]:
-        """The last lines of a run."""
+        """Returns the last lines of a run."""
         lines = []
         if self.pairs:
             lines.append(f"parity: {self.pairs} pairs compared in {self.compare_seconds:.1f} s{self.recalled_note}")
@@ -149,7 +149,7 @@ def fault_lines(faults: Sequence[FaultResult]) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """The machine and the versions that a run's figures belong to; of what cannot be told, why."""
+    """Returns the machine and the versions that a run's figures belong to; of what cannot be told, why."""
     facts: dict[str, Callable[[], object]] = {
         "processor": processor,
         "cores": os.cpu_count,
@@ -169,6 +169,6 @@ def told(fact: Callable[[], object]) -> str:
 
 
 def gpu() -> str:
-    """The GPU's name and MAX's for its architecture, "none" where there is none."""
+    """Returns the GPU's name and MAX's for its architecture, "none" where there is none."""
     found = Accelerator().architecture_name if accelerator_count() else "none"
     return f"{torch.cuda.get_device_name()} ({found})" if torch.cuda.is_available() else found

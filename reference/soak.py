@@ -24,7 +24,7 @@ from .suite import Suite
 
 
 def pytorch_in_the_subjects_place(suite: Suite, comparison: Comparison) -> Callable[..., list[Tensor]]:
-    """What stands in for the block on MAX."""
+    """Returns what stands in for the block on MAX."""
     block = BLOCKS[comparison.block]
     names = list(block.inputs(suite.dims, suite.policy))
 
@@ -36,7 +36,7 @@ def pytorch_in_the_subjects_place(suite: Suite, comparison: Comparison) -> Calla
 
 
 def repetition(suite: Suite, seed: int) -> Iterator[tuple[str, Judgement]]:
-    """Every comparison on the random inputs of a seed, with each of the two subjects."""
+    """Judges every comparison on the random inputs of a seed, with each of the two subjects."""
     for block in BLOCKS.values():
         for comparison in suite.comparisons(block, [RANDOM], seed):
             yield "MAX", suite.judge(comparison)

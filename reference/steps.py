@@ -131,7 +131,7 @@ class Given:
 def given(suite: Suite, scene: Scene, unwritten: float) -> Given:
     """Returns what a scene gives a stepper, with a cache of its own.
 
-    unwritten: what stands in the cache's places that hold nothing yet.
+    unwritten: what stands in the cache's positions that hold nothing yet.
     """
     made = begun(suite, scene, unwritten)
     return replace(made, cache=made.cache.copy())

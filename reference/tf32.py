@@ -25,18 +25,18 @@ PRODUCTS = (conv1d, linear, Tensor.matmul)
 
 
 def name(rounding: str) -> str:
-    """What a failure looks like."""
+    """Says what a failure looks like."""
     return f"float32 products in TF32, operands {rounding} {SIGNIFICANT - 1} bits of mantissa"
 
 
 def operand(x: Tensor, rounding: str) -> Tensor:
-    """The number of TF32 in the place of each value; the dtype stays."""
+    """Returns the number of TF32 for each value; the dtype stays."""
     mantissa, exponent = torch.frexp(x)  # of 0.5 to 1
     return torch.ldexp(ROUNDINGS[rounding](mantissa * 2**SIGNIFICANT), exponent - SIGNIFICANT)
 
 
 class TF32(TorchFunctionMode):
-    """While this is open, PyTorch's products have operands in TF32, whatever the dtype that they add up in."""
+    """Has PyTorch's products take operands in TF32 while this is open, whatever the dtype that they add up in."""
 
     def __init__(self, rounding: str):
         super().__init__()
@@ -52,8 +52,8 @@ class TF32(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
-        """Its two products written out, the scale behind the first: before it, as OpenAI has it without this function,
-        other bits of q and k would be the last ones."""
+        """Computes attention with its two products written out, the scale behind the first: before it, as OpenAI has it
+        without this function, other bits of q and k would be the last ones."""
         q, k, v = (operand(x, self.rounding) for x in (q, k, v))
         scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
         if is_causal:

@@ -76,7 +76,7 @@ class Yardstick:
         return fingerprint(self.model.state_dict() | {"alignment_heads": heads}, repr(self.model.dims))
 
     def key(self, audio: np.ndarray, options: dict[str, Any]) -> str | None:
-        """What the transcript is kept under; None where it is not known all that it depends on."""
+        """Returns what the transcript is kept under; None where it is not known all that it depends on."""
         if (under := circumstances(MAKERS)) is None:
             return None
         others = json.dumps(options, sort_keys=True), str(SEED), *under, str(self.model.device)
@@ -101,8 +101,8 @@ def transcribed(model: Whisper | OpenAIWhisper, audio: Path | np.ndarray, option
 
 @cache
 def heard(path: Path) -> tuple[Path | np.ndarray, str]:
-    """What the subject is given of a file: the file, if in it it hears the samples that the peer is given, and else
-    those samples; and by what it hears another sound, if it does."""
+    """Returns what the subject is given of a file: the file, if in it it hears the samples that the peer is given, and
+    else those samples; and by what it hears another sound, if it does."""
     ours, theirs = load_audio(path), waveforms.read(path)
     return path if np.array_equal(ours, theirs) else theirs, waveforms.difference(path, ours)
 
@@ -124,7 +124,7 @@ def compare(subject: Whisper, peer: OpenAIWhisper | Yardstick, clip: str, decodi
 
 
 def parts(result: dict[str, Any], decoding: str) -> list[tuple]:
-    """The language, and every segment or word."""
+    """Returns the language, and every segment or word."""
     if decoding == "words":
         words = [(w["word"], w["start"], w["end"]) for s in result["segments"] for w in s["words"]]
         return [(result["language"],), *words]
@@ -139,7 +139,7 @@ TRANSCRIBE, START_OF_LM = 50359, 50360
 
 
 def replaced(owner: type, name: str, change: Callable[..., Any]) -> Any:
-    """The method, with `change` called on what it is given; it returns what to give instead."""
+    """Returns the method with `change` called on what it is given; that returns what to give instead."""
     right = getattr(owner, name)
     return patch.object(owner, name, lambda self, *args, **kwargs: right(self, *change(*args), **kwargs))
 
@@ -153,7 +153,7 @@ def first_30_seconds(audio: np.ndarray) -> tuple[np.ndarray]:
 
 
 def random_features() -> Any:
-    """What a failed encoding was replaced by."""
+    """Returns what a failed encoding was replaced by."""
     right = AudioEncoder.forward
     return patch.object(AudioEncoder, "forward", lambda self, mel: torch.randn_like(right(self, mel)))
 

@@ -122,8 +122,8 @@ class Trial:
     @property
     def condition(self) -> float:
         """Returns the condition of the block on the inputs, for roundings in the comparison's dtype."""
-        unit, seed = UNIT_ROUNDOFF[self.comparison.dtype], self.comparison.seed
-        return condition(self.exactly, in_float64(self.given), unit, seed)
+        roundoff, seed = UNIT_ROUNDOFF[self.comparison.dtype], self.comparison.seed
+        return condition(self.exactly, in_float64(self.given), roundoff, seed)
 
     def explain(self, subject: Outputs | None = None) -> tuple[Explanation, ...]:
         """Returns where and how MAX errs. subject: as for `judge`."""

@@ -69,7 +69,7 @@ class Lenient:
 
 @dataclass(frozen=True)
 class Verdicts:
-    """Those on one model, on this machine's CPU. model: a fingerprint of its weights."""
+    """The verdicts on one model, on this machine's CPU. model: a fingerprint of its weights."""
 
     memory: Memory
     model: str
@@ -77,7 +77,7 @@ class Verdicts:
     def recalled(
         self, name: str, tensors: Mapping[str, Tensor], judge: Callable[[], list[Judgement]]
     ) -> list[Judgement]:
-        """What `judge` gives, or gave for what is called `name` when it last passed, if nothing has changed since.
+        """Returns what `judge` gives, or gave for `name` when it last passed, if nothing has changed since.
 
         tensors: what oracle and peer are given beside the weights, and what MAX made of it.
         """
@@ -95,7 +95,7 @@ class Verdicts:
 
 
 def fingerprint(tensors: Mapping[str, Tensor], *others: str) -> str:
-    """Hash of tensors' names, dtypes, shapes and values, and of the others."""
+    """Hashes tensors' names, dtypes, shapes and values, and the others."""
     digest = hashlib.sha256(repr(others).encode())
     for name, tensor in tensors.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -104,8 +104,8 @@ def fingerprint(tensors: Mapping[str, Tensor], *others: str) -> str:
 
 
 def circumstances(packages: Iterable[str]) -> list[str] | None:
-    """What PyTorch's results depend on beside what it is given: packages, and how it computes here, with what the
-    environment tells its libraries; None where that is not known, as a package has no version."""
+    """Returns what PyTorch's results depend on beside what it is given: packages, and how it computes here, with what
+    the environment tells its libraries; None where that is not known, as a package has no version."""
     try:
         versions = [f"{name} {version(name)}" for name in packages]
     except ImportError:
@@ -117,7 +117,7 @@ def circumstances(packages: Iterable[str]) -> list[str] | None:
 
 @cache
 def sources() -> str:
-    """Hash of the judge's own sources, and of the table of blocks."""
+    """Hashes the judge's own sources, and the table of blocks."""
     digest = hashlib.sha256()
     for path in [*sorted(JUDGE.glob("*.py")), TABLE]:
         digest.update(path.name.encode() + path.read_bytes())
@@ -125,7 +125,7 @@ def sources() -> str:
 
 
 def as_data(judgement: Judgement) -> dict[str, Any]:
-    """A verdict that passed, as JSON."""
+    """Returns a verdict that passed, as JSON."""
     data = asdict(judgement)
     data["comparison"]["dtype"] = dtype_name(judgement.comparison.dtype)
     return data

@@ -9,7 +9,7 @@ MODULES = {"openai-whisper": "whisper"}
 
 @cache  # a judge asks for every comparison, and metadata is a file to parse
 def version(package: str) -> str:
-    """Return a package's version by its metadata, or by its module's `__version__` where it was copied without any.
+    """Returns a package's version by its metadata, or by its module's `__version__` where it was copied without any.
 
     Raises ImportError where neither tells.
     """

@@ -33,14 +33,14 @@ RIPPLE = 10 ** (-ATTENUATION / 20)
 
 @cache
 def read(path: Path) -> np.ndarray:
-    """Read a file as openai-whisper's `load_audio` has ffmpeg read it: float32 (samples,), mono, 16 kHz, of 16 bits."""
+    """Reads a file as openai-whisper's `load_audio` has ffmpeg do: float32 (samples,), mono, 16 kHz, of 16 bits."""
     samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
     mono = resampled(samples.mean(1), rate)
     return ((mono / STEP).round().clip(-1 / STEP, 1 / STEP - 1) * STEP).astype(np.float32)
 
 
 def resampled(samples: np.ndarray, rate: int) -> np.ndarray:
-    """Return the same sound at 16 kHz, as far as that can hold it, without a filter of any length."""
+    """Returns the same sound at 16 kHz, as far as that can hold it, without a filter of any length."""
     if rate == SAMPLE_RATE:
         return samples
     from scipy.fft import next_fast_len  # whose import takes a second of processor time
@@ -53,7 +53,7 @@ def resampled(samples: np.ndarray, rate: int) -> np.ndarray:
 
 
 def difference(path: Path, ours: np.ndarray) -> str:
-    """Return by what `ours`, float32 (samples,), is another sound than the one in the file; nothing if it is the same.
+    """Says by what `ours`, float32 (samples,), is another sound than the one in the file; nothing if it is the same.
 
     Differences that the format leaves to a reader do not count.
     """
@@ -81,14 +81,14 @@ def rms(x: Tensor) -> float:
 
 
 def in_passband(x: Tensor) -> float:
-    """Return the RMS of what a sound (samples,) has in the pass-band."""
+    """Returns the RMS of what a sound (samples,) has in the pass-band."""
     spectrum = torch.fft.rfft(x)
     kept = int(PASSBAND / SAMPLE_RATE * len(x)) + 1
     return float(spectrum[:kept].abs().square().sum().mul(2).sqrt()) / len(x)
 
 
 def magnitudes(x: Tensor) -> Tensor:
-    """Return those of the spectrum in the pass-band, (frequency, frame), in the frames that Whisper hears."""
+    """Returns the magnitudes of the spectrum in the pass-band, (frequency, frame), in the frames that Whisper hears."""
     window = torch.hann_window(N_FFT, dtype=x.dtype)
     spectrum = torch.stft(x, N_FFT, HOP_LENGTH, window=window, return_complex=True)
     return spectrum[: int(PASSBAND / SAMPLE_RATE * N_FFT)].abs()

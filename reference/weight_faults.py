@@ -15,12 +15,12 @@ ENCODER, DECODER = f"encoder.blocks.{LAYER}", f"decoder.blocks.{LAYER}"
 
 
 def at(name: str, change: Callable[[Tensor], Tensor]) -> Callable[[Tensors, ModelDimensions], Tensors]:
-    """One tensor changed."""
+    """Returns a change of one tensor."""
     return lambda tensors, dims: {name: change(tensors[name])}
 
 
 def swapped(one: str, other: str) -> Callable[[Tensors, ModelDimensions], Tensors]:
-    """Two tensors, or all tensors of two modules, in each other's places."""
+    """Returns a change that swaps two tensors, or all tensors of two modules."""
 
     def change(tensors: Tensors, dims: ModelDimensions) -> Tensors:
         names = [name for name in tensors if name == one or name.startswith(one + ".")]
@@ -31,7 +31,7 @@ def swapped(one: str, other: str) -> Callable[[Tensors, ModelDimensions], Tensor
 
 
 def copied(source: str, destination: str) -> Callable[[Tensors, ModelDimensions], Tensors]:
-    """All tensors of one module in the place of another's: stale weights."""
+    """Returns a change that puts all tensors of one module in the place of another's: stale weights."""
     return lambda tensors, dims: {
         destination + name.removeprefix(source): tensor
         for name, tensor in tensors.items()
@@ -44,12 +44,12 @@ def zeros(x: Tensor) -> Tensor:
 
 
 def heads_exchanged(x: Tensor) -> Tensor:
-    """(n_state, n_in): the rows of the first head and those of the second exchanged."""
+    """Exchanges the rows of the first head, of (n_state, n_in), with those of the second."""
     return torch.cat([x[64:128], x[:64], x[128:]])
 
 
 def one_element_off(x: Tensor) -> Tensor:
-    """One element off by a hundredth of its row's norm."""
+    """Moves one element by a hundredth of its row's norm."""
     y = x.clone()
     y[7, 11] += x[7].float().norm() / 100
     return y
@@ -74,14 +74,14 @@ def one_row(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 
 def half_window(x: Tensor) -> Tensor:
-    """The Fourier basis (row, PIECE, tap) under a symmetric Hann window in the place of the periodic one."""
+    """Returns the Fourier basis (row, PIECE, tap) under a symmetric Hann window in the place of the periodic one."""
     windows = (torch.hann_window(N_FFT, periodic=p, dtype=torch.float64) for p in (True, False))
     periodic, symmetric = (window.reshape(-1, x.shape[1]).T for window in windows)
     return torch.where(periodic == 0, 0, x.double() / periodic.clamp(min=1e-300) * symmetric).float()
 
 
 def without_weights(norm: str) -> Callable[[Tensors, ModelDimensions], Tensors]:
-    """A norm that only normalises."""
+    """Returns a change that leaves a norm without weights: it only normalises."""
     weight, bias = f"{norm}.weight", f"{norm}.bias"
     return lambda tensors, dims: {weight: torch.ones_like(tensors[weight]), bias: zeros(tensors[bias])}
 
@@ -146,7 +146,7 @@ def weight_faults() -> Iterator[Fault]:
 
 
 def htk_filters(n_mels: int, n_rows: int) -> Tensor:
-    """Triangles of equal width on HTK's mel scale, area one, (n_mels, n_rows); Whisper's are on Slaney's."""
+    """Returns triangles of equal width on HTK's mel scale, area one, (n_mels, n_rows); Whisper's are on Slaney's."""
     mel = torch.linspace(0, 2595 * math.log10(1 + 8000 / 700), n_mels + 2, dtype=torch.float64)
     hertz = 700 * (10 ** (mel / 2595) - 1)
     bins = torch.arange(n_rows, dtype=torch.float64) * SAMPLE_RATE / N_FFT

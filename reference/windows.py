@@ -50,14 +50,14 @@ class Window:
 
     @property
     def text(self) -> tuple[object, ...]:
-        """Return what must be the same."""
+        """Returns what must be the same of it."""
         r = self.result
         words = [(word.word, word.start, word.end) for word in self.words]
         return r.language, r.tokens, r.text, r.temperature, r.compression_ratio, words
 
     @property
     def numbers(self) -> list[Tensor]:
-        """Return what is judged: the log-probability of the text, the probabilities of no speech, of languages, and of
+        """Returns what is judged: the log-probability of the text, the probabilities of no speech, of languages, and of
         words where there are any."""
         own = [torch.tensor([number]) for number in (self.result.avg_logprob, self.result.no_speech_prob)]
         words = [torch.tensor([word.probability for word in self.words])] if self.words else []
@@ -65,7 +65,7 @@ class Window:
 
 
 def decoded(model: OpenAIWhisper, mel: Tensor, options: dict[str, Any]) -> Window:
-    """Decode a window, mel (n_mels, 3000), with PyTorch's generator seeded."""
+    """Decodes a window, mel (n_mels, 3000), with PyTorch's generator seeded."""
     features = model.embed_audio(mel[None].to(model.device))[0]
     _, probabilities = model.detect_language(features)
     torch.manual_seed(SEED)
@@ -85,7 +85,7 @@ class Judge:
     verdicts: Verdicts | None
 
     def compare(self, subject: Whisper, clip: str, audio: np.ndarray, decoding: str) -> Transcript:
-        """Judge what the subject says of the first window of audio, (samples,)."""
+        """Judges what the subject says of the first window of audio, (samples,)."""
         window = torch.from_numpy(pad_or_trim(audio, N_SAMPLES))
         ours = decoded(subject, spectrogram(subject.network["log_mel"], window), DECODING[decoding])
         comparison = Comparison(FIXTURE, torch.float32, f"decode, {decoding}", 0, clip, str(subject.device))
@@ -100,7 +100,7 @@ class Judge:
         return Transcript(clip, decoding, found.passed, len(ours.result.tokens), difference)
 
     def judged(self, comparison: Comparison, window: Tensor, ours: Window) -> Judgement:
-        """Return the verdict; of another text than PyTorch's, no number is compared."""
+        """Returns the verdict; of another text than PyTorch's, no number is compared."""
         options = DECODING[comparison.block.partition(", ")[2]]
         theirs = decoded(self.peer, log_mel_spectrogram(window, self.peer.dims.n_mels), options)
         if ours.text != theirs.text:
@@ -121,8 +121,8 @@ class Judge:
         return verdict(condition=condition(formula, logits, UNIT_ROUNDOFF[torch.float32]))
 
     def logits(self, task: DecodingTask, window: Tensor, tokens: list[int]) -> dict[str, Tensor]:
-        """Return the oracle's at every place of prompt and text, those that languages are detected by, and those of
-        the text alone, by which words are found."""
+        """Returns the oracle's logits at every position of prompt and text, those that languages are detected by, and
+        those of the text alone, by which words are found."""
         known = task.tokenizer
         texts = {
             "text": [*task.initial_tokens, *tokens, known.eot],
@@ -136,7 +136,7 @@ class Judge:
 
 
 def numbers_of(task: DecodingTask, tokens: list[int], logits: dict[str, Tensor]) -> list[Tensor]:
-    """Return `Window.numbers` by openai-whisper's formulas and filters, in the dtype of the logits."""
+    """Returns `Window.numbers` by openai-whisper's formulas and filters, in the dtype of the logits."""
     known = task.tokenizer
     speech = logits["text"][task.sot_index].softmax(-1)[[known.no_speech]]
     tokens_of = dict(zip(known.all_language_codes, known.all_language_tokens, strict=True))
@@ -146,22 +146,22 @@ def numbers_of(task: DecodingTask, tokens: list[int], logits: dict[str, Tensor])
 
 
 def avg_logprob(task: DecodingTask, tokens: list[int], logits: Tensor) -> Tensor:
-    """Return the mean log-probability (1,) of a text and its end, of logits (token, vocab) of prompt and text."""
+    """Returns the mean log-probability (1,) of a text and its end, of logits (token, vocab) of prompt and text."""
     text = torch.tensor([[*task.initial_tokens, *tokens, task.tokenizer.eot]])
     left = logits[task.sample_begin - 1 :].clone()
-    for place in range(len(left)):
+    for position in range(len(left)):
         for each in task.logit_filters:
-            each.apply(left[place : place + 1], text[:, : task.sample_begin + place])
+            each.apply(left[position : position + 1], text[:, : task.sample_begin + position])
     return left.log_softmax(-1).gather(1, text[0, task.sample_begin :, None]).sum(0) / (len(tokens) + 1)
 
 
 def words_of(tokenizer: Tokenizer, tokens: list[int]) -> list[int]:
-    """Return a text without its timestamps."""
+    """Returns a text without its timestamps."""
     return [token for token in tokens if token < tokenizer.eot]
 
 
 def word_probabilities(tokenizer: Tokenizer, tokens: list[int], logits: Tensor) -> Tensor:
-    """Return every word's probability, the mean of its tokens', by openai-whisper's formula: of logits (token, vocab)
+    """Returns every word's probability, the mean of its tokens', by openai-whisper's formula: of logits (token, vocab)
     after the start, the text and its end, among the tokens of text."""
     text = words_of(tokenizer, tokens)
     of_text = logits[len(tokenizer.sot_sequence) :, : tokenizer.eot].softmax(-1)

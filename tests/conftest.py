@@ -39,7 +39,7 @@ MODEL = re.compile(
 
 
 def group_of(nodeid: str) -> str:
-    """Return what `reference.pytest_plugin.workers.group` calls the group of a test, or a name of the same tests."""
+    """Returns what `reference.pytest_plugin.workers.group` calls the group of a test, or a name of the same tests."""
     path, _, test = nodeid.partition("::")
     model = MODEL.search(test) if "unit" not in Path(path).parts else None
     return model[1] if model else Path(path).stem

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import MaxWhisperError, OptionError
-from .places import check_regular, full_name, is_local, place
+from .filesystems import check_regular, filesystem_of, full_name, is_local
 
 AUDIO = "aac ac3 aif aiff amr au caf flac m4a m4b mp2 mp3 mpga oga ogg opus wav wave weba wma"
 VIDEO = "3gp avi flv m4v mka mkv mov mp4 mpeg mpg mts ogv ts webm wmv"
@@ -62,7 +62,7 @@ def named(paths: list[str]) -> Inputs:
 
 def files_of(source: str) -> list[str]:
     """Returns the full names of the files that a name, a folder or a pattern stands for, sorted."""
-    system, path = place(source)
+    system, path = filesystem_of(source)
     if system.isdir(path):
         inside = below(path) if is_local(system) else system.find(path)
         found = [file for file in inside if PurePosixPath(file).suffix.lower() in ENDINGS]
@@ -93,8 +93,8 @@ def below(folder: str) -> Iterator[str]:
 
 
 def to_read(file: str) -> tuple[Any, str]:
-    """Returns the place of a file; raises AudioError for a pipe and the like."""
-    system, path = place(file)
+    """Returns the file system of a file and its path there; raises AudioError for a pipe and the like."""
+    system, path = filesystem_of(file)
     if is_local(system):
         check_regular(path)
     return system, path
@@ -105,7 +105,7 @@ def lines_of(file: str) -> Iterator[str]:
     system, path = to_read(file)
     for line in system.read_text(path, encoding="utf-8-sig").split("\n"):  # splitlines cuts names at U+2028 too
         if line.strip():
-            yield full_name(*place(line.strip()))
+            yield full_name(*filesystem_of(line.strip()))
 
 
 def in_parquet(source: str, files: list[str]) -> Inputs:
@@ -130,7 +130,7 @@ def in_parquet(source: str, files: list[str]) -> Inputs:
         return Inputs(number, [], files, columns)
     if None in paths:
         raise OptionError(f"INPUT {source}: a path is null")
-    return named([full_name(*place(path)) for path in paths])
+    return named([full_name(*filesystem_of(path)) for path in paths])
 
 
 def opened_parquet(file: str) -> pq.ParquetFile:

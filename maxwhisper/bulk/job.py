@@ -18,9 +18,9 @@ from ray.exceptions import RayError
 
 from ..errors import MaxWhisperError, OptionError
 from ..whisper import Whisper
+from .filesystems import filesystem_of, for_arrow
 from .inputs import Inputs, identify, inputs_of
 from .parts import Parts, Totals
-from .places import for_arrow, place
 from .stages import NotYetWritten, Transcriber, decode
 
 ROWS = 32
@@ -81,7 +81,7 @@ def run(
     Raises MaxWhisperError if it cannot be done; what has been done by then stays, and the next run goes on.
     """
     inputs = inputs_of(source)
-    for name in (place(each)[1] for each in (output, *inputs.parquet)):
+    for name in (filesystem_of(each)[1] for each in (output, *inputs.parquet)):
         if wrong := LOST.search(name):
             raise OptionError(f"{name}: has {wrong[0]!r} in its name, with which Ray finds no file: rename it")
     parts = Parts(output)
@@ -114,8 +114,10 @@ def rows_of(
     context.target_max_block_size = AUDIO_BYTES
     context.enable_progress_bars = False
     context.raise_original_map_exception = True  # Ray's own says nothing of what happened
-    files, system = (inputs.parquet, place(inputs.parquet[0])[0]) if inputs.parquet else ([parts.inputs], parts.system)
-    inside = [place(file)[1] for file in files]
+    files, system = (
+        (inputs.parquet, filesystem_of(inputs.parquet[0])[0]) if inputs.parquet else ([parts.inputs], parts.system)
+    )
+    inside = [filesystem_of(file)[1] for file in files]
     table = ray.data.read_parquet(inside, filesystem=for_arrow(system), columns=inputs.columns or ["path"])
     # With memory of its own, Ray does not run it within the actors, whose model would wait for it.
     audio = table.repartition(target_num_rows_per_block=ROWS).map_batches(

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..errors import MaxWhisperError, OptionError
-from .places import appearing, is_local, place
+from .filesystems import appearing, filesystem_of, is_local
 from .rows import ROW, for_json
 
 log = logging.getLogger("maxwhisper")
@@ -51,7 +51,7 @@ class Parts:
     def __init__(self, output: str):
         """Makes the folder, if it is not there; raises OptionError if that cannot be."""
         self.output = output
-        self.system, self.folder = place(output)
+        self.system, self.folder = filesystem_of(output)
         self.rows, self.checkpoint = self.within("parts/rows"), self.within("parts/checkpoint")
         self.inputs = self.within("parts/inputs.parquet")
         with self.written():

@@ -19,8 +19,8 @@ from ..errors import AudioError, DecodingError, MaxWhisperError, OptionError
 from ..options import transcribing
 from ..scheduling import transcribe_many
 from ..whisper import Whisper
+from .filesystems import check_regular
 from .inputs import identified
-from .places import check_regular
 from .rows import ROW, row_of
 
 AUDIO = pa.schema(
@@ -80,7 +80,7 @@ def decode(table: pa.Table) -> Iterator[pa.Table]:
 
 
 class Unread(AudioError):
-    """What could not be read, for a reason that may pass."""
+    """An input that could not be read, for a reason that may pass."""
 
 
 def waveform(path: str | None, content: bytes | None) -> np.ndarray:

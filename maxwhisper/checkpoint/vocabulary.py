@@ -66,8 +66,10 @@ def vocabulary_size(folder: Path, n_vocab: int, generating: dict[str, Any]) -> i
     tokens = _tokens(folder)
     stated = {token.id + _BEHIND[token.name] for token in tokens if token.name in _BEHIND}
     if stated - ENCODINGS.keys() or len(stated) > 1:
-        places = {f"{token.name} = {token.id} in {token.file}" for token in tokens if token.name in _BEHIND}
-        raise CheckpointError(f"{folder}: no tokenizer of OpenAI's has its ids of tasks and timestamps: {some(places)}")
+        stating = {f"{token.name} = {token.id} in {token.file}" for token in tokens if token.name in _BEHIND}
+        raise CheckpointError(
+            f"{folder}: no tokenizer of OpenAI's has its ids of tasks and timestamps: {some(stating)}"
+        )
     size = stated.pop() if stated else _size_without_tokenizer(folder, n_vocab, generating)
     if size > n_vocab:
         raise CheckpointError(f"{folder}: n_vocab is {n_vocab}, but its tokenizer is that of {_of(size)}")

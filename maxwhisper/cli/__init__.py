@@ -50,7 +50,7 @@ def run(arguments: Sequence[str] | None) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """Its errors are one line, without the usage of thirty options above it."""
+    """A parser whose errors are one line, without the usage of thirty options above it."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"maxwhisper: error: {message} (see {self.prog} --help)\n")
@@ -97,7 +97,7 @@ def add_compile(commands: Any) -> None:
     parser.add_argument("--target", required=True, choices=TARGETS, help="host, or the architecture of a GPU")
     parser.add_argument("--dtype", default="float32", choices=DTYPES, help="as for transcribe")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write; an earlier one is replaced")
-    parser.set_defaults(run=compile_ahead)
+    parser.set_defaults(run=compile_artifacts)
 
 
 def add_doctor(commands: Any) -> None:
@@ -121,7 +121,7 @@ def convert(source: str, destination: str) -> int:
     return 0
 
 
-def compile_ahead(model: str, model_dir: str | None, target: str, dtype: str, out: str) -> int:
+def compile_artifacts(model: str, model_dir: str | None, target: str, dtype: str, out: str) -> int:
     from ..compare.material import RANDOM, stored_model
     from ..whisper import compile_model
 

@@ -54,8 +54,8 @@ def complete(folder: Path, write: Callable[[Path], None]) -> None:
     as it is if another process has completed it meanwhile."""
     if folder.exists():
         return
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as place:
-        unfinished = Path(place, folder.name)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+        unfinished = Path(scratch, folder.name)
         unfinished.mkdir()
         write(unfinished)
         try:
@@ -77,7 +77,8 @@ def write_openai(checkpoint: "Checkpoint", folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Conversion:
-    """write(checkpoint, folder) fills a folder; package: the one whose version the result depends on."""
+    """A format to write a checkpoint in: write(checkpoint, folder) fills a folder; package: the one whose version the
+    result depends on."""
 
     write: Callable[["Checkpoint", Path], None]
     package: str

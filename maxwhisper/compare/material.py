@@ -71,7 +71,7 @@ def random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator)
 
 @dataclass(frozen=True)
 class Recording:
-    """audio: float32 (samples,) at 16 kHz. text: what was said, where known."""
+    """A recording. audio: float32 (samples,) at 16 kHz. text: what was said, where known."""
 
     name: str
     audio: np.ndarray

@@ -22,10 +22,10 @@ class EngineError(Exception):
 
 
 class RequestProcess:
-    """Starts a process of Python that answers requests, each of them and each answer a line of JSON."""
+    """A process of Python that answers requests, each of them and each answer a line of JSON."""
 
     def __init__(self, arguments: Sequence[str], **options: Any):
-        """options: of `subprocess.Popen`."""
+        """Starts the process; options are those of `subprocess.Popen`."""
         self.messages = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115, closed by close()
         self.process: subprocess.Popen[str] = subprocess.Popen(
             [sys.executable, *arguments],
@@ -66,7 +66,7 @@ class RequestProcess:
 
 
 class Worker(RequestProcess):
-    """Starts the process of an engine; the first request is "load" or "prepare"."""
+    """The process of an engine; the first request is "load" or "prepare"."""
 
     def __init__(self, spec: Spec, folder: Path, task: Task):
         self.spec = spec

@@ -50,8 +50,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Results:
-    """model, options: what all engines got. recordings: name, seconds, text where it is known, and what PyTorch Whisper
-    heard. audio_s: seconds of all recordings."""
+    """What a comparison has found.
+
+    model, options: what all engines got. recordings: name, seconds, text where it is known, and what PyTorch Whisper
+    heard. audio_s: seconds of all recordings.
+    """
 
     model: str
     options: dict[str, Any]

@@ -88,9 +88,9 @@ class Step(nn.Module):
     def forward(self, tokens: Tensor, *cache: Tensor) -> tuple[Tensor, ...]:
         own, cross = cache[: len(cache) // 2], cache[len(cache) // 2 :]
         n_past, n_token = own[0].shape[2], tokens.shape[1]
-        place = torch.arange(n_past + n_token)
+        position = torch.arange(n_past + n_token)
         # Each token sees those before it and itself.
-        visible = place[None, :] <= place[n_past:, None]
+        visible = position[None, :] <= position[n_past:, None]
         x = self.decoder.token_embedding(tokens) + self.decoder.positional_embedding[n_past : n_past + n_token]
         kept: list[Tensor] = []
         for i, block in enumerate(self.decoder.blocks):

@@ -52,8 +52,8 @@ def window_cells(encode_s: list[float], token_s: list[float]) -> list[str]:
     ]
 
 
-def number(value: float | None, digits: int, factor: float = 1, unit: str = "") -> str:
-    return "-" if value is None else f"{value * factor:.{digits}f}{unit}"
+def number(value: float | None, digits: int, factor: float = 1, suffix: str = "") -> str:
+    return "-" if value is None else f"{value * factor:.{digits}f}{suffix}"
 
 
 def without_figures(results: Results) -> list[str]:

@@ -79,7 +79,7 @@ class ModuleCache(KeyValueCache, Mapping[nn.Module, torch.Tensor]):
             if len(shapes) > 1:
                 raise OptionError(f"keys and values in the cache differ in shape: {shapes[0]}, {shapes[1]}")
         if own[0].shape[2] > self.dims.n_text_ctx:
-            raise OptionError(f"the cache has {own[0].shape[2]} tokens, the model places for {self.dims.n_text_ctx}")
+            raise OptionError(f"the cache has {own[0].shape[2]} tokens, the model positions for {self.dims.n_text_ctx}")
         if not self.own or len(self.own[0]) != len(own[0]):
             self.own = []
         if any(module in self.replaced for module in self.cross_modules):

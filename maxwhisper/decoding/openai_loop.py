@@ -100,7 +100,7 @@ def first_tokens(
 @cache
 def not_in_graph(reason: str) -> None:
     """Says so once per reason."""
-    log.info("tokens are picked by openai-whisper's loop, not in the graph: %s", reason)
+    log.info("tokens are selected by openai-whisper's loop, not in the graph: %s", reason)
 
 
 def inference_of(model: Any, initial_token_length: int) -> decoding.Inference:

@@ -159,7 +159,7 @@ def speculate_program(dims: ModelDimensions, policy: Policy) -> Program:
     and takes as many for each text that goes on.
 
     It gives what `select_tokens_program` gives, for the likeliest token of each step alone. Every text has audio of its
-    own, and all have places for `N_PROPOSED` tokens more than they may have.
+    own, and all have positions for `N_PROPOSED` tokens more than they may have.
     """
 
     def speculate(decoder: TextDecoder, **given: Any) -> Sequence[TensorValue]:
@@ -198,7 +198,7 @@ class SpeculativeStepper(CPUStepper):
         """Decodes texts as `CPUStepper` does, to the same tokens, or to fewer, if so few are left that others steps
         take less time."""
         check_room(int((texts.lengths + n_token).max()) - 1, self.n_text_ctx)
-        # Where keys of proposals go there must be a place too.
+        # Where keys of proposals go there must be a position too.
         n_proposed = n_token.minimum(self.n_text_ctx + 1 - N_PROPOSED - texts.lengths)
         of_its_own = len(cache.cross[0]) == len(texts.tokens)
         if rules.n_best > 1 or not of_its_own or not worth_proposing(n_proposed, n_token):

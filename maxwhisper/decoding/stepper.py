@@ -116,6 +116,6 @@ class Stepper(Protocol):
 
 
 def check_room(n_token: int, n_text_ctx: int) -> None:
-    """Raises OptionError if a text has more tokens than the model has places for."""
+    """Raises OptionError if a text has more tokens than the model has positions for."""
     if n_token > n_text_ctx:
-        raise OptionError(f"the text has {n_token} tokens, the model has places for {n_text_ctx}")
+        raise OptionError(f"the text has {n_token} tokens, the model has positions for {n_text_ctx}")

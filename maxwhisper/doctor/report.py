@@ -1,4 +1,4 @@
-"""What the doctor reports: rows, a verdict on all of them, and both as text and as JSON."""
+"""What the doctor reports: rows, a summary of them, and both as text and as JSON."""
 
 import json
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from .. import __version__
 
-JSON_VERSION = 1
+JSON_VERSION = 2
 """Raised when a field goes or changes its meaning."""
 
 
@@ -40,7 +40,7 @@ class Report:
         return [row for row in self.rows if row.state == "red"]
 
     @property
-    def verdict(self) -> str:
+    def summary(self) -> str:
         if not self.red:
             return "MAX and PyTorch see the GPU, and the CUDA libraries load."
         if any(row.check in ("driver", "GPU") for row in self.red):
@@ -48,11 +48,11 @@ class Report:
         return "The GPU is there, but --device gpu cannot be relied on until what is red is put right."
 
     def text(self) -> str:
-        """Returns a table, the verdict, and what to do about the red rows."""
+        """Returns a table, the summary, and what to do about the red rows."""
         table = [("check", "state", "found"), *((row.check, row.state, row.found) for row in self.rows)]
         width = max(len(check) for check, _, _ in table)
         lines = [f"{check:{width}}  {state:5}  {found}" for check, state, found in table]
-        lines += ["", self.verdict]
+        lines += ["", self.summary]
         if self.red:
             lines += ["", "What to do about the red rows, from the top, as one can be the cause of those below it:"]
         for remedy in dict.fromkeys(row.remedy for row in self.red):
@@ -60,5 +60,5 @@ class Report:
         return "\n".join(lines)
 
     def json(self) -> str:
-        head = {"version": JSON_VERSION, "maxwhisper": __version__, "ok": not self.red, "verdict": self.verdict}
+        head = {"version": JSON_VERSION, "maxwhisper": __version__, "ok": not self.red, "summary": self.summary}
         return json.dumps({**head, "rows": [asdict(row) for row in self.rows]}, indent=2)

@@ -350,17 +350,17 @@ class Cache:
                 known = Artifacts(link, device)
                 return known.read(replace(by_sources, source=known.held[0].identity.source))
             identity = replace(by_sources, source=built_from(programs))
-            place = self.folder / f"{unit}-{key(identity, target)}"
-            if os.path.lexists(place):
+            folder = self.folder / f"{unit}-{key(identity, target)}"
+            if os.path.lexists(folder):
                 try:
-                    stored = Artifacts(place, device).read(identity)
-                    link_to(place, link)
+                    stored = Artifacts(folder, device).read(identity)
+                    link_to(folder, link)
                     return stored
                 except ArtifactError as error:
                     log.warning("%s: compiling again", error)
             stored = compile_them()
-            keep(stored, identity, target, place)
-            link_to(place, link)
+            keep(stored, identity, target, folder)
+            link_to(folder, link)
             return stored
 
         return load
@@ -376,22 +376,22 @@ def key(identity: Identity, target: str) -> str:
     return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def link_to(place: Path, link: Path) -> None:
-    """Has a link lead to a place beside it, if it can be written."""
+def link_to(folder: Path, link: Path) -> None:
+    """Has a link lead to a folder beside it, if it can be written."""
     new = link.with_name(f"{link.name}-{os.getpid()}")
     with suppress(OSError):
-        new.symlink_to(place.name)
+        new.symlink_to(folder.name)
         new.replace(link)
 
 
-def keep(stored: Stored, identity: Identity, target: str, place: Path) -> None:
+def keep(stored: Stored, identity: Identity, target: str, folder: Path) -> None:
     try:
-        with written(place, target) as writer:
+        with written(folder, target) as writer:
             writer.manifest["cpu"]["features"] = cpu_features()  # compiled for this CPU, not for any that has a GPU
             writer.add(identity, stored, identity.source)
     except Exception as error:  # what was compiled can be used, whatever MAX or the disk says against keeping it
-        if not (place / MANIFEST).exists():  # otherwise another process has been faster
-            not_kept(place.parent, str(getattr(error, "strerror", None) or error))
+        if not (folder / MANIFEST).exists():  # otherwise another process has been faster
+            not_kept(folder.parent, str(getattr(error, "strerror", None) or error))
 
 
 @cache

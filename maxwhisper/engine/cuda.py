@@ -4,8 +4,8 @@ MAX opens libcublas and libcublasLt by name, and from /usr/local/cuda. pip puts 
 its own prefix, where the dynamic loader does not look. A library that is loaded already is found by its name alone, so
 whatever `preload` has loaded by path is what MAX gets.
 
-What is loaded belongs together: one CUDA version, one place. libcublas calls into libcublasLt by private symbols, and a
-libcublasLt of another release has others.
+What is loaded belongs together: one CUDA version, one location. libcublas calls into libcublasLt by private symbols,
+and a libcublasLt of another release has others.
 """
 
 import ctypes
@@ -24,7 +24,7 @@ log = logging.getLogger("maxwhisper")
 
 LIBRARIES = ("cudart", "cublasLt", "cublas")  # each may need those before it
 OPENED_BY_MAX = ("cublasLt", "cublas")
-LOADER = "dynamic loader"  # what finds libraries by their names: the kind of a set without a place
+LOADER = "dynamic loader"  # what finds libraries by their names: the kind of a set without a location
 MAJORS = (13, 12)  # the CUDA versions whose libraries MAX opens, in its order
 # Where MAX 26.7 looks for the libraries of each CUDA version when their names alone find nothing.
 FOLDERS_OF_MAX = {
@@ -44,7 +44,7 @@ def file_name(library: str, major: int) -> str:
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """Folders that were filled together, by one installer."""
 
     kind: str
@@ -53,7 +53,7 @@ class Place:
 
 @dataclass(frozen=True)
 class LibrarySet:
-    """The libraries of one CUDA version in one place, as far as they are there.
+    """The libraries of one CUDA version in one location, as far as they are there.
 
     files: what to open, by library.
     problems: why a library has no file, by library.
@@ -70,47 +70,47 @@ class LibrarySet:
         return all(library in self.files for library in OPENED_BY_MAX)
 
 
-def places(
+def locations(
     path: Sequence[str] | None = None, environ: Mapping[str, str] = os.environ, root: Path = Path("/")
-) -> list[Place]:
+) -> list[Location]:
     """Returns where CUDA libraries may be, in the order of preference: pip, conda, then the system's folders.
 
     path: folders of Python packages, `sys.path` unless given. root: where the system's folders start.
     """
     sites = [Path(entry) for entry in dict.fromkeys(sys.path if path is None else path)]
-    found: dict[tuple[str, ...], Place] = {}
-    for place in (*pip_places(sites), *conda_places(environ), *system_places(environ, root)):
-        found.setdefault(tuple(os.path.realpath(folder) for folder in place.folders), place)
+    found: dict[tuple[str, ...], Location] = {}
+    for location in (*pip_locations(sites), *conda_locations(environ), *system_locations(environ, root)):
+        found.setdefault(tuple(os.path.realpath(folder) for folder in location.folders), location)
     return list(found.values())
 
 
-def pip_places(sites: Iterable[Path]) -> Iterator[Place]:
+def pip_locations(sites: Iterable[Path]) -> Iterator[Location]:
     """Yields NVIDIA's wheels, as torch's CUDA builds require: one folder for CUDA 13, one per library for CUDA 12."""
     for site in sites:
         nvidia = site / "nvidia"
-        yield Place("pip", (nvidia / "cu13" / "lib", nvidia / "cublas" / "lib", nvidia / "cuda_runtime" / "lib"))
-        yield Place("torch", (site / "torch" / "lib",))  # some of torch's wheels carry the libraries themselves
+        yield Location("pip", (nvidia / "cu13" / "lib", nvidia / "cublas" / "lib", nvidia / "cuda_runtime" / "lib"))
+        yield Location("torch", (site / "torch" / "lib",))  # some of torch's wheels carry the libraries themselves
 
 
-def conda_places(environ: Mapping[str, str]) -> Iterator[Place]:
+def conda_locations(environ: Mapping[str, str]) -> Iterator[Location]:
     for prefix in dict.fromkeys([sys.prefix, sys.base_prefix, environ.get("CONDA_PREFIX", sys.prefix)]):
         if os.path.isdir(os.path.join(prefix, "conda-meta")):
-            yield Place("conda", toolkit_folders(Path(prefix), "lib"))
+            yield Location("conda", toolkit_folders(Path(prefix), "lib"))
 
 
-def system_places(environ: Mapping[str, str], root: Path) -> Iterator[Place]:
+def system_locations(environ: Mapping[str, str], root: Path) -> Iterator[Location]:
     if listed := [Path(entry) for entry in environ.get("LD_LIBRARY_PATH", "").split(os.pathsep) if entry]:
-        yield Place("LD_LIBRARY_PATH", tuple(listed))
+        yield Location("LD_LIBRARY_PATH", tuple(listed))
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if environ.get(variable):
-            yield Place(variable, toolkit_folders(Path(environ[variable]), "lib64"))
+            yield Location(variable, toolkit_folders(Path(environ[variable]), "lib64"))
     local = root / "usr" / "local"
     toolkits = sorted(local.glob("cuda-*"), key=lambda each: [*map(int, re.findall(r"\d+", each.name))], reverse=True)
     for toolkit in (local / "cuda", *toolkits, root / "opt" / "cuda"):
-        yield Place("system", toolkit_folders(toolkit, "lib64"))
+        yield Location("system", toolkit_folders(toolkit, "lib64"))
     usr = root / "usr"
     for folder in (usr / "lib" / f"{platform.machine()}-linux-gnu", usr / "lib64", usr / "lib", local / "lib"):
-        yield Place("system", (folder,))
+        yield Location("system", (folder,))
 
 
 def toolkit_folders(toolkit: Path, libraries: str) -> tuple[Path, ...]:
@@ -119,20 +119,20 @@ def toolkit_folders(toolkit: Path, libraries: str) -> tuple[Path, ...]:
     return (toolkit / libraries, toolkit / "targets" / f"{target}-linux" / "lib")
 
 
-def find(where: Iterable[Place]) -> list[LibrarySet]:
-    """Finds the sets of which a library or a broken link is there, in MAX's order of versions, then of places."""
+def find(where: Iterable[Location]) -> list[LibrarySet]:
+    """Finds the sets of which a library or a broken link is there, in MAX's order of versions, then of locations."""
     where = list(where)
-    return [found for major in MAJORS for place in where if (found := look(place, major))]
+    return [found for major in MAJORS for location in where if (found := look(location, major))]
 
 
-def look(place: Place, major: int) -> LibrarySet | None:
+def look(location: Location, major: int) -> LibrarySet | None:
     names = [file_name(library, major) for library in LIBRARIES]
-    if not any(os.path.lexists(os.path.join(folder, name)) for folder in place.folders for name in names):
+    if not any(os.path.lexists(os.path.join(folder, name)) for folder in location.folders for name in names):
         return None
     files: dict[str, str] = {}
     problems: dict[str, str] = {}
     for library, name in zip(LIBRARIES, names, strict=True):
-        paths = [os.path.join(folder, name) for folder in place.folders]
+        paths = [os.path.join(folder, name) for folder in location.folders]
         there = [path for path in paths if os.path.isfile(path)]
         broken = [path for path in paths if os.path.islink(path)]
         if there:
@@ -141,7 +141,7 @@ def look(place: Place, major: int) -> LibrarySet | None:
             problems[library] = f"{broken[0]} is a broken link to {os.readlink(broken[0])}"
         else:
             problems[library] = f"{name} is missing"
-    return LibrarySet(major, place.kind, files, problems)
+    return LibrarySet(major, location.kind, files, problems)
 
 
 # ---- loading -------------------------------------------------------------------------------------------------------
@@ -173,12 +173,12 @@ class Preload:
 def preload() -> Preload:
     """Loads a set of CUDA libraries, once in a process, for MAX to find them by name.
 
-    Libraries that are loaded already, as by torch, decide: the rest comes from the same place, or not at all. Otherwise
-    it is the newest CUDA version that the driver supports. That there are none is no error, since MAX has kernels of
-    its own; it is logged, with what to install.
+    Libraries that are loaded already, as by torch, decide: the rest comes from the same location, or not at all.
+    Otherwise it is the newest CUDA version that the driver supports. That there are none is no error, since MAX has
+    kernels of its own; it is logged, with what to install.
     """
     driver = driver_version()
-    result = load_first(find(places()), loaded(), driver)
+    result = load_first(find(locations()), loaded(), driver)
     if result.chosen is None:
         log.warning("warning: MAX will find no cuBLAS; `maxwhisper doctor` says why. %s", install_hint(driver))
     return result
@@ -213,7 +213,7 @@ def load_first(sets: Sequence[LibrarySet], before: Loaded, driver: Version | Non
 def candidates(sets: Sequence[LibrarySet], here: Mapping[str, str], major: int) -> Iterator[LibrarySet]:
     """Yields what may be loaded of one CUDA version, in the order of preference. here: what is loaded, by library."""
     fitting = [each for each in sets if each.usable and agrees(each, here)]
-    for each in sorted(fitting, key=lambda each: len(each.problems)):  # stable: places keep their order
+    for each in sorted(fitting, key=lambda each: len(each.problems)):  # stable: locations keep their order
         yield replace(each, files={**each.files, **here})
     kind = "loaded before" if all(library in here for library in OPENED_BY_MAX) else LOADER
     names = {library: here.get(library, file_name(library, major)) for library in LIBRARIES}

@@ -15,7 +15,7 @@ MEMORY = 2**32
 """Bytes that must be free: a process that compiles takes up to half of that."""
 
 
-class Ahead:
+class Precompiler:
     """Another process, once it is started: a module that does some jobs in their order, and prints each when it is
     done."""
 

@@ -23,7 +23,10 @@ probability of no speech."""
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """words: those behind the settled ones. n_frame: frames of audio that there were. language: the code of one."""
+    """What is decoded of the audio so far.
+
+    words: those behind the settled ones. n_frame: frames of audio that there were. language: the code of one.
+    """
 
     words: list[Word]
     n_frame: int

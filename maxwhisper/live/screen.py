@@ -60,7 +60,7 @@ class Terminal:
     """Writes over its last line as text changes; a line that is full stays."""
 
     def __init__(self, width: int):
-        """width: of the terminal, in characters."""
+        """Takes the width of the terminal, in characters."""
         self.width = width
         self.done = 0
 

@@ -34,7 +34,7 @@ LONG, FULL = 8 * SAMPLE_RATE, 25 * SAMPLE_RATE
 ASTRAY = SAMPLE_RATE * 2 // 5
 """Samples, 0.4 s, by which the decoder attends to another place than where a word is."""
 MOST = 150
-"""Tokens that are settled in a window, of the 448 that Whisper has places for, above which they leave it too."""
+"""Tokens that are settled in a window, of the 448 that Whisper has positions for, above which they leave it too."""
 SHOWN = 2
 """Frames at the end of the audio whose words are not even shown."""
 SENTENCE_ENDS = (".", "?", "!", "。", "？", "！")
@@ -91,8 +91,8 @@ class Session:
     """
 
     def __init__(self, model: Whisper, policy: Callable[[], Policy] = HeardTwice, **options: Any):
-        """policy: makes what decides which words are settled. options: of `Whisper.transcribe`, for `finish`; language,
-        task, suppress_tokens and initial_prompt are heeded before that too.
+        """Takes what makes the policy, which decides which words are settled, and the options of `Whisper.transcribe`,
+        for `finish`; language, task, suppress_tokens and initial_prompt are heeded before that too.
 
         Raises OptionError as `transcribe` does.
         """

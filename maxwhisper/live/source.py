@@ -18,7 +18,7 @@ from ..errors import AudioError, OptionError
 
 log = logging.getLogger("maxwhisper")
 
-AHEAD = 6000
+MAX_QUEUED = 6000
 """Blocks, ten minutes, that are read before anybody wants them: of a file, since nobody is so late with speech."""
 
 Blocks = SimpleQueue[bytes | Exception | None]
@@ -29,7 +29,7 @@ class Source:
     """Audio that comes by itself, and is kept until somebody takes it."""
 
     def __init__(self, blocks: Blocks, rate: int):
-        """rate: samples per second of the blocks, which are converted to 16 kHz."""
+        """Takes blocks of `rate` samples per second, which are converted to 16 kHz."""
         self.blocks, self.rate = blocks, rate
         self.resampler = av.AudioResampler(format="s16", layout="mono", rate=SAMPLE_RATE)
         self.odd = b""
@@ -41,7 +41,7 @@ class Source:
         Raises what reading raised.
         """
         found = [self.blocks.get()]
-        while not self.blocks.empty() and len(found) < AHEAD:
+        while not self.blocks.empty() and len(found) < MAX_QUEUED:
             found.append(self.blocks.get())
         if error := next((each for each in found if isinstance(each, Exception)), None):
             raise error
@@ -90,7 +90,7 @@ def standard_input(rate: int) -> Iterator[Source]:
         try:
             while not stopped.is_set() and (data := os.read(number, max(2, rate // 5))):
                 blocks.put(data)
-                while blocks.qsize() > AHEAD and not stopped.is_set():
+                while blocks.qsize() > MAX_QUEUED and not stopped.is_set():
                     sleep(0.1)
             blocks.put(None)
         except OSError as error:

@@ -1,4 +1,4 @@
-"""GELU, with an error function of our own: MAX computes two forms of it, for small numbers and for large, and picks."""
+"""GELU, with an error function of our own: MAX computes two forms, for small and large numbers, and selects one."""
 
 from collections.abc import Sequence
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 from ..audio import SAMPLE_RATE, read_upload
-from ..callers import Caller, Together
+from ..callers import Caller, Scheduler
 from ..errors import MaxWhisperError
 from ..rebind import Segments
 from .errors import APIError, full, too_slow
@@ -46,9 +46,9 @@ Found = Segments | Transcript | APIError
 class Jobs:
     """All requests that are being received or transcribed."""
 
-    def __init__(self, together: Together, limits: Limits, count: Callable[[float], None]):
-        """count: is called with the seconds of audio that were transcribed."""
-        self.together, self.limits, self.count = together, limits, count
+    def __init__(self, scheduler: Scheduler, limits: Limits, count: Callable[[float], None]):
+        """Takes `count`, which is called with the seconds of audio that were transcribed."""
+        self.scheduler, self.limits, self.count = scheduler, limits, count
         self.threads = ThreadPoolExecutor(limits.max_requests, "maxwhisper-request")
         self.running: set[Job] = set()
 
@@ -65,7 +65,7 @@ class Jobs:
         for job in list(self.running):
             job.stop()
         self.threads.shutdown()
-        self.together.close()
+        self.scheduler.close()
 
 
 class Job:
@@ -73,7 +73,7 @@ class Job:
 
     def __init__(self, jobs: Jobs):
         self.jobs = jobs
-        self.caller = Caller(jobs.together)
+        self.caller = Caller(jobs.scheduler)
         self.loop = asyncio.get_running_loop()
         self.deadline = self.loop.time() + jobs.limits.timeout
         self.found: asyncio.Queue[Found] = asyncio.Queue()

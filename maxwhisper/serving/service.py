@@ -10,7 +10,7 @@ from fastapi import Request
 from fastapi.responses import Response
 from starlette.requests import ClientDisconnect
 
-from ..callers import Together
+from ..callers import Scheduler
 from ..errors import OptionError
 from ..options import transcribing
 from ..whisper import Whisper
@@ -40,7 +40,7 @@ class Service:
     def __init__(self, model: Whisper, name: str, limits: Limits):
         self.model, self.names, self.limits = model, (name, *ALIASES), limits
         self.metrics = Metrics()
-        self.jobs = Jobs(Together(model, limits.batch_size), limits, self.metrics.audio.inc)
+        self.jobs = Jobs(Scheduler(model, limits.batch_size), limits, self.metrics.audio.inc)
         self.metrics.running.set_function(lambda: len(self.jobs.running))
         self.created = int(time.time())
 

@@ -48,7 +48,8 @@ class OfSession(Strict):
 
 @dataclass(frozen=True)
 class Settings:
-    """model: the name that a client gave. language: a code; None: is heard. prompt: text to continue from."""
+    """What a session transcribes with. model: the name that a client gave. language: a code; None: is heard. prompt:
+    text to continue from."""
 
     model: str | None = None
     language: str | None = None

@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from . import findings, limits, offline, results
 from .results import Record, Result
-from .steps import STEPS, Place, Step
+from .steps import STEPS, Step, Workspace
 
 TO_PACK = 5.0
 """Seconds kept for the table and the archive, at most a tenth of all."""
@@ -27,7 +27,7 @@ SHOWN = 12
 
 
 class Parser(argparse.ArgumentParser):
-    """Its errors are one line."""
+    """A parser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"gpu-runner.sh: {message}\n")
@@ -68,8 +68,8 @@ def folder(value: str) -> Path:
 class Run:
     """A run under way. deadline: when the last step has to have ended, by `time.monotonic`."""
 
-    def __init__(self, place: Place, deadline: float, record: Record):
-        self.place, self.deadline, self.record = place, deadline, record
+    def __init__(self, workspace: Workspace, deadline: float, record: Record):
+        self.workspace, self.deadline, self.record = workspace, deadline, record
 
     def all(self, steps: Sequence[Step]) -> None:
         """Runs steps one after the other; the results of each are on disk before the next one begins."""
@@ -88,24 +88,24 @@ class Run:
 
     def keep(self, result: Result) -> None:
         self.record = replace(self.record, steps=(*self.record.steps, result))
-        results.write(self.record, self.place.out)
+        results.write(self.record, self.workspace.out)
 
     def one(self, step: Step, limit: float) -> Result:
         """Runs a step: its commands, whatever becomes of the one before, each with an even share of what is left."""
         print(f"== {step.name}, at most {limit:.0f} s", flush=True)
-        place, start = self.place.with_artifacts(), time.monotonic()
-        log, statuses = findings.log_of(step.name, place.out), []
-        commands = step.commands(place)
+        workspace, start = self.workspace.with_artifacts(), time.monotonic()
+        log, statuses = findings.log_of(step.name, workspace.out), []
+        commands = step.commands(workspace)
         for number, command in enumerate(commands):
             left = limit - (time.monotonic() - start)
-            output = place.out / command.output if command.output else None
+            output = workspace.out / command.output if command.output else None
             even = left / (len(commands) - number)
-            statuses.append(limits.run(command.arguments, even, log, environment(place), place.root, output))
+            statuses.append(limits.run(command.arguments, even, log, environment(workspace), workspace.root, output))
         seconds, text = time.monotonic() - start, said(statuses)
         if text != results.OK:
             print("\n".join(log.read_text(errors="replace").splitlines()[-SHOWN:]))
         print(f"== {step.name}: {text}, {seconds:.0f} s", flush=True)
-        return Result(step.name, text, seconds, limit, findings.found(step.kind, step.name, place.out))
+        return Result(step.name, text, seconds, limit, findings.found(step.kind, step.name, workspace.out))
 
 
 def said(statuses: Sequence[int | None]) -> str:
@@ -116,12 +116,12 @@ def said(statuses: Sequence[int | None]) -> str:
     return f"failed ({status})" if status else results.OK
 
 
-def environment(place: Place) -> dict[str, str]:
+def environment(workspace: Workspace) -> dict[str, str]:
     """Returns the variables of every command: this project's modules before all others, and no looking for models."""
-    paths = os.pathsep.join(filter(None, [str(place.root), os.getenv("PYTHONPATH")]))
+    paths = os.pathsep.join(filter(None, [str(workspace.root), os.getenv("PYTHONPATH")]))
     own = {"PYTHONPATH": paths, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
-    if place.bundle:
-        own |= {"PIP_NO_INDEX": "1", "XDG_CACHE_HOME": str(place.bundle / offline.UNPACKED / "cache")}
+    if workspace.bundle:
+        own |= {"PIP_NO_INDEX": "1", "XDG_CACHE_HOME": str(workspace.bundle / offline.UNPACKED / "cache")}
     return {**os.environ, **own}
 
 
@@ -155,8 +155,8 @@ def main(arguments: Sequence[str] | None = None, steps: Sequence[Step] = STEPS) 
     start, given, root = time.monotonic(), options(arguments), Path.cwd()
     bundle = given.offline
     python = offline.python(bundle) if bundle else root / ".venv" / "bin" / "python"
-    place = Place(root, given.out, python, given.device, bundle)
-    clear(place.out)
+    workspace = Workspace(root, given.out, python, given.device, bundle)
+    clear(workspace.out)
     limits.adopt_orphans()
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, stop)
@@ -164,15 +164,15 @@ def main(arguments: Sequence[str] | None = None, steps: Sequence[Step] = STEPS) 
     begun = time.strftime("%Y-%m-%d %H:%M:%S")
     seconds = given.minutes * 60
     deadline = start + seconds - min(TO_PACK, seconds / 10)
-    run = Run(place, deadline, Record(given.minutes, given.device, machine(), revision, begun))
+    run = Run(workspace, deadline, Record(given.minutes, given.device, machine(), revision, begun))
     try:
         run.all([step for step in steps if not (bundle and step.online)])
     except KeyboardInterrupt:
         return 130
     finally:
-        results.write(run.record, place.out)
-        packed = results.archive(place.out)
-        print(f"\n{results.table(run.record)}\n{place.out / results.TABLE}\n{packed}", flush=True)
+        results.write(run.record, workspace.out)
+        packed = results.archive(workspace.out)
+        print(f"\n{results.table(run.record)}\n{workspace.out / results.TABLE}\n{packed}", flush=True)
     return 0 if run.record.succeeded else 1
 
 

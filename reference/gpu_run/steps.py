@@ -16,8 +16,8 @@ NANO = Path("fixtures", "nano.pt")
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a run takes place.
+class Workspace:
+    """Where a run takes place: a checkout, an interpreter and a device.
 
     root: of the project. out: where results go. python: the interpreter that has MAX and PyTorch. device: "cpu" or
     "gpu". bundle: what `make gpu-bundle` has made, on a machine without network. artifacts: those for the device.
@@ -30,8 +30,8 @@ class Place:
     bundle: Path | None = None
     artifacts: tuple[held.Folder, ...] = ()
 
-    def with_artifacts(self) -> "Place":
-        """Returns the place with the artifacts that are there by now, for the GPU that the doctor has found."""
+    def with_artifacts(self) -> "Workspace":
+        """Returns the workspace with the artifacts that are there by now, for the GPU that the doctor has found."""
         roots = [self.root / "build" / "artifacts"]
         if self.bundle:
             roots = [self.bundle / "unpacked" / "artifacts", *roots]
@@ -55,7 +55,10 @@ def capability(report: Path) -> str | None:
 
 @dataclass(frozen=True)
 class Command:
-    """arguments: of a process. output: the file among the results that gets its standard output, if not the log."""
+    """A process to run.
+
+    arguments: of the process. output: the file among the results that gets its standard output, if not the log.
+    """
 
     arguments: list[str]
     output: str | None = None
@@ -63,77 +66,80 @@ class Command:
 
 @dataclass(frozen=True)
 class Step:
-    """weight: its share of the time, in the seconds that it has in a run of 8 minutes. least: seconds without which it
-    is not begun. kind: how its results are read (`findings`). commands: made when it begins. whole: it may take all
-    that is left, since the others need it. online: it is left out where there is a bundle."""
+    """A step of a run.
+
+    weight: its share of the time, in the seconds that it has in a run of 8 minutes. least: seconds without which it is
+    not begun. kind: how its results are read (`findings`). commands: made when it begins. whole: it may take all that
+    is left, since the others need it. online: it is left out where there is a bundle.
+    """
 
     name: str
     kind: str
     weight: float
     least: float
-    commands: Callable[[Place], Sequence[Command]]
+    commands: Callable[[Workspace], Sequence[Command]]
     whole: bool = False
     online: bool = False
 
 
-def module(place: Place, *arguments: str | Path) -> list[str]:
-    return [str(place.python), "-m", *map(str, arguments)]
+def module(workspace: Workspace, *arguments: str | Path) -> list[str]:
+    return [str(workspace.python), "-m", *map(str, arguments)]
 
 
-def environment(place: Place) -> list[Command]:
+def environment(workspace: Workspace) -> list[Command]:
     """Installs what the others need, from the network or from the bundle."""
-    if place.bundle:
-        return [Command([sys.executable, "-m", "reference.gpu_run.offline", str(place.bundle)])]
+    if workspace.bundle:
+        return [Command([sys.executable, "-m", "reference.gpu_run.offline", str(workspace.bundle)])]
     return [Command(["make", "setup"])]
 
 
-def doctor(place: Place) -> list[Command]:
-    return [Command(module(place, "maxwhisper", "doctor", "--json"), "doctor.json")]
+def doctor(workspace: Workspace) -> list[Command]:
+    return [Command(module(workspace, "maxwhisper", "doctor", "--json"), "doctor.json")]
 
 
-def suite(place: Place, tests: Sequence[str], dtype: str, unit: str) -> list[str]:
-    device = ["--device", place.device, *(["--require-gpu"] if place.device == "gpu" else [])]
-    artifacts = place.from_artifacts(unit, "fixture", dtype)
-    return module(place, "pytest", *tests, *device, "--size", "fixture", "--dtype", dtype, *artifacts)
+def suite(workspace: Workspace, tests: Sequence[str], dtype: str, unit: str) -> list[str]:
+    device = ["--device", workspace.device, *(["--require-gpu"] if workspace.device == "gpu" else [])]
+    artifacts = workspace.from_artifacts(unit, "fixture", dtype)
+    return module(workspace, "pytest", *tests, *device, "--size", "fixture", "--dtype", dtype, *artifacts)
 
 
-def parity(dtype: str, place: Place) -> list[Command]:
+def parity(dtype: str, workspace: Workspace) -> list[Command]:
     """Judges every block of the fixture in a precision; transcripts are a step of their own."""
     tests = ["tests/parity", "--ignore", "tests/parity/test_transcript.py", "--tb", "line"]
-    report = ["--report", str(place.out / f"parity-{dtype}")]
-    return [Command([*suite(place, tests, dtype, "parts"), *report])]
+    report = ["--report", str(workspace.out / f"parity-{dtype}")]
+    return [Command([*suite(workspace, tests, dtype, "parts"), *report])]
 
 
-def transcripts(place: Place) -> list[Command]:
+def transcripts(workspace: Workspace) -> list[Command]:
     """Compares every clip's transcript, which the suite makes in float32."""
     tests = ["tests/parity/test_transcript.py", "--tb", "line"]
-    report = ["--report", str(place.out / "transcripts")]
-    return [Command([*suite(place, tests, "float32", "network"), *report])]
+    report = ["--report", str(workspace.out / "transcripts")]
+    return [Command([*suite(workspace, tests, "float32", "network"), *report])]
 
 
-def peers(place: Place) -> list[Command]:
+def peers(workspace: Workspace) -> list[Command]:
     """Installs the engines to compare with."""
-    install = module(place, "pip", "install", "--quiet", "--constraint", "constraints.txt", "--editable")
+    install = module(workspace, "pip", "install", "--quiet", "--constraint", "constraints.txt", "--editable")
     return [Command([*install, ".[peers,cuda12]"])]
 
 
-def speed(size: str, place: Place) -> list[Command]:
+def speed(size: str, workspace: Workspace) -> list[Command]:
     """Compares engines: the fixture's whole transcripts, other models by 100 tokens for every window of a talk."""
-    options = [place.from_artifacts("network", size, dtype) for dtype in ("float16", "bfloat16", "float32")]
+    options = [workspace.from_artifacts("network", size, dtype) for dtype in ("float16", "bfloat16", "float32")]
     artifacts = next(filter(None, options), [])
-    common = ["--device", place.device, "--rounds", "1", *artifacts]
-    common += ["--json", str(place.out / f"speed-{size}.json")]
+    common = ["--device", workspace.device, "--rounds", "1", *artifacts]
+    common += ["--json", str(workspace.out / f"speed-{size}.json")]
     if size == "fixture":
-        return [Command(module(place, "maxwhisper", "compare", CLIP, "--model", NANO, *common))]
+        return [Command(module(workspace, "maxwhisper", "compare", CLIP, "--model", NANO, *common))]
     long = ["--model", f"random:{size}", "--tokens", "100", "--batch_size", "32"]
-    make = [] if (place.root / TALK).exists() else [Command([str(place.python), "fixtures/make.py", "talk"])]
-    return [*make, Command(module(place, "maxwhisper", "compare", TALK, *long, *common))]
+    make = [] if (workspace.root / TALK).exists() else [Command([str(workspace.python), "fixtures/make.py", "talk"])]
+    return [*make, Command(module(workspace, "maxwhisper", "compare", TALK, *long, *common))]
 
 
-def blocks(place: Place) -> list[Command]:
+def blocks(workspace: Workspace) -> list[Command]:
     """Times every block of the fixture in float16, MAX beside PyTorch."""
-    timed = suite(place, ["tests/perf"], "float16", "parts")
-    return [Command([*timed, "--benchmark-json", str(place.out / "blocks.json")])]
+    timed = suite(workspace, ["tests/perf"], "float16", "parts")
+    return [Command([*timed, "--benchmark-json", str(workspace.out / "blocks.json")])]
 
 
 PROFILERS = {
@@ -142,17 +148,17 @@ PROFILERS = {
 }
 
 
-def kernels(place: Place) -> list[Command]:
+def kernels(workspace: Workspace) -> list[Command]:
     """Says which kernels a transcript runs: by PyTorch's profiler, and by NVIDIA's where these are installed."""
-    size = next((size for size in ("turbo", "tiny") if place.from_artifacts("network", size, "float16")), "fixture")
+    size = next((size for size in ("turbo", "tiny") if workspace.from_artifacts("network", size, "float16")), "fixture")
     model = str(NANO) if size == "fixture" else f"random:{size}"
-    artifacts = place.from_artifacts("network", size, "float16")
-    plain = module(place, "reference.gpu_run.kernels", "--device", place.device, "--model", model, *artifacts)
-    commands = [Command([*plain, "--json", str(place.out / "kernels.json")])]
-    if place.device == "gpu":
+    artifacts = workspace.from_artifacts("network", size, "float16")
+    plain = module(workspace, "reference.gpu_run.kernels", "--device", workspace.device, "--model", model, *artifacts)
+    commands = [Command([*plain, "--json", str(workspace.out / "kernels.json")])]
+    if workspace.device == "gpu":
         for profiler, options in PROFILERS.items():
             if path := shutil.which(profiler):
-                commands.append(Command([path, *options, str(place.out / f"kernels-{profiler}"), *plain]))
+                commands.append(Command([path, *options, str(workspace.out / f"kernels-{profiler}"), *plain]))
     return commands
 
 

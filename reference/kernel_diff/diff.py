@@ -61,7 +61,7 @@ class Report:
 
     @property
     def selection(self) -> str:
-        """What `pytest -k` takes to test the changed blocks alone; empty if none is."""
+        """Returns what `pytest -k` takes to test the changed blocks alone; empty if none is."""
         blocks = [each.name.block.removesuffix(" with intermediates") for each in self.changed if each.head]
         words = [word for block in blocks for word in ([block] if block in BLOCKS else DECODING_TESTS)]
         return " or ".join(dict.fromkeys(words))
@@ -92,7 +92,7 @@ class Report:
             yield f"| {name} | {launches} | {kernels} | {numbers} | {seen(each)} |"
 
     def _kernels(self) -> Iterator[str]:
-        """Every change once, with the graphs that it is in."""
+        """Yields every change once, with the graphs that it is in."""
         graphs = defaultdict(list)
         for each in self.changed:
             for change, number in each.changes.items():

@@ -84,7 +84,7 @@ class Elf:
 
     @cached_property
     def _by_section(self) -> dict[int, list[Symbol]]:
-        """By section, its symbols by where they start."""
+        """Returns, by section, its symbols by where they start."""
         found = defaultdict(list)
         for symbol in sorted(self.symbols, key=attrgetter("start")):
             if symbol.size:

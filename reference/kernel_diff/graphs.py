@@ -31,7 +31,7 @@ ON_THE_HOST = ("mgp.", "index.", "pop.", "kgen.", "shapeof(")
 
 @dataclass(frozen=True, order=True)
 class Name:
-    """Which graph: what it compiles with, its block, the dtype that it computes in, and the model's dimensions."""
+    """The name of a graph: what it compiles with, its block, its dtype, and the model's dimensions."""
 
     block: str
     dtype: str
@@ -49,17 +49,17 @@ class Compiled:
 
     @cached_property
     def kernels(self) -> Counter[Kernel]:
-        """Every kernel, with the number of operations that may launch it."""
+        """Returns every kernel, with the number of operations that may launch it."""
         return Counter(kernel for _, launch in self.launches for kernel in launch.kernels)
 
     @cached_property
     def n_launch(self) -> int:
-        """How many kernels an execution launches at least: one for each operation that is not fused with another."""
+        """Counts the kernels that an execution launches at least: one for each operation not fused with another."""
         return sum(max(1, len(fused(operation.summary))) for operation, _ in self.launches)
 
     @cached_property
     def flags(self) -> Counter[str]:
-        """What a review must see, with the number of operations or kernels."""
+        """Returns what a review must see, with the number of operations or kernels."""
         found: Counter[str] = Counter()
         found["TF32 kernel"] = sum(kernel.tf32 for kernel in self.kernels)
         found["cuBLAS in TF32"] = sum(launch.tf32 for _, launch in self.launches)

@@ -60,7 +60,7 @@ class Mef:
 
     @cached_property
     def _sections(self) -> dict[int, tuple[int, int]]:
-        """By number, where each section's body starts and ends."""
+        """Returns, by number, where each section's body starts and ends."""
         if not self.content.startswith(MAGIC):
             raise ValueError(f"starts with {self.content[:2].hex()}, expected {MAGIC.hex()}")
         at, found = len(MAGIC), {}
@@ -111,7 +111,7 @@ class Mef:
 
     @cached_property
     def _functions(self) -> list[tuple[int, int, int]]:
-        """Where each function starts, and how many values it takes and gives."""
+        """Returns where each function starts, and how many values it takes and gives."""
         number, at = self._integer(self._sections[FUNCTION_INDEX][0])
         numbers, _ = self._integers(at, 3 * number)
         return list(zip(numbers[::3], numbers[1::3], numbers[2::3], strict=True))
@@ -159,12 +159,12 @@ class Mef:
 
     @cached_property
     def objects(self) -> dict[int, bytes]:
-        """The objects in ELF, by number."""
+        """Returns the objects in ELF, by number."""
         return {number: image for number, (image, _) in self._modules.items()}
 
     @cached_property
     def graphs(self) -> list[Graph]:
-        """The graphs, in the order of the file."""
+        """Returns the graphs, in the order of the file."""
         start, end = self._sections[TYPES]
         names = self.content[start:end].decode().split("\0")
         at, types = self._sections[REGISTER_TYPES][0], []

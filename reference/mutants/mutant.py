@@ -24,8 +24,8 @@ COMPONENTS: tuple[tuple[str, str, str], ...] = (
 )
 """By component: its name, which tests are its right ones, and its files; the first that matches counts.
 
-Not here: what only a GPU executes, batches of recordings (tests/unit/test_together.py has them), the command, and what
-compiles and keeps graphs.
+Not here: what only a GPU executes, batches of recordings (tests/unit/test_scheduling.py has them), the command, and
+what compiles and keeps graphs.
 """
 
 NOT_MUTATED = (
@@ -61,7 +61,7 @@ RIGHT_TESTS = {
 UNIT_TESTS: tuple[tuple[str, str], ...] = (
     ("kernels/draft.mojo kernels/quantized.mojo decoding/speculative.py", "speculation"),
     ("kernels/select_tokens.mojo kernels/loop.mojo decoding/rules.py", "decoding text_decoder speculation"),
-    ("decoding/cpu.py decoding/cache.py decoding/stepper.py", "text_decoder speculation cache together"),
+    ("decoding/cpu.py decoding/cache.py decoding/stepper.py", "text_decoder speculation cache scheduling"),
     ("kernels/step_product.mojo", "kernels on_device"),
     ("kernels/device_*.mojo decoding/gpu.py decoding/mirror.py", "device_rules on_device"),
     ("decoding/*.py frozen.py", "text_decoder whisper openai_object decoding"),

@@ -26,14 +26,14 @@ from ..suite import Suite
 
 @dataclass(frozen=True)
 class Cost:
-    """flops: floating-point operations. n_bytes: bytes of inputs, outputs and weights."""
+    """The work of a block. flops: floating-point operations. n_bytes: bytes of inputs, outputs and weights."""
 
     flops: int
     n_bytes: int
 
 
 class WeightsRead(TorchDispatchMode):
-    """While this is open, counts how many elements of each weight of a model an operation reads at most."""
+    """Counts, while this is open, how many elements of each weight of a model an operation reads at most."""
 
     def __init__(self, model: Whisper):
         super().__init__()
@@ -53,7 +53,7 @@ class WeightsRead(TorchDispatchMode):
 
 
 def costs(suite: Suite, comparison: Comparison) -> dict[str, Cost]:
-    """What each engine has to do for the block of a comparison on its inputs.
+    """Returns what each engine has to do for the block of a comparison on its inputs.
 
     MAX keeps weights in the suite's storage dtype, PyTorch in float32. Weights that only MAX has, the log-mel
     spectrogram's, are read whole.

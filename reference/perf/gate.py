@@ -44,8 +44,11 @@ class GateError(MaxWhisperError):
 
 @dataclass(frozen=True)
 class Trees:
-    """head, base: directories. revision: base as the user gave it, with its commit. base_artifacts: what base's graphs
-    were compiled into, if they were; head's are those of the setting."""
+    """The two source trees of a gate.
+
+    head, base: directories. revision: base as the user gave it, with its commit. base_artifacts: what base's graphs
+    were compiled into, if they were; head's are those of the setting.
+    """
 
     head: Path
     base: Path
@@ -88,7 +91,7 @@ class Report:
 
 
 def git(*arguments: str) -> str:
-    """What git prints. Raises GateError with the last line of its complaint."""
+    """Returns what git prints. Raises GateError with the last line of its complaint."""
     done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
     if done.returncode:
         raise GateError(f"git {arguments[0]}: {done.stderr.strip().rpartition(chr(10))[2]}")
@@ -96,7 +99,7 @@ def git(*arguments: str) -> str:
 
 
 def commit_of(revision: str) -> str:
-    """Its commit. Raises OptionError for a revision that is not known."""
+    """Returns the commit of a revision. Raises OptionError for one that is not known."""
     try:
         return git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{revision}^{{commit}}")
     except GateError:
@@ -105,7 +108,7 @@ def commit_of(revision: str) -> str:
 
 @contextmanager
 def checked_out(revision: str) -> Iterator[Trees]:
-    """The revision in a worktree of its own, which is gone afterwards however this ends."""
+    """Yields the revision in a worktree of its own, which is gone afterwards however this ends."""
     commit = commit_of(revision)
     with tempfile.TemporaryDirectory(prefix="perf-gate-") as folder:
         base = Path(folder) / "base"
@@ -125,7 +128,7 @@ def base_worker(setting: Setting, trees: Trees) -> Worker:
 
 @contextmanager
 def workers(setting: Setting, trees: Trees) -> Iterator[tuple[Worker, Worker]]:
-    """Fresh processes of base and head."""
+    """Yields fresh processes of base and head."""
     with base_worker(setting, trees) as base, Worker(setting, trees.head, "head") as head:
         yield base, head
 
@@ -157,7 +160,7 @@ def rounds(pair: tuple[Worker, Worker], block: str, files: tuple[Path, Path], n_
 
 
 def timed(setting: Setting, trees: Trees, blocks: Sequence[str], own: Sequence[str], n_round: int) -> list[RankTest]:
-    """A test of each block; one that fails is timed again by fresh processes, and the last test stands."""
+    """Tests each block; one that fails is timed again by fresh processes, and the last test stands."""
     with tempfile.TemporaryDirectory() as folder:
         save_inputs(setting, trees, blocks, own, Path(folder))
 
@@ -206,7 +209,7 @@ def compare(setting: Setting, trees: Trees, wanted: Sequence[str], n_round: int)
 
 
 def at_least_ten(text: str) -> int:
-    """A number of rounds: with fewer than ten of each, hardly any difference could reach p < 0.002."""
+    """Reads a number of rounds: with fewer than ten of each, hardly any difference could reach p < 0.002."""
     number = int(text)
     if number < 10:
         raise argparse.ArgumentTypeError(f"{text}: expected at least 10")
@@ -214,7 +217,7 @@ def at_least_ten(text: str) -> int:
 
 
 def folder_of_artifacts(text: str) -> str:
-    """Its absolute path, because each worker runs in its own tree."""
+    """Returns a folder's absolute path, because each worker runs in its own tree."""
     if not Path(text).is_dir():
         raise argparse.ArgumentTypeError(f"{text}: expected a folder of artifacts")
     return str(Path(text).resolve())
@@ -258,7 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def write(report: Report, path: Path) -> bool:
-    """Write the table; whether that could be done. Says so where it could not, and leaves no part of a file."""
+    """Writes the table, and returns whether that could be done: where not, says so and leaves no part of a file."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         written(path, lambda unfinished: unfinished.write_text(report.markdown()))

@@ -74,7 +74,7 @@ class Measurement:
         self.specs = [spec for spec in SPECS if spec.name in (SUBJECT, REFERENCE)]
 
     def row(self, axis: str, point: Point) -> Row:
-        """Both engines at a point, in turn; one that fails is not asked again."""
+        """Measures both engines at a point, in turn; one that fails is not asked again."""
         material = self.material(point)
         row = Row(axis, point, {spec.name: Cost() for spec in self.specs})
         n_round = 1 if (point.minutes or 0) >= LONG else self.rounds
@@ -87,7 +87,7 @@ class Measurement:
         return row
 
     def measure(self, spec: Spec, point: Point, material: Material, cost: Cost) -> None:
-        """One round of an engine, or its error."""
+        """Adds one round of an engine to its cost, or its error."""
         try:
             with self.worker(spec, point) as worker:
                 worker.ask("load")
@@ -105,7 +105,7 @@ class Measurement:
 
     @contextlib.contextmanager
     def worker(self, spec: Spec, point: Point) -> Iterator[Worker]:
-        """A new process of an engine, whose graphs another one has compiled; raises EngineError."""
+        """Yields a new process of an engine, whose graphs another one has compiled; raises EngineError."""
         folder, dims = self.model(point.size)
         task = task_for(dims, None, point.threads)
         if (spec.name, point.size) not in self.prepared:
@@ -126,7 +126,7 @@ class Measurement:
         return self.models[size]
 
     def material(self, point: Point) -> Material:
-        """A clip over and over: its samples, or the spectrograms of as many windows as the batch has."""
+        """Saves a clip over and over: its samples, or the spectrograms of as many windows as the batch has."""
         if point.minutes:
             n_window = 2 * point.minutes
             first, whole = self.save("first", self.audio(1)), self.save("whole", self.audio(n_window))
@@ -137,7 +137,7 @@ class Measurement:
         return Material("generate_batch", path, path, point.batch)
 
     def audio(self, n_window: int) -> np.ndarray:
-        """float32 (samples,), of as many times 30 s."""
+        """Returns float32 (samples,), of as many times 30 s."""
         return np.resize(self.clip, n_window * N_SAMPLES)
 
     def save(self, name: str, array: np.ndarray) -> str:
@@ -147,7 +147,7 @@ class Measurement:
 
 
 def measured(axes: Sequence[str], sizes: Sequence[str], rounds: int) -> Growth:
-    """Everything on some of AXES. Raises OptionError if the cache of checkpoints cannot be written to."""
+    """Measures everything on some of AXES. Raises OptionError if the cache of checkpoints cannot be written to."""
     base = Point("tiny", available())
     values = {**AXES, "size": sizes, "threads": [n for n in AXES["threads"] if n <= base.threads]}
     with tempfile.TemporaryDirectory(prefix="maxwhisper-growth-") as scratch:
@@ -176,7 +176,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def writable(out: str) -> Path:
-    """The folder, made if it is not there. Raises OptionError."""
+    """Returns the folder, made if it is not there. Raises OptionError."""
     folder = Path(out)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -188,7 +188,7 @@ def writable(out: str) -> Path:
 
 
 def write(growth: Growth, folder: Path) -> None:
-    """Print the tables, then write the files. Raises OptionError, which names each file that cannot be made and why,
+    """Prints the tables and writes the files. Raises OptionError, which names each file that cannot be made and why,
     after the others have been written."""
     print(text := markdown(growth), flush=True)
     files: dict[str, Callable[[Path], object]] = {

@@ -44,7 +44,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Row:
-    """axis: the field of the point that varies. costs: by the name of the engine."""
+    """A row of a table. axis: the field of the point that varies. costs: by the name of the engine."""
 
     axis: str
     point: Point
@@ -55,18 +55,18 @@ class Row:
         return getattr(self.point, self.axis)
 
     def seconds(self, engine: str) -> float | None:
-        """The median of a recording, or of a window of a batch; None where nothing was measured."""
+        """Returns the median seconds of a recording, or of a window of a batch; None where nothing was measured."""
         found = middle(self.costs[engine].seconds)
         return found / self.point.batch if found is not None else None
 
     def peak_bytes(self, engine: str) -> float | None:
-        """The median; None where nothing was measured."""
+        """Returns the median of the peaks; None where nothing was measured."""
         return middle(self.costs[engine].peak_bytes)
 
 
 @dataclass(frozen=True)
 class Growth:
-    """tokens: of every window of 30 s. versions: of each engine's packages."""
+    """All that was measured. tokens: of every window of 30 s. versions: of each engine's packages."""
 
     tokens: int
     base: Point
@@ -80,7 +80,7 @@ class Growth:
 
     @property
     def failures(self) -> list[str]:
-        """A line for each engine that failed at a point."""
+        """Returns a line for each engine that failed at a point."""
         return [
             f"{engine}, {HEADINGS[row.axis]} {row.value}: failed: {cost.error}"
             for row in self.rows
@@ -96,18 +96,18 @@ class Growth:
 
 
 def markdown(growth: Growth) -> str:
-    """A table for each axis, what failed, and what was measured how."""
+    """Returns a table for each axis, what failed, and what was measured how."""
     lines = [line for axis in growth.axes for line in (*table(axis, growth.of(axis)), "")]
     failures = [*growth.failures, ""] if growth.failures else []
     return "\n".join([*lines, *failures, *notes(growth), ""])
 
 
 def table(axis: str, rows: Sequence[Row]) -> Iterator[str]:
-    unit = "s" if axis == "minutes" else "ms per window"
+    measured_in = "s" if axis == "minutes" else "ms per window"
     yield f"{TITLES[axis]}:"
     yield ""
     yield (
-        f"| {HEADINGS[axis]} | {SUBJECT} {unit} | {REFERENCE} {unit} | ratio"
+        f"| {HEADINGS[axis]} | {SUBJECT} {measured_in} | {REFERENCE} {measured_in} | ratio"
         f" | {SUBJECT} peak MB | {REFERENCE} peak MB | ratio | rounds |"
     )
     yield "|---:|---:|---:|---:|---:|---:|---:|---:|"
@@ -120,7 +120,7 @@ def table(axis: str, rows: Sequence[Row]) -> Iterator[str]:
 
 
 def compared(values: Sequence[float | None], digits: int, factor: float) -> list[str]:
-    """Both engines' figures and the ratio of the first to the second; a dash where nothing was measured."""
+    """Returns both engines' figures and the ratio of the first to the second; a dash where nothing was measured."""
     ours, theirs = values
     ratio = ours / theirs if ours is not None and theirs else None
     return [number(ours, digits, factor), number(theirs, digits, factor), number(ratio, 2)]
@@ -146,7 +146,7 @@ def notes(growth: Growth) -> list[str]:
 
 
 def plot(growth: Growth, path: Path) -> None:
-    """Write a picture: time above memory, a column for each axis."""
+    """Writes a picture: time above memory, a column for each axis."""
     figure = Figure(figsize=(1 + 3.6 * len(growth.axes), 6.5), layout="constrained")
     panels = figure.subplots(2, len(growth.axes), squeeze=False)
     for (above, below), axis in zip(panels.T, growth.axes, strict=True):
@@ -168,11 +168,11 @@ def plot(growth: Growth, path: Path) -> None:
 def draw(axes: Axes, rows: Sequence[Row], lines: Sequence[Sequence[float]]) -> None:
     values = [row.value for row in rows]
     numeric = [value for value in values if isinstance(value, int)]
-    places = numeric or list(range(len(values)))
+    positions = numeric or list(range(len(values)))
     for engine, line in zip((SUBJECT, REFERENCE), lines, strict=True):
-        axes.plot(places, line, marker="o", label=engine)
+        axes.plot(positions, line, marker="o", label=engine)
     if numeric:
         axes.set_xscale("log")
-    axes.set_xticks(places, [str(value) for value in values])
+    axes.set_xticks(positions, [str(value) for value in values])
     axes.set_xticks([], minor=True)
     axes.grid(alpha=0.3)

@@ -41,7 +41,7 @@ TOKENS = 40
 
 
 class Listener(Protocol):
-    """What is given audio and has text."""
+    """Something that is given audio and has text."""
 
     settled: str
     tentative: str
@@ -52,7 +52,7 @@ class Listener(Protocol):
 
 @runtime_checkable
 class Ending(Protocol):
-    """What leaves words unsettled in a silence, until it is told that no audio comes."""
+    """Something that leaves words unsettled in a silence, until it is told that no audio comes."""
 
     def end(self) -> None:
         """Settles what is left."""
@@ -60,7 +60,7 @@ class Ending(Protocol):
 
 @dataclass(frozen=True)
 class Clip:
-    """words: of the offline transcript, each with its end in seconds."""
+    """A clip to play. words: of the offline transcript, each with its end in seconds."""
 
     audio: np.ndarray
     text: str

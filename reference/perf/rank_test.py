@@ -13,7 +13,7 @@ FACTOR = 1.10
 
 @dataclass(frozen=True)
 class RankTest:
-    """Holds a block's medians in seconds, ratio of head to base, and p of the two-sided Mann-Whitney test."""
+    """A block's medians in seconds, ratio of head to base, and p of the two-sided Mann-Whitney test."""
 
     block: str
     base: float

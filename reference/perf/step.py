@@ -68,7 +68,7 @@ CASES = (Case(), Case(n_beam=5), Case(n_window=8), Case(n_window=32))
 
 @dataclass(frozen=True)
 class Timing:
-    """Holds what one step takes, in microseconds; None is not measured. captured: whether it is launched as one.
+    """What one step takes, in microseconds; None is not measured. captured: whether it is launched as one.
 
     executed_host, executed_device: as the others, kernels launched one by one. launches: by kind, kernels among them.
     """

@@ -21,7 +21,7 @@ class Row:
     device_seconds: float | None = None
 
     def rates(self, ceilings: Mapping[str, float]) -> dict[str, float]:
-        """GFLOP/s and GB/s, and the ceilings that they are to be seen against; nothing without a cost.
+        """Returns GFLOP/s and GB/s, and the ceilings that they are to be seen against; nothing without a cost.
 
         ceilings: FLOP/s of "matmul", bytes/s of "copy" and "read".
         """
@@ -37,7 +37,7 @@ class Row:
 
 
 def table(rows: Sequence[Row], ceilings: Mapping[str, float]) -> Iterator[str]:
-    """A line for each block, MAX beside PyTorch; the rates are MAX's. A dash where an engine was not timed."""
+    """Yields a line for each block, MAX beside PyTorch; the rates are MAX's. A dash where an engine was not timed."""
     matmul, copy, read = (ceilings[name] / 1e9 for name in ("matmul", "copy", "read"))
     yield f"ceilings: matmul {matmul:.0f} GFLOP/s, copy {copy:.1f} GB/s, read {read:.1f} GB/s"
     yield "medians; ratio is MAX's time over PyTorch's; rates are MAX's"
@@ -66,7 +66,7 @@ def figures(engines: Mapping[str, Row], ceilings: Mapping[str, float], on_gpu: b
 
 
 def times(columns: str, ours: float | None, theirs: float | None) -> str:
-    """Both in milliseconds, and their ratio, as wide as the columns."""
+    """Shows both in milliseconds, and their ratio, as wide as the columns."""
     values = [f"{seconds * 1e3:.3g}" if seconds else "-" for seconds in (ours, theirs)]
     values.append(f"{ours / theirs:.2f}" if ours and theirs else "-")
     return "  ".join(f"{value:>{len(name)}}" for value, name in zip(values, columns.split("  "), strict=True))

@@ -58,7 +58,7 @@ FEATURES = "decoder.keys_values"
 
 
 def gpu_queue(engine: str) -> tuple[Any, Callable[[], Any]]:
-    """What the engine computes on, and what makes events to be recorded there."""
+    """Returns what the engine computes on, and what makes events to be recorded there."""
     if engine == "PyTorch":
         return torch.cuda.current_stream(), partial(torch.cuda.Event, enable_timing=True)
     from max.driver import Accelerator, DeviceEvent
@@ -75,7 +75,7 @@ class Blocks:
         self.calls: dict[str, Callable[[], object]] = {}
 
     def takes(self) -> dict[str, list[str]]:
-        """By block or loop, its inputs: names, dtypes and dimensions."""
+        """Returns, by block or loop, its inputs: names, dtypes and dimensions."""
         dims, policy = self.suite.dims, self.suite.policy
         taken = {
             name: [f"{given} {kind}" for given, kind in block.inputs(dims, policy).items()]
@@ -87,7 +87,7 @@ class Blocks:
 
     @property
     def selects_tokens(self) -> bool:
-        """Whether the graphs of decode loops can be had: artifacts hold those of models that speak."""
+        """Tells whether the graphs of decode loops can be had: artifacts hold those of models that speak."""
         if self.suite.held is None:
             return True
         from maxwhisper.compiled import DECODING
@@ -132,8 +132,8 @@ class Blocks:
         return call
 
     def decoding(self, loop: Loop, features: torch.Tensor, engine: str) -> Callable[[], list[DecodingResult]]:
-        """N_TOKEN tokens of each window; features: (window, n_audio_ctx, state), of which the first is taken, and for
-        more windows the same moved by a second each."""
+        """Returns what decodes N_TOKEN tokens of each window; features: (window, n_audio_ctx, state), of which the
+        first is taken, and for more windows the same moved by a second each."""
         model = self.suite.peer if engine == "PyTorch" else self.drop_in
         options = DecodingOptions(
             language="en",
@@ -148,7 +148,7 @@ class Blocks:
 
     @cached_property
     def drop_in(self) -> Any:
-        """The suite's weights as openai-whisper's object, on MAX."""
+        """Returns the suite's weights as openai-whisper's object, on MAX."""
         from maxwhisper.checkpoint import Checkpoint
         from maxwhisper.whisper import Whisper
 
@@ -157,16 +157,16 @@ class Blocks:
         return Whisper(checkpoint, self.suite.device, self.suite.held)
 
     def time(self, block: str, calls: int) -> list[float]:
-        """Seconds of each of so many calls, after one that is not timed: threads are awake and caches are warm, as in
-        a user's loop."""
+        """Returns the seconds of each of so many calls, after one that is not timed: threads are awake and caches are
+        warm, as in a user's loop."""
         return self.seconds(self.calls[block], calls)
 
     def device_time(self, block: str, engine: str, calls: int) -> list[float]:
-        """Seconds of each of so many calls, after one that is not counted, on the clock of the GPU: between two events
-        on the engine's queue.
+        """Returns the seconds of each of so many calls, after one that is not counted, on the clock of the GPU: between
+        two events on the engine's queue.
 
-        Python waits for the last call alone, so that it is ahead of the GPU, unless a call takes Python longer. None
-        of a block that is computed on the CPU, nor of a loop, which waits after every token.
+        Python waits for the last call alone, so that it is ahead of the GPU, unless a call takes Python longer. There
+        are none of a block that is computed on the CPU, nor of a loop, which waits after every token.
         """
         if block in LOOPS or self.comparison(block).device == "cpu":
             return []
@@ -180,7 +180,7 @@ class Blocks:
         return [start.elapsed_time(end) / 1e3 for start, end in events[1:]]  # from milliseconds
 
     def product(self, engine: str) -> dict[str, float]:
-        """FLOP/s of a large matrix product in the suite's dtype, best of ten."""
+        """Measures the FLOP/s of a large matrix product in the suite's dtype, best of ten."""
         a = torch.ones(MATRIX, MATRIX, dtype=self.suite.dtype, device=self.suite.torch_device)
         call = self.product_on_max(a) if engine == "MAX" else lambda: a @ a
         return {"matmul": 2 * MATRIX**3 / min(self.seconds(call, 10))}
@@ -200,7 +200,7 @@ class Blocks:
         return lambda: run(a[None], a)
 
     def bandwidth(self) -> dict[str, float]:
-        """Bytes/s, best of ten, of a large copy, which reads and writes, and of a large read."""
+        """Measures the bytes/s, best of ten, of a large copy, which reads and writes, and of a large read."""
         device = self.suite.torch_device
         source = torch.ones(VECTOR, device=device)
         target, size = torch.empty_like(source), source.nbytes
@@ -224,20 +224,20 @@ class Blocks:
 
 
 def replies_to() -> TextIO:
-    """Where replies go. What else is printed, by any library, goes to standard error."""
+    """Returns the stream of replies. What else is printed, by any library, goes to standard error."""
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     return replies
 
 
 def end_with_parent() -> None:
-    """On Linux: a process that is stopped does not see its pipe close."""
+    """Has this process end with its parent, on Linux: one that is stopped does not see its pipe close."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def holding(suite: Suite, artifacts: str) -> Suite:
-    """The suite with what was compiled ahead; ends the process where the tree's code cannot read that."""
+    """Returns the suite with artifacts; ends the process where the tree's code cannot read them."""
     try:
         from maxwhisper.engine.artifacts import Artifacts
 

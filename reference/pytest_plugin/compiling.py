@@ -1,4 +1,4 @@
-"""What other processes compile: ahead of later tests, and for the targets of --compile-only."""
+"""What other processes compile: for later tests, and for the targets of --compile-only."""
 
 import itertools
 import logging
@@ -6,37 +6,37 @@ from collections.abc import Sequence
 
 import pytest
 
-from maxwhisper.engine.precompile import Ahead
+from maxwhisper.engine.precompile import Precompiler
 
-from ..ahead import WhenCompiling, compile_ahead
 from ..lowering import Lowering
+from ..precompile import WhenCompiling, precompiler
 from .options import OfRun, Options
 
 
 class Compiling(OfRun):
     """The processes of a run that compile.
 
-    ahead: what later tests need. lowering: by target of --compile-only, in the order in which they were started.
+    precompilers: what later tests need. lowering: by target of --compile-only, in the order in which they were started.
     """
 
     def __init__(self, config: pytest.Config):
         super().__init__(config)
         self.options = Options.of(config)
-        self.ahead: list[Ahead] = []
+        self.precompilers: list[Precompiler] = []
         self.lowering: dict[str, Lowering] = {}
 
     def start(self, jobs: Sequence[str]) -> None:
-        """Have jobs done by a process, from when this one compiles something on."""
-        self.ahead.append(compile_ahead(jobs, self.options.checkpoint, self.options.device))
-        logging.getLogger("maxwhisper").addHandler(WhenCompiling(self.ahead[-1]))
+        """Has jobs done by a process, from when this one compiles something on."""
+        self.precompilers.append(precompiler(jobs, self.options.checkpoint, self.options.device))
+        logging.getLogger("maxwhisper").addHandler(WhenCompiling(self.precompilers[-1]))
 
     def wait(self, job: str) -> None:
-        """Wait for the job if a process does it."""
-        for ahead in self.ahead:
-            ahead.wait(job, job)
+        """Waits for the job if a process does it."""
+        for each in self.precompilers:
+            each.wait(job, job)
 
     def for_target(self, target: str) -> Lowering:
-        """Return the process that compiles for a target, started at the first call."""
+        """Returns the process that compiles for a target, started at the first call."""
         if target not in self.lowering:
             self.stop_lowering()  # one at a time: two would take as long, and twice the memory
             models = list(itertools.product(self.options.sizes, self.options.dtypes))
@@ -49,14 +49,14 @@ class Compiling(OfRun):
             each.stop()
 
     def stop(self) -> None:
-        for each in self.ahead:
+        for each in self.precompilers:
             each.stop()
         self.stop_lowering()
 
 
 @pytest.fixture
 def lowering(request: pytest.FixtureRequest) -> Lowering:
-    """The process that compiles for a target of --compile-only."""
+    """Returns the process that compiles for a target of --compile-only."""
     return Compiling.of(request.config).for_target(request.param)
 
 

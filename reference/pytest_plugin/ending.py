@@ -47,7 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """A parity run that compared nothing has shown nothing, and neither has one of whose blocks -k left none."""
+    """Fails a parity run that compared nothing, for it has shown nothing, and one of whose blocks -k left none."""
     config = session.config
     if config.getoption("collectonly"):
         return
@@ -68,7 +68,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def compared_with_none(config: pytest.Config) -> str | None:
-    """Return what to say where --benchmark-compare has found no benchmark of this run among those that were saved."""
+    """Says so where --benchmark-compare has found no benchmark of this run among those that were saved."""
     session = getattr(config, "_benchmarksession", None)
     if session is None or not (session.compare and session.benchmarks):
         return None
@@ -126,12 +126,12 @@ class Ending:
             self.run.test_seconds += report.duration
 
     def selected(self, session: pytest.Session) -> list[str]:
-        """Return the ids of the tests that were selected, in whatever process they run."""
+        """Returns the ids of the tests that were selected, in whatever process they run."""
         return self.distributed or [item.nodeid for item in session.items]
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Skip what pytest-benchmark would run if it is not there; a usage error if nothing else was chosen."""
+        """Skips what pytest-benchmark would run if it is not there; raises a usage error if nothing else was chosen."""
         benchmarks = [item for item in items if item.get_closest_marker("benchmark")]
         if not benchmarks or self.config.pluginmanager.has_plugin("benchmark"):
             return
@@ -156,13 +156,13 @@ class Ending:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> Generator[None, None, None]:
-        """Called around all other plugins but the one that prints, and only then counts what there is to be said."""
+        """Counts what there is to be said, after all other plugins but the one that prints."""
         try:
             yield
         except pytest.exit.Exception:
             raise
         except Exception as error:
-            self.fail(session, f"{place(error)} failed as the run ended: {one_line(error)}")
+            self.fail(session, f"{failing_hook(error)} failed as the run ended: {one_line(error)}")
         if is_worker(self.config) or self.config.getoption("collectonly"):
             return
         if self.run.lost:
@@ -183,7 +183,7 @@ class Ending:
             self.pytest_terminal_summary(reporter)
 
     def fail(self, session: pytest.Session, line: str = "") -> None:
-        """Say the line, and fail the run unless it has failed already."""
+        """Says the line, and fails the run unless it has failed already."""
         if line:
             self.run.note(line)
         if session.exitstatus == pytest.ExitCode.OK:
@@ -207,8 +207,8 @@ class Ending:
             terminalreporter.write_line(line, yellow=True)
 
 
-def place(error: BaseException) -> str:
-    """Return the file and the function of the plugin whose hook raised the error."""
+def failing_hook(error: BaseException) -> str:
+    """Returns the file and the function of the plugin whose hook raised the error."""
     frames = traceback.extract_tb(error.__traceback__)
     hooks = [hook for caller, hook in pairwise(frames) if Path(caller.filename).parent == PLUGGY]
     of_plugins = [hook for hook in hooks if Path(hook.filename).parent != PLUGGY]

@@ -10,9 +10,9 @@ import torch
 
 from maxwhisper.engine.folders import cache_folder
 
-from ..ahead import TRANSCRIBING, suite_job
 from ..fixtures import NANO
 from ..models import Model, load
+from ..precompile import TRANSCRIBING, suite_job
 from ..results import Run
 from ..suite import Suite
 from .compiling import Compiling
@@ -38,14 +38,14 @@ class Models(OfRun):
         self.suite: SuiteFor = lru_cache(maxsize=2)(self.new_suite)
 
     def new_suite(self, size: str, dtype: torch.dtype) -> Suite:
-        """Make a suite, once its blocks are compiled if another process compiles them."""
+        """Makes a suite, once its blocks are compiled if another process compiles them."""
         only, options = self.asked.get((size, dtype), frozenset()), self.options
         self.wait(suite_job(size, dtype, only))
         memory = getattr(self.config, "cache", None)
         return Suite(self.model(size), dtype, options.device, options.artifacts, memory, only)
 
     def wait(self, job: str) -> None:
-        """Wait for a job if another process does it."""
+        """Waits for a job if another process does it."""
         start = time.perf_counter()
         Compiling.of(self.config).wait(job)
         self.config.stash[RUN].waiting += time.perf_counter() - start
@@ -53,26 +53,26 @@ class Models(OfRun):
 
 @pytest.fixture
 def suite(request: pytest.FixtureRequest) -> Suite:
-    """The suite of one --size in one --dtype."""
+    """Returns the suite of one --size in one --dtype."""
     return Models.of(request.config).suite(*request.param)
 
 
 @pytest.fixture
 def suite_for(request: pytest.FixtureRequest) -> SuiteFor:
-    """From a size and a dtype to their suite."""
+    """Returns what gives the suite of a size and a dtype."""
     return Models.of(request.config).suite
 
 
 @pytest.fixture
 def run(request: pytest.FixtureRequest) -> Run:
-    """Where tests leave what they found, for the report and the last lines of the run."""
+    """Returns where tests leave what they found, for the report and the last lines of the run."""
     return request.config.stash[RUN]
 
 
 @pytest.fixture(scope="session", autouse=True)
 def own_artifacts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A cache folder with all that the user's holds, but for the artifacts: what `load_model` keeps is of this run, so
-    that nothing is judged which an earlier one compiled."""
+    """Makes a cache folder with all that the user's holds, but for the artifacts: what `load_model` keeps is of this
+    run, so that nothing is judged which an earlier one compiled."""
     users, own = cache_folder("kernels").parent, tmp_path_factory.mktemp("cache")
     for shared in ("kernels", "graphs", "locks"):
         (users / shared).mkdir(parents=True, exist_ok=True)
@@ -85,14 +85,14 @@ def own_artifacts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def checkpoint_path(request: pytest.FixtureRequest) -> str:
-    """The checkpoint that whole transcripts are made with: the user's, or the trained fixture."""
+    """Returns the checkpoint that whole transcripts are made with: the user's, or the trained fixture."""
     Models.of(request.config).wait(TRANSCRIBING)
     return Options.of(request.config).checkpoint or str(NANO)
 
 
 @pytest.fixture(scope="session")
 def loading(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """What the options have `load_model` do beside loading a checkpoint."""
+    """Returns what the options have `load_model` do beside loading a checkpoint."""
     get = request.config.getoption
     options = {"artifacts": get("--artifacts"), "or_compile": get("--or-compile")}
     return {"device": Options.of(request.config).device, **options}

@@ -78,7 +78,7 @@ class OfRun:
 
     @classmethod
     def of(cls, config: pytest.Config) -> Self:
-        """Return that of a run."""
+        """Returns the one of a run."""
         if cls.key not in config.stash:
             config.stash[cls.key] = cls(config)
         return config.stash[cls.key]
@@ -95,7 +95,7 @@ class Options(OfRun):
         self.checkpoint: str | None = config.getoption("--checkpoint")
 
     def check(self) -> None:
-        """Raise a usage error for the first that cannot be met."""
+        """Raises a usage error for the first option that cannot be met."""
         get = self.config.getoption
         for option in ("--checkpoint", "--artifacts", "--report"):
             if get(option) == "":  # as of a variable that is not set
@@ -126,7 +126,7 @@ class Options(OfRun):
         check_folder("--artifacts", self.compiled_into)
 
     def chosen(self, option: str, known: tuple[str, ...], default: tuple[str, ...]) -> tuple[str, ...]:
-        """Return the names given with an option; a usage error for one that is not known."""
+        """Returns the names given with an option; raises a usage error for one that is not known."""
         given = self.config.getoption(option)
         names = default if given is None else known if given == "all" else tuple(given.split(","))
         if unknown := [name for name in names if name not in known]:
@@ -155,12 +155,12 @@ class Options(OfRun):
 
     @property
     def compiled_into(self) -> Path:
-        """Where --compile-only writes, by target."""
+        """Returns where --compile-only writes, by target."""
         return Path(self.config.getoption("--artifacts") or ARTIFACTS)
 
     @cached_property
     def artifacts(self) -> Artifacts | None:
-        """What --artifacts holds; a usage error if it is not for this machine."""
+        """Returns what --artifacts holds; raises a usage error if it is not for this machine."""
         folder, or_compile = self.config.getoption("--artifacts"), self.config.getoption("--or-compile")
         if folder is None:
             if or_compile:
@@ -173,12 +173,12 @@ class Options(OfRun):
 
     @property
     def times(self) -> bool:
-        """Whether anything is timed: not beside other workers of pytest-xdist, nor without pytest-benchmark."""
+        """Tells whether anything is timed: not beside other workers of pytest-xdist, nor without pytest-benchmark."""
         return not self.config.getoption("benchmark_disable", True) and not is_worker(self.config)
 
 
 def check_folder(option: str, folder: Path) -> None:
-    """Make the folder if it is not there; a usage error if no file can be written into it."""
+    """Makes the folder if it is not there; raises a usage error if no file can be written into it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=folder):
@@ -188,7 +188,7 @@ def check_folder(option: str, folder: Path) -> None:
 
 
 def check_checkpoint(path: str, size: str | None) -> None:
-    """Raise a usage error if the user's checkpoint does not load, or has not the dimensions of a --size beside it."""
+    """Raises a usage error if the user's checkpoint does not load, or has not the dimensions of a --size beside it."""
     try:
         model = trained(path, CHECKPOINT)
     except MaxWhisperError as error:
@@ -199,5 +199,5 @@ def check_checkpoint(path: str, size: str | None) -> None:
 
 
 def differing(ours: ModelDimensions, theirs: ModelDimensions) -> bool:
-    """Tell whether two models differ in anything but their numbers of layers: SIZES have one layer of most."""
+    """Tells whether two models differ in anything but their numbers of layers: SIZES have one layer of most."""
     return any(getattr(ours, name) != getattr(theirs, name) for name in vars(ours) if "layer" not in name)

@@ -35,7 +35,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def sizes_for(config: pytest.Config, test: pytest.Item) -> tuple[str, ...]:
-    """Return the models that a test is for. Faults are tried in the fixture, whose layers differ from each other;
+    """Returns the models that a test is for. Faults are tried in the fixture, whose layers differ from each other;
     benchmarks are of tiny in float32 unless options say otherwise, and of the fixture where nothing is timed."""
     options = Options.of(config)
     only = options.sizes
@@ -49,17 +49,17 @@ def sizes_for(config: pytest.Config, test: pytest.Item) -> tuple[str, ...]:
 
 
 def kinds_of(size: str) -> tuple[str, ...]:
-    """Trained models are judged on every kind of inputs, random weights on speech and on random inputs."""
+    """Returns the inputs to judge a model on: all kinds if it is trained, else speech and random inputs."""
     return KINDS if size in TRAINED else ("speech", RANDOM)
 
 
 def models(options: Options, name: str) -> Iterator[tuple[str, torch.dtype]]:
-    """Every size and dtype that a block or graph is taken in: the log-mel spectrogram is float32 in every dtype."""
+    """Yields every size and dtype that a block or graph is taken in: the log-mel spectrogram is always float32."""
     return itertools.product(options.sizes, options.dtypes[:1] if name == "log_mel" else options.dtypes)
 
 
 def compared(config: pytest.Config) -> Iterator[Comparison]:
-    """Every comparison of every block that the options ask for."""
+    """Yields every comparison of every block that the options ask for."""
     options = Options.of(config)
     for size in options.sizes:
         dims = SIZES[size] if size in SIZES else Models.of(config).model(size).dims
@@ -70,7 +70,7 @@ def compared(config: pytest.Config) -> Iterator[Comparison]:
 
 
 def lowered(config: pytest.Config) -> Iterator[tuple[str, str, torch.dtype, str]]:
-    """Every target, size, dtype and graph that --compile-only asks for."""
+    """Yields every target, size, dtype and graph that --compile-only asks for."""
     options = Options.of(config)
     for target, size, dtype in itertools.product(options.targets, options.sizes, options.dtypes):
         for graph in graphs(target, size, dtype):

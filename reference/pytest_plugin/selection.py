@@ -10,7 +10,7 @@ import torch
 from maxwhisper.network.blocks import BLOCKS
 from maxwhisper.network.log_mel import LOG_MEL
 
-from ..ahead import TRANSCRIBING, suite_job
+from ..precompile import TRANSCRIBING, suite_job
 from .compiling import Compiling
 from .models import Models
 from .options import Options
@@ -61,7 +61,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 def wanted(config: pytest.Config, item: pytest.Item) -> bool:
-    """Tell whether the test is of the kind that the run is, --size has a model for it, and --faults its faults: those
+    """Tells whether the test is of the kind that the run is, --size has a model for it, and --faults its faults: those
     of weights in float32 by default."""
     options, fixtures = Options.of(config), item.fixturenames  # type: ignore[attr-defined]
     target = item.get_closest_marker("compiles_for")
@@ -89,7 +89,7 @@ def parameters(item: pytest.Item) -> dict[str, Any]:
 
 
 def block_of(item: pytest.Item) -> str | None:
-    """The name of the block that a test compares, times, compiles or puts a fault into; None for any other test."""
+    """Returns the block that a test compares, times, compiles or puts a fault into; None for any other test."""
     params = parameters(item)
     named = [getattr(params.get(name), "block", None) for name in ("comparison", "fault")]
     named += [params.get("block"), str(params.get("graph")).removesuffix(" with intermediates")]
@@ -108,7 +108,7 @@ def make_findable(items: Iterable[pytest.Item], expression: str) -> None:
 
 
 def compares(item: pytest.Item) -> bool:
-    """Whether a test leaves a comparison of MAX with PyTorch behind: of a block, a chain or a whole transcript.
+    """Tells whether a test leaves a comparison of MAX with PyTorch behind: of a block, a chain or a whole transcript.
 
     What is tried on the judge is of wrong models, and properties are of one graph on made-up inputs.
     """
@@ -116,7 +116,7 @@ def compares(item: pytest.Item) -> bool:
 
 
 def models_of(item: pytest.Item) -> list[tuple[str, torch.dtype]]:
-    """The model, as (size, dtype), that a test is about; none for a test that is about none."""
+    """Returns the model, as (size, dtype), that a test is about; nothing for a test that is about none."""
     params = parameters(item)
     if "comparison" in params:
         return [(params["comparison"].size, params["comparison"].dtype)]
@@ -124,8 +124,8 @@ def models_of(item: pytest.Item) -> list[tuple[str, torch.dtype]]:
 
 
 def compared_alone(items: Iterable[pytest.Item]) -> dict[tuple[str, torch.dtype], frozenset[str]]:
-    """By model, as (size, dtype), the blocks that tests compare, where these are so few that to compile them without
-    the others takes less than half the time: whoever selects a few waits for them alone."""
+    """Returns, by model, as (size, dtype), the blocks that tests compare, where these are so few that to compile them
+    without the others takes less than half the time: whoever selects a few waits for them alone."""
     compared: dict[tuple[str, torch.dtype], set[str]] = {}
     for item in items:
         if comparison := parameters(item).get("comparison"):
@@ -134,17 +134,17 @@ def compared_alone(items: Iterable[pytest.Item]) -> dict[tuple[str, torch.dtype]
 
 
 def leaves_no_verdict(item: pytest.Item) -> bool:
-    """Whether a test of tests/parity leaves nothing behind, as those of properties, loaders and compiled code do."""
+    """Tells whether a test of tests/parity leaves no verdict, as of properties, loaders and compiled code."""
     return of_parity(item.nodeid) and "run" not in item.fixturenames  # type: ignore[attr-defined]
 
 
 def of_parity(nodeid: str) -> bool:
-    """Tell whether a test stands in tests/parity, whatever words are in its name."""
+    """Tells whether a test stands in tests/parity, whatever words are in its name."""
     return "tests/parity" in nodeid.partition("::")[0]
 
 
 def left_out(config: pytest.Config, selected: Sequence[pytest.Item]) -> str | None:
-    """What to say where -k or -m left nothing that compares, though what they chose from did; None where they left
+    """Says so where -k or -m left nothing that compares, though what they chose from did; None where they left
     something, or tests of other things alone."""
     asked = {"-k": config.option.keyword, "-m": config.option.markexpr}
     given = " ".join(f"{option} '{expression}'" for option, expression in asked.items() if expression)

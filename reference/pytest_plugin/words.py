@@ -44,13 +44,13 @@ inside the network finds the innermost blocks that compute it; the name of a cla
 
 @cache
 def words_of(block: str) -> frozenset[str]:
-    """The words that find a block beside those in its name."""
+    """Returns the words that find a block beside those in its name."""
     found = (words.split() for names, words in WORDS if any(fnmatchcase(block, name) for name in names.split()))
     return frozenset(word for words in found for word in words)
 
 
 def finds(typed: str, block: str) -> bool:
-    """Whether a word of a -k expression means the block: part of its name, or all of another word for it.
+    """Tells whether a word of a -k expression means the block: part of its name, or all of another word for it.
 
     Case does not matter, nor whether - or _ stands between two words; of a path, as `encoder.ln_post`, every part must.
     """
@@ -59,6 +59,6 @@ def finds(typed: str, block: str) -> bool:
 
 
 def all_words() -> list[str]:
-    """Every word that finds a block: the parts of the blocks' names, then the others."""
+    """Returns every word that finds a block: the parts of the blocks' names, then the others."""
     own = sorted({part for block in BLOCKS for part in block.split(".")})
     return [*own, *sorted({word for _, words in WORDS for word in words.split()} - set(own))]

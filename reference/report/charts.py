@@ -51,7 +51,7 @@ XLINK = "{http://www.w3.org/1999/xlink}href"
 
 
 def inline(figure: Figure, name: str, label: str, tips: Mapping[str, Sequence[str]] | None = None) -> Html:
-    """The figure as an SVG element.
+    """Returns the figure as an SVG element.
 
     name: unlike any other chart's on the page, as clip paths and markers are referred to by ids made from it. label:
     what a screen reader says. tips: by the gid of a line with markers, what to say when the pointer is over each.
@@ -68,7 +68,7 @@ def inline(figure: Figure, name: str, label: str, tips: Mapping[str, Sequence[st
 
 
 def add_tips(root: ElementTree.Element, gid: str, tips: Sequence[str]) -> None:
-    """A title on every marker; none at all where matplotlib drew another number of them."""
+    """Puts a title on every marker; on none where matplotlib drew another number of them."""
     group = next((each for each in root.iter() if each.get("id") == gid), None)
     markers = [] if group is None else [each for each in group.iter() if each.tag.endswith("}use")]
     if len(markers) == len(tips):
@@ -96,7 +96,7 @@ def adapt(root: ElementTree.Element) -> None:
 
 
 def plain(text: str) -> str:
-    """Text in which matplotlib finds no formula."""
+    """Returns text in which matplotlib finds no formula."""
     return text.replace("$", r"\$")
 
 
@@ -122,8 +122,8 @@ SERIES: dict[str, dict[str, Any]] = {
 def along_the_network(
     name: str, names: Sequence[str], chained: Sequence[Point], isolated: Sequence[Point], first_divergence: str | None
 ) -> Html:
-    """Relative L2 of MAX and PyTorch over the chain's submodules in the order of computing; an error of zero, which a
-    log axis has not, at its foot."""
+    """Draws the relative L2 of MAX and PyTorch over the chain's submodules in the order of computing; an error of zero,
+    which a log axis has not, at its foot."""
     with matplotlib.rc_context(STYLE):
         figure, axes = new_figure(11, 4)
         tips: dict[str, list[str]] = {}
@@ -131,9 +131,9 @@ def along_the_network(
             points = isolated if gid.startswith("isolated") else chained
             errors = [point.peer if gid.endswith("pytorch") else point.subject for point in points]
             draw_errors(axes, gid, points, errors, tips)
-        places, budgets = [point.position for point in chained], [point.budget for point in chained]
+        positions, budgets = [point.position for point in chained], [point.budget for point in chained]
         style: dict[str, Any] = {"where": "mid", "color": INK, "lw": 0.8, "ls": (0, (2, 2))}
-        axes.step(places, budgets, label="budget of MAX, chained", **style)
+        axes.step(positions, budgets, label="budget of MAX, chained", **style)
         if first_divergence in names:
             label = plain(f"first divergence: {first_divergence}")
             axes.axvline(names.index(first_divergence), color=BAD, lw=1, label=label)
@@ -148,7 +148,7 @@ def along_the_network(
 def draw_errors(
     axes: Axes, gid: str, points: Sequence[Point], errors: Sequence[float], tips: dict[str, list[str]]
 ) -> None:
-    """A series, which breaks off where the error is zero or not finite; zeros as marks at the axis' foot."""
+    """Draws a series, which breaks off where the error is zero or not finite; zeros as marks at the axis' foot."""
     drawable = [0 < error < math.inf for error in errors]
     values = [error if there else math.nan for error, there in zip(errors, drawable, strict=True)]
     axes.plot([point.position for point in points], values, gid=gid, **SERIES[gid])
@@ -165,7 +165,7 @@ def tip(point: Point) -> str:
 
 
 def network_axis(axes: Axes, names: Sequence[str]) -> None:
-    """A line where a layer or an end of the network begins, and its name if there is room for it."""
+    """Draws a line where a layer or an end of the network begins, and its name if there is room for it."""
     groups = [plain(part_of(name)) for name in names]
     starts = [i for i, group in enumerate(groups) if i == 0 or group != groups[i - 1]]
     named = with_room(starts, len(names))
@@ -178,7 +178,7 @@ def network_axis(axes: Axes, names: Sequence[str]) -> None:
 
 
 def with_room(starts: Sequence[int], n: int) -> set[int]:
-    """The starts whose names do not run into each other along `n` places, those of the longest parts first."""
+    """Returns the starts whose names do not run into each other along `n` submodules, the longest parts first."""
     lengths = {start: end - start for start, end in zip(starts, [*starts[1:], n], strict=True)}
     named: set[int] = set()
     for start in sorted(starts, key=lambda start: -lengths[start]):
@@ -188,7 +188,7 @@ def with_room(starts: Sequence[int], n: int) -> set[int]:
 
 
 def part_of(name: str) -> str:
-    """What a submodule stands in: "encoder.blocks.0.attn.query" in "encoder 0"."""
+    """Returns what a submodule stands in: "encoder.blocks.0.attn.query" in "encoder 0"."""
     step = STEP if name.startswith(STEP) else ""
     parts = name.removeprefix(STEP).split(".")
     if len(parts) > 2 and parts[1] == "blocks":
@@ -207,7 +207,7 @@ WIDEST = 32.0
 
 
 def ratios(figures: Mapping[str, Mapping[str, BlockFigures]], dtypes: Sequence[str]) -> Html:
-    """From the smallest to the largest ratio of each block, one line per dtype, a mark at the median."""
+    """Draws a line from the smallest to the largest ratio of each block, one per dtype, with a mark at the median."""
     with matplotlib.rc_context(STYLE):
         figure, axes = new_figure(11, 1.1 + 0.3 * len(figures))
         tips = {
@@ -235,8 +235,8 @@ def ratios(figures: Mapping[str, Mapping[str, BlockFigures]], dtypes: Sequence[s
 def draw_ratios(
     axes: Axes, figures: Mapping[str, Mapping[str, BlockFigures]], dtype: str, number: int, n_dtype: int
 ) -> list[str]:
-    """One dtype's lines, its `number` of `n_dtype` beside each other within a block's row, and the tips of its marks.
-    What is not finite or zero has no place on the axis and is left to the table."""
+    """Draws one dtype's lines, its `number` of `n_dtype` beside each other within a block's row, and returns the tips
+    of its marks. What is not finite or zero has no room on the axis and is left to the table."""
     colour, marker = DTYPE_COLOURS[number % 3], "os^"[number % 3]
     shift = (number - (n_dtype - 1) / 2) * 0.22
     of_dtype = [(i, of[dtype]) for i, of in enumerate(figures.values()) if dtype in of]
@@ -259,8 +259,8 @@ def draw_ratios(
 
 
 def error_map(name: str, errors: torch.Tensor, shape: tuple[int, ...] | None) -> Html:
-    """A map of errors (row, column) over the RMS of the oracle, of an output of the shape (..., channel). None where
-    the shape is not known: the axes then count the map's own cells."""
+    """Draws a map of errors (row, column) over the RMS of the oracle, of an output of the shape (..., channel). None
+    where the shape is not known: the axes then count the map's own cells."""
     with matplotlib.rc_context(STYLE):
         figure, axes = new_figure(5.4, 3.1)
         found = errors[errors.isfinite() & (errors > 0)]

@@ -10,7 +10,7 @@ from ..judge import Comparison, Explanation, Judgement, K, Output, dtype_name
 from ..results import Run
 from .figures import conclusion, failures
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MAP_DIGITS = 4
 """Significant digits of a map of errors, which is to be looked at."""
 OF_FAULTS = ("n", "caught", "right_block", "below", "between", "missed", "only_one", "published")
@@ -18,7 +18,7 @@ OF_FAULTS = ("n", "caught", "right_block", "below", "between", "missed", "only_o
 
 
 def as_json(run: Run, machine: dict[str, str]) -> str:
-    """Strict JSON: a number that is not finite is the string "NaN", "Infinity" or "-Infinity"."""
+    """Returns strict JSON: a number that is not finite is the string "NaN", "Infinity" or "-Infinity"."""
     return json.dumps(finite(as_data(run, machine)), allow_nan=False, ensure_ascii=False, indent=1) + "\n"
 
 
@@ -31,8 +31,8 @@ def finite(value: Any) -> Any:
     return [finite(each) for each in value] if isinstance(value, list | tuple) else value
 
 
-def picked(record: Any, *names: str) -> dict[str, Any]:
-    """Fields by name, so that one that is added to a class does not change the schema unasked."""
+def fields_of(record: Any, *names: str) -> dict[str, Any]:
+    """Returns fields by name, so that one that is added to a class does not change the schema unasked."""
     return {name: getattr(record, name) for name in names}
 
 
@@ -48,11 +48,11 @@ def as_data(run: Run, machine: dict[str, str]) -> dict[str, Any]:
         "k": K,
         "totals": totals(run),
         "environment": machine,
-        "compile_log": [picked(record, "name", "graphs", "seconds") for record in run.compiled],
+        "compile_log": [fields_of(record, "name", "graphs", "seconds") for record in run.compiled],
         "judgements": [judgement_data(judgement) for judgement in run.judgements],
         "chains": [chain_data(chain) for chain in run.chains],
         "faults": [fault_data(fault) for fault in run.faults],
-        "transcripts": [picked(t, "clip", "decoding", "equal", "n_compared", "difference") for t in run.transcripts],
+        "transcripts": [fields_of(t, "clip", "decoding", "equal", "n_compared", "difference") for t in run.transcripts],
     }
 
 
@@ -66,7 +66,7 @@ def totals(run: Run) -> dict[str, Any]:
         "chains_failed": sum(not chain.passed for chain in run.chains),
         "transcripts": len(run.transcripts),
         "transcripts_failed": sum(not transcript.equal for transcript in run.transcripts),
-        "faults": {dtype: picked(total, *OF_FAULTS) for dtype, total in fault_totals(run.faults).items()},
+        "faults": {dtype: fields_of(total, *OF_FAULTS) for dtype, total in fault_totals(run.faults).items()},
         "failures": len(failures(run)),
         "artifacts_compiled": len(run.compiled),
         "graphs_compiled": run.graphs_compiled,
@@ -77,7 +77,7 @@ def totals(run: Run) -> dict[str, Any]:
 
 
 def comparison_data(comparison: Comparison) -> dict[str, Any]:
-    known = picked(comparison, "block", "layer", "size", "device", "inputs", "seed")
+    known = fields_of(comparison, "block", "layer", "size", "device", "inputs", "seed")
     return {**known, "dtype": dtype_name(comparison.dtype)}
 
 
@@ -95,13 +95,16 @@ def judgement_data(judgement: Judgement) -> dict[str, Any]:
 
 def output_data(output: Output) -> dict[str, Any]:
     fields = ("name", "subject", "peer", "budget", "ratio", "used", "passed")
-    return {**picked(output, "index", "shape"), "measures": [picked(measure, *fields) for measure in output.measures]}
+    return {
+        **fields_of(output, "index", "shape"),
+        "measures": [fields_of(measure, *fields) for measure in output.measures],
+    }
 
 
 def explanation_data(explanation: Explanation) -> dict[str, Any]:
     return {
-        **picked(explanation, "output", "worst", "oracle", "peer", "subject"),
-        "causes": [picked(diagnosis, "name", "before", "after") for diagnosis in explanation.diagnoses],
+        **fields_of(explanation, "output", "worst", "oracle", "peer", "subject"),
+        "diagnoses": [fields_of(diagnosis, "name", "before", "after") for diagnosis in explanation.diagnoses],
         "errors": [[float(f"{x:.{MAP_DIGITS}g}") for x in row] for row in explanation.errors.tolist()],
     }
 
@@ -112,12 +115,12 @@ def chain_data(chain: Chain) -> dict[str, Any]:
         "passed": chain.passed,
         "first_divergence": chain.first_divergence,
         "submodules": [{"name": name, **judgement_data(judgement)} for name, judgement in chain.judgements.items()],
-        "capture_effects": [picked(effect, "output", "identical", "relative_l2") for effect in chain.effects],
+        "intermediates_effects": [fields_of(effect, "output", "identical", "relative_l2") for effect in chain.effects],
     }
 
 
 def fault_data(found: FaultResult) -> dict[str, Any]:
-    known = picked(found.fault, "name", "block", "path", "kind", "published")
-    result = picked(found, "accepted", "caught", "right_block", "checks", "only_check", "divergence", "used")
+    known = fields_of(found.fault, "name", "block", "path", "kind", "published")
+    result = fields_of(found, "accepted", "caught", "right_block", "checks", "only_check", "divergence", "used")
     effects = {"effect": dict(found.effect), "rounding": dict(found.rounding)}
     return {**known, "dtype": dtype_name(found.dtype), "outcome": outcome(found), **result, **effects}

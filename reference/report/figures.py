@@ -19,14 +19,14 @@ from ..transcripts import Transcript
 
 
 def scientific(x: float) -> str:
-    """An error: three digits, and 0 where there is none."""
+    """Formats an error: three digits, and 0 where there is none."""
     if not math.isfinite(x):
         return not_finite(x)
     return "0" if x == 0 else f"{x:.2e}"
 
 
 def fixed(x: float) -> str:
-    """A ratio or a share."""
+    """Formats a ratio or a share."""
     if not math.isfinite(x):
         return not_finite(x)
     return f"{x:.2f}" if abs(x) < 100 else f"{x:.1e}"
@@ -56,7 +56,7 @@ class Conclusion:
 
 
 def conclusion(run: Run) -> Conclusion:
-    """The failures of the comparisons and of pytest: a test that compares nothing can fail too."""
+    """Concludes from the failures of the comparisons and of pytest: a test that compares nothing can fail too."""
     if not run.compared:
         return Conclusion(False, "; ".join(["nothing was compared", *run.lost]))
     if failed := list(what_failed(run)):
@@ -122,7 +122,7 @@ class BlockFigures:
 
 
 def block_figures(run: Run) -> dict[str, dict[str, BlockFigures]]:
-    """By block and dtype; the block first that is nearest to a budget or exceeds it most."""
+    """Returns figures by block and dtype; the block first that is nearest to a budget or exceeds it most."""
     grouped: dict[str, dict[str, list[Judgement]]] = {}
     for judgement in run.judgements:
         of = grouped.setdefault(judgement.comparison.block, {})
@@ -144,7 +144,7 @@ def figures_of(judgements: Sequence[Judgement]) -> BlockFigures:
 
 
 def dtypes_of(run: Run) -> list[str]:
-    """The dtypes that were compared or in which faults were tried, the most precise first."""
+    """Returns the dtypes that were compared or in which faults were tried, the most precise first."""
     order = list(DTYPES)
     found = [judgement.comparison.dtype for judgement in run.judgements] + [fault.dtype for fault in run.faults]
     return sorted({dtype_name(dtype) for dtype in found}, key=lambda name: order.index(name) if name in order else 9)
@@ -155,7 +155,7 @@ def dtypes_of(run: Run) -> list[str]:
 
 @dataclass(frozen=True)
 class Point:
-    """A place in the chain: its name, its error and PyTorch's, and what is behind them."""
+    """A submodule in the chain: its name, its error and PyTorch's, and its budget."""
 
     position: int
     name: str
@@ -166,19 +166,19 @@ class Point:
 
 
 def chained_points(chain: Chain) -> list[Point]:
-    """Relative L2 of every submodule that could be compared, in the order of computing."""
+    """Returns the relative L2 of every submodule that could be compared, in the order of computing."""
     found = ((i, name, j, j.relative_l2) for i, (name, j) in enumerate(chain.judgements.items()) if j.pairs)
     return [Point(i, name, m.subject, m.peer, m.budget, j.passed) for i, name, j, m in found]
 
 
 def isolated_points(run: Run, chain: Chain) -> list[Point]:
-    """Relative L2 of the blocks that stand at a submodule of the chain, on the same inputs, size and dtype."""
+    """Returns the relative L2 of blocks that stand at a submodule of the chain, on its inputs, size and dtype."""
     points = []
-    places = {name: (i, j.comparison.dtype) for i, (name, j) in enumerate(chain.judgements.items())}
+    positions = {name: (i, j.comparison.dtype) for i, (name, j) in enumerate(chain.judgements.items())}
     for judgement in run.judgements:
         c = judgement.comparison
-        position, dtype = places.get(place(c), (None, None))
-        kind = c.inputs.partition(".")[0]  # without a decoder's place in the text
+        position, dtype = positions.get(chain_name(c), (None, None))
+        kind = c.inputs.partition(".")[0]  # without a decoder's position in the text
         same = c.size == chain.comparison.size and c.dtype == dtype and kind == chain.comparison.inputs
         if same and position is not None and judgement.pairs:
             measure = judgement.relative_l2
@@ -187,9 +187,9 @@ def isolated_points(run: Run, chain: Chain) -> list[Point]:
     return sorted(points, key=lambda point: point.position)
 
 
-def place(comparison: Comparison) -> str:
-    """The name in a chain of what a block computes: the block's own for a part that is no submodule, otherwise its path
-    in the PyTorch model."""
+def chain_name(comparison: Comparison) -> str:
+    """Returns the name in a chain of what a block computes: the block's own for a part that is no submodule, otherwise
+    its path in the PyTorch model."""
     if comparison.block not in BLOCKS:
         return comparison.block
     block = BLOCKS[comparison.block]
@@ -210,7 +210,7 @@ def worst_chains_first(chains: Sequence[Chain]) -> list[Chain]:
 
 
 def largest_effect(fault: FaultResult) -> tuple[str, float, float] | None:
-    """The kind of inputs on which the fault stands out most from PyTorch's rounding, its effect and that rounding."""
+    """Returns the inputs on which the fault stands out most from PyTorch's rounding, its effect and that rounding."""
     kinds = [name for name in fault.rounding if name in fault.effect]
     if not kinds:
         return None
@@ -223,14 +223,14 @@ def largest_effect(fault: FaultResult) -> tuple[str, float, float] | None:
 
 @dataclass(frozen=True)
 class Failure:
-    """One line, and all that is known."""
+    """A failure: one line, and all that is known."""
 
     title: str
     text: str
 
 
 def failures(run: Run) -> list[Failure]:
-    """Comparisons, the worst first; then chains, faults and transcripts."""
+    """Returns comparisons that failed, the worst first; then chains, faults and transcripts."""
     found = [Failure(str(j.comparison), str(j)) for j in worst_first(run.judgements) if not j.passed]
     found += [
         Failure(f"{chain.comparison}: first divergence {divergence(chain)}", str(chain))

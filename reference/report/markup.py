@@ -14,13 +14,13 @@ class Html(str):
 
 
 def html(*parts: object) -> Html:
-    """The parts one after the other, escaped where they are not Html."""
+    """Joins the parts, escaped where they are not Html."""
     return Html("".join(part if isinstance(part, Html) else escape(str(part)) for part in parts))
 
 
 def element(tag: str, *children: object, **attributes: object) -> Html:
-    """An element; `class_` and the like lose their underscore, an attribute True stands alone, None and False are left
-    out."""
+    """Returns an element; `class_` and the like lose their underscore, an attribute True stands alone, None and False
+    are left out."""
     given = "".join(
         f" {name.rstrip('_').replace('_', '-')}" + ("" if value is True else f'="{escape(str(value))}"')
         for name, value in attributes.items()
@@ -30,7 +30,7 @@ def element(tag: str, *children: object, **attributes: object) -> Html:
 
 
 def table(header: Sequence[object], rows: Iterable[Sequence[object]], **attributes: object) -> Html:
-    """A table that scrolls inside its own container. Cells that are elements `td` or `th` already are taken as such."""
+    """Returns a table that scrolls in its own container. Cells that are `td` or `th` already are taken as such."""
     head = element("tr", *(cell("th", name) for name in header))
     body = [element("tr", *(cell("td", value) for value in row)) for row in rows]
     whole = element("table", element("thead", head), element("tbody", *body), **attributes)
@@ -38,7 +38,7 @@ def table(header: Sequence[object], rows: Iterable[Sequence[object]], **attribut
 
 
 def table_of(rows: Sequence[Mapping[str, object]], class_: str | None = None) -> Html:
-    """A table of rows that name their cells; there is at least one."""
+    """Returns a table of rows that name their cells; there is at least one."""
     return table(list(rows[0]), [list(row.values()) for row in rows], class_=class_)
 
 
@@ -67,7 +67,7 @@ class Attempts:
         self.failed: list[str] = []
 
     def __call__(self, what: str, make: Callable[P, Html], *args: P.args, **kwargs: P.kwargs) -> Html:
-        """Return what `make` makes of the arguments, or a paragraph that says why there is no `what`."""
+        """Returns what `make` makes of the arguments, or a paragraph that says why there is no `what`."""
         try:
             return make(*args, **kwargs)
         except Exception as error:
@@ -77,7 +77,7 @@ class Attempts:
             return element("p", line, class_="bad")
 
     def chart(self, draw: Callable[[Any], Html]) -> Html:
-        """Return what `draw` makes of the module of charts; without matplotlib, which that needs, there is a page all
+        """Returns what `draw` makes of the module of charts; without matplotlib, which that needs, there is a page all
         the same."""
 
         def drawn() -> Html:

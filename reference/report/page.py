@@ -16,7 +16,7 @@ FAILURES = 20
 
 
 def page(run: Run, machine: dict[str, str], attempts: Attempts) -> str:
-    """HTML of the whole page; a section or a chart that cannot be made is a line in its place."""
+    """Returns the HTML of the whole page; a section or a chart that cannot be made is a line in its place."""
     found = conclusion(run)
     contents = (
         ("failures", "Failures", attempts("failures", failure_section, run)),

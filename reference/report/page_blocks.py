@@ -55,14 +55,14 @@ def block_cells(of: dict[str, BlockFigures], dtypes: Sequence[str]) -> list[Html
 
 
 def ratio_cell(value: float) -> Html:
-    """Tinted by how far from 1 it is, fully at 8 or 1/8."""
+    """Returns a cell that is tinted by how far from 1 the ratio is, fully at 8 or 1/8."""
     tint = min(1.0, abs(math.log2(value)) / 3) if 0 < value < math.inf else 1.0
     side = "nearer" if value < 1 else "farther"
     return element("td", fixed(value), class_=f"number tint {side}", style=f"--tint:{tint:.2f}")
 
 
 def used_cell(value: float) -> Html:
-    """A bar as long as the share; the whole cell where it is over budget."""
+    """Returns a bar as long as the share; the whole cell where it is over budget."""
     length = min(1.0, value) if value >= 0 else 1.0
     failed = "" if value <= 1 else " over"
     return element("td", fixed(value), class_=f"number bar{failed}", style=f"--share:{length:.2f}")

@@ -46,8 +46,7 @@ COMMON = 4
 
 
 def telling(found: FaultResult) -> tuple[int, float]:
-    """What to look at first: the missed, then the wrong block, below rounding, one check, and last what is caught
-    easily."""
+    """Returns what to sort by: the missed, the wrong block, below rounding, one check, and what is easily caught."""
     rank = [MISSED, WRONG_BLOCK, BELOW].index(outcome(found)) if outcome(found) != CAUGHT else COMMON
     return (3 if rank == COMMON and found.only_check else rank), found.used
 

@@ -23,7 +23,7 @@ def summary(run: Run, machine: dict[str, str]) -> str:
 
 
 def plain(text: str) -> str:
-    """One line in which nothing is Markdown or HTML."""
+    """Returns one line in which nothing is Markdown or HTML."""
     return re.sub(r"[\\`*_\[\]|]", r"\\\g<0>", escape(" ".join(text.split()), quote=False))
 
 
@@ -65,7 +65,7 @@ def failure_lines(run: Run) -> list[str]:
 
 
 def block_table(figures: Mapping[str, Mapping[str, BlockFigures]], dtypes: Sequence[str], room: int) -> list[str]:
-    """The worst blocks, as many as there is room for."""
+    """Returns a table of the worst blocks, as many as there is room for."""
     if not figures:
         return []
     lines = ["", "Largest error of MAX / error of PyTorch, and the share of its budget used at most:", ""]

@@ -86,7 +86,7 @@ LOADS, STORES = {0x980, 0x981}, {0x385, 0x386, 0x985, 0x986}
 
 @cache
 def compiled(name: str, dtype: str) -> list[Kernel]:
-    """The kernels of a graph of COMPILE."""
+    """Returns the kernels of a graph of COMPILE."""
     with TemporaryDirectory() as folder:
         path = Path(folder, "graph.mef")
         subprocess.run([sys.executable, "-c", COMPILE, name, dtype, str(path)], check=True)

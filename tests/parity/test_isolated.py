@@ -34,7 +34,7 @@ again: pytest '{node}' {options}"""
 
 
 def chained(judgement: Judgement, suite: Suite) -> str:
-    """What the same block does where it is fed by the blocks before it, on MAX."""
+    """Returns what the same block does where it is fed by the blocks before it, on MAX."""
     if not judgement.pairs:
         return "not run"
     kind = judgement.comparison.inputs.partition(".")[0]

@@ -43,7 +43,7 @@ def test_the_checkpoint(checkpoint_path: str, pytestconfig: pytest.Config) -> No
 
 
 def written(layout: str, folder: Path) -> Path:
-    """A checkpoint of random weights, with heads where the layout has a place for them."""
+    """Writes a checkpoint of random weights, with heads where the layout has room for them."""
     tensors = random_tensors()
     if layout == "pt":
         return write_pt(folder / "model.pt", tensors)
@@ -59,7 +59,7 @@ def test_every_format(layout: str, tmp_path: Path) -> None:
 
 
 def test_published_alignment_heads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of one of OpenAI's names, with a mask for the fixture in the place of its own."""
+    """Takes one of OpenAI's names, with a mask for the fixture in the place of its own."""
     mask = np.array([[False, True], [False, False], [True, False]])
     monkeypatch.setitem(whisper._ALIGNMENT_HEADS, "tiny", base64.b85encode(gzip.compress(mask.tobytes())))
     monkeypatch.setattr(whisper, "_download", lambda *_, **__: str(FIXTURES / "nano.pt"))

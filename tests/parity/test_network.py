@@ -10,7 +10,7 @@ from reference.suite import Suite
 
 
 def test_chain(suite: Suite, run: Run) -> None:
-    """Of every submodule in the order of computing; for a trained model on every kind of audio."""
+    """Judges every submodule in the order of computing; of a trained model on every kind of audio."""
     for kind in AUDIO if suite.model.size in (FIXTURE, CHECKPOINT) else ("speech",):
         chain = run_chain(suite, kind)
         run.chains.append(chain)

@@ -44,20 +44,20 @@ def random(suite: Suite, seed: int, *shape: int) -> Tensor:
 
 
 def random_tokens(suite: Suite, seed: int, *shape: int) -> Tensor:
-    """Of those in a real text: the fixture has one vector for all that it never saw."""
+    """Returns tokens of a real text: the fixture has one vector for all that it never saw."""
     known = suite.model.activations("speech").tokens.unique()
     return known[torch.randint(0, len(known), shape, generator=torch.Generator().manual_seed(seed))]
 
 
 def cross_keys_values(suite: Suite, rows: slice) -> list[Tensor]:
-    """Of real audio: some rows of several windows, for every layer in turn."""
+    """Returns those of real audio: some rows of several windows, for every layer in turn."""
     real = suite.model.activations(BATCH)
     names = [f"decoder.blocks.{layer}.cross_attn" for layer in range(suite.dims.n_text_layer)]
     return [table[name][rows].to(suite.dtype) for name in names for table in (real.keys, real.values)]
 
 
 def expected(suite: Suite, block: str, names: list[str], inputs: list[Tensor], ours: list[Tensor]) -> Judgement:
-    """The verdict on `ours` where the right result is the twin's of these inputs, or that of an earlier run."""
+    """Returns the verdict on `ours` where the right result is the twin's of these inputs, or that of an earlier run."""
     named = dict(zip(names, inputs, strict=True))
     comparison = Comparison(suite.model.size, suite.dtype, block, 0, "property", suite.device)
     trial = Trial(suite, comparison, named, suite.executable(BLOCKS[block], 0))

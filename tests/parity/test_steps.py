@@ -17,7 +17,7 @@ from reference.trial import THREADS, cut_for
 
 @pytest.fixture(scope="module")
 def models(checkpoint_path: str, loading: dict[str, Any]) -> dict[str, maxwhisper.Whisper]:
-    """The models that have been loaded, by dtype."""
+    """Returns the models that have been loaded, by dtype."""
     return {}
 
 

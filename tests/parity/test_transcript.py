@@ -24,8 +24,8 @@ def subject(checkpoint_path: str, loading: dict[str, Any]) -> maxwhisper.Whisper
 
 @pytest.fixture(scope="module")
 def peer(checkpoint_path: str, subject: maxwhisper.Whisper, pytestconfig: pytest.Config) -> Yardstick:
-    """openai-whisper with the same checkpoint; its transcripts of an earlier run, unless pytest was told to forget them
-    (--cache-clear) or to have no cache (-p no:cacheprovider)."""
+    """Returns openai-whisper with the same checkpoint; its transcripts of an earlier run, unless pytest was told to
+    forget them (--cache-clear) or to have no cache (-p no:cacheprovider)."""
     try:
         model = checkpoints.read(checkpoint_path, subject.dims.n_vocab)
     except checkpoints.UnreadableError:  # tests/parity/test_loading.py says so

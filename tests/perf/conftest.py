@@ -31,7 +31,7 @@ class Timing:
         return Setting(suite.model.size, dtype_name(suite.dtype), suite.device, checkpoint, self.artifacts)
 
     def worker(self, setting: Setting, engine: str) -> Worker:
-        """The engine's process, started at the first call; those of an earlier setting end, for their memory."""
+        """Returns the engine's process, started at the first call; those of an earlier setting end."""
         if any(earlier != setting for earlier, _ in self.workers):
             self.close()
         if (setting, engine) not in self.workers:
@@ -40,7 +40,7 @@ class Timing:
         return self.workers[setting, engine]
 
     def ceilings(self, setting: Setting) -> dict[str, float]:
-        """What the machine can do at most, measured once for a setting; the product by whoever is faster at it."""
+        """Returns what the machine can do at most, measured once for a setting; the product by the faster of both."""
         if setting not in self.found:
             products = [self.worker(setting, engine).ask("product", engine=engine) for engine in ENGINES]
             faster = max(products, key=lambda each: each["matmul"])

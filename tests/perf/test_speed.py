@@ -102,5 +102,5 @@ def test_decode_loop(timed: Timed, timing: Timing, suite: Suite, loop: str, engi
     if suite.dtype != torch.float32:
         pytest.skip("decode loops are timed in float32, openai-whisper's own arithmetic on a CPU")
     if loop not in timing.worker(timing.setting(suite), engine).takes:
-        pytest.skip(f"{timing.artifacts} holds no graphs that pick tokens for {suite.model.size}")
+        pytest.skip(f"{timing.artifacts} holds no graphs that select tokens for {suite.model.size}")
     timed.run(loop, engine, None, tokens=N_TOKEN, **vars(LOOPS[loop]))

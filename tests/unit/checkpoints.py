@@ -83,7 +83,7 @@ def write_safetensors(path: Path, tensors: Tensors, dims: object = None, heads: 
 
 
 def write_folder(folder: Path, tensors: Tensors, file: str = "model.safetensors", config: object = None) -> Path:
-    """A Hugging Face folder; an index file stands for two shards and the index. `tensors` has Hugging Face's names."""
+    """Writes a Hugging Face folder, `tensors` by its names; an index file stands for two shards and the index."""
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CONFIG if config is None else config))
     save: Callable[[Tensors, Path], Any] = torch.save if ".bin" in file else save_file
@@ -99,7 +99,7 @@ def write_folder(folder: Path, tensors: Tensors, file: str = "model.safetensors"
 
 
 def compressed(path: Path) -> Path:
-    """The same zip archive with every entry deflated."""
+    """Returns the same zip archive with every entry deflated."""
     with zipfile.ZipFile(path) as archive:
         entries = [(entry.filename, archive.read(entry)) for entry in archive.infolist()]
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -118,7 +118,7 @@ def assert_same(loaded: Checkpoint, tensors: Tensors, dims: ModelDimensions = DI
 
 
 def assert_refused(path: str | Path, *parts: str, **options: Any) -> None:
-    """Loading is refused in one line that contains each of `parts`, and nothing else is said."""
+    """Requires that loading is refused in one line that contains each of `parts`, and nothing else is said."""
     with pytest.raises(CheckpointError) as refusal, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         load_checkpoint(path, **options)

@@ -51,7 +51,7 @@ def write_wav(path: Path, samples: int) -> Path:
 
 
 def status(arguments: list[Any]) -> int:
-    """The exit status of the command, however it ends."""
+    """Returns the exit status of the command, however it ends."""
     try:
         return main([str(argument) for argument in arguments])
     except SystemExit as stop:
@@ -60,7 +60,7 @@ def status(arguments: list[Any]) -> int:
 
 
 def options_of(command: str) -> set[str]:
-    """The options that a command has."""
+    """Returns the options that a command has."""
     commands = next(each for each in build_parser()._actions if isinstance(each, argparse._SubParsersAction))
     return {name for each in commands.choices[command]._actions for name in each.option_strings if name[:2] == "--"}
 

@@ -30,13 +30,13 @@ MOVE = 0x000FE200078E00FF_0000001000047202
 
 
 def kernel(name: str, *instructions: int) -> bytes:
-    """A program for a GPU of one kernel."""
+    """Returns a program for a GPU of one kernel."""
     code = b"".join(each.to_bytes(16, "little") for each in instructions)
     return elf(CUDA, [(f".text.{name}", 1, code, 0, 0)])
 
 
 def elf(machine: int, sections: Sequence[tuple[str, int, bytes, int, int]]) -> bytes:
-    """A file of sections, each with its name, type, content, and the fields `link` and `info`."""
+    """Returns a file of sections, each with its name, type, content, and the fields `link` and `info`."""
     names = "\0" + "\0".join([name for name, *_ in sections] + [".shstrtab"]) + "\0"
     given = [("", 0, b"", 0, 0), *sections, (".shstrtab", 3, names.encode(), 0, 0)]
     content, headers = bytearray(64), b""
@@ -60,7 +60,7 @@ class Entry:
 
 
 def image(entries: Mapping[str, Entry]) -> bytes:
-    """An object for the CPU."""
+    """Returns an object for the CPU."""
     text, data, symbols, references = b"", b"", [("", 0, 0, 0)], []
     for name, entry in entries.items():
         symbols.append((name, 1, len(text), len(entry.code)))
@@ -172,14 +172,14 @@ def function(n_value: int, records: Sequence[bytes], n_result: int) -> bytes:
 
 
 def section(number: int, body: bytes) -> bytes:
-    """Not aligned, but of FUNCTIONS, which is in words of 8 bytes."""
+    """Writes a section that is not aligned, but of FUNCTIONS, which is in words of 8 bytes."""
     if number != FUNCTIONS:
         return bytes([number]) + integers(len(body) << 1) + body
     return bytes([number]) + integers(len(body) << 1 | 1) + b"\1" + body
 
 
 def integers(*values: int) -> bytes:
-    """Each in groups of 7 bits, the high ones first."""
+    """Writes each in groups of 7 bits, the high ones first."""
     found = b""
     for value in values:
         groups = [value & 0x7F]
@@ -190,7 +190,7 @@ def integers(*values: int) -> bytes:
 
 
 def written(folder: Path, made: Made, dtype: str = "float32") -> Path:
-    """A folder with the artifact."""
+    """Writes a folder with the artifact."""
     folder.mkdir()
     content = made.content()
     (folder / "made.mef").write_bytes(content)

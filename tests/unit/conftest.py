@@ -30,25 +30,25 @@ WINDOW = {
 
 @pytest.fixture(scope="module")
 def model() -> Whisper:
-    """The trained fixture on MAX."""
+    """Returns the trained fixture on MAX."""
     return load_model(NANO)
 
 
 @pytest.fixture(scope="module")
 def openai() -> OpenAIWhisper:
-    """The trained fixture in PyTorch."""
+    """Returns the trained fixture in PyTorch."""
     return whisper.load_model(str(NANO), device="cpu")
 
 
 @pytest.fixture(scope="module")
 def audio() -> np.ndarray:
-    """The samples of an English clip."""
+    """Returns the samples of an English clip."""
     return load_audio(FIXTURES / "clips" / "english-4.ogg")
 
 
 @pytest.fixture(scope="module")
 def mel(audio: np.ndarray) -> torch.Tensor:
-    """The log-mel spectrogram of the clip's first window, (n_mels, 3000)."""
+    """Returns the log-mel spectrogram of the clip's first window, (n_mels, 3000)."""
     return whisper.log_mel_spectrogram(pad_or_trim(audio))
 
 
@@ -71,7 +71,7 @@ def nothing_said_yet() -> None:
 
 @pytest.fixture(scope="module")
 def mels() -> torch.Tensor:
-    """One English window and one German, (2, n_mels, 3000)."""
+    """Returns one English window and one German, (2, n_mels, 3000)."""
     audios = [pad_or_trim(load_audio(WINDOW[language]), N_SAMPLES) for language in ("en", "de")]
     return torch.stack([log_mel_spectrogram(audio, 80) for audio in audios])
 
@@ -83,7 +83,7 @@ def features(model: Whisper, mels: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def tokens(model: Whisper, mels: torch.Tensor) -> torch.Tensor:
-    """What the model says to the English window, as (1, token)."""
+    """Returns what the model says to the English window, as (1, token)."""
     result = model.decode(mels[0], fp16=False, language="en")
     assert len(result.tokens) > 5
     tokenizer = whisper.tokenizer.get_tokenizer(True, language="en", task="transcribe")

@@ -93,7 +93,7 @@ EMPTY = "define i32 @unrelated() {{ ret i32 0 }}"
 
 @cache
 def shared_library(code: str, soname: str, needs: bytes = b"", needed: str = "") -> bytes:
-    """A shared library of this LLVM code; `needs` is a library that it is linked with, called `needed`."""
+    """Writes a shared library of this LLVM code; `needs` is a library that it is linked with, called `needed`."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     machine = llvm.Target.from_default_triple().create_target_machine(reloc="pic", codemodel="default")
@@ -110,7 +110,7 @@ def shared_library(code: str, soname: str, needs: bytes = b"", needed: str = "")
 
 
 def cuda_library(library: str, version: Version, major: int = 0) -> bytes:
-    """cudart, cublasLt or cublas of a version, under the name of a CUDA major version if that is another."""
+    """Writes cudart, cublasLt or cublas of a version, under the name of a CUDA major version if that is another."""
     soname = f"lib{library}.so.{major or version[0]}"
     if library == "cudart":
         return shared_library(CUDART.format(number=1000 * version[0] + 10 * version[1]), soname)
@@ -130,7 +130,7 @@ def put(folder: Path, version: Version, libraries: Sequence[str] = LIBRARIES) ->
 
 
 def pip(site: Path, version: Version) -> Path:
-    """What NVIDIA's wheels leave in a folder of packages: one folder since CUDA 13, before that one per wheel."""
+    """Writes what NVIDIA's wheels leave in a folder of packages: one folder since CUDA 13, before that one each."""
     if version[0] >= 13:
         put(site / "nvidia" / f"cu{version[0]}" / "lib", version)
     else:
@@ -140,7 +140,7 @@ def pip(site: Path, version: Version) -> Path:
 
 
 def driver(folder: Path, cuda: tuple[int, int], cuda_status: int = 0, nvml_status: int = 0) -> Path:
-    """The libraries of a driver that supports a CUDA version."""
+    """Writes the libraries of a driver that supports a CUDA version."""
     folder.mkdir(parents=True, exist_ok=True)
     code = LIBCUDA.format(number=1000 * cuda[0] + 10 * cuda[1], status=cuda_status)
     (folder / "libcuda.so.1").write_bytes(shared_library(code, "libcuda.so.1"))
@@ -149,7 +149,7 @@ def driver(folder: Path, cuda: tuple[int, int], cuda_status: int = 0, nvml_statu
 
 
 def shield(folder: Path, *names: str) -> Path:
-    """Files that end the dynamic loader's search, so that it finds none that this machine may have."""
+    """Writes files that end the dynamic loader's search, so that it finds none that this machine may have."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in names or [f"lib{library}.so.{major}" for library in LIBRARIES for major in (12, 13)]:
         (folder / name).write_text("This is no library. " * 10)
@@ -157,7 +157,7 @@ def shield(folder: Path, *names: str) -> Path:
 
 
 def environment(packages: Sequence[Path] = (), libraries: Sequence[Path] = (), **variables: str) -> dict[str, str]:
-    """An environment with folders of Python packages and of shared libraries."""
+    """Returns an environment with folders of Python packages and of shared libraries."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(("CUDA_", "CONDA_", "MODULAR_"))}
     env["PYTHONPATH"] = os.pathsep.join(map(str, [*packages, ROOT]))
     env["LD_LIBRARY_PATH"] = os.pathsep.join(map(str, libraries))
@@ -165,7 +165,7 @@ def environment(packages: Sequence[Path] = (), libraries: Sequence[Path] = (), *
 
 
 def in_child(code: str, env: dict[str, str]) -> Any:
-    """What the code leaves in `result`, run by a Python of its own, since libraries do not leave a process."""
+    """Returns what the code leaves in `result`, run by a Python of its own, since libraries do not leave a process."""
     code += "\nimport json; print(json.dumps(result))"
     process = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
     assert process.returncode == 0, process.stderr

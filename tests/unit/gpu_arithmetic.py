@@ -25,7 +25,7 @@ def float32(a: Tensor, b: Tensor) -> Tensor:
 
 
 def one_after_another(a: Tensor, b: Tensor) -> Tensor:
-    """Each sum by one thread, which adds up its terms in order."""
+    """Computes each sum by one thread, which adds up its terms in order."""
     total = torch.zeros(*a.shape[:-1], b.shape[-1])
     for i in range(a.shape[-1]):
         total += a[..., i, None] * b[..., i, None, :]
@@ -33,24 +33,24 @@ def one_after_another(a: Tensor, b: Tensor) -> Tensor:
 
 
 def of_operands(shorten: Callable[[Tensor], Tensor]) -> Product:
-    """On tensor cores, whose operands are shortened and whose sums are float32."""
+    """Returns a product as of tensor cores, whose operands are shortened and whose sums are float32."""
     return lambda a, b: shorten(a) @ shorten(b)
 
 
 def cut_off(x: Tensor) -> Tensor:
-    """To TF32, as the hardware does with float32 that it is handed."""
+    """Cuts values off to TF32, as the hardware does with float32 that it is handed."""
     return operand(x, "cut off after")
 
 
 def toward_zero(x: Tensor) -> Tensor:
-    """float64 to float32, as a tensor core leaves a sum."""
+    """Rounds float64 to float32 as a tensor core leaves a sum."""
     y = x.float()
     return torch.where(y.double().abs() > x.abs(), torch.nextafter(y, torch.zeros_like(y)), y)
 
 
 def of_parts(promoted: int | None) -> Product:
-    """Three products of two TF32 parts of each operand, added up in the same sums, which go into sums that round every
-    `promoted` terms, or never."""
+    """Returns a product of three, of two TF32 parts of each operand, added up in the same sums, which go into sums that
+    round every `promoted` terms, or never."""
 
     def product(a: Tensor, b: Tensor) -> Tensor:
         (a, a_rest), (b, b_rest) = ((operand(x, "rounded to"), x - operand(x, "rounded to")) for x in (a, b))
@@ -73,7 +73,7 @@ class Attends:
 
     scores, values: its products of queries with keys, and of probabilities with values.
     part: keys of a part, None for all. power: how the parts are weighed by differences of their maxima, which are in
-        units of log2. stored: the dtype in which a part's values wait for the others.
+        exponents of 2. stored: the dtype in which a part's values wait for the others.
     """
 
     scores: Product = float32
@@ -109,7 +109,7 @@ class Attends:
 
 
 def project(layer: torch.nn.Linear, x: Tensor) -> Tensor:
-    """A linear layer by products of float32 that are rounded once, or in bfloat16 before the bias is added too."""
+    """Computes a linear layer by products of float32, rounded once, or in bfloat16 before the bias is added too."""
     y = linear(x.float(), layer.weight.to(x.dtype).float())
     if layer.bias is None:
         return y.to(x.dtype)
@@ -124,7 +124,7 @@ def attended(attn: MultiHeadAttention, attends: Attends, x: Tensor, k: Tensor, v
 
 
 def attention(model: Whisper, block: str, layer: int, attends: Attends) -> Callable[..., list[Tensor]]:
-    """The attention of an encoder's layer, or a decoder's cross-attention."""
+    """Returns what computes the attention of an encoder's layer, or a decoder's cross-attention."""
     if block == "encoder.attention":
         attn = model.encoder.blocks[layer].attn
         heads = [
@@ -136,7 +136,7 @@ def attention(model: Whisper, block: str, layer: int, attends: Attends) -> Calla
 
 
 def mlp(model: Whisper, layer: int, product: Product) -> Callable[[Tensor], list[Tensor]]:
-    """The MLP of a decoder's layer, in float32."""
+    """Returns what computes the MLP of a decoder's layer, in float32."""
     hidden, _, out = model.decoder.blocks[layer].mlp
     of = [lambda x, each=each: product(x, each.weight.T) + each.bias for each in (hidden, out)]
     return lambda x: [of[1](gelu(of[0](x)))]

@@ -20,14 +20,14 @@ def in_background(work: Callable[..., None], *arguments: object) -> None:
 
 
 def fifo(path: Path, data: bytes) -> Path:
-    """A named pipe that gives these bytes to the first who opens it."""
+    """Returns a named pipe that gives these bytes to the first who opens it."""
     os.mkfifo(path)
     in_background(write_all, data, path)
     return path
 
 
 def pipe(data: bytes) -> int:
-    """The descriptor of a pipe that gives these bytes."""
+    """Returns the descriptor of a pipe that gives these bytes."""
     reading, writing = os.pipe()
     in_background(write_all, data, writing)
     return reading

@@ -23,7 +23,7 @@ VOID = {"meta", "br"}
 
 
 def judgement(block: str = "encoder.mlp", error: float = 2e-7, **comparison: object) -> Judgement:
-    """Of two outputs, PyTorch's error 1e-7, the budget 4e-7; MAX's error in the second is as given."""
+    """Returns a verdict on two outputs: PyTorch's error 1e-7, the budget 4e-7, MAX's error in the second as given."""
     known: dict[str, object] = {
         "size": "fixture",
         "dtype": torch.float32,

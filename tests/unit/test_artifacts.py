@@ -37,7 +37,7 @@ Manifest = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The fixture's graphs for this machine."""
+    """Compiles the fixture's graphs for this machine."""
     folder = tmp_path_factory.mktemp("artifacts") / "nano-host"
     compile_model(NANO, HOST, folder)
     return folder
@@ -45,7 +45,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def changed(compiled: Path, tmp_path: Path) -> Callable[[Callable[[Manifest], object]], Path]:
-    """The folder with a change in its manifest."""
+    """Returns the folder with a change in its manifest."""
 
     def change(how: Callable[[Manifest], object]) -> Path:
         folder = tmp_path / "changed"
@@ -125,10 +125,10 @@ def test_a_process_with_an_empty_compile_cache_transcribes_in_seconds(compiled: 
 
 
 def test_results_are_those_of_a_compilation(compiled: Path) -> None:
-    ahead, here = load_model(NANO, artifacts=compiled), Whisper(load_checkpoint(NANO))
+    precompiled, here = load_model(NANO, artifacts=compiled), Whisper(load_checkpoint(NANO))
     mel = torch.randn(1, 80, 3000, generator=torch.Generator().manual_seed(0))
     tokens = torch.tensor([[50258, 50259, 50359]])
-    assert torch.equal(ahead(mel, tokens), here(mel, tokens))
+    assert torch.equal(precompiled(mel, tokens), here(mel, tokens))
 
 
 # ---- what does not fit is not used ---------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ class Compiled(Exception):
 
 
 def read(cache: Cache) -> Stored:
-    """The fixture's network from a cache."""
+    """Reads the fixture's network from a cache."""
     checkpoint = load_checkpoint(NANO)
     policy = policy_of(checkpoint.tensors, "cpu", "float32")
 
@@ -43,7 +43,7 @@ def read(cache: Cache) -> Stored:
 
 @pytest.fixture(scope="module")
 def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What one load keeps of the network."""
+    """Returns what one load keeps of the network."""
     folder = tmp_path_factory.mktemp("once")
     Whisper(load_checkpoint(NANO), artifacts=Cache(folder))
     [place] = folder.glob("network-*")

@@ -28,7 +28,7 @@ ATTENTION, SCORES = 0, 1
 
 @cache
 def graphs() -> dict[str, Executable]:
-    """All of this file, by name: most of a compilation does not depend on how many there are."""
+    """Compiles all of this file, by name: most of a compilation does not depend on how many there are."""
     return Artifact("kernels of attention", attentions(), "cpu").init({})
 
 
@@ -53,7 +53,7 @@ class Attention(Module):
     def written_out(
         self, q: TensorValue, k: TensorValue, v: TensorValue, length: TensorValue, *new: TensorValue
     ) -> tuple[TensorValue, ...]:
-        """What takes the kernels' place in faults."""
+        """Returns what takes the kernels' place in faults."""
         kv, cache = KeyValue(*new), Cache(k, v, length)
         scores = self.attn.heads_attention(q, cache.followed_by(kv), None)[SCORES]
         return self.attn.written_out(q, kv, cache=cache), scores
@@ -75,7 +75,7 @@ class Attention(Module):
 
     @property
     def attn(self) -> MultiHeadAttention:
-        """One without weights of its own: a graph would want their values."""
+        """Returns one without weights of its own: a graph would want their values."""
         policy = Policy(DeviceRef.CPU(), DType.float32, DType.float32)
         return MultiHeadAttention(2 * N_CHANNEL, 2, policy)
 
@@ -128,7 +128,7 @@ def attentions() -> list[Program]:
 
 
 def expected(q: Tensor, k: Tensor, v: Tensor, causal: bool = False) -> list[Tensor]:
-    """Attention, and its scores; k and v are repeated for the texts that share them."""
+    """Computes attention, and its scores; k and v are repeated for the texts that share them."""
     n_head, shared = k.shape[1], len(q) // len(k)
     k, v = (x.repeat_interleave(shared, 0) for x in (k, v))
     split = q.unflatten(2, (n_head, N_CHANNEL)).transpose(1, 2)
@@ -216,16 +216,16 @@ def test_attention_behind_a_cache_written_out(n_past: int, n_free: int) -> None:
 
 
 @settings(max_examples=60)
-@given(n_place=st.integers(1, 300), rows=st.integers(1, 4), data=st.data())
-def test_attention_behind_a_cache_in_place(n_place: int, rows: int, data: st.DataObject) -> None:
+@given(n_position=st.integers(1, 300), rows=st.integers(1, 4), data=st.data())
+def test_attention_behind_a_cache_in_place(n_position: int, rows: int, data: st.DataObject) -> None:
     """Each key and value is in any row, but the new ones in the text's own."""
-    n_past = torch.tensor([data.draw(st.integers(0, n_place - 1)) for _ in range(rows)])
+    n_past = torch.tensor([data.draw(st.integers(0, n_position - 1)) for _ in range(rows)])
     q, k_new, v_new = torch.randn(rows, 1, 2 * N_CHANNEL), *torch.randn(2, rows, 2, 1, N_CHANNEL)
-    caches = torch.randn(2, rows, n_place, 2, N_CHANNEL)
-    caches[:, :, torch.arange(n_place) > n_past.max()] = float("nan")  # which nobody may read
-    there, own = torch.randint(0, rows, (rows, n_place)), torch.arange(rows)
+    caches = torch.randn(2, rows, n_position, 2, N_CHANNEL)
+    caches[:, :, torch.arange(n_position) > n_past.max()] = float("nan")  # which nobody may read
+    there, own = torch.randint(0, rows, (rows, n_position)), torch.arange(rows)
     there[own, n_past] = own
-    there[torch.arange(n_place) > n_past[:, None]] = 1 << 40  # nor this
+    there[torch.arange(n_position) > n_past[:, None]] = 1 << 40  # nor this
     before = caches.clone()
     (ours,) = graphs()["in place"](q, *caches, n_past, k_new, v_new, *caches, there)
     before[:, own, n_past] = torch.stack([k_new, v_new])[:, :, :, 0]
@@ -254,7 +254,7 @@ def check_cached(
 def test_attention_over_parts_of_the_keys(
     dtype: DType, rows: int, shared: int, n_head: int, n_key: int, seed: int
 ) -> None:
-    """As a GPU has it, but one part after the other."""
+    """Takes the parts one after the other, where a GPU takes them at once."""
     generator = torch.Generator().manual_seed(seed)
     q = torch.randn(rows * shared, 1, n_head * N_CHANNEL, generator=generator).to(TORCH_DTYPE[dtype])
     k, v = torch.randn(2, rows, n_head, n_key, N_CHANNEL, generator=generator).to(TORCH_DTYPE[dtype])

@@ -25,17 +25,17 @@ DTYPES = {"u8": np.uint8, "s16": np.int16, "s32": np.int32, "flt": np.float32, "
 
 
 def tone(seconds: float = 1.0, rate: int = SAMPLE_RATE) -> np.ndarray:
-    """A tone in steps of 1/128, which every sample format, 8 bit included, holds exactly."""
+    """Returns a tone in steps of 1/128, which every sample format, 8 bit included, holds exactly."""
     return np.round(64 * np.sin(2 * np.pi * TONE * np.arange(round(seconds * rate)) / rate)) / 128
 
 
 def noise(seconds: float = 1.0) -> np.ndarray:
-    """Noise in steps of 1/128: damage to it shows everywhere, which a periodic signal could hide."""
+    """Returns noise in steps of 1/128: damage to it shows everywhere, which a periodic signal could hide."""
     return np.random.default_rng(0).integers(-64, 64, round(seconds * SAMPLE_RATE)) / 128
 
 
 def as_format(samples: np.ndarray, name: str) -> np.ndarray:
-    """(channel, sample) floats as the array that PyAV wants for a sample format."""
+    """Returns (channel, sample) floats as the array that PyAV wants for a sample format."""
     packed = name.removesuffix("p")
     dtype = np.dtype(DTYPES[packed])
     if dtype.kind != "f":
@@ -88,13 +88,13 @@ def write_wave(path: Path, samples: np.ndarray, channels: int = 1, rate: int = S
 
 
 def loudest(samples: np.ndarray, rate: int = SAMPLE_RATE) -> int:
-    """The loudest frequency of the middle half second, in Hz; it is resolved to 2 Hz."""
+    """Returns the loudest frequency of the middle half second, in Hz; it is resolved to 2 Hz."""
     half = samples[len(samples) // 2 - rate // 4 :][: rate // 2]
     return 2 * int(np.abs(np.fft.rfft(half)).argmax())
 
 
 def message(error: type[MaxWhisperError], function: Callable[..., object], *args: object, **options: object) -> str:
-    """The message of the error that is raised, which must be one line."""
+    """Returns the message of the error that is raised, which must be one line."""
     with pytest.raises(error) as caught:
         function(*args, **options)
     text = str(caught.value)
@@ -207,7 +207,7 @@ def test_format_changes_after_samples_that_need_no_conversion(sample_format: str
 
 
 def broken_files(folder: Path) -> dict[str, tuple[Path, str]]:
-    """Files that hold no audio, and what the error says of each."""
+    """Writes files that hold no audio; returns what the error says of each."""
     text, empty = folder / "text.wav", folder / "empty.wav"
     text.write_text("This is no audio.\n" * 100)
     empty.touch()

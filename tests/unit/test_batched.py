@@ -74,7 +74,7 @@ def test_the_detector_hears_the_sentences() -> None:
 
 @pytest.fixture(scope="module")
 def expected(model: Whisper) -> list[dict[str, Any]]:
-    """What is said in each piece of the recording."""
+    """Returns what is said in each piece of the recording."""
     audio, options = load_audio(LONG), {"language": "en", "word_timestamps": True}
     return [model.transcribe(audio[a * CHUNK : b * CHUNK], **options) for a, b in pieces(probabilities(audio))]
 

@@ -20,7 +20,7 @@ STEM = AudioEncoder.stem
 
 @pytest.fixture(scope="module")
 def units() -> dict[str, list[Program]]:
-    """What transcribes with the fixture."""
+    """Returns what transcribes with the fixture."""
     checkpoint = load_checkpoint(NANO)
     policy = policy_of(checkpoint.tensors, "cpu", "float32")
     return {unit: programs_of(unit, checkpoint.dims, policy) for unit in units_on("cpu")}
@@ -28,7 +28,7 @@ def units() -> dict[str, list[Program]]:
 
 @pytest.fixture(scope="module")
 def before(units: dict[str, list[Program]]) -> dict[str, str]:
-    """What their keys are as the sources stand."""
+    """Returns their keys as the sources stand."""
     return keys(units)
 
 

@@ -30,8 +30,8 @@ from ray.exceptions import RayTaskError
 
 from maxwhisper.audio import load_audio
 from maxwhisper.bulk import job, stages
+from maxwhisper.bulk.filesystems import appearing
 from maxwhisper.bulk.parts import Parts, Totals
-from maxwhisper.bulk.places import appearing
 from maxwhisper.bulk.rows import ROW, for_json, row_of
 
 from .bulk import decoded

@@ -55,7 +55,7 @@ def test_bytes_are_found_in_every_form(table: pa.Table) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two files of audio, one of them deeper, and a text."""
+    """Makes a folder of two files of audio, one of them deeper, and a text."""
     (tmp_path / "in" / "deep").mkdir(parents=True)
     for name in ("b.MP3", "deep/a.wav", "notes.txt"):
         (tmp_path / "in" / name).touch()

@@ -32,7 +32,7 @@ FILES = 200
 
 @pytest.fixture(scope="module")
 def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of 200 short files, ten of which cannot be decoded."""
+    """Makes a folder of 200 short files, ten of which cannot be decoded."""
     folder = tmp_path_factory.mktemp("bulk") / "archive"
     assert len(short_files(folder, FILES)) == FILES
     return folder

@@ -31,7 +31,7 @@ from .command import CLIP
 
 @pytest.fixture(params=["pipe", "socket", "device", "folder"])
 def special(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
-    """What has the name of a file of audio, and is none; of a pipe the end comes after a while, lest a test waits."""
+    """Yields what has the name of a file of audio, and is none; of a pipe the end comes after a while."""
     path = tmp_path / "x.wav"
     with ExitStack() as stack:
         if request.param == "pipe":
@@ -69,7 +69,7 @@ def test_a_list_that_is_a_pipe_is_not_waited_for(ending: str, tmp_path: Path) ->
 
 
 def of_libav(number: int) -> AudioError:
-    """What reading a file raises where the system gives this error."""
+    """Returns what reading a file raises where the system gives this error."""
     error = AudioError("x.wav: cannot be read as audio")
     error.__cause__ = OSError(number, os.strerror(number))
     return error

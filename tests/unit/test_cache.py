@@ -18,7 +18,7 @@ PROBLEM = "cannot be used as a cache"
 
 @pytest.fixture(autouse=True)
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The folder for temporary files."""
+    """Yields the folder for temporary files."""
     folder = tmp_path / "tmp"
     folder.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(folder))
@@ -31,7 +31,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 
 @pytest.fixture
 def nowhere(tmp_path: Path) -> Path:
-    """Where no folder can be made."""
+    """Returns the path of a folder that cannot be made."""
     (tmp_path / "file").touch()
     return tmp_path / "file" / "cache"
 
@@ -127,7 +127,7 @@ def test_compiled_code_is_not_read_from_a_folder_that_others_can_write(
 
 
 def max_cache(monkeypatch: pytest.MonkeyPatch, **environment: str) -> Path:
-    """Where MAX's cache is after the search for a place."""
+    """Returns where MAX's cache is after the search for a folder."""
     for name in ("MODULAR_CACHE_DIR", "MODULAR_MAX_CACHE_DIR"):
         monkeypatch.setenv(name, "")  # or it would not be taken away afterwards, if it is not there now
         monkeypatch.delenv(name)

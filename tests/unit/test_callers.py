@@ -12,7 +12,7 @@ import pytest
 from whisper.audio import SAMPLE_RATE
 
 from maxwhisper.audio import load_audio, read_upload
-from maxwhisper.callers import Caller, Together
+from maxwhisper.callers import Caller, Scheduler
 from maxwhisper.decoding.batching import Stopped
 from maxwhisper.errors import AudioError
 from maxwhisper.whisper import Whisper
@@ -23,7 +23,7 @@ CLIPS = FIXTURES / "clips"
 
 @pytest.fixture(scope="module")
 def long() -> np.ndarray:
-    """Of two windows."""
+    """Returns a recording of two windows."""
     return load_audio(CLIPS / "english-longer.ogg")[: 33 * SAMPLE_RATE]
 
 
@@ -33,20 +33,20 @@ def short() -> np.ndarray:
 
 
 @pytest.fixture
-def together(request: pytest.FixtureRequest, model: Whisper) -> Iterator[Together]:
-    """With places for two windows, or as many as a test says."""
-    found = Together(model, getattr(request, "param", 2))
+def scheduler(request: pytest.FixtureRequest, model: Whisper) -> Iterator[Scheduler]:
+    """Yields one for two windows at once, or as many as a test says."""
+    found = Scheduler(model, getattr(request, "param", 2))
     yield found
     found.close()
 
 
 def test_each_has_what_it_has_alone(
-    together: Together, model: Whisper, long: np.ndarray, short: np.ndarray, monkeypatch: pytest.MonkeyPatch
+    scheduler: Scheduler, model: Whisper, long: np.ndarray, short: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     n_text: list[int] = []
-    advance = together.stepper.inner.advance
+    advance = scheduler.stepper.inner.advance
     monkeypatch.setattr(
-        together.stepper.inner,
+        scheduler.stepper.inner,
         "advance",
         lambda texts, *rest: (n_text.append(len(texts.tokens)), advance(texts, *rest))[1],
     )
@@ -56,26 +56,26 @@ def test_each_has_what_it_has_alone(
         (short, {"language": "de", "initial_prompt": "Anna"}),
     ]
     with ThreadPoolExecutor(len(asked)) as pool:
-        found = list(pool.map(lambda each: Caller(together).transcribe(each[0], **each[1]), asked))
-    assert max(n_text) == 2  # as many as there are places for
+        found = list(pool.map(lambda each: Caller(scheduler).transcribe(each[0], **each[1]), asked))
+    assert max(n_text) == 2  # as many as may decode at once
     assert found == [model.transcribe(audio, **options) for audio, options in asked]
 
 
-@pytest.mark.parametrize("together", [1, 2], indirect=True)
+@pytest.mark.parametrize("scheduler", [1, 2], indirect=True)
 def test_a_short_recording_is_done_before_a_long_one_that_came_first(
-    together: Together, long: np.ndarray, short: np.ndarray
+    scheduler: Scheduler, long: np.ndarray, short: np.ndarray
 ) -> None:
-    begun, first = Event(), Caller(together)
+    begun, first = Event(), Caller(scheduler)
     with ThreadPoolExecutor(1) as pool:
         asked = pool.submit(first.transcribe, np.tile(long, 8), on_segments=lambda _: begun.set())
         assert begun.wait(30)
-        assert Caller(together).transcribe(short)["text"]
+        assert Caller(scheduler).transcribe(short)["text"]
         assert not asked.done()
         first.stop()
 
 
 def test_windows_drawn_at_random_hold_up_nobody(
-    together: Together, short: np.ndarray, monkeypatch: pytest.MonkeyPatch
+    scheduler: Scheduler, short: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawing, go_on = Event(), Event()
     decode = Whisper.decode
@@ -88,36 +88,36 @@ def test_windows_drawn_at_random_hold_up_nobody(
 
     monkeypatch.setattr(Whisper, "decode", slow)
     with ThreadPoolExecutor(1) as pool:
-        drawn = pool.submit(Caller(together).transcribe, short, temperature=0.5)
+        sampled = pool.submit(Caller(scheduler).transcribe, short, temperature=0.5)
         assert drawing.wait(30)
-        assert Caller(together).transcribe(short)["text"]
+        assert Caller(scheduler).transcribe(short)["text"]
         go_on.set()
-        assert drawn.result()["segments"]
+        assert sampled.result()["segments"]
 
 
 def test_no_window_is_drawn_for_who_has_left(
-    together: Together, short: np.ndarray, monkeypatch: pytest.MonkeyPatch
+    scheduler: Scheduler, short: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not even where a thread takes the window before it can be cancelled."""
-    drawn: list[float] = []
-    decode, submit = Whisper.decode, together.drawn.submit
+    sampled: list[float] = []
+    decode, submit = Whisper.decode, scheduler.sampled.submit
 
     def leaving(self: Whisper, mel: Any, options: Any) -> Any:
-        drawn.append(options.temperature)
+        sampled.append(options.temperature)
         caller.stop()
         return decode(self, mel, options)
 
     monkeypatch.setattr(Whisper, "decode", leaving)
-    monkeypatch.setattr(together.drawn, "submit", lambda *work: (submit(*work), time.sleep(0.1))[0])
-    caller = Caller(together)
+    monkeypatch.setattr(scheduler.sampled, "submit", lambda *work: (submit(*work), time.sleep(0.1))[0])
+    caller = Caller(scheduler)
     with pytest.raises(Stopped):
         caller.transcribe(short, temperature=(0.2, 0.4), logprob_threshold=0.0)
-    assert drawn == [0.2]
+    assert sampled == [0.2]
 
 
-def test_who_stops_waiting_is_not_served(together: Together, long: np.ndarray, short: np.ndarray) -> None:
+def test_who_stops_waiting_is_not_served(scheduler: Scheduler, long: np.ndarray, short: np.ndarray) -> None:
     begun = Event()
-    first, waiting = Caller(together), [Caller(together) for _ in range(2)]
+    first, waiting = Caller(scheduler), [Caller(scheduler) for _ in range(2)]
     with ThreadPoolExecutor(3) as pool:
         minutes = np.tile(long, 8)  # so that none is done before it is stopped
         asked = [pool.submit(first.transcribe, minutes, on_segments=lambda _: begun.set())]
@@ -128,8 +128,8 @@ def test_who_stops_waiting_is_not_served(together: Together, long: np.ndarray, s
         start = time.monotonic()
         assert all(isinstance(each.exception(), Stopped) for each in asked)
         assert time.monotonic() - start < 5
-    assert together.stepper.n_thread == 0
-    assert Caller(together).transcribe(short)["text"]
+    assert scheduler.stepper.n_thread == 0
+    assert Caller(scheduler).transcribe(short)["text"]
 
 
 def test_segments_are_told_as_they_are_in_the_result(model: Whisper, long: np.ndarray) -> None:

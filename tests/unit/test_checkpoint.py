@@ -82,7 +82,7 @@ def test_dtypes_may_be_mixed_and_order_and_strides_do_not_matter(tmp_path: Path)
 
 
 def test_a_safetensors_file_of_any_name(tmp_path: Path) -> None:
-    """As the hub's cache has them, where what ends in .safetensors is a link."""
+    """The hub's cache has such names, where what ends in .safetensors is a link."""
     written = write_safetensors(tmp_path / "model.safetensors", random_tensors())
     assert_same(load_checkpoint(written.rename(tmp_path / "7ebdc6ba")), random_tensors())
 

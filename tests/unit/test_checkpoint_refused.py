@@ -47,7 +47,7 @@ def stored_name(layout: str, name: str) -> str:
 
 @pytest.fixture(scope="module")
 def scratch(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
-    """A new empty folder at each call, for tests that hypothesis repeats."""
+    """Returns what gives a new empty folder at each call, for tests that hypothesis repeats."""
     folders = (tmp_path_factory.mktemp("scratch") / str(i) for i in itertools.count())
 
     def new_folder() -> Path:
@@ -60,7 +60,7 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
 
 @pytest.fixture(scope="module")
 def contents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The bytes of a good file in each of OpenAI's formats."""
+    """Returns the bytes of a good file in each of OpenAI's formats."""
     folder = tmp_path_factory.mktemp("contents")
     return {layout: FORMATS[layout](folder, random_tensors()).read_bytes() for layout in OPENAI_FORMATS}
 
@@ -207,7 +207,7 @@ def test_what_is_not_there(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("inside", ["snapshots/abc/config.json", "checkpoint-500/config.json", "model.pt", None])
 def test_a_folder_without_a_model_names_the_one_inside(tmp_path: Path, inside: str | None) -> None:
-    """As the hub's cache has it, or a folder of somebody's files."""
+    """The hub's cache has such folders, and so has somebody with files of their own."""
     instead = ""
     if inside:
         (tmp_path / inside).parent.mkdir(parents=True, exist_ok=True)

@@ -45,7 +45,7 @@ def test_the_names_that_oracle_and_peer_read_a_folder_by(folder: Path) -> None:
 
 
 def changed(folder: Path, out: Path, transformers: Any, added: list[str], multiple: int | None = None) -> Path:
-    """The folder after tokens were added to its tokenizer and its embedding, with transformers."""
+    """Returns the folder after tokens were added to its tokenizer and its embedding, with transformers."""
     model = transformers.WhisperForConditionalGeneration.from_pretrained(folder, dtype=torch.float16)
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     tokenizer.add_tokens(added)
@@ -57,7 +57,7 @@ def changed(folder: Path, out: Path, transformers: Any, added: list[str], multip
 
 
 def times_as_one(tokens: list[int]) -> list[int]:
-    """With one token in the place of every timestamp: transformers, with a spectrogram of its own, differs by some."""
+    """Puts one token in the place of every timestamp: transformers, with a spectrogram of its own, differs by some."""
     return [min(token, TIMESTAMP) for token in tokens]
 
 

@@ -11,10 +11,10 @@ import torch
 
 from maxwhisper.engine.artifacts import Artifacts
 from maxwhisper.network.blocks import BLOCKS
-from reference.ahead import suite_job
 from reference.intermediates import WITH_INTERMEDIATES
 from reference.judge import Comparison
 from reference.models import FIXTURE, load
+from reference.precompile import suite_job
 from reference.pytest_plugin.selection import compared_alone, models_of
 from reference.pytest_plugin.workers import group
 from reference.subject import CHOSEN
@@ -34,7 +34,7 @@ def compare(block: str, size: str = FIXTURE) -> Any:
 
 
 def suite(kept: bool, held: Artifacts | None = None, only: frozenset[str] = FEW) -> Suite:
-    """Of which `kept` says whether all has been compiled earlier."""
+    """Returns a suite of which `kept` says whether all has been compiled earlier."""
     made = Suite(load(FIXTURE), torch.float32, held=held, only=only)
     made.subject.found_kept.update(network=kept, parts=kept)
     return made

@@ -89,7 +89,7 @@ def test_options_reach_the_model_and_files_are_as_openais_command_has_them(
 
 
 def unshown(options: dict[str, Any]) -> dict[str, Any]:
-    """The options without what the progress is shown by."""
+    """Returns the options without what the progress is shown by."""
     return {name: value for name, value in options.items() if name != "progress"}
 
 

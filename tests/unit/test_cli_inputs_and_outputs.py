@@ -206,7 +206,7 @@ def test_a_folder_where_a_file_should_be(out: Path, model: StubModel, capsys: py
 
 @pytest.fixture
 def folder_of_a_user() -> Iterator[Path]:
-    """A folder of somebody for whom files can be read-only, as whom the test runs; for root no file is."""
+    """Yields a folder of somebody for whom files can be read-only, as whom the test runs; for root no file is."""
     with tempfile.TemporaryDirectory() as name:
         user = os.geteuid()
         if user == 0:
@@ -236,7 +236,7 @@ def test_who_may_read_an_earlier_file_stays(out: Path, model: StubModel) -> None
 
 @contextmanager
 def small_disk() -> Iterator[None]:
-    """No file can become larger than 4,000 bytes, nor can the one that pytest may be writing to."""
+    """Lets no file become larger than 4,000 bytes, nor the one that pytest may be writing to."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
     try:

@@ -53,7 +53,7 @@ def our_options() -> dict[str, argparse.Action]:
 
 
 def parsed(parser: argparse.ArgumentParser, *arguments: str) -> dict[str, Any] | None:
-    """The parsed options, None if the parser refuses them."""
+    """Returns the parsed options, None if the parser refuses them."""
     try:
         options = vars(parser.parse_args(arguments))
     except SystemExit:

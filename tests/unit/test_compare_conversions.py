@@ -50,7 +50,7 @@ def test_the_tokenizer_of_a_hugging_face_folder_is_openais(folder: Path) -> None
 
 
 def test_the_graph_of_a_step_is_pytorchs_decoder() -> None:
-    """As it is exported: three tokens, then one, for two texts, beside PyTorch's decoder on all four at once."""
+    """Exported, it takes three tokens, then one, of two texts; PyTorch's decoder takes all four at once."""
     checkpoint = load_checkpoint(NANO)
     model, oracle = (
         pytorch_whisper(checkpoint.dims, checkpoint.tensors, dtype) for dtype in (torch.float32, torch.float64)
@@ -75,7 +75,7 @@ def test_the_graph_of_a_step_is_pytorchs_decoder() -> None:
 
 
 def logits_of(model: OpenAIWhisper, tokens: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-    """In the dtype of the features."""
+    """Computes logits in the dtype of the features."""
     return decoder(model, 0, tokens, **layers("cross", decoder_keys_values(model, 0, features)))[0]
 
 

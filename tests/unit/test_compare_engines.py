@@ -38,7 +38,7 @@ def folder() -> Path:
 
 @pytest.fixture(scope="module")
 def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """Files with the samples of the clip and its spectrogram."""
+    """Writes files with the samples of the clip and its spectrogram."""
     audio = load_audio(CLIP)
     mel = whisper.log_mel_spectrogram(whisper.pad_or_trim(audio)).numpy()
     scratch = tmp_path_factory.mktemp("compare")
@@ -49,7 +49,7 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 @pytest.fixture(scope="module")
 def spoken() -> list[int]:
-    """The text tokens that PyTorch Whisper finds in the clip."""
+    """Returns the text tokens that PyTorch Whisper finds in the clip."""
     result = whisper.load_model(str(NANO), "cpu").transcribe(
         load_audio(CLIP), language="en", temperature=0.0, fp16=False
     )
@@ -103,7 +103,7 @@ def transcribed(engine: Engine, audio: np.ndarray) -> list[int]:
 
 
 def adapter(spec: Spec, folder: Path, batch_size: int) -> Engine:
-    """The engine of a row, in this process."""
+    """Returns the engine of a row, in this process."""
     require(spec)
     task = replace(task_for(load_checkpoint(NANO).dims, None, 2), batch_size=batch_size)
     engine = importlib.import_module(f"maxwhisper.compare.engines.{spec.module}").Adapter(spec.variant, task)
@@ -175,7 +175,7 @@ def test_an_engine_is_stopped_when_its_turn_is_over(folder: Path) -> None:
 
 
 def on_gpu(name: str) -> Any:
-    """The engine of a row, not loaded."""
+    """Returns the engine of a row, not loaded."""
     spec = named(name)
     require(spec)
     task = task_for(load_checkpoint(NANO).dims, None, 2, "gpu")

@@ -59,8 +59,8 @@ LAYOUTS: dict[str, tuple[str, dict[str, tuple[str, ...]]]] = {
 }
 
 
-def places(machine: Path) -> list[cuda.Place]:
-    """Every place on a machine that has all of them."""
+def locations(machine: Path) -> list[cuda.Location]:
+    """Returns every location on a machine that has all of them."""
     (machine / "conda" / "conda-meta").mkdir(parents=True, exist_ok=True)
     environ = {
         "CONDA_PREFIX": str(machine / "conda"),
@@ -68,9 +68,9 @@ def places(machine: Path) -> list[cuda.Place]:
         "CUDA_HOME": str(machine / "home"),
         "CUDA_PATH": str(machine / "path"),
     }
-    # A conda that runs these tests is a place of its own.
+    # A conda that runs these tests is a location of its own.
     prefixes = (sys.prefix, sys.base_prefix)
-    found = cuda.places([str(machine / "site")], environ, machine)
+    found = cuda.locations([str(machine / "site")], environ, machine)
     return [each for each in found if not any(str(each.folders[0]).startswith(prefix) for prefix in prefixes)]
 
 
@@ -82,8 +82,8 @@ def test_every_layout_is_found(layout: str, tmp_path: Path) -> None:
         touch(tmp_path / folder, *names)
         expected |= {name[3:].split(".")[0]: str(tmp_path / folder / name) for name in names}
     major = int(next(iter(folders.values()))[0][-2:])
-    assert cuda.find(places(tmp_path)) == [cuda.LibrarySet(major, kind, expected)]
-    assert cuda.find(places(tmp_path))[0].usable
+    assert cuda.find(locations(tmp_path)) == [cuda.LibrarySet(major, kind, expected)]
+    assert cuda.find(locations(tmp_path))[0].usable
 
 
 def test_nothing_is_found_where_nothing_is(tmp_path: Path) -> None:
@@ -94,14 +94,14 @@ def test_nothing_is_found_where_nothing_is(tmp_path: Path) -> None:
         "libcublasLt_static.a",
         "libcudart-d0da41ae.so.12",
     )
-    assert places(tmp_path) and cuda.find(places(tmp_path)) == []
+    assert locations(tmp_path) and cuda.find(locations(tmp_path)) == []
 
 
 def test_pip_comes_before_conda_and_conda_before_the_system(tmp_path: Path) -> None:
     for _, folders in LAYOUTS.values():
         for folder in folders:
             touch(tmp_path / folder, *NAMES)
-    found = cuda.find(places(tmp_path))
+    found = cuda.find(locations(tmp_path))
     assert [each.major for each in found] == sorted((each.major for each in found), reverse=True)
     kinds = list(dict.fromkeys(each.kind for each in found))
     assert kinds == ["pip", "torch", "conda", "LD_LIBRARY_PATH", "CUDA_HOME", "CUDA_PATH", "system"]
@@ -110,21 +110,21 @@ def test_pip_comes_before_conda_and_conda_before_the_system(tmp_path: Path) -> N
 def test_newer_toolkits_come_before_older_ones(tmp_path: Path) -> None:
     for version in ("12.9", "12.10", "12"):
         touch(tmp_path / "usr" / "local" / f"cuda-{version}" / "lib64", *CUDA_12_NAMES)
-    toolkits = [Path(each.files["cublas"]).parts[-3] for each in cuda.find(places(tmp_path))]
+    toolkits = [Path(each.files["cublas"]).parts[-3] for each in cuda.find(locations(tmp_path))]
     assert toolkits == ["cuda-12.10", "cuda-12.9", "cuda-12"]
 
 
 def test_a_toolkit_under_two_names_is_one_place(tmp_path: Path) -> None:
     touch(tmp_path / "usr" / "local" / "cuda-12.8" / "lib64", *CUDA_12_NAMES)
     (tmp_path / "usr" / "local" / "cuda").symlink_to("cuda-12.8")
-    assert len(cuda.find(places(tmp_path))) == 1
+    assert len(cuda.find(locations(tmp_path))) == 1
 
 
 @pytest.mark.parametrize("target", ["libcublas.so.12.8.4.1", "libcublas.so.12"])
 def test_a_broken_link_is_named(target: str, tmp_path: Path) -> None:
     folder = touch(tmp_path / "usr" / "lib64", *CUDA_12_NAMES[:2])
     (folder / "libcublas.so.12").symlink_to(target)
-    (found,) = cuda.find(places(tmp_path))
+    (found,) = cuda.find(locations(tmp_path))
     assert found.problems == {"cublas": f"{folder}/libcublas.so.12 is a broken link to {target}"}
     assert not found.usable
 
@@ -132,13 +132,13 @@ def test_a_broken_link_is_named(target: str, tmp_path: Path) -> None:
 def test_a_place_with_broken_links_alone_is_found(tmp_path: Path) -> None:
     folder = touch(tmp_path / "usr" / "lib64")
     (folder / "libcublas.so.13").symlink_to("gone")
-    (found,) = cuda.find(places(tmp_path))
+    (found,) = cuda.find(locations(tmp_path))
     assert (found.files, found.problems["cudart"]) == ({}, "libcudart.so.13 is missing")
 
 
 def test_versions_are_not_mixed(tmp_path: Path) -> None:
     touch(tmp_path / "usr" / "lib64", "libcudart.so.12", "libcublasLt.so.13", "libcublas.so.12")
-    thirteen, twelve = cuda.find(places(tmp_path))
+    thirteen, twelve = cuda.find(locations(tmp_path))
     assert (thirteen.major, list(thirteen.files), thirteen.usable) == (13, ["cublasLt"], False)
     assert (twelve.major, list(twelve.files), twelve.usable) == (12, ["cudart", "cublas"], False)
     assert twelve.problems == {"cublasLt": "libcublasLt.so.12 is missing"}
@@ -147,7 +147,7 @@ def test_versions_are_not_mixed(tmp_path: Path) -> None:
 def test_places_are_not_mixed(tmp_path: Path) -> None:
     touch(tmp_path / "site" / "nvidia" / "cublas" / "lib", "libcublas.so.12")
     touch(tmp_path / "conda" / "lib", "libcublasLt.so.12")
-    assert [(each.kind, each.usable) for each in cuda.find(places(tmp_path))] == [("pip", False), ("conda", False)]
+    assert [(each.kind, each.usable) for each in cuda.find(locations(tmp_path))] == [("pip", False), ("conda", False)]
 
 
 # ---- loading -------------------------------------------------------------------------------------------------------
@@ -159,7 +159,7 @@ from pathlib import Path
 from maxwhisper.engine import cuda
 for path in {before}:
     ctypes.CDLL(path)
-where = [cuda.Place(kind, tuple(map(Path, folders))) for kind, folders in {where}]
+where = [cuda.Location(kind, tuple(map(Path, folders))) for kind, folders in {where}]
 result = asdict(cuda.load_first(cuda.find(where), cuda.loaded(), {driver}))
 result["loaded"] = sorted(cuda.loaded().values())
 cuda.FOLDERS_OF_MAX = {{13: (), 12: ()}}
@@ -172,7 +172,7 @@ except OSError as error:
 
 @pytest.fixture
 def load(tmp_path: Path) -> Callable[..., Any]:
-    """Loads from places, each a kind and folders, in a process of its own, and says what MAX would open afterwards."""
+    """Loads from locations, each a kind and folders, in a process of its own, and says what MAX would open then."""
 
     def load(
         *where: tuple[str, Path], driver: cuda.Version | None = (13, 0), before: Any = (), libraries: Any = ()
@@ -185,14 +185,14 @@ def load(tmp_path: Path) -> Callable[..., Any]:
 
 
 def reason(result: Any, kind: str) -> str:
-    """Why the one set of this kind is not loaded."""
+    """Returns why the one set of this kind is not loaded."""
     (found,) = [each["reason"] for each in result["rejected"] if each["libraries"]["kind"] == kind]
     return found
 
 
 def wheels(site: Path) -> tuple[str, Path, Path, Path]:
-    (place, _) = cuda.pip_places([site])
-    return (place.kind, *place.folders)
+    (location, _) = cuda.pip_locations([site])
+    return (location.kind, *location.folders)
 
 
 @pytest.mark.parametrize("version", [CUDA_12, CUDA_13])
@@ -364,7 +364,7 @@ def test_preload_finds_wheels_beside_other_packages(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("supported", "extra"), [((13, 0), "cuda13"), ((12, 4), "cuda12")])
 def test_one_warning_says_what_to_install(supported: tuple[int, int], extra: str, tmp_path: Path) -> None:
-    code = "from maxwhisper.engine import cuda; cuda.places = lambda: []\n" + PRELOAD
+    code = "from maxwhisper.engine import cuda; cuda.locations = lambda: []\n" + PRELOAD
     libraries = [fake_cuda.driver(tmp_path / "driver", supported), shield(tmp_path / "shield")]
     result = in_child(code, environment(libraries=libraries))
     assert result["chosen"] is None and result["loaded"] == []

@@ -1,4 +1,4 @@
-"""Tokens picked in the graph: what openai-whisper's own filters and decoders pick from the same logits."""
+"""Tokens selected in the graph: what openai-whisper's own filters and decoders select from the same logits."""
 
 import math
 from functools import cache
@@ -29,7 +29,7 @@ SAMPLE_BEGIN = len(PROMPT)
 
 @cache
 def graph() -> Executable:
-    """The one that picks a text's first token."""
+    """Returns the one that selects a text's first token."""
     return load_model(NANO).network[TOKEN_RULES]
 
 
@@ -51,7 +51,7 @@ def filters(timestamps: bool, blank: bool, suppressed: list[int], initial: int |
 
 @st.composite
 def histories(draw: st.DrawFn, n_text: int) -> list[list[int]]:
-    """What several texts, of the same length, have sampled so far: text and timestamps in any order."""
+    """Returns what several texts, of the same length, have sampled so far: text and timestamps in any order."""
     token = st.one_of(st.integers(0, EOT), st.integers(BEGIN, N_VOCAB - 1))
     length = draw(st.integers(0, 5))
     return [draw(st.lists(token, min_size=length, max_size=length)) for _ in range(n_text)]
@@ -84,7 +84,7 @@ OPTIONS = {
 }
 
 
-def picked(logits: torch.Tensor, tokens: torch.Tensor, chosen: list, n_best: int) -> Advanced:
+def selected(logits: torch.Tensor, tokens: torch.Tensor, chosen: list, n_best: int) -> Advanced:
     rules = TokenRules.of(chosen, N_VOCAB, SAMPLE_BEGIN, EOT)
     assert rules is not None
     return first_tokens(graph(), rules, logits, tokens, totals(tokens), n_best)
@@ -95,7 +95,7 @@ def totals(tokens: torch.Tensor) -> torch.Tensor:
 
 
 def filtered(logits: torch.Tensor, tokens: torch.Tensor, chosen: list) -> torch.Tensor:
-    """The logits that openai-whisper's filters leave."""
+    """Returns the logits that openai-whisper's filters leave."""
     logits = logits.clone()
     for each in chosen:
         each.apply(logits, tokens)
@@ -104,10 +104,10 @@ def filtered(logits: torch.Tensor, tokens: torch.Tensor, chosen: list) -> torch.
 
 @settings(max_examples=60)
 @given(sampled=histories(n_text=3), **OPTIONS)
-def test_greedy_picks_what_openai_picks(sampled, seed, lean, **options) -> None:  # noqa: ANN001, ANN003
+def test_greedy_selects_what_openai_selects(sampled, seed, lean, **options) -> None:  # noqa: ANN001, ANN003
     logits, chosen = random_logits(3, seed, lean), filters(**options)
     tokens = torch.tensor([PROMPT + each for each in sampled])
-    ours = picked(logits, tokens, chosen, 1)
+    ours = selected(logits, tokens, chosen, 1)
     sums = totals(tokens)
     theirs, _ = decoding.GreedyDecoder(0.0, EOT).update(tokens, filtered(logits, tokens, chosen), sums)
     assert ours.texts.tokens.equal(theirs)
@@ -122,12 +122,12 @@ def test_greedy_picks_what_openai_picks(sampled, seed, lean, **options) -> None:
 
 @settings(max_examples=60)
 @given(sampled=histories(n_text=3), **OPTIONS)
-def test_beam_search_picks_what_openai_picks(sampled, seed, lean, **options) -> None:  # noqa: ANN001, ANN003
+def test_beam_search_selects_what_openai_selects(sampled, seed, lean, **options) -> None:  # noqa: ANN001, ANN003
     logits, chosen = random_logits(3, seed, lean), filters(**options)
     tokens = torch.tensor([PROMPT + each for each in sampled])
     ours, theirs = (each(3, EOT, NoCache()) for each in (BeamSearchDecoder, decoding.BeamSearchDecoder))
     our_sums, their_sums = totals(tokens), totals(tokens)
-    candidates = picked(logits, tokens, chosen, 4).candidates
+    candidates = selected(logits, tokens, chosen, 4).candidates
     our_tokens, our_completed = ours.update(tokens, candidates, our_sums)
     their_tokens, their_completed = theirs.update(tokens, filtered(logits, tokens, chosen), their_sums)
     possible = their_sums.isfinite()  # where the rules leave fewer than the beams, the rest may be anything
@@ -149,7 +149,7 @@ def test_beam_search_picks_what_openai_picks(sampled, seed, lean, **options) -> 
 
 
 def finished(decoder: decoding.BeamSearchDecoder) -> list[list[tuple[int, ...]]]:
-    """The texts that have ended with a probability above 0, in order."""
+    """Returns the texts that have ended with a probability above 0, in order."""
     return [[text for text, sum_ in each.items() if math.isfinite(sum_)] for each in decoder.finished_sequences]
 
 
@@ -165,20 +165,20 @@ def check(formula: Formula, logits: torch.Tensor, ours: torch.Tensor, theirs: to
 def test_equal_logits_go_to_the_lower_token() -> None:
     logits = torch.zeros(1, N_VOCAB)
     logits[0, [70, 900, 40000]] = 1
-    assert picked(logits, torch.tensor([PROMPT]), [], 5).candidates.tokens.tolist() == [[70, 900, 40000, 0, 1]]
+    assert selected(logits, torch.tensor([PROMPT]), [], 5).candidates.tokens.tolist() == [[70, 900, 40000, 0, 1]]
 
 
 def test_where_the_rules_leave_too_few_excluded_tokens_follow_with_no_probability() -> None:
     suppressed = decoding.SuppressTokens(list(range(2, N_VOCAB)))
-    found = picked(torch.zeros(1, N_VOCAB), torch.tensor([PROMPT]), [suppressed], 4).candidates
+    found = selected(torch.zeros(1, N_VOCAB), torch.tensor([PROMPT]), [suppressed], 4).candidates
     assert found.tokens.tolist() == [[0, 1, 2, 3]]
     assert found.logprobs[0, 2:].tolist() == [-float("inf")] * 2
 
 
 @pytest.mark.parametrize("value", [float("nan"), -float("inf"), float("inf")])
-def test_logits_that_nothing_can_be_picked_from_are_an_error(value: float) -> None:
+def test_logits_that_nothing_can_be_selected_from_are_an_error(value: float) -> None:
     with pytest.raises(DecodingError, match="not finite"):
-        picked(torch.full((1, N_VOCAB), value), torch.tensor([PROMPT]), [], 1)
+        selected(torch.full((1, N_VOCAB), value), torch.tensor([PROMPT]), [], 1)
 
 
 ENDED, SPEAKING = [*PROMPT, 40, EOT], [*PROMPT, 40, 50]
@@ -198,11 +198,11 @@ def test_steps_stop_where_a_text_ends_for_the_first_time(
 ) -> None:
     logits, tokens = torch.zeros(2, N_VOCAB), torch.tensor(texts)
     logits[[0, 1], top_tokens] = 9
-    assert picked_by_graph(logits, tokens, [9, 8])[-1].tolist() == [0 if expected else 2]
+    assert selected_by_graph(logits, tokens, [9, 8])[-1].tolist() == [0 if expected else 2]
 
 
-def picked_by_graph(logits: torch.Tensor, tokens: torch.Tensor, ends: list[int]) -> list[torch.Tensor]:
-    """What the graph gives for texts of the same length, and the texts with a place more."""
+def selected_by_graph(logits: torch.Tensor, tokens: torch.Tensor, ends: list[int]) -> list[torch.Tensor]:
+    """Returns the texts, all of the same length, with room for a token more, and what the graph gives for them."""
     rules = TokenRules(N_VOCAB, SAMPLE_BEGIN, EOT).inputs(tokens, 1).inputs()
     texts = torch.nn.functional.pad(tokens, (0, 1))
     lengths = torch.full((len(tokens),), tokens.shape[1])
@@ -212,7 +212,7 @@ def picked_by_graph(logits: torch.Tensor, tokens: torch.Tensor, ends: list[int])
 def test_a_text_that_has_ended_stays_as_it_is() -> None:
     logits, tokens = torch.zeros(2, N_VOCAB), torch.tensor([ENDED, SPEAKING])
     logits[:, 60] = 9
-    texts, last, sums, lengths, left = picked_by_graph(logits, tokens, [6, 9])
+    texts, last, sums, lengths, left = selected_by_graph(logits, tokens, [6, 9])
     assert texts[:, -1].tolist() == [0, 60] and last[:, 0].tolist() == [EOT, 60]
     assert lengths.tolist() == [5, 6] and left.tolist() == [3]
     assert sums[0] == totals(tokens)[0] and sums[1] < totals(tokens)[1]
@@ -220,7 +220,7 @@ def test_a_text_that_has_ended_stays_as_it_is() -> None:
 
 def test_nothing_is_left_where_all_texts_have_ended() -> None:
     """Or steps would go on for ever."""
-    assert picked_by_graph(torch.zeros(1, N_VOCAB), torch.tensor([ENDED]), [9])[-1].tolist() == [0]
+    assert selected_by_graph(torch.zeros(1, N_VOCAB), torch.tensor([ENDED]), [9])[-1].tolist() == [0]
 
 
 def test_rules_of_tasks_decoded_together_must_be_the_same() -> None:
@@ -243,7 +243,7 @@ def test_an_unknown_filter_is_left_to_openai() -> None:
 def test_candidates_of_a_text_are_bitwise_the_same_among_any_others(n_best: int) -> None:
     chosen = filters(True, True, [5], 50)
     logits, tokens = random_logits(7, 0, 0.0), torch.tensor([[*PROMPT, BEGIN + i, 40 + i] for i in range(7)])
-    together = picked(logits, tokens, chosen, n_best).candidates
+    together = selected(logits, tokens, chosen, n_best).candidates
     for i in range(7):
-        alone = picked(logits[i : i + 1], tokens[i : i + 1], chosen, n_best).candidates
+        alone = selected(logits[i : i + 1], tokens[i : i + 1], chosen, n_best).candidates
         assert alone.tokens[0].equal(together.tokens[i]) and alone.logprobs[0].equal(together.logprobs[i])

@@ -38,7 +38,7 @@ from .test_decoding import (
 
 @cache
 def graphs() -> dict[str, Executable]:
-    """What selects tokens, and what chooses among beams, alone."""
+    """Returns what selects tokens, and what chooses among beams, alone."""
     cpu = DeviceRef.CPU()
     dims = load_checkpoint(NANO).dims
     types = inputs(dims, Policy(cpu, DType.float32, DType.float32), MAX_CANDIDATES)
@@ -62,10 +62,10 @@ def graphs() -> dict[str, Executable]:
 
 
 def given_to(texts: Texts, rules: Rules, n_window: int = 1) -> dict[str, torch.Tensor]:
-    """What the graphs take, to be changed in place, with room for a token more."""
+    """Returns what the graphs take, to be changed in place, with room for a token more."""
     tokens = pad(texts.tokens, (0, 1), value=N_VOCAB - 1)
-    n_text, n_place = tokens.shape
-    read = {"texts": tokens, "lengths": texts.lengths, "rows": rows_of(n_text, n_place)}
+    n_text, n_position = tokens.shape
+    read = {"texts": tokens, "lengths": texts.lengths, "rows": rows_of(n_text, n_position)}
     changed = {**read, "totals": texts.totals, "latest": torch.zeros(n_text)}
     return {
         **read,
@@ -78,14 +78,14 @@ def given_to(texts: Texts, rules: Rules, n_window: int = 1) -> dict[str, torch.T
         "logprobs": torch.zeros(n_text, MAX_CANDIDATES),
         "wanted": torch.zeros(n_window, dtype=torch.int64),
         "n_ended": torch.zeros(n_window, dtype=torch.int64),
-        "ended": torch.zeros((n_window, MAX_ENDED, n_place), dtype=torch.int64),
+        "ended": torch.zeros((n_window, MAX_ENDED, n_position), dtype=torch.int64),
         "ended_lengths": torch.zeros((n_window, MAX_ENDED), dtype=torch.int64),
         "ended_totals": torch.zeros(n_window, MAX_ENDED),
     }
 
 
 def candidates(logits: torch.Tensor, tokens: torch.Tensor, chosen: list) -> Candidates:
-    """The likeliest tokens; behind the texts stands what no rule may look at."""
+    """Returns the likeliest tokens; behind the texts stands what no rule may look at."""
     known = TokenRules.of(chosen, N_VOCAB, SAMPLE_BEGIN, EOT)
     assert known is not None
     given = given_to(Texts.of(tokens, torch.zeros(len(tokens))), known.inputs(tokens, MAX_CANDIDATES))
@@ -111,7 +111,7 @@ def test_candidates_are_openais(sampled, seed, lean, **options) -> None:  # noqa
 
 
 @pytest.mark.parametrize("value", [float("nan"), -float("inf"), float("inf")])
-def test_candidates_tell_that_nothing_can_be_picked(value: float) -> None:
+def test_candidates_tell_that_nothing_can_be_selected(value: float) -> None:
     found = candidates(torch.full((1, N_VOCAB), value), torch.tensor([PROMPT]), [])
     assert not found.logprobs[:, 0].isfinite().any() and found.tokens.lt(N_VOCAB).all()
 
@@ -144,8 +144,8 @@ def test_candidates_of_a_text_are_bitwise_the_same_among_any_others() -> None:
 class Rows:
     """What openai-whisper's beam search rearranges caches by."""
 
-    def __init__(self, n_text: int, n_place: int):
-        self.cache = KeyValueCache(n_token=0, rows=rows_of(n_text, n_place))
+    def __init__(self, n_text: int, n_position: int):
+        self.cache = KeyValueCache(n_token=0, rows=rows_of(n_text, n_position))
 
     def rearrange_kv_cache(self, texts: list[int]) -> None:
         self.cache.rearrange(texts)

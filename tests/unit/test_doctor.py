@@ -53,7 +53,7 @@ CHECKS = [
 
 
 def report_on(changes: Mapping[str, Answer | str] | None = None) -> Report:
-    """The report on a machine that has everything but for `changes`: other answers, or the reason why there is none."""
+    """Returns the report on a machine that has everything but for `changes`: other answers, or why there is none."""
     answers = {**HEALTHY, **(changes or {})}
 
     def ask(probe: str) -> Answer:
@@ -99,7 +99,7 @@ def test_a_machine_that_has_everything() -> None:
         "memory": "32.0 GiB free of 64.0 GiB",
     }
     assert {each.state for each in report.rows} == {"ok"}
-    assert report.verdict == "MAX and PyTorch see the GPU, and the CUDA libraries load."
+    assert report.summary == "MAX and PyTorch see the GPU, and the CUDA libraries load."
 
 
 NO_GPU: dict[str, Answer | str] = {
@@ -115,7 +115,7 @@ NO_GPU: dict[str, Answer | str] = {
 
 def test_a_machine_without_a_gpu_is_told_so() -> None:
     report = report_on(NO_GPU)
-    assert report.verdict == (
+    assert report.summary == (
         "There is no NVIDIA GPU that can be used here: --device gpu fails, --device cpu does not need one."
     )
     libraries = ["libcudart", "libcublasLt", "libcublas", "opened by MAX"]
@@ -271,7 +271,7 @@ def test_what_is_wrong_is_red_and_nothing_else(machine: str) -> None:
     assert found in row(report, check).found and remedy in row(report, check).remedy
     assert all(each.remedy for each in report.red)
     if "driver" not in expected:
-        assert report.verdict.startswith("The GPU is there, but --device gpu cannot be relied on")
+        assert report.summary.startswith("The GPU is there, but --device gpu cannot be relied on")
 
 
 def test_a_machine_that_starts_no_process() -> None:
@@ -351,14 +351,14 @@ def test_several_gpus_have_rows_each() -> None:
 
 def test_the_table_has_every_row_and_every_remedy() -> None:
     report = report_on(NO_GPU)
-    table, verdict, remedies = report.text().split("\n\n")
+    table, summary, remedies = report.text().split("\n\n")
     head, *lines = table.splitlines()
     assert head.split() == ["check", "state", "found"]
     assert len(lines) == len(report.rows) == len(CHECKS)
     for line, each in zip(lines, report.rows, strict=True):
         assert re.fullmatch(rf"{re.escape(each.check)} +{each.state} +{re.escape(each.found)}", line)
     assert len({line.index(each.state, len(each.check)) for line, each in zip(lines, report.rows, strict=True)}) == 1
-    assert verdict == report.verdict
+    assert summary == report.summary
     remedied = [line[2:].split(": ", 1) for line in remedies.splitlines()[1:]]
     expected = {check: row(report, check).remedy for check in red(report)}
     assert {check: remedy for checks, remedy in remedied for check in checks.split(", ")} == expected
@@ -366,15 +366,15 @@ def test_the_table_has_every_row_and_every_remedy() -> None:
 
 
 def test_nothing_is_to_be_done_where_all_is_well() -> None:
-    assert report_on().text().endswith(report_on().verdict)
+    assert report_on().text().endswith(report_on().summary)
 
 
 def test_json_holds_all_that_is_known() -> None:
     report = report_on(MACHINES["not a library"][0])
     document = json.loads(report.json())
-    assert set(document) == {"version", "maxwhisper", "ok", "verdict", "rows"}
-    assert (document["version"], document["maxwhisper"], document["ok"]) == (1, __version__, False)
-    assert document["verdict"] == report.verdict
+    assert set(document) == {"version", "maxwhisper", "ok", "summary", "rows"}
+    assert (document["version"], document["maxwhisper"], document["ok"]) == (2, __version__, False)
+    assert document["summary"] == report.summary
     assert [Row(**each) for each in document["rows"]] == list(report.rows)
     assert json.loads(report_on().json())["ok"] is True
 

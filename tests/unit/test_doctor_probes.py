@@ -63,7 +63,7 @@ ISOLATION = """
 from functools import partial
 from pathlib import Path
 from maxwhisper.engine import cuda
-cuda.places = partial(cuda.places, [{site!r}], {{}}, Path({folder!r}))
+cuda.locations = partial(cuda.locations, [{site!r}], {{}}, Path({folder!r}))
 cuda.FOLDERS_OF_MAX = {{13: (), 12: ()}}
 """
 
@@ -222,7 +222,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
 
 
 def has_ended(pid: int) -> bool:
-    """Whether a process has ended, its parent having asked for its status or not."""
+    """Tells whether a process has ended, its parent having asked for its status or not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1].startswith("Z")
     except OSError:

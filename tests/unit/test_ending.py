@@ -152,7 +152,7 @@ def test_benchmarks_that_are_compared_with_none_fail_where_a_slower_one_would(
 
 
 def everything() -> Run:
-    """What tests can find, with a map of errors, values that are not finite, and every fault."""
+    """Returns what tests can find, with a map of errors, values that are not finite, and every fault."""
     comparison = Comparison("fixture", torch.bfloat16, "encoder.mlp", 0, "speech")
     oracle = torch.arange(6.0, dtype=torch.float64).reshape(1, 2, 3)
     measures = (Measure("relative L2", math.inf, 1e-7, 4e-7),)

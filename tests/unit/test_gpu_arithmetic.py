@@ -39,7 +39,7 @@ def one_thread() -> Iterator[None]:
 def judged(
     dtype: torch.dtype, block: str, run: Callable[[int], Callable[..., list[Tensor]]], kinds: Iterable[str]
 ) -> list[Judgement]:
-    """The verdicts on a block whose layers `run` computes, by their numbers."""
+    """Returns the verdicts on a block whose layers `run` computes, by their numbers."""
 
     def judge(comparison: Comparison) -> Judgement:
         return suite(dtype).judge(comparison, run(comparison.layer))
@@ -54,7 +54,7 @@ def attending(
 
 
 def in_dtype(dtype: torch.dtype) -> Attends:
-    """As tensor cores have it, whose operands are of the dtype."""
+    """Returns attention as of tensor cores, whose operands are of the dtype."""
     return Attends(values=of_operands(lambda x: x.to(dtype).float()))
 
 
@@ -109,7 +109,7 @@ def test_it_is_the_power_that_is_wrong() -> None:
 
 
 def test_the_numbers_of_the_write_up() -> None:
-    """Of docs/max-split-attention.md, whose script needs a GPU."""
+    """They stand in docs/max-split-attention.md, whose script needs a GPU."""
     q, (k, v) = torch.ones(1, 1, 1, 64), torch.zeros(2, 1, 1, 1500, 64)
     k[:, :, HALF:], v[:, :, HALF:] = 0.25, 1
     written = (ROOT / "docs" / "max-split-attention.md").read_text()

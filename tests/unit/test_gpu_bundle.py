@@ -110,7 +110,7 @@ def test_a_wheel_is_stored_without_what_no_graph_needs(tmp_path: Path) -> None:
 
 @pytest.fixture
 def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A project of the runner alone, whose wheels are of a few bytes."""
+    """Returns a project of the runner alone, whose wheels are of a few bytes."""
     root = tmp_path / "tree"
     for name in ("scripts/gpu-runner.sh", "reference/__init__.py", *(f"reference/gpu_run/{each}" for each in MODULES)):
         (root / name).parent.mkdir(parents=True, exist_ok=True)

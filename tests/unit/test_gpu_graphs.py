@@ -31,7 +31,7 @@ OTHERS = {
 
 @cache
 def graphs(dtype: DType) -> str:
-    """All that a model executes on a GPU, and the blocks of the suite, as MAX is given them."""
+    """Returns all that a model executes on a GPU, and the blocks of the suite, as MAX is given them."""
     dims, policy, module = load_checkpoint(NANO).dims, Policy(DeviceRef.GPU(), dtype, dtype), GraphModule()
     programs: list[Program] = [block.program(dims, policy) for name, block in BLOCKS.items() if name != LOG_MEL]
     for program in (*programs, step_program(dims, policy), search_program(dims, policy)):

@@ -23,7 +23,7 @@ from reference.gpu_run.__main__ import main
 from reference.gpu_run.steps import Command, Step
 
 def step(name, code, weight=1, least=0, kind="log"):
-    return Step(name, kind, weight, least, lambda place: [Command([sys.executable, "-c", code, str(place.out)])])
+    return Step(name, kind, weight, least, lambda at: [Command([sys.executable, "-c", code, str(at.out)])])
 
 sys.exit(main(sys.argv[1:], [{steps}]))
 """

@@ -12,7 +12,7 @@ from maxwhisper.cli import build_parser
 from maxwhisper.compare.material import SIZES
 from reference.fixtures import ROOT
 from reference.gpu_run import held
-from reference.gpu_run.steps import STEPS, Place
+from reference.gpu_run.steps import STEPS, Workspace
 from reference.models import trained
 
 from .gpu_run import artifacts, bundle_of
@@ -24,7 +24,7 @@ BARE = ("__init__", "__main__", "steps", "held", "limits", "findings", "results"
 
 @pytest.fixture
 def this_python(tmp_path: Path) -> str:
-    """A folder in which python3 is the Python of these tests."""
+    """Returns a folder in which python3 is the Python of these tests."""
     program = tmp_path / "bin" / "python3"
     program.parent.mkdir()
     program.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
@@ -108,9 +108,9 @@ def test_what_runs_first_needs_only_a_python_from_3_10(name: str) -> None:
 # ---- what steps run ------------------------------------------------------------------------------------------------
 
 
-def commands(place: Place, name: str) -> list[list[str]]:
+def commands(workspace: Workspace, name: str) -> list[list[str]]:
     [step] = [step for step in STEPS if step.name == name]
-    return [command.arguments for command in step.commands(place)]
+    return [command.arguments for command in step.commands(workspace)]
 
 
 def test_sizes_are_those_of_the_models() -> None:
@@ -120,10 +120,10 @@ def test_sizes_are_those_of_the_models() -> None:
 
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
 def test_the_command_line_knows_every_option_of_a_step(device: str, tmp_path: Path) -> None:
-    place = Place(ROOT, tmp_path, Path("python"), device)
+    workspace = Workspace(ROOT, tmp_path, Path("python"), device)
     found = 0
     for step in STEPS:
-        for arguments in (command.arguments for command in step.commands(place)):
+        for arguments in (command.arguments for command in step.commands(workspace)):
             if arguments[1:3] == ["-m", "maxwhisper"]:
                 build_parser().parse_args(arguments[3:])
                 found += 1
@@ -142,7 +142,7 @@ def test_steps_take_the_artifacts_of_their_model_precision_and_device(tmp_path: 
         '{"rows": [{"check": "driver", "data": {}},'
         ' {"check": "compute capability", "data": {"compute_capability": "9.0"}}]}'
     )
-    place = Place(tmp_path, tmp_path, Path("python"), "gpu").with_artifacts()
+    workspace = Workspace(tmp_path, tmp_path, Path("python"), "gpu").with_artifacts()
     for name, folder in {
         "parity float16": fixture,
         "parity bfloat16": None,
@@ -153,9 +153,9 @@ def test_steps_take_the_artifacts_of_their_model_precision_and_device(tmp_path: 
         "blocks": fixture,
         "kernels": tiny,
     }.items():
-        last = [each for each in commands(place, name) if each[0] == "python"][-1]
+        last = [each for each in commands(workspace, name) if each[0] == "python"][-1]
         given = last[last.index("--artifacts") + 1] if "--artifacts" in last else None
         assert given == (str(folder) if folder else None), name
-    on_cpu = Place(tmp_path, tmp_path, Path("python"), "cpu").with_artifacts()
+    on_cpu = Workspace(tmp_path, tmp_path, Path("python"), "cpu").with_artifacts()
     [parity] = commands(on_cpu, "parity bfloat16")
     assert parity[parity.index("--artifacts") + 1] == str(host) and "--require-gpu" not in parity

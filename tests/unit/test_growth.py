@@ -83,7 +83,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[StandIn]]:
 
 
 def cells(text: str, title: str) -> list[list[str]]:
-    """The rows of an axis's table."""
+    """Returns the rows of an axis's table."""
     lines = text.split(f"{title}:\n\n")[1].split("\n\n")[0].splitlines()[2:]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
@@ -213,7 +213,7 @@ def test_a_folder_that_cannot_be_made_is_told_before_the_work(
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, list[int]]]:
-    """By engine, what it says to 60 s of speech: window by window, both windows at once, and as a recording."""
+    """Returns what each engine says to 60 s of speech: window by window, both windows at once, as a recording."""
     checkpoint, scratch = load_checkpoint(NANO), tmp_path_factory.mktemp("growth")
     audio = np.resize(load_audio(growth.CLIP), 2 * N_SAMPLES)
     paths = {"audio": str(scratch / "audio.npy"), "mel": str(scratch / "mel.npy")}

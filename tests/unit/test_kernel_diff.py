@@ -28,7 +28,7 @@ COPY = kernel("foreach_00112233", MOVE)
 
 
 def made(**kernels: list[bytes]) -> Made:
-    """A graph "encoder" with an operation for each of the functions, which load these kernels."""
+    """Returns a graph "encoder" with an operation for each of the functions, which load these kernels."""
     entries = {name: Entry(name.encode(), programs) for name, programs in kernels.items()}
     return Made(entries, {"encoder": [Step(name) for name in entries]})
 
@@ -203,8 +203,12 @@ def test_the_report_is_markdown_and_no_failure(tmp_path: Path, capsys: pytest.Ca
     entries = {"a": Entry(kernels=[MULTIPLY]), "b": Entry(b"b", [kernel("mha_ffffffff", TENSOR_CORES["HMMA TF32"])])}
     entries["host"] = Entry(b"c")
     same = {"encoder.mlp": [Step("a")], "token_rules": [Step("host")]}
-    base = written(tmp_path / "base", Made(entries, {**same, "decoder.pick": [Step("a")], "encoder": [Step("a")]}))
-    head = written(tmp_path / "head", Made(entries, {**same, "decoder.pick": [Step("b")], "encoder": [Step("b")] * 2}))
+    base = written(
+        tmp_path / "base", Made(entries, {**same, "decoder.select_tokens": [Step("a")], "encoder": [Step("a")]})
+    )
+    head = written(
+        tmp_path / "head", Made(entries, {**same, "decoder.select_tokens": [Step("b")], "encoder": [Step("b")] * 2})
+    )
     assert main([str(head), str(base), "--output", str(tmp_path / "new" / "diff.md")]) == 0
     said = capsys.readouterr().out
     assert (tmp_path / "new" / "diff.md").read_text() == said
@@ -213,7 +217,7 @@ def test_the_report_is_markdown_and_no_failure(tmp_path: Path, capsys: pytest.Ca
     assert "| encoder (parts) | float32 | 1 → 2 | 1 | 1 | 1 |  | **TF32 kernel: 0 → 1** |" in said
     assert "| encoder.mlp (parts) | float32 | 1 | 1 |  |  |  |  |" in said
     assert "token_rules" not in said
-    assert "| `mha` | added |  | 16 | decoder.pick, encoder x2 |" in said
+    assert "| `mha` | added |  | 16 | decoder.select_tokens, encoder x2 |" in said
 
 
 def test_nothing_is_to_be_tested_where_nothing_differs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,7 +33,7 @@ KERNELS_NAMES = {"attn.": "", "cross_attn.": "cross_", "mlp.0": "hidden", "mlp.2
 
 
 def kernels_name(path: str) -> str:
-    """What kernels call a submodule, or a weight, of a decoder's layer."""
+    """Returns what kernels call a submodule, or a weight, of a decoder's layer."""
     start = next((start for start in KERNELS_NAMES if path.startswith(start)), "")
     return (KERNELS_NAMES.get(start, "") + path.removeprefix(start)).replace(".", "_")
 
@@ -43,7 +43,7 @@ def source(file: str) -> str:
 
 
 def operands(file: str, operation: str) -> dict[str, str]:
-    """The operands of a registered operation, in order: name, and kind of tensor."""
+    """Returns the operands of a registered operation, in order: name, and kind of tensor."""
     _, registered = source(file).split(f'@extensibility.register("{operation}")')
     arguments = registered.split("def execute")[1].split("ctx: DeviceContext")[0]
     return dict(re.findall(r"(\w+): _?(Output|Input|MutableInput)Tensor\[", arguments))

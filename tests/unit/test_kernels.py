@@ -35,13 +35,13 @@ class Product(Module):
 
 @cache
 def graphs() -> dict[str, Executable]:
-    """All of this file, by name: most of a compilation does not depend on how many there are."""
+    """Compiles all of this file, by name: most of a compilation does not depend on how many there are."""
     programs = [*products(), *convolutions(), *affine(), *step_products()]
     return Artifact("kernels", programs, "cpu").init({})
 
 
 def products() -> list[Program]:
-    """One graph per dtype that weights are stored in, every dimension symbolic."""
+    """Returns one graph per dtype that weights are stored in, every dimension symbolic."""
     cpu = DeviceRef.CPU()
 
     def program(stored: DType) -> Program:
@@ -215,7 +215,7 @@ class Affine(Module):
 
 
 def affine() -> list[Program]:
-    """In each dtype, for texts, whose length is symbolic, and for audio."""
+    """Returns programs in each dtype, for texts, whose length is symbolic, and for audio."""
     cpu = DeviceRef.CPU()
     weights = {"weight": TensorType(DType.float16, [N_OUT, N_IN], cpu), "bias": TensorType(DType.float32, [N_OUT], cpu)}
 
@@ -280,7 +280,7 @@ def step_products() -> list[Program]:
 @pytest.mark.parametrize("name", WITH)
 @pytest.mark.parametrize("n_row", [1, 2, 8, 9, 21])
 def test_a_product_of_a_step_with_what_stands_around_it(name: str, dtype: DType, n_row: int) -> None:
-    """Of few rows, by a kernel of ours, and of more."""
+    """Tries few rows, which a kernel of ours takes, and more."""
     generator, low = torch.Generator().manual_seed(n_row), TORCH_DTYPE[dtype]
     shapes = [(n_row, 1, N_STATE), (N_WIDE, N_STATE), (N_WIDE,), (N_STATE,), (N_STATE,), (n_row, 1, N_WIDE)]
     random = [torch.randn(shape, generator=generator) for shape in shapes]

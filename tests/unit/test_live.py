@@ -106,7 +106,7 @@ def test_what_is_cut_is_unlikely(model: Whisper) -> None:
 
 
 def test_a_long_recording_leaves_the_window(model: Whisper) -> None:
-    """Of 33 s, more than a window has room for, in steps that are as long as those of a slow machine."""
+    """Its 33 s are more than a window has room for; steps are as long as those of a slow machine."""
     session = Session(model, language="en")
     without_gaps(fed(session, LONG, 5 * SECOND // 2))
     assert len(session.window.samples) < 20 * SECOND and session.window.start > 15 * SECOND

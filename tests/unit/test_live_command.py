@@ -54,7 +54,7 @@ class Heard:
 
 @pytest.fixture
 def session(monkeypatch: pytest.MonkeyPatch) -> Iterator[Heard]:
-    """What the command makes, with a model that does nothing."""
+    """Returns what the command makes, with a model that does nothing."""
     found = Heard()
 
     def made(*_: Any, **options: Any) -> Heard:
@@ -189,7 +189,7 @@ class Clock:
     """Seconds, and audio that comes by them."""
 
     def __init__(self, seconds: float, factor: float):
-        """factor: seconds that a session takes for a piece of any length."""
+        """Takes the seconds that a session takes for a piece of any length."""
         self.now, self.factor, self.came, self.total = 0.0, factor, 0, int(seconds * SAMPLE_RATE)
         self.ended = False
 

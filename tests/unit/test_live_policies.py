@@ -20,7 +20,7 @@ SECOND = 16000
 
 
 def words(text: str, frames: Sequence[int] | None = None, probabilities: Sequence[float] | None = None) -> list[Word]:
-    """Words that were heard in these frames, or 20 frames apart, with these probabilities, or not quite surely."""
+    """Returns words heard in these frames, or 20 frames apart, with these probabilities, or not quite surely."""
     texts = text.split()
     found = frames or range(10, 10 + 20 * len(texts), 20)
     likely = probabilities or [0.85] * len(texts)

@@ -58,7 +58,7 @@ def test_a_fault_of_weights_is_red_in_its_block(fault: str, planted: Any) -> Non
 
 
 def assert_red(suite: Suite, name: str, said: str) -> None:
-    """Attention of the layer is red, by the tensor's name, before anything is compiled; the other layer is not."""
+    """Requires attention of one layer to be red, by the tensor's name, before anything is compiled."""
     wrong, right = (
         next(c for c in suite.comparisons(BLOCKS["encoder.attention"], ["speech"]) if c.layer == layer)
         for layer in (1, 0)

@@ -31,7 +31,7 @@ GRAPHS = graphs(HOST, "tiny", torch.float32)
 
 
 def run(*options: str) -> tuple[int, str]:
-    """Exit status and output of a run inside this process."""
+    """Returns exit status and output of a run inside this process."""
     said = io.StringIO()
     with redirect_stdout(said), redirect_stderr(said):
         status = pytest.main(["-q", "-s", "-p", "no:cacheprovider", str(ROOT / "tests" / "parity"), *options])
@@ -44,7 +44,7 @@ class Empty(Module):
 
 
 def program(name: str, dtype: DType, *, weighted: bool = False) -> Program:
-    """x to x + x, or to a product that needs weights which are not there."""
+    """Returns a program from x to x + x, or to a product that needs weights which are not there."""
     inputs = {"x": TensorType(dtype, ["n"], DeviceRef.CPU())}
     return Program(name, name, Empty(), lambda m, x: (x @ m.weight if weighted else x + x,), inputs)
 
@@ -66,7 +66,7 @@ def test_what_does_not_lower_is_named_with_maxs_message() -> None:
 
 @pytest.fixture(scope="module")
 def gated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where a gate has left this machine's artifacts of the fixture."""
+    """Returns the folder in which a gate has left this machine's artifacts of the fixture."""
     out = tmp_path_factory.mktemp("gate")
     status, output = run("--compile-only", HOST, "--size", FIXTURE, "--dtype", "float32", "--artifacts", str(out))
     assert status == pytest.ExitCode.OK, output
@@ -93,8 +93,8 @@ def test_decode_loops_are_timed_from_its_artifacts(gated: Path) -> None:
 
 
 @pytest.mark.nightly
-def test_decode_loops_are_not_timed_from_artifacts_that_pick_no_tokens(gated: Path) -> None:
-    """Of another model, or of none."""
+def test_decode_loops_are_not_timed_from_artifacts_that_select_no_tokens(gated: Path) -> None:
+    """Such artifacts are of another model, or of none."""
     held = Artifacts(gated, "cpu")
     tiny = Blocks(Suite(load("tiny"), torch.float32, held=held))
     assert tiny.suite.dims != trained().dims and not {*LOOPS} & {*tiny.takes()}

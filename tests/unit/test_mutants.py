@@ -9,15 +9,16 @@ from types import SimpleNamespace
 
 import pytest
 
+from reference.fixtures import ROOT
 from reference.mutants import mojo_sources, python_sources, switch, tree
 from reference.mutants.__main__ import main
 from reference.mutants.controller import Outcome, Trials
-from reference.mutants.mutant import Mutant, next_digit
+from reference.mutants.mutant import RIGHT_TESTS, UNIT_TESTS, Mutant, next_digit
 from reference.mutants.report import enough, report
 
 
 def changes(instrumented: Callable[..., str], text: str) -> dict[str, set[str]]:
-    """By operator, what the code of a source becomes."""
+    """Returns, by operator, what the code of a source becomes."""
     found: dict[str, set[str]] = {}
 
     def note(file: str, line: int, operator: str, before: str, after: str) -> None:
@@ -191,3 +192,8 @@ def test_what_fails_without_a_mutant_is_an_error(tmp_path: Path, monkeypatch: py
     loader = Mutant(1, "checkpoint/stored.py", 1, "sign", "-a", "a")
     with pytest.raises(RuntimeError, match=r"test_loading\.py fails without a mutant: 16 passed"):
         Trials(tmp_path, [loader], tmp_path / "record").tried_alone(loader, with_parity=True)
+
+
+def test_the_tests_of_every_file_are_there() -> None:
+    files = [Mutant(1, files.split()[0], 1, "sign", "-a", "a").unit_tests for files, _ in UNIT_TESTS]
+    assert not [name for name in (*RIGHT_TESTS.values(), *sum(files, [])) if not (ROOT / name).is_file()]

@@ -22,7 +22,7 @@ V3 = "x86-64-v3"
 
 @pytest.fixture(autouse=True)
 def usual(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An x86-64 machine whose environment says nothing of its CPU."""
+    """Has the machine be x86-64, with an environment that says nothing of its CPU."""
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     for name in [*AS_ON[V3], "PYTEST_ADDOPTS"]:
         monkeypatch.delenv(name, raising=False)

@@ -54,7 +54,7 @@ from .test_decoding import (
     PROMPT,
     SAMPLE_BEGIN,
 )
-from .test_together import SOME
+from .test_scheduling import SOME
 
 # ---- blocks --------------------------------------------------------------------------------------------------------
 
@@ -95,7 +95,7 @@ def test_blocks_pass_the_judge(dtype: torch.dtype, names: tuple[str, ...], monke
 
 
 def on_device(checkpoint: Checkpoint, dtype: str = "float32") -> Whisper:
-    """A model on the CPU that decodes as on a GPU."""
+    """Returns a model on the CPU that decodes as on a GPU."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
             maxwhisper.compiled,
@@ -119,13 +119,13 @@ def usual() -> Whisper:
 
 @pytest.fixture(scope="module")
 def recordings() -> list[np.ndarray]:
-    """Of one window and, cut to its second one, of several."""
+    """Returns recordings of one window and, cut to its second one, of several."""
     return [load_audio(clip)[: 33 * SAMPLE_RATE] for clip in SOME]
 
 
 @pytest.fixture(scope="module")
 def judged(pytestconfig: pytest.Config) -> Suite:
-    """What judges steps, with a memory for its verdicts."""
+    """Returns what judges steps, with a memory for its verdicts."""
     return Suite(trained(), torch.float32, memory=getattr(pytestconfig, "cache", None))
 
 
@@ -163,7 +163,7 @@ def test_steps_pass_the_judge(model: Whisper, judged: Suite, scene: Scene) -> No
 
 @BEAMS
 def test_transcripts(alone: Alone, usual: Whisper, recordings: list[np.ndarray], beam_size: int | None) -> None:
-    """Of several windows each, which follow each other in the same memory."""
+    """Each is of several windows, which follow each other in the same memory."""
     for clip, audio, ours in zip(SOME, recordings, alone(beam_size), strict=True):
         theirs = usual.transcribe(audio, temperature=0.0, beam_size=beam_size)
         assert texts(ours) == texts(theirs) and (texts(ours) or clip.stem == "silence")
@@ -199,7 +199,7 @@ def windows(n: int) -> torch.Tensor:
 
 
 def test_windows_of_a_batch_as_alone(model: Whisper, usual: Whisper) -> None:
-    """Of other batches than before, too, and of other windows for as many texts: there is room for each."""
+    """Batches differ from those before, and windows for as many texts do too: there is room for each."""
     mel = windows(3)
     for n, beam_size, sample_len in ((1, 3, 12), (3, None, 12), (1, 3, 12), (1, None, 12), (2, None, None)):
         options = DecodingOptions(language="en", beam_size=beam_size, sample_len=sample_len, fp16=False)
@@ -224,7 +224,7 @@ def test_windows_of_a_batch_as_alone(model: Whisper, usual: Whisper) -> None:
 def average(
     network: OpenAIWhisper, dtype: torch.dtype, task: DecodingTask, audio: np.ndarray, tokens: list[int]
 ) -> torch.Tensor:
-    """The avg_logprob that PyTorch's network gives to a text of a window, (1,), computed in the dtype."""
+    """Returns the avg_logprob that PyTorch's network gives to a text of a window, (1,), computed in the dtype."""
     text = torch.tensor([[*task.initial_tokens, *tokens, EOT]])
     logits = pytorch_logits(network, torch.from_numpy(audio), text, dtype)[0]
     return avg_logprob(task, tokens, logits)
@@ -241,7 +241,7 @@ def test_a_text_that_fills_the_cache(model: Whisper, usual: Whisper) -> None:
 
 
 def test_as_many_tokens_as_asked_for(model: Whisper) -> None:
-    """Of each text, and none of one of which none are wanted, nor of one that has ended."""
+    """Each text has its own number, and none where none are wanted, or where it has ended."""
     inference, start = MaxInference(model, SAMPLE_BEGIN), torch.tensor([PROMPT] * 4)
     logits = inference.start(start, model.embed_audio(windows(4)), 0)[1]
     known = TokenRules(N_VOCAB, SAMPLE_BEGIN, EOT)
@@ -304,7 +304,7 @@ class Captured:
 
 
 def on_a_gpu(model: Whisper, monkeypatch: pytest.MonkeyPatch, fails: bool = False) -> tuple[Whisper, list[Captured]]:
-    """The model with graphs that are captured."""
+    """Returns the model with graphs that are captured."""
     monkeypatch.setattr("maxwhisper.engine.repeated.on_gpu", lambda _: True)
     graphs = {name: model.network[name] for name in (SELECT_TOKENS, SEARCH)}
     graphs = {name: replace(graph, model=Captured(graph.model, fails)) for name, graph in graphs.items()}
@@ -313,7 +313,7 @@ def on_a_gpu(model: Whisper, monkeypatch: pytest.MonkeyPatch, fails: bool = Fals
 
 
 def decoded(model: Whisper, options: DecodingOptions, *batches: int) -> list[tuple[list[int], float]]:
-    """Texts and log-probabilities of batches of so many windows, one after the other."""
+    """Returns texts and log-probabilities of batches of so many windows, one after the other."""
     found = [each for n in batches for each in model.decode(windows(n), options)]
     return [(each.tokens, each.avg_logprob) for each in found]
 
@@ -366,7 +366,7 @@ def test_a_step_is_timed_beside_the_time_to_read_what_it_has_to(model: Whisper) 
 
 @pytest.fixture(scope="module")
 def not_finite() -> Whisper:
-    """A model which is so at a place behind the start, which nothing else looks at."""
+    """Returns a model which is so at a position behind the start, which nothing else looks at."""
     checkpoint = load_checkpoint(NANO)
     positions = checkpoint.tensors["decoder.positional_embedding"].clone()
     positions[SAMPLE_BEGIN + 2] = float("nan")

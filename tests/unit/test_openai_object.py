@@ -64,7 +64,7 @@ def aligned(x: Model, mel: torch.Tensor) -> list[tuple[str, float, float]]:
 
 
 def attention_weights(x: Model, mel: torch.Tensor) -> list[Any]:
-    """As the notebook on multilingual speech looks for them."""
+    """Looks for the weights as the notebook on multilingual speech does."""
     weights: list[Any] = [None] * x.dims.n_text_layer
     hooks = [
         block.cross_attn.register_forward_hook(lambda _, ins, outs, index=i: weights.__setitem__(index, outs[-1]))
@@ -78,7 +78,7 @@ def attention_weights(x: Model, mel: torch.Tensor) -> list[Any]:
 
 
 def cached(x: Model, mel: torch.Tensor, install: Callable[[Model], Any] | None = None) -> list[Any]:
-    """As `PyTorchInference` decodes, with texts that change their places."""
+    """Decodes as `PyTorchInference` does, with texts that change their rows."""
     tokens, features = text_of(x).repeat(2, 1), x.encoder(mel[None])
     cache, hooks = install(x) if install else x.install_kv_cache_hooks()
     found = [x.decoder(tokens[:, :4], features, kv_cache=cache)]
@@ -97,7 +97,7 @@ def cached(x: Model, mel: torch.Tensor, install: Callable[[Model], Any] | None =
 
 
 def cut_short(x: Model, mel: torch.Tensor) -> list[int]:
-    """A cache that is taken back to an earlier token."""
+    """Returns a cache that is taken back to an earlier token."""
     tokens, features = text_of(x), x.encoder(mel[None])
     cache, hooks = x.install_kv_cache_hooks()
     for part in (tokens[:, :4], tokens[:, 4:5], tokens[:, 5:6]):
@@ -182,7 +182,7 @@ def parts(x: Model, mel: torch.Tensor) -> list[Any]:
 
 
 def stays(change: Callable[[Model], Any]) -> Use:
-    """Something that returns the model as it was."""
+    """Returns a use in which a change returns the model as it was."""
     return lambda x, mel: change(x) is x and x.decode(mel, DecodingOptions(**SHORT)).tokens
 
 
@@ -256,7 +256,7 @@ def test_what_inside_a_model_is_asked_is_said_to_be_computed_in_pytorch(
         inner_steps(model, mel)
     assert [record.getMessage() for record in caplog.records] == [
         "computed in PyTorch, not on MAX, and slower: modules inside have hooks",
-        "tokens are picked by openai-whisper's loop, not in the graph: the decoder has hooks",
+        "tokens are selected by openai-whisper's loop, not in the graph: the decoder has hooks",
     ]
 
 

@@ -20,8 +20,9 @@ Run = Callable[..., tuple[int, str]]
 
 @pytest.fixture
 def run(pytester: pytest.Pytester) -> Run:
-    """Exit status and output of a run inside this process: with a configuration of its own, so that neither options nor
-    results leak from one into the other, and without the seconds that it takes to import PyTorch and MAX."""
+    """Returns exit status and output of a run inside this process: with a configuration of its own, so that neither
+    options nor results leak from one into the other, and without the seconds that it takes to import PyTorch and
+    MAX."""
 
     def run(*options: str | Path) -> tuple[int, str]:
         done = pytester.runpytest_inprocess("-q", "-p", "no:cacheprovider", *options)
@@ -132,7 +133,7 @@ def test_a_parity_run_that_compares_nothing_fails_and_says_so(run: Run) -> None:
 
 
 def test_what_compares_and_leaves_no_verdict_is_a_run_that_passed(run: Run, tmp_path: Path) -> None:
-    """As loaders are held against other readers, and properties ask the judge by themselves."""
+    """Loaders are held against other readers so, and properties ask the judge by themselves."""
     status, output = run(f"{PARITY / 'test_loading.py'}::test_every_format", "--report", tmp_path)
     assert status == pytest.ExitCode.OK, output
     report = json.loads((tmp_path / "report.json").read_text())

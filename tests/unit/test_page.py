@@ -35,7 +35,7 @@ def address(model: Whisper) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def result(model: Whisper) -> dict[str, Any]:
-    """What the clip's transcript is."""
+    """Returns what the clip's transcript is."""
     return model.transcribe(load_audio(CLIP), word_timestamps=True)
 
 
@@ -65,7 +65,7 @@ def test_without_a_key_there_is_the_page_alone(address: str) -> None:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Chromium, whose microphone hears the clip."""
+    """Yields Chromium, whose microphone hears the clip."""
     chromium = shutil.which("chromium") or pytest.skip("Chromium is not installed: apt install chromium")
     playwright = pytest.importorskip("playwright.sync_api")
     microphone = ["--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream"]
@@ -79,7 +79,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def page(browser: Any, address: str) -> Iterator[Any]:
-    """The page, whose errors fail the test."""
+    """Yields the page, whose errors fail the test."""
     context = browser.new_context(permissions=["microphone"])
     opened, errors = context.new_page(), []
     opened.on("pageerror", lambda error: errors.append(str(error)))

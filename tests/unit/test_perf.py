@@ -55,9 +55,9 @@ def test_every_round_slower_than_every_other_fails_beyond_the_factor(base: list[
 
 
 @given(ROUNDS, ROUNDS, st.sampled_from([2.0**-10, 2.0**10]))
-def test_the_unit_of_time_does_not_matter(base: list[float], head: list[float], unit: float) -> None:
+def test_the_scale_of_time_does_not_matter(base: list[float], head: list[float], scale: float) -> None:
     found = rank_test("block", base, head)
-    scaled = rank_test("block", [x * unit for x in base], [x * unit for x in head])
+    scaled = rank_test("block", [x * scale for x in base], [x * scale for x in head])
     assert scaled.ratio == found.ratio
 
 

@@ -27,7 +27,7 @@ Executable.__call__ = five_times
 
 
 def slowed(graph: str, tmp_path: Path) -> Path:
-    """This tree, with one graph executed five times at each call, for a busy machine not to hide it."""
+    """Copies this tree, with one graph executed five times at each call, for a busy machine not to hide it."""
     tree = tmp_path / "slowed"
     for package in ("maxwhisper", "reference"):
         shutil.copytree(ROOT / package, tree / package, ignore=shutil.ignore_patterns("__pycache__"))

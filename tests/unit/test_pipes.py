@@ -110,7 +110,7 @@ STANDARD_INPUTS: dict[str, tuple[Callable[[], int], str]] = {
 
 
 def endless(data: bytes) -> int:
-    """A pipe that never ends: 64 MB are more than anybody asks before giving it up."""
+    """Returns a pipe that never ends: 64 MB are more than anybody asks before giving it up."""
     return pipe(data * 2**26)
 
 
@@ -152,7 +152,7 @@ def test_waiting_for_a_pipe_ends_with_ctrl_c(tmp_path: Path) -> None:
 
 @pytest.fixture
 def unfinished(tmp_path: Path) -> Iterator[Path]:
-    """A pipe whose writer begins, and then neither goes on nor leaves."""
+    """Yields a pipe whose writer begins, and then neither goes on nor leaves."""
     path = tmp_path / "unfinished"
     os.mkfifo(path)
     descriptor = os.open(path, os.O_RDWR)

@@ -105,7 +105,7 @@ def test_children_have_the_environment_of_their_parent() -> None:
 
 
 def in_child(use: Callable[[], object], seconds: float = 20) -> str:
-    """What a forked child says of a use: the message of its DeviceError."""
+    """Returns what a forked child says of a use: the message of its DeviceError."""
     reading, writing = os.pipe()
     child = os.fork()
     if not child:

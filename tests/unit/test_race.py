@@ -26,7 +26,7 @@ from .test_compare import StubWorker, stub  # noqa: F401, a fixture
 
 
 def row(name: str, *rounds: tuple[float, list[tuple[float, str]]], error: str = "") -> dict[str, Any]:
-    """A row of `compare` with the total of each round, and when which text was there."""
+    """Returns a row of `compare`, with the total of each round, and when which text was there."""
     pieces = [[{"recording": 0, "seconds": at, "text": text} for at, text in texts] for _, texts in rounds]
     return {"name": name, "total_s": [total for total, _ in rounds], "pieces": pieces, "error": error}
 

@@ -59,7 +59,7 @@ def server(model: Whisper) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def pcm() -> bytes:
-    """The clip as a client's microphone gives it: 16-bit samples at 24 kHz."""
+    """Returns the clip as a client's microphone gives it: 16-bit samples at 24 kHz."""
     with av.open(str(CLIP)) as file:
         resampler = av.AudioResampler(format="s16", layout="mono", rate=RATE)
         frames = [each for frame in file.decode(audio=0) for each in resampler.resample(frame)]
@@ -83,7 +83,7 @@ class Client:
             self.connection.input_audio_buffer.append(audio=audio)
 
     def until(self, kind: str) -> list[Any]:
-        """All events up to one of this type."""
+        """Returns all events up to one of this type."""
         found = [self.next()]
         while found[-1].type != kind:
             assert found[-1].type != "error", found[-1]
@@ -91,7 +91,7 @@ class Client:
         return found
 
     def refused(self, **event: Any) -> Any:
-        """The error that an event gets."""
+        """Returns the error that an event gets."""
         self.connection.send(event)
         answer = self.next()
         assert answer.type == "error", answer
@@ -105,7 +105,7 @@ def client(server: Server) -> Iterator[Client]:
 
 
 def expected(model: Whisper, pcm: bytes) -> str:
-    """What `transcribe` gives of these samples."""
+    """Returns what `transcribe` gives of these samples."""
     from maxwhisper.live.source import Source
 
     source: Any = Source(None, RATE)  # type: ignore[arg-type]
@@ -405,7 +405,7 @@ def test_what_fails_early_is_told_of_what_was_committed(client: Client, monkeypa
 
 
 def test_audio_that_is_not_transcribed_yet_has_a_limit(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of all items: by many short ones a client could fill the memory too."""
+    """All items count: by many short ones a client could fill the memory too."""
     let = Event()
     monkeypatch.setattr(Item, "transcribe", lambda _: let.wait(5))
     for _ in range(2):

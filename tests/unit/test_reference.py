@@ -96,7 +96,7 @@ def test_oracle_computes_in_float64(tensors: dict[str, torch.Tensor]) -> None:
 
 
 def check_oracle(x: np.ndarray, wanted: np.ndarray, oracle: torch.nn.Module, single: torch.nn.Module) -> None:
-    """As far from NumPy's result as the same module in float32 is, but in roundings of float64."""
+    """Holds it as near to NumPy's result as the same module in float32 is, but in roundings of float64."""
     given = torch.from_numpy(x)[None]
     made = (each[0] if isinstance(each, tuple) else each for each in (oracle(given), single(given.float())))
     error, yardstick = (np.abs(each[0].detach().numpy() - wanted).max() / torch.finfo(each.dtype).eps for each in made)
@@ -291,8 +291,8 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_recognised(mistake: str) -> None:
     oracle = torch.randn(2, 128, 128, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    causes = diagnose(oracle, MISTAKES[mistake](oracle))
-    assert causes and mistake in causes[0].name
+    found = diagnose(oracle, MISTAKES[mistake](oracle))
+    assert found and mistake in found[0].name
 
 
 def test_noise_is_not_taken_for_a_mistake() -> None:
@@ -322,18 +322,18 @@ def test_no_test_holds_a_tolerance() -> None:
 
 
 def two_keys(gap: float, size: float) -> tuple[Callable[[dict[str, Tensor]], list[Tensor]], dict[str, Tensor]]:
-    """Attention over two keys whose scores are `size` and nearly equal, as a function of the scores."""
+    """Returns attention over two keys whose scores are `size` and nearly equal, as a function of the scores."""
     scores = torch.tensor([[size, size + gap]], dtype=torch.float64)
     return lambda x: [x["scores"].softmax(-1) @ torch.tensor([[1.0], [-1.0]]).double()], {"scores": scores}
 
 
 def test_the_condition_of_a_product_is_one_and_that_of_a_close_decision_large() -> None:
-    unit = UNIT_ROUNDOFF[torch.float32]
+    roundoff = UNIT_ROUNDOFF[torch.float32]
     weight, x = torch.randn(64, 64).double(), torch.randn(9, 64).double()
-    assert condition(lambda given: [given["x"] @ weight], {"x": x}, unit) < 2
-    assert condition(*two_keys(1.0, 1.0), unit) < 4
-    # One rounding moves each score by size * unit, and the softmax by as much as its difference of scores.
-    assert condition(*two_keys(1.0, 1e4), unit) > 1e3
+    assert condition(lambda given: [given["x"] @ weight], {"x": x}, roundoff) < 2
+    assert condition(*two_keys(1.0, 1.0), roundoff) < 4
+    # One rounding moves each score by size * roundoff, and the softmax by as much as its difference of scores.
+    assert condition(*two_keys(1.0, 1e4), roundoff) > 1e3
 
 
 def test_a_condition_widens_what_a_lucky_peer_leaves() -> None:

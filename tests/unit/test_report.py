@@ -20,7 +20,7 @@ Written = tuple[str, dict, str]
 
 @pytest.fixture(scope="module")
 def failed(tmp_path_factory: pytest.TempPathFactory) -> Written:
-    """What is written of a run that failed, which draws charts for a second."""
+    """Writes the report of a run that failed, which draws charts for a second."""
     return written(failing(), tmp_path_factory.mktemp("failed"))
 
 
@@ -109,7 +109,7 @@ def test_same_run_same_bytes(failed: Written, tmp_path: Path) -> None:
 
 def test_data_holds_every_figure(failed: Written) -> None:
     run, data = failing(), failed[1]
-    assert data["schema_version"] == 1
+    assert data["schema_version"] == 2
     assert len(data["judgements"]) == len(run.judgements)
     for found, wanted in zip(data["judgements"], run.judgements, strict=True):
         assert found["comparison"]["block"] == wanted.comparison.block

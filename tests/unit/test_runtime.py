@@ -27,7 +27,7 @@ TASKS = Path("/proc/self/task")
 
 
 def wakeups() -> dict[str, int]:
-    """How often each thread of this process has waited and gone on."""
+    """Returns how often each thread of this process has waited and gone on."""
     found = {}
     for task in TASKS.iterdir():
         with suppress(FileNotFoundError, ProcessLookupError):  # of a thread that has ended since
@@ -62,13 +62,13 @@ threading.Thread(target=lambda: time.sleep(0.05) or os.write(1, b"has run"), dae
 
 
 def test_a_thread_that_needs_python_when_the_process_ends_has_it_after_a_compilation() -> None:
-    """As one of MAX's does, or the process is aborted; here one of Python's, for MAX's is not so late every time."""
+    """One of MAX's does, or the process is aborted; here one of Python's, for MAX's is not so late every time."""
     done = subprocess.run([sys.executable, "-c", COMPILE_AND_END], capture_output=True, env=dict(os.environ))
     assert (done.returncode, done.stdout) == (0, b"has run"), done.stderr
 
 
 def timer_slack() -> int:
-    """That of the calling thread, in nanoseconds."""
+    """Returns the timer slack of the calling thread, in nanoseconds."""
     return ctypes.CDLL(None).prctl(PR_GET_TIMERSLACK)
 
 

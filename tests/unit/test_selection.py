@@ -101,7 +101,7 @@ class Collected:
         self.items, self.config = list(session.items), session.config
 
     def selected(self, expression: str) -> list[pytest.Item]:
-        """Those that are left by pytest and by the suite's plugin with -k."""
+        """Returns the tests that are left by pytest and by the suite's plugin with -k."""
         items = list(self.items)
         for item in items:
             item.extra_keyword_matches.clear()
@@ -126,7 +126,7 @@ def collect(pytester: pytest.Pytester) -> Callable[..., Collected]:
 
 
 def differing(found: Callable[[str], set[str]], selects: dict[str, set[str]]) -> dict[str, list[str]]:
-    """By expression, the blocks that are selected and should not be, or should be and are not."""
+    """Returns, by expression, the blocks that are selected and should not be, or should be and are not."""
     return {word: sorted(wrong) for word, blocks in selects.items() if (wrong := blocks ^ found(word))}
 
 
@@ -149,7 +149,7 @@ def test_what_is_compiled_alone_is_selected_by_the_same_words(collect: Callable[
 
 
 def names_in_pytorch() -> Iterator[str]:
-    """Of every class and attribute in openai-whisper's model, but for those of containers."""
+    """Yields the names of every class and attribute in openai-whisper's model, but for those of containers."""
     model = Whisper(ModelDimensions(4, 10, 8, 2, 1, 30, 12, 8, 2, 1))
     for path, module in model.named_modules():
         yield from (name for name in path.split(".") if name.isidentifier())

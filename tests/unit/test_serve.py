@@ -33,7 +33,7 @@ SHORT, LONG = CLIPS["english-1.wav"], CLIPS["english-long.mp3"]
 
 @pytest.fixture(scope="module")
 def two_windows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A long clip, cut to its second window."""
+    """Returns a long clip, cut to its second window."""
     path = tmp_path_factory.mktemp("clips") / "two-windows.wav"
     with wave.open(str(path), "wb") as file:
         file.setnchannels(1)
@@ -45,7 +45,7 @@ def two_windows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, two_windows: Path) -> Iterator[Process]:
-    """A server that at its end finishes what it is doing, and leaves no file."""
+    """Yields a server that at its end finishes what it is doing, and leaves no file."""
     with started(tmp_path_factory.mktemp("serve"), "--max_file_mb", "4", "--max_audio_minutes", "3") as process:
         yield process
         while process.running():  # requests whose clients have left
@@ -70,7 +70,7 @@ def get(server: Process, path: str) -> httpx.Response:
 
 
 def verbose_of(result: dict[str, Any], clip: Path) -> dict[str, Any]:
-    """What OpenAI has for a result of `transcribe`, as verbose_json with segments."""
+    """Returns what OpenAI has for a result of `transcribe`, as verbose_json with segments."""
     seconds = len(load_audio(clip)) / SAMPLE_RATE
     segments = [{name: value for name, value in segment.items() if name != "words"} for segment in result["segments"]]
     languages = {"en": "english", "de": "german"}

@@ -280,7 +280,7 @@ def test_any_body(served: Any, body: bytes, kind: str) -> None:
 
 
 def check(served: tuple[httpx.Client, Service], **sent: Any) -> None:
-    """An answer is a transcript, or an error of the client's in OpenAI's form; and nothing is left of the request."""
+    """Requires a transcript, or an error of the client's in OpenAI's form; and that nothing is left of the request."""
     client, service = served
     for path in ("transcriptions", "translations"):
         answer = client.post(path, **sent)

@@ -67,14 +67,14 @@ def model(request: pytest.FixtureRequest) -> Whisper:
 
 @pytest.fixture(scope="module")
 def mels() -> torch.Tensor:
-    """Of every clip, (clip, n_mels, frame)."""
+    """Returns the spectrogram of every clip, (clip, n_mels, frame)."""
     waveforms = [pad_or_trim(load_audio(FIXTURES / "clips" / clip), N_SAMPLES) for clip in CLIPS]
     return torch.stack([log_mel_spectrogram(waveform, 80) for waveform in waveforms])
 
 
 @pytest.fixture(scope="module")
 def heard(model: Whisper, mels: torch.Tensor) -> torch.Tensor:
-    """Every clip's audio features, which a decode takes as well as the mels."""
+    """Returns every clip's audio features, which a decode takes as well as the mels."""
     return torch.cat([model.embed_audio(mel[None]) for mel in mels])
 
 
@@ -82,13 +82,13 @@ Found = list[tuple[Any, ...]]
 
 
 def decoded(model: Whisper, heard: torch.Tensor, **options: Any) -> Found:
-    """What is found in windows that decode together."""
+    """Returns what is found in windows that decode together."""
     results = model.decode(heard, whisper.DecodingOptions(fp16=False, language="en", **options))
     return [(result.tokens, result.avg_logprob, result.no_speech_prob) for result in results]
 
 
 def by_steps(model: Whisper, heard: torch.Tensor, **options: Any) -> Found:
-    """What is decoded without proposals."""
+    """Returns what is decoded without proposals."""
     return decoded(model.stepping_by(CPUStepper(model.network, model.dims.n_text_ctx)), heard, **options)
 
 
@@ -242,7 +242,7 @@ def test_nearly_all_proposals_are_right_for_recordings_together(
 
 
 def assert_nearly_all_right(counted: Counted, n_round: int) -> None:
-    """Of every text: one for which all are wrong would not show in the average of several."""
+    """Looks at every text: one for which all are wrong would not show in the average of several."""
     assert sum(map(len, counted.gained)) >= n_round
     width = max(map(len, counted.gained))
     for gained in zip(*(each for each in counted.gained if len(each) == width), strict=True):
@@ -271,7 +271,7 @@ def test_a_cache_is_one_memory_for_the_draft(model: Whisper, heard: torch.Tensor
 
 @pytest.fixture(scope="module")
 def verify() -> Executable:
-    """The graph that selects tokens, of texts with proposals behind them."""
+    """Returns the graph that selects tokens, of texts with proposals behind them."""
     logits = TensorType(DType.float32, ["batch", "token", N_VOCAB], DeviceRef.CPU())
     inputs = {"logits": logits, **texts_inputs(), **rules_inputs(N_VOCAB)}
     function = by_name(inputs, lambda _, logits, **given: top_tokens(logits, given))
@@ -282,7 +282,7 @@ def verify() -> Executable:
 def verified(
     verify: Executable, logits: torch.Tensor, text: list[int], proposals: list[int], total: float, end: int
 ) -> tuple[list[int], list[torch.Tensor]]:
-    """The text with what is put behind it, and what else the graph gives."""
+    """Returns the text with what is put behind it, and what else the graph gives."""
     texts = torch.tensor([[*text, *proposals, 0]])
     limits, begins = torch.tensor([BEGIN, EOT]), torch.tensor([1])
     rules = Rules(torch.zeros(N_VOCAB, dtype=torch.bool), begins, limits, n_best=2).inputs()
@@ -365,7 +365,7 @@ def test_several_tokens_of_a_layer_are_bitwise_as_many_steps() -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_a_quantized_matrix_has_the_nearest_multiples(bits: int, dtype: torch.dtype) -> None:
-    """Of a scale that is a power of two, so that all of this is exact in every dtype."""
+    """The scale is a power of two, so that all of this is exact in every dtype."""
     scale, greatest = 2.0**-6, 2 ** (bits - 1) - 1
     expected = torch.randint(-greatest, greatest + 1, (5000, 64))
     expected[:, 5] = greatest

@@ -101,7 +101,7 @@ def test_every_time_comes_back_to_where_it_was_in_the_recording(heard: list[tupl
 
 @pytest.fixture(scope="module")
 def paused() -> np.ndarray:
-    """The first clip, a pause of 40 s, and the clip again."""
+    """Returns the first clip, a pause of 40 s, and the clip again."""
     clip = load_audio(CLIP)
     return np.concatenate([clip, np.zeros(40 * SAMPLE_RATE, np.float32), clip])
 

@@ -28,7 +28,7 @@ LAYOUTS = [
 
 
 def spoken(*segments: list[str], words: bool = True) -> dict[str, Any]:
-    """A result of these words, each of half a second."""
+    """Returns a result of these words, each of half a second."""
     found: list[dict[str, Any]] = []
     time = 0.0
     for texts in segments:
@@ -42,8 +42,8 @@ def spoken(*segments: list[str], words: bool = True) -> dict[str, Any]:
 
 
 def cues(text: str, ending: str) -> Iterator[tuple[str, str]]:
-    """The line of times and the text of every cue, as readers take them: empty lines part cues, and a line with an
-    arrow is one of times."""
+    """Yields the line of times and the text of every cue, as readers take them: empty lines part cues, and a line with
+    an arrow is one of times."""
     for block in re.split(r"\n\n+", text.removeprefix("WEBVTT\n\n").strip("\n")) if "-->" in text else ():
         lines = block.split("\n")
         if ending == "srt":
@@ -53,7 +53,7 @@ def cues(text: str, ending: str) -> Iterator[tuple[str, str]]:
 
 
 def plain(text: str, ending: str) -> str:
-    """What is shown of a cue; raises ValueError where a reader would take some of it for a tag or an entity."""
+    """Returns what is shown of a cue; raises ValueError where a reader would take some of it for a tag or an entity."""
     if ending == "vtt":
         text = re.sub("</?u>", "", text)
         if "<" in text or re.search(r"&(?!amp;|lt;)", text):

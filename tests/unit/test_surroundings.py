@@ -45,7 +45,7 @@ def mel(audio: np.ndarray) -> torch.Tensor:
 
 
 def at_once(*calls: Callable[[], Any]) -> list[Any]:
-    """What the calls return, each from a thread of its own, begun together."""
+    """Returns what the calls return, each from a thread of its own, begun together."""
     start, found = threading.Barrier(len(calls)), [Future[Any]() for _ in calls]
 
     def work(call: Callable[[], Any], result: Future[Any]) -> None:
@@ -162,7 +162,7 @@ def options_of(way: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def usual(model: Whisper, audio: np.ndarray) -> dict[str, dict[str, Any]]:
-    """By way to decode, the transcript with PyTorch's defaults as they are."""
+    """Returns, by way to decode, the transcript with PyTorch's defaults as they are."""
     found = {}
     for way in WAYS:
         torch.manual_seed(0)
@@ -187,7 +187,7 @@ TOKENS, FOLLOWING = torch.tensor([[50258, 50259, 50359]]), torch.tensor([[50363]
 
 
 def used(model: Whisper, audio: np.ndarray, mel: torch.Tensor) -> list[Any]:
-    """What is computed by what a model has beside `transcribe`."""
+    """Returns what is computed by what a model has beside `transcribe`."""
     features = model.embed_audio(mel[None])
     cache, _ = model.install_kv_cache_hooks()
     logits = [model.decoder(given, features, kv_cache=cache) for given in (TOKENS, FOLLOWING)]
@@ -225,7 +225,7 @@ def test_defaults_of_the_program_change_nothing_that_a_model_computes(
 
 @pytest.fixture
 def search(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The search for word timestamps, not compiled yet."""
+    """Yields the search for word timestamps, not compiled yet."""
     backtrace = numba.jit(nopython=True)(timing.backtrace.py_func)
     monkeypatch.setitem(timing.dtw_cpu.py_func.__globals__, "backtrace", backtrace)
     monkeypatch.setattr(timing, "dtw_cpu", numba.jit(nopython=True)(timing.dtw_cpu.py_func))
@@ -251,7 +251,7 @@ def test_a_cache_that_does_not_work_is_done_without(
 def test_words_are_timed_where_nothing_is_compiled(
     search: Any, model: Whisper, audio: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As NUMBA_DISABLE_JIT has it: the functions are Python's then."""
+    """NUMBA_DISABLE_JIT has it so: the functions are Python's then."""
     for name in ("backtrace", "dtw_cpu"):
         monkeypatch.setattr(timing, name, getattr(timing, name).py_func)
     assert model.transcribe(audio, **SHORT, word_timestamps=True)["segments"][0]["words"]

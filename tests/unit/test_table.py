@@ -23,7 +23,7 @@ ODD, LIKE = "oddity", "encoder.mlp"
 
 
 def on_pytorch(suite: Suite, block: Block, layer: int) -> Callable[..., list[Tensor]]:
-    """What MAX would compute, without compiling it."""
+    """Returns what MAX would compute, without compiling it."""
     assert block.name == ODD
     return torch.no_grad()(lambda x: TWINS[LIKE](suite.peer, layer, x=x))
 

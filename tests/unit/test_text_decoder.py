@@ -1,4 +1,4 @@
-"""The drop-in object's decoder: openai-whisper's shapes and errors, its cache, hooks, and tokens picked in graphs."""
+"""The drop-in object's decoder: openai-whisper's shapes and errors, its cache, hooks, and tokens selected in graphs."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -74,7 +74,7 @@ EOT = 50257
     ],
     ids=["greedy", "beams", "one token", "two tokens", "seven tokens", "to the end of the context"],
 )
-def test_tokens_picked_in_the_graph_are_those_of_openais_loop(
+def test_tokens_selected_in_the_graph_are_those_of_openais_loop(
     model: Whisper, mels: torch.Tensor, given: dict[str, Any]
 ) -> None:
     options = whisper.DecodingOptions(fp16=False, language="en", **given)
@@ -106,7 +106,8 @@ class Seen(decoding.LogitFilter):
         self.steps.append((tokens, logits.clone()))
 
     def along(self, text: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The logits (step, vocabulary) behind the first tokens of a text, and the token (step,) that follows each."""
+        """Returns the logits (step, vocabulary) behind the first tokens of a text, and the tokens (step,) that
+        follow."""
         rows = [
             logits[(tokens == torch.tensor(text[: tokens.shape[1]])).all(1)][0]
             for tokens, logits in self.steps
@@ -134,7 +135,7 @@ def token_rules(model: Whisper) -> TokenRules:
 
 
 @pytest.mark.parametrize("n_best", [1, 6])
-def test_a_step_that_picks_gives_what_the_rules_make_of_its_logits(
+def test_a_step_that_selects_gives_what_the_rules_make_of_its_logits(
     model: Whisper, features: torch.Tensor, tokens: torch.Tensor, n_best: int
 ) -> None:
     rules = token_rules(model)
@@ -146,12 +147,12 @@ def test_a_step_that_picks_gives_what_the_rules_make_of_its_logits(
     logits = inference.logits(texts, features[:1])[:, -1]
     expected = first_tokens(model.network[TOKEN_RULES], rules, logits, texts, totals, n_best)
     inference.cache = other
-    found = picked(inference, texts, totals, rules, n_best)
+    found = advanced(inference, texts, totals, rules, n_best)
     assert equal(found, expected)
     assert other.n_token == texts.shape[1]
 
 
-def picked(
+def advanced(
     inference: MaxInference,
     texts: torch.Tensor,
     totals: torch.Tensor,
@@ -164,7 +165,7 @@ def picked(
 
 
 def equal(ours: Advanced, theirs: Advanced) -> bool:
-    """Bitwise."""
+    """Compares bitwise."""
     pairs = zip(
         (*ours.texts, *vars(ours.candidates).values()), (*theirs.texts, *vars(theirs.candidates).values()), strict=True
     )
@@ -172,7 +173,7 @@ def equal(ours: Advanced, theirs: Advanced) -> bool:
 
 
 def started(model: Whisper, texts: torch.Tensor, features: torch.Tensor) -> MaxInference:
-    """The cache of texts without their last token."""
+    """Returns the cache of texts without their last token."""
     inference = MaxInference(model, texts.shape[1] - 1)
     inference.logits(texts[:, :-1], features[:1])
     return inference
@@ -184,11 +185,11 @@ def test_many_steps_at_once_are_as_many_single_ones(
     rules, totals = token_rules(model), torch.tensor([-1.0, -2.0])
     texts = torch.stack([tokens[0, :6], tokens[0, :6].flip(0)])
     at_once, one_by_one = started(model, texts, features), started(model, texts, features)
-    found = picked(at_once, texts, totals, rules, n_token=20)
+    found = advanced(at_once, texts, totals, rules, n_token=20)
     n_step = found.texts.tokens.shape[1] - texts.shape[1]
     assert n_step > 1
     for _ in range(n_step):
-        expected = picked(one_by_one, texts, totals, rules)
+        expected = advanced(one_by_one, texts, totals, rules)
         texts, _, totals = expected.texts
     assert equal(found, expected)
     assert at_once.cache.n_token == one_by_one.cache.n_token
@@ -202,12 +203,12 @@ def test_steps_end_where_a_text_ends(model: Whisper, features: torch.Tensor, tok
     ended[:, -1] = rules.eot
     texts, totals = torch.cat([tokens, ended]), torch.zeros(2)
     alone = started(model, tokens, features)
-    found = picked(alone, tokens, totals[:1], rules, n_token=200).texts
+    found = advanced(alone, tokens, totals[:1], rules, n_token=200).texts
     while found.tokens[0, -1] != rules.eot:
-        found = picked(alone, found.tokens, found.totals, rules, n_token=200).texts
+        found = advanced(alone, found.tokens, found.totals, rules, n_token=200).texts
     assert rules.eot not in found.tokens[0, :-1]
     assert found.tokens.shape[1] > tokens.shape[1] + 1
-    together = picked(started(model, texts, features), texts, totals, rules, n_token=200).texts
+    together = advanced(started(model, texts, features), texts, totals, rules, n_token=200).texts
     assert together.tokens[:1].equal(found.tokens) and together.totals[:1].equal(found.totals)
     assert (together.tokens[1, texts.shape[1] :] == rules.eot).all() and together.totals[1] == 0
     assert together.lengths.tolist() == [found.tokens.shape[1], texts.shape[1]]
@@ -227,7 +228,7 @@ def test_rearranged_cache_continues_the_chosen_texts(
     assert not inference.cache
 
 
-def test_texts_picked_for_may_be_read_from_each_others_rows(
+def test_texts_that_advance_may_be_read_from_each_others_rows(
     model: Whisper, features: torch.Tensor, tokens: torch.Tensor
 ) -> None:
     rules, totals = token_rules(model), torch.zeros(3)
@@ -239,11 +240,11 @@ def test_texts_picked_for_may_be_read_from_each_others_rows(
         moved.rearrange_kv_cache(chosen)
         texts = texts[chosen].clone()
         texts[:, n - 1] = torch.arange(3) + 100 * n  # what follows differs, where the texts before are the same
-        found = picked(moved, texts[:, :n], totals, rules, n_best=3)
+        found = advanced(moved, texts[:, :n], totals, rules, n_best=3)
     still = MaxInference(model, n_start)
     still.logits(texts[:, :n_start], features[:1])
     for n in range(n_start + 1, texts.shape[1] + 1):
-        expected = picked(still, texts[:, :n], totals, rules, n_best=3)
+        expected = advanced(still, texts[:, :n], totals, rules, n_best=3)
     assert equal(found, expected)
     assert not moved.cache.rows.equal(still.cache.rows)
     moved.cache.settle()
@@ -254,23 +255,23 @@ def test_texts_picked_for_may_be_read_from_each_others_rows(
 
 def test_more_tokens_than_fit_are_refused_before_one_is_decoded(model: Whisper, features: torch.Tensor) -> None:
     """Though the text would end before that."""
-    texts, n_place = torch.tensor([[50258, 50259, 50359, 50364]]), model.dims.n_text_ctx
+    texts, n_position = torch.tensor([[50258, 50259, 50359, 50364]]), model.dims.n_text_ctx
     inference = MaxInference(model, 3)
     inference.logits(texts[:, :3], features[:1])
-    n_token = n_place + 1 - texts.shape[1]
-    with pytest.raises(OptionError, match=f"{n_place + 1} tokens, the model has places for {n_place}"):
-        picked(inference, texts, torch.zeros(1), token_rules(model), n_token=n_token + 1)
-    assert picked(inference, texts, torch.zeros(1), token_rules(model), n_token=n_token).texts.last() == EOT
+    n_token = n_position + 1 - texts.shape[1]
+    with pytest.raises(OptionError, match=f"{n_position + 1} tokens, the model has positions for {n_position}"):
+        advanced(inference, texts, torch.zeros(1), token_rules(model), n_token=n_token + 1)
+    assert advanced(inference, texts, torch.zeros(1), token_rules(model), n_token=n_token).texts.last() == EOT
 
 
-def test_nothing_is_picked_for_a_full_cache(model: Whisper, features: torch.Tensor, tokens: torch.Tensor) -> None:
-    n_place = model.dims.n_text_ctx
-    inference = MaxInference(model, n_place)
-    inference.logits(torch.zeros(1, n_place - 1, dtype=torch.int64), features[:1])
-    texts, rules = torch.zeros(1, n_place, dtype=torch.int64), token_rules(model)
-    with pytest.raises(OptionError, match=f"{n_place + 1} tokens, the model has places for {n_place}"):
-        picked(inference, texts, torch.zeros(1), rules, n_token=2)
-    assert picked(inference, texts, torch.zeros(1), rules).texts.tokens.shape == (1, n_place + 1)
+def test_nothing_is_selected_for_a_full_cache(model: Whisper, features: torch.Tensor, tokens: torch.Tensor) -> None:
+    n_position = model.dims.n_text_ctx
+    inference = MaxInference(model, n_position)
+    inference.logits(torch.zeros(1, n_position - 1, dtype=torch.int64), features[:1])
+    texts, rules = torch.zeros(1, n_position, dtype=torch.int64), token_rules(model)
+    with pytest.raises(OptionError, match=f"{n_position + 1} tokens, the model has positions for {n_position}"):
+        advanced(inference, texts, torch.zeros(1), rules, n_token=2)
+    assert advanced(inference, texts, torch.zeros(1), rules).texts.tokens.shape == (1, n_position + 1)
 
 
 @pytest.mark.parametrize("token", [-1, "n_vocab"])
@@ -282,7 +283,7 @@ def test_a_token_that_is_not_in_the_vocabulary_is_an_error(
     inference.logits(torch.zeros(1, 2, dtype=torch.int64), features[:1])
     texts = torch.tensor([[0, 0, getattr(model.dims, token) if isinstance(token, str) else token]])
     with pytest.raises(Exception, match="no such token"):
-        picked(inference, texts, torch.zeros(1), token_rules(model))
+        advanced(inference, texts, torch.zeros(1), token_rules(model))
 
 
 def filled(cache: KeyValueCache) -> list[torch.Tensor]:
@@ -320,7 +321,9 @@ def test_what_is_put_into_a_cache_is_read(model: Whisper, features: torch.Tensor
 
 def test_decoder_refuses_what_it_has_no_place_for(model: Whisper, features: torch.Tensor, tokens: torch.Tensor) -> None:
     dims = model.dims
-    with pytest.raises(OptionError, match=f"{dims.n_text_ctx + 1} tokens, the model has places for {dims.n_text_ctx}"):
+    with pytest.raises(
+        OptionError, match=f"{dims.n_text_ctx + 1} tokens, the model has positions for {dims.n_text_ctx}"
+    ):
         model.logits(torch.zeros(1, dims.n_text_ctx + 1, dtype=torch.int64), features[:1])
     with pytest.raises(OptionError, match=f"to {dims.n_vocab}, the vocabulary from 0 to {dims.n_vocab - 1}"):
         model.logits(torch.tensor([[0, dims.n_vocab]]), features[:1])

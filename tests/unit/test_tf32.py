@@ -59,7 +59,7 @@ def bits(x: Tensor) -> Tensor:
 
 
 def test_operands_have_ten_bits_of_mantissa() -> None:
-    """As bits are rounded, ties to the even one, and cut off."""
+    """Bits are rounded, ties to the even one, or cut off."""
     x = torch.randn(10_000) * 2.0 ** torch.randint(-30, 30, (10_000,))
     halfway = bits(x) >> LAST_BITS << LAST_BITS | 1 << LAST_BITS - 1
     for values in (x, halfway.view(torch.float32), torch.tensor([0.0, 1.0, -1.0, 65504.0])):
@@ -109,7 +109,7 @@ def test_every_product_of_a_twin_has_operands_in_tf32(fixture: Suite, block: str
 
 @contextmanager
 def in_float16(fixture: Suite, module: str) -> Iterator[None]:
-    """What the submodules of a name make is rounded to float16, which has TF32's mantissa."""
+    """Rounds what the submodules of a name make to float16, which has TF32's mantissa."""
     modules = [each for path, each in fixture.peer.named_modules() if path.endswith(module)]
     hooks = [each.register_forward_hook(lambda _, inputs, output: output.half().float()) for each in modules]
     try:
@@ -122,7 +122,8 @@ def in_float16(fixture: Suite, module: str) -> Iterator[None]:
 def judged(
     fixture: Suite, block: str, around: Callable[[], Any], change: Callable[[Tensor], Tensor] = lambda x: x
 ) -> Judgement:
-    """The explained verdict on PyTorch in float32 in the place of MAX, computing in a context, its outputs changed."""
+    """Returns the explained verdict on PyTorch in float32 as the subject, computing in a context, its outputs
+    changed."""
     of = comparison(fixture, block)
 
     @torch.no_grad()
@@ -136,7 +137,7 @@ def judged(
 
 
 def named(judgement: Judgement) -> list[str]:
-    """The best explanation of each output."""
+    """Returns the best explanation of each output."""
     return [e.diagnoses[0].name if e.diagnoses else "" for e in judgement.explanations]
 
 
@@ -153,7 +154,7 @@ def test_tf32_fails_and_is_named(fixture: Suite, block: str, rounding: str, tmp_
     assert f"looks like: float32 products in TF32, operands {rounding}" in str(judgement)
     write(Run(judgements=[judgement]), tmp_path)
     (found,) = json.loads((tmp_path / "report.json").read_text())["judgements"]
-    assert found["explanations"][0]["causes"][0]["name"] == name(rounding)
+    assert found["explanations"][0]["diagnoses"][0]["name"] == name(rounding)
     assert not found["passed"]
     assert name(rounding) in (tmp_path / "report.html").read_text()
 

@@ -20,7 +20,7 @@ Shift = tuple[float, float]
 
 
 def video(path: Path, audio: Path, *shifts: Shift) -> Path:
-    """A video of 30 s with that audio from its start on, but for the packets that are moved."""
+    """Writes a video of 30 s with that audio from its start on, but for the packets that are moved."""
     with av.open(audio) as source, av.open(path, "w") as container:
         begin = max(0, source.start_time or 0) / av.time_base
         sound = container.add_stream_from_template(source.streams.audio[0])
@@ -122,7 +122,7 @@ def test_the_command_says_it_once_and_in_one_line(
 
 
 def unfilled(times: list[float | None], start: int | None = 0, duration: int | None = None) -> str | None:
-    """What is said of frames of a second that have these times."""
+    """Returns what is said of frames of a second that have these times."""
     timeline = Timeline(start, duration)
     for time in times:
         timeline.add(SimpleNamespace(time=time, samples=8000, sample_rate=8000))  # type: ignore[arg-type]

@@ -225,7 +225,7 @@ def test_numbers_of_a_result_are_pythons(model: Whisper, audio: np.ndarray, monk
 
 @pytest.fixture
 def prompts(model: Whisper, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """What is decoded behind, window by window."""
+    """Returns what is decoded behind, window by window."""
     seen, decode = [], type(model).decode
 
     def decoded(self: Whisper, mel: torch.Tensor, options: DecodingOptions | None = None, **kwargs: Any) -> Any:

@@ -43,7 +43,7 @@ def judged(
     change: Callable[[Outputs], Outputs] = lambda outputs: outputs,
     of: Comparison | None = None,
 ) -> Judgement:
-    """What a run says of PyTorch in the place of MAX, its outputs changed."""
+    """Returns what a run says of PyTorch in the place of MAX, its outputs changed."""
     of = of or comparison(model)
     suite = Suite(model, torch.float32, memory=memory)
     right = pytorch_in_the_subjects_place(suite, of)

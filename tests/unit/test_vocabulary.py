@@ -44,7 +44,7 @@ def folder_of_size(folder: Path, n_vocab: int, **generation: Any) -> Path:
 
 
 def special_tokens(size: int) -> dict[str, int]:
-    """By OpenAI's tokenizer for a model of this size, with two names that older tokenizers of Hugging Face have."""
+    """Returns those of OpenAI's tokenizer for a model of this size, two by names of older tokenizers."""
     model = Whisper(replace(DIMS, n_vocab=1))
     model.dims = replace(DIMS, n_vocab=size)
     tokenizer = get_tokenizer(model.is_multilingual, num_languages=model.num_languages)

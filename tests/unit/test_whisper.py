@@ -155,16 +155,16 @@ def test_what_words_are_aligned_by_is_compiled_for_later_processes_too(model: Wh
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_rounds_but_transcribes(model: Whisper, mels: torch.Tensor, dtype: torch.dtype) -> None:
-    rough = load_model(NANO, dtype=str(dtype).removeprefix("torch."))
-    features = rough.encoder(mels)
+    reduced = load_model(NANO, dtype=str(dtype).removeprefix("torch."))
+    features = reduced.encoder(mels)
     assert features.dtype == mels.dtype and features.to(dtype).equal(features)
     assert not features.equal(model.encoder(mels))
     exact = model.state_dict()
-    for name, weight in rough.state_dict().items():
+    for name, weight in reduced.state_dict().items():
         as_stored = weight.ndim == 1 or "positional_embedding" in name  # which are float32 under every dtype
         assert weight.float().equal((exact[name] if as_stored else exact[name].to(dtype)).float()), name
     clip = next(clip for clip in CLIPS if FIXTURES / clip["file"] == WINDOW["en"])
-    result = rough.transcribe(load_audio(FIXTURES / clip["file"]), language="en", word_timestamps=True)
+    result = reduced.transcribe(load_audio(FIXTURES / clip["file"]), language="en", word_timestamps=True)
     assert result["segments"][0]["words"]
     said, heard = (set(text.lower().replace(".", "").split()) for text in (clip["text"], result["text"]))
     assert len(said & heard) > len(said) / 2

@@ -21,13 +21,13 @@ CLIP = "clips/english-1.wav"
 
 @pytest.fixture(scope="module")
 def judge() -> windows.Judge:
-    """The judge of what is said of a window."""
+    """Returns the judge of what is said of a window."""
     peer = checkpoints.read(NANO, 51865).eval()
     return windows.Judge(pytorch_whisper(peer.dims, peer.state_dict(), torch.float64), peer, None)
 
 
 def saying(judge: windows.Judge, way: str) -> tuple[Window, Callable[[Window], Judgement]]:
-    """What PyTorch says of a window in float32, and what judges what is said of it."""
+    """Returns what PyTorch says of a window in float32, and what judges what is said of it."""
     audio = torch.from_numpy(pad_or_trim(waveforms.read(FIXTURES / CLIP)))
     comparison = Comparison(FIXTURE, torch.float32, f"decode, {way}", 0, CLIP)
     right = windows.decoded(judge.peer, log_mel_spectrogram(audio), windows.DECODING[way])
@@ -45,7 +45,7 @@ def test_what_pytorch_says_passes(said: Any) -> None:
 
 
 def test_what_has_no_words_passes(judge: windows.Judge, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a checkpoint may say nothing to silence."""
+    """A checkpoint may say nothing to silence."""
     no_text = {"suppress_tokens": [*range(50257)], "without_timestamps": True, "sample_len": 3}
     monkeypatch.setitem(windows.DECODING, "nothing", no_text)
     right, judged = saying(judge, "nothing")
@@ -55,7 +55,7 @@ def test_what_has_no_words_passes(judge: windows.Judge, monkeypatch: pytest.Monk
 
 
 def off(name: str, factor: float) -> Callable[[Window], Window]:
-    """One of the numbers times a factor."""
+    """Returns what multiplies one of the numbers by a factor."""
     return lambda w: replace(w, result=replace(w.result, **{name: getattr(w.result, name) * factor}))
 
 

@@ -42,7 +42,7 @@ def prefixed(prefix: str, tensors: Tensors) -> Tensors:
 
 
 def after_lines(path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Checkpoint:
-    """What the lines in the message about `path` make of it."""
+    """Returns what the lines in the message about `path` make of it."""
     with pytest.raises(CheckpointError) as refusal:
         load_checkpoint(path)
     lines = re.search("run `(.*?)`", str(refusal.value))

@@ -155,7 +155,7 @@ SPECS = (
         "whisper.cpp",
         "",
         "pywhispercpp, matrices and cache in float16, no temperature fallback; its own loop over windows and its own"
-        " rules of ending one; encoder and per token by its C functions, the token picked by NumPy, greedy only; with"
+        " rules of ending one; encoder and per token by its C functions, the token selected by NumPy, greedy only; with"
         " --tokens its memory counts the model twice",
     ),
     Spec("openvino", "float32", f"float32 (INFERENCE_PRECISION_HINT); {STEPS}; {OPENAI_LOOP}"),

@@ -8,13 +8,13 @@ import numpy as np
 from faster_whisper import WhisperModel
 from faster_whisper.transcribe import get_ctranslate2_storage
 
-from ...engine.cuda import find, load, places
+from ...engine.cuda import find, load, locations
 from .base import Engine
 
 
 def load_cublas() -> None:
     """Loads libcublas.so.12, which CTranslate2 opens by name, from where pip puts it: no dynamic loader looks there."""
-    for libraries in find(places()):
+    for libraries in find(locations()):
         if libraries.major == 12 and libraries.usable:
             load(libraries)
             return

@@ -14,7 +14,7 @@ from .on_pytorch import OnPyTorch
 
 
 class OpenAILike(OnPyTorch):
-    """`load` sets `model`."""
+    """An engine whose `load` sets `model`."""
 
     model: Any
 

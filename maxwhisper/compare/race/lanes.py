@@ -49,8 +49,11 @@ class Lane:
 
 @dataclass(frozen=True)
 class Race:
-    """model, machine: as of `compare`. recording: its name. audio_s: its seconds. against: what words are held against,
-    in a few words. lanes: the fastest first."""
+    """A race of engines.
+
+    model, machine: as of `compare`. recording: its name. audio_s: its seconds. against: what words are held against, in
+    a few words. lanes: the fastest first.
+    """
 
     model: str
     machine: str
@@ -141,17 +144,17 @@ def marked(
     """Yields the words of a transcript, each with its seconds, and those that it lacks, where they are missing."""
     # Aligned by what is left of each word: a case or a comma is no difference, and nothing is left of a sound.
     sides = [[normalize(word).replace(" ", "") for word in side] for side in (expected, [word for _, word in timed])]
-    places = [[i for i, word in enumerate(side) if word] for side in sides]
-    said, heard = (" ".join(side[i] for i in place) for side, place in zip(sides, places, strict=True))
+    indices = [[i for i, word in enumerate(side) if word] for side in sides]
+    said, heard = (" ".join(side[i] for i in at) for side, at in zip(sides, indices, strict=True))
     wrong: set[int] = set()
     lost: dict[int, list[str]] = {}
     for chunk in jiwer.process_words(said, heard).alignments[0]:
         if chunk.type == "equal":
             continue
-        theirs = places[0][chunk.ref_start_idx : chunk.ref_end_idx]
-        ours = places[1][chunk.hyp_start_idx : chunk.hyp_end_idx]
+        theirs = indices[0][chunk.ref_start_idx : chunk.ref_end_idx]
+        ours = indices[1][chunk.hyp_start_idx : chunk.hyp_end_idx]
         wrong.update(ours)
-        before = places[1][chunk.hyp_start_idx] if chunk.hyp_start_idx < len(places[1]) else len(timed)
+        before = indices[1][chunk.hyp_start_idx] if chunk.hyp_start_idx < len(indices[1]) else len(timed)
         lost.setdefault(before, []).extend(expected[i] for i in theirs)
     for i in range(len(timed) + 1):
         seconds = timed[min(i, len(timed) - 1)][0] if timed else 0.0

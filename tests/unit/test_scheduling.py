@@ -31,13 +31,13 @@ SOME = [clip for clip in CLIPS if clip.stem in ("english-1", "english-long", "ge
 
 @pytest.fixture(scope="module")
 def recordings() -> list[np.ndarray]:
-    """Of one window and, cut to its second one, of several."""
+    """Returns recordings of one window and, cut to its second one, of several."""
     return [load_audio(clip)[: 33 * SAMPLE_RATE] for clip in SOME]
 
 
 @pytest.fixture(scope="module")
 def alone(model: Whisper, recordings: list[np.ndarray]) -> Callable[[int | None], dict[int, dict[str, Any]]]:
-    """From a number of beams to each recording's transcript."""
+    """Returns what gives, for a number of beams, each recording's transcript."""
     return cache_of(lambda beam_size: {i: model.transcribe(x, beam_size=beam_size) for i, x in enumerate(recordings)})
 
 
@@ -175,7 +175,7 @@ class OneToken:
 
 
 def test_a_cache_is_as_long_as_its_own_texts_whatever_others_are() -> None:
-    """Beams of which it would exchange places else that are not filled yet."""
+    """Else it would exchange rows of beams that are not filled yet."""
     stepper = BatchingStepper(OneToken(), 2)
     held = {n: cache(float(n)) for n in (1, 3)}
     for _ in held:

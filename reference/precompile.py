@@ -1,9 +1,9 @@
-"""Compiling ahead: other processes fill MAX's compile cache with what this one will need later.
+"""Precompiling: other processes fill MAX's compile cache with what this one will need later.
 
 MAX compiles one artifact at a time in a process, on little more than one core. While the first model is compiled and
 compared here, the other processes compile the next ones, and this one then finds them in the cache.
 
-    python -m reference.ahead JOB ... [--checkpoint PATH] [--device cpu]
+    python -m reference.precompile JOB ... [--checkpoint PATH] [--device cpu]
 
 A job is a suite's model as SIZE:DTYPE, or some blocks of it as SIZE:DTYPE:BLOCK,...; or "transcribing": what
 transcribes with the checkpoint, or else the fixture.
@@ -18,7 +18,7 @@ import torch
 
 from maxwhisper.checkpoint import load_checkpoint
 from maxwhisper.compiled import policy_of, programs_of, units_on
-from maxwhisper.engine.precompile import Ahead
+from maxwhisper.engine.precompile import Precompiler
 from maxwhisper.engine.program import Artifact
 from maxwhisper.network.blocks import BLOCKS
 
@@ -38,25 +38,27 @@ def suite_job(size: str, dtype: torch.dtype, only: Iterable[str] = ()) -> str:
 class WhenCompiling(logging.Handler):
     """Starts another process when a compilation of this one is announced, as a handler of the logger "maxwhisper".
 
-    That is when it takes longer than one from the cache: where the cache is full there is nothing to be done ahead.
+    That is when it takes longer than one from the cache: where the cache is full there is nothing to precompile.
     """
 
-    def __init__(self, ahead: Ahead):
+    def __init__(self, precompiler: Precompiler):
         super().__init__(logging.INFO)
-        self.ahead = ahead
+        self.precompiler = precompiler
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.getMessage().startswith("compiling"):
-            self.ahead.start()
+            self.precompiler.start()
 
 
-def compile_ahead(jobs: Sequence[str], checkpoint: str | None, device: str) -> Ahead:
+def precompiler(jobs: Sequence[str], checkpoint: str | None, device: str) -> Precompiler:
     """Returns the process that does some jobs, in the order in which they will be needed."""
-    return Ahead("reference.ahead", jobs, "--device", device, *(("--checkpoint", checkpoint) if checkpoint else ()))
+    return Precompiler(
+        "reference.precompile", jobs, "--device", device, *(("--checkpoint", checkpoint) if checkpoint else ())
+    )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m reference.ahead", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m reference.precompile", description=__doc__)
     parser.add_argument("jobs", nargs="+", metavar="JOB")
     parser.add_argument("--checkpoint")
     parser.add_argument("--device", default="cpu")

@@ -11,9 +11,9 @@ import pytest
 from maxwhisper.checkpoint import load_checkpoint
 from maxwhisper.compiled import DECODING, Network
 from maxwhisper.decoding.cpu import SELECT_TOKENS
-from maxwhisper.engine import precompile as ahead
+from maxwhisper.engine import precompile
 from maxwhisper.engine.artifacts import Cache
-from maxwhisper.engine.precompile import MEMORY, Ahead, Job
+from maxwhisper.engine.precompile import MEMORY, Job, Precompiler
 from reference.fixtures import NANO
 
 from .compiling import nothing_compiles
@@ -30,16 +30,16 @@ time.sleep(60)
 
 @pytest.fixture
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A module that only this process has in its path, and machines of two cores with enough memory."""
+    """Writes a module that only this process has in its path, and has machines of two cores with enough memory."""
     (tmp_path / "does_jobs.py").write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(ahead, "cores", lambda: 2)
-    monkeypatch.setattr(ahead, "free_memory", lambda: MEMORY)
+    monkeypatch.setattr(precompile, "cores", lambda: 2)
+    monkeypatch.setattr(precompile, "free_memory", lambda: MEMORY)
     return "does_jobs"
 
 
 def test_a_job_is_waited_for(module: str) -> None:
-    other = Ahead(module, ["first", "second", "third"])
+    other = Precompiler(module, ["first", "second", "third"])
     other.start()
     other.wait("second", "the second")
     assert other.done == {"first", "second"}
@@ -51,7 +51,7 @@ def test_a_job_is_waited_for(module: str) -> None:
 
 
 def test_a_process_that_fails_is_not_waited_for(module: str) -> None:
-    other = Ahead(module, ["fails", "second"])
+    other = Precompiler(module, ["fails", "second"])
     other.start()
     other.wait("second", "the second")
     assert not other.done
@@ -61,9 +61,9 @@ def test_a_process_that_fails_is_not_waited_for(module: str) -> None:
 def test_a_small_machine_has_no_other_process(
     module: str, cores: int, memory: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ahead, "cores", lambda: cores)
-    monkeypatch.setattr(ahead, "free_memory", lambda: memory)
-    other = Ahead(module, ["first"])
+    monkeypatch.setattr(precompile, "cores", lambda: cores)
+    monkeypatch.setattr(precompile, "free_memory", lambda: memory)
+    other = Precompiler(module, ["first"])
     other.start()
     start = time.perf_counter()
     other.wait("first", "the first")
@@ -74,8 +74,8 @@ def test_where_no_process_can_start_whoever_asks_does_the_job(module: str, monke
     def refused(*command: object, **options: object) -> None:
         raise OSError(11, "Resource temporarily unavailable")
 
-    monkeypatch.setattr(ahead.subprocess, "Popen", refused)
-    other = Ahead(module, ["first"])
+    monkeypatch.setattr(precompile.subprocess, "Popen", refused)
+    other = Precompiler(module, ["first"])
     other.start()
     other.wait("first", "the first")
     assert other.process is None and not other.done
@@ -85,8 +85,8 @@ def test_where_no_process_can_start_whoever_asks_does_the_job(module: str, monke
 def test_what_another_process_compiles_is_what_this_one_asks_for(tmp_path: Path) -> None:
     """Its key is the same, so that it is found."""
     network = Network(load_checkpoint(NANO), "cpu", Cache(tmp_path), "float32")
-    [job] = network.ahead.jobs
+    [job] = network.precompiler.jobs
     assert Job(**json.loads(job)).unit == DECODING
-    subprocess.run([sys.executable, *network.ahead.command], check=True)
+    subprocess.run([sys.executable, *network.precompiler.command], check=True)
     with nothing_compiles():
         assert network[SELECT_TOKENS]

@@ -15,7 +15,7 @@ from ..files import replacing
 from ..pipes import is_regular, status_of
 
 
-def place(url: str) -> tuple[Any, str]:
+def filesystem_of(url: str) -> tuple[Any, str]:
     """Returns the file system of a path or a URL, as in s3://bucket/folder, and the path in it.
 
     Raises OptionError for a URL that fsspec knows nothing of, or whose package is not installed, and for no name.
