@@ -119,8 +119,8 @@ class Options(OfRun):
         if not self.targets:
             _ = self.artifacts
             return
-        if get("--report"):
-            raise pytest.UsageError("--report: --compile-only compares nothing that could be reported")
+        if idle := [option for option in ("--report", "--faults") if get(option)]:
+            raise pytest.UsageError(f"{idle[0]}: --compile-only compares nothing")
         if is_distributed(self.config):
             raise pytest.UsageError("--compile-only: one process compiles for a target, so leave out -n, or give -n 0")
         check_folder("--artifacts", self.compiled_into)

@@ -40,6 +40,7 @@ def run(pytester: pytest.Pytester) -> Run:
         (["--checkpoint", str(NANO), "--size", "tiny"], "ModelDimensions"),
         (["--compile-only", "sm_1"], "--compile-only sm_1 is not known: expected some of host, sm_80, sm_90a"),
         (["--compile-only", "host", "--report", "there"], "--report: --compile-only compares nothing"),
+        (["--compile-only", "host", "--faults", "graphs"], "--faults: --compile-only compares nothing"),
         (["--compile-only", "host", "-n", "2"], "--compile-only: one process compiles for a target"),
         (["--compile-only", "host", "--artifacts", str(NANO)], "--artifacts"),
         (["--or-compile"], "--or-compile: there is nothing to compile instead of without --artifacts"),
