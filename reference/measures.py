@@ -152,6 +152,15 @@ def worst_channel(error: Norms, oracle: Norms) -> float:
     return math.sqrt(float(error.channels.max()) / len(error.positions)) / oracle.size
 
 
+def worst_small_channel(error: Norms, oracle: Norms) -> float:
+    """Returns the largest RMS error of any channel of the half that is smallest in the oracle, over the RMS of that half:
+    beside a channel a hundred times as large as the others, nothing of these counts for the RMS of the whole."""
+    half = oracle.channels.argsort()[: (len(oracle.channels) + 1) // 2]
+    size = math.sqrt(float(oracle.channels[half].mean()) / len(oracle.positions))
+    largest = math.sqrt(float(error.channels[half].max()) / len(error.positions))
+    return largest / (max(size, oracle.smallest) if size else oracle.size)
+
+
 def worst_mean(error: Norms, oracle: Norms) -> float:
     """Returns the largest mean error of any one channel, over the RMS of the oracle: what is wrong in the same way at
     every position remains, and roundings cancel out."""
@@ -163,7 +172,14 @@ def largest_error(error: Norms, oracle: Norms) -> float:
     return error.largest / oracle.size
 
 
-VALUES = ("relative L2", "worst position", "worst channel", "worst channel's mean", "largest error / RMS")
+VALUES = (
+    "relative L2",
+    "worst position",
+    "worst channel",
+    "worst small channel",
+    "worst channel's mean",
+    "largest error / RMS",
+)
 """The measures of values, all of which grow with the error."""
 
 
@@ -174,6 +190,7 @@ def measure_values(oracle: Norms, peer: Norms, subject: Norms, allowed: Allowanc
     # A rounding error is relative to its own value, so a channel's follows that channel, and the largest error the
     # largest value where that is further out than the largest of so many normal errors.
     of_channels = expected_maximum(n_channel) * max(1.0, worst_channel(oracle, oracle))
+    of_small = expected_maximum((n_channel + 1) // 2) * max(1.0, worst_small_channel(oracle, oracle))
     of_values = max(expected_maximum(n_position * n_channel), largest_error(oracle, oracle))
     measures = []
     for name, measure, exact, times in (
@@ -182,6 +199,8 @@ def measure_values(oracle: Norms, peer: Norms, subject: Norms, allowed: Allowanc
         # the peer has wrong shows in the largest error.
         ("worst position", worst_position, most * expected_maximum(n_position), None),
         ("worst channel", worst_channel, least * of_channels, of_channels),
+        # What comes from large channels may be in the peer's error too.
+        ("worst small channel", worst_small_channel, least * of_small, None),
         # Sums of nearly the same terms are rounded in nearly the same way at every position. A channel's mean error is
         # at most its RMS, for which the peer has a ceiling.
         ("worst channel's mean", worst_mean, allowed.budget(n_position) * of_channels, None),

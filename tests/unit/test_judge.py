@@ -70,6 +70,18 @@ def test_a_position_whose_values_cancel_out_is_honestly_far_off(dtype: torch.dty
     assert found.passed and found.outputs[0]["worst position"].peer > UNIT_ROUNDOFF[dtype]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_small_channel_is_not_lost_beside_a_large_one(dtype: torch.dtype) -> None:
+    """As OpenAI's models have them: a hundred times as large as others, of which one is a tenth of the rest."""
+    oracle = normal(0, 1500, 64)
+    oracle[:, 3] *= 100
+    oracle[:, 5] /= 10
+    lost = oracle.clone()
+    lost[:, 5] = 0
+    right, wrong = (verdict(oracle, oracle.to(dtype), x.to(dtype), dtype) for x in (oracle, lost))
+    assert right.passed and not wrong.outputs[0]["worst small channel"].passed
+
+
 def test_what_the_condition_explains_is_rounding() -> None:
     oracle, noise = normal(0, 30, 64), normal(1, 30, 64)
     of = Comparison("s", torch.float32, "b", 0, "i")
