@@ -27,7 +27,7 @@ THREADS = (1, 3, 5, 8)
 Outputs = list[Tensor]
 VARIABLE = "MAXWHISPER_THREADS"
 Run = Callable[..., Outputs]
-"""A block on MAX, or what stands in for one: from its inputs in order to its outputs."""
+"""A block on MAX, or what stands in for one: from its inputs by name to its outputs."""
 
 
 def threads_for(comparison: Comparison) -> tuple[int, ...]:
@@ -78,7 +78,7 @@ class Trial:
     def outputs(self, n_thread: int | None = None) -> Outputs:
         """Returns what MAX makes of the inputs, with work cut for a number of threads."""
         with cut_for(n_thread), torch.no_grad():
-            return [x.cpu() for x in self.run(*self.there.values())]
+            return [x.cpu() for x in self.run(**self.there)]
 
     @cached_property
     @torch.no_grad()

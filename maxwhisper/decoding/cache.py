@@ -1,6 +1,6 @@
 """What the decoder keeps between steps: keys and values of texts and of their audio, alone and side by side."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -91,12 +91,12 @@ class KeyValueCache:
     def inputs(self) -> dict[str, Buffer]:
         """Returns `own` and `cross` as graphs take them, by the names of inputs, in the same memory."""
         if not self._inputs:
-            self._inputs = named([buffer(kv) for kv in self.own], [buffer(kv) for kv in self.cross])
+            self._inputs = named(cache=[buffer(kv) for kv in self.own], cross=[buffer(kv) for kv in self.cross])
         return self._inputs
 
     def written(self) -> dict[str, Buffer]:
         """Returns `own` once more, for graphs that write into it."""
-        return {f"{name} written": kv for name, kv in self.inputs().items() if "cache" in name}
+        return to_write(self.inputs())
 
     def quantized(self, quantize: Quantize) -> Tensor:
         """Returns `cross` in int8, (layer, audio, head, n_audio_ctx, channel), which `quantize` computes once."""
@@ -122,10 +122,15 @@ def rows_of(n_text: int, n_position: int) -> Tensor:
     return torch.arange(n_text, device="cpu")[:, None].repeat(1, n_position)
 
 
-def named(own: Sequence[Any], cross: Sequence[Any]) -> dict[str, Any]:
-    """Returns keys and values by the names that graphs of the whole decoder have for them: k_cache.0, v_cache.0, ..."""
-    both = (("cache", own), ("cross", cross))
-    return {f"{'kv'[i % 2]}_{kind}.{i // 2}": kv for kind, kvs in both for i, kv in enumerate(kvs)}
+def named(**kinds: Sequence[Any]) -> dict[str, Any]:
+    """Returns keys and values by the names that graphs of the whole decoder have for them: k_cache.0, v_cache.0, ... of
+    the kind "cache"."""
+    return {f"{'kv'[i % 2]}_{kind}.{i // 2}": kv for kind, kvs in kinds.items() for i, kv in enumerate(kvs)}
+
+
+def to_write(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the caches among a graph's inputs by the names that they have where they are written: k_written.0, ..."""
+    return {name.replace("cache", "written"): kv for name, kv in given.items() if "cache." in name}
 
 
 def room_for_quantized(cross: Sequence[Tensor], n_row: int) -> Tensor:
@@ -187,12 +192,12 @@ class CacheSlots:
 
     def joined(self, n: int) -> "JoinedCache":
         """Returns the caches in the first `n` slots as one, in the same memory."""
-        rows, own, cross = self.rows, self.own, self.cross
-        rows, *kvs = (x[: len(x) // len(self.taken) * n] for x in (rows, *own, *cross))
+        (rows,), own, cross = (
+            [x[: len(x) // len(self.taken) * n] for x in each] for each in ([self.rows], self.own, self.cross)
+        )
         if n not in self.buffers:
-            buffers = [buffer(x.transpose(1, 2) if self.tokens_first else x) for x in kvs]
-            self.buffers[n] = named(buffers[: len(own)], buffers[len(own) :])
-        own, cross = kvs[: len(own)], kvs[len(own) :]
+            both = ([buffer(x.transpose(1, 2) if self.tokens_first else x) for x in kvs] for kvs in (own, cross))
+            self.buffers[n] = named(**dict(zip(("cache", "cross"), both, strict=True)))
         return JoinedCache(own, cross, 0, rows, 0, self.memory, None, self.buffers[n], self, n)
 
     def quantized(self, n: int, quantize: Quantize) -> Tensor:
