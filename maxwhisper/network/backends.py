@@ -249,8 +249,8 @@ class Backend:
     step: Callable[..., tuple[TensorValue, ...]]
 
 
-OURS = Backend(linear, convolve, Attention.by_kernel, Attention.scores_by_kernel, Steps.by_kernel)
-OF_DEVICES = Backend(
+CPU_BACKEND = Backend(linear, convolve, Attention.by_kernel, Attention.scores_by_kernel, Steps.by_kernel)
+DEVICE_BACKEND = Backend(
     device_product,
     convolution_by_product,
     Attention.by_device_kernel,
@@ -261,4 +261,4 @@ OF_DEVICES = Backend(
 
 def backend(policy: Policy) -> Backend:
     """Returns what computes under a policy; nowhere else does the network ask what it runs on."""
-    return OURS if policy.own_kernels else OF_DEVICES
+    return CPU_BACKEND if policy.own_kernels else DEVICE_BACKEND

@@ -40,7 +40,7 @@ def wakeups() -> dict[str, int]:
 def test_no_thread_wakes_all_the_time_once_a_graph_has_run() -> None:
     inputs = {"x": TensorType(DType.float32, ["n"], DeviceRef.CPU())}
     program = Program("gelu", "", GELU(), lambda gelu, x: [gelu(x)], inputs)
-    Artifact("gelu", [program], "cpu").init({})["gelu"](torch.ones(3))
+    Artifact("gelu", [program], "cpu").init({})["gelu"](x=torch.ones(3))
     before = wakeups()
     time.sleep(0.5)
     after = wakeups()
@@ -117,9 +117,9 @@ def test_no_thread_of_pytorch_waits_while_a_graph_runs(
 ) -> None:
     seen, call = [], Executable.__call__
 
-    def counted(self: Executable, *inputs: torch.Tensor, **named: torch.Tensor) -> list[torch.Tensor]:
+    def counted(self: Executable, **inputs: torch.Tensor) -> list[torch.Tensor]:
         seen.append(torch.get_num_threads())
-        return call(self, *inputs, **named)
+        return call(self, **inputs)
 
     model = load_model(NANO)
     monkeypatch.setattr(Executable, "__call__", counted)
