@@ -206,13 +206,14 @@ class Twin:
 
     forward: the function above. longest_reduction: the most terms, of either sign, that any one value inside the block
     is summed from. roundings: how many values in a row it rounds to the dtype, each made from the one before. step:
-    whether it takes one token behind a cache.
+    whether it takes one token behind a cache. long_text: whether it is another thing for it that a text is long.
     """
 
     forward: Callable[..., list[Tensor]]
     longest_reduction: Count
     roundings: Count
     step: bool = False
+    long_text: bool = False
 
     def __call__(self, model: Whisper, layer: int, **inputs: Tensor) -> list[Tensor]:
         """Compute the block's outputs with the weights of a layer of the model."""
@@ -267,22 +268,30 @@ TWINS: dict[str, Twin] = {
     "encoder.mlp": Twin(submodule("encoder.blocks.{layer}.mlp"), AUDIO_HIDDEN, always(MLP)),
     "encoder.block": Twin(submodule("encoder.blocks.{layer}"), attending(AUDIO_HIDDEN), always(AUDIO_BLOCK)),
     "encoder": Twin(submodule("encoder"), attending(AUDIO_HIDDEN), whole_encoder),
-    "decoder.embedding": Twin(decoder_embedding, always(1), always(EMBEDDING)),
-    "decoder.attention.causal": Twin(causal_attention, attending(text_state), always(PROJECTIONS)),
-    "decoder.attention.cached": Twin(cached_attention, attending(text_state), always(PROJECTIONS), step=True),
+    "decoder.embedding": Twin(decoder_embedding, always(1), always(EMBEDDING), long_text=True),
+    "decoder.attention.causal": Twin(causal_attention, attending(text_state), always(PROJECTIONS), long_text=True),
+    "decoder.attention.cached": Twin(
+        cached_attention, attending(text_state), always(PROJECTIONS), step=True, long_text=True
+    ),
     "decoder.cross_attention.keys_values": Twin(cross_keys_values, text_state, always(PROJECTIONS)),
-    "decoder.cross_attention.prefill": Twin(cross_attention, attending(text_state), always(PROJECTIONS)),
-    "decoder.cross_attention.step": Twin(cross_attention, attending(text_state), always(PROJECTIONS), step=True),
-    "decoder.mlp.prefill": Twin(submodule("decoder.blocks.{layer}.mlp"), TEXT_HIDDEN, always(MLP)),
-    "decoder.mlp.step": Twin(submodule("decoder.blocks.{layer}.mlp"), TEXT_HIDDEN, always(MLP), step=True),
-    "decoder.block.prefill": Twin(decoder_block, attending(TEXT_HIDDEN), always(TEXT_BLOCK)),
-    "decoder.block.step": Twin(decoder_block, attending(TEXT_HIDDEN), always(TEXT_BLOCK), step=True),
+    "decoder.cross_attention.prefill": Twin(
+        cross_attention, attending(text_state), always(PROJECTIONS), long_text=True
+    ),
+    "decoder.cross_attention.step": Twin(
+        cross_attention, attending(text_state), always(PROJECTIONS), step=True, long_text=True
+    ),
+    "decoder.mlp.prefill": Twin(submodule("decoder.blocks.{layer}.mlp"), TEXT_HIDDEN, always(MLP), long_text=True),
+    "decoder.mlp.step": Twin(
+        submodule("decoder.blocks.{layer}.mlp"), TEXT_HIDDEN, always(MLP), step=True, long_text=True
+    ),
+    "decoder.block.prefill": Twin(decoder_block, attending(TEXT_HIDDEN), always(TEXT_BLOCK), long_text=True),
+    "decoder.block.step": Twin(decoder_block, attending(TEXT_HIDDEN), always(TEXT_BLOCK), step=True, long_text=True),
     "decoder.logits.prefill": Twin(decoder_logits, text_state, always(LOGITS)),
     "decoder.logits.step": Twin(decoder_logits, text_state, always(LOGITS), step=True),
     "decoder.keys_values": Twin(decoder_keys_values, text_state, always(1)),
-    "decoder.prefill": Twin(decoder, attending(TEXT_HIDDEN), whole_decoder),
-    "decoder.start": Twin(decoder, attending(TEXT_HIDDEN), whole_decoder),
-    "decoder.step": Twin(decoder, attending(TEXT_HIDDEN), whole_decoder, step=True),
-    "decoder.alignment": Twin(decoder_alignment, attending(TEXT_HIDDEN), whole_decoder),
+    "decoder.prefill": Twin(decoder, attending(TEXT_HIDDEN), whole_decoder, long_text=True),
+    "decoder.start": Twin(decoder, attending(TEXT_HIDDEN), whole_decoder, long_text=True),
+    "decoder.step": Twin(decoder, attending(TEXT_HIDDEN), whole_decoder, step=True, long_text=True),
+    "decoder.alignment": Twin(decoder_alignment, attending(TEXT_HIDDEN), whole_decoder, long_text=True),
 }
 """By name of the block in `maxwhisper.network.blocks.BLOCKS`."""
