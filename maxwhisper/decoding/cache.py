@@ -1,6 +1,6 @@
 """What the decoder keeps between steps: keys and values of texts and of their audio, alone and side by side."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ from max.dtype import DType
 from torch import Tensor
 
 from ..engine.program import buffer
+from ..network.keys_values import by_layer
 
 KV = list[Tensor]
 Quantize = Callable[[Sequence[Tensor], Tensor, int], None]
@@ -96,7 +97,8 @@ class KeyValueCache:
 
     def written(self) -> dict[str, Buffer]:
         """Returns `own` once more, for graphs that write into it."""
-        return to_write(self.inputs())
+        layers = by_layer(self.inputs(), len(self.own) // 2, "cache")
+        return named(written=[kv for layer in layers for kv in layer.values()])
 
     def quantized(self, quantize: Quantize) -> Tensor:
         """Returns `cross` in int8, (layer, audio, head, n_audio_ctx, channel), which `quantize` computes once."""
@@ -126,11 +128,6 @@ def named(**kinds: Sequence[Any]) -> dict[str, Any]:
     """Returns keys and values by the names that graphs of the whole decoder have for them: k_cache.0, v_cache.0, ... of
     the kind "cache"."""
     return {f"{'kv'[i % 2]}_{kind}.{i // 2}": kv for kind, kvs in kinds.items() for i, kv in enumerate(kvs)}
-
-
-def to_write(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the caches among a graph's inputs by the names that they have where they are written: k_written.0, ..."""
-    return {name.replace("cache", "written"): kv for name, kv in given.items() if "cache." in name}
 
 
 def room_for_quantized(cross: Sequence[Tensor], n_row: int) -> Tensor:

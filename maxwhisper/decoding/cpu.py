@@ -16,10 +16,10 @@ from whisper.model import ModelDimensions
 
 from ..engine.program import Program
 from ..engine.session import Policy
-from ..network.blocks import every_cache, every_cross, step_tokens, together
+from ..network.blocks import every_cache, every_cross, step_tokens
 from ..network.keys_values import by_layer
 from ..network.model import TextDecoder
-from .cache import KeyValueCache, to_write
+from .cache import KeyValueCache, named
 from .rules import Rules, rules_inputs, texts_inputs, top_tokens
 from .stepper import Advanced, Candidates, Graphs, Texts, check_room
 
@@ -54,14 +54,15 @@ def select_tokens_program(dims: ModelDimensions, policy: Policy) -> Program:
 
 def steps_inputs(dims: ModelDimensions, policy: Policy) -> dict[str, TensorType | BufferType]:
     """Returns what graphs take that decode several steps."""
-    kv = together(every_cache, every_cross)(dims, policy)
+    caches = every_cache(dims, policy)
     return {
         **step_tokens(dims, policy),
         **texts_inputs(),
         **rules_inputs(dims.n_vocab),
         "rows": TensorType(DType.int64, ["batch", "position"], policy.device),
-        **kv,
-        **{name: each.as_buffer() for name, each in to_write(kv).items()},
+        **caches,
+        **every_cross(dims, policy),
+        **named(written=[each.as_buffer() for each in caches.values()]),
     }
 
 

@@ -22,7 +22,7 @@ from ..engine.program import Executable, Program
 from ..engine.repeated import Repeated
 from ..engine.session import Policy
 from ..network.model import TextDecoder
-from .cache import CacheSlots, JoinedCache, KeyValueCache, named, to_write
+from .cache import CacheSlots, JoinedCache, KeyValueCache, named
 from .cpu import SELECT_TOKENS
 from .mirror import Mirror
 from .rules import Rules, rules_inputs, texts_inputs
@@ -126,7 +126,7 @@ def inputs(dims: ModelDimensions, policy: Policy, n_best: int) -> dict[str, Tens
     layers = range(2 * dims.n_text_layer)
     own = TensorType(policy.compute, ["batch", "position", n_head, n_channel], device)
     cross = TensorType(policy.compute, ["audio", dims.n_audio_ctx, n_head, n_channel], device)
-    kv = named(cache=[own for _ in layers], cross=[cross for _ in layers])
+    kv = {"cache": own, "cross": cross, "written": own.as_buffer()}
     given = {**texts_inputs(device), **rules_inputs(dims.n_vocab, device)}
     texts = TensorType(DType.int64, ["batch", "capacity"], device)
     read = {"texts": texts, "lengths": given["lengths"], "rows": TensorType(DType.int64, ["batch", "position"], device)}
@@ -137,8 +137,7 @@ def inputs(dims: ModelDimensions, policy: Policy, n_best: int) -> dict[str, Tens
         **{name: given[name] for name in ("ends", "begins", "suppressed", "limits")},
         **{f"{name} written": each.as_buffer() for name, each in changed.items()},
         **{name: BufferType(dtype, ["batch", n_best], device) for name, dtype in found.items()},
-        **kv,
-        **{name: each.as_buffer() for name, each in to_write(kv).items()},
+        **named(**{kind: [each for _ in layers] for kind, each in kv.items()}),
     }
     if n_best == 1:
         del types["rows written"]
