@@ -189,12 +189,16 @@ class CacheSlots:
 
     def joined(self, n: int) -> "JoinedCache":
         """Returns the caches in the first `n` slots as one, in the same memory."""
-        (rows,), own, cross = (
-            [x[: len(x) // len(self.taken) * n] for x in each] for each in ([self.rows], self.own, self.cross)
-        )
+
+        def first(xs: Sequence[Tensor]) -> list[Tensor]:
+            return [x[: len(x) // len(self.taken) * n] for x in xs]
+
+        def buffers(kvs: KV) -> list[Buffer]:
+            return [buffer(x.transpose(1, 2) if self.tokens_first else x) for x in kvs]
+
+        (rows,), own, cross = map(first, ([self.rows], self.own, self.cross))
         if n not in self.buffers:
-            both = ([buffer(x.transpose(1, 2) if self.tokens_first else x) for x in kvs] for kvs in (own, cross))
-            self.buffers[n] = named(**dict(zip(("cache", "cross"), both, strict=True)))
+            self.buffers[n] = named(cache=buffers(own), cross=buffers(cross))
         return JoinedCache(own, cross, 0, rows, 0, self.memory, None, self.buffers[n], self, n)
 
     def quantized(self, n: int, quantize: Quantize) -> Tensor:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -46,6 +48,14 @@ def test_no_thread_wakes_all_the_time_once_a_graph_has_run() -> None:
     after = wakeups()
     busiest = max(after[name] - before.get(name, 0) for name in after)
     assert busiest < 250, f"a thread woke {busiest} times in half a second"  # MAX's logger asks for 5,000
+
+
+def test_a_graph_takes_its_inputs_by_name_alone() -> None:
+    graph: Any = Executable("encoder", Mock(), {}, ["mel"], Mock())
+    with pytest.raises(TypeError, match=r"encoder: inputs missing: \['mel'\], not known: \['x'\]"):
+        graph(x=torch.ones(3))
+    with pytest.raises(TypeError, match="positional"):
+        graph(torch.ones(3))
 
 
 COMPILE_AND_END = """
