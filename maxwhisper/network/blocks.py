@@ -188,10 +188,6 @@ def one(module: Callable[..., TensorValue], **given: TensorValue) -> tuple[Tenso
     return (module(x),)
 
 
-def embedding(decoder: TextDecoder, tokens: TensorValue, offset: TensorValue) -> tuple[TensorValue]:
-    return (decoder.embed(tokens, offset),)
-
-
 def keys_values(attn: model.MultiHeadAttention, audio_features: TensorValue) -> KeyValue:
     return attn.keys_values(audio_features)
 
@@ -238,7 +234,9 @@ BLOCKS: dict[str, Block] = {
         Block("encoder.mlp", f"{LAYER}.mlp", audio_mlp, one, audio_x),
         Block("encoder.block", LAYER, audio_block, ResidualAttentionBlock.encode, audio_x),
         Block("encoder", "encoder", model.AudioEncoder, one, mel, unit="network"),
-        Block("decoder.embedding", "decoder", text_ends, embedding, together(prompt_tokens, offset)),
+        Block(
+            "decoder.embedding", "decoder", text_ends, lambda m, **x: (m.embed(**x),), together(prompt_tokens, offset)
+        ),
         Block("decoder.attention.causal", SELF, text_attention, causal_attention, prompt_x),
         Block("decoder.attention.cached", SELF, text_attention, cached_attention, together(step_x, offset, self_cache)),
         Block("decoder.cross_attention.keys_values", CROSS, text_attention, keys_values, audio_features),
