@@ -14,8 +14,7 @@ def replacing(path: Path, or_keeping: bool = False) -> Iterator[Path]:
 
     Where the block raises, what was under `path` stays as it was. Raises OSError if nothing can be written there.
     """
-    hidden = f".{path.name[:32]}-"
-    with tempfile.TemporaryDirectory(prefix=hidden, dir=path.parent, ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(prefix=f".{path.name[:32]}-", dir=path.parent) as folder:
         unfinished = Path(folder, path.name)
         yield unfinished
         if unfinished.is_dir() and path.exists() and not or_keeping:

@@ -11,7 +11,7 @@ from typing import Any
 from ..pipes import STANDARD_INPUT
 from .model_options import MODEL_OPTIONS, add_model, leave_cores_to_max, load
 from .option_types import above_zero
-from .outputs import FORMATS, WORD_OPTIONS, make_folder, write
+from .outputs import FORMATS, WORD_OPTIONS, unfinished, write
 from .terminal import failed
 from .transcribe_command import in_english, temperatures
 from .transcribe_options import add_decoding, add_fallback, add_words, unusable_decoding, unusable_words, without_effect
@@ -55,7 +55,8 @@ def live(parser: argparse.ArgumentParser, source: str, rate: int, policy: str, *
     for reason in without_effect(options):
         log.warning("warning: %s", reason)
     output_dir, output_format = options.pop("output_dir"), options.pop("output_format")
-    make_folder(output_dir)  # a folder that cannot be written to shows before somebody speaks, not after
+    with unfinished(output_dir):
+        pass  # a folder that cannot be written to shows before somebody speaks, not after
     leave_cores_to_max()
 
     from ..live.command import live

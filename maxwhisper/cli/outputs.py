@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OptionError
-from ..files import replacing
 from ..pipes import STANDARD_INPUT
 from ..subtitles import FORMATS, contents
 
@@ -25,13 +24,16 @@ def output_name(audio: str) -> str:
     return "stdin" if audio == STANDARD_INPUT else os.path.splitext(os.path.basename(audio))[0]
 
 
-def make_folder(output_dir: str) -> None:
-    """Makes the folder of output files; raises OptionError if there can be none in it."""
+@contextmanager
+def unfinished(output_dir: str) -> Iterator[str]:
+    """Gives a folder in `output_dir` for files that are being written; raises OptionError if there can be none."""
     try:
         os.makedirs(output_dir, exist_ok=True)
-        tempfile.TemporaryDirectory(prefix=".maxwhisper-", dir=output_dir, ignore_cleanup_errors=True).cleanup()
+        folder = tempfile.TemporaryDirectory(prefix=".maxwhisper-", dir=output_dir, ignore_cleanup_errors=True)
     except OSError as error:
         raise OptionError(f"--output_dir {output_dir}: cannot be written to: {error.strerror or error}") from error
+    with folder:
+        yield folder.name
 
 
 def write(result: dict[str, Any], audio: str, output_dir: str, output_format: str, layout: dict[str, Any]) -> list[str]:
@@ -40,13 +42,18 @@ def write(result: dict[str, Any], audio: str, output_dir: str, output_format: st
     Returns a line for each that cannot be written, with its name and the reason; the others are written all the same.
     Raises OptionError if none can be.
     """
-    make_folder(output_dir)
     failures: list[str] = []
-    for ending in FORMATS if output_format == "all" else (output_format,):
-        target = os.path.join(output_dir, f"{output_name(audio)}.{ending}")
-        with noted(target, failures), replacing(Path(target)) as file:
-            file.write_text(contents(result, ending, layout), encoding="utf-8")
-            take_permissions(file, target)
+    complete: dict[str, str] = {}
+    with unfinished(output_dir) as folder:
+        for ending in FORMATS if output_format == "all" else (output_format,):
+            target = os.path.join(output_dir, f"{output_name(audio)}.{ending}")
+            file = os.path.join(folder, f"complete.{ending}")
+            with noted(target, failures), removed_on_failure(file):
+                Path(file).write_text(contents(result, ending, layout), encoding="utf-8")
+                complete[target] = file
+        for target, file in complete.items():
+            with noted(target, failures):
+                replace(file, target)
     return failures
 
 
@@ -61,11 +68,23 @@ def noted(target: str, failures: list[str]) -> Iterator[None]:
         failures.append(f"{target}: cannot be written: {type(error).__name__}: {error}")
 
 
-def take_permissions(file: Path, target: str) -> None:
-    """Gives a file the permissions of the one whose place it takes; raises OSError where OpenAI's command could not
-    write that one either."""
+@contextmanager
+def removed_on_failure(file: str) -> Iterator[None]:
+    """Removes a file that is not complete: on a full disk others may have room where a part of it was."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            os.remove(file)
+        raise
+
+
+def replace(file: str, target: str) -> None:
+    """Puts a file in the place of another, with its permissions; raises OSError where OpenAI's command could not write
+    that one either."""
     if os.path.isfile(target):
         if not os.access(target, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
             raise OSError(EACCES, os.strerror(EACCES))
         with suppress(OSError):  # of a disk that has no permissions
             shutil.copymode(target, file)
+    os.replace(file, target)

@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import MaxWhisperError
 from ..subtitles import as_line
 from .model_options import MODEL_OPTIONS, leave_cores_to_max, load
-from .outputs import WORD_OPTIONS, make_folder, write
+from .outputs import WORD_OPTIONS, unfinished, write
 from .terminal import failed
 from .transcribe_options import unusable, without_effect
 
@@ -26,7 +26,8 @@ def transcribe(parser: argparse.ArgumentParser, **options: Any) -> int:
     for reason in without_effect(options):
         log.warning("warning: %s", reason)
     output_dir, output_format = options.pop("output_dir"), options.pop("output_format")
-    make_folder(output_dir)  # a folder that cannot be written to shows before the work, not after
+    with unfinished(output_dir):
+        pass  # a folder that cannot be written to shows before the work, not after
     leave_cores_to_max()
 
     import torch

@@ -258,7 +258,7 @@ class TextDecoder(Module):
     def __call__(self, tokens: TensorValue, **kv: TensorValue) -> list[TensorValue]:
         """Decodes a text: tokens (batch, token) to logits (batch, token, n_vocab), and all layers' keys and values.
 
-        kv: every layer's keys and values of the audio, by the names that `by_layer` knows; of a step's, the cache too.
+        kv: every layer's keys and values of the audio, by names as of `by_layer`; at a step those of its cache too.
         """
         x, *new = self._layers(ResidualAttentionBlock.prefill, self.embed(tokens, offset=0), kv, "cross")
         return [self.logits(x), *new]
