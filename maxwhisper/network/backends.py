@@ -42,16 +42,16 @@ class Attention(Module):
 
     def attend_with_scores(self, q: TensorValue, kv: KeyValue) -> tuple[TensorValue, TensorValue]:
         """Attends to kv; also returns the scores before softmax, float32 (batch, head, token, key)."""
-        scores = backend(self.policy).scores(self, q, kv)
+        return backend(self.policy).attend_with_scores(self, q, kv)
+
+    def scores_by_kernel(self, q: TensorValue, kv: KeyValue) -> tuple[TensorValue, TensorValue]:
+        """Attends with scores by a kernel of our own, for CPUs."""
+        scores = self.scores("maxwhisper.attention_scores", q, kv, kv.k)
         return self.attend(q, kv), scores
 
-    def scores_by_kernel(self, q: TensorValue, kv: KeyValue) -> TensorValue:
-        """Returns the scores before softmax by a kernel of our own, for CPUs."""
-        return self.scores("maxwhisper.attention_scores", q, kv, kv.k)
-
-    def scores_by_device_kernel(self, q: TensorValue, kv: KeyValue) -> TensorValue:
-        """Returns the scores before softmax by a kernel for GPUs."""
-        return self.scores("maxwhisper.device_scores", q, kv, tokens_first(kv)[0])
+    def scores_by_device_kernel(self, q: TensorValue, kv: KeyValue) -> tuple[TensorValue, TensorValue]:
+        """Attends with scores by a kernel for GPUs."""
+        return self.attend(q, kv), self.scores("maxwhisper.device_scores", q, kv, tokens_first(kv)[0])
 
     def scores(self, name: str, q: TensorValue, kv: KeyValue, k: TensorValue) -> TensorValue:
         """Returns the scores before softmax by an operation of our own, which takes the keys as k."""
@@ -240,12 +240,12 @@ class Steps(Module):
 
 @dataclass(frozen=True)
 class Backend:
-    """What layers are computed by on a kind of device: products, attention and its scores, and a block's step."""
+    """What layers are computed by on a kind of device: products, attention, that with its scores, a block's step."""
 
     linear: Callable[..., TensorValue]
     convolve: Callable[..., TensorValue]
     attend: Callable[..., TensorValue]
-    scores: Callable[..., TensorValue]
+    attend_with_scores: Callable[..., tuple[TensorValue, TensorValue]]
     step: Callable[..., tuple[TensorValue, ...]]
 
 

@@ -57,7 +57,8 @@ class Attention(Module):
         return [self.attn.split_attention("split_attention", q, *tokens_first(KeyValue(k, v)))]
 
     def device_scores(self, q: TensorValue, k: TensorValue, v: TensorValue) -> list[TensorValue]:
-        return [self.attn.scores_by_device_kernel(q, KeyValue(k, v))]
+        kv = KeyValue(k, v)
+        return [self.attn.scores("maxwhisper.device_scores", q, kv, tokens_first(kv)[0])]
 
     def causal(self, q: TensorValue, k: TensorValue, v: TensorValue) -> list[TensorValue]:
         return [self.attn.by_kernel(q, KeyValue(k, v), causal_mask(q.shape[1], self.attn.policy))]
