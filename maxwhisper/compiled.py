@@ -1,6 +1,6 @@
 """What a checkpoint's network compiles to: which graphs, in which units, on which device, in which precision."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -24,7 +24,6 @@ from .engine.session import TORCH_DTYPE, Policy, find_device
 from .errors import OptionError
 from .network.blocks import BLOCKS
 from .network.log_mel import LOG_MEL, N_MELS, log_mel_weights
-from .network.model import joined_weights
 
 STORAGE = {torch.float16: DType.float16, torch.bfloat16: DType.bfloat16}
 
@@ -140,6 +139,21 @@ class Network:
             return []
         dims, policy, folder = vars(self.checkpoint.dims), self.policy, str(self.artifacts.folder)
         return [str(Job(DECODING, dims, policy.storage.name, policy.compute.name, folder))]
+
+
+QKV = ("query", "key", "value")
+
+
+def joined_weights(tensors: Mapping[str, torch.Tensor], names: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Returns the tensors of `MultiHeadAttention.qkv` that are among the names, made of those of a checkpoint."""
+    found = {}
+    for name in names:
+        path, is_joined, kind = name.rpartition(".qkv.")
+        if is_joined:
+            query, key, value = (tensors.get(f"{path}.{each}.{kind}") for each in QKV)
+            assert query is not None and value is not None, "a checkpoint has them all"
+            found[name] = torch.cat([query, torch.zeros_like(query) if key is None else key, value])
+    return found
 
 
 def is_matrix(name: str, tensor: torch.Tensor) -> bool:

@@ -137,10 +137,10 @@ class TextDecoder(Frozen, openai.TextDecoder):
             return logits
         cross = self._keys_values(xa)
         if positions is not None:
-            given = {"tokens": x, "positions": positions.to(self.device), **named([], cross)}
+            given = {"tokens": x, "positions": positions.to(self.device), **named(cross=cross)}
             logits, *new = self.network["decoder.start"](**given)
         else:
-            logits, *new = self.network["decoder.prefill"](tokens=x, **named([], cross))
+            logits, *new = self.network["decoder.prefill"](tokens=x, **named(cross=cross))
         cache.cross = cross
         cache.append(new, self.dims.n_text_ctx)
         return logits
@@ -170,7 +170,7 @@ class TextDecoder(Frozen, openai.TextDecoder):
     def alignment(self, x: torch.Tensor, xa: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Returns the logits of tokens as `forward` takes them, and of every layer the scores of cross-attention before
         softmax, float32 (batch, head, token, n_audio_ctx)."""
-        tokens, cross = x.to(self.device, torch.int64), named([], self._keys_values(xa))
+        tokens, cross = x.to(self.device, torch.int64), named(cross=self._keys_values(xa))
         logits, *scores = self.network["decoder.alignment"](tokens=tokens, **cross)
         return logits, [qk.float() for qk in scores]
 

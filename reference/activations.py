@@ -217,9 +217,7 @@ def random_like(x: Tensor, n_vocab: int, generator: torch.Generator) -> Tensor:
 
 def kinds(block: Block, names: list[str]) -> tuple[str, ...]:
     """Returns the kinds of inputs that mean something for a block with inputs of these names."""
-    if block.name == "log_mel":
-        return tuple(kind for kind in KINDS if kind not in (BATCH, END, VOCABULARY))
     if set(names) <= {"tokens", "offset"}:
         return ("speech", BATCH, END, VOCABULARY, RANDOM)
-    positions = block.path.startswith("decoder") and names != ["audio_features"] and "logits" not in block.name
-    return tuple(kind for kind in KINDS if kind != VOCABULARY and (positions or kind != END))
+    others = {VOCABULARY, *([BATCH] if "audio" in names else []), *([] if TWINS[block.name].long_text else [END])}
+    return tuple(kind for kind in KINDS if kind not in others)

@@ -10,6 +10,7 @@ Heads: MAX keeps keys and values as (batch, head, token, channel), OpenAI as (ba
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -206,13 +207,14 @@ class Twin:
 
     forward: the function above. longest_reduction: the most terms, of either sign, that any one value inside the block
     is summed from. roundings: how many values in a row it rounds to the dtype, each made from the one before. step:
-    whether it takes one token behind a cache.
+    whether it takes one token behind a cache. long_text: whether it is another thing for it that a text is long.
     """
 
     forward: Callable[..., list[Tensor]]
     longest_reduction: Count
     roundings: Count
     step: bool = False
+    long_text: bool = False
 
     def __call__(self, model: Whisper, layer: int, **inputs: Tensor) -> list[Tensor]:
         """Computes the block's outputs with the weights of a layer of the model."""
@@ -259,6 +261,8 @@ def whole_decoder(dims: ModelDimensions) -> int:
     return EMBEDDING + dims.n_text_layer * TEXT_BLOCK + LOGITS
 
 
+text_twin = partial(Twin, long_text=True)
+
 TWINS: dict[str, Twin] = {
     "log_mel": Twin(log_mel, always(N_FFT), always(1)),
     "encoder.stem": Twin(encoder_stem, times(3, audio_state), always(STEM)),
@@ -267,22 +271,22 @@ TWINS: dict[str, Twin] = {
     "encoder.mlp": Twin(submodule("encoder.blocks.{layer}.mlp"), AUDIO_HIDDEN, always(MLP)),
     "encoder.block": Twin(submodule("encoder.blocks.{layer}"), attending(AUDIO_HIDDEN), always(AUDIO_BLOCK)),
     "encoder": Twin(submodule("encoder"), attending(AUDIO_HIDDEN), whole_encoder),
-    "decoder.embedding": Twin(decoder_embedding, always(1), always(EMBEDDING)),
-    "decoder.attention.causal": Twin(causal_attention, attending(text_state), always(PROJECTIONS)),
-    "decoder.attention.cached": Twin(cached_attention, attending(text_state), always(PROJECTIONS), step=True),
+    "decoder.embedding": text_twin(decoder_embedding, always(1), always(EMBEDDING)),
+    "decoder.attention.causal": text_twin(causal_attention, attending(text_state), always(PROJECTIONS)),
+    "decoder.attention.cached": text_twin(cached_attention, attending(text_state), always(PROJECTIONS), step=True),
     "decoder.cross_attention.keys_values": Twin(cross_keys_values, text_state, always(PROJECTIONS)),
-    "decoder.cross_attention.prefill": Twin(cross_attention, attending(text_state), always(PROJECTIONS)),
-    "decoder.cross_attention.step": Twin(cross_attention, attending(text_state), always(PROJECTIONS), step=True),
-    "decoder.mlp.prefill": Twin(submodule("decoder.blocks.{layer}.mlp"), TEXT_HIDDEN, always(MLP)),
-    "decoder.mlp.step": Twin(submodule("decoder.blocks.{layer}.mlp"), TEXT_HIDDEN, always(MLP), step=True),
-    "decoder.block.prefill": Twin(decoder_block, attending(TEXT_HIDDEN), always(TEXT_BLOCK)),
-    "decoder.block.step": Twin(decoder_block, attending(TEXT_HIDDEN), always(TEXT_BLOCK), step=True),
+    "decoder.cross_attention.prefill": text_twin(cross_attention, attending(text_state), always(PROJECTIONS)),
+    "decoder.cross_attention.step": text_twin(cross_attention, attending(text_state), always(PROJECTIONS), step=True),
+    "decoder.mlp.prefill": text_twin(submodule("decoder.blocks.{layer}.mlp"), TEXT_HIDDEN, always(MLP)),
+    "decoder.mlp.step": text_twin(submodule("decoder.blocks.{layer}.mlp"), TEXT_HIDDEN, always(MLP), step=True),
+    "decoder.block.prefill": text_twin(decoder_block, attending(TEXT_HIDDEN), always(TEXT_BLOCK)),
+    "decoder.block.step": text_twin(decoder_block, attending(TEXT_HIDDEN), always(TEXT_BLOCK), step=True),
     "decoder.logits.prefill": Twin(decoder_logits, text_state, always(LOGITS)),
     "decoder.logits.step": Twin(decoder_logits, text_state, always(LOGITS), step=True),
     "decoder.keys_values": Twin(decoder_keys_values, text_state, always(1)),
-    "decoder.prefill": Twin(decoder, attending(TEXT_HIDDEN), whole_decoder),
-    "decoder.start": Twin(decoder, attending(TEXT_HIDDEN), whole_decoder),
-    "decoder.step": Twin(decoder, attending(TEXT_HIDDEN), whole_decoder, step=True),
-    "decoder.alignment": Twin(decoder_alignment, attending(TEXT_HIDDEN), whole_decoder),
+    "decoder.prefill": text_twin(decoder, attending(TEXT_HIDDEN), whole_decoder),
+    "decoder.start": text_twin(decoder, attending(TEXT_HIDDEN), whole_decoder),
+    "decoder.step": text_twin(decoder, attending(TEXT_HIDDEN), whole_decoder, step=True),
+    "decoder.alignment": text_twin(decoder_alignment, attending(TEXT_HIDDEN), whole_decoder),
 }
 """By name of the block in `maxwhisper.network.blocks.BLOCKS`."""

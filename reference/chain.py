@@ -211,18 +211,18 @@ def max_chain(
     log-mel spectrogram and ENDS."""
     values: Outputs = {}
 
-    def part(block: str, prefix: str, *inputs: Tensor) -> list[Tensor]:
+    def part(block: str, prefix: str, **inputs: Tensor) -> list[Tensor]:
         names = suite.subject.intermediate_names(block) if intermediates else []
-        results = graphs[f"{block} with intermediates" if intermediates else block](*inputs)
+        results = graphs[f"{block} with intermediates" if intermediates else block](**inputs)
         n_output = len(results) - len(names)
         values.update({prefix + name: value.cpu() for name, value in zip(names, results[n_output:], strict=True)})
         values[prefix + block.partition(".")[0]] = results[0].cpu()
         return results[:n_output]
 
-    values["log_mel"] = mel = graphs["log_mel"](audio)[0]
+    values["log_mel"] = mel = graphs["log_mel"](audio=audio)[0]
     tokens = tokens.to(suite.torch_device)
-    (features,) = part("encoder", "", mel[None].to(suite.torch_device, suite.dtype))
-    cross = graphs["decoder.keys_values"](features)
-    _, *cache = part("decoder.prefill", "", tokens[:, :-1], *cross)
-    part("decoder.step", STEP, tokens[:, -1:], length_of(cache), *cache, *cross)
+    (features,) = part("encoder", "", mel=mel[None].to(suite.torch_device, suite.dtype))
+    cross = layers("cross", graphs["decoder.keys_values"](audio_features=features))
+    _, *cache = part("decoder.prefill", "", tokens=tokens[:, :-1], **cross)
+    part("decoder.step", STEP, tokens=tokens[:, -1:], offset=length_of(cache), **layers("cache", cache), **cross)
     return values

@@ -178,10 +178,10 @@ def with_weight_fault(suite: Suite, fault: Fault) -> dict[str, Executable]:
 def faulty(fault: Fault, right: Program) -> Program:
     """Returns the program of the fault's block with the fault in it, which is there only while it is traced."""
 
-    def function(module: Module, *inputs: TensorValue) -> Sequence[TensorValue]:
+    def function(module: Module, **inputs: TensorValue) -> Sequence[TensorValue]:
         assert fault.patched is not None
         with fault.patched():
-            return right.function(module, *inputs)
+            return right.function(module, **inputs)
 
     return replace(right, name=fault.name, function=function)
 

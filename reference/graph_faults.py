@@ -2,9 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
-from unittest.mock import patch
 
-from max.dtype import DType
 from max.graph import ops
 
 from maxwhisper.network import model
@@ -62,7 +60,7 @@ def graph_faults() -> Iterator[Fault]:
     yield fault("newest key left out", cached, mistakes.attention(kv_of=mistakes.without_newest), True)
     exchanged = mistakes.cached(lambda c: c._replace(k=c.v, v=c.k))
     yield fault("cached keys and values exchanged", cached, exchanged)
-    order = lambda: patch.object(model, "grouped", mistakes.keys_then_values)  # noqa: E731
+    order = mistakes.layers(mistakes.keys_then_values)
     yield fault("cache read K, V where it is K, K, V, V", step, order, True)
     yield fault("position one too far", step, mistakes.embedding(lambda offset: offset + 1))
     at_prompt = mistakes.embedding(lambda offset: ops.min(offset, mistakes.cpu_int(4)))
@@ -85,8 +83,7 @@ def graph_faults() -> Iterator[Fault]:
         yield fault(form, block, mistakes.residual(form))
     yield fault("place behind the cached ones heard, in the block's kernel", "decoder.block.step", late)
     yield fault("another text's cache", "decoder.block.step", mistakes.cached(mistakes.of_next_text))
-    no_ln = lambda self, x: model.linear(x, self.token_embedding.weight).cast(DType.float32)  # noqa: E731
-    logits = mistakes.method(model.TextDecoder, "logits", no_ln)
+    logits = mistakes.method(model.TextDecoder, "logits", mistakes.logits_without_norm)
     yield fault("last norm left out, decoder", "decoder.logits.prefill", logits, True)
     encoder = mistakes.method(model.AudioEncoder, "__call__", mistakes.encoder_without_norm)
     yield fault("last norm left out, encoder", "encoder", encoder, True)

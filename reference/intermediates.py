@@ -58,9 +58,9 @@ def with_intermediates(block: Block, dims: ModelDimensions, policy: Policy) -> t
     program = block.program(dims, policy)
     names: list[str] = []
 
-    def function(module: Module, *inputs: TensorValue) -> Sequence[TensorValue]:
+    def function(module: Module, **inputs: TensorValue) -> Sequence[TensorValue]:
         with layer_outputs(module, block.path) as found:
-            outputs = block.function(module, *inputs)
+            outputs = block.function(module, **inputs)
         names[:] = list(found)
         return [*outputs, *found.values()]
 

@@ -153,8 +153,8 @@ def worst_channel(error: Norms, oracle: Norms) -> float:
 
 
 def worst_small_channel(error: Norms, oracle: Norms) -> float:
-    """Returns the largest RMS error of any channel of the half that is smallest in the oracle, over the RMS of that half:
-    beside a channel a hundred times as large as the others, nothing of these counts for the RMS of the whole."""
+    """Returns the largest RMS error of any one channel of the half that is smallest in the oracle, over the RMS of that
+    half: beside a channel a hundred times as large, the others hardly count for the RMS of the whole."""
     half = oracle.channels.argsort()[: (len(oracle.channels) + 1) // 2]
     size = math.sqrt(float(oracle.channels[half].mean()) / len(oracle.positions))
     largest = math.sqrt(float(error.channels[half].max()) / len(error.positions))

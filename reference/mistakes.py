@@ -1,15 +1,17 @@
 """Wrong layers: each stands in for a method of the network, and does what it does but for one thing."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
 from max.dtype import DType
 from max.graph import DeviceRef, TensorValue, ops
 
-from maxwhisper.network import model
+from maxwhisper.engine.session import Policy
+from maxwhisper.network import backends, model
 from maxwhisper.network.gelu import gelu
 from maxwhisper.network.log_mel import LogMelSpectrogram
 
@@ -42,23 +44,16 @@ def half(dtype: DType) -> DType:
     return dtype if dtype != DType.float32 else DType.float16
 
 
-KERNELS = (
-    (model.MultiHeadAttention, "by_kernel"),
-    (model.MultiHeadAttention, "by_device_kernel"),
-    (model.ResidualAttentionBlock, "by_kernel"),
-)
-"""Methods that `written_out` can stand in for."""
-
-
 def written_out(right: Patch) -> Patch:
     """Returns a patch of attention or of a block that also applies where a kernel would compute that."""
 
+    def without_kernels(policy: Policy) -> backends.Backend:
+        attend, step = backends.Attention.written_out, backends.Steps.written_out
+        return replace(model.backend(policy), attend=attend, step=step)
+
     @contextmanager
     def patched() -> Iterator[None]:
-        with ExitStack() as stack:
-            for owner, name in KERNELS:
-                stack.enter_context(patch.object(owner, name, owner.written_out))
-            stack.enter_context(right())
+        with patch.object(backends, "backend", without_kernels), right():
             yield
 
     return patched
@@ -211,9 +206,9 @@ def embedding(change: Callable[[Any], Any]) -> Patch:
 
 
 def layers(change: Callable[[Sequence[Any]], Sequence[Any]]) -> Patch:
-    """Returns a patch that gives the decoder's layers other inputs, or each another's."""
-    right = model.TextDecoder._layers
-    return method(model.TextDecoder, "_layers", lambda self, name, x, inputs: right(self, name, x, change(inputs)))
+    """Returns a patch that gives the decoder's layers other keys and values, or each another's."""
+    right = model.by_layer
+    return lambda: patch.object(model, "by_layer", lambda *given: change(right(*given)))
 
 
 def residual(form: str) -> Patch:
@@ -249,10 +244,14 @@ def cpu_int(value: int) -> TensorValue:
     return ops.constant(value, DType.int64, DeviceRef.CPU())
 
 
-def keys_then_values(values: Sequence[TensorValue], size: int) -> list[Sequence[TensorValue]]:
-    """Reads the order K, K, K, V, V, V as K, V, K, V, K, V."""
-    number = len(values) // size
-    return [values[i::number] for i in range(number)]
+def keys_then_values(layers: Sequence[Mapping[str, TensorValue]]) -> list[dict[str, TensorValue]]:
+    """Reads the order K, K, K, V, V, V as K, V, K, V, K, V, of every kind."""
+
+    def read(name: str, layer: int) -> TensorValue:
+        values = [of[f"{kv}{name[1:]}"] for of in layers for kv in "kv"]
+        return values[layer + (len(layers) if name.startswith("v") else 0)]
+
+    return [{name: read(name, layer) for name in of} for layer, of in enumerate(layers)]
 
 
 def log_mel(form: str) -> Patch:
@@ -276,16 +275,16 @@ def log_mel(form: str) -> Patch:
 
 def product(form: str) -> Patch:
     """Returns a patch of the product with a vector of one token, wrong in one way."""
-    right = model.linear
+    right = model.Linear.__call__
 
-    def linear(x: TensorValue, weight: TensorValue, bias: TensorValue | None = None) -> TensorValue:
+    def call(self: model.Linear, x: TensorValue) -> TensorValue:
         if x.shape[1] != 1:
-            return right(x, weight, bias)
+            return right(self, x)
         dtype = half(x.dtype) if form == "summed in half precision" else x.dtype
-        y = ops.transpose(ops.sum((x * weight.cast(x.dtype)).cast(dtype), axis=-1), 1, 2).cast(x.dtype)
-        return y if bias is None or form == "bias left out at a step" else y + bias.cast(x.dtype)
+        y = ops.transpose(ops.sum((x * self.weight.cast(x.dtype)).cast(dtype), axis=-1), 1, 2).cast(x.dtype)
+        return y if self.bias is None or form == "bias left out at a step" else y + self.bias.cast(x.dtype)
 
-    return lambda: patch.object(model, "linear", linear)
+    return method(model.Linear, "__call__", call)
 
 
 def method(owner: type, name: str, function: Callable[..., Any]) -> Patch:
@@ -297,3 +296,7 @@ def encoder_without_norm(self: model.AudioEncoder, mel: TensorValue) -> TensorVa
     for block in self.blocks:
         (x,) = block.encode(x)
     return x
+
+
+def logits_without_norm(self: model.TextDecoder, x: TensorValue) -> TensorValue:
+    return model.backend(self.policy).linear(x, self.token_embedding.weight).cast(DType.float32)

@@ -25,12 +25,10 @@ from .suite import Suite
 
 def pytorch_in_the_subjects_place(suite: Suite, comparison: Comparison) -> Callable[..., list[Tensor]]:
     """Returns what stands in for the block on MAX."""
-    block = BLOCKS[comparison.block]
-    names = list(block.inputs(suite.dims, suite.policy))
 
-    def run(*inputs: Tensor) -> list[Tensor]:
+    def run(**inputs: Tensor) -> list[Tensor]:
         with torch.backends.mkldnn.flags(enabled=suite.dtype != torch.float32):
-            return TWINS[block.name](suite.peer, comparison.layer, **dict(zip(names, inputs, strict=True)))
+            return TWINS[comparison.block](suite.peer, comparison.layer, **inputs)
 
     return run
 

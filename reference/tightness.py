@@ -26,7 +26,7 @@ KINDS = ("speech", RANDOM)
 def trial_of_pytorch(suite: Suite, comparison: Comparison, factor: float = 1.0) -> Trial:
     """Returns a trial of a subject that errs `factor` times as much as PyTorch."""
 
-    def run(*inputs: Tensor) -> list[Tensor]:
+    def run(**inputs: Tensor) -> list[Tensor]:
         pairs = zip(trial.oracle, trial.peer, strict=True)
         return [(right + factor * (theirs - right)).to(theirs.dtype) for right, theirs in pairs]
 

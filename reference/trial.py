@@ -5,11 +5,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import Protocol
 from zlib import crc32
 
 import torch
 from torch import Tensor
+from whisper.model import Whisper
 
 from . import tf32
 from .activations import BATCH, END
@@ -17,9 +18,7 @@ from .blocks import TWINS
 from .formulas import in_float64
 from .inputs import moved
 from .judge import UNIT_ROUNDOFF, Comparison, Explanation, Judgement, condition, explain, judge
-
-if TYPE_CHECKING:
-    from .suite import Suite
+from .models import Model
 
 THREADS = (1, 3, 5, 8)
 """For how many threads kernels cut their work, beside as many as there are here: an odd number leaves some over."""
@@ -27,7 +26,7 @@ THREADS = (1, 3, 5, 8)
 Outputs = list[Tensor]
 VARIABLE = "MAXWHISPER_THREADS"
 Run = Callable[..., Outputs]
-"""A block on MAX, or what stands in for one: from its inputs in order to its outputs."""
+"""A block on MAX, or what stands in for one: from its inputs by name to its outputs."""
 
 
 def threads_for(comparison: Comparison) -> tuple[int, ...]:
@@ -53,6 +52,16 @@ def cut_for(n_thread: int | None) -> Iterator[None]:
             os.environ[VARIABLE] = before
 
 
+class References(Protocol):
+    """The model that is the oracle, and PyTorch's in the dtype under test, made when somebody first asks: a suite."""
+
+    @property
+    def model(self) -> Model: ...
+
+    @property
+    def peer(self) -> Whisper: ...
+
+
 @dataclass(frozen=True, eq=False)
 class Trial:
     """Oracle, peer and subject of a comparison on the same inputs, the oracle's own.
@@ -60,7 +69,7 @@ class Trial:
     given: the inputs by name, in the dtype under test. run: the subject.
     """
 
-    suite: "Suite"
+    suite: References
     comparison: Comparison
     given: dict[str, Tensor]
     run: Run
@@ -78,7 +87,7 @@ class Trial:
     def outputs(self, n_thread: int | None = None) -> Outputs:
         """Returns what MAX makes of the inputs, with work cut for a number of threads."""
         with cut_for(n_thread), torch.no_grad():
-            return [x.cpu() for x in self.run(*self.there.values())]
+            return [x.cpu() for x in self.run(**self.there)]
 
     @cached_property
     @torch.no_grad()
@@ -107,7 +116,7 @@ class Trial:
 
     def judged(self, condition: float = 1.0, subject: Outputs | None = None) -> Judgement:
         """Returns the verdict under a condition of the block on the inputs."""
-        twin, dims = TWINS[self.comparison.block], self.suite.dims
+        twin, dims = TWINS[self.comparison.block], self.suite.model.dims
         return judge(
             self.comparison,
             self.oracle,

@@ -4,10 +4,8 @@ The folder of a checkpoint is named by a hash of its tensors, the folder in it b
 package that wrote it. A folder appears when it is complete.
 """
 
-import errno
 import hashlib
 import json
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -16,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from ..engine.folders import cache_folder
 from ..errors import OptionError
+from ..files import replacing
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
@@ -52,17 +51,10 @@ def digest(checkpoint: "Checkpoint") -> str:
 def complete(folder: Path, write: Callable[[Path], None]) -> None:
     """Has `write` fill a folder that gets its name afterwards; does nothing if there is one of this name, and leaves it
     as it is if another process has completed it meanwhile."""
-    if folder.exists():
-        return
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
-        unfinished = Path(scratch, folder.name)
-        unfinished.mkdir()
-        write(unfinished)
-        try:
-            unfinished.rename(folder)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
+    if not folder.exists():
+        with replacing(folder, or_keeping=True) as unfinished:
+            unfinished.mkdir()
+            write(unfinished)
 
 
 def write_openai(checkpoint: "Checkpoint", folder: Path) -> None:

@@ -10,6 +10,7 @@ from max.dtype import DType
 from torch import Tensor
 
 from ..engine.program import buffer
+from ..network.keys_values import by_layer
 
 KV = list[Tensor]
 Quantize = Callable[[Sequence[Tensor], Tensor, int], None]
@@ -91,12 +92,13 @@ class KeyValueCache:
     def inputs(self) -> dict[str, Buffer]:
         """Returns `own` and `cross` as graphs take them, by the names of inputs, in the same memory."""
         if not self._inputs:
-            self._inputs = named([buffer(kv) for kv in self.own], [buffer(kv) for kv in self.cross])
+            self._inputs = named(cache=[buffer(kv) for kv in self.own], cross=[buffer(kv) for kv in self.cross])
         return self._inputs
 
     def written(self) -> dict[str, Buffer]:
         """Returns `own` once more, for graphs that write into it."""
-        return {f"{name} written": kv for name, kv in self.inputs().items() if "cache" in name}
+        layers = by_layer(self.inputs(), len(self.own) // 2, "cache")
+        return named(written=[kv for layer in layers for kv in layer.values()])
 
     def quantized(self, quantize: Quantize) -> Tensor:
         """Returns `cross` in int8, (layer, audio, head, n_audio_ctx, channel), which `quantize` computes once."""
@@ -122,10 +124,10 @@ def rows_of(n_text: int, n_position: int) -> Tensor:
     return torch.arange(n_text, device="cpu")[:, None].repeat(1, n_position)
 
 
-def named(own: Sequence[Any], cross: Sequence[Any]) -> dict[str, Any]:
-    """Returns keys and values by the names that graphs of the whole decoder have for them: k_cache.0, v_cache.0, ..."""
-    both = (("cache", own), ("cross", cross))
-    return {f"{'kv'[i % 2]}_{kind}.{i // 2}": kv for kind, kvs in both for i, kv in enumerate(kvs)}
+def named(**kinds: Sequence[Any]) -> dict[str, Any]:
+    """Returns keys and values by the names that graphs of the whole decoder have for them: k_cache.0, v_cache.0, ... of
+    the kind "cache"."""
+    return {f"{'kv'[i % 2]}_{kind}.{i // 2}": kv for kind, kvs in kinds.items() for i, kv in enumerate(kvs)}
 
 
 def room_for_quantized(cross: Sequence[Tensor], n_row: int) -> Tensor:
@@ -187,12 +189,16 @@ class CacheSlots:
 
     def joined(self, n: int) -> "JoinedCache":
         """Returns the caches in the first `n` slots as one, in the same memory."""
-        rows, own, cross = self.rows, self.own, self.cross
-        rows, *kvs = (x[: len(x) // len(self.taken) * n] for x in (rows, *own, *cross))
+
+        def first(xs: Sequence[Tensor]) -> list[Tensor]:
+            return [x[: len(x) // len(self.taken) * n] for x in xs]
+
+        def buffers(kvs: KV) -> list[Buffer]:
+            return [buffer(x.transpose(1, 2) if self.tokens_first else x) for x in kvs]
+
+        (rows,), own, cross = map(first, ([self.rows], self.own, self.cross))
         if n not in self.buffers:
-            buffers = [buffer(x.transpose(1, 2) if self.tokens_first else x) for x in kvs]
-            self.buffers[n] = named(buffers[: len(own)], buffers[len(own) :])
-        own, cross = kvs[: len(own)], kvs[len(own) :]
+            self.buffers[n] = named(cache=buffers(own), cross=buffers(cross))
         return JoinedCache(own, cross, 0, rows, 0, self.memory, None, self.buffers[n], self, n)
 
     def quantized(self, n: int, quantize: Quantize) -> Tensor:

@@ -9,16 +9,17 @@ from typing import Any
 
 import torch
 from max.dtype import DType
-from max.graph import BufferType, BufferValue, TensorType, TensorValue, ops
+from max.graph import BufferType, TensorType, TensorValue, ops
 from torch import Tensor
 from torch.nn import functional
 from whisper.model import ModelDimensions
 
-from ..engine.program import Program, by_name
+from ..engine.program import Program
 from ..engine.session import Policy
-from ..network.blocks import BLOCKS
+from ..network.blocks import every_cache, every_cross, step_tokens
+from ..network.keys_values import by_layer
 from ..network.model import TextDecoder
-from .cache import KeyValueCache
+from .cache import KeyValueCache, named
 from .rules import Rules, rules_inputs, texts_inputs, top_tokens
 from .stepper import Advanced, Candidates, Graphs, Texts, check_room
 
@@ -48,37 +49,30 @@ def select_tokens_program(dims: ModelDimensions, policy: Policy) -> Program:
         lengths, totals, _ = rounds(1, [given["lengths"], given["totals"], tokens], step)
         return [totals, lengths]
 
-    inputs = steps_inputs(dims, policy)
-    return Program(SELECT_TOKENS, "decoder", TextDecoder(dims, policy), by_name(inputs, select_tokens), inputs)
+    return Program(SELECT_TOKENS, "decoder", TextDecoder(dims, policy), select_tokens, steps_inputs(dims, policy))
 
 
 def steps_inputs(dims: ModelDimensions, policy: Policy) -> dict[str, TensorType | BufferType]:
     """Returns what graphs take that decode several steps."""
-    given = BLOCKS["decoder.step"].inputs(dims, policy)
-    given.pop("offset")
-    inputs: dict[str, TensorType | BufferType] = {"tokens": given.pop("tokens")}
-    inputs |= {**texts_inputs(), **rules_inputs(dims.n_vocab)}
-    inputs["rows"] = TensorType(DType.int64, ["batch", "position"], policy.device)
-    return {**inputs, **given, **{f"{name} written": given[name].as_buffer() for name in given if "cache" in name}}
+    caches = every_cache(dims, policy)
+    return {
+        **step_tokens(dims, policy),
+        **texts_inputs(),
+        **rules_inputs(dims.n_vocab),
+        "rows": TensorType(DType.int64, ["batch", "position"], policy.device),
+        **caches,
+        **every_cross(dims, policy),
+        **named(written=[each.as_buffer() for each in caches.values()]),
+    }
 
 
 def next_tokens(decoder: TextDecoder, tokens: TensorValue, given: Mapping[str, Any]) -> list[TensorValue]:
     """Returns what `top_tokens` makes of the decoder's logits for tokens (batch, token), the first of which is the last
     of each text, and puts their keys and values into the cache. given: what the graph is given."""
     x, offsets = embed_next(decoder, tokens, given["lengths"])
-    logits, *new = decoder.steps(x, offsets, keys_values(given), given["rows"])
-    append(written(given), new, offsets)
+    logits, *new = decoder.steps(x, offsets, given["rows"], given)
+    append(given, new, offsets)
     return top_tokens(logits, given)
-
-
-def keys_values(given: Mapping[str, Any]) -> list[TensorValue]:
-    """Returns every layer's cache, keys and values, then those of the audio, of all that a graph is given."""
-    return [given[name] for name in given if name.startswith(("k_", "v_")) and not name.endswith("written")]
-
-
-def written(given: Mapping[str, Any]) -> list[BufferValue]:
-    """Returns the caches to write into, layer by layer, of all that a graph is given."""
-    return [given[name] for name in given if name.endswith("written") and "cache" in name]
 
 
 def embed_next(decoder: TextDecoder, tokens: TensorValue, lengths: TensorValue) -> tuple[TensorValue, TensorValue]:
@@ -91,11 +85,12 @@ def embed_next(decoder: TextDecoder, tokens: TensorValue, lengths: TensorValue) 
     return embedded.tensor, offsets.tensor
 
 
-def append(caches: Sequence[BufferValue], new: Sequence[TensorValue], offsets: TensorValue) -> None:
+def append(given: Mapping[str, Any], new: Sequence[TensorValue], offsets: TensorValue) -> None:
     """Puts every layer's new keys and values, each (batch, token, state), into its cache, behind `offsets` (batch,)
-    positions."""
-    for layer in range(0, len(new), 2):
-        values = [*caches[layer : layer + 2], *new[layer : layer + 2], offsets]
+    positions. given: what the graph is given."""
+    ks, vs = new[::2], new[1::2]
+    for cache, k, v in zip(by_layer(given, len(ks), "written"), ks, vs, strict=True):
+        values = [cache["k_written"], cache["v_written"], k, v, offsets]
         ops.inplace_custom("maxwhisper.append", offsets.device, values)
 
 

@@ -18,14 +18,12 @@ from torch import Tensor
 from torch.nn import functional
 from whisper.model import ModelDimensions
 
-from ..engine.program import Executable, Program, by_name
+from ..engine.program import Executable, Program
 from ..engine.repeated import Repeated
 from ..engine.session import Policy
-from ..network.keys_values import Slots
 from ..network.model import TextDecoder
-from ..network.shapes import grouped
 from .cache import CacheSlots, JoinedCache, KeyValueCache, named
-from .cpu import SELECT_TOKENS, keys_values, written
+from .cpu import SELECT_TOKENS
 from .mirror import Mirror
 from .rules import Rules, rules_inputs, texts_inputs
 from .stepper import Advanced, Candidates, Graphs, Texts, check_room
@@ -55,12 +53,8 @@ PART = 256
 def next_logits(decoder: TextDecoder, given: Mapping[str, Any]) -> TensorValue:
     """Returns the logits of the token behind every text, (batch, vocab). The last one's key and value go into the
     cache, which is given twice, as `Slots` has it. given: what the graph is given."""
-    kv, caches = keys_values(given), written(given)
-    own, cross, into = (grouped(each, 2) for each in (kv[: len(caches)], kv[len(caches) :], caches))
     x, n_past = embed_last(decoder, given["texts"], given["lengths"])
-    pairs = zip(own, into, strict=True)
-    slots = [Slots(k, v, k_written, v_written, n_past, given["rows"]) for (k, v), (k_written, v_written) in pairs]
-    return decoder.step_in_place(x, cross, slots)
+    return decoder.step_in_place(x, n_past, given["rows"], given)
 
 
 def embed_last(decoder: TextDecoder, texts: TensorValue, lengths: TensorValue) -> tuple[TensorValue, TensorValue]:
@@ -108,7 +102,7 @@ def step_program(dims: ModelDimensions, policy: Policy) -> Program:
         return []
 
     types = inputs(dims, policy, n_best=1)
-    return Program(SELECT_TOKENS, "decoder", TextDecoder(dims, policy, joined=True), by_name(types, step), types)
+    return Program(SELECT_TOKENS, "decoder", TextDecoder(dims, policy, joined=True), step, types)
 
 
 def search_program(dims: ModelDimensions, policy: Policy) -> Program:
@@ -121,7 +115,7 @@ def search_program(dims: ModelDimensions, policy: Policy) -> Program:
         return []
 
     types = inputs(dims, policy, n_best=MAX_CANDIDATES)
-    return Program(SEARCH, "decoder", TextDecoder(dims, policy, joined=True), by_name(types, search), types)
+    return Program(SEARCH, "decoder", TextDecoder(dims, policy, joined=True), search, types)
 
 
 def inputs(dims: ModelDimensions, policy: Policy, n_best: int) -> dict[str, TensorType | BufferType]:
@@ -132,7 +126,7 @@ def inputs(dims: ModelDimensions, policy: Policy, n_best: int) -> dict[str, Tens
     layers = range(2 * dims.n_text_layer)
     own = TensorType(policy.compute, ["batch", "position", n_head, n_channel], device)
     cross = TensorType(policy.compute, ["audio", dims.n_audio_ctx, n_head, n_channel], device)
-    kv = named([own for _ in layers], [cross for _ in layers])
+    kv = {"cache": own, "cross": cross, "written": own.as_buffer()}
     given = {**texts_inputs(device), **rules_inputs(dims.n_vocab, device)}
     texts = TensorType(DType.int64, ["batch", "capacity"], device)
     read = {"texts": texts, "lengths": given["lengths"], "rows": TensorType(DType.int64, ["batch", "position"], device)}
@@ -143,8 +137,7 @@ def inputs(dims: ModelDimensions, policy: Policy, n_best: int) -> dict[str, Tens
         **{name: given[name] for name in ("ends", "begins", "suppressed", "limits")},
         **{f"{name} written": each.as_buffer() for name, each in changed.items()},
         **{name: BufferType(dtype, ["batch", n_best], device) for name, dtype in found.items()},
-        **kv,
-        **{f"{name} written": each.as_buffer() for name, each in kv.items() if "cache" in name},
+        **named(**{kind: [each for _ in layers] for kind, each in kv.items()}),
     }
     if n_best == 1:
         del types["rows written"]

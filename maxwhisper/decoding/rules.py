@@ -10,7 +10,7 @@ from max.nn.layer import Module
 from torch import Tensor
 from whisper import decoding
 
-from ..engine.program import Program, by_name
+from ..engine.program import Program
 
 TOKEN_RULES = "token_rules"
 """The graph of the rules alone."""
@@ -50,7 +50,7 @@ def rules_program() -> Program:
 
     logits = TensorType(DType.float32, ["batch", "vocab"], CPU)
     inputs = {"logits": logits, **texts_inputs(), **rules_inputs("vocab")}
-    return Program(TOKEN_RULES, "", NoWeights(), by_name(inputs, select_tokens), inputs)
+    return Program(TOKEN_RULES, "", NoWeights(), select_tokens, inputs)
 
 
 def texts_inputs(device: DeviceRef = CPU) -> dict[str, TensorType | BufferType]:

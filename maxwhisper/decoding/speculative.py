@@ -17,11 +17,13 @@ from max.nn.layer import Module
 from torch import Tensor
 from whisper.model import ModelDimensions
 
-from ..engine.program import Program, by_name
+from ..engine.program import Program
 from ..engine.session import Policy
+from ..network.blocks import every_cross
+from ..network.keys_values import by_layer
 from ..network.model import TextDecoder
 from ..network.products import DECODER_LAYERS
-from .cache import SCALE_SIZE, KeyValueCache
+from .cache import SCALE_SIZE, KeyValueCache, named
 from .cpu import CPUStepper, begun, finished, goes_on, inputs_of, next_tokens, rounds, state, steps_inputs
 from .rules import NoWeights, Rules
 from .stepper import Advanced, Graphs, Texts, check_room
@@ -140,15 +142,16 @@ def quantize_keys_program(dims: ModelDimensions, policy: Policy) -> Program:
     """Returns the graph that puts the keys and values of the audio into memory in int8, as the draft takes them, from a
     row on."""
 
-    def quantize_keys(_: Module, into: BufferValue, row: TensorValue, *cross: TensorValue) -> list[TensorValue]:
-        for number, kv in enumerate(cross):
+    def quantize_keys(_: Module, into: BufferValue, row: TensorValue, **cross: TensorValue) -> list[TensorValue]:
+        layers = by_layer(cross, dims.n_text_layer, "cross")
+        for number, kv in enumerate(kv for layer in layers for kv in layer.values()):
             values = [into, kv, row, ops.constant([number], DType.int64, kv.device)]
             ops.inplace_custom("maxwhisper.quantize_keys", kv.device, values, [])
         return []
 
     into = draft_inputs(dims, policy)["quantized cross"].as_buffer()
     inputs: dict[str, TensorType | BufferType] = {"into": into, "row": TensorType(DType.int64, [1], policy.device)}
-    inputs |= {name: each for name, each in steps_inputs(dims, policy).items() if "cross" in name}
+    inputs |= every_cross(dims, policy)
     return Program(QUANTIZE_KEYS, "", NoWeights(), quantize_keys, inputs)
 
 
@@ -175,7 +178,7 @@ def speculate_program(dims: ModelDimensions, policy: Policy) -> Program:
 
     inputs = {**steps_inputs(dims, policy), **draft_inputs(dims, policy)}
     del inputs["tokens"]
-    return Program(SPECULATE, "decoder", TextDecoder(dims, policy), by_name(inputs, speculate), inputs)
+    return Program(SPECULATE, "decoder", TextDecoder(dims, policy), speculate, inputs)
 
 
 # ---- the stepper ---------------------------------------------------------------------------------------------------
@@ -228,7 +231,7 @@ class SpeculativeStepper(CPUStepper):
 
     def _quantize(self, cross: Sequence[Tensor], into: Tensor, row: int) -> None:
         """Puts keys and values of audio into `room_for_quantized`, from a row on."""
-        self.graphs[QUANTIZE_KEYS](into, torch.tensor([row]), *cross)
+        self.graphs[QUANTIZE_KEYS](into=into, row=torch.tensor([row]), **named(cross=cross))
 
 
 def worth_proposing(n_proposed: Tensor, n_token: Tensor) -> bool:

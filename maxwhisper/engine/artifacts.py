@@ -51,7 +51,7 @@ MANIFEST = "manifest.json"
 FORMAT = 2
 
 PACKAGE = Path(__file__).parents[1]
-GRAPH_SOURCES = ("network", "decoding", "engine/program.py", "kernels")
+GRAPH_SOURCES = ("network", "decoding", "engine/program.py", "engine/session.py", "kernels")
 """The parts of PACKAGE that define graphs."""
 
 

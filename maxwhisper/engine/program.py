@@ -33,7 +33,7 @@ log = logging.getLogger("maxwhisper.compiled")
 
 @dataclass(frozen=True)
 class Program:
-    """One graph to compile: `function` called on `module` and one value per entry of `inputs`.
+    """One graph to compile: `function` called on `module`, and by their names on one value per entry of `inputs`.
 
     Each weight carries its name in the checkpoint: `path`, a dot, and its name in the module. Where the program stands
     for any layer, `path` has a placeholder for its number in braces.
@@ -53,16 +53,11 @@ class Program:
         for name, weight in weights.items():
             weight.name = name
             vars(weight).pop("_mlir_value", None)  # MAX would take that of an earlier graph
-        inputs = list(self.inputs.values())
-        with Graph(self.name, input_types=inputs, module=into, kernel_library=kernel_library()) as graph:
-            graph.output(*self.function(self.module, *map(tensor_or_buffer, graph.inputs)))
+        types = list(self.inputs.values())
+        with Graph(self.name, input_types=types, module=into, kernel_library=kernel_library()) as graph:
+            values = map(tensor_or_buffer, graph.inputs)
+            graph.output(*self.function(self.module, **dict(zip(self.inputs, values, strict=True))))
         return dtypes
-
-
-def by_name(inputs: Iterable[str], function: Callable[..., Sequence[TensorValue]]) -> Callable[..., Any]:
-    """Returns a program's function that hands its values to another one by the names of the inputs."""
-    names = list(inputs)
-    return lambda module, *values: function(module, **dict(zip(names, values, strict=True)))
 
 
 def signature(program: Program) -> list[Any]:
@@ -92,14 +87,13 @@ class Executable:
     inputs: Sequence[str]
     session: Session
 
-    def __call__(self, *inputs: torch.Tensor | Buffer, **named: torch.Tensor | Buffer) -> list[torch.Tensor]:
-        """Computes the outputs from all inputs, in their order or by their names.
+    def __call__(self, **inputs: torch.Tensor | Buffer) -> list[torch.Tensor]:
+        """Computes the outputs from all inputs, by their names.
 
         Raises TypeError where some are missing or not known, DeviceError in a forked process.
         """
         # MAX would convert tensors itself, but checks each against a protocol first, which a decoder's step feels.
-        given = map(buffer, inputs or self.in_order(named))
-        return [torch.from_dlpack(output) for output in self.execute(*given)]
+        return [torch.from_dlpack(output) for output in self.execute(*map(buffer, self.in_order(inputs)))]
 
     def in_order(self, named: Mapping[str, Any]) -> list[Any]:
         """Returns inputs that are given by name as the graph takes them; raises TypeError as a call."""
@@ -109,7 +103,10 @@ class Executable:
         return [named[name] for name in self.inputs]
 
     def execute(self, *inputs: Buffer) -> list[Buffer]:
-        """Computes on MAX's own buffers; a GPU may go on afterwards. Raises DeviceError in a forked process."""
+        """Computes on MAX's own buffers; a GPU may go on afterwards. Raises DeviceError in a forked process.
+
+        inputs: as `in_order` gives them, once for the many executions of a loop on the same memory.
+        """
         refuse_after_fork()
         if self.session.has_executed:
             with self.session.launching:

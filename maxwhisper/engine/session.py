@@ -39,6 +39,11 @@ class Policy:
     storage: DType
     compute: DType
 
+    @property
+    def own_kernels(self) -> bool:
+        """Tells whether kernels of our own compute, as on a CPU, or else MAX's."""
+        return self.device.is_cpu()
+
 
 def find_device(name: str) -> Device:
     """Returns the MAX device called "cpu" or "gpu" ("cuda" is accepted, as openai-whisper calls it).

@@ -1,14 +1,16 @@
-"""What attention and a step of the decoder are computed by: kernels of our own on a CPU, others on other devices."""
+"""What layers are computed by: kernels of our own on a CPU, others on other devices."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from max.dtype import DType
-from max.graph import TensorType, TensorValue, ops
+from max.graph import BufferValue, TensorType, TensorValue, ops
 from max.nn.layer import Module
 
 from ..engine.session import Policy
 from .keys_values import Cache, KeyValue, Slots, tokens_first
-from .products import DECODER_LAYERS, own_kernels
+from .products import DECODER_LAYERS, convolution_by_product, convolve, device_product, linear
 from .shapes import indices, join_rows, split_rows
 
 PART = 64
@@ -30,7 +32,7 @@ class Attention(Module):
         self, q: TensorValue, kv: KeyValue, mask: TensorValue | None = None, cache: Cache | None = None
     ) -> TensorValue:
         """Attends to kv, and to what is cached before it, which takes one token."""
-        return (self.by_kernel if own_kernels(q.device) else self.by_device_kernel)(q, kv, mask, cache)
+        return backend(self.policy).attend(self, q, kv, mask, cache)
 
     def attend_in_place(self, qkv: TensorValue, slots: Slots) -> TensorValue:
         """Attends from one token of each text to those before it and itself, whose key and value are in the cache
@@ -40,14 +42,16 @@ class Attention(Module):
 
     def attend_with_scores(self, q: TensorValue, kv: KeyValue) -> tuple[TensorValue, TensorValue]:
         """Attends to kv; also returns the scores before softmax, float32 (batch, head, token, key)."""
-        if not own_kernels(q.device):
-            return self.by_device_kernel(q, kv), self.scores("maxwhisper.device_scores", q, kv, tokens_first(kv)[0])
-        return self.scores_by_kernel(q, kv)
+        return backend(self.policy).attend_with_scores(self, q, kv)
 
     def scores_by_kernel(self, q: TensorValue, kv: KeyValue) -> tuple[TensorValue, TensorValue]:
-        """Attends as `by_kernel` does; also returns the scores before softmax."""
+        """Attends with scores by a kernel of our own, for CPUs."""
         scores = self.scores("maxwhisper.attention_scores", q, kv, kv.k)
-        return self.by_kernel(q, kv), scores
+        return self.attend(q, kv), scores
+
+    def scores_by_device_kernel(self, q: TensorValue, kv: KeyValue) -> tuple[TensorValue, TensorValue]:
+        """Attends with scores by a kernel for GPUs."""
+        return self.attend(q, kv), self.scores("maxwhisper.device_scores", q, kv, tokens_first(kv)[0])
 
     def scores(self, name: str, q: TensorValue, kv: KeyValue, k: TensorValue) -> TensorValue:
         """Returns the scores before softmax by an operation of our own, which takes the keys as k."""
@@ -144,6 +148,7 @@ class Attention(Module):
 class Steps(Module):
     """The ways to compute a `ResidualAttentionBlock` in the decoder for tokens behind cached ones."""
 
+    policy: Policy
     attn: Any
     attn_ln: Any
     cross_attn: Any
@@ -162,33 +167,55 @@ class Steps(Module):
     ) -> tuple[TensorValue, ...]:
         """Computes the block for one token behind `offset` cached ones; also returns the token's keys and values, which
         the caller puts into the cache."""
-        follow = self.by_kernel if own_kernels(x.device) else self.written_out
-        return follow(x, KeyValue(k_cross, v_cross), Cache(k_cache, v_cache, offset))
+        return backend(self.policy).step(self, x, KeyValue(k_cross, v_cross), Cache(k_cache, v_cache, offset))
 
     def written_out(self, x: TensorValue, cross_kv: KeyValue, cache: Cache) -> tuple[TensorValue, ...]:
         """Computes `step` submodule by submodule."""
         y, kv, _ = self(x, cross_kv, cache=cache)
         return y, *kv
 
-    def step_in_place(self, x: TensorValue, k_cross: TensorValue, v_cross: TensorValue, slots: Slots) -> TensorValue:
+    def step_in_place(
+        self,
+        x: TensorValue,
+        n_past: TensorValue,
+        rows: TensorValue,
+        k_cache: TensorValue,
+        v_cache: TensorValue,
+        k_written: BufferValue,
+        v_written: BufferValue,
+        k_cross: TensorValue,
+        v_cross: TensorValue,
+    ) -> tuple[TensorValue]:
         """Computes `step` on any device, by kernels for few rows; the token's keys and values are in the cache
-        afterwards. k_cross, v_cross: (audio, token, head, channel)."""
+        afterwards. k_cross, v_cross: (audio, token, head, channel); the others are those of `Slots`."""
+        slots = Slots(k_cache, v_cache, k_written, v_written, n_past, rows)
         attn, cross_attn, (hidden, _, mlp_out) = self.attn, self.cross_attn, self.mlp
         x = attn.out.step(attn.attend_in_place(attn.qkv.step(x, norm=self.attn_ln), slots), residual=x)
         q = cross_attn.query.step(x, norm=self.cross_attn_ln)
         x = cross_attn.out.step(cross_attn.split_attention("split_attention", q, k_cross, v_cross), residual=x)
-        return mlp_out.step(hidden.step(x, norm=self.mlp_ln, activated=True), residual=x)
+        return (mlp_out.step(hidden.step(x, norm=self.mlp_ln, activated=True), residual=x),)
 
     def by_kernel(self, x: TensorValue, cross_kv: KeyValue, cache: Cache) -> tuple[TensorValue, ...]:
         """Computes `step` by one kernel of our own, for CPUs, in float32: threads start once for all of it."""
         assert x.shape[1] == 1, "the keys and values of several tokens would need another order"
-        y, *new = self.steps(x, cross_kv, cache)
-        shape = (x.shape[0], self.attn.n_head, 1, self.attn.n_channel)
-        return y, *(each.reshape(shape) for each in new)
-
-    def steps(self, x: TensorValue, cross_kv: KeyValue, cache: Cache) -> tuple[TensorValue, ...]:
-        """Computes a few tokens x (batch, token, state) by that kernel; keys and values are of that shape too."""
         y, outputs = self.kernel_outputs(x, cross_kv, cache)
+        shape = (x.shape[0], self.attn.n_head, 1, self.attn.n_channel)
+        return y, *(outputs[each].reshape(shape) for each in (self.attn.key, self.attn.value))
+
+    def steps(
+        self,
+        x: TensorValue,
+        offset: TensorValue,
+        rows: TensorValue,
+        k_cache: TensorValue,
+        v_cache: TensorValue,
+        k_cross: TensorValue,
+        v_cross: TensorValue,
+    ) -> tuple[TensorValue, ...]:
+        """Computes a few tokens x (batch, token, state) by that kernel; keys and values are of that shape too. offset,
+        rows: those of a `Cache`, of every text."""
+        cache = Cache(k_cache, v_cache, offset, rows)
+        y, outputs = self.kernel_outputs(x, KeyValue(k_cross, v_cross), cache)
         return y, outputs[self.attn.key], outputs[self.attn.value]
 
     def kernel_outputs(
@@ -209,3 +236,29 @@ class Steps(Module):
         y, *values = (result.tensor.cast(x.dtype) for result in results)
         found = dict(zip([*layers, active], values, strict=False))
         return y, found | {attn: found[attn.out], cross_attn: found[cross_attn.out], self.mlp: found[mlp_out]}
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What layers are computed by on a kind of device: products, attention, that with its scores, a block's step."""
+
+    linear: Callable[..., TensorValue]
+    convolve: Callable[..., TensorValue]
+    attend: Callable[..., TensorValue]
+    attend_with_scores: Callable[..., tuple[TensorValue, TensorValue]]
+    step: Callable[..., tuple[TensorValue, ...]]
+
+
+CPU_BACKEND = Backend(linear, convolve, Attention.by_kernel, Attention.scores_by_kernel, Steps.by_kernel)
+DEVICE_BACKEND = Backend(
+    device_product,
+    convolution_by_product,
+    Attention.by_device_kernel,
+    Attention.scores_by_device_kernel,
+    Steps.written_out,
+)
+
+
+def backend(policy: Policy) -> Backend:
+    """Returns what computes under a policy; nowhere else does the network ask what it runs on."""
+    return CPU_BACKEND if policy.own_kernels else DEVICE_BACKEND

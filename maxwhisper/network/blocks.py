@@ -47,7 +47,7 @@ class Block:
     name: dotted, as the tests select it.
     path: its place in the PyTorch model, "{audio_layer}" or "{text_layer}" standing for the layer's number.
     module: builds the MAX module that holds its weights.
-    function: from that module and one value per input to the outputs.
+    function: from that module, and one value per input by its name, to the outputs.
     inputs: the graph's inputs, in order.
     unit: what compiles into one artifact: "network", what audio and the start of a text go through (for a GPU without
         the spectrogram, which runs on the CPU); "decoding", what decodes the rest of it, with the graphs that
@@ -183,8 +183,13 @@ def text_ends(dims: ModelDimensions, policy: Policy) -> Module:
     return TextDecoder(replace(dims, n_text_layer=0), policy)
 
 
-def one(module: Callable[..., TensorValue], *inputs: TensorValue) -> tuple[TensorValue]:
-    return (module(*inputs),)
+def one(module: Callable[..., TensorValue], **given: TensorValue) -> tuple[TensorValue]:
+    (x,) = given.values()
+    return (module(x),)
+
+
+def keys_values(attn: model.MultiHeadAttention, audio_features: TensorValue) -> KeyValue:
+    return attn.keys_values(audio_features)
 
 
 def encoder_attention(attn: model.MultiHeadAttention, x: TensorValue) -> tuple[TensorValue]:
@@ -197,16 +202,16 @@ def causal_attention(attn: model.MultiHeadAttention, x: TensorValue) -> tuple[Te
 
 
 def cached_attention(
-    attn: model.MultiHeadAttention, x: TensorValue, offset: TensorValue, k: TensorValue, v: TensorValue
+    attn: model.MultiHeadAttention, x: TensorValue, offset: TensorValue, k_cache: TensorValue, v_cache: TensorValue
 ) -> tuple[TensorValue, ...]:
     kv = attn.keys_values(x)
-    return attn(x, kv, cache=Cache(k, v, offset)), *kv
+    return attn(x, kv, cache=Cache(k_cache, v_cache, offset)), *kv
 
 
 def cross_attention(
-    attn: model.MultiHeadAttention, x: TensorValue, k: TensorValue, v: TensorValue
+    attn: model.MultiHeadAttention, x: TensorValue, k_cross: TensorValue, v_cross: TensorValue
 ) -> tuple[TensorValue]:
-    return (attn(x, KeyValue(k, v)),)
+    return (attn(x, KeyValue(k_cross, v_cross)),)
 
 
 # ---- the table -----------------------------------------------------------------------------------------------------
@@ -223,18 +228,18 @@ BLOCKS: dict[str, Block] = {
     block.name: block
     for block in (
         Block("log_mel", "log_mel", log_mel, one, audio, unit="network"),
-        Block("encoder.stem", "encoder", audio_stem, lambda m, x: (m.stem(x),), mel),
+        Block("encoder.stem", "encoder", audio_stem, lambda m, mel: (m.stem(mel),), mel),
         Block("encoder.layer_norm", f"{LAYER}.attn_ln", audio_layer_norm, one, audio_x),
         Block("encoder.attention", f"{LAYER}.attn", audio_attention, encoder_attention, audio_x),
         Block("encoder.mlp", f"{LAYER}.mlp", audio_mlp, one, audio_x),
         Block("encoder.block", LAYER, audio_block, ResidualAttentionBlock.encode, audio_x),
         Block("encoder", "encoder", model.AudioEncoder, one, mel, unit="network"),
-        Block("decoder.embedding", "decoder", text_ends, lambda m, *x: (m.embed(*x),), together(prompt_tokens, offset)),
+        Block(
+            "decoder.embedding", "decoder", text_ends, lambda m, **x: (m.embed(**x),), together(prompt_tokens, offset)
+        ),
         Block("decoder.attention.causal", SELF, text_attention, causal_attention, prompt_x),
         Block("decoder.attention.cached", SELF, text_attention, cached_attention, together(step_x, offset, self_cache)),
-        Block(
-            "decoder.cross_attention.keys_values", CROSS, text_attention, lambda m, x: m.keys_values(x), audio_features
-        ),
+        Block("decoder.cross_attention.keys_values", CROSS, text_attention, keys_values, audio_features),
         Block("decoder.cross_attention.prefill", CROSS, text_attention, cross_attention, together(prompt_x, cross)),
         Block("decoder.cross_attention.step", CROSS, text_attention, cross_attention, together(step_x, cross)),
         Block("decoder.mlp.prefill", MLP, text_mlp, one, prompt_x),

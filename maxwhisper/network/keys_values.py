@@ -1,6 +1,7 @@
 """Keys and values of attention, and the caches that they are read from."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from max.graph import BufferValue, Dim, TensorType, TensorValue, ops
 
@@ -12,6 +13,13 @@ class KeyValue(NamedTuple):
 
     k: TensorValue
     v: TensorValue
+
+
+def by_layer(given: Mapping[str, Any], n_layer: int, *kinds: str) -> list[dict[str, Any]]:
+    """Returns the keys and values of some kinds that the graph of a whole decoder is given, layer by layer, by their
+    names in one: `k_cross` and `v_cross` of the kind "cross", which are `k_cross.0` and `v_cross.0` of the first."""
+    names = [f"{name}_{kind}" for kind in kinds for name in "kv"]
+    return [{name: given[f"{name}.{layer}"] for name in names} for layer in range(n_layer)]
 
 
 def tokens_first(kv: KeyValue) -> tuple[TensorValue, TensorValue]:

@@ -13,22 +13,20 @@ is handed the ones to attend to. The four uses of attention are then one class:
 Shapes: batch and text length are symbolic; audio length and widths are static and come from the checkpoint.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from max.dtype import DType
-from max.graph import TensorValue, Weight, ops
+from max.graph import BufferValue, TensorValue, Weight, ops
 from max.nn.layer import LayerList, Module
-from torch import Tensor
 from whisper.model import ModelDimensions
 
 from ..engine.session import Policy
-from .backends import Attention, Steps
+from .backends import Attention, Steps, backend
 from .gelu import gelu
-from .keys_values import Cache, KeyValue, Slots
-from .products import convolve, linear, step_product
-from .shapes import causal_mask, grouped, indices
+from .keys_values import Cache, KeyValue, by_layer
+from .products import step_product
+from .shapes import causal_mask, indices
 
 
 class LayerNorm(Module):
@@ -50,11 +48,12 @@ class Linear(Module):
 
     def __init__(self, n_in: int, n_out: int, policy: Policy, bias: bool = True):
         super().__init__()
+        self.policy = policy
         self.weight = Weight("weight", policy.storage, [n_out, n_in], policy.device)
         self.bias = Weight("bias", DType.float32, [n_out], policy.device) if bias else None
 
     def __call__(self, x: TensorValue) -> TensorValue:
-        return linear(x, self.weight, self.bias)
+        return backend(self.policy).linear(x, self.weight, self.bias)
 
     def step(self, x: TensorValue, **around: Any) -> TensorValue:
         """Computes `step_product` of x (batch, 1, n_in) with what stands around it."""
@@ -69,6 +68,7 @@ class Conv1d(Module):
 
     def __init__(self, n_in: int, n_out: int, policy: Policy, stride: int = 1):
         super().__init__()
+        self.policy = policy
         self.stride = stride
         self.weight = Weight("weight", policy.storage, [n_out, n_in, self.kernel_size], policy.device)
         self.bias = Weight("bias", DType.float32, [n_out], policy.device)
@@ -76,13 +76,13 @@ class Conv1d(Module):
     def __call__(self, x: TensorValue) -> TensorValue:
         """Convolves (batch, time, n_in) to (batch, time / stride, n_out)."""
         padded = ops.pad(x, [0, 0, self.padding, self.padding, 0, 0])
-        return convolve(padded, self.weight, self.bias, self.stride)
+        return backend(self.policy).convolve(padded, self.weight, self.bias, self.stride)
 
 
 class MultiHeadAttention(Attention):
     """Attention of queries from x over given keys and values, and the projections that make those.
 
-    joined: whether it has query, key and value as one, too, as `joined_weights` makes it.
+    joined: whether it has query, key and value as one, too, in `qkv`, which no checkpoint has.
     """
 
     def __init__(self, n_state: int, n_head: int, policy: Policy, joined: bool = False):
@@ -112,21 +112,6 @@ class MultiHeadAttention(Attention):
         """Attends from x to kv; also returns the scores before softmax (batch, head, token, key)."""
         wv, qk = self.attend_with_scores(self.query(x), kv)
         return self.out(wv), qk
-
-
-QKV = ("query", "key", "value")
-
-
-def joined_weights(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
-    """Returns the tensors of `MultiHeadAttention.qkv` that are among the names, made of those of a checkpoint."""
-    found = {}
-    for name in names:
-        path, is_joined, kind = name.rpartition(".qkv.")
-        if is_joined:
-            query, key, value = (tensors.get(f"{path}.{each}.{kind}") for each in QKV)
-            assert query is not None and value is not None, "a checkpoint has them all"
-            found[name] = torch.cat([query, torch.zeros_like(query) if key is None else key, value])
-    return found
 
 
 class GELU(Module):
@@ -268,64 +253,64 @@ class TextDecoder(Module):
 
     def logits(self, x: TensorValue) -> TensorValue:
         """Turns (batch, token, state) to float32 logits (batch, token, n_vocab)."""
-        return linear(self.ln(x), self.token_embedding.weight).cast(DType.float32)
+        return backend(self.policy).linear(self.ln(x), self.token_embedding.weight).cast(DType.float32)
 
-    def __call__(self, tokens: TensorValue, *cross_kv: TensorValue) -> list[TensorValue]:
-        """Decodes a text: tokens (batch, token) to logits (batch, token, n_vocab), and all layers' keys and values."""
-        x, *kv = self._layers(ResidualAttentionBlock.prefill, self.embed(tokens, offset=0), grouped(cross_kv, 2))
-        return [self.logits(x), *kv]
+    def __call__(self, tokens: TensorValue, **kv: TensorValue) -> list[TensorValue]:
+        """Decodes a text: tokens (batch, token) to logits (batch, token, n_vocab), and all layers' keys and values.
 
-    def start(self, tokens: TensorValue, positions: TensorValue, *cross_kv: TensorValue) -> list[TensorValue]:
-        """Computes a whole text, but logits (batch, position, n_vocab) at some `positions` (position,) alone."""
-        x, *kv = self._layers(ResidualAttentionBlock.prefill, self.embed(tokens, offset=0), grouped(cross_kv, 2))
-        return [self.logits(ops.gather(x, positions, axis=1)), *kv]
-
-    def step(self, tokens: TensorValue, offset: TensorValue, *kv: TensorValue) -> list[TensorValue]:
-        """Decodes one token (batch, 1) behind `offset` cached ones: logits (batch, 1, n_vocab), and every layer's keys
-        and values of the token, which the caller puts into the cache.
-
-        kv: every layer's cache, keys and values, then every layer's cross-attention keys and values.
+        kv: every layer's keys and values of the audio, by names as of `by_layer`; at a step those of its cache too.
         """
-        cache, cross_kv = grouped(kv[: len(kv) // 2], 2), grouped(kv[len(kv) // 2 :], 2)
-        inputs = [(offset, *own, *cross) for own, cross in zip(cache, cross_kv, strict=True)]
-        x, *new = self._layers(ResidualAttentionBlock.step, self.embed(tokens, offset), inputs)
+        x, *new = self._layers(ResidualAttentionBlock.prefill, self.embed(tokens, offset=0), kv, "cross")
+        return [self.logits(x), *new]
+
+    def start(self, tokens: TensorValue, positions: TensorValue, **kv: TensorValue) -> list[TensorValue]:
+        """Computes a whole text, but logits (batch, position, n_vocab) at some `positions` (position,) alone."""
+        x, *new = self._layers(ResidualAttentionBlock.prefill, self.embed(tokens, offset=0), kv, "cross")
+        return [self.logits(ops.gather(x, positions, axis=1)), *new]
+
+    def step(self, tokens: TensorValue, offset: TensorValue, **kv: TensorValue) -> list[TensorValue]:
+        """Decodes one token (batch, 1) behind `offset` cached ones: logits (batch, 1, n_vocab), and every layer's keys
+        and values of the token, which the caller puts into the cache."""
+        x = self.embed(tokens, offset)
+        x, *new = self._layers(ResidualAttentionBlock.step, x, kv, "cache", "cross", offset=offset)
         return [self.logits(x), *new]
 
     def steps(
-        self, x: TensorValue, offset: TensorValue, kv: Sequence[TensorValue], rows: TensorValue
+        self, x: TensorValue, offset: TensorValue, rows: TensorValue, kv: Mapping[str, TensorValue]
     ) -> list[TensorValue]:
         """Computes `step` for a few tokens that are embedded already, x (batch, token, state), on a CPU: logits (batch,
-        token, n_vocab), and every layer's keys and values, each (batch, token, state). rows: of all caches, as of a
-        `Cache`."""
-        own, cross = grouped(kv[: len(kv) // 2], 2), grouped(kv[len(kv) // 2 :], 2)
-        inputs = [(KeyValue(*c), Cache(o[0], o[1], offset, rows)) for o, c in zip(own, cross, strict=True)]
-        x, *new = self._layers(ResidualAttentionBlock.steps, x, inputs)
+        token, n_vocab), and every layer's keys and values, each (batch, token, state). offset, rows: of all caches, as
+        of a `Cache`."""
+        x, *new = self._layers(ResidualAttentionBlock.steps, x, kv, "cache", "cross", offset=offset, rows=rows)
         return [self.logits(x), *new]
 
     def step_in_place(
-        self, x: TensorValue, cross: Sequence[Sequence[TensorValue]], slots: Sequence[Slots]
+        self, x: TensorValue, n_past: TensorValue, rows: TensorValue, kv: Mapping[str, TensorValue | BufferValue]
     ) -> TensorValue:
-        """Returns float32 logits (batch, n_vocab) of one token of each text, embedded as x (batch, 1, state), by layer
-        cross-attention's keys and values, each (audio, token, head, channel), and the cache."""
-        for block, (k_cross, v_cross), slot in zip(self.blocks, cross, slots, strict=True):
-            x = block.step_in_place(x, k_cross, v_cross, slot)
+        """Returns float32 logits (batch, n_vocab) of one token of each text, embedded as x (batch, 1, state). n_past,
+        rows: of all caches, as of `Slots`. kv: each (row, token, head, channel)."""
+        block_step, kinds = ResidualAttentionBlock.step_in_place, ("cache", "written", "cross")
+        (x,) = self._layers(block_step, x, kv, *kinds, n_past=n_past, rows=rows)
         logits = step_product(x, self.token_embedding.weight, norm=self.ln, dtype=DType.float32)
         return ops.squeeze(logits, 1)
 
-    def align(self, tokens: TensorValue, *cross_kv: TensorValue) -> list[TensorValue]:
+    def align(self, tokens: TensorValue, **kv: TensorValue) -> list[TensorValue]:
         """Computes a whole text, but every layer's cross-attention scores stand behind the logits."""
-        x, *scores = self._layers(ResidualAttentionBlock.align, self.embed(tokens, offset=0), grouped(cross_kv, 2))
+        x, *scores = self._layers(ResidualAttentionBlock.align, self.embed(tokens, offset=0), kv, "cross")
         return [self.logits(x), *scores]
 
     def _layers(
         self,
         method: Callable[..., Sequence[TensorValue]],
         x: TensorValue,
-        inputs: Sequence[Sequence[Any]],
+        kv: Mapping[str, TensorValue | BufferValue],
+        *kinds: str,
+        **others: TensorValue,
     ) -> list[TensorValue]:
-        """Returns x after every layer's `method`, each with its own inputs, and what the layers return beside x."""
-        others: list[TensorValue] = []
-        for block, own in zip(self.blocks, inputs, strict=True):
-            x, *new = method(block, x, *own)
-            others += new
-        return [x, *others]
+        """Returns x after every layer's `method`, which takes its own keys and values of these kinds, and the others;
+        behind it what the layers return beside x."""
+        found: list[TensorValue] = []
+        for block, own in zip(self.blocks, by_layer(kv, len(self.blocks), *kinds), strict=True):
+            x, *new = method(block, x, **own, **others)
+            found += new
+        return [x, *found]

@@ -1,10 +1,10 @@
-"""Products with matrices and convolutions: by kernels of our own on a CPU, by MAX's on other devices."""
+"""Products with matrices and convolutions: by kernels of our own for a CPU, by MAX's for other devices."""
 
 from collections.abc import Callable
 from typing import Any
 
 from max.dtype import DType
-from max.graph import DeviceRef, Dim, Graph, StaticDim, TensorType, TensorValue, ops
+from max.graph import Dim, Graph, StaticDim, TensorType, TensorValue, ops
 
 FEW_TOKENS = 16
 """So many rows wait for memory, not for arithmetic, when they are multiplied with a matrix; audio has more."""
@@ -16,19 +16,12 @@ DECODER_LAYERS = (
 """The submodules of a decoder's layer in the order in which kernels of our own take their weights."""
 
 
-def own_kernels(device: DeviceRef) -> bool:
-    """Tells whether kernels of our own compute on a device, or else MAX's: nowhere else does the network ask for it."""
-    return device.is_cpu()
-
-
 def linear(x: TensorValue, weight: TensorValue, bias: TensorValue | None = None) -> TensorValue:
     """Returns x @ weight.T + bias in the dtype of x: (batch, token, n_in) by (n_out, n_in) to (batch, token, n_out).
 
-    On a CPU it is rounded once, the bias added, as PyTorch does. A product that is rounded before its bias is added is
-    wrong by nearly the same at every position: by how far the bias is from a multiple of the product's last digit.
+    It is rounded once, the bias added, as PyTorch does. A product that is rounded before its bias is added is wrong by
+    nearly the same at every position: by how far the bias is from a multiple of the product's last digit.
     """
-    if not own_kernels(x.device):
-        return device_product(x, weight, bias)
     audio = isinstance(x.shape[1], StaticDim) and int(x.shape[1]) > FEW_TOKENS
     y = (convolution if audio else text_product)(x, weight)
     return (y if bias is None else y + bias).cast(x.dtype)
@@ -36,8 +29,6 @@ def linear(x: TensorValue, weight: TensorValue, bias: TensorValue | None = None)
 
 def convolve(x: TensorValue, weight: TensorValue, bias: TensorValue, stride: int) -> TensorValue:
     """Convolves over time in the dtype of x: (batch, frame, n_in) by (n_out, n_in, taps) to (batch, frame, n_out)."""
-    if not own_kernels(x.device):
-        return convolution_by_product(x, weight, bias, stride)
     return (convolution(x, weight, stride) + bias).cast(x.dtype)
 
 

@@ -1,7 +1,5 @@
 """Lengths, positions and masks of values whose dimensions are known when the graph runs."""
 
-from collections.abc import Sequence
-
 from max.dtype import DType
 from max.graph import DeviceRef, Dim, TensorValue, ops
 
@@ -42,8 +40,3 @@ def join_rows(x: TensorValue, batch: Dim, n_token: Dim) -> TensorValue:
     if batch == n_row:
         return x
     return x.reshape((n_row * width, n_state)).rebind((batch * n_token, n_state)).reshape((batch, n_token, n_state))
-
-
-def grouped(values: Sequence[TensorValue], size: int) -> list[Sequence[TensorValue]]:
-    """Returns the values in consecutive groups."""
-    return [values[i : i + size] for i in range(0, len(values), size)]

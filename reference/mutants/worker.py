@@ -15,6 +15,7 @@ import pytest
 import torch
 from _pytest.runner import runtestprotocol
 from max.graph import Module as GraphModule
+from max.nn.layer import Module
 
 from maxwhisper.engine.program import Artifact, Program
 from maxwhisper.network.blocks import BLOCKS
@@ -137,9 +138,9 @@ class Worker:
         with in_force(mutant):
             right = self.program(block)
 
-        def function(*values: Any) -> Any:
+        def function(module: Module, **inputs: Any) -> Any:
             with in_force(mutant):
-                return right.function(*values)
+                return right.function(module, **inputs)
 
         return Program(f"mutant {mutant} in {block}", right.path, right.module, function, right.inputs)
 

@@ -27,7 +27,7 @@ from max.graph import DeviceRef
 from whisper.model import ModelDimensions
 
 from maxwhisper.compare.material import checkpoint_for
-from maxwhisper.compiled import DTYPES, Network, rounded, storage_dtype
+from maxwhisper.compiled import DTYPES, Network, joined_weights, rounded, storage_dtype
 from maxwhisper.decoding.cache import CacheSlots, KeyValueCache
 from maxwhisper.decoding.cpu import SELECT_TOKENS
 from maxwhisper.decoding.gpu import MAX_CANDIDATES, SEARCH, STEPS_AT_ONCE, Steps, search_program, step_program
@@ -37,7 +37,6 @@ from maxwhisper.engine.artifacts import Artifacts
 from maxwhisper.engine.program import Artifact
 from maxwhisper.engine.session import TORCH_DTYPE, Policy, find_device
 from maxwhisper.errors import MaxWhisperError
-from maxwhisper.network.model import joined_weights
 
 from ..fixtures import NANO
 from ..reasons import one_line

@@ -120,7 +120,7 @@ class Blocks:
         if engine == "PyTorch":
             return self.on_pytorch(block, comparison.layer, inputs)
         run = self.suite.executable(BLOCKS[block], comparison.layer)
-        return lambda: run(*inputs.values())
+        return lambda: run(**inputs)
 
     def on_pytorch(self, block: str, layer: int, inputs: dict[str, torch.Tensor]) -> Callable[[], object]:
         from reference.blocks import TWINS
@@ -188,16 +188,15 @@ class Blocks:
     def product_on_max(self, a: torch.Tensor) -> Callable[[], list[torch.Tensor]]:
         from max.graph import TensorType
 
-        from maxwhisper.decoding.rules import NoWeights
         from maxwhisper.engine.program import Artifact, Program
-        from maxwhisper.network.products import linear
+        from maxwhisper.network.model import Linear
 
-        policy = self.suite.policy
-        shapes = {"x": [1, MATRIX, MATRIX], "weight": [MATRIX, MATRIX]}
-        inputs = {name: TensorType(policy.compute, shape, policy.device) for name, shape in shapes.items()}
-        program = Program("product", "", NoWeights(), lambda _, x, weight: [linear(x, weight)], inputs)
-        run = Artifact("a large product", [program], self.suite.device).init({})["product"]
-        return lambda: run(a[None], a)
+        policy = replace(self.suite.policy, storage=self.suite.policy.compute)
+        inputs = {"x": TensorType(policy.compute, [1, MATRIX, MATRIX], policy.device)}
+        linear = Linear(MATRIX, MATRIX, policy, bias=False)
+        program = Program("product", "", linear, lambda linear, x: [linear(x)], inputs)
+        run = Artifact("a large product", [program], self.suite.device).init({"weight": a.cpu()})["product"]
+        return lambda: run(x=a[None])
 
     def bandwidth(self) -> dict[str, float]:
         """Measures the bytes/s, best of ten, of a large copy, which reads and writes, and of a large read."""

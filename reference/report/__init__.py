@@ -13,8 +13,8 @@ from maxwhisper.files import replacing
 
 from ..reasons import one_line
 from ..results import Run, environment
+from .attempts import Attempts
 from .data import as_json
-from .markup import Attempts
 from .page import page
 from .summary import summary
 

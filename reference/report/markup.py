@@ -1,12 +1,7 @@
 """HTML from Python values: whatever is not Html already is escaped, so that nobody has to remember to."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from typing import Any, ParamSpec
-
-from ..reasons import one_line
-
-P = ParamSpec("P")
 
 
 class Html(str):
@@ -58,31 +53,3 @@ def none_of(what: str) -> Html:
 
 def mark(passed: bool, good: str = "ok", bad: str = "FAILED") -> Html:
     return element("span", good if passed else bad, class_="good" if passed else "bad")
-
-
-class Attempts:
-    """Parts of a page that may fail. failed: of each that could not be made, its name and why, in one line."""
-
-    def __init__(self) -> None:
-        self.failed: list[str] = []
-
-    def __call__(self, what: str, make: Callable[P, Html], *args: P.args, **kwargs: P.kwargs) -> Html:
-        """Returns what `make` makes of the arguments, or a paragraph that says why there is no `what`."""
-        try:
-            return make(*args, **kwargs)
-        except Exception as error:
-            line = f"no {what}: {one_line(error)}"
-            if line not in self.failed:
-                self.failed.append(line)
-            return element("p", line, class_="bad")
-
-    def chart(self, draw: Callable[[Any], Html]) -> Html:
-        """Returns what `draw` makes of the module of charts; without matplotlib, which that needs, there is a page all
-        the same."""
-
-        def drawn() -> Html:
-            from . import charts
-
-            return draw(charts)
-
-        return self("charts", drawn)

@@ -4,8 +4,9 @@ from pathlib import Path
 
 from ..judge import severity
 from ..results import Run
+from .attempts import Attempts
 from .figures import conclusion, failures, fixed, share
-from .markup import Attempts, Html, element, folded, html, mark, none_of, table
+from .markup import Html, element, folded, html, mark, none_of, table
 from .page_blocks import block_section, comparison_section, map_section
 from .page_faults import fault_section
 from .page_network import network_section

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 
 from ..judge import Explanation, Judgement, K, dtype_name
 from ..results import Run
+from .attempts import Attempts
 from .figures import BlockFigures, block_figures, dtypes_of, fixed, scientific, worst_first
-from .markup import Attempts, Html, element, folded, html, mark, none_of, table_of
+from .markup import Html, element, folded, html, mark, none_of, table_of
 
 MAPS = 6
 """How many maps of errors are shown."""

@@ -5,8 +5,9 @@ from collections.abc import Iterable, Sequence
 from ..chain import Chain
 from ..judge import dtype_name
 from ..results import Run
+from .attempts import Attempts
 from .figures import chained_points, divergence, isolated_points, scientific, worst_chains_first
-from .markup import Attempts, Html, element, folded, html, mark, none_of, table, table_of
+from .markup import Html, element, folded, html, mark, none_of, table, table_of
 
 
 def network_section(run: Run, attempts: Attempts) -> Html:

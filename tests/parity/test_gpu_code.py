@@ -34,8 +34,8 @@ attn = MultiHeadAttention(128, 2, policy)
 tensor = lambda *shape: TensorType(dtype, shape, gpu)
 heads = lambda x: ops.permute(x.reshape((*x.shape[:2], 2, 64)), [0, 2, 1, 3])
 
-def step(_, qkv, n_past, rows, k, v, k_audio, v_audio, *into):
-    q = attn.attend_in_place(qkv, Slots(k, v, *into, n_past, rows))
+def step(_, qkv, k_audio, v_audio, **slots):
+    q = attn.attend_in_place(qkv, Slots(**slots))
     return [q, attn.split_attention("split_attention", q, k_audio, v_audio)]
 
 def many(_, audio, text):
@@ -46,17 +46,19 @@ def many(_, audio, text):
 cache, row, audio = tensor("batch", "position", 2, 64), tensor("batch", 1, 384), tensor("audio", 1500, 2, 64)
 into, lengths = cache.as_buffer(), TensorType(DType.int64, ["batch"], gpu)
 rows = TensorType(DType.int64, ["batch", "position"], gpu)
+kernel, bias = tensor(128, 128, 3), TensorType(DType.float32, [128], gpu)
+caches = {"k": cache, "v": cache, "k_written": into, "v_written": into}
 inputs = {
-    "step": [row, lengths, rows, cache, cache, audio, audio, into, into],
-    "many": [tensor("audio", 1500, 128), tensor("batch", "token", 128)],
-    "convolution": [tensor("batch", 3002, 128), tensor(128, 128, 3), TensorType(DType.float32, [128], gpu)],
+    "step": {"qkv": row, "n_past": lengths, "rows": rows, **caches, "k_audio": audio, "v_audio": audio},
+    "many": {"audio": tensor("audio", 1500, 128), "text": tensor("batch", "token", 128)},
+    "convolution": {"x": tensor("batch", 3002, 128), "weight": kernel, "bias": bias},
 }
 graphs = {
     "step": step,
     "many": many,
     "convolution": lambda _, x, weight, bias: [convolution_by_product(x, weight, bias, stride=2)],
 }
-program = Program(name, "", NoWeights(), graphs[name], dict(enumerate(inputs[name])))
+program = Program(name, "", NoWeights(), graphs[name], inputs[name])
 Artifact(name, [program], device).stored.compiled.export_mef(path)
 """
 KERNELS_OF_A_STEP = """

@@ -12,7 +12,7 @@ import whisper
 from maxwhisper.audio import load_audio
 from maxwhisper.checkpoint import load_checkpoint
 from reference import checkpoints, waveforms
-from reference.fixtures import FIXTURES
+from reference.fixtures import FIXTURES, NANO
 from tests.unit.checkpoints import HEADS, hugging_face_names, random_tensors, write_folder, write_pt, write_safetensors
 
 LAYOUTS = ("pt", "safetensors", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
@@ -62,7 +62,7 @@ def test_published_alignment_heads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Takes one of OpenAI's names, with a mask for the fixture in the place of its own."""
     mask = np.array([[False, True], [False, False], [True, False]])
     monkeypatch.setitem(whisper._ALIGNMENT_HEADS, "tiny", base64.b85encode(gzip.compress(mask.tobytes())))
-    monkeypatch.setattr(whisper, "_download", lambda *_, **__: str(FIXTURES / "nano.pt"))
+    monkeypatch.setattr(whisper, "_download", lambda *_, **__: str(NANO))
     check_weights("tiny")
 
 

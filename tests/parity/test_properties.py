@@ -17,6 +17,8 @@ from torch import Tensor
 from maxwhisper.network.blocks import BLOCKS
 from maxwhisper.network.log_mel import LOG_MEL
 from reference.activations import BATCH
+from reference.chain import layers
+from reference.inputs import moved
 from reference.judge import Comparison, Judgement
 from reference.suite import Suite
 from reference.trial import Trial
@@ -34,9 +36,8 @@ examples = settings(
 seeds = st.integers(0, 2**32 - 1)
 
 
-def run(suite: Suite, block: str, *inputs: Tensor) -> list[Tensor]:
-    there = (x.to(suite.torch_device) if x.ndim else x for x in inputs)  # an offset stays on the CPU
-    return [x.cpu() for x in suite.executable(BLOCKS[block], 0)(*there)]
+def run(suite: Suite, block: str, **inputs: Tensor) -> list[Tensor]:
+    return [x.cpu() for x in suite.executable(BLOCKS[block], 0)(**moved(inputs, suite.torch_device))]
 
 
 def random(suite: Suite, seed: int, *shape: int) -> Tensor:
@@ -49,25 +50,20 @@ def random_tokens(suite: Suite, seed: int, *shape: int) -> Tensor:
     return known[torch.randint(0, len(known), shape, generator=torch.Generator().manual_seed(seed))]
 
 
-def cross_keys_values(suite: Suite, rows: slice) -> list[Tensor]:
+def cross_keys_values(suite: Suite, rows: slice) -> dict[str, Tensor]:
     """Returns those of real audio: some rows of several windows, for every layer in turn."""
     real = suite.model.activations(BATCH)
     names = [f"decoder.blocks.{layer}.cross_attn" for layer in range(suite.dims.n_text_layer)]
-    return [table[name][rows].to(suite.dtype) for name in names for table in (real.keys, real.values)]
+    return layers("cross", [table[name][rows].to(suite.dtype) for name in names for table in (real.keys, real.values)])
 
 
-def expected(suite: Suite, block: str, names: list[str], inputs: list[Tensor], ours: list[Tensor]) -> Judgement:
+def expected(suite: Suite, block: str, ours: list[Tensor], **inputs: Tensor) -> Judgement:
     """Returns the verdict on `ours` where the right result is the twin's of these inputs, or that of an earlier run."""
-    named = dict(zip(names, inputs, strict=True))
     comparison = Comparison(suite.model.size, suite.dtype, block, 0, "property", suite.device)
-    trial = Trial(suite, comparison, named, suite.executable(BLOCKS[block], 0))
-    tensors = named | {f"output {index}": x for index, x in enumerate(ours)}
-    (found,) = suite.recalled(comparison, tensors, lambda: [trial.judge(ours)], fingerprint(named))
+    trial = Trial(suite, comparison, inputs, suite.executable(BLOCKS[block], 0))
+    tensors = inputs | {f"output {index}": x for index, x in enumerate(ours)}
+    (found,) = suite.recalled(comparison, tensors, lambda: [trial.judge(ours)], fingerprint(inputs))
     return found
-
-
-def prefill_names(suite: Suite) -> list[str]:
-    return list(BLOCKS["decoder.prefill"].inputs(suite.dims, suite.policy))
 
 
 @examples
@@ -75,8 +71,8 @@ def prefill_names(suite: Suite) -> list[str]:
 def test_a_row_of_a_batch_of_audio_is_what_it_is_alone(suite: Suite, seed: int, batch: int, row: int) -> None:
     row %= batch
     mel = random(suite, seed, batch, suite.dims.n_mels, 2 * suite.dims.n_audio_ctx)
-    together = run(suite, "encoder", mel)[0][row : row + 1]
-    found = expected(suite, "encoder", ["mel"], [mel[row : row + 1]], [together])
+    together = run(suite, "encoder", mel=mel)[0][row : row + 1]
+    found = expected(suite, "encoder", [together], mel=mel[row : row + 1])
     assert found.passed, f"\n{found}"
 
 
@@ -88,8 +84,8 @@ def test_a_row_of_a_batch_of_text_is_what_it_is_alone(
     row %= batch
     tokens = random_tokens(suite, seed, batch, length)
     cross = cross_keys_values(suite, slice(0, 1))
-    together = [x[row : row + 1] for x in run(suite, "decoder.prefill", tokens, *cross)]
-    found = expected(suite, "decoder.prefill", prefill_names(suite), [tokens[row : row + 1], *cross], together)
+    together = [x[row : row + 1] for x in run(suite, "decoder.prefill", tokens=tokens, **cross)]
+    found = expected(suite, "decoder.prefill", together, tokens=tokens[row : row + 1], **cross)
     assert found.passed, f"\n{found}"
 
 
@@ -98,11 +94,11 @@ def test_a_row_of_a_batch_of_text_is_what_it_is_alone(
 def test_texts_hear_their_own_window(suite: Suite, seed: int, per_window: int, length: int) -> None:
     """Consecutive texts share a window's keys and values, as beams do."""
     tokens = random_tokens(suite, seed, 2 * per_window, length)
-    both = run(suite, "decoder.prefill", tokens, *cross_keys_values(suite, slice(0, 2)))
+    both = run(suite, "decoder.prefill", tokens=tokens, **cross_keys_values(suite, slice(0, 2)))
     for window in range(2):
         rows, cross = slice(window * per_window, (window + 1) * per_window), slice(window, window + 1)
-        inputs = [tokens[rows], *cross_keys_values(suite, cross)]
-        found = expected(suite, "decoder.prefill", prefill_names(suite), inputs, [x[rows] for x in both])
+        heard = cross_keys_values(suite, cross)
+        found = expected(suite, "decoder.prefill", [x[rows] for x in both], tokens=tokens[rows], **heard)
         assert found.passed, f"\n{found}"
 
 
@@ -113,7 +109,7 @@ def test_a_later_token_changes_nothing_before_it(suite: Suite, seed: int, length
     cut = data.draw(st.integers(1, length - 1), label="first token that differs")
     tokens, cross = random_tokens(suite, seed, 1, length), cross_keys_values(suite, slice(0, 1))
     other = torch.cat([tokens[:, :cut], random_tokens(suite, seed ^ 1, 1, length - cut)], 1)
-    one, two = (run(suite, "decoder.prefill", x, *cross)[0] for x in (tokens, other))
+    one, two = (run(suite, "decoder.prefill", tokens=x, **cross)[0] for x in (tokens, other))
     assert torch.equal(one[:, :cut], two[:, :cut])
     if not torch.equal(tokens, other):
         assert not torch.equal(one[:, cut:], two[:, cut:])
@@ -134,16 +130,16 @@ def test_cached_is_uncached_up_to_the_last_position(suite: Suite, n_prompt: int)
 
 def check_steps(suite: Suite, tokens: Tensor, n_prompt: int) -> None:
     cross = cross_keys_values(suite, slice(0, 1))
-    logits, *prompt = run(suite, "decoder.prefill", tokens[:, :n_prompt], *cross)
+    logits, *prompt = run(suite, "decoder.prefill", tokens=tokens[:, :n_prompt], **cross)
     found, cache = [logits], [kv.new_empty(*kv.shape[:2], tokens.shape[1], kv.shape[3]) for kv in prompt]
     put(prompt, cache, 0)
     for position in range(n_prompt, tokens.shape[1]):
-        step = tokens[:, position : position + 1], torch.tensor(position), *cache, *cross
-        logits, *new = run(suite, "decoder.step", *step)
+        token = {"tokens": tokens[:, position : position + 1], "offset": torch.tensor(position)}
+        logits, *new = run(suite, "decoder.step", **token, **layers("cache", cache), **cross)
         put(new, cache, position)
         found.append(logits)
     ours = [torch.cat(found, 1), *cache]
-    judgement = expected(suite, "decoder.prefill", prefill_names(suite), [tokens, *cross], ours)
+    judgement = expected(suite, "decoder.prefill", ours, tokens=tokens, **cross)
     assert judgement.passed, f"\n{judgement}"
 
 
@@ -156,11 +152,12 @@ def put(new: list[Tensor], cache: list[Tensor], position: int) -> None:
 @given(seed=seeds, length=st.integers(1, 12))
 @pytest.mark.parametrize("block", ["decoder.cross_attention.prefill", "decoder.cross_attention.step"])
 def test_the_order_of_keys_does_not_matter(suite: Suite, block: str, seed: int, length: int) -> None:
-    k, v = cross_keys_values(suite, slice(0, 1))[:2]
+    cross = cross_keys_values(suite, slice(0, 1))
+    k, v = cross["k_cross.0"], cross["v_cross.0"]
     x = random(suite, seed, 1, 1 if block.endswith("step") else length, suite.dims.n_text_state)
     order = torch.randperm(k.shape[2], generator=torch.Generator().manual_seed(seed))
-    permuted = run(suite, block, x, k[:, :, order], v[:, :, order])
-    found = expected(suite, block, ["x", "k_cross", "v_cross"], [x, k, v], permuted)
+    permuted = run(suite, block, x=x, k_cross=k[:, :, order], v_cross=v[:, :, order])
+    found = expected(suite, block, permuted, x=x, k_cross=k, v_cross=v)
     assert found.passed, f"\n{found}"
 
 
@@ -168,13 +165,14 @@ def test_the_order_of_keys_does_not_matter(suite: Suite, block: str, seed: int, 
 @given(seed=seeds, batch=st.integers(1, 3), length=st.integers(1, 30))
 def test_a_run_repeats_itself_bitwise(suite: Suite, seed: int, batch: int, length: int) -> None:
     tokens, cross = random_tokens(suite, seed, batch, length), cross_keys_values(suite, slice(0, 1))
-    (_, *cache), *_ = repeated(suite, "decoder.prefill", 2, tokens, *cross)
+    (_, *cache), *_ = repeated(suite, "decoder.prefill", 2, tokens=tokens, **cross)
+    token = {"tokens": tokens[:, -1:], "offset": torch.tensor(length)}
     # A step's threads share out its work anew each time.
-    repeated(suite, "decoder.step", 10, tokens[:, -1:], torch.tensor(length), *cache, *cross)
+    repeated(suite, "decoder.step", 10, **token, **layers("cache", cache), **cross)
 
 
-def repeated(suite: Suite, block: str, times: int, *inputs: Tensor) -> list[list[Tensor]]:
-    first, *others = found = [run(suite, block, *inputs) for _ in range(times)]
+def repeated(suite: Suite, block: str, times: int, **inputs: Tensor) -> list[list[Tensor]]:
+    first, *others = found = [run(suite, block, **inputs) for _ in range(times)]
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
     return found
 

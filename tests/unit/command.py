@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from maxwhisper.cli import build_parser, main
-from reference.fixtures import ROOT
+from reference.fixtures import FIXTURES
 
-CLIP = ROOT / "fixtures" / "clips" / "english-1.wav"
+CLIP = FIXTURES / "clips" / "english-1.wav"
 
 WORDS = [{"word": " Hello", "start": 0.0, "end": 0.5, "probability": 0.9}]
 RESULT: dict[str, Any] = {

@@ -132,7 +132,7 @@ def attention(model: Whisper, block: str, layer: int, attends: Attends) -> Calla
         ]
         return lambda x: attended(attn, attends, x, *(of(x) for of in heads))
     attn = model.decoder.blocks[layer].cross_attn
-    return lambda x, k, v: attended(attn, attends, x, k, v)
+    return lambda x, k_cross, v_cross: attended(attn, attends, x, k_cross, v_cross)
 
 
 def mlp(model: Whisper, layer: int, product: Product) -> Callable[[Tensor], list[Tensor]]:

@@ -37,31 +37,22 @@ class Attention(Module):
         return [self.attn.by_kernel(q, KeyValue(k, v))]
 
     def scores(self, q: TensorValue, k: TensorValue, v: TensorValue) -> tuple[TensorValue, ...]:
-        return self.attn.scores_by_kernel(q, KeyValue(k, v))
+        return self.attn.attend_with_scores(q, KeyValue(k, v))
 
-    def cached(
-        self, q: TensorValue, k: TensorValue, v: TensorValue, length: TensorValue, *new: TensorValue
-    ) -> list[TensorValue]:
-        return [self.attn.by_kernel(q, KeyValue(*new), cache=Cache(k, v, length))]
-
-    def scattered(
-        self, q: TensorValue, k: TensorValue, v: TensorValue, length: TensorValue, *others: TensorValue
-    ) -> list[TensorValue]:
-        *new, rows = others
-        return [self.attn.by_kernel(q, KeyValue(*new), cache=Cache(k, v, length, rows))]
+    def cached(self, q: TensorValue, k_new: TensorValue, v_new: TensorValue, **cache: TensorValue) -> list[TensorValue]:
+        return [self.attn.by_kernel(q, KeyValue(k_new, v_new), cache=Cache(**cache))]
 
     def written_out(
-        self, q: TensorValue, k: TensorValue, v: TensorValue, length: TensorValue, *new: TensorValue
+        self, q: TensorValue, k_new: TensorValue, v_new: TensorValue, **cached: TensorValue
     ) -> tuple[TensorValue, ...]:
         """Returns what takes the kernels' place in faults."""
-        kv, cache = KeyValue(*new), Cache(k, v, length)
+        kv, cache = KeyValue(k_new, v_new), Cache(**cached)
         scores = self.attn.heads_attention(q, cache.followed_by(kv), None)[SCORES]
         return self.attn.written_out(q, kv, cache=cache), scores
 
-    def in_place(self, q: TensorValue, *others: Any) -> list[TensorValue]:
-        k, v, n_past, k_new, v_new, k_written, v_written, rows = others
+    def in_place(self, q: TensorValue, k_new: TensorValue, v_new: TensorValue, **slots: Any) -> list[TensorValue]:
         qkv = ops.concat([q, *(x.reshape(q.shape) for x in (k_new, v_new))], axis=2)
-        return [self.attn.attend_in_place(qkv, Slots(k, v, k_written, v_written, n_past, rows))]
+        return [self.attn.attend_in_place(qkv, Slots(n_past=slots.pop("length"), **slots))]
 
     def split(self, q: TensorValue, k: TensorValue, v: TensorValue) -> list[TensorValue]:
         return [self.attn.split_attention("split_attention", q, *tokens_first(KeyValue(k, v)))]
@@ -107,7 +98,7 @@ def attentions() -> list[Program]:
     written_out = {**queries(2 * N_CHANNEL), **behind_a_cache(2)}
     slot = TensorType(DType.float32, ["batch", "place", 2, N_CHANNEL], cpu)
     in_place = {**written_out, "k": slot, "v": slot, "length": lengths}
-    in_place |= {f"{name} written": slot.as_buffer() for name in "kv"}
+    in_place |= {f"{name}_written": slot.as_buffer() for name in "kv"}
     in_place["rows"] = TensorType(DType.int64, ["batch", "place"], cpu)
     many = {**cross, **queries("state", "token")}
     half = of_dtype(many, DType.bfloat16)
@@ -119,7 +110,7 @@ def attentions() -> list[Program]:
         Program("cross", "", Attention(), Attention.cross, cross),
         Program("cached", "", Attention(), Attention.cached, cached),
         Program("of other lengths", "", Attention(), Attention.cached, {**cached, "length": lengths}),
-        Program("of other rows", "", Attention(), Attention.scattered, scattered),
+        Program("of other rows", "", Attention(), Attention.cached, scattered),
         Program("written out", "", Attention(), Attention.written_out, written_out),
         Program("in place", "", Attention(), Attention.in_place, in_place),
         Program("device scores", "", Attention(), Attention.device_scores, many),
@@ -168,7 +159,7 @@ def test_attention_of_texts_that_share_keys(rows: int, shared: int, n_head: int,
     generator = torch.Generator().manual_seed(seed)
     q = torch.randn(rows * shared, 1, n_head * N_CHANNEL, generator=generator)
     k, v = torch.randn(2, rows, n_head, n_key, N_CHANNEL, generator=generator)
-    check("cross", graphs()["cross"](q, k, v), q, k, v)
+    check("cross", graphs()["cross"](q=q, k=k, v=v), q, k, v)
 
 
 @settings(max_examples=60)
@@ -186,9 +177,9 @@ def test_attention_of_many_queries(
     q = torch.randn(rows * shared, n_token, n_head * N_CHANNEL, generator=generator).to(dtype)
     k, v = torch.randn(2, rows, n_head, n_key, N_CHANNEL, generator=generator).to(dtype)
     name = "many" if dtype == torch.float32 else "many, bfloat16"
-    check(name, graphs()[name](q, k, v), q, k, v, output=ATTENTION)
+    check(name, graphs()[name](q=q, k=k, v=v), q, k, v, output=ATTENTION)
     q, k = q.abs(), k.abs()  # a score may be near 0 by chance else, and its relative error anything
-    check(name, graphs()[name](q, k, v), q, k, v, output=SCORES)
+    check(name, graphs()[name](q=q, k=k, v=v), q, k, v, output=SCORES)
 
 
 @settings(max_examples=60)
@@ -197,7 +188,7 @@ def test_causal_attention(rows: int, n_head: int, n_token: int, seed: int) -> No
     generator = torch.Generator().manual_seed(seed)
     q = torch.randn(rows, n_token, n_head * N_CHANNEL, generator=generator)
     k, v = torch.randn(2, rows, n_head, n_token, N_CHANNEL, generator=generator)
-    check("causal", graphs()["causal"](q, k, v), q, k, v, causal=True)
+    check("causal", graphs()["causal"](q=q, k=k, v=v), q, k, v, causal=True)
 
 
 @settings(max_examples=60)
@@ -227,7 +218,9 @@ def test_attention_behind_a_cache_in_place(n_position: int, rows: int, data: st.
     there[own, n_past] = own
     there[torch.arange(n_position) > n_past[:, None]] = 1 << 40  # nor this
     before = caches.clone()
-    (ours,) = graphs()["in place"](q, *caches, n_past, k_new, v_new, *caches, there)
+    given = {"q": q, "length": n_past, "k_new": k_new, "v_new": v_new, "rows": there}
+    given |= {name + written: kv for name, kv in zip("kv", caches, strict=True) for written in ("", "_written")}
+    (ours,) = graphs()["in place"](**given)
     before[:, own, n_past] = torch.stack([k_new, v_new])[:, :, :, 0]
     for row, place in enumerate(n_past.tolist()):
         k, v = before[:, there[row, : place + 1], torch.arange(place + 1)].unsqueeze(1).transpose(2, 3)
@@ -244,8 +237,10 @@ def check_cached(
     if output == SCORES:
         q, k = q.abs(), k.abs()
     nothing = torch.full((rows, n_head, n_free, N_CHANNEL), float("nan"))
-    caches = (torch.cat([x[:, :, :n_past], nothing], 2) for x in (k, v))
-    ours = graphs()[graph](q, *caches, torch.tensor(n_past), k[:, :, n_past:], v[:, :, n_past:])
+    given = {"q": q, "length": torch.tensor(n_past)}
+    for name, kv in {"k": k, "v": v}.items():
+        given |= {name: torch.cat([kv[:, :, :n_past], nothing], 2), f"{name}_new": kv[:, :, n_past:]}
+    ours = graphs()[graph](**given)
     check(graph, ours, q, k, v, output=output)
 
 
@@ -259,7 +254,7 @@ def test_attention_over_parts_of_the_keys(
     q = torch.randn(rows * shared, 1, n_head * N_CHANNEL, generator=generator).to(TORCH_DTYPE[dtype])
     k, v = torch.randn(2, rows, n_head, n_key, N_CHANNEL, generator=generator).to(TORCH_DTYPE[dtype])
     name = f"split, {dtype.name}"
-    check(name, graphs()[name](q, k, v), q, k, v)
+    check(name, graphs()[name](q=q, k=k, v=v), q, k, v)
 
 
 def test_parts_that_differ_by_more_than_float32_holds() -> None:
@@ -268,7 +263,7 @@ def test_parts_that_differ_by_more_than_float32_holds() -> None:
     k = torch.zeros(1, 1, 150, N_CHANNEL)
     k[:, :, 70] = 1000
     k[:, :, :PART] = k[:, :, 140:] = -float("inf")
-    assert graphs()["split, float32"](q, k, v)[0].equal(v[:, :, 70])
+    assert graphs()["split, float32"](q=q, k=k, v=v)[0].equal(v[:, :, 70])
 
 
 @settings(max_examples=20)
@@ -279,21 +274,22 @@ def test_scores_as_a_gpu_computes_them(
     generator = torch.Generator().manual_seed(seed)
     q = torch.rand(rows * shared, n_token, n_head * N_CHANNEL, generator=generator)
     k, v = torch.rand(2, rows, n_head, n_key, N_CHANNEL, generator=generator)
-    ours = graphs()["device scores"](q, k, v)
+    ours = graphs()["device scores"](q=q, k=k, v=v)
     check("device scores", [ours[0], *ours], q, k, v, output=SCORES)
 
 
 def test_attention_of_a_text_is_bitwise_the_same_among_any_others() -> None:
     q, (k, v) = torch.randn(11, 1, 6 * N_CHANNEL), torch.randn(2, 1, 6, 1500, N_CHANNEL)
-    (together,) = graphs()["cross"](q, k, v)
-    assert together.equal(torch.cat([graphs()["cross"](each[None], k, v)[0] for each in q]))
+    (together,) = graphs()["cross"](q=q, k=k, v=v)
+    assert together.equal(torch.cat([graphs()["cross"](q=each[None], k=k, v=v)[0] for each in q]))
 
 
 def test_a_query_is_bitwise_the_same_among_any_others() -> None:
     q, (k, v) = torch.randn(3, 400, 2 * N_CHANNEL), torch.randn(2, 3, 2, 131, N_CHANNEL)
-    together, _ = graphs()["many"](q, k, v)
+    together, _ = graphs()["many"](q=q, k=k, v=v)
     for text, n_token in ((0, 400), (1, 399), (2, 5)):
-        alone, _ = graphs()["many"](q[text : text + 1, -n_token:], k[text : text + 1], v[text : text + 1])
+        row = slice(text, text + 1)
+        alone, _ = graphs()["many"](q=q[row, -n_token:], k=k[row], v=v[row])
         assert together[text : text + 1, -n_token:].equal(alone)
 
 
@@ -310,7 +306,7 @@ def test_a_key_that_outweighs_all_others_is_found(name: str, n_key: int) -> None
     for place in (0, n_key // 2, n_key - 1):
         k = torch.zeros_like(v)
         k[:, :, place] = 1000
-        assert graphs()[name](q, k, v)[0].equal(v[:, 0, place].expand(q.shape))
+        assert graphs()[name](q=q, k=k, v=v)[0].equal(v[:, 0, place].expand(q.shape))
 
 
 @pytest.mark.parametrize("n_key", [5, 100, 131])
@@ -325,15 +321,15 @@ def test_a_key_that_is_no_number_is_seen(name: str, n_key: int) -> None:
     for place in (0, n_key // 2, n_key - 1):
         broken = k.to(dtype)
         broken[:, :, place] = float("nan")
-        assert graphs()[name](q, broken, v.to(dtype))[0].isnan().all()
+        assert graphs()[name](q=q, k=broken, v=v.to(dtype))[0].isnan().all()
 
 
 def test_texts_of_other_lengths_attend_as_they_do_alone() -> None:
-    q, lengths = torch.randn(4, 1, 3 * N_CHANNEL), [5, 0, 17, 1]
-    k, v, k_new, v_new = (torch.randn(4, 3, n, N_CHANNEL) for n in (20, 20, 1, 1))
-    (together,) = graphs()["of other lengths"](q, k, v, torch.tensor(lengths), k_new, v_new)
-    rows = [[x[i : i + 1] for x in (q, k, v, k_new, v_new)] for i in range(4)]
-    alone = [graphs()["cached"](*row[:3], torch.tensor(n), *row[3:])[0] for row, n in zip(rows, lengths, strict=True)]
+    lengths, given = [5, 0, 17, 1], {"q": torch.randn(4, 1, 3 * N_CHANNEL)}
+    given |= {name: torch.randn(4, 3, n, N_CHANNEL) for name, n in {"k": 20, "v": 20, "k_new": 1, "v_new": 1}.items()}
+    (together,) = graphs()["of other lengths"](length=torch.tensor(lengths), **given)
+    rows = [{name: x[i : i + 1] for name, x in given.items()} for i in range(4)]
+    alone = [graphs()["cached"](length=torch.tensor(n), **row)[0] for row, n in zip(rows, lengths, strict=True)]
     assert together.equal(torch.cat(alone))
 
 
@@ -346,6 +342,7 @@ def test_places_may_be_read_from_any_row(rows: int, n_head: int, n_past: int, se
     ))  # fmt: skip
     k, v = torch.randn(2, rows, n_head, n_past + 2, N_CHANNEL, generator=generator)
     rows = torch.randint(0, rows, (rows, n_past + 2), generator=generator)
-    gathered = (x[rows, :, torch.arange(n_past + 2)].transpose(1, 2) for x in (k, v))
-    (ours,) = graphs()["of other rows"](q, k, v, torch.tensor(n_past), k_new, v_new, rows)
-    assert ours.equal(graphs()["cached"](q, *gathered, torch.tensor(n_past), k_new, v_new)[0])
+    gathered = {name: x[rows, :, torch.arange(n_past + 2)].transpose(1, 2) for name, x in {"k": k, "v": v}.items()}
+    given = {"q": q, "length": torch.tensor(n_past), "k_new": k_new, "v_new": v_new}
+    (ours,) = graphs()["of other rows"](k=k, v=v, rows=rows, **given)
+    assert ours.equal(graphs()["cached"](**gathered, **given)[0])

@@ -22,10 +22,9 @@ from maxwhisper.cli.outputs import FORMATS
 from maxwhisper.cli.terminal import messages_on_stderr
 from maxwhisper.compare import material
 from maxwhisper.engine import session
+from reference.fixtures import NANO, ROOT
 
-from .command import CLIP, RESULT, ROOT, StubModel, assert_one_line, status, write_wav
-
-NANO = ROOT / "fixtures" / "nano.pt"
+from .command import CLIP, RESULT, StubModel, assert_one_line, status, write_wav
 
 
 @pytest.fixture

@@ -10,8 +10,9 @@ import pytest
 
 from maxwhisper import __version__
 from maxwhisper.cli import build_parser
+from reference.fixtures import ROOT
 
-from .command import CLIP, ROOT, StubModel, assert_one_line, status
+from .command import CLIP, StubModel, assert_one_line, status
 
 # The options whose values differ from OpenAI's on purpose.
 DIFFERENCES = {

@@ -206,7 +206,8 @@ def selected_by_graph(logits: torch.Tensor, tokens: torch.Tensor, ends: list[int
     rules = TokenRules(N_VOCAB, SAMPLE_BEGIN, EOT).inputs(tokens, 1).inputs()
     texts = torch.nn.functional.pad(tokens, (0, 1))
     lengths = torch.full((len(tokens),), tokens.shape[1])
-    return [texts, *graph()(logits, texts, lengths, torch.tensor(ends), totals(tokens), *rules.values())]
+    state = {"texts": texts, "lengths": lengths, "ends": torch.tensor(ends), "totals": totals(tokens)}
+    return [texts, *graph()(logits=logits, **state, **rules)]
 
 
 def test_a_text_that_has_ended_stays_as_it_is() -> None:

@@ -17,7 +17,7 @@ from maxwhisper.decoding.gpu import MAX_CANDIDATES, MAX_ENDED, choose_beams, end
 from maxwhisper.decoding.openai_loop import BeamSearchDecoder
 from maxwhisper.decoding.rules import NoWeights, Rules, TokenRules
 from maxwhisper.decoding.stepper import Candidates, Texts
-from maxwhisper.engine.program import Artifact, Executable, Program, by_name
+from maxwhisper.engine.program import Artifact, Executable, Program
 from maxwhisper.engine.session import Policy
 from reference.fixtures import NANO
 
@@ -53,10 +53,9 @@ def graphs() -> dict[str, Executable]:
         choose_beams(given, cpu)
         return []
 
-    by_select = {"logits": logits, **types}
     programs = [
-        Program("select", "", NoWeights(), by_name(by_select, selecting), by_select),
-        Program("beams", "", NoWeights(), by_name(types, choosing), types),
+        Program("select", "", NoWeights(), selecting, {"logits": logits, **types}),
+        Program("beams", "", NoWeights(), choosing, types),
     ]
     return Artifact("rules and beams of a device", programs, "cpu").init({})
 

@@ -1,23 +1,24 @@
 """What Python and the Mojo kernels both say of a layout, by position or by number: the same."""
 
 import re
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from max.dtype import DType
-from max.graph import DeviceRef, TensorType
+from max.graph import DeviceRef, TensorType, ops
 
 from maxwhisper.checkpoint import load_checkpoint
-from maxwhisper.decoding import rules, speculative
-from maxwhisper.decoding.rules import TokenRules, rules_inputs, texts_inputs
+from maxwhisper.decoding import cpu, gpu, rules, speculative
+from maxwhisper.decoding.rules import TokenRules, top_tokens
 from maxwhisper.decoding.speculative import MATRICES, SCALE_SIZE, VECTORS, WEIGHTS, Draft, draft_types, propose
 from maxwhisper.engine.kernel_library import KERNELS
 from maxwhisper.engine.session import Policy
 from maxwhisper.network.keys_values import Cache, KeyValue
-from maxwhisper.network.model import LayerNorm, ResidualAttentionBlock
-from maxwhisper.network.products import DECODER_LAYERS
+from maxwhisper.network.model import LayerNorm, MultiHeadAttention, ResidualAttentionBlock
+from maxwhisper.network.products import DECODER_LAYERS, step_product
 
 from .test_speculation import NANO
 
@@ -69,39 +70,132 @@ def test_a_kernel_takes_a_layers_weights_in_the_order_of_its_submodules() -> Non
     assert weights == [kernels_name(name) for name in WEIGHTS if name in (*MATRICES, *VECTORS)]
 
 
-def test_a_kernel_takes_texts_and_rules_in_the_order_of_a_graphs_inputs() -> None:
-    assert inputs("select_tokens.mojo", "maxwhisper.select_tokens") == ["logits", *texts_inputs(), *rules_inputs(9)]
-
-
 class Named(str):
     """What stands for the value of a kernel's operand, by its name there."""
 
-    shape = (1, 1, 64)
+    shape: tuple[int, ...] = (1, 1, 64)
     device = DeviceRef.CPU()
     dtype = DType.float32
+    type = None
 
     def same(self, _: Any) -> "Named":
         return self
 
-    cast = broadcast_to = same
+    cast = broadcast_to = reshape = same
 
 
-def test_a_kernel_takes_a_layers_values_in_this_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken: list[Any] = []
+Operation = tuple[list[Any], list[TensorType]]
 
-    def custom(name: str, _: DeviceRef, values: list[Any], types: list[TensorType], **parameters: Any) -> list[Any]:
-        taken.extend([values, types])
+
+@pytest.fixture
+def called(monkeypatch: pytest.MonkeyPatch) -> dict[str, Operation]:
+    """The values and the types of outputs that operations of ours are called with, by name; a constant is the operand
+    `worth`, as it is where there is one."""
+    found: dict[str, Operation] = {}
+
+    def custom(name: str, _: DeviceRef, values: list[Any], types: Any = (), **parameters: Any) -> list[Any]:
+        found[name.removeprefix("maxwhisper.")] = values, types
         return [SimpleNamespace(tensor=Named(number)) for number in range(len(types))]
 
-    monkeypatch.setattr("maxwhisper.network.backends.ops.custom", custom)
+    monkeypatch.setattr(ops, "custom", custom)
+    monkeypatch.setattr(ops, "inplace_custom", custom)
+    monkeypatch.setattr(ops, "constant", lambda *_: Named("worth"))
+    return found
+
+
+POLICY = Policy(DeviceRef.CPU(), DType.float32, DType.float32)
+Operands = dict[str, Any]
+
+
+def decoder(given: Operands) -> Any:
+    """What of a decoder is an operand, beside its layers."""
+    weights = ("token_embedding", "ln")
+    named = {name: SimpleNamespace(weight=given.get(name, f"{name}_weight"), bias=f"{name}_bias") for name in weights}
+    return SimpleNamespace(policy=POLICY, positional_embedding=given.get("positional_embedding"), **named)
+
+
+def written(given: Operands, *names: str) -> Operands:
+    """Operands by the names of a graph's inputs, some of which are those that it writes into."""
+    return {f"{name} written" if name in names else name: value for name, value in given.items()}
+
+
+def selected(given: Operands) -> None:
+    logits = given.pop("logits")
+    logits.shape = (1, 9)
+    gpu.select(logits, written(given, *gpu.STATE), 1, True)
+
+
+def beams(given: Operands) -> None:
+    ended = {name: given.pop(name.replace("ended", "finished")) for name in gpu.ENDED}
+    gpu.choose_beams({**written(given, *gpu.STATE, "rows"), **ended}, POLICY.device)
+
+
+def proposed(given: Operands) -> None:
+    draft = Draft(given["matrices"], given["vectors"], given["quantized_embedding"])
+    propose(decoder(given), draft, {**given, "quantized cross": given["cross"]})
+
+
+def cached(given: Operands) -> None:
+    attn = MultiHeadAttention(64, 1, POLICY)
+    cache = Cache(given["k"], given["v"], given["n_past"], given["rows"])
+    attn.by_kernel(given["q"], KeyValue(given["k_new"], given["v_new"]), cache=cache)
+
+
+def in_place(given: Operands) -> None:
+    q = given.pop("q")
+    slots: Any = SimpleNamespace(filled=lambda qkv: q, **given)
+    MultiHeadAttention(64, 1, POLICY).attend_in_place(Named("qkv"), slots)
+
+
+def step(given: Operands) -> None:
+    norm = SimpleNamespace(weight=given.pop("norm_weight"), bias=given.pop("norm_bias"))
+    step_product(**given, norm=norm)
+
+
+def appended(given: Operands) -> None:
+    caches = {"k_written.0": given["k"], "v_written.0": given["v"]}
+    cpu.append(caches, [given["k_new"], given["v_new"]], given["n_past"])
+
+
+OPERATIONS: dict[str, Callable[[Operands], object]] = {
+    "append": appended,
+    "cached_attention": cached,
+    "cached_split_attention": in_place,
+    "device_beams": beams,
+    "device_select": selected,
+    "goes_on": lambda given: cpu.goes_on(*(given[name] for name in ("left", "credit", "before", "lengths")), 1),
+    "propose": proposed,
+    "select_tokens": lambda given: top_tokens(given["logits"], given),
+    "step_product": step,
+}
+"""What calls an operation of ours, of its operands by their names in Mojo."""
+
+FILES = {
+    operation: file.name
+    for file in sorted(KERNELS.glob("*.mojo"))
+    for operation in re.findall(r'register\("maxwhisper\.(\w+)"\)', file.read_text())
+}
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [name for name, file in FILES.items() if len(inputs(file, f"maxwhisper.{name}")) > 4 and name != "decoder_block"],
+)
+def test_a_kernel_takes_its_operands_in_the_order_of_its_source(operation: str, called: dict[str, Operation]) -> None:
+    """Of every operation with more than four; another test has `decoder_block`."""
+    names = inputs(FILES[operation], f"maxwhisper.{operation}")
+    OPERATIONS[operation]({name: Named(name) for name in names})
+    assert called[operation][0] == names
+
+
+def test_a_kernel_takes_a_layers_values_in_this_order(called: dict[str, Operation]) -> None:
     names = operands("decoder_block.mojo", "maxwhisper.decoder_block")
     outputs = [name for name, kind in names.items() if kind == "Output"]
     x, k, v, n_past, rows, *cross = given = [Named(name) for name in [*names][len(outputs) :][:7]]
     assert given == ["x", "k", "v", "n_past", "rows", "k_cross", "v_cross"]
-    policy = Policy(DeviceRef.CPU(), DType.float32, DType.float32)
-    block = ResidualAttentionBlock(64, 2, policy, cross_attention=True)
+    block = ResidualAttentionBlock(64, 2, POLICY, cross_attention=True)
     y, found = block.kernel_outputs(x, KeyValue(*cross), Cache(k, v, n_past, rows))  # type: ignore[arg-type]
-    values, types = taken
+    values, types = called["decoder_block"]
     assert values[:7] == given
     assert [name for name, of in zip(outputs, types, strict=True) if of.shape[2] == 256] == ["hidden", "active"]
     hidden, active, mlp = block.mlp
@@ -117,23 +211,6 @@ def test_a_kernel_takes_a_layers_values_in_this_order(monkeypatch: pytest.Monkey
     assert y == "0" and {name: found[module] for name, module in named.items()} == {
         name: str(outputs.index(name)) for name in named
     }
-
-
-def test_a_kernel_takes_what_it_proposes_by_in_this_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken: list[Any] = []
-
-    def inplace_custom(name: str, _: DeviceRef, values: list[Any], *others: Any, **parameters: Any) -> list[Any]:
-        taken.extend(values)
-        return [SimpleNamespace(tensor=None)]
-
-    monkeypatch.setattr(speculative.ops, "inplace_custom", inplace_custom)
-    names = inputs("draft.mojo", "maxwhisper.propose")
-    named = {"quantized cross" if name == "cross" else name: Named(name) for name in names}
-    ln = SimpleNamespace(weight="ln_weight", bias="ln_bias")
-    embedding = SimpleNamespace(weight="token_embedding")
-    decoder: Any = SimpleNamespace(token_embedding=embedding, positional_embedding="positional_embedding", ln=ln)
-    propose(decoder, Draft("matrices", "vectors", "quantized_embedding"), named)
-    assert taken == names
 
 
 def test_a_drafts_weights_stand_where_the_kernel_looks_for_them() -> None:

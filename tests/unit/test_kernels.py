@@ -67,7 +67,7 @@ def test_every_value_is_the_sum_of_its_products(
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, n_token, n_in, generator=generator)
     weight = torch.randn(n_out, n_in, generator=generator).to(TORCH_DTYPE[stored])
-    (y,) = graphs()[stored.name](x, weight)
+    (y,) = graphs()[stored.name](x=x, weight=weight)
     exact, terms = x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T
     assert y.shape == exact.shape
     assert ((y - exact).abs() <= bound_of_sums(n_in, terms)).all()
@@ -75,7 +75,7 @@ def test_every_value_is_the_sum_of_its_products(
 
 def test_a_product_large_enough_for_several_threads() -> None:
     x, weight = torch.randn(2, 7, 384), torch.randn(51865, 384).half()
-    (y,) = graphs()["float16"](x, weight)
+    (y,) = graphs()["float16"](x=x, weight=weight)
     found = judge_formula(
         "product",
         lambda given: [given["x"] @ given["weight"].T],
@@ -88,8 +88,8 @@ def test_a_product_large_enough_for_several_threads() -> None:
 
 def test_a_row_is_bitwise_the_same_among_any_others() -> None:
     x, weight = torch.randn(1, 13, 1000), torch.randn(77, 1000).half()
-    (together,) = graphs()["float16"](x, weight)
-    alone = [graphs()["float16"](row[None, None], weight)[0] for row in x[0]]
+    (together,) = graphs()["float16"](x=x, weight=weight)
+    alone = [graphs()["float16"](x=row[None, None], weight=weight)[0] for row in x[0]]
     assert together.equal(torch.cat(alone, 1))
 
 
@@ -143,7 +143,7 @@ def test_convolution(name: str, how: str, batch: int) -> None:
     def exact(x: Tensor, weight: Tensor) -> Tensor:
         return torch.nn.functional.conv1d(x.transpose(1, 2), weight, stride=stride).transpose(1, 2)
 
-    (y,) = graphs()[name + how](x, weight)
+    (y,) = graphs()[name + how](x=x, weight=weight)
     expected, terms = exact(x.double(), weight.double()), exact(x.double().abs(), weight.double().abs())
     assert y.shape == expected.shape
     assert ((y - expected).abs() <= bound_of_sums(N_IN * taps, terms)).all()
@@ -157,7 +157,7 @@ def test_convolution_in_bfloat16(name: str) -> None:
     def exact(x: Tensor, weight: Tensor) -> Tensor:
         return torch.nn.functional.conv1d(x.transpose(1, 2), weight, stride=stride).transpose(1, 2)
 
-    (y,) = graphs()[f"{name}, bfloat16"](x, weight)
+    (y,) = graphs()[f"{name}, bfloat16"](x=x, weight=weight)
     rounded = weight.bfloat16().double()
     expected, terms = exact(x.double(), rounded), exact(x.double().abs(), rounded.abs())
     assert y.dtype == torch.float32
@@ -167,15 +167,15 @@ def test_convolution_in_bfloat16(name: str) -> None:
 @pytest.mark.parametrize("name", FORMS)
 def test_a_window_is_bitwise_the_same_in_a_batch(name: str) -> None:
     x, weight = torch.randn(3, N_FRAME, N_IN), torch.randn(N_OUT, N_IN, FORMS[name][0]).half()
-    (together,) = graphs()[name](x, weight)
-    assert together.equal(torch.cat([graphs()[name](window[None], weight)[0] for window in x]))
+    (together,) = graphs()[name](x=x, weight=weight)
+    assert together.equal(torch.cat([graphs()[name](x=window[None], weight=weight)[0] for window in x]))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_values_that_are_not_finite_stay_so(value: float) -> None:
     x = torch.zeros(1, 1, 40)
     x[0, 0, 39] = value
-    (y,) = graphs()["float32"](x, torch.ones(5, 40))
+    (y,) = graphs()["float32"](x=x, weight=torch.ones(5, 40))
     assert not y.isfinite().any()
 
 
@@ -232,7 +232,7 @@ def affine() -> list[Program]:
 def test_a_product_is_rounded_once_with_its_bias(rows: str, dtype: DType) -> None:
     half = TORCH_DTYPE[dtype]
     x, weight, bias = torch.randn(2, N_FRAME, N_IN).to(half), torch.randn(N_OUT, N_IN).half(), torch.randn(N_OUT)
-    (y,) = graphs()[f"{rows}, {dtype.name}"](x, weight, bias)
+    (y,) = graphs()[f"{rows}, {dtype.name}"](x=x, weight=weight, bias=bias)
     exact, terms = (
         f(x.double()) @ f(weight.to(half).double()).T + f(bias.double()) for f in (torch.positive, torch.abs)
     )
@@ -254,12 +254,13 @@ class StepProduct(Module):
         super().__init__()
         self.name = name
 
-    def __call__(self, *given: TensorValue) -> list[TensorValue]:
-        x, weight, bias, norm_weight, norm_bias, residual = given
-        norm = SimpleNamespace(weight=norm_weight, bias=norm_bias)
+    def __call__(self, norm_weight: TensorValue, norm_bias: TensorValue, **given: TensorValue) -> list[TensorValue]:
         if self.name == "residual":
-            return [step_product(x, weight, bias, residual=residual)]
-        return [step_product(x, weight, None if "alone" in self.name else bias, norm=norm, **WITH[self.name])]
+            return [step_product(**given)]
+        del given["residual"]
+        bias = None if "alone" in self.name else given["bias"]
+        norm = SimpleNamespace(weight=norm_weight, bias=norm_bias)
+        return [step_product(**{**given, "bias": bias, **WITH[self.name]}, norm=norm)]
 
 
 def step_products() -> list[Program]:

@@ -34,6 +34,7 @@ from maxwhisper.decoding.openai_loop import DecodingTask, MaxInference, first_to
 from maxwhisper.decoding.rules import TOKEN_RULES, TokenRules, rules_program
 from maxwhisper.decoding.stepper import Advanced, Texts
 from maxwhisper.engine.program import Artifact
+from maxwhisper.engine.session import Policy
 from maxwhisper.errors import DecodingError
 from maxwhisper.network.blocks import BLOCKS
 from maxwhisper.whisper import Whisper, load_model
@@ -65,6 +66,12 @@ ONE_QUERY = ("decoder.attention.cached", "decoder.cross_attention.step")
 NIGHTLY = pytest.mark.nightly
 
 
+class OfDevices(Policy):
+    """The kernels of a GPU, on a CPU."""
+
+    own_kernels = False
+
+
 @pytest.mark.parametrize(
     ("dtype", "names"),
     [
@@ -74,15 +81,13 @@ NIGHTLY = pytest.mark.nightly
     ],
     ids=lambda value: str(value) if isinstance(value, torch.dtype) else "",
 )
-def test_blocks_pass_the_judge(dtype: torch.dtype, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_pass_the_judge(dtype: torch.dtype, names: tuple[str, ...]) -> None:
     """By the graphs of a GPU, which in bfloat16 round a product before its bias is added. Many queries attend by a
     kernel that only GPUs have, but in float32."""
     suite = Suite(trained(), dtype)
     blocks = [BLOCKS[name] for name in names]
-    with monkeypatch.context() as patch:
-        for module in ("backends", "products"):
-            patch.setattr(f"maxwhisper.network.{module}.own_kernels", lambda _: False)
-        artifact = Artifact("as on a GPU", [block.program(suite.dims, suite.policy) for block in blocks], "cpu")
+    policy = OfDevices(**vars(suite.policy))
+    artifact = Artifact("as on a GPU", [block.program(suite.dims, policy) for block in blocks], "cpu")
     for block in blocks:
         for comparison in suite.comparisons(block, ["speech"]):
             layer = comparison.layer

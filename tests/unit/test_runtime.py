@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -40,12 +42,20 @@ def wakeups() -> dict[str, int]:
 def test_no_thread_wakes_all_the_time_once_a_graph_has_run() -> None:
     inputs = {"x": TensorType(DType.float32, ["n"], DeviceRef.CPU())}
     program = Program("gelu", "", GELU(), lambda gelu, x: [gelu(x)], inputs)
-    Artifact("gelu", [program], "cpu").init({})["gelu"](torch.ones(3))
+    Artifact("gelu", [program], "cpu").init({})["gelu"](x=torch.ones(3))
     before = wakeups()
     time.sleep(0.5)
     after = wakeups()
     busiest = max(after[name] - before.get(name, 0) for name in after)
     assert busiest < 250, f"a thread woke {busiest} times in half a second"  # MAX's logger asks for 5,000
+
+
+def test_a_graph_takes_its_inputs_by_name_alone() -> None:
+    graph: Any = Executable("encoder", Mock(), {}, ["mel"], Mock())
+    with pytest.raises(TypeError, match=r"encoder: inputs missing: \['mel'\], not known: \['x'\]"):
+        graph(x=torch.ones(3))
+    with pytest.raises(TypeError, match="positional"):
+        graph(torch.ones(3))
 
 
 COMPILE_AND_END = """
@@ -117,9 +127,9 @@ def test_no_thread_of_pytorch_waits_while_a_graph_runs(
 ) -> None:
     seen, call = [], Executable.__call__
 
-    def counted(self: Executable, *inputs: torch.Tensor, **named: torch.Tensor) -> list[torch.Tensor]:
+    def counted(self: Executable, **inputs: torch.Tensor) -> list[torch.Tensor]:
         seen.append(torch.get_num_threads())
-        return call(self, *inputs, **named)
+        return call(self, **inputs)
 
     model = load_model(NANO)
     monkeypatch.setattr(Executable, "__call__", counted)

@@ -27,11 +27,11 @@ from maxwhisper.decoding.openai_loop import MAX_STEPS, MaxInference
 from maxwhisper.decoding.rules import NoWeights, Rules, TokenRules, rules_inputs, texts_inputs, top_tokens
 from maxwhisper.decoding.speculative import N_PROPOSED, SPECULATE, WORTH_PROPOSING, Draft, draft_of, quantize
 from maxwhisper.decoding.stepper import Texts
-from maxwhisper.engine.program import Artifact, Executable, Program, by_name
+from maxwhisper.engine.program import Artifact, Executable, Program
 from maxwhisper.engine.session import Policy
 from maxwhisper.errors import DecodingError
 from maxwhisper.network.blocks import BLOCKS
-from maxwhisper.network.keys_values import Cache, KeyValue
+from maxwhisper.network.model import ResidualAttentionBlock
 from maxwhisper.whisper import Whisper, load_model
 from reference.fixtures import FIXTURES, NANO
 
@@ -274,8 +274,7 @@ def verify() -> Executable:
     """Returns the graph that selects tokens, of texts with proposals behind them."""
     logits = TensorType(DType.float32, ["batch", "token", N_VOCAB], DeviceRef.CPU())
     inputs = {"logits": logits, **texts_inputs(), **rules_inputs(N_VOCAB)}
-    function = by_name(inputs, lambda _, logits, **given: top_tokens(logits, given))
-    program = Program("verify", "", NoWeights(), function, inputs)
+    program = Program("verify", "", NoWeights(), lambda _, logits, **given: top_tokens(logits, given), inputs)
     return Artifact("verifying proposals", [program], "cpu").init({})["verify"]
 
 
@@ -333,31 +332,25 @@ def test_several_tokens_of_a_layer_are_bitwise_as_many_steps() -> None:
     checkpoint = load_checkpoint(NANO)
     dims, policy = checkpoint.dims, Policy(DeviceRef.CPU(), DType.float16, DType.float32)
     n_text, n_token, n_position, n_past = 2, 5, 100, [70, 3]
-    _, _, *cached = BLOCKS["decoder.block.step"].inputs(dims, policy).values()
-    cpu = DeviceRef.CPU()
+    block, cpu = BLOCKS["decoder.block.step"], DeviceRef.CPU()
     inputs = {
+        **block.inputs(dims, policy),
         "x": TensorType(DType.float32, ["batch", "token", dims.n_text_state], cpu),
         "offset": TensorType(DType.int64, ["batch"], cpu),
         "rows": TensorType(DType.int64, ["batch", "position"], cpu),
-        **{str(number): each for number, each in enumerate(cached)},
     }
-
-    def steps(block: Any, x: Any, offset: Any, rows: Any, *kv: Any) -> Any:
-        return block.steps(x, KeyValue(*kv[2:]), Cache(*kv[:2], offset, rows))
-
-    block = BLOCKS["decoder.block.step"]
-    program = Program("steps", block.path, block.module(dims, policy), steps, inputs)
+    program = Program("steps", block.path, block.module(dims, policy), ResidualAttentionBlock.steps, inputs)
     graph = Artifact("several tokens", [program], "cpu").init(checkpoint.tensors, text_layer=1)["steps"]
     n_head, n_channel = dims.n_text_head, dims.n_text_state // dims.n_text_head
-    own = [torch.randn(n_text, n_head, n_position, n_channel) for _ in range(2)]
-    cross = [torch.randn(n_text, n_head, dims.n_audio_ctx, n_channel) for _ in range(2)]
+    own = {name: torch.randn(n_text, n_head, n_position, n_channel) for name in ("k_cache", "v_cache")}
+    cross = {name: torch.randn(n_text, n_head, dims.n_audio_ctx, n_channel) for name in ("k_cross", "v_cross")}
     x, lengths, rows = torch.randn(n_text, n_token, dims.n_text_state), torch.tensor(n_past), rows_of(2, n_position)
-    at_once = graph(x, lengths, rows, *own, *cross)
+    at_once = graph(x=x, offset=lengths, rows=rows, **own, **cross)
     for token in range(n_token):
-        one = graph(x[:, token : token + 1], lengths + token, rows, *own, *cross)
+        one = graph(x=x[:, token : token + 1], offset=lengths + token, rows=rows, **own, **cross)
         for ours, theirs in zip(at_once, one, strict=True):
             assert ours[:, token : token + 1].equal(theirs)
-        for kv, new in zip(own, one[1:], strict=True):
+        for kv, new in zip(own.values(), one[1:], strict=True):
             for text in range(n_text):
                 kv[text, :, n_past[text] + token] = new[text].reshape(n_head, n_channel)
 

@@ -127,9 +127,8 @@ def judged(
     of = comparison(fixture, block)
 
     @torch.no_grad()
-    def subject(*inputs: Tensor) -> list[Tensor]:
+    def subject(**given: Tensor) -> list[Tensor]:
         with around():
-            given = dict(zip(BLOCKS[block].inputs(fixture.dims, fixture.policy), inputs, strict=True))
             return [change(x) for x in TWINS[block](fixture.peer, of.layer, **given)]
 
     trial = fixture.trial(of, subject)

@@ -48,7 +48,7 @@ def judged(
     suite = Suite(model, torch.float32, memory=memory)
     right = pytorch_in_the_subjects_place(suite, of)
     subject = suite.subject
-    subject.executables[subject.unit(BLOCK), of.layer] = {BLOCK.name: lambda *inputs: change(right(*inputs))}
+    subject.executables[subject.unit(BLOCK), of.layer] = {BLOCK.name: lambda **inputs: change(right(**inputs))}
     return suite.judge(of)
 
 

@@ -22,13 +22,11 @@ from maxwhisper.decoding.openai_loop import MaxInference
 from maxwhisper.errors import AudioError, DeviceError, OptionError
 from maxwhisper.options import within
 from maxwhisper.whisper import Whisper, load_model
+from reference.fixtures import FIXTURES, NANO
 from reference.models import trained
 from reference.suite import Suite
 
 from .conftest import CLIPS, WINDOW
-
-FIXTURES = Path(__file__).parents[2] / "fixtures"
-NANO = FIXTURES / "nano.pt"
 
 
 def test_attributes_are_openais(model: Whisper, openai: OpenAIWhisper) -> None:
