@@ -28,11 +28,7 @@ from whisper.decoding import DecodingOptions, DecodingResult
 from whisper.tokenizer import get_tokenizer
 
 import maxwhisper
-
-try:
-    from maxwhisper.network.blocks import BLOCKS
-except ModuleNotFoundError:  # of a tree whose modules do not stand in packages yet
-    from maxwhisper.blocks import BLOCKS  # type: ignore[import-not-found,no-redef]
+from maxwhisper.network.blocks import BLOCKS
 from reference.suite import DTYPES, Suite, load
 
 PR_SET_PDEATHSIG = 1
