@@ -9,13 +9,15 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path, or_keeping: bool = False) -> Iterator[Path]:
-    """Gives a place for a file or a folder of the same name, which takes that of `path` when it is complete: a file in
-    one step, a folder just after an earlier one has gone. or_keeping: a folder that is there by then stays instead.
+    """Gives a place for a file or a folder of the same name, which takes that of `path`, or of what a link there leads
+    to, when it is complete: a file in one step, a folder just after an earlier one has gone. or_keeping: a folder that
+    is there by then stays instead.
 
     Where the block raises, what was under `path` stays as it was. Raises OSError if nothing can be written there.
     """
+    name, path = path.name, path.resolve()
     with tempfile.TemporaryDirectory(prefix=f".{path.name[:32]}-", dir=path.parent) as folder:
-        unfinished = Path(folder, path.name)
+        unfinished = Path(folder, name)
         yield unfinished
         if unfinished.is_dir() and path.exists() and not or_keeping:
             path.rename(Path(folder, f"{path.name}.earlier"))

@@ -5,11 +5,12 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from errno import EACCES
+from errno import EACCES, EXDEV
 from pathlib import Path
 from typing import Any
 
 from ..errors import OptionError
+from ..files import replacing
 from ..pipes import STANDARD_INPUT
 from ..subtitles import FORMATS, contents
 
@@ -80,11 +81,18 @@ def removed_on_failure(file: str) -> Iterator[None]:
 
 
 def replace(file: str, target: str) -> None:
-    """Puts a file in the place of another, with its permissions; raises OSError where OpenAI's command could not write
-    that one either."""
+    """Puts a file in the place of another, or of what a link there leads to, with its permissions; raises OSError where
+    OpenAI's command could not write that one either."""
+    target = os.path.realpath(target)
     if os.path.isfile(target):
         if not os.access(target, os.W_OK, effective_ids=os.access in os.supports_effective_ids):
             raise OSError(EACCES, os.strerror(EACCES))
         with suppress(OSError):  # of a disk that has no permissions
             shutil.copymode(target, file)
-    os.replace(file, target)
+    try:
+        os.replace(file, target)
+    except OSError as error:
+        if error.errno != EXDEV:
+            raise
+        with replacing(Path(target)) as unfinished:  # a link leads to another disk
+            shutil.copy(file, unfinished)

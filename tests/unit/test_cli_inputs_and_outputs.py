@@ -227,6 +227,18 @@ def test_a_read_only_file(folder_of_a_user: Path, model: StubModel, capsys: pyte
     assert (out / "a.vtt").read_text() == "old"
 
 
+@pytest.mark.parametrize("disk", [None, "/dev/shm"])
+def test_a_link_stays_and_leads_to_the_transcript(out: Path, model: StubModel, disk: str | None) -> None:
+    """As with OpenAI's command; /dev/shm is another file system wherever Linux runs as usual."""
+    out.mkdir()
+    with tempfile.TemporaryDirectory(dir=disk) as folder:
+        (link := out / f"{CLIP.stem}.txt").symlink_to(Path(folder, "there.txt"))
+        for _ in range(2):
+            assert status(["transcribe", CLIP, "-o", out]) == 0
+            assert link.is_symlink() and Path(folder, "there.txt").read_text()
+            assert os.listdir(folder) == ["there.txt"] and written(out) == files_of(CLIP.stem)
+
+
 def test_who_may_read_an_earlier_file_stays(out: Path, model: StubModel) -> None:
     out.mkdir()
     (out / f"{CLIP.stem}.txt").touch(0o600)
