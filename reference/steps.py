@@ -34,7 +34,7 @@ class Scene:
     name: says what is special. lengths: of the texts of each window, in tokens. n_token: how many more they may have.
     n_text: texts of a window, as of beams, whose keys and values lie in one another's rows. n_best: candidates to find.
     n_sampled: how many of the tokens have been decoded; before them stand a prompt and the start of a transcript.
-    timestamps: whether they are decoded with timestamps.
+    timestamps: whether they are decoded with timestamps. latest: that which ends the texts, in steps of 20 ms, if any.
     """
 
     name: str
@@ -44,6 +44,7 @@ class Scene:
     n_best: int = 1
     n_sampled: int = 3
     timestamps: bool = True
+    latest: int | None = None
 
     def __str__(self) -> str:
         return self.name
@@ -55,6 +56,8 @@ SCENES = (
     Scene("one text", (9,), (40,)),
     Scene("one text without timestamps", (9,), (24,), timestamps=False),
     Scene("the first token of a text", (130,), (1,), n_sampled=0, n_best=3),
+    # What may follow are the last two timestamps, which the vocabulary ends with, and the end of text.
+    Scene("behind the last timestamp but one", (20,), (1,), n_best=3, n_sampled=5, latest=1499),
     Scene("the last positions", (LAST - 7,), (8,)),
     Scene("past position 128", (124,), (24,), timestamps=False),
     Scene("2 windows", (25, 257), (12, 12)),
@@ -92,6 +95,8 @@ def window(scene: Scene, length: int, dims: ModelDimensions, generator: torch.Ge
     sampled[0] = said[: scene.n_sampled]
     if scene.timestamps:
         sampled[:, :1] = tokenizer.timestamp_begin
+    if scene.latest is not None:
+        sampled[:, -1] = tokenizer.timestamp_begin + scene.latest
     begun = torch.cat([prompt, torch.tensor(start)]).expand(scene.n_text, -1)
     filters: list[decoding.LogitFilter] = [
         decoding.SuppressBlank(tokenizer, sample_begin),
