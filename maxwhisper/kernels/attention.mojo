@@ -10,7 +10,7 @@ from extensibility import InputTensor, ManagedTensorSlice, OutputTensor, _Mutabl
 from .linear import row_size
 from .pointers import Numbers, Stored, numbers, stored
 from .softmax import exponentials
-from .team import thread_count
+from .team import task_count
 from .tiles import WIDTH
 
 comptime QUERIES = 4  # at a time, or else one: their sums fit the registers
@@ -228,8 +228,7 @@ def attend_to_text[
 
 def share_of(n_head: Int, n_key: Int, n_channel: Int) -> Int:
     """Returns how many of n_head heads, which have n_key keys together, a task computes."""
-    var n_task = max(1, min(n_key * n_channel * 2 // TASK, thread_count()))
-    return ceildiv(n_head, n_task)
+    return ceildiv(n_head, task_count(n_head, n_key * n_channel * 2 // TASK))
 
 
 @fieldwise_init

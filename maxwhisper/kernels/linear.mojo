@@ -17,7 +17,7 @@ import extensibility
 from extensibility import InputTensor, _FusedOutputTensor
 
 from .pointers import Numbers, Stored, stored, untracked
-from .team import thread_count
+from .team import task_count
 from .tiles import WIDTH
 
 comptime SUMS = 4  # vectors of running sums for a row: as many for any number of rows, so that a row of a batch is
@@ -139,7 +139,7 @@ struct Linear:
         var n_out = weight.dim_size(0)
         var by, weights = stored[x.dtype](x), stored[weight.dtype](weight)
         # More tasks than threads would cost more than they even out.
-        var n_task = max(1, min(n_out // COLUMNS, n_row * n_in * n_out // TASK, thread_count()))
+        var n_task = task_count(n_out // COLUMNS, n_row * n_in * n_out // TASK)
         var share = ceildiv(ceildiv(n_out, n_task), COLUMNS) * COLUMNS
 
         def task(number: Int) raises {imm}:

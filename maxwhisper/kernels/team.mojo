@@ -17,16 +17,31 @@ comptime COUNTERS = 2 * APART  # of a phase, of its pieces taken and of those do
 
 
 @no_inline
-def thread_count() -> Int:
-    """Returns for how many threads work is cut: for as many as MAX has, or as the environment's MAXWHISPER_THREADS says,
-    by which tests have it cut as on other machines."""
+def threads_asked_for() -> Int:
+    """Returns for how many threads work is to be cut as the environment's MAXWHISPER_THREADS says, by which tests have
+    it cut as on other machines; 0 if it says nothing."""
     var asked = getenv("MAXWHISPER_THREADS")
     if asked:
         try:
             return max(1, Int(asked))
         except:
             pass
-    return parallelism_level(None)
+    return 0
+
+
+@no_inline
+def thread_count() -> Int:
+    """Returns for how many threads work is cut: for as many as MAX has, or as are asked for."""
+    var asked = threads_asked_for()
+    return asked if asked > 0 else parallelism_level(None)
+
+
+@no_inline
+def task_count(n_piece: Int, worth: Int) -> Int:
+    """Returns how many tasks some pieces of work are, which are worth so many: as many as there are threads at most, and
+    of threads that are asked for as many, whatever the work is worth."""
+    var asked = threads_asked_for()
+    return max(1, min(n_piece, asked if asked > 0 else min(worth, parallelism_level(None))))
 
 
 @always_inline

@@ -92,11 +92,7 @@ def candidates(logits: torch.Tensor, tokens: torch.Tensor, chosen: list) -> Cand
     return Candidates(given["candidates"], given["logprobs"])
 
 
-@settings(max_examples=100)
-@given(sampled=histories(n_text=3), **OPTIONS)
-def test_candidates_are_openais(sampled, seed, lean, **options) -> None:  # noqa: ANN001, ANN003
-    logits, chosen = random_logits(3, seed, lean), filters(**options)
-    tokens = torch.tensor([PROMPT + each for each in sampled])
+def check_candidates(logits: torch.Tensor, tokens: torch.Tensor, chosen: list) -> None:
     left = filtered(logits, tokens, chosen)
     ours, theirs = candidates(logits, tokens, chosen), left.log_softmax(1).topk(MAX_CANDIDATES).values
     assert left.gather(1, ours.tokens).equal(left.topk(MAX_CANDIDATES).values)
@@ -107,6 +103,21 @@ def test_candidates_are_openais(sampled, seed, lean, **options) -> None:  # noqa
         return [given["logits"].log_softmax(1).topk(MAX_CANDIDATES).values[possible]]
 
     check(formula, left, ours.logprobs[possible], theirs[possible])
+
+
+@settings(max_examples=100)
+@given(sampled=histories(n_text=3), **OPTIONS)
+def test_candidates_are_openais(sampled, seed, lean, **options) -> None:  # noqa: ANN001, ANN003
+    tokens = torch.tensor([PROMPT + each for each in sampled])
+    check_candidates(random_logits(3, seed, lean), tokens, filters(**options))
+
+
+@pytest.mark.parametrize("length", [255, 256, 257, 258, 400])
+@pytest.mark.parametrize("latest", [[40, BEGIN + 9], [BEGIN + 9, 40], [BEGIN + 9, BEGIN + 9]])
+def test_candidates_of_long_texts_are_openais(length: int, latest: list[int]) -> None:
+    """A block of threads looks for the latest timestamp, each at every so many tokens."""
+    tokens = torch.tensor([[*PROMPT, BEGIN + 2, *[40] * (length - 3), *latest]])
+    check_candidates(random_logits(1, length, 2.0), tokens, filters(True, True, [], None))
 
 
 @pytest.mark.parametrize("value", [float("nan"), -float("inf"), float("inf")])
@@ -138,6 +149,22 @@ def test_candidates_of_a_text_are_bitwise_the_same_among_any_others() -> None:
     for i in range(7):
         alone = candidates(logits[i : i + 1], tokens[i : i + 1], chosen)
         assert alone.tokens[0].equal(together.tokens[i]) and alone.logprobs[0].equal(together.logprobs[i])
+
+
+@pytest.mark.parametrize("text", range(3))
+@pytest.mark.parametrize("value", [float("nan"), -float("inf")])
+def test_beams_stay_where_a_text_has_no_next_token(text: int, value: float) -> None:
+    texts = Texts.of(torch.tensor([[1, 40], [1, 41], [1, 42]]), torch.zeros(3))
+    made = given_to(
+        texts, Rules(torch.zeros(N_VOCAB, dtype=torch.bool), torch.ones(3).long(), torch.tensor([99, 9]), 3)
+    )
+    made["wanted"] += 3
+    made["candidates"][:] = torch.arange(20, 20 + MAX_CANDIDATES)
+    made["logprobs"][:] = -torch.arange(1.0, 1 + MAX_CANDIDATES)
+    made["logprobs"][text, 0] = value
+    graphs()["beams"](**made)
+    assert made["lengths written"].tolist() == [2, 2, 2] and not made["totals written"].any()
+    assert made["latest written"].isfinite().tolist() == [i != text for i in range(3)]
 
 
 class Rows:

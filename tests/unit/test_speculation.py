@@ -1,6 +1,7 @@
 """Speculation: whatever the draft proposes, the text is the decoder's own, bit for bit."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -317,6 +318,7 @@ def test_proposals_are_accepted_as_far_as_they_are_right(
         rows.append((text, found))
         *_, totals, left = found
         total = float(totals)
+        assert not left or math.isfinite(total) and text[-1] != EOT
         if not left:
             break
     right = [*text[2:], *[0] * N_TOKEN]
