@@ -15,9 +15,9 @@ from rich.console import Console
 from maxwhisper.cli import main
 from maxwhisper.cli.serve_command import race_page
 from maxwhisper.compare import run
-from maxwhisper.compare.race.lanes import MISSING, RIGHT, WRONG, Race, race_of
+from maxwhisper.compare.race.lanes import MISSING, RIGHT, WRONG, Race, Word, race_of
 from maxwhisper.compare.race.page import page_of, write_page
-from maxwhisper.compare.race.terminal import frame, replay
+from maxwhisper.compare.race.terminal import TOGETHER, frame, latest, replay
 from reference.fixtures import NANO
 
 from .command import assert_one_line, options_of, status
@@ -142,6 +142,15 @@ def test_a_frame_is_no_larger_than_the_terminal() -> None:
         assert len(lines.splitlines()) <= 24
     for width in range(1, 8):
         assert shown(lambda console, width=width: console.print(frame(race, 1.0, Console(width=width))))
+
+
+def test_a_frame_of_a_long_text_is_its_end() -> None:
+    """Without the work of wrapping all of it, and with lines that stay where they are when a word comes."""
+    words = [Word(float(n), f"{n}", RIGHT) for n in range(10_000)]
+    assert latest(words[:50], 1000) == words[:50] and latest([], 1000) == []
+    shown = [latest(words[:n], 1000) for n in range(9000, 9000 + TOGETHER)]
+    assert all(each[-1].seconds == 8999 + n and 200 <= len(each) < 200 + TOGETHER for n, each in enumerate(shown))
+    assert len({each[0] for each in shown}) == 2
 
 
 def test_it_is_replayed_at_true_speed_in_a_terminal_and_not_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,8 @@ FRAMES_PER_SECOND = 20
 STYLES = {WRONG: "bold red", MISSING: "red strike"}
 WIDE = 100
 """Columns of a terminal from which on two engines stand side by side."""
+TOGETHER = 64
+"""Words that leave a panel together, for lines break anew where the first word is another one."""
 
 
 def replay(race: Race, console: Console, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -50,7 +52,7 @@ def panel(race: Race, lane: Lane, seconds: float, n_line: int, width: int) -> Pa
     """Returns an engine's last lines after so many seconds, and how far it is."""
     done = seconds >= lane.total_s
     words = lane.at(seconds)
-    lines = text_of(words).wrap(Console(width=width), width)[-n_line:]
+    lines = text_of(latest(words, n_line * width)).wrap(Console(width=width), width)[-n_line:]
     lines.extend(Text() for _ in range(n_line - len(lines)))
     time_of = f"{lane.total_s:.2f} s, {race.audio_s / lane.total_s:.0f} x" if done else f"{seconds:.1f} s"
     n_word = sum(word.mark != MISSING for word in words)
@@ -60,6 +62,15 @@ def panel(race: Race, lane: Lane, seconds: float, n_line: int, width: int) -> Pa
     return Panel(
         Group(bar, *lines), title=f"{lane.name}, {time_of}", title_align="left", border_style="green" if done else "dim"
     )
+
+
+def latest(words: list[Word], n_character: int) -> list[Word]:
+    """Returns the last words, of so many characters or more: to wrap an hour of them takes longer than a frame may."""
+    first = len(words)
+    while first and n_character > 0:
+        first -= 1
+        n_character -= len(words[first].text) + 1
+    return words[first // TOGETHER * TOGETHER :]
 
 
 def text_of(words: list[Word]) -> Text:
