@@ -277,8 +277,8 @@ def compiled_spectrogram(n_mels: int) -> Executable:
 
     Raises OptionError for an n_mels other than 80 and 128.
     """
-    program = log_mel_program(n_mels)
-    return Artifact(program.name, [program], "cpu").init(log_mel_weights(n_mels))[program.name]
+    weights, program = log_mel_weights(n_mels), log_mel_program(n_mels)  # refused before a minute goes into compiling
+    return Artifact(program.name, [program], "cpu").init(weights)[program.name]
 
 
 def as_waveform(audio: np.ndarray | torch.Tensor, expected: str = f"the name of a file, or {SAMPLES}") -> torch.Tensor:
