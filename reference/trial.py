@@ -84,10 +84,25 @@ class Trial:
         """Returns what MAX makes of the inputs."""
         return self.outputs()
 
+    @torch.no_grad()
     def outputs(self, n_thread: int | None = None) -> Outputs:
-        """Returns what MAX makes of the inputs, with work cut for a number of threads."""
-        with cut_for(n_thread), torch.no_grad():
+        """Returns what MAX makes of the inputs, with work cut for a number of threads.
+
+        Such a cut runs in the memory of a run before it. That has had no numbers for inputs, or what a cut leaves out
+        would be there from one that was right.
+        """
+        if n_thread:
+            self.run(**self.no_numbers)
+        with cut_for(n_thread):
             return [x.cpu() for x in self.run(**self.there)]
+
+    @cached_property
+    def no_numbers(self) -> dict[str, Tensor]:
+        """Returns inputs of the same shapes of which nothing right can come: NaN, and the first token."""
+        return {
+            name: torch.full_like(x, torch.nan) if x.is_floating_point() else x * 0 if name == "tokens" else x
+            for name, x in self.there.items()
+        }
 
     @cached_property
     @torch.no_grad()

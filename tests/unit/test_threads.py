@@ -38,6 +38,24 @@ def test_a_cut_that_leaves_a_column_out_is_red(wrong_for: str | None, monkeypatc
         assert (explanation.worst[-1], explanation.subject) == (last, 0.0) and explanation.errors.max() > 0.1
 
 
+@pytest.mark.parametrize("wrong_for", [None, *THREADS])
+def test_what_a_cut_leaves_as_it_was_is_red(wrong_for: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though a run with another cut has left there what is right, as MAX gives memory out again."""
+    judged, memory = Suite(trained(), torch.float32), list[Tensor]()
+
+    def run(x: Tensor) -> list[Tensor]:
+        (right,) = TWINS[BLOCK.name](judged.peer, 0, x=x)
+        memory.append(right.clone() if len(memory) < 2 else memory[-1])
+        n_column = -1 if os.environ.get(VARIABLE) == str(wrong_for) else None
+        memory[-1][..., :n_column] = right[..., :n_column]
+        return [memory[-1]]
+
+    monkeypatch.setattr(Suite, "executable", lambda *_: torch.no_grad()(run))
+    found = judged.judge(next(judged.comparisons(BLOCK, ["speech"])))
+    assert found.passed == (wrong_for is None)
+    assert (f"with work cut for {wrong_for} threads" in found.defects) == (wrong_for is not None)
+
+
 @pytest.mark.parametrize("block", BLOCKS)
 def test_every_block_is_cut_for_all_in_every_shape(block: str) -> None:
     suite = Suite(trained(), torch.float32)
