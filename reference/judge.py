@@ -38,6 +38,9 @@ large where softmax has to decide between keys whose scores are large and nearly
 may be right by luck, says little of what the dtype can give. It costs further runs of the oracle, so it is found where
 a comparison would fail without. What is amplified is often the rounding of few values, in which errors do not average
 out, so the budget grows by condition - 1 times what rounding explains.
+
+A single value may be far worse conditioned than the whole, such as the logarithm of a band of noise in which hardly
+anything is left. How far the peer may be off there, its largest error, has a condition of its own.
 """
 
 import math
@@ -52,9 +55,12 @@ from .measures import (
     ROUNDING,
     SMALLEST,
     UNIT_ROUNDOFF,
+    WELL_CONDITIONED,
     Allowance,
+    Condition,
     Measure,
     Norms,
+    largest_error,
     measure_logits,
     measure_values,
     norms,
@@ -224,7 +230,7 @@ def judge(
     longest_reduction: int,
     roundings: int = 1,
     n_vocab: int | None = None,
-    condition: float = 1.0,
+    condition: Condition = WELL_CONDITIONED,
     chained: bool = False,
 ) -> Judgement:
     """Compares all outputs of a block, subject and peer each with the oracle.
@@ -261,7 +267,7 @@ def judge(
         if logits:
             measures += measure_logits(right, theirs, ours, size, peer_error, one_number.budget())
         outputs.append(Output(index, tuple(right.shape), tuple(measures)))
-    return Judgement(comparison, tuple(outputs), tuple(defects), condition)
+    return Judgement(comparison, tuple(outputs), tuple(defects), condition.whole)
 
 
 def output_defects(oracle: Tensor, peer: Tensor, subject: Tensor) -> list[str]:
@@ -286,19 +292,21 @@ def not_finite(**found: Norms) -> list[str]:
 
 def condition(
     oracle: Callable[[dict[str, Tensor]], list[Tensor]], inputs: Mapping[str, Tensor], roundoff: float, seed: int = 0
-) -> float:
-    """Returns how many times larger the oracle's answer to a rounding of its inputs is than that rounding, at least 1.
+) -> Condition:
+    """Returns how many times larger the oracle's answer to a rounding of its inputs is than that rounding.
 
     oracle: from float64 inputs to outputs. roundoff: the relative size of the rounding, up or down at random in each
-    value. It is the largest relative L2 of any output in DRAWS draws, for what one draw meets is a matter of luck.
+    value. It is the largest of any output in DRAWS draws, for what one draw meets is a matter of luck.
     """
     generator = torch.Generator().manual_seed(seed)
-    right, found = oracle(dict(inputs)), 1.0
+    right, (whole, largest) = oracle(dict(inputs)), WELL_CONDITIONED
     for _ in range(DRAWS):
         rounded = {name: perturbed(x, roundoff, generator) for name, x in inputs.items()}
         for before, after in zip(right, oracle(rounded), strict=True):
-            found = max(found, relative_l2(norms(after - before), norms(before)) / roundoff)
-    return found
+            error, size = norms(after - before), norms(before)
+            whole = max(whole, relative_l2(error, size) / roundoff)
+            largest = max(largest, largest_error(error, size) / roundoff)
+    return Condition(whole, largest)
 
 
 def perturbed(x: Tensor, roundoff: float, generator: torch.Generator) -> Tensor:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -102,6 +103,19 @@ class Norms:
         return torch.where(sizes == 0, self.size, sizes.clamp(min=self.smallest))
 
 
+class Condition(NamedTuple):
+    """How many times larger an oracle's answer to one rounding of its inputs is than that rounding, at least 1.
+
+    whole: in relative L2. largest: in the largest error over the RMS, which a single value decides.
+    """
+
+    whole: float = 1.0
+    largest: float = 1.0
+
+
+WELL_CONDITIONED = Condition()
+
+
 @dataclass(frozen=True)
 class Allowance:
     """How large errors of rounding are in a block, relative to its values.
@@ -113,13 +127,13 @@ class Allowance:
     values: float
     sums: float
     most: float
-    condition: float = 1.0
+    condition: Condition = WELL_CONDITIONED
     ceilings: bool = True
 
     def budget(self, n_mean: int = 1) -> float:
         """Returns the budget where the peer is exact, of a mean over so many, in which the errors of values cancel
         out."""
-        return K * max(self.values / math.sqrt(n_mean), self.sums) + (self.condition - 1) * self.most
+        return K * max(self.values / math.sqrt(n_mean), self.sums) + (self.condition.whole - 1) * self.most
 
     def below(self, error_of_zeros: float) -> float:
         """Returns the largest error that is not yet that of zeros, which is that of twice the right values too;
@@ -186,12 +200,13 @@ VALUES = (
 def measure_values(oracle: Norms, peer: Norms, subject: Norms, allowed: Allowance) -> list[Measure]:
     """Returns the errors of peer and subject, with what each may be."""
     n_position, n_channel, least = len(oracle.positions), len(oracle.channels), allowed.budget()
-    most = allowed.condition * allowed.most
+    most = allowed.condition.whole * allowed.most
     # A rounding error is relative to its own value, so a channel's follows that channel, and the largest error the
     # largest value where that is further out than the largest of so many normal errors.
     of_channels = expected_maximum(n_channel) * max(1.0, worst_channel(oracle, oracle))
     of_small = expected_maximum((n_channel + 1) // 2) * max(1.0, worst_small_channel(oracle, oracle))
     of_values = max(expected_maximum(n_position * n_channel), largest_error(oracle, oracle))
+    amplified = allowed.condition.largest / allowed.condition.whole
     measures = []
     for name, measure, exact, times in (
         ("relative L2", relative_l2, least, 1.0),
@@ -204,8 +219,8 @@ def measure_values(oracle: Norms, peer: Norms, subject: Norms, allowed: Allowanc
         # Sums of nearly the same terms are rounded in nearly the same way at every position. A channel's mean error is
         # at most its RMS, for which the peer has a ceiling.
         ("worst channel's mean", worst_mean, allowed.budget(n_position) * of_channels, None),
-        # A single value may be the one that was rounded worst.
-        ("largest error / RMS", largest_error, most * of_values, allowed.condition * of_values),
+        # A single value may be the one that was rounded worst, or whose roundings are amplified most.
+        ("largest error / RMS", largest_error, most * of_values, max(of_values, amplified)),
     ):
         theirs, ours = measure(peer, oracle), measure(subject, oracle)
         ceiling = K * times * most if times and allowed.ceilings else math.inf

@@ -18,6 +18,7 @@ from .blocks import TWINS
 from .formulas import in_float64
 from .inputs import moved
 from .judge import UNIT_ROUNDOFF, Comparison, Explanation, Judgement, condition, explain, judge
+from .measures import WELL_CONDITIONED, Condition
 from .models import Model
 
 THREADS = (1, 3, 5, 8)
@@ -129,7 +130,7 @@ class Trial:
         first = self.judged(subject=subject)
         return first if first.passed or first.defects else self.judged(self.condition, subject)
 
-    def judged(self, condition: float = 1.0, subject: Outputs | None = None) -> Judgement:
+    def judged(self, condition: Condition = WELL_CONDITIONED, subject: Outputs | None = None) -> Judgement:
         """Returns the verdict under a condition of the block on the inputs."""
         twin, dims = TWINS[self.comparison.block], self.suite.model.dims
         return judge(
@@ -144,7 +145,7 @@ class Trial:
         )
 
     @property
-    def condition(self) -> float:
+    def condition(self) -> Condition:
         """Returns the condition of the block on the inputs, for roundings in the comparison's dtype."""
         roundoff, seed = UNIT_ROUNDOFF[self.comparison.dtype], self.comparison.seed
         return condition(self.exactly, in_float64(self.given), roundoff, seed)

@@ -9,7 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from reference.judge import SMALLEST, UNIT_ROUNDOFF, Comparison, Judgement, judge
+from maxwhisper.network.blocks import BLOCKS
+from reference.activations import RANDOM
+from reference.blocks import TWINS
+from reference.judge import SMALLEST, UNIT_ROUNDOFF, Comparison, Condition, Judgement, judge
+from reference.models import trained
+from reference.suite import Suite
 
 DTYPES = list(UNIT_ROUNDOFF)
 WRONG: dict[str, Callable[[Tensor], Tensor]] = {
@@ -87,10 +92,30 @@ def test_what_the_condition_explains_is_rounding() -> None:
     of = Comparison("s", torch.float32, "b", 0, "i")
     peer = (oracle + 100 * UNIT_ROUNDOFF[torch.float32] * noise).float()
     plain, explained = (
-        judge(of, [oracle], [peer], [peer], longest_reduction=1, condition=condition) for condition in (1.0, 100.0)
+        judge(of, [oracle], [peer], [peer], longest_reduction=1, condition=Condition(times)) for times in (1.0, 100.0)
     )
     assert plain.bad_yardstick and not plain.passed and not plain.defects
     assert explained.passed
+
+
+@pytest.mark.parametrize("seed", [4, 18])
+def test_one_value_that_is_badly_conditioned_is_no_bad_yardstick(seed: int) -> None:
+    """Noise of which a band has nearly nothing: PyTorch's logarithm is a hundred roundings off there."""
+    suite = Suite(trained(), torch.float32)
+    [comparison] = suite.comparisons(BLOCKS["log_mel"], [RANDOM], seed)
+    trial = suite.trial(comparison, torch.no_grad()(lambda **given: TWINS["log_mel"](suite.peer, 0, **given)))
+    assert trial.judged().bad_yardstick and trial.judge().passed
+
+
+def test_a_single_value_of_the_peer_is_rounding_where_its_condition_says_so() -> None:
+    oracle = normal(0, 30, 64)
+    peer = oracle.float()
+    peer[3, 5] += 1e-3
+    of = Comparison("s", torch.float32, "b", 0, "i")
+    for largest, explained in ((1.0, False), (1e4, True)):
+        found = judge(of, [oracle], [peer], [peer], longest_reduction=1, condition=Condition(1.0, largest))
+        assert found.outputs[0]["largest error / RMS"].sound == explained
+        assert not found.outputs[0]["worst channel"].sound
 
 
 def test_a_chain_has_no_ceiling_but_the_subject_must_beat_zeros() -> None:
@@ -209,10 +234,10 @@ def test_what_pytorch_computes_passes(seed: int, size: float, dtype: torch.dtype
     dtype=st.sampled_from(DTYPES),
     peer=st.sampled_from(["right", *OFF]),
     subject=st.sampled_from(list(WRONG)),
-    condition=st.sampled_from([1.0, 1e3, 1e9]),
+    condition=st.builds(Condition, *2 * [st.sampled_from([1.0, 1e3, 1e9])]),
 )
 def test_what_is_wrong_by_construction_never_passes(
-    seed: int, size: float, dtype: torch.dtype, peer: str, subject: str, condition: float
+    seed: int, size: float, dtype: torch.dtype, peer: str, subject: str, condition: Condition
 ) -> None:
     """By any yardstick, and under any condition."""
     oracle = normal(seed, 20, 64) * size

@@ -23,7 +23,7 @@ from reference.blocks import TWINS, decoder, decoder_keys_values, pytorch_whispe
 from reference.diagnosis import diagnose
 from reference.faults import Fault, faulty
 from reference.graph_faults import graph_faults
-from reference.judge import UNIT_ROUNDOFF, Comparison, Judgement, K, Measure, Output, condition, judge
+from reference.judge import UNIT_ROUNDOFF, Comparison, Condition, Judgement, K, Measure, Output, condition, judge
 from reference.models import FIXTURE, load, random_weights
 from reference.suite import Suite
 from reference.transcripts import Yardstick
@@ -330,17 +330,19 @@ def two_keys(gap: float, size: float) -> tuple[Callable[[dict[str, Tensor]], lis
 def test_the_condition_of_a_product_is_one_and_that_of_a_close_decision_large() -> None:
     roundoff = UNIT_ROUNDOFF[torch.float32]
     weight, x = torch.randn(64, 64).double(), torch.randn(9, 64).double()
-    assert condition(lambda given: [given["x"] @ weight], {"x": x}, roundoff) < 2
-    assert condition(*two_keys(1.0, 1.0), roundoff) < 4
+    product = condition(lambda given: [given["x"] @ weight], {"x": x}, roundoff)
+    assert product.whole < 2 and product.largest < 8
+    assert condition(*two_keys(1.0, 1.0), roundoff).whole < 4
     # One rounding moves each score by size * roundoff, and the softmax by as much as its difference of scores.
-    assert condition(*two_keys(1.0, 1e4), roundoff) > 1e3
+    assert condition(*two_keys(1.0, 1e4), roundoff).whole > 1e3
 
 
 def test_a_condition_widens_what_a_lucky_peer_leaves() -> None:
     right = torch.randn(5, 8, dtype=torch.float64)
     off = right.float() * (1 + 1e-5)
     plain, wide = (
-        judge(COMPARISON, [right], [right.float()], [off], longest_reduction=64, condition=c) for c in (1.0, 50.0)
+        judge(COMPARISON, [right], [right.float()], [off], longest_reduction=64, condition=Condition(c))
+        for c in (1.0, 50.0)
     )
     assert not plain.passed
     assert wide.passed
