@@ -42,7 +42,7 @@ REWIND = TOKENS_PER_SECOND
 earlier words."""
 
 
-SURE, UNSURE = log(0.9), log(0.75)
+SURE, UNSURE = log(0.97), log(0.9)
 """The log-probabilities from which on the decoder is sure of a word, and below which it is not."""
 
 
@@ -104,7 +104,7 @@ class HeardTwice:
     attention does, it has to be far from the end. What a word may still become, its probability says.
     """
 
-    margin, sure_margin, unsure_margin = 8, 12, 24
+    margin, sure_margin, unsure_margin = 12, 24, 40
     """Frames at the end of the audio by which no word is settled: one that was heard twice, one that was heard once and
     is sure, and one that was heard twice and is unsure."""
 

@@ -102,7 +102,8 @@ def test_what_is_cut_is_unlikely(model: Whisper) -> None:
         hypothesis(model, torch.from_numpy(samples), [], [], language="en").words for samples in (SHORT[:30000], SHORT)
     )
     assert [word.text for word in cut[:7]] == [word.text for word in whole[:7]] and cut[7].text != whole[7].text
-    assert cut[7].logprob < UNSURE < SURE < min(word.logprob for word in whole) < 0
+    logprobs = sorted(word.logprob for word in whole)
+    assert cut[7].logprob < UNSURE < logprobs[0] and SURE < logprobs[len(logprobs) // 2] < 0
 
 
 def test_a_long_recording_leaves_the_window(model: Whisper) -> None:
@@ -238,7 +239,7 @@ def test_ten_minutes_without_a_pause(model: Whisper, monkeypatch: pytest.MonkeyP
         longest[0], longest[1] = max(longest[0], len(samples)), max(longest[1], 3 * len(settled))
         n_frame = len(samples) // 320
         text = f" w{said}" if not repeated else f" w{(session.window.end - SECOND) // SECOND}"
-        return Hypothesis([Word(text, (1, 2, 3), n_frame - 30, -0.2)] if n_frame > 60 else [], n_frame, "en")
+        return Hypothesis([Word(text, (1, 2, 3), n_frame - 30, -0.05)] if n_frame > 60 else [], n_frame, "en")
 
     monkeypatch.setattr("maxwhisper.live.session.hypothesis", words)
     session = Session(model)

@@ -23,7 +23,7 @@ def words(text: str, frames: Sequence[int] | None = None, probabilities: Sequenc
     """Returns words heard in these frames, or 20 frames apart, with these probabilities, or not quite surely."""
     texts = text.split()
     found = frames or range(10, 10 + 20 * len(texts), 20)
-    likely = probabilities or [0.85] * len(texts)
+    likely = probabilities or [0.93] * len(texts)
     return [Word(f" {each}", (0,), *rest, log(p)) for each, *rest, p in zip(texts, found, likely, strict=True)]
 
 
@@ -69,14 +69,14 @@ def test_heard_twice_settles_what_is_sure_at_once() -> None:
     def settled(probabilities: Sequence[float], n_frame: int = 100) -> int:
         return HeardTwice().settled(words("where is the", [10, 30, 50], probabilities), n_frame)
 
-    assert settled([0.95, 0.95, 0.95]) == 3
-    assert settled([0.95, 0.85, 0.95]) == 1, "what stands behind an unsure one waits too"
-    assert settled([0.95, 0.95, 0.95], 62) == 2, "the last one is 0.22 s from the end of the audio"
+    assert settled([0.98, 0.98, 0.98]) == 3
+    assert settled([0.98, 0.93, 0.98]) == 1, "what stands behind an unsure one waits too"
+    assert settled([0.98, 0.98, 0.98], 73) == 2, "the last one is 0.46 s from the end of the audio"
 
 
 def test_heard_twice_waits_for_audio_behind_what_is_unsure() -> None:
-    unsure = words("where is the engine", [10, 30, 50, 70], [0.6, 0.8, 0.6, 0.8])
-    for n_frame, expected in ((70, 2), (75, 3), (60, 2), (30, 0)):
+    unsure = words("where is the engine", [10, 30, 50, 70], [0.6, 0.93, 0.6, 0.93])
+    for n_frame, expected in ((70, 2), (89, 2), (90, 4), (60, 2), (30, 0)):
         policy = HeardTwice()
         policy.settled(unsure, 40)
         assert policy.settled(unsure, n_frame) == expected, n_frame
