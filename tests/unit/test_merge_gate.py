@@ -141,6 +141,19 @@ def test_benchmarks_on_the_device_pass(report: Path) -> None:
     assert objections(needs(), [], [f"gpu:gpu:{report}"]) == []
 
 
+@pytest.mark.parametrize(
+    ("results", "device", "status"),
+    [({}, "gpu", 0), ({"gpu": "skipped"}, "gpu", 0), ({"gp": "skipped"}, "gpu", 1), ({}, "cpu", 1)],
+)
+def test_the_status_of_the_command_is_what_blocks_a_merge(
+    results: dict[str, str], device: str, status: int, report: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every report counts, the last one too, and of the excused jobs the whole name."""
+    reports = ["--report", f"gpu:gpu:{report}", "--report", f"gpu:{device}:{report}"]
+    assert main(["--needs", json.dumps(needs(**results)), "--excused", "lint gpu", *reports]) == status
+    assert ("every job succeeded" in capsys.readouterr().out) == (not status)
+
+
 def test_a_gate_without_jobs_or_with_a_stray_report_fails(report: Path) -> None:
     assert objections({}, [], []) == ["no job is needed"]
     assert objections(needs(), [], [f"tpu:gpu:{report}"]) == ["tpu: is to report, but is not needed"]
