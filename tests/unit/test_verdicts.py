@@ -1,5 +1,6 @@
 """What is kept of a verdict, and when it is found anew."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +11,12 @@ from torch import Tensor
 
 from maxwhisper.network.blocks import BLOCKS
 from reference import verdicts
-from reference.judge import Comparison, Judgement
+from reference.judge import Comparison, Judgement, judge
 from reference.models import FIXTURE, Model, load
 from reference.results import Run
 from reference.soak import pytorch_in_the_subjects_place
 from reference.suite import Suite
-from reference.verdicts import Lenient, Memory
+from reference.verdicts import Lenient, Memory, Verdicts, as_data, circumstances, fingerprint, from_data
 
 pytestmark = pytest.mark.filterwarnings("ignore:TF32 acceleration")  # of PyTorch, where oneDNN's flags are set
 
@@ -179,3 +180,59 @@ def test_sources_are_all_of_the_judges() -> None:
         "verdicts.py",
     } <= names
     assert verdicts.TABLE.name == "blocks.py"
+
+
+# ---- what an entry is of -------------------------------------------------------------------------------------------
+
+
+def small(factor: float = 1.0, condition: float = 7.0) -> Judgement:
+    """Returns a verdict on a tensor that is that much too large."""
+    of, right = Comparison("s", torch.bfloat16, "b", 1, "i", "cpu", 5), torch.ones(3, 4)
+    three = [right.double()], [right.bfloat16()], [(right * factor).bfloat16()]
+    return judge(of, *three, longest_reduction=4, condition=condition)
+
+
+def test_a_verdict_comes_back_as_it_was_kept() -> None:
+    assert small().passed
+    assert from_data(json.loads(json.dumps(as_data(small())))) == replace(small(), recalled=True)
+
+
+def test_one_verdict_that_did_not_pass_keeps_those_beside_it_from_being_kept(memory: Memory) -> None:
+    calls = []
+    for _ in range(2):
+        found = Verdicts(memory, "m").recalled("n", {}, lambda: calls.append(1) or [small(), small(2.0)])
+        assert [each.passed for each in found] == [True, False]
+    assert len(calls) == 2
+
+
+def test_a_fingerprint_is_of_more_than_bytes() -> None:
+    """Zeros are the same bytes in whatever dtype and shape, and under whatever name."""
+    zeros = torch.zeros(4)
+    given = [{"a": zeros}, {"b": zeros}, {"a": zeros.reshape(2, 2)}, {"a": zeros.int()}, {"a": zeros, "b": zeros[:0]}]
+    found = [fingerprint(tensors, "m") for tensors in given] + [fingerprint(given[0], "n"), fingerprint({}, "m")]
+    assert len(set(found)) == len(found)
+    assert fingerprint({"a": zeros.clone()}, "m") == found[0]
+
+
+@pytest.mark.parametrize("name", ["ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_CBWR"])
+def test_what_pytorchs_libraries_are_told_is_a_circumstance(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(name, raising=False)
+    found = [circumstances(())]
+    for value in ("a", "b"):
+        monkeypatch.setenv(name, value)
+        found.append(circumstances(()))
+    assert len(set(map(str, found))) == 3
+
+
+def test_sources_are_what_is_in_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [tmp_path / "judge.py", tmp_path / "measures.py", tmp_path / "table" / "blocks.py"]
+    files[-1].parent.mkdir()
+    for file in files:
+        file.write_text("K = 4.0")
+    monkeypatch.setattr(verdicts, "JUDGE", tmp_path)
+    monkeypatch.setattr(verdicts, "TABLE", files[-1])
+    found = [verdicts.sources.__wrapped__()]
+    for file in files:
+        file.write_text("K = 5.0")
+        found.append(verdicts.sources.__wrapped__())
+    assert len(set(found)) == 4
