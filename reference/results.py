@@ -102,13 +102,6 @@ class Run:
         return f", {self.recalled_pairs:,} of them as MAX's outputs are those of before" if self.recalled_pairs else ""
 
     @property
-    def passed(self) -> bool:
-        judged = all(judgement.passed for judgement in self.judgements) and all(chain.passed for chain in self.chains)
-        caught = all(fault.accepted for fault in self.faults)
-        equal = all(transcript.equal for transcript in self.transcripts)
-        return self.compared and judged and caught and equal and not self.lost
-
-    @property
     def compile_seconds(self) -> float:
         return sum(record.seconds for record in self.compiled)
 

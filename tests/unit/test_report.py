@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from reference.judge import Explanation
+from reference.report.figures import conclusion
 from reference.report.summary import summary
 from reference.results import Run, environment
 from reference.transcripts import Transcript
@@ -174,6 +175,16 @@ def test_another_test_that_failed_is_a_failure(tmp_path: Path) -> None:
     run.exit_status = 1
     data = written(run, tmp_path)[1]
     assert not data["passed"] and "status 1" in data["reason"]
+
+
+@pytest.mark.parametrize("kind", ["judgements", "chains", "faults", "transcripts", "lost"])
+def test_one_failure_of_any_kind_is_a_failure(kind: str) -> None:
+    """Whatever pytest says of the tests."""
+    run, wrong = passing(), failing()
+    wrong.lost.append("a worker")
+    assert conclusion(run).passed
+    getattr(run, kind).append(getattr(wrong, kind)[-1])
+    assert not conclusion(run).passed
 
 
 def test_summary_is_short_and_says_what_failed() -> None:
