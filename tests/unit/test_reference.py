@@ -154,11 +154,62 @@ def test_an_error_below_rounding_fails_where_every_position_has_it() -> None:
     assert right.passed and failed(wrong) == {"worst channel's mean"}
 
 
-def test_probabilities_that_differ_fail() -> None:
+def test_measures_are_what_their_names_say() -> None:
+    """By hand, of one value that is three too small where one channel is ones and all others are twos."""
+    oracle = torch.full((4, 8), 2.0).double()
+    oracle[:, 5] = 1
+    subject = oracle.float()
+    subject[2, 5] -= 3
+    rms, rms_of_small = (29 / 8) ** 0.5, (13 / 4) ** 0.5
+    assert {measure.name: measure.subject for _, measure in verdict(oracle, oracle.float(), subject).measures} == {
+        "relative L2": pytest.approx((9 / 32) ** 0.5 / rms),
+        "worst position": pytest.approx((9 / 8) ** 0.5 / rms),
+        "worst channel": pytest.approx((9 / 4) ** 0.5 / rms),
+        "worst small channel": pytest.approx((9 / 4) ** 0.5 / rms_of_small),
+        "worst channel's mean": pytest.approx(3 / 4 / rms),
+        "largest error / RMS": pytest.approx(3 / rms),
+    }
+
+
+@pytest.mark.parametrize(("dtype", "u"), [(torch.float32, 2**-24), (torch.float16, 2**-11), (torch.bfloat16, 2**-8)])
+def test_budgets_and_ceilings_are_those_of_the_derivation(dtype: torch.dtype, u: float) -> None:
+    """Where PyTorch is exact, of 9 roundings in a row and 16 terms, over ones at 50 positions of 16 channels."""
+    ones, u32 = torch.ones(50, 16), 2**-24
+    of, three = replace(COMPARISON, dtype=dtype), ([ones.double()], [ones.to(dtype)], [ones.to(dtype)])
+    values, logits = (judge(of, *three, longest_reduction=16, roundings=9, n_vocab=n).outputs[0] for n in (None, 16))
+    rounding, explained = 1 / math.sqrt(8 * math.log(2)), 3 * u + 4 * u32
+    at_50, of_8, of_16, of_800 = (math.sqrt(2 * math.log(n)) for n in (50, 8, 16, 800))
+    least, of_mean = 4 * rounding * 3 * u, 4 * rounding * max(3 * u / 50**0.5, 2 * u32)
+    assert {measure.name: (measure.budget, measure.ceiling) for measure in values.measures} == {
+        "relative L2": pytest.approx((least, 4 * explained)),
+        "worst position": pytest.approx((explained * at_50, math.inf)),
+        "worst channel": pytest.approx((least * of_16, 4 * explained * of_16)),
+        "worst small channel": pytest.approx((least * of_8, math.inf)),
+        "worst channel's mean": pytest.approx((of_mean * of_16, math.inf)),
+        "largest error / RMS": pytest.approx((explained * of_800, 4 * explained * of_800)),
+    }
+    of_one = 4 * rounding * max(3 * u, 2 * 3 * u32)
+    assert {measure.name: measure.budget for measure in logits.measures[6:]} == {
+        "KL mean": pytest.approx(of_one**2 / 2),
+        "KL max": pytest.approx(of_one**2 / 2),
+        "top-1 margin": pytest.approx(2 * of_one),
+        "top-1 disagreement": 1,
+    }
+
+
+def test_another_first_choice_is_let_pass_only_where_two_are_close() -> None:
+    oracle = torch.zeros(4, 8).double()
+    oracle[:, 0], oracle[:3, 1], oracle[3, 1] = 1, 0.5, 1
+    found = verdict(oracle, oracle.float(), oracle.float(), n_vocab=8)
+    assert found.outputs[0]["top-1 disagreement"].budget == 1 / 4
+
+
+@pytest.mark.parametrize("position", [5, 7, 19])
+def test_probabilities_that_differ_fail(position: int) -> None:
     """A logit that is raised makes another first choice, and other probabilities."""
     oracle = torch.randn(1, 20, 100, dtype=torch.float64)
     subject = oracle.float()
-    subject[0, 5, 7] = oracle.max() + 1
+    subject[0, position, 7] = oracle.max() + 1
     names = {"KL mean", "KL max", "top-1 margin", "top-1 disagreement"}
     assert failed(verdict(oracle, oracle.float(), subject, n_vocab=100)) >= names
     assert not names & {m.name for _, m in verdict(oracle, oracle.float(), subject, n_vocab=99).measures}
