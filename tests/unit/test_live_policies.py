@@ -13,7 +13,7 @@ from maxwhisper.live import POLICIES, AlignAtt, HeardTwice, LocalAgreement, Word
 from maxwhisper.live.hypotheses import following
 from maxwhisper.live.loudness import FRAME, Loudness, quietest
 from maxwhisper.live.policies import audible, said
-from maxwhisper.live.screen import ANEW, DIM, PLAIN, Lines, Terminal, cells
+from maxwhisper.live.screen import ANEW, DIM, PLAIN, Lines, Terminal, cells, end_of_line
 from maxwhisper.live.session import Window
 
 SECOND = 16000
@@ -63,6 +63,13 @@ def test_heard_twice_waits_for_agreement_and_attention() -> None:
         policy = HeardTwice()
         policy.settled(both, 80)
         assert policy.settled(second, n_frame) == expected
+
+
+def test_heard_twice_compares_what_stands_behind_the_settled_ones() -> None:
+    policy = HeardTwice()
+    assert policy.settled(words("where is the"), 100) == 0
+    assert policy.settled(words("where is that"), 100) == 2
+    assert policy.settled(words("that engine"), 100) == 1
 
 
 def test_heard_twice_settles_what_is_sure_at_once() -> None:
@@ -128,6 +135,13 @@ def test_the_end_of_what_is_loud(size: int) -> None:
     assert loudness.loud_until == 15 * FRAME
 
 
+@pytest.mark.parametrize(("loudness", "end"), [(0.002, 15), (0.0005, 0)])
+def test_speech_may_be_as_quiet_as_60_db_below_the_loudest(loudness: float, end: int) -> None:
+    heard = Loudness()
+    heard.listen(np.concatenate([noise(0.2, 1e-5), noise(0.1, loudness), noise(0.3, 1e-5)]))
+    assert heard.loud_until == end * FRAME
+
+
 def test_a_noisy_room_is_quiet() -> None:
     loudness = Loudness()
     loudness.listen(noise(20, 0.02))
@@ -142,6 +156,8 @@ def test_the_quietest_moment(start: int) -> None:
     assert quietest(sound, start, len(sound)) - 2.15 * SECOND in range(-SECOND // 10, SECOND // 10)
     assert 0.5 * SECOND < quietest(sound, -SECOND, 10 * SECOND) < SECOND
     assert quietest(sound, start, start + FRAME) == start, "no time to be quiet in"
+    sound[start : start + 6 * FRAME] = 0
+    assert quietest(sound, start - 9 * FRAME, len(sound)) == start + 3 * FRAME, "the middle of it"
 
 
 # ---- windows -------------------------------------------------------------------------------------------------------
@@ -178,7 +194,20 @@ def test_lines_of_sentences(capsys: pytest.CaptureFixture[str]) -> None:
     assert shown[:5] == ["", "", "", "Where is it?\n", ""]
     assert shown[5].startswith("3.5 m ab ab") and len(shown[5]) <= 125
     screen.close()
-    assert capsys.readouterr().out.strip("ab \n") == ""
+    assert "".join([*shown, capsys.readouterr().out]).split() == settled.split()
+
+
+@pytest.mark.parametrize(
+    ("text", "end"),
+    [("Where? No", 6), ("Where?", 6), ("3.5 m", 0), ("何？！次", 3), ("何？！", 3), ("次。何", 2), ("何か", 0)],
+)
+def test_the_end_of_a_line(text: str, end: int) -> None:
+    assert end_of_line(text) == end
+
+
+@pytest.mark.parametrize(("text", "columns"), [("ab", 2), ("日本", 4), ("ｅ！", 4), ("e\u0301", 1)])
+def test_columns_of_a_text(text: str, columns: int) -> None:
+    assert cells(text) == columns
 
 
 @given(st.lists(st.text("ab 日.", max_size=12), max_size=8), st.text("xy ", max_size=30), st.integers(12, 40))
@@ -201,3 +230,7 @@ def test_a_terminal_tells_apart(capsys: pytest.CaptureFixture[str]) -> None:
     screen = Terminal(80)
     screen.show(" Where is", " the engine")
     assert capsys.readouterr().out == f"{ANEW}Where is{DIM} the engine{PLAIN}"
+    screen.close()
+    assert capsys.readouterr().out == "\n"
+    Terminal(80).show("", " the engine")
+    assert capsys.readouterr().out == f"{ANEW}{DIM}the engine{PLAIN}"
