@@ -14,8 +14,8 @@ from torch import Tensor
 from maxwhisper import audio, checkpoint
 from maxwhisper.checkpoint import Checkpoint
 from maxwhisper.network.blocks import BLOCKS
-from reference import transcripts
-from reference.fixtures import NANO
+from reference import checkpoints, transcripts, waveforms
+from reference.fixtures import FIXTURES, NANO
 from reference.models import trained
 from reference.suite import Suite
 from tests.parity import test_loading
@@ -99,6 +99,7 @@ def test_a_wrong_name_in_a_hugging_face_folder(tmp_path: Path, monkeypatch: pyte
         test_loading.check_weights(folder)
 
 
+STEP = np.float32(waveforms.STEP)
 SOUND: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "10 ms late": lambda x: np.pad(x, (160, 0))[:-160],
     "a hundredth louder": lambda x: x * np.float32(1.01),
@@ -131,10 +132,40 @@ def test_a_fault_of_audio_makes_a_transcript_red(fault: str, file: str, deaf: An
     assert not found.equal and found.difference.startswith(f"the loaders of audio differ: {file}")
 
 
-def test_a_lost_channel_is_heard(tmp_path: Path, deaf: Any) -> None:
+def test_a_lost_channel_is_heard_and_two_steps_of_one_sample(tmp_path: Path, deaf: Any) -> None:
     left, right = np.random.default_rng(0).uniform(-0.5, 0.5, (2, 16000)).astype(np.float32)
     soundfile.write(tmp_path / "a.wav", np.stack([left, right], 1), 16000)
     test_loading.check_audio(tmp_path / "a.wav")
-    deaf(lambda x: left)
-    with pytest.raises(pytest.fail.Exception, match="the loaders of audio differ: a.wav"):
-        test_loading.check_audio(tmp_path / "a.wav")
+    for wrong in (lambda x: left, lambda x: x + 2 * STEP * (np.arange(len(x)) == 5000)):
+        deaf(wrong)
+        with pytest.raises(pytest.fail.Exception, match="the loaders of audio differ: a.wav"):
+            test_loading.check_audio(tmp_path / "a.wav")
+
+
+LEAST: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
+    "one step of one sample": ("english-1.wav", lambda x: x + STEP * (np.arange(len(x)) == 5000)),
+    "the last sample": ("english-1.wav", lambda x: x[:-1]),
+    "four steps of noise": ("english-3.mp3", lambda x: x + 4 * STEP * np.random.default_rng(0).uniform(-1, 1, len(x))),
+}
+"""By what is wrong, a clip in which nothing smaller is another sound, and what makes it of the right one."""
+
+
+@pytest.mark.parametrize("wrong", LEAST)
+def test_little_is_another_sound(wrong: str) -> None:
+    file, change = LEAST[wrong]
+    path = FIXTURES / "clips" / file
+    right = waveforms.read(path)
+    assert not waveforms.difference(path, right)
+    assert waveforms.difference(path, change(right).astype(np.float32))
+
+
+def test_a_tensor_too_many_and_the_last_bit_of_a_value_are_differences() -> None:
+    dims, right = trained().dims, {"a": torch.ones(3), "b": torch.ones(2)}
+    nearly = torch.tensor([1.0, 1.0, 1 + 2**-23])
+    for ours, names in (
+        ({**right, "c": torch.ones(1)}, {"c"}),
+        ({**right, "a": nearly}, {"a"}),
+        ({"a": right["a"]}, {"b"}),
+        ({**right, "a": right["a"].half()}, set()),
+    ):
+        assert set(checkpoints.differences(dims, ours, dims, right)) == names

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from reference.faults import outcome, result_of
 from reference.judge import Explanation
 from reference.report.figures import conclusion
 from reference.report.summary import summary
@@ -185,6 +186,32 @@ def test_one_failure_of_any_kind_is_a_failure(kind: str) -> None:
     assert conclusion(run).passed
     getattr(run, kind).append(getattr(wrong, kind)[-1])
     assert not conclusion(run).passed
+
+
+@pytest.mark.parametrize(
+    ("dtype", "checks", "effect", "expected"),
+    [
+        (torch.bfloat16, (), {"speech": 0.0039}, "not caught, below the budget"),
+        (torch.bfloat16, (), {"speech": 0.0041}, "missed"),
+        (torch.bfloat16, (), {"speech": 0.0041, "random": 0.0}, "missed"),
+        (torch.float32, (), {"speech": 1e-9}, "missed"),
+        (torch.float32, ("KL max",), {"speech": 1e-9}, "caught"),
+    ],
+)
+def test_a_fault_may_be_missed_below_the_budget_of_a_coarse_dtype_alone(
+    dtype: torch.dtype, checks: tuple[str, ...], effect: dict[str, float], expected: str
+) -> None:
+    found = fault("a", dtype, checks, effect=effect, rounding=dict.fromkeys(effect, 0.001))
+    assert outcome(found) == expected
+    assert found.accepted == (expected != "missed")
+
+
+def test_the_effect_of_a_fault_is_what_max_errs_by() -> None:
+    wrong, exact = judgement("encoder.mlp", 9e-7), judgement("encoder.mlp", 3e-7)
+    found = result_of(fault("a").fault, torch.bfloat16, [wrong], [exact], None)
+    assert (found.checks, found.used) == (("isolated: relative L2",), wrong.worst.used)
+    assert (found.rounding, found.effect) == ({"speech": 1e-7}, {"speech": 3e-7})
+    assert result_of(fault("a").fault, torch.bfloat16, [exact], [exact], "encoder").checks == ("chain",)
 
 
 def test_summary_is_short_and_says_what_failed() -> None:

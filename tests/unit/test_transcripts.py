@@ -1,0 +1,81 @@
+"""The comparison of whole transcripts on trial: whatever differs is seen, be it the last value of the last segment."""
+
+import copy
+from collections.abc import Callable
+from typing import Any, cast
+
+import pytest
+
+from reference.transcripts import Transcript, compare
+
+CLIP = "clips/english-1.wav"
+
+
+class Says:
+    """Stands for a model that has heard this."""
+
+    def __init__(self, result: dict[str, Any]):
+        self.result = result
+
+    def transcribe(self, *_: Any, **__: Any) -> dict[str, Any]:
+        return self.result
+
+
+def segment(start: float) -> dict[str, Any]:
+    words = [{"word": f" {n}", "start": start + n, "end": start + n + 1} for n in range(2)]
+    of_text = {"text": " 0 1", "tokens": [50364, 5, 6, 50464], "temperature": 0.0, "compression_ratio": 1.5}
+    return {"start": start, "end": start + 2, "words": words, **of_text}
+
+
+def said() -> dict[str, Any]:
+    return {"language": "en", "segments": [segment(0.0), segment(2.0)]}
+
+
+def compared(ours: dict[str, Any], theirs: dict[str, Any], decoding: str) -> Transcript:
+    return compare(cast(Any, Says(ours)), cast(Any, Says(theirs)), CLIP, decoding)
+
+
+def changed(name: str, value: Any) -> Callable[[dict[str, Any]], object]:
+    """Returns what changes a field of the last segment."""
+    return lambda result: result["segments"][-1].update({name: value})
+
+
+def of_word(name: str, value: Any) -> Callable[[dict[str, Any]], object]:
+    return lambda result: result["segments"][-1]["words"][-1].update({name: value})
+
+
+LOST: Callable[[dict[str, Any]], object] = lambda result: result["segments"].pop()  # noqa: E731
+LANGUAGE: Callable[[dict[str, Any]], object] = lambda result: result.update(language="de")  # noqa: E731
+OF_SEGMENTS = {
+    "start": changed("start", 2.02),
+    "end": changed("end", 3.98),
+    "text": changed("text", " 0 2"),
+    "tokens": changed("tokens", [50364, 5, 7, 50464]),
+    "temperature": changed("temperature", 0.2),
+    "compression_ratio": changed("compression_ratio", 1.6),
+    "a segment": LOST,
+    "language": LANGUAGE,
+}
+OF_WORDS = {
+    "word": of_word("word", " 2"),
+    "start": of_word("start", 3.02),
+    "end": of_word("end", 3.98),
+    "a segment": LOST,
+    "language": LANGUAGE,
+}
+CASES = [(decoding, each) for decoding, of in (("greedy", OF_SEGMENTS), ("words", OF_WORDS)) for each in of]
+
+
+@pytest.mark.parametrize(("decoding", "difference"), CASES)
+def test_a_difference_is_seen_on_either_side(decoding: str, difference: str) -> None:
+    other = copy.deepcopy(said())
+    (OF_SEGMENTS if decoding == "greedy" else OF_WORDS)[difference](other)
+    for ours, theirs in ((other, said()), (said(), other)):
+        found = compared(ours, theirs, decoding)
+        assert not found.equal and found.difference
+
+
+@pytest.mark.parametrize(("decoding", "n_compared"), [("greedy", 8), ("words", 4)])
+def test_the_same_is_equal_and_counted(decoding: str, n_compared: int) -> None:
+    found = compared(said(), said(), decoding)
+    assert (found.equal, found.n_compared, found.difference) == (True, n_compared, "")
