@@ -7,7 +7,8 @@ import torch
 
 from reference import chain
 from reference.activations import speech
-from reference.chain import ENDS, pytorch_chain, run_chain
+from reference.chain import ENDS, Chain, first_divergence, pytorch_chain, run_chain
+from reference.judge import Comparison
 from reference.models import FIXTURE, load
 from reference.subject import Subject
 from reference.suite import Suite
@@ -38,3 +39,16 @@ def test_the_graphs_without_intermediates_are_judged(
     found = run_chain(trained)
     assert found.first_divergence == wrong
     assert [effect.output for effect in found.effects if not effect.identical] == ([wrong] if wrong else [])
+
+
+def test_a_submodule_that_max_does_not_put_out_is_the_first_divergence(
+    trained: Suite, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = chain.references(trained, "speech")[1]
+    lost = list(right)[3]
+    monkeypatch.setattr(chain, "max_chain", lambda *_: {name: x for name, x in right.items() if name != lost})
+    assert first_divergence(trained, {}) == lost
+
+
+def test_a_chain_of_nothing_has_not_passed() -> None:
+    assert not Chain(Comparison("s", torch.float32, "chain", 0, "speech"), {}, ()).passed

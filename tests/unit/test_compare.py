@@ -171,6 +171,38 @@ def test_a_time_below_zero_is_noise_and_not_shown() -> None:
     assert figures(row, 10.0)[:5] == ["x", "-", "20.0", "-", "1.00"]
 
 
+def test_every_recording_is_in_its_own_language(stub: type[StubWorker], monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = stub.answer
+
+    def answer(self: StubWorker, do: str, **arguments: Any) -> dict[str, Any]:
+        if do == "language":
+            return {"language": {"language-0": "de", "language-1": "en"}[Path(arguments["mel"]).stem]}
+        return whole(self, do, **arguments)
+
+    monkeypatch.setattr(stub, "answer", answer)
+    two = [str(CLIP), str(CLIP)]
+    found = run.compare(two, str(NANO), ["whisper.cpp"], device="cpu", batch_size=1, threads=1, rounds=1)
+    assert found.options["languages"] == ["de", "en"]
+    assert [language for name, language in stub.asked if name == "whisper.cpp"] == ["de", "en"] * 2
+
+
+def test_another_number_of_tokens_than_was_asked_for_is_a_failure(
+    stub: type[StubWorker], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The time of one would be of fewer."""
+    whole = stub.answer
+
+    def answer(self: StubWorker, do: str, **arguments: Any) -> dict[str, Any]:
+        found = whole(self, do, **arguments)
+        return found | ({"tokens": found["tokens"][:9]} if (self.name, do) == ("whisper.cpp", "generate") else {})
+
+    monkeypatch.setattr(stub, "answer", answer)
+    assert (
+        compared(capsys, "--against", "whisper.cpp")[1].count("whisper.cpp: failed: asked for 64 tokens, it gave 9")
+        == 1
+    )
+
+
 def test_an_engine_that_fails_has_no_figures(stub: type[StubWorker], capsys: pytest.CaptureFixture[str]) -> None:
     stub.broken = "whisper.cpp"
     status, out = compared(capsys, "--against", "whisper.cpp")

@@ -145,7 +145,11 @@ def test_a_lost_channel_is_heard_and_two_steps_of_one_sample(tmp_path: Path, dea
 LEAST: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
     "one step of one sample": ("english-1.wav", lambda x: x + STEP * (np.arange(len(x)) == 5000)),
     "the last sample": ("english-1.wav", lambda x: x[:-1]),
-    "four steps of noise": ("english-3.mp3", lambda x: x + 4 * STEP * np.random.default_rng(0).uniform(-1, 1, len(x))),
+    "two steps of one sample": ("english-3.mp3", lambda x: x + 2 * STEP * (np.arange(len(x)) == 5000)),
+    "four steps of noise": (
+        "english-stereo.wav",
+        lambda x: x + 4 * STEP * np.random.default_rng(0).uniform(-1, 1, len(x)),
+    ),
 }
 """By what is wrong, a clip in which nothing smaller is another sound, and what makes it of the right one."""
 

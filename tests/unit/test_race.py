@@ -281,6 +281,7 @@ def test_pieces_of_several_recordings_follow_one_another(stub: type[StubWorker])
         [str(CLIP), str(CLIP)], str(NANO), ["whisper.cpp"], device="cpu", batch_size=1, threads=1, rounds=1
     )
     [subject] = [row for row in found.rows if row.name == "maxwhisper"]
+    assert found.audio_s == 2 * found.recordings[0]["seconds"] and subject.total_s == [1.0]
     assert [(piece.recording, piece.seconds, piece.text) for piece in subject.pieces[0]] == [
         (0, 0.25, " apples jump"),
         (1, 0.75, " apples jump"),

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from maxwhisper.audio import SAMPLE_RATE, load_audio
 from maxwhisper.errors import AudioError, OptionError
 from maxwhisper.serving.command import bound, keys_in
 from maxwhisper.serving.service import Service
@@ -188,6 +189,25 @@ def test_what_takes_too_long_in_mid_stream(model: SlowModel, monkeypatch: pytest
         model.let.set()
 
 
+def test_a_client_that_leaves_in_mid_stream_is_not_transcribed_for(
+    model: SlowModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def transcribe(self: SlowModel, audio: np.ndarray, on_segments: Any, **options: Any) -> dict[str, Any]:
+        on_segments([{"text": " Hello"}])
+        assert self.let.wait(30)
+        return {}
+
+    model.let.clear()
+    monkeypatch.setattr(SlowModel, "transcribe", transcribe)
+    with in_thread(model) as (url, service):
+        sent: dict[str, Any] = {"files": {"file": AUDIO}, "data": {"model": "stub", "stream": "true"}}
+        with httpx.stream("POST", f"{url}/v1/audio/transcriptions", **sent) as answer:
+            assert "Hello" in next(answer.iter_text())
+            (job,) = service.jobs.running
+        until(lambda: job.caller.stopped.is_set())
+        model.let.set()
+
+
 def test_what_fails_in_mid_stream_is_an_error_of_the_client(model: SlowModel, monkeypatch: pytest.MonkeyPatch) -> None:
     def transcribe(self: SlowModel, audio: np.ndarray, on_segments: Any, **options: Any) -> dict[str, Any]:
         on_segments([{"text": " Hello"}])
@@ -213,6 +233,14 @@ def test_failures(model: SlowModel, error: Exception, code: int, caplog: pytest.
     assert found.json()["error"]["type"] == ("server_error" if code == 500 else "invalid_request_error")
 
 
+def test_the_seconds_that_were_transcribed_are_counted(model: SlowModel) -> None:
+    with in_thread(model) as (url, service):
+        for model.error, code in ((RuntimeError("none of it"), 500), (None, 200), (RuntimeError("no more"), 500)):
+            assert post(url).status_code == code
+        counted = service.metrics.registry.get_sample_value("maxwhisper_audio_seconds_total")
+    assert counted == len(load_audio(CLIP)) / SAMPLE_RATE
+
+
 def test_a_model_of_english_alone(model: SlowModel) -> None:
     model.is_multilingual = False
     with in_thread(model) as (url, _):
@@ -221,8 +249,14 @@ def test_a_model_of_english_alone(model: SlowModel) -> None:
 
 
 def test_the_scheme_of_a_key_is_in_any_letters(model: SlowModel) -> None:
-    with in_thread(model, keys=["sesame"]) as (url, _):
-        for given, code in (("bearer sesame", 200), ("BEARER sesame", 200), ("Basic sesame", 401), ("Bearer", 401)):
+    with in_thread(model, keys=["open", "sesame"]) as (url, _):
+        for given, code in (
+            ("Bearer open", 200),
+            ("bearer sesame", 200),
+            ("BEARER sesame", 200),
+            ("Basic sesame", 401),
+            ("Bearer", 401),
+        ):
             assert httpx.get(f"{url}/v1/models", headers={"authorization": given}).status_code == code
 
 

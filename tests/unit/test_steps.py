@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from maxwhisper.decoding.rules import Rules
 from maxwhisper.decoding.stepper import Advanced, Stepper, Texts
 from reference.fixtures import NANO
 from reference.models import trained
-from reference.steps import Scene, judge_steps
+from reference.steps import Scene, broken_promises, judge_steps, kept
 from reference.suite import Suite
 
 GREEDY = Scene("2 windows", (9, 20), (7, 7))
@@ -159,3 +161,52 @@ def test_what_is_given_wrongly_fails(judged: Suite, stepper: Stepper, fault: Cal
 )
 def test_what_is_found_wrongly_fails(judged: Suite, stepper: Stepper, fault: Callable, scene: Scene) -> None:
     assert not judge_steps(judged, Wrong(stepper, found=fault), scene).passed
+
+
+# ---- what a stepper promises ---------------------------------------------------------------------------------------
+
+EOT = 9
+CHANGES: dict[str, tuple[list[int], int, str]] = {
+    "right": ([1, 2, 3, 4, 5], 5, ""),
+    "ended": ([1, 2, 3, 4, EOT], 5, ""),
+    "one token": ([1, 2, 3, 4, EOT], 4, ""),
+    "an earlier token": ([7, 2, 3, 4, 5], 5, "its tokens have changed"),
+    "the last one given": ([1, 2, 7, 4, 5], 5, "its tokens have changed"),
+    "none": ([1, 2, 3, EOT, EOT], 3, "0 tokens more, expected 1 to 2"),
+    "too many": ([1, 2, 3, 4, 5, 6], 6, "3 tokens more, expected 1 to 2"),
+    "behind the end": ([1, 2, 3, 4, 5, 6], 5, "tokens behind its end"),
+    "behind an end of text": ([1, 2, 3, EOT, 5], 5, "tokens behind its end"),
+}
+"""The text that a stepper makes of 1 2 3 where it may add two tokens, how long it says that is, and what is said."""
+
+
+def promises(tokens: list[int], length: int, n_token: int = 2, change: Callable[[Any], object] = id) -> list[str]:
+    cache = KeyValueCache()
+    cache.append([torch.ones(1, 1, length - 1, 2)] * 2, n_position=9)
+    before = [kept(cache, 0, 2)]
+    change(cache)
+    given = Texts(torch.tensor([[1, 2, 3]]), torch.tensor([3]), torch.zeros(1))
+    made: Any = SimpleNamespace(
+        texts=given, n_token=torch.tensor([n_token]), rules=SimpleNamespace(eot=EOT), cache=cache
+    )
+    found: Any = SimpleNamespace(texts=Texts(torch.tensor([tokens]), torch.tensor([length]), torch.zeros(1)))
+    return list(broken_promises(made, found, before))
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_promise_that_is_not_kept_is_named(change: str) -> None:
+    tokens, length, said = CHANGES[change]
+    assert promises(tokens, length) == ([f"text 0: {said}"] if said else [])
+
+
+def test_what_a_cache_promises() -> None:
+    right = [1, 2, 3, 4, 5]
+    assert promises([1, 2, 3], 3, n_token=0) == []
+    assert promises([1, 2, 3, 4], 4, n_token=0) == ["text 0: 1 tokens more, expected 1 to 0"]
+    assert promises(right, 5, change=lambda cache: setattr(cache, "n_token", 5)) == [
+        "the cache says that it holds 5 tokens, expected all but the last"
+    ]
+    assert promises(right, 5, change=lambda cache: cache.own[1][0, 0, 1].add_(1)) == [
+        "text 0: keys and values of its earlier tokens have changed"
+    ]
+    assert promises(right, 5, change=lambda cache: cache.own[1][0, 0, 2].add_(1)) == []

@@ -14,6 +14,7 @@ from reference.measures import DTYPES
 from reference.models import FIXTURE, load
 from reference.suite import Suite
 from reference.tightness import KINDS, smallest_failing, tightness, trial_of_pytorch
+from reference.trial import Trial
 
 PARTS = [block for block in BLOCKS.values() if block.unit == "parts"]
 ONE_NUMBER = "decoder.logits.step"
@@ -43,11 +44,14 @@ def test_every_block_is_judged_tightly(dtype: torch.dtype) -> None:
     assert loose <= {ONE_NUMBER}
 
 
-def test_the_judge_passes_less_and_fails_more(trained: Suite) -> None:
+def test_the_judge_passes_less_and_fails_more(trained: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And looks for the condition where a comparison would fail without, only."""
     comparison = next(trained.comparisons(BLOCKS["decoder.mlp.step"], ["speech"]))
     factor = smallest_failing(trained, comparison)
-    less, more = (trial_of_pytorch(trained, comparison, times * factor).judge() for times in (0.9, 1.1))
-    assert less.passed and not more.passed
+    trials = [trial_of_pytorch(trained, comparison, times * factor) for times in (0.9, 1.1)]
+    assert [trial.judge().passed for trial in trials] == [True, False]
+    monkeypatch.setattr(Trial, "condition", 50.0)
+    assert [trial.judge().condition for trial in trials] == [1, 50]
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,24 @@ def test_a_block_has_a_line_whatever_its_values(
     assert passed == line.endswith("ok")
 
 
+@pytest.mark.parametrize("wrong", [None, ("encoder.mlp", 0), ("decoder.logits.step", 1)])
+def test_one_failure_in_any_block_or_layer_is_the_status(
+    wrong: tuple[str, int] | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("encoder.mlp", "encoder.layer_norm", "decoder.logits.step")
+    suite: Any = SimpleNamespace(
+        comparisons=lambda block, _: [SimpleNamespace(block=block.name, layer=layer) for layer in (0, 1)],
+        judge=lambda each, _: judged(torch.ones(3, 4) * (2 if (each.block, each.layer) == wrong else 1)),
+        executable=lambda *_: None,
+    )
+    monkeypatch.setattr(lines, "BLOCKS", {name: BLOCKS[name] for name in names})
+    monkeypatch.setattr(lines, "Halves", lambda _: SimpleNamespace(of=lambda _: suite))
+    monkeypatch.setattr(sys, "argv", ["reference"])
+    assert lines.main() == (wrong is not None)
+    verdicts = {line.split()[0]: line.split()[-1] for line in capsys.readouterr().out.splitlines()[-5:-2]}
+    assert verdicts == dict.fromkeys(names, "ok") | ({wrong[0]: "FAILED"} if wrong else {})
+
+
 def test_a_checkpoint_that_is_none_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
