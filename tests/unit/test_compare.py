@@ -166,8 +166,8 @@ def test_the_table_of_a_gpu(
     assert "PyTorch finds no GPU: no luck" in capsys.readouterr().err
 
 
-def test_a_time_below_zero_is_noise_and_not_shown() -> None:
-    row = Row("x", "", {}, total_s=[1.0], encode_s=[0.02], token_s=[-0.001, 0.002, -0.003])
+def test_medians_are_shown_and_one_below_zero_is_noise() -> None:
+    row = Row("x", "", {}, total_s=[1.0, 9.0, 0.5], encode_s=[0.02, 0.9, 0.01], token_s=[-0.001, 0.002, -0.003])
     assert figures(row, 10.0)[:5] == ["x", "-", "20.0", "-", "1.00"]
 
 

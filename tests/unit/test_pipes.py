@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from threading import Event, Timer
+from threading import Event, Thread, Timer
 
 import numpy as np
 import pytest
@@ -18,6 +18,7 @@ from maxwhisper import pipes
 from maxwhisper.audio import duration, load_audio, read_audio
 from maxwhisper.compare.material import recordings
 from maxwhisper.errors import AudioError
+from maxwhisper.pipes import Pipe
 
 from .pipes import ctrl_c, fifo, in_background, pipe, standard_input
 from .test_audio import LOSSLESS, LOSSY, message, noise, tone, write, write_video, write_wave
@@ -168,6 +169,26 @@ def test_reading_ahead_ends_when_nobody_wants_it(unfinished: Path) -> None:
     with pytest.raises(AudioError, match="not read to its end"):
         read_audio(unfinished, 16000, stopped)
     assert time.monotonic() - began < 10  # it would wait for ever
+
+
+def test_reading_ahead_ends_where_nobody_writes_yet(tmp_path: Path) -> None:
+    """In a thread of its own, which would wait for ever, and no Ctrl-C comes to it."""
+    os.mkfifo(tmp_path / "pipe")
+    stopped, said = Event(), list[str]()
+    stopped.set()
+    reads = (AudioError, read_audio, tmp_path / "pipe", 16000, stopped)
+    reader = Thread(target=lambda: said.append(message(*reads)), daemon=True)
+    reader.start()
+    reader.join(10)
+    assert said and said[0].endswith("was not read to its end")
+
+
+def test_a_pipe_is_read_as_a_file_is() -> None:
+    with Pipe("a pipe", pipe(b"0123456789"), Event()) as read:
+        assert (read.read(4), read.tell()) == (b"0123", 4)
+        assert (read.seek(-2, os.SEEK_END), read.read(100), read.tell()) == (8, b"89", 10)
+        assert (read.read(5), read.tell()) == (b"", 10)
+        assert (read.seek(1), read.read(2), read.seek(2, os.SEEK_CUR), read.read(1)) == (1, b"12", 5, b"5")
 
 
 def test_descriptors_are_closed(tmp_path: Path, wav: Path) -> None:

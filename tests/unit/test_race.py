@@ -79,6 +79,13 @@ def test_words_are_held_against_what_was_said_where_it_is_known() -> None:
     race = race_of(record(FAST, text="seven apples"), "talk.json")
     assert race.against == "what was said"
     assert [mark for *_, mark in words(race, "fast")] == [RIGHT, RIGHT, WRONG, WRONG, WRONG]
+    nothing = race_of(record(FAST, text=""), "talk.json")
+    assert {mark for *_, mark in words(nothing, "fast")} == {WRONG}
+
+
+def test_what_an_engine_leaves_out_at_its_end_is_missing() -> None:
+    race = race_of(record(row("one", (1.0, [(0.5, "Seven apples, and")]))), "talk.json")
+    assert words(race, "one")[2:] == [(0.5, "and", RIGHT), (0.5, "a", MISSING), (0.5, "dog.", MISSING)]
 
 
 def test_the_median_round_is_shown() -> None:
@@ -154,11 +161,11 @@ def test_a_frame_of_a_long_text_is_its_end() -> None:
 
 
 def test_it_is_replayed_at_true_speed_in_a_terminal_and_not_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [0.0]
+    now = [5.0]
     monkeypatch.setattr("time.sleep", lambda seconds: now.__setitem__(0, now[0] + seconds))
     race = race_of(record(FAST, SLOW), "talk.json")
     out = shown(lambda console: replay(race, console, lambda: now[0]), force_terminal=True)
-    assert 8.0 <= now[0] < 8.1
+    assert 13.0 <= now[0] < 13.1
     assert re.search("slow +│ +8.00 │", out)
     assert "slow: so seven apples, apple and uh a dog" in " ".join(out.split())
     now[0] = 0.0
