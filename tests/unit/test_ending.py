@@ -72,6 +72,8 @@ def test_a_plugin_that_fails_as_the_run_ends_takes_no_summary_with_it(
         "other.py, pytest_sessionfinish failed as the run ended: No space left on device"
     )
     assert {path.name for path in (tmp_path / "report").iterdir()} == {"report.html", "report.json", "summary.md"}
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert (report["exit_status"], report["passed"]) == (1, False)
 
 
 def test_a_junit_file_that_cannot_be_written_takes_no_summary_with_it(pytester: pytest.Pytester) -> None:

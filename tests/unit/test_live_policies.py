@@ -1,7 +1,8 @@
-"""Which words are settled, where a recording is quiet, and what a terminal shows: without a model."""
+"""Which words are settled, where a recording is quiet, what a terminal shows and what is kept: without a model."""
 
 from collections.abc import Sequence
 from math import log
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,10 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maxwhisper.cli.live_command import POLICIES as NAMES
+from maxwhisper.errors import AudioError
 from maxwhisper.live import POLICIES, AlignAtt, HeardTwice, LocalAgreement, Word
 from maxwhisper.live.hypotheses import following
 from maxwhisper.live.loudness import FRAME, Loudness, quietest
 from maxwhisper.live.policies import audible, said
+from maxwhisper.live.recording import Recording
 from maxwhisper.live.screen import ANEW, DIM, PLAIN, Lines, Terminal, cells, end_of_line
 from maxwhisper.live.session import Window
 
@@ -234,3 +237,25 @@ def test_a_terminal_tells_apart(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == "\n"
     Terminal(80).show("", " the engine")
     assert capsys.readouterr().out == f"{ANEW}{DIM}the engine{PLAIN}"
+
+
+# ---- what is kept --------------------------------------------------------------------------------------------------
+
+
+def test_a_recording_is_what_was_taken_where_the_disk_was_full_meanwhile() -> None:
+    kept = Recording()
+    pieces = [noise(0.1, 0.1), noise(0.2, 0.2), noise(0.3, 0.3)]
+    kept.add(pieces[0])
+    file = kept.file
+
+    def full(_: bytes) -> None:
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    kept.file = SimpleNamespace(seek=file.seek, write=full)  # type: ignore[assignment]
+    with pytest.raises(AudioError, match="cannot be kept in a temporary file: No space left on device"):
+        kept.add(pieces[1])
+    assert len(kept) == len(pieces[0])
+    kept.file = file
+    kept.add(pieces[2])
+    assert np.array_equal(kept.all().numpy(), np.concatenate([pieces[0], pieces[2]]))

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,8 +15,9 @@ from whisper.audio import log_mel_spectrogram, pad_or_trim
 from reference import checkpoints, waveforms, windows
 from reference.blocks import pytorch_whisper
 from reference.fixtures import FIXTURES, NANO
-from reference.judge import Comparison, Judgement
+from reference.judge import Comparison, Judgement, Measure, Output
 from reference.models import FIXTURE
+from reference.verdicts import Verdicts
 from reference.windows import Window
 
 CLIP = "clips/english-1.wav"
@@ -98,3 +101,19 @@ FAULTS: dict[str, Callable[[Window], Window]] = {
 def test_anything_else_does_not(fault: str, said: Any) -> None:
     right, judged = said
     assert not judged(FAULTS[fault](right)).passed
+
+
+def test_a_verdict_is_kept_of_all_that_is_said(
+    judge: windows.Judge, said: Any, tmp_path: Path, pytestconfig: pytest.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, asked, outputs = said[0], [], (Output(0, (1,), (Measure("relative L2", 0.0, 0.0, 1.0),)),)
+    verdict = Judgement(Comparison(FIXTURE, torch.float32, "decode, greedy", 0, CLIP), outputs, ())
+    subject: Any = SimpleNamespace(network={"log_mel": None}, device=torch.device("cpu"))
+    monkeypatch.setattr(windows, "spectrogram", lambda *_: None)
+    monkeypatch.setattr(windows, "decoded", lambda *_: now)
+    monkeypatch.setattr(windows.Judge, "judged", lambda *_: asked.append(1) or verdict)
+    remembering = replace(judge, verdicts=Verdicts(pytest.Cache(tmp_path, pytestconfig, _ispytest=True), "m"))
+    for change in (None, None, *FAULTS.values()):
+        now = change(said[0]) if change else said[0]
+        remembering.compare(subject, CLIP, waveforms.read(FIXTURES / CLIP), "greedy")
+    assert len(asked) == 1 + len(FAULTS)
