@@ -21,6 +21,7 @@ from maxwhisper.compare.engines import maxwhisper as maxwhisper_engine
 from maxwhisper.compare.material import SIZES
 from maxwhisper.compare.process import EngineError
 from maxwhisper.compare.results import Row
+from maxwhisper.compare.scores import agreement, word_error_rate
 from maxwhisper.compare.table import cells as figures
 from maxwhisper.compare.tokens import task_for
 from maxwhisper.engine import session
@@ -201,6 +202,18 @@ def test_another_number_of_tokens_than_was_asked_for_is_a_failure(
         compared(capsys, "--against", "whisper.cpp")[1].count("whisper.cpp: failed: asked for 64 tokens, it gave 9")
         == 1
     )
+
+
+def test_scores_by_hand() -> None:
+    """A token too many counts; each language has its normalizer."""
+    assert (agreement([[1, 2, 3]], [[1, 2, 4, 3]]), agreement([[1, 2], [3]], [[1], [3]])) == (3 / 4, 2 / 3)
+    assert agreement([[]], [[]]) is None and word_error_rate([""], ["a"], ["en"]) is None
+    short, long = ["I'm here"], ["I am here"]
+    assert word_error_rate(short, long, ["en"]) == 0 != word_error_rate(short, long, ["de"])
+
+
+def test_the_fastest_of_several_times_counts() -> None:
+    assert run.fastest([{"seconds": 2.0}, {"seconds": 1.0}, {"seconds": 3.0}], "seconds") == 1.0
 
 
 def test_an_engine_that_fails_has_no_figures(stub: type[StubWorker], capsys: pytest.CaptureFixture[str]) -> None:

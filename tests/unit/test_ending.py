@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
@@ -18,7 +19,7 @@ from reference.faults import FaultResult
 from reference.fixtures import ROOT
 from reference.graph_faults import graph_faults
 from reference.judge import Comparison, Judgement, Measure, Output, explain
-from reference.pytest_plugin.ending import Ending
+from reference.pytest_plugin.ending import ENDING, LEFT_OUT, Ending, pytest_sessionfinish
 from reference.report.figures import conclusion
 from reference.results import Run
 from reference.transcripts import Transcript
@@ -209,6 +210,17 @@ def test_a_worker_that_died_fails_the_run() -> None:
     assert session.exitstatus == pytest.ExitCode.TESTS_FAILED
     assert run.lost == ["worker gw0 ended early, with what it had not reported: Not properly terminated"]
     assert not conclusion(run).passed
+
+
+def test_a_selection_that_left_workers_nothing_to_compare_fails_the_run() -> None:
+    """Their tests are not among those of the process that says how the run ended."""
+    config, run = SimpleNamespace(stash=pytest.Stash(), getoption=lambda name: None), Run(held=["a test"])
+    config.stash[ENDING] = ending = Ending(config, run)  # type: ignore[arg-type]
+    ending.pytest_testnodedown(Mock(workeroutput={LEFT_OUT: "no block was compared"}), None)
+    session = Mock(config=config, items=[], exitstatus=pytest.ExitCode.OK)
+    pytest_sessionfinish(session)
+    assert session.exitstatus == pytest.ExitCode.TESTS_FAILED
+    assert list(run.notes) == ["no block was compared"]
 
 
 @pytest.mark.nightly  # two processes of the whole suite

@@ -20,7 +20,9 @@ from hypothesis import strategies as st
 from maxwhisper.audio import SAMPLE_RATE, load_audio
 from maxwhisper.errors import AudioError, OptionError
 from maxwhisper.serving.command import bound, keys_in
+from maxwhisper.serving.errors import APIError
 from maxwhisper.serving.service import Service
+from maxwhisper.serving.settings import Settings
 
 from .command import CLIP, StubModel, status
 from .serving import in_thread
@@ -243,9 +245,14 @@ def test_the_seconds_that_were_transcribed_are_counted(model: SlowModel) -> None
 
 def test_a_model_of_english_alone(model: SlowModel) -> None:
     model.is_multilingual = False
-    with in_thread(model) as (url, _):
+    with in_thread(model) as (url, service):
         assert post(url, language="German").json()["error"]["param"] == "language"
         assert post(url, language="en").status_code == 200
+        sent: dict[str, Any] = {"files": {"file": AUDIO}, "data": {"model": "stub"}}
+        assert httpx.post(f"{url}/v1/audio/translations", **sent).json()["error"]["param"] == "model"
+        service.check_realtime(Settings(language="en"))
+        with pytest.raises(APIError, match="knows English only"):
+            service.check_realtime(Settings(language="de"))
 
 
 def test_the_scheme_of_a_key_is_in_any_letters(model: SlowModel) -> None:
