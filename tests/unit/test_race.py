@@ -92,6 +92,14 @@ def test_the_median_round_is_shown() -> None:
     three = row("three", (9.0, [(1.0, " late")]), (2.0, [(2.0, " early")]), (3.0, [(3.0, " median")]))
     [lane] = race_of(record(three, pytorch="median"), "talk.json").lanes
     assert lane.total_s == 3.0 and [(word.seconds, word.text) for word in lane.words] == [(3.0, "median")]
+    assert (lane.at(2.9), lane.at(3.0)) == ([], lane.words)
+    two = row("two", (3.0, [(3.0, " late")]), (2.0, [(2.0, " early")]))
+    assert race_of(record(two), "talk.json").total_s == 2.0
+
+
+def test_words_that_are_wrong_and_missing_are_counted_apart() -> None:
+    race = race_of(record(row("one", (1.0, [(0.5, "Seven apples, and a dog and cats")]))), "talk.json")
+    assert re.search("one +│ +1.00 │ .* │ +2 │ +0 │", shown(lambda console: replay(race, console)))
 
 
 @pytest.mark.parametrize("said, heard", [("", " dog"), ("dog", ""), ("", "")])
