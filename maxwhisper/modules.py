@@ -35,25 +35,25 @@ class AudioEncoder(Frozen, openai.AudioEncoder):
         self.dims = dims
         self.hold(network, network.tensors("encoder"), device)
 
-    def forward(self, mel: torch.Tensor) -> torch.Tensor:
-        """Encodes ([batch,] n_mels, 2 * n_audio_ctx) to ([batch,] n_audio_ctx, state), in the dtype of mel.
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Encodes a mel x ([batch,] n_mels, 2 * n_audio_ctx) to ([batch,] n_audio_ctx, state), in the dtype of x.
 
-        It is computed in PyTorch while modules inside have hooks, or mel requires a gradient that is not switched off.
+        It is computed in PyTorch while modules inside have hooks, or x requires a gradient that is not switched off.
 
         Raises AudioError for another shape, or for values that are not finite, and OptionError for what is no tensor of
         floats, or if weights were changed.
         """
-        check_floats("mel", mel)
+        check_floats("mel", x)
         self.check_unchanged()
         if not torch.jit.is_tracing():
-            self._check(mel)
-        batch = mel if mel.ndim == 3 else mel[None]
-        if reason := self.why_pytorch(mel):
+            self._check(x)
+        batch = x if x.ndim == 3 else x[None]
+        if reason := self.why_pytorch(x):
             self.pytorch(reason)
             features = super().forward(batch)
         else:
             features = self._on_max(batch)
-        return features if mel.ndim == 3 else features[0]
+        return features if x.ndim == 3 else features[0]
 
     def _check(self, mel: torch.Tensor) -> None:
         expected = (self.dims.n_mels, 2 * self.dims.n_audio_ctx)

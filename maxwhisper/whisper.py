@@ -53,8 +53,8 @@ from .speech import transcribe_speech
 
 @cpu_by_default()
 def load_model(
-    name_or_path: StrPath,
-    device: str | torch.device = "cpu",
+    name: StrPath,
+    device: str | torch.device | None = None,
     download_root: StrPath | None = None,
     artifacts: StrPath | None = None,
     or_compile: bool = False,
@@ -62,7 +62,7 @@ def load_model(
 ) -> "Whisper":
     """Loads a checkpoint as `maxwhisper.checkpoint.load_checkpoint` does, and compiles its network for a device.
 
-    device: "cpu", "gpu" or "cuda".
+    device: "cpu", which it is unless given, "gpu" or "cuda".
     artifacts: a folder written by `compile_model`, from which the network comes compiled. Without it, what is compiled
         is kept in `$XDG_CACHE_HOME/maxwhisper/artifacts`, or the same under `~/.cache`, and comes from there next time.
     or_compile: compile, with a warning, what those artifacts do not fit; else they raise ArtifactError.
@@ -71,13 +71,14 @@ def load_model(
 
     Raises CheckpointError, DeviceError if there is no such device, OptionError if it or dtype has another name.
     """
-    find_device(str(device))  # before minutes go into reading and compiling
+    device = "cpu" if device is None else str(device)
+    find_device(device)  # before minutes go into reading and compiling
     arithmetic(dtype)
-    if str(device) == "cpu":
+    if device == "cpu":
         warn_of_slow_dtype(dtype)
     kept = Cache(cache_folder("artifacts"))
-    held = kept if artifacts is None else Artifacts(artifacts, str(device), or_compile)
-    return Whisper(rounded(load_checkpoint(name_or_path, download_root), dtype), str(device), held, dtype)
+    held = kept if artifacts is None else Artifacts(artifacts, device, or_compile)
+    return Whisper(rounded(load_checkpoint(name, download_root), dtype), device, held, dtype)
 
 
 @cpu_by_default()

@@ -204,6 +204,7 @@ WORKS: dict[str, Use] = {
     "model.detect_language": lambda x, mel: max((p, code) for code, p in x.detect_language(mel)[1].items())[1],
     "model.logits": lambda x, mel: x.logits(text_of(x), x.embed_audio(mel[None])).argmax(-1).tolist(),
     "model(mel, tokens)": lambda x, mel: x(mel[None], text_of(x)).argmax(-1).tolist(),
+    "model.encoder, keywords": lambda x, mel: x.encoder(x=mel[None]).argmax(-1).tolist(),
     "model.decoder, a dict": lambda x, mel: (
         x.decoder(text_of(x), x.encoder(mel[None]), kv_cache={}).argmax(-1).tolist()
     ),

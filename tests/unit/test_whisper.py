@@ -198,5 +198,9 @@ def test_devices_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
         load_model(NANO, "tpu")
 
 
+def test_a_model_is_loaded_by_openais_keywords() -> None:
+    assert load_model(name=NANO, device=None, download_root=None).device == torch.device("cpu")
+
+
 def test_an_empty_cache_is_false() -> None:
     assert not KeyValueCache() and KeyValueCache().n_token == 0
