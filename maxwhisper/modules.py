@@ -19,11 +19,14 @@ from .frozen import HOOKS, Frozen, without_memory
 
 
 def check_floats(name: str, x: torch.Tensor) -> None:
-    """Raises OptionError for what is no tensor of floats, which alone are neither read as something else nor lost."""
+    """Raises OptionError for what is no tensor of floats, which alone are neither read as something else nor lost, and
+    for a batch without a window."""
     if not isinstance(x, torch.Tensor):
         raise OptionError(f"{name} is a {type(x).__name__}, expected a tensor: torch.as_tensor makes one of an array")
     if not x.is_floating_point():
         raise OptionError(f"{name} is {x.dtype}, expected floats")
+    if not torch.jit.is_tracing() and not x.numel():
+        raise OptionError(f"{name} is {tuple(x.shape)}, expected a window or more")
 
 
 class AudioEncoder(Frozen, openai.AudioEncoder):
@@ -196,5 +199,5 @@ class TextDecoder(Frozen, openai.TextDecoder):
         if xa.ndim != 3 or xa.shape[1:] != (dims.n_audio_ctx, dims.n_audio_state):
             expected = f"(audio, {dims.n_audio_ctx}, {dims.n_audio_state})"
             raise OptionError(f"audio features are {tuple(xa.shape)}, expected {expected}")
-        if not len(xa) or len(x) % len(xa):
+        if len(x) % len(xa):
             raise OptionError(f"{len(x)} texts cannot share {len(xa)} rows of audio features evenly")

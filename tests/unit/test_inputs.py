@@ -56,6 +56,13 @@ def test_what_is_no_mel(model: Whisper, given: Any, said: str) -> None:
             use(given)
 
 
+@pytest.mark.parametrize("shape", [(0, 80, 3000), (0, 1500, 128)], ids=["mel", "features"])
+def test_no_windows_are_refused(model: Whisper, shape: tuple[int, ...]) -> None:
+    for use in (model.decode, model.detect_language, model.encoder):
+        with pytest.raises(OptionError, match=r"mel is \(0, .*\), expected a window or more"):
+            use(torch.zeros(shape))
+
+
 @pytest.mark.parametrize("given", [[[1, 2]], torch.tensor([[1.5]]), torch.tensor([[True]]), torch.tensor([[1]]).byte()])
 def test_what_is_no_text(model: Whisper, given: Any) -> None:
     with pytest.raises(OptionError, match="tokens are .* expected a tensor of torch.int64 or torch.int32"):
