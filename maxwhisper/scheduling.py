@@ -5,7 +5,7 @@ see `decoding.batching`. Encoder and the start of a text are computed for one wi
 arithmetic and not for memory.
 """
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from os import PathLike
@@ -20,7 +20,7 @@ from whisper.decoding import DecodingOptions
 from .audio import SAMPLE_RATE, read_audio
 from .decoding.batching import BatchingStepper
 from .decoding.stepper import Stepper
-from .options import refused, whole
+from .options import is_several, refused, whole
 
 Waveform = np.ndarray | Tensor
 Audio = str | PathLike[str] | Waveform
@@ -78,10 +78,10 @@ def transcribe_many(
 
     batch_size: how many recordings to decode together.
 
-    Raises OptionError if that is no whole number above 0, or if there is one recording in the place of several.
+    Raises OptionError if that is no whole number above 0, or for what is not several recordings.
     """
     batch_size = whole("batch_size", batch_size, 1)
-    if isinstance(audio, str | bytes | PathLike) or getattr(audio, "ndim", 2) < 2:
+    if not isinstance(audio, Sized) or not is_several(audio) or getattr(audio, "ndim", 2) < 2:
         raise refused("audio", audio, "several recordings, in a list")
     n_thread = min(batch_size, len(audio))
     if n_thread > 1:

@@ -268,7 +268,7 @@ class Whisper(Frozen, OpenAIWhisper):
 
         batch_size: how many recordings to decode together.
 
-        Raises OptionError if that is no whole number above 0, or if there is one recording in the place of several.
+        Raises OptionError if that is no whole number above 0, or for what is not several recordings.
         """
         return transcribe_many(self, audio, batch_size, **options)
 
