@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -35,7 +36,7 @@ def transcribe(parser: argparse.ArgumentParser, **options: Any) -> int:
     from ..options import transcribing
 
     if threads := options.pop("threads"):
-        torch.set_num_threads(threads)
+        torch.set_num_threads(min(threads, os.cpu_count() or 1))  # the process ends where it cannot start so many
     options.pop("fp16")
     model = load(**{name: options.pop(name) for name in MODEL_OPTIONS})
     files, layout = options.pop("audio"), {name: options.pop(name) for name in WORD_OPTIONS}

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,16 @@ def test_patience_needs_beams(capsys: pytest.CaptureFixture[str]) -> None:
 def test_threads_that_nobody_chooses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("maxwhisper.whisper.load_model", lambda *_, **__: StubModel())
     assert status(["transcribe", CLIP, "-o", tmp_path, "--threads", "None"]) == 0
+
+
+@pytest.mark.parametrize("more", [10**6, 10**20])
+def test_more_threads_than_cpus(more: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch would end the process where it cannot start them all."""
+    asked: list[int] = []
+    monkeypatch.setattr("torch.set_num_threads", asked.append)
+    monkeypatch.setattr("maxwhisper.whisper.load_model", lambda *_, **__: StubModel())
+    assert status(["transcribe", CLIP, "-o", tmp_path, "--threads", more]) == 0
+    assert asked == [os.cpu_count()]
 
 
 def test_every_option_has_help() -> None:
