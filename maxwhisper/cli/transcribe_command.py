@@ -54,7 +54,7 @@ def transcribe(parser: argparse.ArgumentParser, **options: Any) -> int:
                 failures += write(result, audio, output_dir, output_format, layout)
                 tell(audio, result)
             except MaxWhisperError as error:
-                failures.append(str(error) if str(error).startswith(f"{audio}: ") else f"{audio}: {error}")
+                failures.append(str(error) if str(error).startswith((f"{audio}: ", "'': ")) else f"{audio}: {error}")
             except Exception as error:  # one file must not take the others down
                 failures.append(f"{audio}: {type(error).__name__}: {error}")
     return max(map(failed, failures), default=0)
@@ -88,7 +88,7 @@ def shown(files: list[str], options: dict[str, Any]) -> Iterator[Callable[[str, 
 
 def show(audio: str, result: dict[str, Any]) -> None:
     """Prints a transcript as openai-whisper does, below the name of its file."""
-    print(f"{audio}:")
+    print(f"{' '.join(audio.splitlines())}:")
     for segment in result["segments"]:
         print(as_line(segment), flush=True)
 

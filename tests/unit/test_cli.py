@@ -188,13 +188,13 @@ def test_files_that_advance_together_are_printed_one_after_the_other(
     monkeypatch.setattr("maxwhisper.whisper.load_model", lambda *_, **__: StubModel())
     monkeypatch.setattr("maxwhisper.scheduling.transcribe_many", many)
     monkeypatch.setattr("maxwhisper.batched.transcribe_batched", batched)
-    files = [write_wav(tmp_path / f"{name}.wav", 1600) for name in "ab"]
+    files = [write_wav(tmp_path / f"{name}.wav", 1600) for name in ("a", "b\nc")]
     assert status(["transcribe", *files, "-o", out, "-f", "txt", *how]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert sorted(lines[::2]) == [f"{file}:" for file in files]
+    assert sorted(lines[::2]) == [f"{files[0]}:", f"{files[1]}:".replace("\n", " ")]
     assert lines[1::2] == ["[00:00.000 --> 00:01.500]  Hello there."] * 2
     assert all(call["verbose"] is None for call in calls)
-    assert sorted(file.name for file in out.iterdir()) == ["a.txt", "b.txt"]
+    assert sorted(file.name for file in out.iterdir()) == ["a.txt", "b\nc.txt"]
 
 
 @pytest.mark.parametrize("how", ["--batched", "--vad_filter=True"])
@@ -243,6 +243,7 @@ BAD_AUDIO: dict[str, tuple[Callable[[Path], Path], str]] = {
     "missing": (lambda folder: folder / "missing.wav", "missing.wav"),
     "folder": (lambda folder: folder, "cannot be read"),
     "empty": (lambda folder: text_file(folder, "empty.wav", ""), "empty.wav"),
+    "no name": (lambda folder: "", "error: '': no name of a file"),
     "text": (lambda folder: text_file(folder, "text.wav", "This is no audio.\n" * 100), "text.wav"),
     "no samples": (lambda folder: write_wav(folder / "nothing.wav", 0), "no audio samples"),
     "nan": (lambda folder: write_float_wav(folder / "nan.wav", np.full(16000, np.nan)), "not finite"),
