@@ -15,6 +15,7 @@ import numpy as np
 from whisper.audio import SAMPLE_RATE
 
 from ..errors import AudioError, OptionError
+from ..pipes import AT_ONCE
 
 log = logging.getLogger("maxwhisper")
 
@@ -38,7 +39,7 @@ class Source:
     def take(self) -> np.ndarray:
         """Waits for audio, and returns all there is, float32 (sample,) at 16 kHz; `ended` is set with the last.
 
-        Raises what reading raised.
+        Raises what reading raised, and OptionError for a rate that nothing can be resampled from.
         """
         found = [self.blocks.get()]
         while not self.blocks.empty() and len(found) < MAX_QUEUED:
@@ -58,7 +59,10 @@ class Source:
         pcm, self.odd = pcm[:n_whole], pcm[n_whole:]
         samples = np.frombuffer(pcm, "<i2")
         if self.rate != SAMPLE_RATE:
-            samples = np.concatenate([samples[:0], *self._resampled(samples)])
+            try:
+                samples = np.concatenate([samples[:0], *self._resampled(samples)])
+            except (av.FFmpegError, OverflowError) as error:
+                raise OptionError(f"rate is {self.rate}, expected samples per second of audio") from error
         return samples.astype(np.float32) / 32768
 
     def _resampled(self, samples: np.ndarray) -> Iterator[np.ndarray]:
@@ -88,7 +92,7 @@ def standard_input(rate: int) -> Iterator[Source]:
 
     def read() -> None:
         try:
-            while not stopped.is_set() and (data := os.read(number, max(2, rate // 5))):
+            while not stopped.is_set() and (data := os.read(number, min(max(2, rate // 5), AT_ONCE))):
                 blocks.put(data)
                 while blocks.qsize() > MAX_QUEUED and not stopped.is_set():
                     sleep(0.1)

@@ -106,6 +106,16 @@ def test_nothing_came(session: Heard, tmp_path: Path, capsys: pytest.CaptureFixt
     assert not os.listdir(tmp_path)
 
 
+@pytest.mark.parametrize("rate", [2**31 - 1, 2**31, 10**12])
+def test_a_rate_that_no_audio_has(
+    rate: int, session: Heard, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with standard_input(pipe(PCM)):
+        assert status(["live", "-", "-o", tmp_path, "--rate", rate]) == 1
+    assert_one_line(capsys, f"rate is {rate}, expected")
+    assert not os.listdir(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
