@@ -38,8 +38,11 @@ def check_installed(needed: dict[str, str]) -> None:
 
 
 def check_outputs(paths: dict[str, str | None]) -> None:
-    """Raises OptionError for a file, of those given by an option, that is a folder or in one that cannot be written."""
+    """Raises OptionError for a file, of those given by an option, that has no name, is a folder, or is in one that
+    cannot be written."""
     for option, path in paths.items():
+        if path == "":
+            raise OptionError(f"{option} '': expected the name of a file")
         if path and os.path.isdir(path):
             raise OptionError(f"{option} {path}: is a folder: expected the name of a file")
         if path and not (os.path.isdir(folder := os.path.dirname(path) or ".") and os.access(folder, os.W_OK)):

@@ -266,6 +266,12 @@ def test_a_folder_that_is_not_there_is_said_before_anything_is_measured(capsys: 
     assert "--html no/such/race.html: there is no folder 'no/such'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("command", "option"), [("compare", "--json"), ("race", "--json"), ("race", "--svg")])
+def test_a_file_without_a_name_is_no_file(command: str, option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "nothing.mp3", option, ""]) == 1
+    assert f"{option} '': expected the name of a file" in capsys.readouterr().err
+
+
 def test_what_is_replayed_is_what_compare_has_measured(
     stub: type[StubWorker],  # noqa: F811
     tmp_path: Path,
