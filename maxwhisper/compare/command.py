@@ -1,6 +1,7 @@
 """The command `maxwhisper compare`, behind its options."""
 
 import os
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from ..errors import OptionError
 def run(json: str | None, plot: str | None, text: list[str] | None, threads: int | None, **options: Any) -> int:
     """Compares, prints the table, writes the files; returns 1 if an engine failed. Raises MaxWhisperError."""
     check_installed({"jiwer": "maxwhisper compare"} | ({"matplotlib": "--plot"} if plot else {}))
-    check_outputs({"--json": json, "--plot": plot})
+    check_outputs({"--json": json, "--plot": plot}, options["audio"])
 
     from .run import compare, write_json
     from .table import table
@@ -37,9 +38,10 @@ def check_installed(needed: dict[str, str]) -> None:
             raise OptionError(f"{user} needs {package}: pip install 'maxwhisper[peers]'")
 
 
-def check_outputs(paths: dict[str, str | None]) -> None:
+def check_outputs(paths: dict[str, str | None], inputs: Sequence[str]) -> None:
     """Raises OptionError for a file, of those given by an option, that has no name, is a folder, or is in one that
-    cannot be written."""
+    cannot be written, or that would replace an input or another of them."""
+    taken = set(map(os.path.realpath, inputs))
     for option, path in paths.items():
         if path == "":
             raise OptionError(f"{option} '': expected the name of a file")
@@ -47,6 +49,10 @@ def check_outputs(paths: dict[str, str | None]) -> None:
             raise OptionError(f"{option} {path}: is a folder: expected the name of a file")
         if path and not (os.path.isdir(folder := os.path.dirname(path) or ".") and os.access(folder, os.W_OK)):
             raise OptionError(f"{option} {path}: there is no folder '{folder}' that can be written to")
+        if path and os.path.realpath(path) in taken:
+            raise OptionError(f"{option} {path}: would replace another file of this command")
+        if path and (os.path.isfile(path) or not os.path.exists(path)):  # no device, which takes all
+            taken.add(os.path.realpath(path))
 
 
 def available() -> int:

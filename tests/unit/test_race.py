@@ -272,6 +272,19 @@ def test_a_file_without_a_name_is_no_file(command: str, option: str, capsys: pyt
     assert f"{option} '': expected the name of a file" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["compare", "talk.wav", "--json", "./talk.wav"],
+        ["race", "talk.json", "--html", "talk.json"],
+        ["race", "talk.wav", "--svg", "talk.html", "--html", "./talk.html"],
+    ],
+)
+def test_no_file_replaces_another_of_the_command(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 1
+    assert ": would replace another file of this command" in capsys.readouterr().err
+
+
 def test_what_is_replayed_is_what_compare_has_measured(
     stub: type[StubWorker],  # noqa: F811
     tmp_path: Path,
