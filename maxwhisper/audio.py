@@ -81,7 +81,7 @@ def read_audio(file: str | os.PathLike[str], sr: int, stopped: Event) -> np.ndar
     pipe, and raises AudioError."""
     name = os.fsdecode(file)
     if not name:
-        raise AudioError("'': no name of a file")
+        raise AudioError("'': cannot be read as audio: no name of a file")
     if sr <= 0:
         raise OptionError(f"sr is the number of samples per second and must be positive, not {sr}")
     return _waveform(_open(name, stopped), name, sr)

@@ -243,7 +243,7 @@ BAD_AUDIO: dict[str, tuple[Callable[[Path], Path], str]] = {
     "missing": (lambda folder: folder / "missing.wav", "missing.wav"),
     "folder": (lambda folder: folder, "cannot be read"),
     "empty": (lambda folder: text_file(folder, "empty.wav", ""), "empty.wav"),
-    "no name": (lambda folder: "", "error: '': no name of a file"),
+    "no name": (lambda folder: "", "error: '': cannot be read as audio: no name"),
     "text": (lambda folder: text_file(folder, "text.wav", "This is no audio.\n" * 100), "text.wav"),
     "no samples": (lambda folder: write_wav(folder / "nothing.wav", 0), "no audio samples"),
     "nan": (lambda folder: write_float_wav(folder / "nan.wav", np.full(16000, np.nan)), "not finite"),
