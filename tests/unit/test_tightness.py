@@ -10,7 +10,7 @@ from maxwhisper.engine.surroundings import one_torch_thread
 from maxwhisper.network.blocks import BLOCKS, Block
 from reference import soak
 from reference.judge import K
-from reference.measures import DTYPES
+from reference.measures import DTYPES, Condition
 from reference.models import FIXTURE, load
 from reference.suite import Suite
 from reference.tightness import KINDS, smallest_failing, tightness, trial_of_pytorch
@@ -50,7 +50,7 @@ def test_the_judge_passes_less_and_fails_more(trained: Suite, monkeypatch: pytes
     factor = smallest_failing(trained, comparison)
     trials = [trial_of_pytorch(trained, comparison, times * factor) for times in (0.9, 1.1)]
     assert [trial.judge().passed for trial in trials] == [True, False]
-    monkeypatch.setattr(Trial, "condition", 50.0)
+    monkeypatch.setattr(Trial, "condition", Condition(50.0))
     assert [trial.judge().condition for trial in trials] == [1, 50]
 
 

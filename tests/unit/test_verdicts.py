@@ -11,7 +11,7 @@ from torch import Tensor
 
 from maxwhisper.network.blocks import BLOCKS
 from reference import verdicts
-from reference.judge import Comparison, Judgement, judge
+from reference.judge import Comparison, Condition, Judgement, judge
 from reference.models import FIXTURE, Model, load
 from reference.results import Run
 from reference.soak import pytorch_in_the_subjects_place
@@ -189,7 +189,7 @@ def small(factor: float = 1.0, condition: float = 7.0) -> Judgement:
     """Returns a verdict on a tensor that is that much too large."""
     of, right = Comparison("s", torch.bfloat16, "b", 1, "i", "cpu", 5), torch.ones(3, 4)
     three = [right.double()], [right.bfloat16()], [(right * factor).bfloat16()]
-    return judge(of, *three, longest_reduction=4, condition=condition)
+    return judge(of, *three, longest_reduction=4, condition=Condition(condition))
 
 
 def test_a_verdict_comes_back_as_it_was_kept() -> None:
