@@ -47,16 +47,16 @@ def transcribe(parser: argparse.ArgumentParser, **options: Any) -> int:
     failures = []
     with shown(files, options) as tell:
         for number, result in transcripts(model, files, options):
-            audio = files[number]
+            audio, shown_as = files[number], files[number] or "''"
             try:
                 if isinstance(result, Exception):
                     raise result
                 failures += write(result, audio, output_dir, output_format, layout)
                 tell(audio, result)
             except MaxWhisperError as error:
-                failures.append(str(error) if str(error).startswith((f"{audio}: ", "'': ")) else f"{audio}: {error}")
+                failures.append(str(error) if str(error).startswith(f"{shown_as}: ") else f"{shown_as}: {error}")
             except Exception as error:  # one file must not take the others down
-                failures.append(f"{audio}: {type(error).__name__}: {error}")
+                failures.append(f"{shown_as}: {type(error).__name__}: {error}")
     return max(map(failed, failures), default=0)
 
 

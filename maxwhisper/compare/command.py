@@ -12,7 +12,7 @@ from ..errors import OptionError
 def run(json: str | None, plot: str | None, text: list[str] | None, threads: int | None, **options: Any) -> int:
     """Compares, prints the table, writes the files; returns 1 if an engine failed. Raises MaxWhisperError."""
     check_installed({"jiwer": "maxwhisper compare"} | ({"matplotlib": "--plot"} if plot else {}))
-    check_outputs({"--json": json, "--plot": plot}, options["audio"])
+    check_outputs({"--json": json, "--plot": plot}, [*options["audio"], *(text or [])])
 
     from .run import compare, write_json
     from .table import table

@@ -276,6 +276,8 @@ def test_a_file_without_a_name_is_no_file(command: str, option: str, capsys: pyt
     "arguments",
     [
         ["compare", "talk.wav", "--json", "./talk.wav"],
+        ["compare", "talk.wav", "--text", "talk.txt", "--plot", "talk.txt"],
+        ["race", "talk.wav", "--text", "talk.txt", "--json", "talk.txt"],
         ["race", "talk.json", "--html", "talk.json"],
         ["race", "talk.wav", "--svg", "talk.html", "--html", "./talk.html"],
     ],

@@ -177,14 +177,16 @@ def test_no_proxy_holds_text_back_that_comes_as_it_is_found(served: tuple[httpx.
         assert (answer.headers["cache-control"], answer.headers["x-accel-buffering"]) == ("no-cache", "no")
 
 
-def test_what_takes_too_long_in_mid_stream(model: SlowModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    def transcribe(self: SlowModel, audio: np.ndarray, on_segments: Any, **options: Any) -> dict[str, Any]:
-        on_segments([{"text": " Hello"}])
-        assert self.let.wait(30)
-        return {}
+def after_a_segment(self: SlowModel, audio: np.ndarray, on_segments: Any, **options: Any) -> dict[str, Any]:
+    """Stands for `transcribe`: goes on from its first segment only when it is let."""
+    on_segments([{"text": " Hello"}])
+    assert self.let.wait(30)
+    return {}
 
+
+def test_what_takes_too_long_in_mid_stream(model: SlowModel, monkeypatch: pytest.MonkeyPatch) -> None:
     model.let.clear()
-    monkeypatch.setattr(SlowModel, "transcribe", transcribe)
+    monkeypatch.setattr(SlowModel, "transcribe", after_a_segment)
     with in_thread(model, timeout=0.5) as (url, _), openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
         with pytest.raises(openai.APIError, match="within the limit of 0.5 s"):
             list(client.audio.transcriptions.create(file=CLIP, model="stub", stream=True))
@@ -194,13 +196,8 @@ def test_what_takes_too_long_in_mid_stream(model: SlowModel, monkeypatch: pytest
 def test_a_client_that_leaves_in_mid_stream_is_not_transcribed_for(
     model: SlowModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def transcribe(self: SlowModel, audio: np.ndarray, on_segments: Any, **options: Any) -> dict[str, Any]:
-        on_segments([{"text": " Hello"}])
-        assert self.let.wait(30)
-        return {}
-
     model.let.clear()
-    monkeypatch.setattr(SlowModel, "transcribe", transcribe)
+    monkeypatch.setattr(SlowModel, "transcribe", after_a_segment)
     with in_thread(model) as (url, service):
         sent: dict[str, Any] = {"files": {"file": AUDIO}, "data": {"model": "stub", "stream": "true"}}
         with httpx.stream("POST", f"{url}/v1/audio/transcriptions", **sent) as answer:

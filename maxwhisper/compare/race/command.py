@@ -13,7 +13,7 @@ def run(source: str, html: str | None, svg: str | None, json: str | None, **opti
     source: an audio file, or a record, whose name ends in .json. Raises MaxWhisperError.
     """
     check_installed({"jiwer": "maxwhisper race", "rich": "maxwhisper race"})
-    check_outputs({"--html": html, "--svg": svg, "--json": json}, [source])
+    check_outputs({"--html": html, "--svg": svg, "--json": json}, [source, *filter(None, [options.get("text")])])
 
     from rich.console import Console
 
