@@ -96,6 +96,8 @@ def test_what_the_condition_explains_is_rounding() -> None:
     )
     assert plain.bad_yardstick and not plain.passed and not plain.defects
     assert explained.passed
+    for (_, before), (_, after) in zip(plain.measures, explained.measures, strict=True):
+        assert after.ceiling == pytest.approx(100 * before.ceiling), "it counts once"
 
 
 @pytest.mark.parametrize("seed", [4, 18])
