@@ -1,7 +1,7 @@
 """Which tests a run takes: what the options leave out, what -k finds, and whether any of it compares."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -26,10 +26,11 @@ def pytest_itemcollected(item: pytest.Item) -> None:
         item.add_marker(pytest.mark.xdist_group(group(models_of(item), item.path)))
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what the options do not ask for, has -k find blocks by every word for them, and sorts by model and
-    dtype, so that few are in memory at a time."""
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
+    """Leaves out what the options do not ask for, has -k find blocks by every word for them, and sorts what that leaves
+    by model and dtype, so that few are in memory at a time; where blocks are compared alone, what takes all others
+    comes last."""
     out = [item for item in items if not wanted(config, item)]
     if out:
         config.hook.pytest_deselected(items=out)
@@ -37,27 +38,35 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     make_findable(items, config.option.keyword)
     config.stash[COMPARES] = any(compares(item) for item in items)
 
-    Models.of(config).asked = compared_alone(items)
+    yield  # pytest's own -k and -m
+    asked = Models.of(config).asked = compared_alone(items)
     order = {key: number for number, key in enumerate(dict.fromkeys(tuple(models_of(item)) for item in items))}
-    items.sort(key=lambda item: order[tuple(models_of(item))])
+    items.sort(key=lambda item: (order[tuple(models_of(item))], takes_all_blocks(item) and bool(asked)))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Has what later tests need compiled by other processes while the first model compiles here; not for benchmarks,
     which they would disturb."""
-    config, options = session.config, Options.of(session.config)
-    if is_worker(config):  # which has others beside it that compile
-        return
-    judged = [item for item in session.items if not item.get_closest_marker("benchmarked")]
-    models = list(dict.fromkeys(model for item in judged for model in models_of(item)))
-    jobs = [suite_job(*model, Models.of(config).asked.get(model, ())) for model in models[1:]]
-    transcribing = any("checkpoint_path" in item.fixturenames for item in judged)  # type: ignore[attr-defined]
-    if transcribing and models and options.device == "cpu":
-        jobs.append(TRANSCRIBING)
-    if not jobs or config.getoption("collectonly") or options.artifacts:
-        return
+    config = session.config
+    if is_worker(config) or config.getoption("collectonly") or Options.of(config).artifacts:
+        return  # a worker has others beside it that compile
+    jobs = jobs_of_others(config, session.items)
     for some in filter(None, (jobs[::2], jobs[1::2])):
         Compiling.of(config).start(some)
+
+
+def jobs_of_others(config: pytest.Config, items: Iterable[pytest.Item]) -> list[str]:
+    """Returns what other processes can compile while the blocks of the first model compile here, in the order in which
+    it will be needed."""
+    judged = [item for item in items if not item.get_closest_marker("benchmarked")]
+    models, asked = list(dict.fromkeys(model for item in judged for model in models_of(item))), Models.of(config).asked
+    jobs = [suite_job(*model, asked.get(model, ())) for model in models[1:]]
+    if asked and any(map(takes_all_blocks, judged)):
+        jobs.insert(0, suite_job(*models[0]))
+    transcribing = any("checkpoint_path" in item.fixturenames for item in judged)  # type: ignore[attr-defined]
+    if transcribing and models and Options.of(config).device == "cpu":
+        jobs.append(TRANSCRIBING)
+    return jobs
 
 
 def wanted(config: pytest.Config, item: pytest.Item) -> bool:
@@ -131,6 +140,12 @@ def compared_alone(items: Iterable[pytest.Item]) -> dict[tuple[str, torch.dtype]
         if comparison := parameters(item).get("comparison"):
             compared.setdefault((comparison.size, comparison.dtype), set()).add(comparison.block)
     return {model: frozenset(names) for model, names in compared.items() if len(names) <= len(BLOCKS) // 2}
+
+
+def takes_all_blocks(item: pytest.Item) -> bool:
+    """Tells whether a test takes every graph of a model, whichever block it is about: a wrong weight is looked for in
+    all of them."""
+    return item.get_closest_marker("faults") is not None
 
 
 def leaves_no_verdict(item: pytest.Item) -> bool:

@@ -15,8 +15,16 @@ from maxwhisper.network.blocks import BLOCKS
 from reference.fixtures import NANO, ROOT
 from reference.judge import Comparison, Judgement
 from reference.models import CHECKPOINT, FIXTURE
+from reference.precompile import TRANSCRIBING
 from reference.pytest_plugin.parameters import identify
-from reference.pytest_plugin.selection import block_of, compares, left_out, of_parity
+from reference.pytest_plugin.selection import (
+    block_of,
+    compares,
+    jobs_of_others,
+    left_out,
+    of_parity,
+    takes_all_blocks,
+)
 from reference.pytest_plugin.words import all_words, finds, words_of
 from tests.parity.test_isolated import message
 
@@ -146,6 +154,19 @@ def test_benchmarks_are_selected_by_the_same_words(collect: Callable[..., Collec
 def test_what_is_compiled_alone_is_selected_by_the_same_words(collect: Callable[..., Collected]) -> None:
     compiled = collect(PARITY, "--compile-only", "sm_80", "--size", "fixture", "--dtype", "float32")
     assert not differing(compiled.blocks, SELECTS | {"network": set(), "log_mel or mel": {"log_mel"}})
+
+
+def test_what_takes_all_of_a_model_waits_where_few_blocks_are_compared(collect: Callable[..., Collected]) -> None:
+    """And another process compiles that meanwhile: the first verdict waits for its own blocks alone."""
+    parity = collect(PARITY, "--size", "fixture", "--dtype", "float32")
+    few, every = parity.selected("attention"), parity.selected("")
+    order = [takes_all_blocks(item) for item in few]
+    assert order == sorted(order) and set(order) == {False, True}
+    parity.selected("attention")
+    assert jobs_of_others(parity.config, few) == ["fixture:float32"]
+    assert not jobs_of_others(parity.config, few[: order.index(True)])
+    assert [item.nodeid for item in parity.selected("")] == [item.nodeid for item in every]
+    assert jobs_of_others(parity.config, every) == [TRANSCRIBING]
 
 
 def names_in_pytorch() -> Iterator[str]:
