@@ -89,10 +89,10 @@ class Trial:
     def outputs(self, n_thread: int | None = None) -> Outputs:
         """Returns what MAX makes of the inputs, with work cut for a number of threads.
 
-        Such a cut runs in the memory of a run before it. That has had no numbers for inputs, or what a cut leaves out
-        would be there from one that was right.
+        Such a cut runs in the memory of a run before it. Where every cut is tried, that has had no numbers for inputs,
+        or what a cut leaves out would be there from one that was right.
         """
-        if n_thread:
+        if n_thread and threads_for(self.comparison) == THREADS:
             self.run(**self.no_numbers)
         with cut_for(n_thread):
             return [x.cpu() for x in self.run(**self.there)]

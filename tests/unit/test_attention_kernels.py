@@ -1,6 +1,6 @@
 """The Mojo kernels of attention, on sizes that fill no vector and no tile."""
 
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,7 +12,7 @@ from max.graph import DeviceRef, TensorType, TensorValue, ops
 from max.nn.layer import Module
 from torch import Tensor
 
-from maxwhisper.engine.program import Artifact, Executable, Program
+from maxwhisper.engine.program import Program
 from maxwhisper.engine.session import TORCH_DTYPE, Policy
 from maxwhisper.network.backends import PART
 from maxwhisper.network.keys_values import Cache, KeyValue, Slots, tokens_first
@@ -21,15 +21,11 @@ from maxwhisper.network.shapes import causal_mask
 from reference.formulas import in_float64
 from reference.judge import UNIT_ROUNDOFF, Comparison, condition, judge
 
+from .small_graphs import small_graphs
+
 N_CHANNEL = 64
 DTYPES = (DType.float32, DType.float16)
 ATTENTION, SCORES = 0, 1
-
-
-@cache
-def graphs() -> dict[str, Executable]:
-    """Compiles all of this file, by name: most of a compilation does not depend on how many there are."""
-    return Artifact("kernels of attention", attentions(), "cpu").init({})
 
 
 class Attention(Module):
@@ -159,7 +155,7 @@ def test_attention_of_texts_that_share_keys(rows: int, shared: int, n_head: int,
     generator = torch.Generator().manual_seed(seed)
     q = torch.randn(rows * shared, 1, n_head * N_CHANNEL, generator=generator)
     k, v = torch.randn(2, rows, n_head, n_key, N_CHANNEL, generator=generator)
-    check("cross", graphs()["cross"](q=q, k=k, v=v), q, k, v)
+    check("cross", small_graphs()["cross"](q=q, k=k, v=v), q, k, v)
 
 
 @settings(max_examples=60)
@@ -177,9 +173,9 @@ def test_attention_of_many_queries(
     q = torch.randn(rows * shared, n_token, n_head * N_CHANNEL, generator=generator).to(dtype)
     k, v = torch.randn(2, rows, n_head, n_key, N_CHANNEL, generator=generator).to(dtype)
     name = "many" if dtype == torch.float32 else "many, bfloat16"
-    check(name, graphs()[name](q=q, k=k, v=v), q, k, v, output=ATTENTION)
+    check(name, small_graphs()[name](q=q, k=k, v=v), q, k, v, output=ATTENTION)
     q, k = q.abs(), k.abs()  # a score may be near 0 by chance else, and its relative error anything
-    check(name, graphs()[name](q=q, k=k, v=v), q, k, v, output=SCORES)
+    check(name, small_graphs()[name](q=q, k=k, v=v), q, k, v, output=SCORES)
 
 
 @settings(max_examples=60)
@@ -188,7 +184,7 @@ def test_causal_attention(rows: int, n_head: int, n_token: int, seed: int) -> No
     generator = torch.Generator().manual_seed(seed)
     q = torch.randn(rows, n_token, n_head * N_CHANNEL, generator=generator)
     k, v = torch.randn(2, rows, n_head, n_token, N_CHANNEL, generator=generator)
-    check("causal", graphs()["causal"](q=q, k=k, v=v), q, k, v, causal=True)
+    check("causal", small_graphs()["causal"](q=q, k=k, v=v), q, k, v, causal=True)
 
 
 @settings(max_examples=60)
@@ -220,7 +216,7 @@ def test_attention_behind_a_cache_in_place(n_position: int, rows: int, data: st.
     before = caches.clone()
     given = {"q": q, "length": n_past, "k_new": k_new, "v_new": v_new, "rows": there}
     given |= {name + written: kv for name, kv in zip("kv", caches, strict=True) for written in ("", "_written")}
-    (ours,) = graphs()["in place"](**given)
+    (ours,) = small_graphs()["in place"](**given)
     before[:, own, n_past] = torch.stack([k_new, v_new])[:, :, :, 0]
     for row, place in enumerate(n_past.tolist()):
         k, v = before[:, there[row, : place + 1], torch.arange(place + 1)].unsqueeze(1).transpose(2, 3)
@@ -240,7 +236,7 @@ def check_cached(
     given = {"q": q, "length": torch.tensor(n_past)}
     for name, kv in {"k": k, "v": v}.items():
         given |= {name: torch.cat([kv[:, :, :n_past], nothing], 2), f"{name}_new": kv[:, :, n_past:]}
-    ours = graphs()[graph](**given)
+    ours = small_graphs()[graph](**given)
     check(graph, ours, q, k, v, output=output)
 
 
@@ -254,7 +250,7 @@ def test_attention_over_parts_of_the_keys(
     q = torch.randn(rows * shared, 1, n_head * N_CHANNEL, generator=generator).to(TORCH_DTYPE[dtype])
     k, v = torch.randn(2, rows, n_head, n_key, N_CHANNEL, generator=generator).to(TORCH_DTYPE[dtype])
     name = f"split, {dtype.name}"
-    check(name, graphs()[name](q=q, k=k, v=v), q, k, v)
+    check(name, small_graphs()[name](q=q, k=k, v=v), q, k, v)
 
 
 def test_parts_that_differ_by_more_than_float32_holds() -> None:
@@ -263,7 +259,7 @@ def test_parts_that_differ_by_more_than_float32_holds() -> None:
     k = torch.zeros(1, 1, 150, N_CHANNEL)
     k[:, :, 70] = 1000
     k[:, :, :PART] = k[:, :, 140:] = -float("inf")
-    assert graphs()["split, float32"](q=q, k=k, v=v)[0].equal(v[:, :, 70])
+    assert small_graphs()["split, float32"](q=q, k=k, v=v)[0].equal(v[:, :, 70])
 
 
 @settings(max_examples=20)
@@ -274,22 +270,22 @@ def test_scores_as_a_gpu_computes_them(
     generator = torch.Generator().manual_seed(seed)
     q = torch.rand(rows * shared, n_token, n_head * N_CHANNEL, generator=generator)
     k, v = torch.rand(2, rows, n_head, n_key, N_CHANNEL, generator=generator)
-    ours = graphs()["device scores"](q=q, k=k, v=v)
+    ours = small_graphs()["device scores"](q=q, k=k, v=v)
     check("device scores", [ours[0], *ours], q, k, v, output=SCORES)
 
 
 def test_attention_of_a_text_is_bitwise_the_same_among_any_others() -> None:
     q, (k, v) = torch.randn(11, 1, 6 * N_CHANNEL), torch.randn(2, 1, 6, 1500, N_CHANNEL)
-    (together,) = graphs()["cross"](q=q, k=k, v=v)
-    assert together.equal(torch.cat([graphs()["cross"](q=each[None], k=k, v=v)[0] for each in q]))
+    (together,) = small_graphs()["cross"](q=q, k=k, v=v)
+    assert together.equal(torch.cat([small_graphs()["cross"](q=each[None], k=k, v=v)[0] for each in q]))
 
 
 def test_a_query_is_bitwise_the_same_among_any_others() -> None:
     q, (k, v) = torch.randn(3, 400, 2 * N_CHANNEL), torch.randn(2, 3, 2, 131, N_CHANNEL)
-    together, _ = graphs()["many"](q=q, k=k, v=v)
+    together, _ = small_graphs()["many"](q=q, k=k, v=v)
     for text, n_token in ((0, 400), (1, 399), (2, 5)):
         row = slice(text, text + 1)
-        alone, _ = graphs()["many"](q=q[row, -n_token:], k=k[row], v=v[row])
+        alone, _ = small_graphs()["many"](q=q[row, -n_token:], k=k[row], v=v[row])
         assert together[text : text + 1, -n_token:].equal(alone)
 
 
@@ -306,7 +302,7 @@ def test_a_key_that_outweighs_all_others_is_found(name: str, n_key: int) -> None
     for place in (0, n_key // 2, n_key - 1):
         k = torch.zeros_like(v)
         k[:, :, place] = 1000
-        assert graphs()[name](q=q, k=k, v=v)[0].equal(v[:, 0, place].expand(q.shape))
+        assert small_graphs()[name](q=q, k=k, v=v)[0].equal(v[:, 0, place].expand(q.shape))
 
 
 @pytest.mark.parametrize("n_key", [5, 100, 131])
@@ -321,15 +317,15 @@ def test_a_key_that_is_no_number_is_seen(name: str, n_key: int) -> None:
     for place in (0, n_key // 2, n_key - 1):
         broken = k.to(dtype)
         broken[:, :, place] = float("nan")
-        assert graphs()[name](q=q, k=broken, v=v.to(dtype))[0].isnan().all()
+        assert small_graphs()[name](q=q, k=broken, v=v.to(dtype))[0].isnan().all()
 
 
 def test_texts_of_other_lengths_attend_as_they_do_alone() -> None:
     lengths, given = [5, 0, 17, 1], {"q": torch.randn(4, 1, 3 * N_CHANNEL)}
     given |= {name: torch.randn(4, 3, n, N_CHANNEL) for name, n in {"k": 20, "v": 20, "k_new": 1, "v_new": 1}.items()}
-    (together,) = graphs()["of other lengths"](length=torch.tensor(lengths), **given)
+    (together,) = small_graphs()["of other lengths"](length=torch.tensor(lengths), **given)
     rows = [{name: x[i : i + 1] for name, x in given.items()} for i in range(4)]
-    alone = [graphs()["cached"](length=torch.tensor(n), **row)[0] for row, n in zip(rows, lengths, strict=True)]
+    alone = [small_graphs()["cached"](length=torch.tensor(n), **row)[0] for row, n in zip(rows, lengths, strict=True)]
     assert together.equal(torch.cat(alone))
 
 
@@ -344,5 +340,5 @@ def test_places_may_be_read_from_any_row(rows: int, n_head: int, n_past: int, se
     rows = torch.randint(0, rows, (rows, n_past + 2), generator=generator)
     gathered = {name: x[rows, :, torch.arange(n_past + 2)].transpose(1, 2) for name, x in {"k": k, "v": v}.items()}
     given = {"q": q, "length": torch.tensor(n_past), "k_new": k_new, "v_new": v_new}
-    (ours,) = graphs()["of other rows"](k=k, v=v, rows=rows, **given)
-    assert ours.equal(graphs()["cached"](**gathered, **given)[0])
+    (ours,) = small_graphs()["of other rows"](k=k, v=v, rows=rows, **given)
+    assert ours.equal(small_graphs()["cached"](**gathered, **given)[0])

@@ -1,6 +1,5 @@
 """What a GPU selects tokens and chooses beams by, on a CPU, thread after thread: as openai-whisper does."""
 
-from functools import cache
 from typing import Any
 
 import pytest
@@ -17,10 +16,11 @@ from maxwhisper.decoding.gpu import MAX_CANDIDATES, MAX_ENDED, choose_beams, end
 from maxwhisper.decoding.openai_loop import BeamSearchDecoder
 from maxwhisper.decoding.rules import NoWeights, Rules, TokenRules
 from maxwhisper.decoding.stepper import Candidates, Texts
-from maxwhisper.engine.program import Artifact, Executable, Program
+from maxwhisper.engine.program import Program
 from maxwhisper.engine.session import Policy
 from reference.fixtures import NANO
 
+from .small_graphs import small_graphs
 from .test_decoding import (
     BEGIN,
     EOT,
@@ -36,9 +36,8 @@ from .test_decoding import (
 )
 
 
-@cache
-def graphs() -> dict[str, Executable]:
-    """Returns what selects tokens, and what chooses among beams, alone."""
+def rules_and_beams() -> list[Program]:
+    """Returns the graphs of what selects tokens, and what chooses among beams, alone."""
     cpu = DeviceRef.CPU()
     dims = load_checkpoint(NANO).dims
     types = inputs(dims, Policy(cpu, DType.float32, DType.float32), MAX_CANDIDATES)
@@ -53,11 +52,10 @@ def graphs() -> dict[str, Executable]:
         choose_beams(given, cpu)
         return []
 
-    programs = [
+    return [
         Program("select", "", NoWeights(), selecting, {"logits": logits, **types}),
         Program("beams", "", NoWeights(), choosing, types),
     ]
-    return Artifact("rules and beams of a device", programs, "cpu").init({})
 
 
 def given_to(texts: Texts, rules: Rules, n_window: int = 1) -> dict[str, torch.Tensor]:
@@ -88,7 +86,7 @@ def candidates(logits: torch.Tensor, tokens: torch.Tensor, chosen: list) -> Cand
     known = TokenRules.of(chosen, N_VOCAB, SAMPLE_BEGIN, EOT)
     assert known is not None
     given = given_to(Texts.of(tokens, torch.zeros(len(tokens))), known.inputs(tokens, MAX_CANDIDATES))
-    graphs()["select"](**given, logits=logits)
+    small_graphs()["select"](**given, logits=logits)
     return Candidates(given["candidates"], given["logprobs"])
 
 
@@ -162,7 +160,7 @@ def test_beams_stay_where_a_text_has_no_next_token(text: int, value: float) -> N
     made["candidates"][:] = torch.arange(20, 20 + MAX_CANDIDATES)
     made["logprobs"][:] = -torch.arange(1.0, 1 + MAX_CANDIDATES)
     made["logprobs"][text, 0] = value
-    graphs()["beams"](**made)
+    small_graphs()["beams"](**made)
     assert made["lengths written"].tolist() == [2, 2, 2] and not made["totals written"].any()
     assert made["latest written"].isfinite().tolist() == [i != text for i in range(3)]
 
@@ -208,7 +206,7 @@ def test_beams_are_chosen_as_openai_chooses_them(
         logprobs = -torch.rand(n_text, MAX_CANDIDATES, generator=generator).mul(coarse).round().div(coarse)
         made["logprobs"].copy_(logprobs.sort(1, descending=True).values)
         made["candidates"].copy_(torch.rand(n_text, 20, generator=generator).argsort(1)[:, :MAX_CANDIDATES])
-        graphs()["beams"](**made)
+        small_graphs()["beams"](**made)
         for window, decoder in enumerate(theirs):
             texts = slice(window * n_beam, (window + 1) * n_beam)
             if not done[window]:

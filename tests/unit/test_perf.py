@@ -387,6 +387,7 @@ def test_a_step_reads_every_weight_of_the_decoder_once(tiny: Suite) -> None:
     assert 2 * (matrices - unread) < found["MAX"].flops < 2.5 * (matrices - unread)
 
 
+@pytest.mark.nightly
 def test_the_ceiling_is_that_of_a_whole_product(tiny: Suite) -> None:
     """Or a block would seem far from it that is near."""
     blocks = Blocks(tiny)

@@ -28,13 +28,15 @@ from maxwhisper.decoding.openai_loop import MAX_STEPS, MaxInference
 from maxwhisper.decoding.rules import NoWeights, Rules, TokenRules, rules_inputs, texts_inputs, top_tokens
 from maxwhisper.decoding.speculative import N_PROPOSED, SPECULATE, WORTH_PROPOSING, Draft, draft_of, quantize
 from maxwhisper.decoding.stepper import Texts
-from maxwhisper.engine.program import Artifact, Executable, Program
+from maxwhisper.engine.program import Program
 from maxwhisper.engine.session import Policy
 from maxwhisper.errors import DecodingError
 from maxwhisper.network.blocks import BLOCKS
 from maxwhisper.network.model import ResidualAttentionBlock
 from maxwhisper.whisper import Whisper, load_model
 from reference.fixtures import FIXTURES, NANO
+
+from .small_graphs import small_graphs
 
 CLIPS = [Path(clip["file"]).name for clip in json.loads((FIXTURES / "clips.json").read_text())["clips"]]
 SOME = slice(None, None, 3)
@@ -270,24 +272,33 @@ def test_a_cache_is_one_memory_for_the_draft(model: Whisper, heard: torch.Tensor
         assert [kv.data_ptr() for kv in each.own] == [kv.data_ptr() for kv in each.memory]
 
 
-@pytest.fixture(scope="module")
-def verify() -> Executable:
-    """Returns the graph that selects tokens, of texts with proposals behind them."""
-    logits = TensorType(DType.float32, ["batch", "token", N_VOCAB], DeviceRef.CPU())
-    inputs = {"logits": logits, **texts_inputs(), **rules_inputs(N_VOCAB)}
-    program = Program("verify", "", NoWeights(), lambda _, logits, **given: top_tokens(logits, given), inputs)
-    return Artifact("verifying proposals", [program], "cpu").init({})["verify"]
+def verifying_and_steps() -> list[Program]:
+    """Returns the graph that selects tokens, of texts with proposals behind them, and a layer's for several tokens."""
+    cpu = DeviceRef.CPU()
+    logits = TensorType(DType.float32, ["batch", "token", N_VOCAB], cpu)
+    types = {"logits": logits, **texts_inputs(), **rules_inputs(N_VOCAB)}
+    verify = Program("verify", "", NoWeights(), lambda _, logits, **given: top_tokens(logits, given), types)
+    dims, policy = load_checkpoint(NANO).dims, Policy(cpu, DType.float16, DType.float32)
+    block = BLOCKS["decoder.block.step"]
+    types = {
+        **block.inputs(dims, policy),
+        "x": TensorType(DType.float32, ["batch", "token", dims.n_text_state], cpu),
+        "offset": TensorType(DType.int64, ["batch"], cpu),
+        "rows": TensorType(DType.int64, ["batch", "position"], cpu),
+    }
+    steps = Program("steps", block.path, block.module(dims, policy), ResidualAttentionBlock.steps, types)
+    return [verify, steps]
 
 
 def verified(
-    verify: Executable, logits: torch.Tensor, text: list[int], proposals: list[int], total: float, end: int
+    logits: torch.Tensor, text: list[int], proposals: list[int], total: float, end: int
 ) -> tuple[list[int], list[torch.Tensor]]:
     """Returns the text with what is put behind it, and what else the graph gives."""
     texts = torch.tensor([[*text, *proposals, 0]])
     limits, begins = torch.tensor([BEGIN, EOT]), torch.tensor([1])
     rules = Rules(torch.zeros(N_VOCAB, dtype=torch.bool), begins, limits, n_best=2).inputs()
     state = {"lengths": torch.tensor([len(text)]), "ends": torch.tensor([end]), "totals": torch.tensor([total])}
-    last, totals, lengths, left = verify(logits=logits, texts=texts, **state, **rules)
+    last, totals, lengths, left = small_graphs()["verify"](logits=logits, texts=texts, **state, **rules)
     return texts[0, : int(lengths)].tolist(), [rules["candidates"], rules["logprobs"], last, totals, left]
 
 
@@ -301,7 +312,7 @@ def verified(
     n_wanted=st.integers(1, 2 * N_TOKEN),
 )
 def test_proposals_are_accepted_as_far_as_they_are_right(
-    verify: Executable, seed: int, n_right: int, lean: float, n_end: int, not_finite: int, n_wanted: int
+    seed: int, n_right: int, lean: float, n_end: int, not_finite: int, n_wanted: int
 ) -> None:
     """Several tokens at once: what they are one at a time, until the first one that was not proposed, or as many as are
     wanted."""
@@ -314,7 +325,7 @@ def test_proposals_are_accepted_as_far_as_they_are_right(
         logits[:, not_finite] = torch.nan
     text, total, rows, end = [50258, 400], -1.0, [], 2 + n_wanted
     for row in range(N_TOKEN):
-        text, found = verified(verify, logits[:, row : row + 1], text, [], total, end)
+        text, found = verified(logits[:, row : row + 1], text, [], total, end)
         rows.append((text, found))
         *_, totals, left = found
         total = float(totals)
@@ -324,25 +335,15 @@ def test_proposals_are_accepted_as_far_as_they_are_right(
     right = [*text[2:], *[0] * N_TOKEN]
     proposals = [*right[:n_right], *[(token + 1) % EOT for token in right[n_right : N_TOKEN - 1]]]
     expected, others = rows[min(n_right, len(rows) - 1)]
-    text, found = verified(verify, logits, [50258, 400], proposals, -1.0, end)
+    text, found = verified(logits, [50258, 400], proposals, -1.0, end)
     assert text == expected
     for ours, theirs in zip(found, others, strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 
 def test_several_tokens_of_a_layer_are_bitwise_as_many_steps() -> None:
-    checkpoint = load_checkpoint(NANO)
-    dims, policy = checkpoint.dims, Policy(DeviceRef.CPU(), DType.float16, DType.float32)
+    dims, graph = load_checkpoint(NANO).dims, small_graphs()["steps"]
     n_text, n_token, n_position, n_past = 2, 5, 100, [70, 3]
-    block, cpu = BLOCKS["decoder.block.step"], DeviceRef.CPU()
-    inputs = {
-        **block.inputs(dims, policy),
-        "x": TensorType(DType.float32, ["batch", "token", dims.n_text_state], cpu),
-        "offset": TensorType(DType.int64, ["batch"], cpu),
-        "rows": TensorType(DType.int64, ["batch", "position"], cpu),
-    }
-    program = Program("steps", block.path, block.module(dims, policy), ResidualAttentionBlock.steps, inputs)
-    graph = Artifact("several tokens", [program], "cpu").init(checkpoint.tensors, text_layer=1)["steps"]
     n_head, n_channel = dims.n_text_head, dims.n_text_state // dims.n_text_head
     own = {name: torch.randn(n_text, n_head, n_position, n_channel) for name in ("k_cache", "v_cache")}
     cross = {name: torch.randn(n_text, n_head, dims.n_audio_ctx, n_channel) for name in ("k_cross", "v_cross")}
