@@ -1,7 +1,7 @@
 """Whole transcripts: the same tokens, times and words as PyTorch Whisper's, over every clip."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -10,22 +10,25 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from whisper.audio import N_SAMPLES
+from whisper.audio import N_SAMPLES, SAMPLE_RATE
 from whisper.model import Whisper as OpenAIWhisper
 
 from maxwhisper.audio import load_audio
+from maxwhisper.batched import pieces, transcribe_batched
+from maxwhisper.speech import CHUNK, probabilities
 from maxwhisper.whisper import AudioEncoder, TextDecoder, Whisper
 
 from . import waveforms
 from .fixtures import FIXTURES
 from .verdicts import Memory, circumstances, fingerprint
 
+WORDS = "words"
 DECODING: dict[str, dict[str, Any]] = {
     "greedy": {},
     "beam": {"beam_size": 5},
     "greedy, no timestamps": {"without_timestamps": True},
     "beam, no timestamps": {"beam_size": 5, "without_timestamps": True},
-    "words": {"word_timestamps": True},
+    WORDS: {"word_timestamps": True},
     "prompt": {"initial_prompt": "Thomas remembered seven old elephants.", "beam_size": 2},
     "drawn": {"temperature": 0.6, "best_of": 2},
     "fallback": {"temperature": (0.0, 0.4, 0.8), "logprob_threshold": -0.45, "best_of": 2},
@@ -112,20 +115,53 @@ def compare(subject: Whisper, peer: OpenAIWhisper | Yardstick, clip: str, decodi
     given, another_sound = heard(FIXTURES / clip)
     if another_sound:
         return Transcript(clip, decoding, False, 0, f"the loaders of audio differ: {another_sound}")
-    options = {"temperature": 0.0, "fp16": False, **DECODING[decoding]}
-    ours = parts(transcribed(subject, given, options), decoding)
-    theirs = parts(peer.transcribe(waveforms.read(FIXTURES / clip), **options), decoding)
-    n_compared = sum(len(part[3]) if decoding != "words" else 1 for part in theirs[1:])
-    differing = [(i, a, b) for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b]
+    options = options_of(decoding)
+    theirs = peer.transcribe(waveforms.read(FIXTURES / clip), **options)
+    return compared(transcribed(subject, given, options), theirs, clip, decoding)
+
+
+def compare_together(
+    subject: Whisper, peer: OpenAIWhisper | Yardstick, clips: Sequence[str], decoding: str, batch_size: int
+) -> Iterator[Transcript]:
+    """Transcribes clips of fixtures/, the subject several at a time."""
+    options, sounds = options_of(decoding), [waveforms.read(FIXTURES / clip) for clip in clips]
+    for number, ours in subject.transcribe_many(sounds, batch_size, **options):
+        if isinstance(ours, Exception):
+            raise ours
+        yield compared(ours, peer.transcribe(sounds[number], **options), clips[number], f"{decoding}, together")
+
+
+def compare_pieces(subject: Whisper, peer: OpenAIWhisper | Yardstick, clip: str, decoding: str) -> Transcript:
+    """Transcribes a clip of fixtures/ in the pieces that it is cut into at silences, the subject as a batch."""
+    options, sound = options_of(decoding), waveforms.read(FIXTURES / clip)
+    theirs: dict[str, Any] = {"segments": []}
+    for start, end in pieces(probabilities(sound)):
+        piece = peer.transcribe(sound[start * CHUNK : end * CHUNK], **options)
+        for timed in (each for segment in piece["segments"] for each in (segment, *segment.get("words", ()))):
+            timed |= {edge: timed[edge] + start * CHUNK / SAMPLE_RATE for edge in ("start", "end")}
+        theirs["segments"] += piece["segments"]
+        theirs["language"] = options["language"] = piece["language"]
+    return compared(transcribe_batched(subject, sound, **options), theirs, clip, f"{decoding}, in pieces")
+
+
+def options_of(decoding: str) -> dict[str, Any]:
+    return {"temperature": 0.0, "fp16": False, **DECODING[decoding]}
+
+
+def compared(ours: dict[str, Any], theirs: dict[str, Any], clip: str, decoding: str) -> Transcript:
+    """Returns whether a transcript is PyTorch's; of words where `decoding` begins with that."""
+    mine, right = parts(ours, decoding), parts(theirs, decoding)
+    n_compared = sum(len(part[3]) if not decoding.startswith(WORDS) else 1 for part in right[1:])
+    differing = [(i, a, b) for i, (a, b) in enumerate(zip(mine, right, strict=False)) if a != b]
     difference = "".join(f"part {i}: MAX {a}, PyTorch {b}" for i, a, b in differing[:1])
-    if not difference and len(ours) != len(theirs):
-        difference = f"MAX has {len(ours)} parts, PyTorch {len(theirs)}"
-    return Transcript(clip, decoding, ours == theirs, n_compared, difference)
+    if not difference and len(mine) != len(right):
+        difference = f"MAX has {len(mine)} parts, PyTorch {len(right)}"
+    return Transcript(clip, decoding, mine == right, n_compared, difference)
 
 
 def parts(result: dict[str, Any], decoding: str) -> list[tuple]:
     """Returns the language, and every segment or word."""
-    if decoding == "words":
+    if decoding.startswith(WORDS):
         words = [(w["word"], w["start"], w["end"]) for s in result["segments"] for w in s["words"]]
         return [(result["language"],), *words]
     same = ("start", "end", "text", "tokens", "temperature", "compression_ratio")

@@ -1,6 +1,7 @@
 """All that is said of a window: tokens and words, and with derived budgets the log-probability of the text, and the
 probabilities that there is no speech, of every language, and of every word."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -36,8 +37,12 @@ DECODING: dict[str, dict[str, Any]] = {
     "best of 3": {"temperature": 1.0, "best_of": 3},
     "prompt": {"prompt": " Thomas remembered seven old elephants."},
     "no timestamps": {"without_timestamps": True},
+    "between others": {},
+    "between others, 3 beams": {"beam_size": 3},
 }
 """Options of `decode` by the name of a way to decode."""
+BETWEEN_OTHERS = "between others"
+"""How ways begin in which the subject decodes the window in a batch, and PyTorch alone."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +69,14 @@ class Window:
         return [*own, self.languages, *words]
 
 
-def decoded(model: OpenAIWhisper, mel: Tensor, options: dict[str, Any]) -> Window:
-    """Decodes a window, mel (n_mels, 3000), with PyTorch's generator seeded."""
-    features = model.embed_audio(mel[None].to(model.device))[0]
-    _, probabilities = model.detect_language(features)
+def decoded(model: OpenAIWhisper, mel: Tensor, options: dict[str, Any], others: Sequence[Tensor] = ()) -> Window:
+    """Decodes a window, mel (n_mels, 3000), with PyTorch's generator seeded. others: of which the batch has the first
+    before the window, and the rest behind it."""
+    place = len(others[:1])
+    features = model.embed_audio(torch.stack([*others[:1], mel, *others[1:]]).to(model.device))
+    probabilities = model.detect_language(features)[1][place]
     torch.manual_seed(SEED)
-    result = model.decode(features, whisper.DecodingOptions(fp16=False, **options))
+    result = model.decode(features, whisper.DecodingOptions(fp16=False, **options))[place]
     find_alignment = alignment.find_alignment if isinstance(model, Whisper) else timing.find_alignment
     tokenizer = tokenizer_of(model.dims, result.language)
     words = find_alignment(model, tokenizer, words_of(tokenizer, result.tokens), mel.to(model.device), mel.shape[-1])
@@ -84,10 +91,17 @@ class Judge:
     peer: OpenAIWhisper
     verdicts: Verdicts | None
 
-    def compare(self, subject: Whisper, clip: str, audio: np.ndarray, decoding: str) -> Transcript:
-        """Judges what the subject says of the first window of audio, (samples,)."""
-        window = torch.from_numpy(pad_or_trim(audio, N_SAMPLES))
-        ours = decoded(subject, spectrogram(subject.network["log_mel"], window), DECODING[decoding])
+    def compare(
+        self, subject: Whisper, clip: str, audio: np.ndarray, decoding: str, others: Sequence[np.ndarray] = ()
+    ) -> Transcript:
+        """Judges what the subject says of the first window of audio, (samples,). others: audio whose first windows are
+        in one batch with it where the way to decode says so."""
+        windows = [torch.from_numpy(pad_or_trim(each, N_SAMPLES)) for each in (audio, *others)]
+        if not decoding.startswith(BETWEEN_OTHERS):
+            windows = windows[:1]
+        window, *_ = windows
+        mel, *beside = (spectrogram(subject.network["log_mel"], each) for each in windows)
+        ours = decoded(subject, mel, DECODING[decoding], beside)
         comparison = Comparison(FIXTURE, torch.float32, f"decode, {decoding}", 0, clip, str(subject.device))
         numbers = dict(zip(("logprob", "speech", "languages", "words"), ours.numbers, strict=False))
         tensors = {"audio": window, repr(ours.text): torch.tensor(ours.result.tokens), **numbers}

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +12,10 @@ import maxwhisper
 from reference import checkpoints, waveforms, windows
 from reference.activations import CLIPS, FIXTURES
 from reference.blocks import pytorch_whisper
+from reference.fixtures import NANO
 from reference.models import CHECKPOINT, trained
 from reference.results import Run
-from reference.transcripts import DECODING, PIPELINE_FAULTS, Yardstick, compare
+from reference.transcripts import DECODING, PIPELINE_FAULTS, Yardstick, compare, compare_pieces, compare_together
 from reference.verdicts import Verdicts
 
 
@@ -67,6 +69,27 @@ def test_transcript(subject: maxwhisper.Whisper, peer: Yardstick, clip: dict, de
     assert transcript.n_compared or clip["no_speech"], "equal transcripts prove little if both are empty"
 
 
+@pytest.mark.parametrize(
+    ("decoding", "batch_size"),
+    [("greedy", 4), ("words", 3), pytest.param("beam", 2, marks=pytest.mark.nightly)],
+)
+def test_transcripts_together(
+    subject: maxwhisper.Whisper, peer: Yardstick, decoding: str, batch_size: int, run: Run
+) -> None:
+    clips = [clip["file"] for clip in CLIPS if decoding not in AT_NIGHT.get(clip["file"], ())]
+    transcripts = list(compare_together(subject, peer, clips, decoding, batch_size))
+    run.transcripts += transcripts
+    assert sorted(transcript.clip for transcript in transcripts) == sorted(clips)
+    assert not [transcript for transcript in transcripts if not transcript.equal]
+
+
+@pytest.mark.parametrize("decoding", ["greedy", "words"])
+def test_transcript_in_pieces(subject: maxwhisper.Whisper, peer: Yardstick, decoding: str, run: Run) -> None:
+    transcript = compare_pieces(subject, peer, "clips/english-long.mp3", decoding)
+    run.transcripts.append(transcript)
+    assert transcript.equal and transcript.n_compared, transcript.difference
+
+
 @pytest.fixture(scope="module")
 def windows_judge(peer: Yardstick) -> windows.Judge:
     oracle = pytorch_whisper(peer.model.dims, peer.model.state_dict(), torch.float64)
@@ -75,6 +98,9 @@ def windows_judge(peer: Yardstick) -> windows.Judge:
 
 AT_MERGE = ("clips/english-1.wav", "clips/german-1.wav")
 """Clips of which every way to decode a window is judged at every merge."""
+
+
+OTHERS = ("clips/english-2.flac", "clips/german-3.ogg")
 
 
 def windows_of_clips() -> Iterator[Any]:
@@ -87,9 +113,24 @@ def windows_of_clips() -> Iterator[Any]:
 def test_all_that_is_said_of_a_window(
     subject: maxwhisper.Whisper, windows_judge: windows.Judge, clip: str, decoding: str, run: Run
 ) -> None:
-    transcript = windows_judge.compare(subject, clip, waveforms.read(FIXTURES / clip), decoding)
+    sound, *others = (waveforms.read(FIXTURES / file) for file in (clip, *OTHERS))
+    transcript = windows_judge.compare(subject, clip, sound, decoding, others)
     run.transcripts.append(transcript)
     assert transcript.equal, transcript.difference
+
+
+@pytest.mark.nightly
+def test_a_model_of_128_bands(tmp_path: Path, loading: dict[str, Any], run: Run) -> None:
+    """Which large-v3 and turbo have: the trained fixture, with the sum of 128 bands for each of its 80."""
+    path = checkpoints.with_128_bands(NANO, tmp_path / "128.pt")
+    model, openai = maxwhisper.load_model(path, loading["device"]), checkpoints.read(path, 51865).eval()
+    peer = Yardstick(openai.to(model.device), None)
+    judge = windows.Judge(pytorch_whisper(openai.dims, openai.state_dict(), torch.float64), openai, None)
+    found = [compare(model, peer, clip, decoding) for clip in AT_MERGE for decoding in ("greedy", "beam", "words")]
+    found += [judge.compare(model, clip, waveforms.read(FIXTURES / clip), "greedy") for clip in AT_MERGE]
+    run.transcripts += found
+    assert not [transcript for transcript in found if not transcript.equal]
+    assert all(transcript.n_compared for transcript in found)
 
 
 @pytest.mark.parametrize("fault", PIPELINE_FAULTS)

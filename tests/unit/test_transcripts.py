@@ -1,12 +1,12 @@
 """The comparison of whole transcripts on trial: whatever differs is seen, be it the last value of the last segment."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import pytest
 
-from reference.transcripts import Transcript, compare
+from reference.transcripts import Transcript, compare, compare_together
 
 CLIP = "clips/english-1.wav"
 
@@ -19,6 +19,10 @@ class Says:
 
     def transcribe(self, *_: Any, **__: Any) -> dict[str, Any]:
         return self.result
+
+    def transcribe_many(self, sounds: list[Any], *_: Any, **__: Any) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yields what is said of each, the last one first, which alone is said of all others too."""
+        yield from ((number, self.result if number else said()) for number in reversed(range(len(sounds))))
 
 
 def segment(start: float) -> dict[str, Any]:
@@ -79,3 +83,12 @@ def test_a_difference_is_seen_on_either_side(decoding: str, difference: str) -> 
 def test_the_same_is_equal_and_counted(decoding: str, n_compared: int) -> None:
     found = compared(said(), said(), decoding)
     assert (found.equal, found.n_compared, found.difference) == (True, n_compared, "")
+
+
+@pytest.mark.parametrize(("decoding", "difference"), CASES)
+def test_a_difference_is_seen_where_it_is_among_recordings_together(decoding: str, difference: str) -> None:
+    other = copy.deepcopy(said())
+    (OF_SEGMENTS if decoding == "greedy" else OF_WORDS)[difference](other)
+    subject, peer = cast(Any, Says(other)), cast(Any, Says(said()))
+    found = list(compare_together(subject, peer, [CLIP, "clips/german-1.wav"], decoding, 2))
+    assert [(each.clip, each.equal) for each in found] == [("clips/german-1.wav", False), (CLIP, True)]
