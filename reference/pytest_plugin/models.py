@@ -26,20 +26,20 @@ RUN = pytest.StashKey[Run]()
 class Models(OfRun):
     """The models and suites of a run.
 
-    asked: by size and dtype, the blocks that are compared alone. model, suite: from a size, and from a size and a
+    alone: by size and dtype, the blocks that are compared alone. model, suite: from a size, and from a size and a
     dtype, the last two of which are kept.
     """
 
     def __init__(self, config: pytest.Config):
         super().__init__(config)
         self.options = Options.of(config)
-        self.asked: dict[tuple[str, torch.dtype], frozenset[str]] = {}
+        self.alone: dict[tuple[str, torch.dtype], frozenset[str]] = {}
         self.model: Callable[[str], Model] = lru_cache(maxsize=2)(lambda size: load(size, self.options.checkpoint))
         self.suite: SuiteFor = lru_cache(maxsize=2)(self.new_suite)
 
     def new_suite(self, size: str, dtype: torch.dtype) -> Suite:
         """Makes a suite, once its blocks are compiled if another process compiles them."""
-        only, options = self.asked.get((size, dtype), frozenset()), self.options
+        only, options = self.alone.get((size, dtype), frozenset()), self.options
         self.wait(suite_job(size, dtype, only))
         memory = getattr(self.config, "cache", None)
         return Suite(self.model(size), dtype, options.device, options.artifacts, memory, only)

@@ -1,7 +1,7 @@
 """Which tests a run takes: what the options leave out, what -k finds, and whether any of it compares."""
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -29,8 +29,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
     """Leaves out what the options do not ask for, has -k find blocks by every word for them, and sorts what that leaves
-    by model and dtype, so that few are in memory at a time; where blocks are compared alone, what takes all others
-    comes last."""
+    by model and dtype, so that few are in memory at a time, and within one by what is compiled first."""
     out = [item for item in items if not wanted(config, item)]
     if out:
         config.hook.pytest_deselected(items=out)
@@ -39,9 +38,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     config.stash[COMPARES] = any(compares(item) for item in items)
 
     yield  # pytest's own -k and -m
-    asked = Models.of(config).asked = compared_alone(items)
+    alone = Models.of(config).alone = compared_alone(items)
     order = {key: number for number, key in enumerate(dict.fromkeys(tuple(models_of(item)) for item in items))}
-    items.sort(key=lambda item: (order[tuple(models_of(item))], takes_all_blocks(item) and bool(asked)))
+    items.sort(key=lambda item: (order[tuple(models_of(item))], not takes_few_graphs(item, alone)))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -59,10 +58,11 @@ def jobs_of_others(config: pytest.Config, items: Iterable[pytest.Item]) -> list[
     """Returns what other processes can compile while the blocks of the first model compile here, in the order in which
     it will be needed."""
     judged = [item for item in items if not item.get_closest_marker("benchmarked")]
-    models, asked = list(dict.fromkeys(model for item in judged for model in models_of(item))), Models.of(config).asked
-    jobs = [suite_job(*model, asked.get(model, ())) for model in models[1:]]
-    if asked and any(map(takes_all_blocks, judged)):
-        jobs.insert(0, suite_job(*models[0]))
+    models, alone = list(dict.fromkeys(model for item in judged for model in models_of(item))), Models.of(config).alone
+    jobs = [suite_job(*model, alone.get(model, ())) for model in models[1:]]
+    for first in models[:1]:
+        if any(not takes_few_graphs(item, alone) for item in judged if models_of(item) == [first]):
+            jobs.insert(0, suite_job(*first))
     transcribing = any("checkpoint_path" in item.fixturenames for item in judged)  # type: ignore[attr-defined]
     if transcribing and models and Options.of(config).device == "cpu":
         jobs.append(TRANSCRIBING)
@@ -142,10 +142,15 @@ def compared_alone(items: Iterable[pytest.Item]) -> dict[tuple[str, torch.dtype]
     return {model: frozenset(names) for model, names in compared.items() if len(names) <= len(BLOCKS) // 2}
 
 
-def takes_all_blocks(item: pytest.Item) -> bool:
-    """Tells whether a test takes every graph of a model, whichever block it is about: a wrong weight is looked for in
-    all of them."""
-    return item.get_closest_marker("faults") is not None
+def takes_few_graphs(item: pytest.Item, alone: Container[tuple[str, torch.dtype]]) -> bool:
+    """Tells whether a test takes none but graphs that are compiled before all others: those of what audio and the start
+    of a text go through, or of the blocks that are compared alone. Not a fault's, which is looked for in every block.
+
+    alone: the models of which some blocks are compared alone.
+    """
+    if (comparison := parameters(item).get("comparison")) is None:
+        return False
+    return BLOCKS[comparison.block].unit == "network" or models_of(item)[0] in alone
 
 
 def leaves_no_verdict(item: pytest.Item) -> bool:

@@ -23,7 +23,7 @@ from reference.pytest_plugin.selection import (
     jobs_of_others,
     left_out,
     of_parity,
-    takes_all_blocks,
+    parameters,
 )
 from reference.pytest_plugin.words import all_words, finds, words_of
 from tests.parity.test_isolated import message
@@ -156,17 +156,19 @@ def test_what_is_compiled_alone_is_selected_by_the_same_words(collect: Callable[
     assert not differing(compiled.blocks, SELECTS | {"network": set(), "log_mel or mel": {"log_mel"}})
 
 
-def test_what_takes_all_of_a_model_waits_where_few_blocks_are_compared(collect: Callable[..., Collected]) -> None:
-    """And another process compiles that meanwhile: the first verdict waits for its own blocks alone."""
+def test_what_takes_few_graphs_comes_first(collect: Callable[..., Collected]) -> None:
+    """The first verdict waits for what it needs, while another process compiles the rest."""
     parity = collect(PARITY, "--size", "fixture", "--dtype", "float32")
-    few, every = parity.selected("attention"), parity.selected("")
-    order = [takes_all_blocks(item) for item in few]
-    assert order == sorted(order) and set(order) == {False, True}
-    parity.selected("attention")
-    assert jobs_of_others(parity.config, few) == ["fixture:float32"]
-    assert not jobs_of_others(parity.config, few[: order.index(True)])
-    assert [item.nodeid for item in parity.selected("")] == [item.nodeid for item in every]
-    assert jobs_of_others(parity.config, every) == [TRANSCRIBING]
+    for expression, jobs, first in (
+        ("attention", ["fixture:float32"], SELF | CROSS),
+        ("", ["fixture:float32", TRANSCRIBING], {n for n, block in BLOCKS.items() if block.unit == "network"}),
+    ):
+        items = parity.selected(expression)
+        few = [item for item in items if "comparison" in parameters(item) and block_of(item) in first]
+        assert {block_of(item) for item in few} == first
+        assert items[: len(few)] == few
+        assert jobs_of_others(parity.config, items) == jobs
+    assert not jobs_of_others(parity.config, parity.selected("attention and isolated"))
 
 
 def names_in_pytorch() -> Iterator[str]:
