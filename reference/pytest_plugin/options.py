@@ -37,7 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add = parser.getgroup("maxwhisper").addoption
     sizes, dtypes = ", ".join(ALL_SIZES), ", ".join(DTYPES)
     add("--size", help=f"models, comma-separated, of {sizes}, or all (default: {','.join(DEFAULT_SIZES)})")
-    default = f"default: {','.join(DEFAULT_DTYPES)}; whole transcripts are in float32"
+    default = f"default: {','.join(DEFAULT_DTYPES)}, of random weights at night; whole transcripts are in float32"
     add("--dtype", help=f"precisions, comma-separated, of {dtypes}, or all ({default})")
     add(
         "--device", default="cpu", choices=["cpu", "gpu", "auto"], help="what MAX and PyTorch compute on (default: cpu)"
@@ -144,6 +144,11 @@ class Options(OfRun):
     @cached_property
     def dtypes(self) -> list[torch.dtype]:
         return [DTYPES[name] for name in self.chosen("--dtype", tuple(DTYPES), DEFAULT_DTYPES)]
+
+    def is_nightly(self, size: str, dtype: torch.dtype) -> bool:
+        """Tells whether a model is one that runs at night where no option asks for it: random weights below float32."""
+        asked = any(map(self.config.getoption, ("--size", "--dtype", "--compile-only")))
+        return not asked and size in SIZES and dtype != torch.float32
 
     @cached_property
     def targets(self) -> tuple[str, ...]:

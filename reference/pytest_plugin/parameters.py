@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -20,18 +21,25 @@ from .options import Options
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     config = metafunc.config
     if "comparison" in metafunc.fixturenames:
-        metafunc.parametrize("comparison", list(compared(config)), ids=identify)
+        rows = [marked(config, (each.size, each.dtype), each) for each in compared(config)]
+        metafunc.parametrize("comparison", rows, ids=identify)
     elif "lowering" in metafunc.fixturenames:
         names = ["lowering", "size", "dtype", "graph"]
         if "graph" not in metafunc.fixturenames:  # of all that is compiled together
             names.pop()
-        rows = dict.fromkeys(row[: len(names)] for row in lowered(config))
-        metafunc.parametrize(names, list(rows), ids=in_test_name, indirect=["lowering"])
+        models_of_targets = dict.fromkeys(row[: len(names)] for row in lowered(config))
+        metafunc.parametrize(names, list(models_of_targets), ids=in_test_name, indirect=["lowering"])
     elif "suite" in metafunc.fixturenames:
         timed = metafunc.definition.get_closest_marker("benchmarked")
         precisions = Options.of(config).dtypes if config.getoption("--dtype") or not timed else [torch.float32]
         pairs = itertools.product(sizes_for(config, metafunc.definition), precisions)
-        metafunc.parametrize("suite", list(pairs), ids=lambda pair: f"{pair[0]}-{dtype_name(pair[1])}", indirect=True)
+        rows = [marked(config, pair, pair) for pair in pairs]
+        metafunc.parametrize("suite", rows, ids=lambda pair: f"{pair[0]}-{dtype_name(pair[1])}", indirect=True)
+
+
+def marked(config: pytest.Config, model: tuple[str, torch.dtype], value: object) -> Any:
+    """Returns a parameter of a test, which runs at night where its model does."""
+    return pytest.param(value, marks=[pytest.mark.nightly] if Options.of(config).is_nightly(*model) else [])
 
 
 def sizes_for(config: pytest.Config, test: pytest.Item) -> tuple[str, ...]:

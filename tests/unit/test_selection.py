@@ -171,6 +171,22 @@ def test_what_takes_few_graphs_comes_first(collect: Callable[..., Collected]) ->
     assert not jobs_of_others(parity.config, parity.selected("attention and isolated"))
 
 
+@pytest.mark.parametrize(
+    ("options", "models"),
+    [
+        ((), ["fixture-float32", "fixture-bfloat16", "tiny-float32"]),
+        (("--nightly",), ["fixture-float32", "fixture-bfloat16", "tiny-float32", "tiny-bfloat16"]),
+        (("--size", "tiny"), ["tiny-float32", "tiny-bfloat16"]),
+        (("--dtype", "bfloat16"), ["fixture-bfloat16", "tiny-bfloat16"]),
+    ],
+)
+def test_random_weights_below_float32_run_at_night_unless_asked_for(
+    options: tuple[str, ...], models: list[str], collect: Callable[..., Collected]
+) -> None:
+    items = collect(PARITY / "test_network.py", "-k", "test_chain", *options).items
+    assert [item.name for item in items] == [f"test_chain[{model}]" for model in models]
+
+
 def names_in_pytorch() -> Iterator[str]:
     """Yields the names of every class and attribute in openai-whisper's model, but for those of containers."""
     model = Whisper(ModelDimensions(4, 10, 8, 2, 1, 30, 12, 8, 2, 1))
