@@ -26,7 +26,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
         item.add_marker(pytest.mark.xdist_group(group(models_of(item), item.path)))
 
 
-@pytest.hookimpl(wrapper=True, tryfirst=True)
+@pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
     """Leaves out what the options do not ask for, has -k find blocks by every word for them, and sorts what that leaves
     by model and dtype, so that few are in memory at a time, and within one by what is compiled first."""
@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     make_findable(items, config.option.keyword)
     config.stash[COMPARES] = any(compares(item) for item in items)
 
-    yield  # pytest's own -k and -m
+    yield  # to pytest's own -k and -m; its --failed-first sorts after this
     alone = Models.of(config).alone = compared_alone(items)
     order = {key: number for number, key in enumerate(dict.fromkeys(tuple(models_of(item)) for item in items))}
     items.sort(key=lambda item: (order[tuple(models_of(item))], not takes_few_graphs(item, alone)))
