@@ -6,12 +6,13 @@ combinations that it refuses itself are left to it.
 """
 
 import inspect
+import logging
 import math
 import operator
 import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from numbers import Integral, Real
 from typing import Any
@@ -21,18 +22,19 @@ import torch
 from tiktoken import Encoding
 from whisper.audio import FRAMES_PER_SECOND, HOP_LENGTH
 from whisper.decoding import DecodingOptions
-from whisper.model import Whisper
+from whisper.model import ModelDimensions, Whisper
 from whisper.tokenizer import LANGUAGES, TO_LANGUAGE_CODE, Tokenizer, get_tokenizer
 from whisper.transcribe import transcribe
 
 from .errors import OptionError, warn_once
+from .limits import COLDEST, HOTTEST, MANY_TEXTS, MOST_TEXTS, backwards
+
+log = logging.getLogger("maxwhisper")
 
 Options = Callable[..., DecodingOptions]
 TASKS = ("transcribe", "translate")
 OF_THE_LOOP = frozenset(inspect.signature(transcribe).parameters)
 """The options of `transcribe` that `decode` does not have, and temperature, which there is one number."""
-COLDEST = 1e-30
-"""The least temperature above 0: logits divided by much less are no float32 any more."""
 OF_FASTER_WHISPER = frozenset({"hotwords", "vad_filter"})
 """Those that openai-whisper does not have."""
 DETECTOR = ("silero_vad", "onnxruntime")
@@ -84,16 +86,19 @@ def decoding(options: DecodingOptions, model: Whisper, tasks: Sequence[str] = (*
     found: dict[str, Any] = {"temperature": temperature(options.temperature)}
     for check, name, least in (
         (whole, "sample_len", 0),
-        (whole, "best_of", 0),
-        (whole, "beam_size", 1),
+        (texts, "best_of", 0),
+        (texts, "beam_size", 1),
         (number, "patience", 0),
         (number, "length_penalty", -math.inf),  # beyond 0 and 1 it is openai-whisper that refuses it
         (number, "max_initial_timestamp", 0),
     ):
         if (value := getattr(options, name)) is not None:
             found[name] = check(name, value, least)
-    if (beams := found.get("beam_size")) and round(beams * (found.get("patience") or 1)) < 1:
-        raise refused("patience", found["patience"], f"at least half a text of beam_size {beams}")
+    if (beams := found.get("beam_size")) and not 0.5 < beams * (found.get("patience") or 1) < math.inf:
+        raise refused("patience", found["patience"], f"more than half a text of beam_size {beams}, and finite")
+    for name in ("best_of",) if found["temperature"] else ("beam_size",):
+        if (found.get(name) or 0) > MANY_TEXTS:
+            warn_of_cost(name, found[name], model.dims)
     for name in ("prompt", "prefix"):
         found[name] = text_or_tokens(name, getattr(options, name), model)
     if options.suppress_tokens is not None:
@@ -121,22 +126,41 @@ def scalar(value: Any) -> Any:
 def number(name: str, value: Any, least: float = 0.0) -> Any:
     """Returns a finite number from `least` on; any number, infinities too, where that is minus infinity."""
     found, finite = scalar(value), least > -math.inf
-    if not isinstance(found, Real) or not float(found) >= least or finite and math.isinf(found):
-        raise refused(name, value, f"a number from {least:g} on" if finite else "a number")
-    return found if isinstance(found, Integral) else float(found)
+    try:
+        real = float(found) if isinstance(found, Real) else math.nan
+    except OverflowError:  # of a whole number
+        real = math.inf
+    if not real >= least or finite and math.isinf(real):
+        raise refused(name, value, f"a finite number from {least:g} on" if finite else "a number")
+    return found if isinstance(found, Integral) else real
 
 
-def whole(name: str, value: Any, least: float) -> int:
+def whole(name: str, value: Any, least: float, most: float = math.inf) -> int:
     found = scalar(value)
-    if not isinstance(found, Integral) or found < least:
-        raise refused(name, value, f"a whole number from {least:g} on")
+    if not isinstance(found, Integral) or not least <= int(found) <= most:
+        raise refused(name, value, f"a whole number from {least:g} {'on' if most == math.inf else f'to {most:g}'}")
     return int(found)
+
+
+texts = partial(whole, most=MOST_TEXTS)
+
+
+def warn_of_cost(name: str, n_text: int, dims: ModelDimensions) -> None:
+    """Says what so many texts of a window cost: what is kept of each, and that each is decoded."""
+    gigabytes = n_text * 2 * dims.n_text_layer * dims.n_text_ctx * dims.n_text_state * 4 / 1e9
+    warn_of(f"{name} is {n_text}: a window takes the time of {n_text} texts or more, and {gigabytes:.2g} GB for them")
+
+
+@cache
+def warn_of(cost: str) -> None:
+    """Says so once; not as `warn_once`, which `bulk` takes for an error."""
+    log.warning("warning: %s", cost)
 
 
 def temperature(value: Any) -> Any:
     found = number("temperature", value)
-    if 0 < found < COLDEST:
-        raise refused("temperature", value, f"0 or a number from {COLDEST:g} on")
+    if found and not COLDEST <= found <= HOTTEST:
+        raise refused("temperature", value, f"0 or a number from {COLDEST:g} to {HOTTEST:g}")
     return found
 
 
@@ -158,7 +182,7 @@ def temperatures(value: Any) -> Any:
         return temperature(value)
     if several := tuple(map(temperature, value)):
         return several
-    raise refused("temperature", value, "a number from 0 on, or several")
+    raise refused("temperature", value, "a finite number from 0 on, or several")
 
 
 def parts(value: Any) -> Any:
@@ -282,5 +306,7 @@ def within(timestamps: Any, n_samples: int) -> list[float]:
     if not all(each >= 0 for each in clips):
         shown = " ".join(str(timestamps).split())
         raise OptionError(f"clip_timestamps must be seconds from 0 on, with commas between them, not '{shown}'")
+    if wrong := backwards(clips):
+        raise OptionError(f"clip_timestamps {wrong}")
     end = n_samples // HOP_LENGTH / FRAMES_PER_SECOND
     return [min(each, end) for each in clips]

@@ -11,7 +11,7 @@ from ..errors import OptionError
 from .model_options import MODEL_OPTIONS, add_model, leave_cores_to_max, load
 from .option_types import above_zero, str2bool
 from .transcribe_command import temperatures
-from .transcribe_options import add_decoding, add_fallback, unusable_decoding, without_effect
+from .transcribe_options import add_clips, add_decoding, add_fallback, unusable_decoding, without_effect
 
 log = logging.getLogger("maxwhisper")
 
@@ -47,6 +47,7 @@ def add_bulk(commands: Any) -> None:
     add("--memory_gb", type=above_zero, metavar="N", help="memory that Ray counts for an actor")
     decoding = parser.add_argument_group("decoding").add_argument
     add_decoding(decoding)
+    add_clips(decoding)
     decoding("--word_timestamps", type=str2bool, default=False, help="find when each word begins and ends")
     add_fallback(parser.add_argument_group("when a window counts as failed or silent").add_argument)
     parser.set_defaults(run=partial(bulk, parser))

@@ -1,14 +1,31 @@
 """The options of `maxwhisper transcribe`: those of OpenAI's `whisper` command, and a few of our own."""
 
 import argparse
+import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from ..limits import COLDEST, HOTTEST, MOST_TEXTS, backwards
 from ..pipes import is_terminal, not_a_file, pipe_behind
 from .model_options import add_model
 from .option_types import above_zero, language, optional_float, optional_int, prompt, str2bool
 from .outputs import FORMATS, WORD_OPTIONS, output_name
+
+FINITE = sys.float_info.max
+RANGES = {
+    "best_of": (1, MOST_TEXTS, f"from 1 to {MOST_TEXTS}"),
+    "beam_size": (1, MOST_TEXTS, f"from 1 to {MOST_TEXTS}"),
+    "patience": (math.ulp(0), FINITE, "above 0 and finite"),
+    "length_penalty": (0, 1, "from 0 to 1"),
+    "temperature_increment_on_fallback": (0.001, FINITE, "from 0.001 on and finite"),
+    "hallucination_silence_threshold": (0, FINITE, "from 0 on and finite"),
+    "compression_ratio_threshold": (-math.inf, math.inf, "a number"),
+    "logprob_threshold": (-math.inf, math.inf, "a number"),
+    "no_speech_threshold": (-math.inf, math.inf, "a number"),
+}
+"""The least and the most that an option may be, and how that is said."""
 
 
 def add_transcribe(commands: Any) -> argparse.ArgumentParser:
@@ -22,7 +39,9 @@ def add_transcribe(commands: Any) -> argparse.ArgumentParser:
     audio = "audio or video files or pipes, of any format libav reads; - is standard input"
     parser.add_argument("audio", nargs="+", metavar="AUDIO", help=audio)
     add_files_and_devices(parser.add_argument_group("model, device and files").add_argument)
-    add_decoding(parser.add_argument_group("decoding").add_argument)
+    decoding = parser.add_argument_group("decoding").add_argument
+    add_decoding(decoding)
+    add_clips(decoding)
     add_fallback(parser.add_argument_group("when a window counts as failed or silent").add_argument)
     add_words(parser.add_argument_group("words and subtitles").add_argument)
     return parser
@@ -59,6 +78,10 @@ def add_decoding(add: Callable[..., Any]) -> None:
     add("--hotwords", type=prompt, help="words to expect, as names, which every window is given")
     condition = "give each window the text before it: more consistent, but errors can repeat themselves"
     add("--condition_on_previous_text", type=str2bool, default=True, help=condition)
+
+
+def add_clips(add: Callable[..., Any]) -> None:
+    """Adds what says which parts of a recording to transcribe."""
     add("--clip_timestamps", default="0", help="transcribe these parts only: start,end,start,end,... in seconds")
 
 
@@ -109,29 +132,44 @@ def unusable_words(options: dict[str, Any]) -> str | None:
 
 def unusable_decoding(options: dict[str, Any]) -> str | None:
     """Says what is wrong with the values of those options that the text depends on, if anything is."""
-    for name in ("best_of", "beam_size", "patience", "temperature_increment_on_fallback"):
-        if options[name] is not None and not options[name] > 0:
-            return f"argument --{name}: must be above 0, not {options[name]}"
-    if not options["temperature"] >= 0:
-        return f"argument --temperature: must not be below 0, not {options['temperature']}"
-    if options["patience"] is not None and options["beam_size"] is None and options["temperature"] == 0:
+    for name, (least, most, expected) in RANGES.items():
+        if (value := options.get(name)) is not None and not least <= value <= most:
+            return f"argument --{name}: must be {expected}, not {value}"
+    if (warm := options["temperature"]) != 0 and not COLDEST <= warm <= HOTTEST:
+        return f"argument --temperature: must be 0 or from {COLDEST:g} to {HOTTEST:g}, not {warm}"
+    beams, patience = options["beam_size"], options["patience"]
+    if patience is not None and beams is None and options["temperature"] == 0:
         return "argument --patience: needs --beam_size"
-    if options["length_penalty"] is not None and not 0 <= options["length_penalty"] <= 1:
-        return f"argument --length_penalty: must be from 0 to 1, not {options['length_penalty']}"
-    for name, kind in (("clip_timestamps", float), ("suppress_tokens", int)):
-        try:
-            numbers = [kind(part) for part in options[name].split(",") if options[name]]
-        except ValueError:
-            return f"argument --{name}: must be numbers with commas between them, not '{options[name]}'"
-        least = 0 if name == "clip_timestamps" else -1
-        if not all(each >= least for each in numbers):
-            return f"argument --{name}: must be from {least} on, not '{options[name]}'"
-        if name == "clip_timestamps" and numbers not in ([], [0.0]):
-            if options["vad_filter"]:
-                return "argument --clip_timestamps: cannot be combined with --vad_filter True"
-            if options.get("batched"):
-                return "argument --clip_timestamps: cannot be combined with --batched"
-    return None
+    if patience is not None and beams and beams * patience <= 0.5:
+        return f"argument --patience: must be more than half a text of --beam_size {beams}, not {patience}"
+    if isinstance(suppressed := numbers("suppress_tokens", int, -1, options), str):
+        return suppressed
+    return unusable_clips(options) if "clip_timestamps" in options else None
+
+
+def numbers(name: str, kind: Callable[[str], Any], least: float, options: dict[str, Any]) -> list[Any] | str:
+    """Returns the numbers between the commas of an option, or says what is wrong with them."""
+    try:
+        found = [kind(part) for part in options[name].split(",") if options[name]]
+    except ValueError:
+        return f"argument --{name}: must be numbers with commas between them, not '{options[name]}'"
+    if not all(each >= least for each in found):
+        return f"argument --{name}: must be from {least} on, not '{options[name]}'"
+    return found
+
+
+def unusable_clips(options: dict[str, Any]) -> str | None:
+    """Says what is wrong with the clips, by themselves or beside another option, if anything is."""
+    clips = numbers("clip_timestamps", float, 0, options)
+    if isinstance(clips, str):
+        return clips
+    if wrong := backwards(clips):
+        return f"argument --clip_timestamps: {wrong}"
+    if clips in ([], [0.0]):
+        return None
+    others = {"--vad_filter True": options["vad_filter"], "--batched": options.get("batched")}
+    beside = next((other for other, is_given in others.items() if is_given), None)
+    return beside and f"argument --clip_timestamps: cannot be combined with {beside}"
 
 
 def without_effect(options: dict[str, Any]) -> Iterator[str]:

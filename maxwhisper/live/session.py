@@ -94,8 +94,10 @@ class Session:
         """Takes what makes the policy, which decides which words are settled, and the options of `Whisper.transcribe`,
         for `finish`; language, task, suppress_tokens and initial_prompt are heeded before that too.
 
-        Raises OptionError as `transcribe` does.
+        Raises OptionError as `transcribe` does, and for clip_timestamps: nobody knows yet when something is said.
         """
+        if "clip_timestamps" in options:
+            raise OptionError("clip_timestamps cannot be used live: give them to transcribe, with the recording")
         checked = transcribing(options, model)
         self.model, self.policy, self.options = model, policy, options
         self.language: str | None = checked.get("language")

@@ -16,6 +16,7 @@ from maxwhisper.engine.artifacts import not_kept
 from maxwhisper.engine.instructions import warn_of_slow_dtype
 from maxwhisper.errors import warn_once
 from maxwhisper.frozen import in_pytorch
+from maxwhisper.options import warn_of
 from maxwhisper.whisper import Whisper, load_model
 from reference.activations import CLIPS
 from reference.fixtures import FIXTURES, NANO
@@ -65,7 +66,7 @@ def same_environment() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def nothing_said_yet() -> None:
     """Has what is said or found once in a process said in each test, whatever the tests before it had it say."""
-    for said_once in (in_pytorch, not_in_graph, not_kept, version, warn_of_slow_dtype, warn_once):
+    for said_once in (in_pytorch, not_in_graph, not_kept, version, warn_of_slow_dtype, warn_of, warn_once):
         said_once.cache_clear()
 
 

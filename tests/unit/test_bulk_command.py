@@ -28,7 +28,7 @@ def test_what_is_not_installed_is_named(
             ["--vad_filter", "True", "--clip_timestamps", "1,2"],
             "--clip_timestamps: cannot be combined with --vad_filter",
         ),
-        (["--beam_size", "0"], "argument --beam_size: must be above 0, not 0"),
+        (["--beam_size", "0"], "argument --beam_size: must be from 1 to 1000, not 0"),
     ],
 )
 def test_unusable_options(options: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:

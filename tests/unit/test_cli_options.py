@@ -113,6 +113,46 @@ def test_a_value_of_another_kind_is_told_what_was_expected(
     assert_one_line(capsys, f"argument {option}: {expected}")
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("--temperature", "inf", "must be 0 or from 1e-30 to 1e+30, not inf"),
+        ("--temperature", "nan", "must be 0 or from 1e-30 to 1e+30, not nan"),
+        ("--temperature", "-0.5", "must be 0 or from 1e-30 to 1e+30, not -0.5"),
+        ("--temperature", "1e-40", "must be 0 or from 1e-30 to 1e+30, not 1e-40"),
+        ("--temperature", "1e39", "must be 0 or from 1e-30 to 1e+30, not 1e+39"),
+        ("--patience", "inf", "must be above 0 and finite, not inf"),
+        ("--patience", "nan", "must be above 0 and finite, not nan"),
+        ("--patience", "0.05", "must be more than half a text of --beam_size 5, not 0.05"),
+        ("--hallucination_silence_threshold", "-1", "must be from 0 on and finite, not -1.0"),
+        ("--hallucination_silence_threshold", "nan", "must be from 0 on and finite, not nan"),
+        ("--hallucination_silence_threshold", "inf", "must be from 0 on and finite, not inf"),
+        ("--temperature_increment_on_fallback", "inf", "must be from 0.001 on and finite, not inf"),
+        ("--temperature_increment_on_fallback", "1e-9", "must be from 0.001 on and finite, not 1e-09"),
+        ("--temperature_increment_on_fallback", "0", "must be from 0.001 on and finite, not 0.0"),
+        ("--compression_ratio_threshold", "nan", "must be a number, not nan"),
+        ("--logprob_threshold", "nan", "must be a number, not nan"),
+        ("--no_speech_threshold", "nan", "must be a number, not nan"),
+        ("--beam_size", "1001", "must be from 1 to 1000, not 1001"),
+        ("--best_of", "0", "must be from 1 to 1000, not 0"),
+    ],
+)
+@pytest.mark.parametrize(
+    "command", [["transcribe", CLIP], ["live", "-"], ["bulk", CLIP, "texts"]], ids=lambda it: it[0]
+)
+def test_a_number_that_nothing_can_be_decoded_with(
+    command: list[Any], option: str, value: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status([*command, f"{option}={value}"]) == 2
+    assert_one_line(capsys, f"argument {option}: {expected}")
+
+
+@pytest.mark.parametrize("command", [["transcribe", CLIP], ["bulk", CLIP, "texts"]], ids=lambda it: it[0])
+def test_a_clip_that_ends_before_it_starts(command: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert status([*command, "--clip_timestamps", "0,1,3,2"]) == 2
+    assert_one_line(capsys, "argument --clip_timestamps: has an end at 2.0 s, before its start at 3.0 s")
+
+
 def test_patience_needs_beams(capsys: pytest.CaptureFixture[str]) -> None:
     assert status(["transcribe", CLIP, "--beam_size", "None", "--patience", "2"]) == 2
     assert_one_line(capsys, "argument --patience: needs --beam_size")

@@ -209,6 +209,8 @@ def test_after_the_end(model: Whisper) -> None:
 
 
 def test_options_are_those_of_transcribe(model: Whisper) -> None:
+    with pytest.raises(OptionError, match="clip_timestamps cannot be used live"):
+        Session(model, clip_timestamps="0,3")
     with pytest.raises(OptionError, match="language"):
         Session(model, language=3)
     with pytest.raises(TypeError):

@@ -122,8 +122,9 @@ def test_a_rate_that_no_audio_has(
         (["live", "talk.wav"], "invalid choice: 'talk.wav'"),
         (["live", "--rate", "0"], "must be a whole number above 0"),
         (["live", "--policy", "guess"], "invalid choice: 'guess'"),
-        (["live", "--beam_size", "0"], "argument --beam_size: must be above 0"),
+        (["live", "--beam_size", "0"], "argument --beam_size: must be from 1 to 1000, not 0"),
         (["live", "--highlight_words", "True"], "requires --word_timestamps True"),
+        (["live", "-", "--clip_timestamps", "0,3"], "unrecognized arguments: --clip_timestamps 0,3"),
     ],
 )
 def test_unusable_options(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

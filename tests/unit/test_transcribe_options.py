@@ -38,29 +38,34 @@ OF_BOTH: list[tuple[str, Any, str]] = [
     ("suppress_tokens", [1.5], "expected numbers"),
     ("suppress_tokens", ["1"], "expected numbers"),
     ("suppress_tokens", b"12", "expected numbers"),
-    ("temperature", "0", "is '0', expected a number from 0 on"),
+    ("temperature", "0", "is '0', expected a finite number from 0 on"),
     ("temperature", None, "is None, expected"),
     ("temperature", -1.0, "is -1.0, expected"),
     ("temperature", float("nan"), "is nan, expected"),
-    ("temperature", float("inf"), "is inf, expected"),
-    ("temperature", np.float32(-1), "expected a number"),
-    ("temperature", torch.tensor(float("nan")), "expected a number"),
-    ("temperature", 1j, "expected a number"),
-    ("temperature", 1e-38, "is 1e-38, expected 0 or a number from 1e-30 on"),
+    ("temperature", float("inf"), "is inf, expected a finite number from 0 on"),
+    ("temperature", np.float32(-1), "expected a finite number"),
+    ("temperature", torch.tensor(float("nan")), "expected a finite number"),
+    ("temperature", 1j, "expected a finite number"),
+    ("temperature", 10**400, "expected a finite number"),
+    ("temperature", 1e-38, "is 1e-38, expected 0 or a number from 1e-30 to 1e+30"),
+    ("temperature", 1e39, "is 1e+39, expected 0 or a number from 1e-30 to 1e+30"),
     ("task", "translte", "is 'translte', expected transcribe or translate"),
     ("task", None, "is None, expected transcribe"),
     ("language", 5, "is 5, expected a code or a name"),
     ("language", "yue", "is 'yue', expected one of the first 99 of openai-whisper's languages"),
     ("language", "Cantonese", "is 'Cantonese', expected one of the first 99"),
-    ("beam_size", 0, "is 0, expected a whole number from 1 on"),
+    ("beam_size", 0, "is 0, expected a whole number from 1 to 1000"),
+    ("beam_size", 1001, "is 1001, expected a whole number from 1 to 1000"),
+    ("best_of", 10**30, "expected a whole number from 0 to 1000"),
     ("beam_size", "5", "is '5', expected a whole number"),
     ("beam_size", 2.5, "is 2.5, expected"),
     ("best_of", -1, "is -1, expected"),
     ("sample_len", -1, "is -1, expected"),
     ("sample_len", 5.0, "is 5.0, expected a whole number"),
     ("length_penalty", "1", "is '1', expected a number"),
-    ("patience", "1", "is '1', expected a number"),
-    ("max_initial_timestamp", -1, "is -1, expected a number"),
+    ("patience", "1", "is '1', expected a finite number"),
+    ("patience", float("inf"), "is inf, expected a finite number"),
+    ("max_initial_timestamp", -1, "is -1, expected a finite number"),
     ("without_timestamps", "False", "is 'False', expected True or False"),
     ("suppress_blank", "no", "is 'no', expected True or False"),
     ("fp16", "False", "is 'False', expected True or False"),
@@ -83,9 +88,9 @@ def test_what_no_window_is_decoded_with(
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
-        ("temperature", (), "is (), expected a number from 0 on, or several"),
-        ("temperature", [0.0, "1"], "is '1', expected a number"),
-        ("temperature", {0.0: 1}, "expected a number"),
+        ("temperature", (), "is (), expected a finite number from 0 on, or several"),
+        ("temperature", [0.0, "1"], "is '1', expected a finite number"),
+        ("temperature", {0.0: 1}, "expected a finite number"),
         ("task", "lang_id", "expected transcribe or translate"),
         ("verbose", "False", "is 'False', expected True or False"),
         ("condition_on_previous_text", "False", "expected True or False"),
@@ -95,7 +100,7 @@ def test_what_no_window_is_decoded_with(
         ("initial_prompt", ["a"], "expected a text"),
         ("logprob_threshold", "-1", "is '-1', expected a number"),
         ("no_speech_threshold", float("nan"), "is nan, expected a number"),
-        ("hallucination_silence_threshold", -1, "is -1, expected a number from 0 on"),
+        ("hallucination_silence_threshold", -1, "is -1, expected a finite number from 0 on"),
         ("append_punctuations", 5, "is 5, expected symbols"),
         ("clip_timestamps", None, "must be seconds"),
         ("clip_timestamps", 5.0, "must be seconds"),
@@ -104,12 +109,23 @@ def test_what_no_window_is_decoded_with(
         ("clip_timestamps", {0.0: 3.0}, "must be seconds"),
         ("clip_timestamps", b"03", "must be seconds"),
         ("clip_timestamps", np.array(3.0), "must be seconds"),
+        ("clip_timestamps", "0,1,3,2", "has an end at 2.0 s, before its start at 3.0 s"),
     ],
     ids=lambda each: repr(each)[:24],
 )
 def test_what_nothing_is_transcribed_with(model: Whisper, audio: np.ndarray, name: str, value: Any, said: str) -> None:
     with pytest.raises(OptionError, match=rf"^{name} .*{re.escape(said)}"):
         model.transcribe(audio, **{**SHORT, name: value})
+
+
+@pytest.mark.parametrize(("name", "temperature"), [("beam_size", 0.0), ("best_of", 0.5)])
+def test_what_many_texts_cost_is_announced_once(
+    model: Whisper, mel: torch.Tensor, name: str, temperature: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    for n_text in (32, 33, 33):
+        model.decode(mel, DecodingOptions(fp16=False, **SHORT | {name: n_text, "temperature": temperature}))
+    [said] = [each for each in caplog.messages if "warning" in each]
+    assert said == f"warning: {name} is 33: a window takes the time of 33 texts or more, and 0.045 GB for them"
 
 
 def test_a_prompt_of_decode_and_its_options(model: Whisper, mel: torch.Tensor) -> None:
