@@ -25,7 +25,7 @@ from .engine.program import Artifact, Executable
 from .engine.surroundings import cpu_by_default, one_torch_thread
 from .errors import AudioError, OptionError, warn_once
 from .network.log_mel import LogMelSpectrogram, log_mel_program, log_mel_weights
-from .options import refused
+from .options import FLOATS, check_dense, refused
 from .pipes import Pipe, is_regular, open_once, status_of
 
 __all__ = [
@@ -288,14 +288,16 @@ def as_waveform(audio: np.ndarray | torch.Tensor, expected: str = f"the name of 
 
     expected: said of what is no array. Raises OptionError for that, for another shape, and for integers.
     """
+    if isinstance(audio, torch.Tensor):
+        check_dense("audio", audio)
     samples = audio.detach() if isinstance(audio, torch.Tensor) else as_array(audio, expected)
-    floats = samples.is_floating_point() if isinstance(samples, torch.Tensor) else samples.dtype.kind == "f"
+    floats = samples.dtype in FLOATS if isinstance(samples, torch.Tensor) else samples.dtype.kind == "f"
     if not floats or samples.ndim != 1:
         if isinstance(samples, np.ndarray) and samples.dtype.kind in "OSU":  # is what NumPy makes of anything
             raise refused("audio", audio, expected)
         found = f"{samples.dtype} {tuple(samples.shape)}"
         hint = "; take the mean of its channels" if samples.ndim == 2 else ""
-        hint = "; divide it by 32768" if "int16" in found else hint
+        hint = "; divide it by 32768" if str(samples.dtype).removeprefix("torch.") == "int16" else hint
         raise OptionError(f"audio must be {SAMPLES}, not {found}{hint}")
     if isinstance(samples, np.ndarray):
         samples = torch.from_numpy(np.require(samples, np.float32, ["C", "W"]))

@@ -16,6 +16,7 @@ from .decoding.stepper import check_room
 from .engine.surroundings import one_torch_thread
 from .errors import AudioError, OptionError
 from .frozen import HOOKS, Frozen, without_memory
+from .options import FLOATS, check_dense
 
 
 def check_floats(name: str, x: torch.Tensor) -> None:
@@ -23,8 +24,9 @@ def check_floats(name: str, x: torch.Tensor) -> None:
     for a batch without a window."""
     if not isinstance(x, torch.Tensor):
         raise OptionError(f"{name} is a {type(x).__name__}, expected a tensor: torch.as_tensor makes one of an array")
-    if not x.is_floating_point():
-        raise OptionError(f"{name} is {x.dtype}, expected floats")
+    if x.dtype not in FLOATS:
+        raise OptionError(f"{name} is {x.dtype}, expected floats of 16, 32 or 64 bits")
+    check_dense(name, x)
     if not torch.jit.is_tracing() and not x.numel():
         raise OptionError(f"{name} is {tuple(x.shape)}, expected a window or more")
 
@@ -65,9 +67,10 @@ class AudioEncoder(Frozen, openai.AudioEncoder):
 
     @one_torch_thread()
     def _on_max(self, mel: torch.Tensor) -> torch.Tensor:
-        if not all(extreme.isfinite() for extreme in mel.aminmax()):
-            raise AudioError("mel holds values that are not finite")
-        return self.network["encoder"](mel=mel.to(self.device, self.network.dtype))[0].to(mel.dtype)
+        computed = mel.to(self.network.dtype)
+        if not all(extreme.isfinite() for extreme in computed.aminmax()):
+            raise AudioError(f"mel holds values that are not finite in {self.network.dtype}")
+        return self.network["encoder"](mel=computed.to(self.device))[0].to(mel.dtype)
 
 
 class TextDecoder(Frozen, openai.TextDecoder):
@@ -182,6 +185,7 @@ class TextDecoder(Frozen, openai.TextDecoder):
         if not isinstance(x, torch.Tensor) or x.dtype not in (torch.int64, torch.int32):
             found = x.dtype if isinstance(x, torch.Tensor) else f"a {type(x).__name__}"
             raise OptionError(f"tokens are {found}, expected a tensor of torch.int64 or torch.int32")
+        check_dense("tokens", x)
         if x.ndim != 2 or 0 in x.shape:
             raise OptionError(f"tokens are {tuple(x.shape)}, expected (batch, token)")
         if not 0 <= x.min() <= x.max() < dims.n_vocab:

@@ -37,6 +37,8 @@ OF_THE_LOOP = frozenset(inspect.signature(transcribe).parameters)
 """The options of `transcribe` that `decode` does not have, and temperature, which there is one number."""
 OF_FASTER_WHISPER = frozenset({"hotwords", "vad_filter"})
 """Those that openai-whisper does not have."""
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""What a mel, features and samples may be in."""
 DETECTOR = ("silero_vad", "onnxruntime")
 """Modules of the detector of speech."""
 
@@ -109,6 +111,16 @@ def decoding(options: DecodingOptions, model: Whisper, tasks: Sequence[str] = (*
 def refused(name: str, value: object, expected: str) -> OptionError:
     shown = " ".join(reprlib.repr(value).split())
     return OptionError(f"{name} is {shown}, expected {expected}")
+
+
+def check_dense(name: str, x: torch.Tensor) -> None:
+    """Raises OptionError for a tensor whose values are not all there, one beside the other."""
+    if x.is_nested:
+        raise OptionError(f"{name} is nested, expected torch.strided, with rows of one length")
+    if x.layout != torch.strided:
+        raise OptionError(f"{name} is {x.layout}, expected torch.strided, as to_dense() gives")
+    if x.is_meta:
+        raise OptionError(f"{name} is on the device meta, which has no values, expected one on the CPU or a GPU")
 
 
 def no_texts(options: Mapping[str, Any], names: Iterable[str]) -> None:

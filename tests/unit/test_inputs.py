@@ -10,7 +10,7 @@ import torch
 from whisper import DecodingOptions
 
 from maxwhisper.audio import as_waveform, log_mel_spectrogram
-from maxwhisper.errors import OptionError
+from maxwhisper.errors import AudioError, OptionError
 from maxwhisper.whisper import Whisper
 
 SHORT: dict[str, Any] = {"fp16": False, "language": "en", "sample_len": 5}
@@ -54,6 +54,53 @@ def test_what_is_no_mel(model: Whisper, given: Any, said: str) -> None:
     for use in (model.decode, model.detect_language, model.encoder):
         with pytest.raises(OptionError, match=said):
             use(given)
+
+
+ODD: dict[str, tuple[Callable[[torch.Tensor], Any], str]] = {
+    "sparse": (torch.Tensor.to_sparse, "torch.sparse_coo, expected torch.strided, as to_dense"),
+    "compressed": (lambda x: x.reshape(-1, x.shape[-1]).to_sparse_csr(), "torch.sparse_csr, expected torch.strided"),
+    "onednn": (lambda x: x.float().to_mkldnn(), "torch._mkldnn, expected torch.strided"),
+    "meta": (lambda x: x.to("meta"), "on the device meta, which has no values, expected one on the CPU or a GPU"),
+    "nested": (lambda x: torch.nested.nested_tensor([x]), "nested, expected torch.strided"),
+    "jagged": (lambda x: torch.nested.nested_tensor([x], layout=torch.jagged), "nested, expected torch.strided"),
+    "float8": (lambda x: x.to(torch.float8_e4m3fn), "torch.float8_e4m3fn"),
+    "quantized": (lambda x: torch.quantize_per_tensor(x.float(), 0.1, 0, torch.qint8), "torch.qint8"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor", "ignore:The PyTorch API of nested", "ignore:Sparse CSR")
+@pytest.mark.parametrize("form", ODD)
+def test_tensors_whose_values_do_not_stand_in_memory(model: Whisper, mel: torch.Tensor, form: str) -> None:
+    make, said = ODD[form]
+    features, tokens = model.encoder(mel)[None], torch.tensor([[50258, 50259, 50359]])
+    uses: list[tuple[str, Callable[[Any], Any], torch.Tensor]] = [
+        ("mel", model.decode, mel),
+        ("mel", model.detect_language, mel),
+        ("mel", model.encoder, mel),
+        ("mel", model.decode, features[0]),
+        ("xa", lambda x: model.decoder(tokens, x), features),
+        ("tokens", lambda x: model.decoder(x, features), tokens),
+        ("audio", model.transcribe, torch.zeros(16000)),
+        ("audio", log_mel_spectrogram, torch.zeros(16000)),
+    ]
+    for name, use, given in uses:
+        with pytest.raises(OptionError, match=f"^{name} .*{'' if name == 'tokens' else said}"):
+            use(make(given))
+
+
+def test_negative_views_are_heard(model: Whisper, mel: torch.Tensor, audio: np.ndarray) -> None:
+    def negative(x: torch.Tensor) -> torch.Tensor:
+        return torch.complex(x, -x).conj().imag
+
+    assert negative(mel).is_neg() and model.encoder(negative(mel)).equal(model.encoder(mel))
+    assert log_mel_spectrogram(negative(torch.from_numpy(audio))).equal(log_mel_spectrogram(audio))
+
+
+@pytest.mark.parametrize("largest", [1e39, 1e300])
+def test_a_mel_beyond_what_is_computed_in(model: Whisper, mel: torch.Tensor, largest: float) -> None:
+    for use in (model.encoder, model.detect_language, model.decode):
+        with pytest.raises(AudioError, match="mel holds values that are not finite"):
+            use(mel.double() * largest)
 
 
 @pytest.mark.parametrize("shape", [(0, 80, 3000), (0, 1500, 128)], ids=["mel", "features"])
@@ -135,6 +182,7 @@ def test_no_samples_have_no_text(model: Whisper, empty: Any) -> None:
         (np.zeros(16000, np.int16), "not int16 .*; divide it by 32768"),
         (torch.zeros(16000, dtype=torch.int16), "not torch.int16 .*; divide it by 32768"),
         (torch.zeros(16000, dtype=torch.int32), "not torch.int32"),
+        (np.zeros(16000, np.uint16), r"not uint16 \(16000,\)$"),
         (np.zeros(16000, bool), "not bool"),
         (np.zeros((2, 16000), np.float32), r"\(2, 16000\); take the mean of its channels"),
         (torch.zeros(16000, 2), r"\(16000, 2\); take the mean of its channels"),
@@ -145,7 +193,7 @@ def test_no_samples_have_no_text(model: Whisper, empty: Any) -> None:
         ({"array": np.zeros(5), "sampling_rate": 16000}, "^audio is {'array': array.*, expected the name of a file"),
         ([[0.5], [0.5, 0.5]], r"^audio is \[\[0.5\], \[0.5, 0.5\]\], expected the name of a file"),
     ],
-    ids=["int16", "int16 tensor", "int32", "bool", "channels", "last channels", "scalar", "bytes", "none"]
+    ids=["int16", "int16 tensor", "int32", "uint16", "bool", "channels", "last channels", "scalar", "bytes", "none"]
     + ["file", "dict", "ragged"],
 )
 def test_what_is_no_waveform(model: Whisper, given: Any, said: str) -> None:
