@@ -80,8 +80,8 @@ def read_audio(file: str | os.PathLike[str], sr: int, stopped: Event) -> np.ndar
     """Reads audio as `load_audio` does, for a thread that reads ahead: once `stopped` is set, it no longer waits for a
     pipe, and raises AudioError."""
     name = os.fsdecode(file)
-    if not name:
-        raise AudioError("'': cannot be read as audio: no name of a file")
+    if not name or "\0" in name:  # before which libav would end it
+        raise AudioError(f"{name or repr(name)}: cannot be read as audio: no name of a file")
     if sr <= 0:
         raise OptionError(f"sr is the number of samples per second and must be positive, not {sr}")
     return _waveform(_open(name, stopped), name, sr)

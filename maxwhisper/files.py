@@ -1,10 +1,21 @@
 """Files and folders that are whole or not there."""
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from errno import EEXIST, ENOTEMPTY
+from errno import EEXIST, EINVAL, ENOTEMPTY
 from pathlib import Path
+
+from .errors import OptionError
+
+
+def folder_named(option: str, name: str | os.PathLike[str]) -> Path:
+    """Returns the folder that an option names; raises OptionError for what is no name: of an empty one that would be
+    the folder one happens to be in."""
+    if not os.fspath(name) or "\0" in os.fspath(name):
+        raise OptionError(f"{option} is {name!r}, expected the name of a folder")
+    return Path(name)
 
 
 @contextmanager
@@ -15,7 +26,10 @@ def replacing(path: Path, or_keeping: bool = False) -> Iterator[Path]:
 
     Where the block raises, what was under `path` stays as it was. Raises OSError if nothing can be written there.
     """
-    name, path = path.name, path.resolve()
+    try:
+        name, path = path.name, path.resolve()
+    except ValueError as error:  # of a name with a zero byte
+        raise OSError(EINVAL, str(error)) from error
     with tempfile.TemporaryDirectory(prefix=f".{path.name[:32]}-", dir=path.parent) as folder:
         unfinished = Path(folder, name)
         yield unfinished

@@ -5,3 +5,5 @@ DTYPES = ("float32", "float16", "bfloat16")
 HOST = "host"
 TARGETS = (HOST, "sm_80", "sm_90a")
 """What there is to compile for: this machine's CPU, or a GPU by its architecture."""
+GPU = ("gpu", "cuda", "cuda:0")
+"""What the first GPU is called, by MAX and by PyTorch: there is none of another number here."""

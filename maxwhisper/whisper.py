@@ -38,7 +38,7 @@ from .engine.built_from import built_from
 from .engine.folders import cache_folder
 from .engine.instructions import warn_of_slow_dtype
 from .engine.program import Artifact
-from .engine.session import find_device
+from .engine.session import device_named, find_device
 from .engine.surroundings import cpu_by_default, one_torch_thread
 from .errors import DeviceError
 from .frozen import Frozen
@@ -62,7 +62,7 @@ def load_model(
 ) -> "Whisper":
     """Loads a checkpoint as `maxwhisper.checkpoint.load_checkpoint` does, and compiles its network for a device.
 
-    device: "cpu", which it is unless given, "gpu" or "cuda".
+    device: "cpu", which it is unless given, "gpu", "cuda" or "cuda:0".
     artifacts: a folder written by `compile_model`, from which the network comes compiled. Without it, what is compiled
         is kept in `$XDG_CACHE_HOME/maxwhisper/artifacts`, or the same under `~/.cache`, and comes from there next time.
     or_compile: compile, with a warning, what those artifacts do not fit; else they raise ArtifactError.
@@ -73,6 +73,7 @@ def load_model(
     """
     device = "cpu" if device is None else str(device)
     find_device(device)  # before minutes go into reading and compiling
+    device = device_named(device)
     arithmetic(dtype)
     if device == "cpu":
         warn_of_slow_dtype(dtype)

@@ -52,7 +52,7 @@ from maxwhisper.checkpoint.vocabulary import check_vocabulary, vocabulary_size
 from maxwhisper.checkpoint.wrapped import OUTPUT, Named, model_in, named, rewriting
 from maxwhisper.engine.folders import cache_home, one_at_a_time, writable
 from maxwhisper.errors import CheckpointError, OptionError
-from maxwhisper.files import replacing
+from maxwhisper.files import folder_named, replacing
 
 Heads = tuple[tuple[int, int], ...]
 StrPath = str | os.PathLike[str]
@@ -172,8 +172,9 @@ def _block(name: str, state: int, attentions: tuple[str, ...]) -> dict[str, tupl
 def _load_named(name: str, download_root: StrPath | None) -> Checkpoint:
     if download_root is None:
         download_root = writable(cache_home() / "whisper")
+    download_root = folder_named("download_root", download_root)
     try:
-        path = Path(_fetched(whisper._MODELS[name], os.fspath(download_root)))
+        path = Path(_fetched(whisper._MODELS[name], str(download_root)))
     except Exception as error:  # the network and the disk, but also a server's answer that the downloader stumbles over
         raise CheckpointError(f"{name}: cannot be fetched into {download_root}: {reason(error)}") from error
     checkpoint = _load_openai(path)

@@ -23,6 +23,10 @@ from .terminal import failed, messages_on_stderr, standard_streams
 from .transcribe_command import transcribe
 from .transcribe_options import add_transcribe
 
+OF_FILES = "model model_dir artifacts output_dir out text json plot html svg api_key_file race"
+NAMES = {name: f"--{name}" for name in OF_FILES.split()} | {"destination": "OUT", "input": "INPUT", "output": "OUTPUT"}
+"""What names files and folders, and what users call it. Files of audio are not here: one must not stop the others."""
+
 # PyTorch, MAX and openai-whisper are imported where they are used: they take seconds, and Ctrl-C must work meanwhile.
 
 
@@ -36,7 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(arguments: Sequence[str] | None) -> int:
     try:
-        options = vars(build_parser().parse_args(arguments))
+        parser = build_parser()
+        options = vars(parser.parse_args(arguments))
+        if reason := unnamed(options):
+            parser.error(reason)
         command: Callable[..., int] = options.pop("run")
         return command(**options)
     except MaxWhisperError as error:
@@ -47,6 +54,16 @@ def run(arguments: Sequence[str] | None) -> int:
 
 
 # ---- options -------------------------------------------------------------------------------------------------------
+
+
+def unnamed(options: dict[str, Any]) -> str | None:
+    """Says which option that is to name a file or a folder names none, if one does."""
+    for name, shown in NAMES.items():
+        given = options.get(name)
+        for value in given if isinstance(given, list) else [given]:
+            if isinstance(value, str) and (not value or "\0" in value):
+                return f"argument {shown}: must be the name of a file or folder, not {value!r}"
+    return None
 
 
 class Parser(argparse.ArgumentParser):

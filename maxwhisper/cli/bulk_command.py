@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from ..errors import OptionError
+from ..names import GPU
 from .model_options import MODEL_OPTIONS, add_model, leave_cores_to_max, load
 from .option_types import above_zero, str2bool
 from .transcribe_command import temperatures
@@ -84,7 +85,7 @@ def bulk(parser: argparse.ArgumentParser, input: str, output: str, **options: An
             of_model[option] = os.path.abspath(of_model[option])
     settings = {option: of_model[option] for option in ("model", "dtype")} | options
     if workers["gpus"] is None:
-        workers["gpus"] = 1.0 if of_model["device"] in ("gpu", "cuda") else 0.0
+        workers["gpus"] = 1.0 if of_model["device"] in GPU else 0.0
     options["temperature"] = temperatures(options["temperature"], options.pop("temperature_increment_on_fallback"))
     summary = run(input, output, partial(load, **of_model), options, settings, Workers(**workers))
     print(summary.text())

@@ -4,6 +4,7 @@ import argparse
 from functools import partial
 from typing import Any
 
+from ..names import GPU
 from .option_types import above_zero
 
 MEASURING = ("model", "text", "device", "against", "beam_size", "batch_size", "threads", "rounds", "json")
@@ -54,8 +55,8 @@ def add_measuring(parser: Any, rounds: int) -> None:
     from ..compare.engines import ENGINES
 
     add = parser.add_argument
-    device = "what to compute on; auto is a GPU where there is one (default: cpu)"
-    add("--device", default="cpu", choices=["cpu", "gpu", "auto"], help=device)
+    device = "what to compute on; cuda and cuda:0 mean gpu, auto a GPU where there is one (default: cpu)"
+    add("--device", default="cpu", choices=["cpu", *GPU, "auto"], help=device)
     known = f"engines, comma-separated, of {', '.join(ENGINES)} (default: all that have a row for --device)"
     add("--against", type=engines, metavar="ENGINES", help=known)
     add("--beam_size", type=above_zero, metavar="N", help="how many texts to pursue; greedy if not given")

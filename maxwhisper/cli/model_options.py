@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ..names import DTYPES
+from ..names import DTYPES, GPU
 from .option_types import str2bool
 
 if TYPE_CHECKING:
@@ -19,8 +19,8 @@ def add_model(add: Callable[..., Any]) -> None:
     model = "name of an OpenAI model, or path of a .pt or .safetensors file or of a Hugging Face folder"
     add("--model", default="turbo", help=model)
     add("--model_dir", help="where named models are kept; ~/.cache/whisper unless given")
-    device = "what to compute on; cuda means gpu, auto a GPU where there is one"
-    add("--device", default="cpu", choices=["cpu", "gpu", "cuda", "auto"], help=device)
+    device = "what to compute on; cuda and cuda:0 mean gpu, auto a GPU where there is one"
+    add("--device", default="cpu", choices=["cpu", *GPU, "auto"], help=device)
     dtype = "of arithmetic; the others are less accurate, and bfloat16 encodes faster on CPUs with AVX-512 BF16"
     add("--dtype", default="float32", choices=DTYPES, help=dtype)
     add("--artifacts", metavar="DIR", help="use what `maxwhisper compile` wrote, or fail, naming what does not fit")

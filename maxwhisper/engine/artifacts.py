@@ -38,7 +38,7 @@ from max.dtype import DType
 from whisper.model import ModelDimensions
 
 from ..errors import ArtifactError, OptionError
-from ..files import replacing
+from ..files import folder_named, replacing
 from ..names import HOST, TARGETS
 from .built_from import built_from
 from .instructions import PORTABLE_CPU, PORTABLE_FEATURES, cpu_features, cpu_target
@@ -147,7 +147,7 @@ class Artifacts:
     """
 
     def __init__(self, folder: str | os.PathLike[str], device: str, or_compile: bool = False):
-        self.folder = Path(folder)
+        self.folder = folder_named("artifacts", folder)
         self.device = device
         self.or_compile = or_compile
         self.held: list[Held] = []
@@ -295,7 +295,7 @@ def writing(out: str | os.PathLike[str], target: str) -> Iterator[Writer]:
 
     Raises OptionError if it cannot be written, or if `out` holds anything but artifacts.
     """
-    out = Path(out).absolute()
+    out = folder_named("out", out).absolute()
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / MANIFEST).exists())):
         raise OptionError(f"--out {out}: is there already, and is no folder of artifacts")
     try:

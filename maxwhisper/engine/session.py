@@ -14,6 +14,7 @@ from max.engine import InferenceSession
 from max.graph import DeviceRef
 
 from ..errors import DeviceError, OptionError
+from ..names import GPU
 from .cuda import preload
 from .instructions import cpu_target
 from .process import find_place_for_max_cache, refuse_after_fork
@@ -46,15 +47,15 @@ class Policy:
 
 
 def find_device(name: str) -> Device:
-    """Returns the MAX device called "cpu" or "gpu" ("cuda" is accepted, as openai-whisper calls it).
+    """Returns the MAX device called "cpu", or one of the names in GPU.
 
     Raises DeviceError when there is no such device, or as `refuse_after_fork` does, OptionError for any other name.
     """
     refuse_after_fork()
     if name == "cpu":
         return CPU()
-    if name not in ("gpu", "cuda"):
-        raise OptionError(f"device '{name}' is not known: expected cpu, gpu or cuda")
+    if name not in GPU:
+        raise OptionError(f"device '{name}' is not known: expected cpu, {', '.join(GPU[:-1])} or {GPU[-1]}")
     if accelerator_count() == 0:
         raise DeviceError(f"device '{name}' was asked for, but MAX finds no GPU on this machine")
     if not is_virtual_device_mode():
@@ -68,8 +69,10 @@ def gpu_found() -> bool:
 
 
 def device_named(name: str) -> str:
-    """Returns the name, or where it is "auto" that of a GPU if there is one, else of the CPU."""
-    return ("gpu" if gpu_found() else "cpu") if name == "auto" else name
+    """Returns "gpu" for each of its names, and for "auto" where there is one, else "cpu"; any other name as it is."""
+    if name == "auto":
+        return "gpu" if gpu_found() else "cpu"
+    return "gpu" if name in GPU else name
 
 
 class Session(InferenceSession):

@@ -244,6 +244,7 @@ BAD_AUDIO: dict[str, tuple[Callable[[Path], Path], str]] = {
     "folder": (lambda folder: folder, "cannot be read"),
     "empty": (lambda folder: text_file(folder, "empty.wav", ""), "empty.wav"),
     "no name": (lambda folder: "", "error: '': cannot be read as audio: no name"),
+    "nul": (lambda folder: f"{CLIP}\0", "cannot be read as audio: no name"),  # before which libav would end it
     "text": (lambda folder: text_file(folder, "text.wav", "This is no audio.\n" * 100), "text.wav"),
     "no samples": (lambda folder: write_wav(folder / "nothing.wav", 0), "no audio samples"),
     "nan": (lambda folder: write_float_wav(folder / "nan.wav", np.full(16000, np.nan)), "not finite"),
@@ -270,6 +271,7 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], list[Any]], str]] = {
     "truncated": (lambda folder: ["--model", truncated(folder)], "truncated.pt"),
     "no GPU": (lambda _: ["--model", NANO, "--device", "gpu"], "no GPU"),
     "no CUDA": (lambda _: ["--model", NANO, "--device", "cuda"], "no GPU"),
+    "no CUDA of PyTorch's name": (lambda _: ["--model", NANO, "--device", "cuda:0"], "no GPU"),
 }
 
 

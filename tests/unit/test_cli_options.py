@@ -153,6 +153,32 @@ def test_a_clip_that_ends_before_it_starts(command: list[Any], capsys: pytest.Ca
     assert_one_line(capsys, "argument --clip_timestamps: has an end at 2.0 s, before its start at 3.0 s")
 
 
+@pytest.mark.parametrize("value", ["", "a\0b"], ids=["empty", "nul"])
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        *((["transcribe", CLIP], option) for option in ("--output_dir", "--model", "--model_dir", "--artifacts")),
+        *((["live", "-"], option) for option in ("--output_dir", "--model", "--artifacts")),
+        *((["serve"], option) for option in ("--api_key_file", "--race", "--model", "--model_dir")),
+        *((["compare", CLIP], option) for option in ("--json", "--plot", "--text", "--artifacts", "--model")),
+        *((["race", CLIP], option) for option in ("--json", "--html", "--svg", "--text", "--model")),
+        (["compile", "--model", "tiny", "--target", "host"], "--out"),
+        (["bulk", CLIP, "texts"], "--artifacts"),
+        (["convert", CLIP], "OUT"),
+        (["bulk", CLIP], "OUTPUT"),
+        (["bulk"], "INPUT"),
+    ],
+    ids=lambda it: it if isinstance(it, str) else it[0],
+)
+def test_an_option_that_names_no_file(
+    command: list[Any], option: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of an empty name a folder would be the one that one happens to be in, and a file of keys would be none."""
+    given = [f"{option}={value}"] if option[0] == "-" else [value, "texts"] if option == "INPUT" else [value]
+    assert status([*command, *given]) == 2
+    assert_one_line(capsys, f"argument {option}: must be the name of a file or folder, not {value!r}")
+
+
 def test_patience_needs_beams(capsys: pytest.CaptureFixture[str]) -> None:
     assert status(["transcribe", CLIP, "--beam_size", "None", "--patience", "2"]) == 2
     assert_one_line(capsys, "argument --patience: needs --beam_size")

@@ -138,8 +138,13 @@ def test_the_table(stub: type[StubWorker], tmp_path: Path, capsys: pytest.Captur
     assert {path.name for path in tmp_path.iterdir()} == {"text", "report.json", "picture.png"}
 
 
+@pytest.mark.parametrize("device", ["auto", "cuda:0"])
 def test_the_table_of_a_gpu(
-    stub: type[StubWorker], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    device: str,
+    stub: type[StubWorker],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     probes: dict[str, dict[str, Any]] = {
         "driver": {"version": "580.1", "cuda": [13, 0]},
@@ -150,7 +155,7 @@ def test_the_table_of_a_gpu(
     monkeypatch.setattr(run, "find_device", {"gpu": Mock()}.get)
     report = tmp_path / "report.json"
     against = ["--against", "openai-whisper,faster-whisper"]
-    status, out = compared(capsys, "--device", "auto", *against, "--rounds", "2", "--json", str(report))
+    status, out = compared(capsys, "--device", device, *against, "--rounds", "2", "--json", str(report))
     assert status == 0
     assert cells(out, "engine")[4:7] == ["encoder device ms", "device ms per token", "total s"]
     assert cells(out, "openai-whisper float16")[2:7] == ["20.0", "3.00", "10.0", "1.50", "0.50"]

@@ -200,11 +200,12 @@ def test_dtypes_that_are_not_there() -> None:
 
 def test_devices_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("maxwhisper.engine.session.accelerator_count", lambda: 0)
-    for device in ("gpu", "cuda"):
+    for device in ("gpu", "cuda", "cuda:0", torch.device("cuda"), torch.device("cuda", 0)):
         with pytest.raises(DeviceError, match="no GPU"):
             load_model(NANO, device)
-    with pytest.raises(OptionError, match="'tpu' is not known"):
-        load_model(NANO, "tpu")
+    for device in ("tpu", "cuda:1", "cuda:", "CUDA", "", "auto"):
+        with pytest.raises(OptionError, match=f"device '{device}' is not known: expected cpu, gpu, cuda or cuda:0"):
+            load_model(NANO, device)
 
 
 def test_a_model_is_loaded_by_openais_keywords() -> None:
