@@ -19,7 +19,7 @@ from .bulk_command import add_bulk
 from .compare_command import add_compare, add_race
 from .live_command import add_live
 from .serve_command import add_serve
-from .terminal import failed, messages_on_stderr, standard_streams
+from .terminal import failed, messages_on_stderr, one_line, standard_streams
 from .transcribe_command import transcribe
 from .transcribe_options import add_transcribe
 
@@ -70,7 +70,7 @@ class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, without the usage of thirty options above it."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"maxwhisper: error: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"maxwhisper: error: {one_line(message)} (see {self.prog} --help)\n")
 
 
 def build_parser() -> Parser:

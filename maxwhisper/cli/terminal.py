@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -9,6 +10,9 @@ from contextlib import contextmanager
 from typing import Any, TextIO, cast
 
 log = logging.getLogger("maxwhisper")
+
+ORDERS = re.compile("[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""What changes how a terminal shows what follows: a name of a file may be somebody else's."""
 
 
 def failed(message: str) -> int:
@@ -19,20 +23,32 @@ def failed(message: str) -> int:
 
 def one_line(message: object) -> str:
     """Returns a message as standard error can show it, whatever is in the names of files."""
-    return " ".join(str(message).split()).encode(errors="backslashreplace").decode()
+    return shown(" ".join(str(message).split())).encode(errors="backslashreplace").decode()
+
+
+def shown(text: str) -> str:
+    """Returns a text with orders to a terminal as Python writes them."""
+    return ORDERS.sub(lambda order: ascii(order[0])[1:-1], text)
+
+
+class Line(logging.Formatter):
+    """A message in one line; what was raised, if that is told too, stands below it."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        return f"maxwhisper: {one_line(record.message)}"
 
 
 @contextmanager
 def messages_on_stderr() -> Iterator[None]:
     """Has log messages and warnings go to standard error, one line each."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("maxwhisper: %(message)s"))
+    handler.setFormatter(Line())
     level, propagate = log.level, log.propagate
     log.addHandler(handler)
     log.propagate = False  # to what a library may have given the root logger
     log.setLevel(min(level or logging.INFO, logging.INFO))
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: log.warning("warning: %s", one_line(message))
+        warnings.showwarning = lambda message, *_, **__: log.warning("warning: %s", message)
         try:
             yield
         finally:

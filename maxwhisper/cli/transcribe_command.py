@@ -12,7 +12,7 @@ from ..errors import MaxWhisperError
 from ..subtitles import as_line
 from .model_options import MODEL_OPTIONS, leave_cores_to_max, load
 from .outputs import WORD_OPTIONS, unfinished, write
-from .terminal import failed
+from .terminal import failed, shown
 from .transcribe_options import unusable, without_effect
 
 # PyTorch, MAX and openai-whisper are imported where they are used: they take seconds, and Ctrl-C must work meanwhile.
@@ -45,7 +45,7 @@ def transcribe(parser: argparse.ArgumentParser, **options: Any) -> int:
         options = in_english(options)
     transcribing({name: value for name, value in options.items() if name not in ("batch_size", "batched")}, model)
     failures = []
-    with shown(files, options) as tell:
+    with telling(files, options) as tell:
         for number, result in transcripts(model, files, options):
             audio, shown_as = files[number], files[number] or "''"
             try:
@@ -73,7 +73,7 @@ def transcripts(model: Any, files: list[str], options: dict[str, Any]) -> Iterat
 
 
 @contextmanager
-def shown(files: list[str], options: dict[str, Any]) -> Iterator[Callable[[str, dict[str, Any]], None]]:
+def telling(files: list[str], options: dict[str, Any]) -> Iterator[Callable[[str, dict[str, Any]], None]]:
     """Gives what to call with a file that is done and its result, while `options` have the model show the rest: a
     progress bar, or the text, which of files that advance together comes when each is done."""
     if options["verbose"] is False:
@@ -88,7 +88,7 @@ def shown(files: list[str], options: dict[str, Any]) -> Iterator[Callable[[str, 
 
 def show(audio: str, result: dict[str, Any]) -> None:
     """Prints a transcript as openai-whisper does, below the name of its file."""
-    print(f"{' '.join(audio.splitlines())}:")
+    print(f"{shown(' '.join(audio.splitlines()))}:")
     for segment in result["segments"]:
         print(as_line(segment), flush=True)
 
