@@ -2,13 +2,14 @@
 
 import argparse
 import math
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..limits import COLDEST, HOTTEST, MOST_TEXTS, backwards
-from ..pipes import is_terminal, not_a_file, pipe_behind
+from ..pipes import is_regular, is_terminal, not_a_file, pipe_behind
 from .model_options import add_model
 from .option_types import above_zero, language, optional_float, optional_int, prompt, str2bool
 from .outputs import FORMATS, WORD_OPTIONS, output_name
@@ -115,7 +116,12 @@ def unusable(options: dict[str, Any]) -> str | None:
     """Says what is wrong with the values of the options, if anything is; their types are right."""
     if (options["threads"] or 0) < 0:
         return f"argument --threads: must not be below 0, not {options['threads']}"
-    return unusable_decoding(options) or unusable_words(options) or unusable_files(options["audio"])
+    return (
+        unusable_decoding(options)
+        or unusable_words(options)
+        or unusable_files(options["audio"])
+        or replaced(options["audio"], options["output_dir"], options["output_format"])
+    )
 
 
 def unusable_words(options: dict[str, Any]) -> str | None:
@@ -199,4 +205,15 @@ def unusable_files(files: list[str]) -> str | None:
     if once := [pipe for pipe in pipes if pipe and pipes.count(pipe) > 1]:
         same = [f"'{audio}'" for audio, pipe in zip(files, pipes, strict=True) if pipe == once[0]]
         return f"argument AUDIO: {' and '.join(same)} are the same pipe, which can be read once"
+    return None
+
+
+def replaced(files: list[str], output_dir: str, output_format: str) -> str | None:
+    """Says which recording the output of one would replace, if one would."""
+    recordings = {os.path.realpath(audio): audio for audio in files if is_regular(audio)}
+    for name in map(output_name, files):
+        for ending in FORMATS if output_format == "all" else (output_format,):
+            target = os.path.join(output_dir, f"{name}.{ending}")
+            if is_regular(target) and (audio := recordings.get(os.path.realpath(target))):
+                return f"argument AUDIO: the output {target} would replace '{audio}'"
     return None

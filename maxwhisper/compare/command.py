@@ -12,7 +12,7 @@ from ..errors import OptionError
 def run(json: str | None, plot: str | None, text: list[str] | None, threads: int | None, **options: Any) -> int:
     """Compares, prints the table, writes the files; returns 1 if an engine failed. Raises MaxWhisperError."""
     check_installed({"jiwer": "maxwhisper compare"} | ({"matplotlib": "--plot"} if plot else {}))
-    check_outputs({"--json": json, "--plot": plot}, [*options["audio"], *(text or [])])
+    check_outputs({"--json": json, "--plot": plot}, inputs(options["audio"], text, options["model"]))
 
     from .run import compare, write_json
     from .table import table
@@ -38,13 +38,21 @@ def check_installed(needed: dict[str, str]) -> None:
             raise OptionError(f"{user} needs {package}: pip install 'maxwhisper[peers]'")
 
 
-def check_outputs(paths: dict[str, str | None], inputs: Sequence[str]) -> None:
-    """Raises OptionError for a file, of those given by an option, that has no name, is a folder, or is in one that
-    cannot be written, or that would replace an input or another of them."""
-    taken = set(map(os.path.realpath, inputs))
+def text_beside(audio: str) -> str:
+    """Returns the name of the file that holds what is said in a recording, unless another is given."""
+    return os.path.splitext(audio)[0] + ".txt"  # pathlib refuses names as "." for it
+
+
+def inputs(audio: Sequence[str], text: Sequence[str] | None, model: str) -> list[str]:
+    """Returns the files that a comparison reads, but for those of a model that is no file."""
+    return [*audio, *(text or map(text_beside, audio)), *([model] if os.path.isfile(model) else [])]
+
+
+def check_outputs(paths: dict[str, str | None], taken_by: Sequence[str]) -> None:
+    """Raises OptionError for a file, of those given by an option, that is a folder, or is in one that cannot be
+    written, or that would replace an input, of `taken_by`, or another of them."""
+    taken = set(map(os.path.realpath, taken_by))
     for option, path in paths.items():
-        if path == "":
-            raise OptionError(f"{option} '': expected the name of a file")
         if path and os.path.isdir(path):
             raise OptionError(f"{option} {path}: is a folder: expected the name of a file")
         if path and not (os.path.isdir(folder := os.path.dirname(path) or ".") and os.access(folder, os.W_OK)):

@@ -1,7 +1,6 @@
 """What is compared on: a checkpoint, or random weights of a model's dimensions; recordings and their text."""
 
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from whisper.model import ModelDimensions, sinusoids
 from ..audio import load_audio
 from ..checkpoint import Checkpoint, expected_tensors, load_checkpoint
 from ..errors import OptionError
+from .command import text_beside
 from .convert import converted, store
 
 RANDOM = "random:"
@@ -93,7 +93,7 @@ def recordings(files: list[str], texts: list[str] | None) -> list[Recording]:
 
     Raises AudioError for a file that cannot be read, OptionError for a text that cannot.
     """
-    sidecars = [Path(os.path.splitext(file)[0] + ".txt") for file in files]  # pathlib refuses names as "." for it
+    sidecars = [Path(text_beside(file)) for file in files]
     paths: list[Path | None] = [path if path.is_file() else None for path in sidecars]
     if texts is not None:
         paths = [Path(text) for text in texts]

@@ -184,6 +184,19 @@ def test_names_that_look_like_something_else(
     assert written(out) == files_of(os.path.splitext(name)[0])
 
 
+@pytest.mark.parametrize(("output_format", "expected"), [("all", 2), ("txt", 2), ("srt", 0)])
+def test_no_transcript_replaces_a_recording(
+    output_format: str, expected: int, tmp_path: Path, model: StubModel, capsys: pytest.CaptureFixture[str]
+) -> None:
+    audio = write_wav(tmp_path / "talk.txt", 1600)
+    before = audio.read_bytes()
+    (tmp_path / "link").symlink_to(tmp_path)
+    given = ["transcribe", audio, CLIP, "-o", tmp_path / "link", "-f", output_format]
+    assert status(given) == expected and audio.read_bytes() == before
+    if expected:
+        assert_one_line(capsys, f"argument AUDIO: the output {tmp_path / 'link' / 'talk.txt'} would replace '{audio}'")
+
+
 # ---- outputs -------------------------------------------------------------------------------------------------------
 
 

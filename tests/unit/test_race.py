@@ -266,18 +266,16 @@ def test_a_folder_that_is_not_there_is_said_before_anything_is_measured(capsys: 
     assert "--html no/such/race.html: there is no folder 'no/such'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("command", "option"), [("compare", "--json"), ("race", "--json"), ("race", "--svg")])
-def test_a_file_without_a_name_is_no_file(command: str, option: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([command, "nothing.mp3", option, ""]) == 1
-    assert f"{option} '': expected the name of a file" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     "arguments",
     [
         ["compare", "talk.wav", "--json", "./talk.wav"],
         ["compare", "talk.wav", "--text", "talk.txt", "--plot", "talk.txt"],
         ["race", "talk.wav", "--text", "talk.txt", "--json", "talk.txt"],
+        ["race", "talk.wav", "--json", "talk.txt"],
+        ["compare", "other.wav", "talk.wav", "--plot", "./talk.txt"],
+        ["compare", "talk.wav", "--model", str(NANO), "--json", str(NANO)],
+        ["race", "talk.wav", "--model", str(NANO), "--html", str(NANO)],
         ["race", "talk.json", "--html", "talk.json"],
         ["race", "talk.wav", "--svg", "talk.html", "--html", "./talk.html"],
     ],

@@ -4,7 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..command import available, check_installed, check_outputs
+from ..command import available, check_installed, check_outputs, inputs
 
 
 def run(source: str, html: str | None, svg: str | None, json: str | None, **options: Any) -> int:
@@ -13,7 +13,9 @@ def run(source: str, html: str | None, svg: str | None, json: str | None, **opti
     source: an audio file, or a record, whose name ends in .json. Raises MaxWhisperError.
     """
     check_installed({"jiwer": "maxwhisper race", "rich": "maxwhisper race"})
-    check_outputs({"--html": html, "--svg": svg, "--json": json}, [source, *filter(None, [options.get("text")])])
+    text = options.get("text")
+    read = [source] if is_record(source) else inputs([source], text and [text], options["model"])
+    check_outputs({"--html": html, "--svg": svg, "--json": json}, read)
 
     from rich.console import Console
 
