@@ -25,7 +25,7 @@ from .engine.program import Artifact, Executable
 from .engine.surroundings import cpu_by_default, one_torch_thread
 from .errors import AudioError, OptionError, warn_once
 from .network.log_mel import LogMelSpectrogram, log_mel_program, log_mel_weights
-from .options import FLOATS, check_dense, refused
+from .options import FLOATS, check_dense, refused, whole
 from .pipes import Pipe, is_regular, open_once, status_of
 
 __all__ = [
@@ -51,6 +51,9 @@ encoders put before the first sample, and the rounding of times, is less."""
 JOINED = 2**16
 """Samples that are converted at a time."""
 
+MOST_RATE = 2**31 - 1
+"""Samples per second, as libav counts them."""
+
 LOUDEST = 2
 """Samples beyond this were not meant to be in [-1, 1]: lossy decoders and resamplers overshoot it by less than 6 dB."""
 
@@ -71,7 +74,7 @@ def load_audio(file: str | os.PathLike[str], sr: int = SAMPLE_RATE) -> np.ndarra
 
     Returns: float32 (samples,) in [-1, 1).
     Raises: AudioError if the file cannot be opened, has no audio stream, yields no sample, does not decode for the
-    most part, or holds a sample that is not finite; OptionError if `sr` is not positive.
+    most part, or holds a sample that is not finite; OptionError for another `sr` or `file`.
     """
     return read_audio(file, sr, Event())
 
@@ -79,12 +82,12 @@ def load_audio(file: str | os.PathLike[str], sr: int = SAMPLE_RATE) -> np.ndarra
 def read_audio(file: str | os.PathLike[str], sr: int, stopped: Event) -> np.ndarray:
     """Reads audio as `load_audio` does, for a thread that reads ahead: once `stopped` is set, it no longer waits for a
     pipe, and raises AudioError."""
+    if not isinstance(file, str | bytes | os.PathLike):
+        raise refused("file", file, "the name of a file")
     name = os.fsdecode(file)
     if not name or "\0" in name:  # before which libav would end it
         raise AudioError(f"{name or repr(name)}: cannot be read as audio: no name of a file")
-    if sr <= 0:
-        raise OptionError(f"sr is the number of samples per second and must be positive, not {sr}")
-    return _waveform(_open(name, stopped), name, sr)
+    return _waveform(_open(name, stopped), name, whole("sr", sr, 1, MOST_RATE))
 
 
 def read_upload(file: IO[bytes], name: str, longest: float, stopped: Event) -> np.ndarray:
@@ -324,7 +327,7 @@ def log_mel_spectrogram(
     Raises: AudioError if the file cannot be read, a sample is not finite, or there are too few samples to mirror;
     OptionError for a waveform of another shape or of integers, a negative padding, or an n_mels other than 80 and 128.
     """
-    waveform = heard(audio, padding)  # before a minute goes into compiling
+    n_mels, waveform = whole("n_mels", n_mels, 1), heard(audio, padding)  # before a minute goes into compiling
     with COMPILING:
         compiled = compiled_spectrogram(n_mels)
     [log_mel] = compiled(audio=waveform)
@@ -344,8 +347,7 @@ def spectrogram(
 def heard(audio: str | os.PathLike[str] | np.ndarray | torch.Tensor, padding: int) -> torch.Tensor:
     """Returns what a spectrogram is computed of, float32 (samples + padding,); raises as `log_mel_spectrogram`."""
     waveform = as_waveform(load_audio(audio) if isinstance(audio, str | os.PathLike) else audio)
-    if padding < 0:
-        raise OptionError(f"padding is a number of samples and must not be negative, not {padding}")
+    padding = whole("padding", padding, 0)
     if not waveform.isfinite().all():
         raise AudioError(f"audio: sample {int((~waveform.isfinite()).nonzero()[0])} is not finite")
     waveform = torch.nn.functional.pad(waveform, (0, padding))

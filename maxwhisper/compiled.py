@@ -46,7 +46,7 @@ DTYPES = {name: DType[name] for name in names.DTYPES}
 
 def arithmetic(dtype: str) -> DType:
     """Returns the dtype of a name; raises OptionError if it is none of DTYPES."""
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise OptionError(f"dtype '{dtype}' is not known: expected {' or '.join(DTYPES)}")
     return DTYPES[dtype]
 

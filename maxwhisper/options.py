@@ -130,6 +130,13 @@ def no_texts(options: Mapping[str, Any], names: Iterable[str]) -> None:
             raise refused(name, options[name], "True or False")
 
 
+def check_calls(given: Mapping[str, Any]) -> None:
+    """Raises OptionError for what cannot be called, before the work at whose end it would be."""
+    for name, value in given.items():
+        if value is not None and not callable(value):
+            raise refused(name, value, "a function")
+
+
 def scalar(value: Any) -> Any:
     """Returns Python's number in the place of NumPy's or PyTorch's."""
     return value.item() if isinstance(value, np.generic | np.ndarray | torch.Tensor) and value.ndim == 0 else value
@@ -150,7 +157,7 @@ def number(name: str, value: Any, least: float = 0.0) -> Any:
 def whole(name: str, value: Any, least: float, most: float = math.inf) -> int:
     found = scalar(value)
     if not isinstance(found, Integral) or not least <= int(found) <= most:
-        raise refused(name, value, f"a whole number from {least:g} {'on' if most == math.inf else f'to {most:g}'}")
+        raise refused(name, value, f"a whole number from {least:g} {'on' if most == math.inf else f'to {most}'}")
     return int(found)
 
 
@@ -313,7 +320,7 @@ def within(timestamps: Any, n_samples: int) -> list[float]:
     given = timestamps.split(",") if isinstance(timestamps, str) and timestamps else timestamps
     try:
         clips = [float(each) for each in given] if is_several(given) or given == "" else [math.nan]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         clips = [math.nan]
     if not all(each >= 0 for each in clips):
         shown = " ".join(str(timestamps).split())

@@ -45,7 +45,7 @@ from .frozen import Frozen
 from .hooks import has_hooks
 from .modules import AudioEncoder, TextDecoder, check_floats
 from .network.log_mel import N_MELS
-from .options import decoding, options_of_windows, transcribing, within
+from .options import check_calls, decoding, no_texts, options_of_windows, refused, transcribing, within
 from .rebind import Segments, enumerate_and_tell, rebind
 from .scheduling import Audio, Decode, Result, transcribe_many
 from .speech import transcribe_speech
@@ -75,6 +75,7 @@ def load_model(
     find_device(device)  # before minutes go into reading and compiling
     device = device_named(device)
     arithmetic(dtype)
+    no_texts({"or_compile": or_compile}, ["or_compile"])
     if device == "cpu":
         warn_of_slow_dtype(dtype)
     kept = Cache(cache_folder("artifacts"))
@@ -217,6 +218,8 @@ class Whisper(Frozen, OpenAIWhisper):
         Raises AudioError and OptionError as `decode` does.
         """
         check_floats("mel", mel)
+        if not isinstance(tokenizer, Tokenizer | None):
+            raise refused("tokenizer", tokenizer, "one that whisper.tokenizer.get_tokenizer returns")
         return super().detect_language(mel, tokenizer)
 
     @cpu_by_default()
@@ -238,6 +241,7 @@ class Whisper(Frozen, OpenAIWhisper):
 
         Numbers in the result are Python's. Raises AudioError and OptionError besides what openai-whisper raises.
         """
+        check_calls({"progress": progress, "on_segments": on_segments})
         clip_timestamps = options.pop("clip_timestamps", "0")
         options = transcribing(options, self)
         if isinstance(audio, str | os.PathLike):

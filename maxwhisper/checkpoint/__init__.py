@@ -53,10 +53,13 @@ from maxwhisper.checkpoint.wrapped import OUTPUT, Named, model_in, named, rewrit
 from maxwhisper.engine.folders import cache_home, one_at_a_time, writable
 from maxwhisper.errors import CheckpointError, OptionError
 from maxwhisper.files import folder_named, replacing
+from maxwhisper.options import refused
 
 Heads = tuple[tuple[int, int], ...]
 StrPath = str | os.PathLike[str]
 
+DENSE = (torch.strided, "cpu")
+"""Layout and device of a tensor whose values are in memory, one beside the other."""
 DTYPES = tuple(getattr(torch, name) for name in names.DTYPES)
 
 _DIMS_KEY = "whisper_dims"
@@ -95,10 +98,12 @@ def load_checkpoint(name_or_path: StrPath, download_root: StrPath | None = None)
     by openai-whisper's own downloader into `download_root`, by default `$XDG_CACHE_HOME/whisper` or `~/.cache/whisper`.
 
     Warns where alignment heads are of another model, and where rows of the token embedding that stand for no token are
-    left out. Raises CheckpointError.
+    left out. Raises CheckpointError, and OptionError for what is no name.
     """
     if isinstance(name_or_path, str) and name_or_path in whisper.available_models():
         return _load_named(name_or_path, download_root)
+    if not isinstance(name_or_path, str | os.PathLike):
+        raise refused("name", name_or_path, "the name of a model, or of a file or folder")
     path = Path(name_or_path)
     if os.path.isdir(name_or_path):  # not of the path, which makes the folder one is in of an empty name
         return _load_hugging_face(path)
@@ -327,7 +332,7 @@ def _validated(
 
 
 def _checked(where: str, tensor: object, shape: tuple[int, ...], because: str = "") -> torch.Tensor:
-    if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
+    if not isinstance(tensor, torch.Tensor) or tensor.is_nested or (tensor.layout, tensor.device.type) != DENSE:
         raise CheckpointError(f"{where} is not a dense tensor")
     if tensor.dtype not in DTYPES:
         raise CheckpointError(f"{where} is stored as {tensor.dtype}, expected one of {', '.join(map(str, DTYPES))}")

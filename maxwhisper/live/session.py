@@ -14,7 +14,7 @@ import torch
 from whisper.audio import N_SAMPLES, SAMPLE_RATE, TOKENS_PER_SECOND
 
 from ..errors import OptionError
-from ..options import prompt_tokens, transcribing
+from ..options import check_calls, prompt_tokens, transcribing
 from ..whisper import Whisper
 from .hypotheses import hypothesis
 from .loudness import Loudness, quietest
@@ -98,6 +98,7 @@ class Session:
         """
         if "clip_timestamps" in options:
             raise OptionError("clip_timestamps cannot be used live: give them to transcribe, with the recording")
+        check_calls({"policy": policy})
         checked = transcribing(options, model)
         self.model, self.policy, self.options = model, policy, options
         self.language: str | None = checked.get("language")

@@ -9,9 +9,13 @@ import pytest
 import torch
 from whisper import DecodingOptions
 
-from maxwhisper.audio import as_waveform, log_mel_spectrogram
+from maxwhisper.audio import as_waveform, load_audio, log_mel_spectrogram
 from maxwhisper.errors import AudioError, OptionError
-from maxwhisper.whisper import Whisper
+from maxwhisper.live import Session
+from maxwhisper.whisper import Whisper, load_model
+from reference.fixtures import NANO
+
+from .command import CLIP
 
 SHORT: dict[str, Any] = {"fp16": False, "language": "en", "sample_len": 5}
 
@@ -219,3 +223,35 @@ def test_words_are_found_where_modules_inside_have_hooks(
     assert [word["word"] for word in found["segments"][0]["words"]] == [
         word["word"] for word in with_words["segments"][0]["words"]
     ]
+
+
+ODD_ARGUMENTS: dict[str, tuple[Callable[[Whisper, np.ndarray], Any], str]] = {
+    "name": (lambda model, audio: load_model(None), "name is None, expected the name of a model, or of a file"),
+    "name, bytes": (lambda model, audio: load_model(b"tiny"), "name is b'tiny', expected the name of a model"),
+    "dtype": (lambda model, audio: load_model(NANO, dtype=["float32"]), "dtype .* is not known"),
+    "artifacts": (lambda model, audio: load_model(NANO, artifacts=5), "artifacts is 5, expected the name of a folder"),
+    "or_compile": (lambda model, audio: load_model(NANO, or_compile="False"), "or_compile is 'False', expected True"),
+    "download_root": (
+        lambda model, audio: load_model("tiny", download_root=5),
+        "download_root is 5, expected the name",
+    ),
+    "file": (lambda model, audio: load_audio(None), "file is None, expected the name of a file"),
+    "sr": (lambda model, audio: load_audio(CLIP, 1.5), "sr is 1.5, expected a whole number from 1 to 2147483647"),
+    "sr, text": (lambda model, audio: load_audio(CLIP, "16000"), "sr is '16000', expected a whole number"),
+    "sr, large": (lambda model, audio: load_audio(CLIP, 2**31), "sr is 2147483648, expected a whole number"),
+    "n_mels": (lambda model, audio: log_mel_spectrogram(audio, 80.0), "n_mels is 80.0, expected a whole number"),
+    "padding": (lambda model, audio: log_mel_spectrogram(audio, 80, 1.5), "padding is 1.5, expected a whole number"),
+    "padding, none": (lambda model, audio: log_mel_spectrogram(audio, 80, None), "padding is None, expected"),
+    "tokenizer": (lambda model, audio: model.detect_language(torch.zeros(80, 3000), 5), "tokenizer is 5, expected"),
+    "progress": (lambda model, audio: model.transcribe(audio, progress=5), "progress is 5, expected a function"),
+    "on_segments": (lambda model, audio: model.transcribe(audio, on_segments=5), "on_segments is 5, expected a func"),
+    "clips": (lambda model, audio: model.transcribe(audio, clip_timestamps=[10**400]), "clip_timestamps must be sec"),
+    "policy": (lambda model, audio: Session(model, "align-att"), "policy is 'align-att', expected a function"),
+}
+
+
+@pytest.mark.parametrize("argument", ODD_ARGUMENTS)
+def test_an_argument_of_another_kind_is_named(model: Whisper, audio: np.ndarray, argument: str) -> None:
+    use, said = ODD_ARGUMENTS[argument]
+    with pytest.raises(OptionError, match=f"^{said}"):
+        use(model, audio)

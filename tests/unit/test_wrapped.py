@@ -287,3 +287,10 @@ def test_a_tied_embedding_that_is_stored_as_output_projection_alone(tmp_path: Pa
     assert_refused(write_folder(tmp_path / "model", named, config=config), "lacks tensor 'model.decoder.embed_tokens")
     named[OUTPUT] = torch.zeros(50, 15).half()
     assert_refused(write_folder(tmp_path / "model", named), "'proj_out.weight' is (50, 15), expected (50, 16)")
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_nested_tensor_is_named(tmp_path: Path) -> None:
+    name = "decoder.ln.bias"
+    path = write_pt(tmp_path / "model.pt", random_tensors() | {name: torch.nested.nested_tensor([torch.ones(16)])})
+    assert_refused(path, repr(name), "not a dense tensor")
