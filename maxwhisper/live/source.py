@@ -22,6 +22,9 @@ log = logging.getLogger("maxwhisper")
 MAX_QUEUED = 6000
 """Blocks, ten minutes, that are read before anybody wants them: of a file, since nobody is so late with speech."""
 
+OF_FILES = (b"RIFF", b"fLaC", b"OggS", b"ID3", b"\x1a\x45\xdf\xa3", b"FORM")
+"""What WAV, FLAC, Ogg, MP3, Matroska and AIFF begin with, and next to no speech: it would be transcribed as noise."""
+
 Blocks = SimpleQueue[bytes | Exception | None]
 """Signed 16-bit samples as they come; what reading raised; None at the end."""
 
@@ -78,7 +81,7 @@ class Source:
 def standard_input(rate: int) -> Iterator[Source]:
     """Gives what comes through standard input: signed 16-bit little-endian mono samples.
 
-    Raises AudioError if it is closed, or a terminal.
+    Raises AudioError if it is closed, or a terminal; the source does for a file of another kind.
     """
     if sys.__stdin__ is None or sys.__stdin__.closed:
         raise AudioError("-: standard input is closed")
@@ -90,10 +93,15 @@ def standard_input(rate: int) -> Iterator[Source]:
     blocks: Blocks = SimpleQueue()
     stopped = Event()
 
+    rest = f"-f s16le -ac 1 -ar {rate} -"
+    no_samples = f"-: begins as a file of audio does: expected samples alone, as `ffmpeg -i FILE {rest}` gives"
+
     def read() -> None:
+        begun = False
         try:
             while not stopped.is_set() and (data := os.read(number, min(max(2, rate // 5), AT_ONCE))):
-                blocks.put(data)
+                blocks.put(data if begun or not data.startswith(OF_FILES) else AudioError(no_samples))
+                begun = True
                 while blocks.qsize() > MAX_QUEUED and not stopped.is_set():
                     sleep(0.1)
             blocks.put(None)

@@ -106,6 +106,16 @@ def test_nothing_came(session: Heard, tmp_path: Path, capsys: pytest.CaptureFixt
     assert not os.listdir(tmp_path)
 
 
+@pytest.mark.parametrize("clip", ["english-1.wav", "english-2.flac", "english-3.mp3", "english-4.ogg"])
+def test_a_file_of_another_kind_is_no_samples(
+    clip: str, session: Heard, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with standard_input(pipe((CLIP.parent / clip).read_bytes())):
+        assert status(["live", "-", "-o", tmp_path]) == 1
+    assert_one_line(capsys, "-: begins as a file of audio does: expected samples alone, as `ffmpeg -i FILE -f s16le")
+    assert not session.fed and not os.listdir(tmp_path)
+
+
 @pytest.mark.parametrize("rate", [2**31 - 1, 2**31, 10**12])
 def test_a_rate_that_no_audio_has(
     rate: int, session: Heard, tmp_path: Path, capsys: pytest.CaptureFixture[str]

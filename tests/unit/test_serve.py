@@ -184,6 +184,8 @@ def test_silence_as_it_comes(server: Process) -> None:
         ({"timestamp_granularities": ["word"]}, "timestamp_granularities", "verbose_json"),
         ({"timestamp_granularities": ["phone"], "response_format": "verbose_json"}, "timestamp_granularities", "phone"),
         ({"temperature": 1.5}, "temperature", "1.5"),
+        ({"temperature": "nan"}, "temperature", "finite number"),
+        ({"temperature": "inf"}, "temperature", "finite number"),
         ({"temperature": 1e-38}, "temperature", "1e-38"),
         ({"language": "Klingon"}, "language", "Klingon"),
         ({"language": "yue"}, "language", "first 99"),
