@@ -104,7 +104,7 @@ class Parts:
             return
         try:
             earlier = dict(json.loads(self.system.cat_file(path)))
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise OptionError(f"OUTPUT {self.output}: parts/settings.json cannot be read: {error}") from error
         current = json.loads(json.dumps(settings))
         for name in current:

@@ -62,7 +62,12 @@ def add_measuring(parser: Any, rounds: int) -> None:
     add("--beam_size", type=above_zero, metavar="N", help="how many texts to pursue; greedy if not given")
     batch = "pieces that decode together in the rows of batches (default: 8)"
     add("--batch_size", type=above_zero, default=8, metavar="N", help=batch)
-    add("--threads", type=above_zero, metavar="N", help="threads of every engine (default: one for each CPU)")
+    add(
+        "--threads",
+        type=above_zero,
+        metavar="N",
+        help="threads of every engine (default, and at most: one for each CPU)",
+    )
     add("--rounds", type=above_zero, default=rounds, metavar="N", help=f"how often to measure (default: {rounds})")
     add("--json", metavar="FILE", help="write everything that was found")
 

@@ -1,6 +1,7 @@
 """The command `maxwhisper compare`, behind its options."""
 
 import os
+import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +18,7 @@ def run(json: str | None, plot: str | None, text: list[str] | None, threads: int
     from .run import compare, write_json
     from .table import table
 
-    results = compare(texts=text, threads=threads or available(), **options)
+    results = compare(texts=text, threads=available(threads), **options)
     print(table(results))
     if json:
         write_json(results, Path(json))
@@ -63,8 +64,9 @@ def check_outputs(paths: dict[str, str | None], taken_by: Sequence[str]) -> None
             taken.add(os.path.realpath(path))
 
 
-def available() -> int:
-    """Returns how many CPUs this process may run on."""
+def available(threads: int | None = None) -> int:
+    """Returns how many threads an engine gets: one for each CPU that this process may run on, unless fewer are asked
+    for; some end where they cannot start as many as are asked for."""
     from .process import available_cpus
 
-    return len(available_cpus()) or os.cpu_count() or 1
+    return min(threads or sys.maxsize, len(available_cpus()) or os.cpu_count() or 1)

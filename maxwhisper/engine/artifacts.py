@@ -166,7 +166,7 @@ class Artifacts:
             return manifest
         except OSError as error:
             raise ArtifactError(f"{path}: cannot be read: {error.strerror}") from error
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ArtifactError(f"{path}: is no manifest of artifacts") from error
 
     def _open(self, manifest: dict[str, Any], device: str) -> None:

@@ -16,6 +16,7 @@ from maxwhisper.audio import load_audio
 from maxwhisper.checkpoint import load_checkpoint
 from maxwhisper.cli import main
 from maxwhisper.compare import engines, run
+from maxwhisper.compare.command import available
 from maxwhisper.compare.engines import Spec, Task, missing
 from maxwhisper.compare.engines import maxwhisper as maxwhisper_engine
 from maxwhisper.compare.material import SIZES
@@ -262,6 +263,11 @@ def test_what_was_measured_before_an_interruption_is_kept(
     assert [row["name"] for row in rows if row["total_s"]] == measured
     assert {row["error"] for row in rows if not row["total_s"]} == {"interrupted before it was measured"}
     assert ("; interrupted after 1 of 2 rounds" in out) == bool(measured)
+
+
+def test_more_threads_than_cpus_are_as_many_as_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("maxwhisper.compare.process.available_cpus", lambda: {0, 1, 2})
+    assert [available(threads) for threads in (None, 1, 3, 4, 10**20)] == [3, 1, 3, 3, 3]
 
 
 def test_rows_are_those_that_artifacts_hold() -> None:

@@ -226,6 +226,7 @@ def test_a_browser_shows_the_end_to_whom_moving_things_disturb(tmp_path: Path) -
     [
         ("{", "cannot be read as what `maxwhisper compare --json` writes"),
         ("[1]", "it is other JSON"),
+        ("[" * 100_000, "cannot be read as what `maxwhisper compare --json` writes"),
         (json.dumps(record(FAST) | {"recordings": [{}, {}]}), "expected the record of one recording, it has 2"),
         (json.dumps(record({"name": "older", "total_s": [1.0]})), "expected a record without --tokens"),
         (json.dumps(record(row("x", (1.0, []))) | {"options": {"tokens": 9}}), "expected a record without --tokens"),

@@ -45,7 +45,7 @@ def measured(audio: str, json: str | None, text: str | None, threads: int | None
     """Returns what `compare` has found, and writes it where it is asked to."""
     from ..run import compare, write_json
 
-    results = compare([audio], texts=[text] if text else None, threads=threads or available(), **options)
+    results = compare([audio], texts=[text] if text else None, threads=available(threads), **options)
     if json:
         write_json(results, Path(json))
     return asdict(results)

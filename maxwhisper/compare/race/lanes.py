@@ -75,7 +75,7 @@ def read_record(path: Path) -> dict[str, Any]:
     """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise OptionError(f"{path}: cannot be read as what `maxwhisper compare --json` writes: {error}") from error
     if not isinstance(record, dict) or not {"rows", "recordings", "audio_s", "machine"} <= set(record):
         raise OptionError(f"{path}: expected what `maxwhisper compare --json` writes, it is other JSON")
