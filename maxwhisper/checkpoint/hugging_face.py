@@ -106,7 +106,9 @@ def read_weights(folder: Path, weights: Path | None) -> tuple[Path, dict[Any, An
     if path.suffix != ".json":
         return path, read_tensors(path)
     weight_map = read_json(path).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+    if not isinstance(weight_map, dict) or not all(
+        isinstance(file, str) and "\0" not in file for file in weight_map.values()
+    ):
         raise CheckpointError(f"{path}: 'weight_map' must give a file name for each tensor")
     stored: dict[Any, Any] = {}
     for file in sorted(set(weight_map.values())):

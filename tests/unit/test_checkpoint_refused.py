@@ -417,7 +417,7 @@ def test_folder_without_weights(tmp_path: Path) -> None:
     assert_refused(folder, "holds none of model.safetensors, ")
 
 
-@pytest.mark.parametrize("weight_map", [None, [], {"a": 1}, {"a": ["b"]}])
+@pytest.mark.parametrize("weight_map", [None, [], {"a": 1}, {"a": ["b"]}, {"a": "b\0"}])
 def test_index_that_names_no_files(tmp_path: Path, weight_map: object) -> None:
     folder = write_folder(tmp_path / "model", hugging_face_names(random_tensors()), "model.safetensors.index.json")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
