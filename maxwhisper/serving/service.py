@@ -40,7 +40,8 @@ class Service:
     def __init__(self, model: Whisper, name: str, limits: Limits):
         self.model, self.names, self.limits = model, (name, *ALIASES), limits
         self.metrics = Metrics()
-        self.jobs = Jobs(Scheduler(model, limits.batch_size), limits, self.metrics.audio.inc)
+        n_window = min(limits.batch_size, limits.max_requests)  # there is memory for each
+        self.jobs = Jobs(Scheduler(model, n_window), limits, self.metrics.audio.inc)
         self.metrics.running.set_function(lambda: len(self.jobs.running))
         self.created = int(time.time())
 

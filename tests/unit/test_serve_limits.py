@@ -84,6 +84,12 @@ def test_a_full_server_says_when_to_come_again(model: SlowModel) -> None:
         assert post(url).status_code == 200
 
 
+def test_no_more_windows_decode_together_than_requests_are_served(model: SlowModel) -> None:
+    """There is memory for each of them, which a machine need not have."""
+    with in_thread(model, batch_size=10**30, max_requests=3) as (_, service):
+        assert service.jobs.scheduler.deterministic._max_workers == 3
+
+
 def test_audio_that_takes_too_long_is_not_sent_again(model: SlowModel) -> None:
     model.let.clear()
     with in_thread(model, timeout=0.2) as (url, service):
