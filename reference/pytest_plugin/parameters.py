@@ -47,7 +47,7 @@ def sizes_for(config: pytest.Config, test: pytest.Item) -> tuple[str, ...]:
     benchmarks are of tiny in float32 unless options say otherwise, and of the fixture where nothing is timed."""
     options = Options.of(config)
     only = options.sizes
-    if test.get_closest_marker("benchmarked") and not config.getoption("--size"):
+    if test.get_closest_marker("benchmarked") and not (config.getoption("--size") or options.checkpoint):
         only = ("tiny",) if options.times else (FIXTURE,)
     if test.get_closest_marker("trained"):
         only = TRAINED
