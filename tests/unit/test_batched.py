@@ -58,6 +58,27 @@ def test_pieces_are_cut_where_it_is_silent() -> None:
     assert len(pieces(found)) == 3
 
 
+def test_a_piece_holds_as_much_as_fits_a_window() -> None:
+    """With its margins 30 s, and no chunk more."""
+    assert LONGEST == WINDOW - 2 * MARGIN
+    for n_speech, cut in ((LONGEST, 1), (LONGEST + 1, 2)):
+        whole = np.pad(np.ones(n_speech), 2 * MARGIN)
+        assert len(pieces(whole)) == cut
+        whole[100 : 100 + 2 * SHORTEST_SILENCE] = 0
+        assert len(pieces(whole)) == cut
+
+
+def test_a_piece_that_fails_is_the_error_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Model:
+        def transcribe_many(self, cut: Any, batch_size: int, **options: Any) -> Any:
+            yield 0, OptionError("no luck")
+
+    model: Any = Model()
+    monkeypatch.setattr(batched, "probabilities", lambda audio: np.ones(len(audio) // CHUNK))
+    with pytest.raises(OptionError, match="no luck"):
+        transcribe_batched(model, np.zeros(SAMPLE_RATE, np.float32), language="en")
+
+
 def test_speech_without_a_silence_is_cut_where_it_is_least_likely_speech() -> None:
     found = np.ones(LONGEST + 100)
     found[700] = SPEECH

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -19,7 +20,7 @@ from maxwhisper.compare import engines, run
 from maxwhisper.compare.command import available
 from maxwhisper.compare.engines import Spec, Task, missing
 from maxwhisper.compare.engines import maxwhisper as maxwhisper_engine
-from maxwhisper.compare.material import SIZES
+from maxwhisper.compare.material import SIZES, Recording
 from maxwhisper.compare.process import EngineError
 from maxwhisper.compare.results import Row
 from maxwhisper.compare.scores import agreement, word_error_rate
@@ -218,6 +219,24 @@ def test_scores_by_hand() -> None:
     assert word_error_rate(short, long, ["en"]) == 0 != word_error_rate(short, long, ["de"])
 
 
+def test_words_that_are_heard_where_nothing_is_said_are_errors() -> None:
+    """A known text that is empty is known; of the recording without one nothing is."""
+    comparison: Any = object.__new__(run.Comparison)
+    tokenizer, none = get_tokenizer(True), np.zeros(0, np.float32)
+    texts = ("", "apples jump", None)
+    comparison.tokens, comparison.tokenizer, comparison.languages = None, tokenizer, ["de"] * 3
+    comparison.heard = [Recording("x", none, text) for text in texts]
+    comparison.spoken_texts = ["apples"] * 3
+    row, heard = Row("x", "", {}), [tokenizer.encode(" apples jump high")] * 3
+    comparison.score(row, [tokenizer.encode(" apples")] * 3, heard)
+    assert (row.wer_text, row.wer, row.agreement) == (2.0, 2.0, 1 / 3)
+
+
+def test_text_ends_before_the_end_of_text() -> None:
+    tokenizer = SimpleNamespace(eot=5)
+    assert run.Comparison.text_tokens(SimpleNamespace(tokenizer=tokenizer), [4, 5, 6, 3]) == [4, 3]  # type: ignore[arg-type]
+
+
 def test_the_fastest_of_several_times_counts() -> None:
     assert run.fastest([{"seconds": 2.0}, {"seconds": 1.0}, {"seconds": 3.0}], "seconds") == 1.0
 
@@ -228,6 +247,17 @@ def test_an_engine_that_fails_has_no_figures(stub: type[StubWorker], capsys: pyt
     assert status == 1
     assert "whisper.cpp: failed: RuntimeError: no luck\n" in out
     assert "| whisper.cpp" not in out and cells(out, "maxwhisper")[9] == "0.00 %"
+
+
+def test_an_engine_that_fails_gives_its_memory_back_at_once(
+    stub: type[StubWorker], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stub.broken = "whisper.cpp"
+    monkeypatch.setattr(stub, "close", lambda self: self.asked.append((self.name, "closed")))
+    compared(capsys, "--against", "whisper.cpp", "--rounds", "2")
+    asked = [what for name, what in stub.asked if name == "whisper.cpp"]
+    assert asked[:3] == ["closed", "de", "closed"]  # the process that prepares, and the one that fails
+    assert stub.asked[stub.asked.index(("whisper.cpp", "de")) + 1] == ("whisper.cpp", "closed")
 
 
 def test_the_reference_must_not_fail(stub: type[StubWorker], capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ from maxwhisper.cli.serve_command import race_page
 from maxwhisper.compare import run
 from maxwhisper.compare.race.lanes import MISSING, RIGHT, WRONG, Race, Word, race_of
 from maxwhisper.compare.race.page import page_of, write_page
-from maxwhisper.compare.race.terminal import TOGETHER, frame, latest, replay
+from maxwhisper.compare.race.terminal import TOGETHER, frame, latest, panel, replay
 from reference.fixtures import NANO
 
 from .command import assert_one_line, options_of, status
@@ -86,6 +86,33 @@ def test_words_are_held_against_what_was_said_where_it_is_known() -> None:
 def test_what_an_engine_leaves_out_at_its_end_is_missing() -> None:
     race = race_of(record(row("one", (1.0, [(0.5, "Seven apples, and")]))), "talk.json")
     assert words(race, "one")[2:] == [(0.5, "and", RIGHT), (0.5, "a", MISSING), (0.5, "dog.", MISSING)]
+
+
+def test_what_is_missing_stands_where_it_would_have_been_said() -> None:
+    """Before what is wrong there, between what is right, and behind a sound at the end."""
+    heard = row("one", (1.0, [(0.5, "uh Seven pears"), (0.75, "dog uh")]))
+    race = race_of(record(heard, pytorch="Seven apples and a dog and cats"), "talk.json")
+    assert [word[1:] for word in words(race, "one")] == [
+        ("uh", RIGHT),
+        ("Seven", RIGHT),
+        ("apples", MISSING),
+        ("pears", WRONG),
+        ("and", MISSING),
+        ("a", MISSING),
+        ("dog", RIGHT),
+        ("uh", RIGHT),
+        ("and", MISSING),
+        ("cats", MISSING),
+    ]
+
+
+def test_what_is_missing_does_not_count_for_how_far_an_engine_is() -> None:
+    race = race_of(record(row("one", (2.0, [(0.5, "Seven"), (1.5, "dog")]))), "talk.json")
+    bars = [panel(race, race.lanes[0], at, 3, 40).renderable.renderables[0].renderable for at in (1.0, 2.0)]
+    assert [(bar.completed, bar.total) for bar in bars] == [(1, 2), (2, 2)]
+    deaf = race_of(record(row("one", (2.0, []))), "talk.json")
+    bars = [panel(deaf, deaf.lanes[0], at, 3, 40).renderable.renderables[0].renderable for at in (1.0, 2.0)]
+    assert [(bar.completed, bar.total) for bar in bars] == [(0, 1), (1, 1)]
 
 
 def test_the_median_round_is_shown() -> None:

@@ -389,6 +389,16 @@ def test_audio_that_is_cleared_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -
     assert session.fed == 1 and waiting.n_byte == 0 and waiting.blocks.get_nowait() is None
 
 
+def test_deltas_put_together_are_the_text_without_the_space_before_it() -> None:
+    sent: list[Any] = []
+    conversation: Any = SimpleNamespace(send=sent.append)
+    item = Item(conversation, Settings())
+    for settled in ("", " Seven", " Seven", " Seven old  ones", " Seven old  ones."):
+        item.show(settled, " that may change")
+    assert [event["delta"] for event in sent] == ["Seven", " old  ones", "."]
+    assert {event["item_id"] for event in sent} == {item.id}
+
+
 def test_what_fails_early_is_told_of_what_was_committed(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     """A client waits for the end of an item from when it commits it."""
 

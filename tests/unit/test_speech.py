@@ -32,7 +32,7 @@ CLIP = FIXTURES / "clips" / "english-1.wav"
 GREEDY = {"language": "en", "temperature": 0.0}
 
 
-@given(st.lists(st.sampled_from([0.1, 0.4, 0.6]), max_size=60), st.integers(1, 9))
+@given(st.lists(st.sampled_from([0.1, 0.35, 0.4, 0.5, 0.6]), max_size=60), st.integers(1, 9))
 def test_speech_is_what_sileros_own_rule_says(found: list[float], shortest: int) -> None:
     """Written from the rule: a silence begins below the one probability, whatever comes before the other is reached."""
     expected, start, quiet = [], None, None
@@ -74,6 +74,10 @@ def test_silence_from_2_s_on_is_left_out_but_for_margins(heard: list[tuple[int, 
     second = (300 + LEFT_OUT + 1) * CHUNK
     assert kept.spans == [(100 * CHUNK - AROUND, 300 * CHUNK + AROUND), (second - AROUND, 400 * CHUNK + AROUND)]
     assert (kept.audio == np.concatenate([audio[start:end] for start, end in kept.spans])).all()
+    heard.append((500, 601))  # to the end, which is within a chunk
+    audio = np.arange(600 * CHUNK + 7, dtype=np.float32)
+    kept = Kept(audio)
+    assert kept.spans[-1] == (500 * CHUNK - AROUND, len(audio)) and kept.ends[-1] == len(kept.audio)
 
 
 def test_every_time_comes_back_to_where_it_was_in_the_recording(heard: list[tuple[int, int]]) -> None:
@@ -92,6 +96,9 @@ def test_every_time_comes_back_to_where_it_was_in_the_recording(heard: list[tupl
     }
     instant = kept.restored(segment | {"start": border})
     assert instant["start"] == instant["end"] == round(second, 2)
+    last = kept.ends[-1] / SAMPLE_RATE
+    at_the_end = kept.restored(segment | {"start": last, "end": last + 0.02, "seek": round(last * 100) + 1})
+    assert at_the_end["start"] == round(last + kept.moved[-1] / SAMPLE_RATE, 2)
     restored = kept.restored(segment | {"words": words, "end": border + 0.5})
     times = [(each["start"], each["end"]) for each in restored["words"]]
     assert times[0] == (round(first_end - 0.5, 2), round(first_end + 0.1, 2))
@@ -177,6 +184,16 @@ def test_a_window_of_which_nothing_is_left_prints_nothing(
 
     transcribe_speech(Model(), np.zeros(SAMPLE_RATE, np.float32), verbose=True)
     assert capsys.readouterr().out == ""
+
+
+def test_what_is_left_out_is_done_at_once(heard: list[tuple[int, int]]) -> None:
+    heard += [(100, 200)]
+    done: list[float] = []
+    model: Any = StubModel()
+    model.transcribe = lambda audio, **options: options["progress"](len(audio) / SAMPLE_RATE) or {"segments": []}
+    transcribe_speech(model, np.zeros(600 * CHUNK, np.float32), progress=done.append)
+    kept = (100 * CHUNK + 2 * AROUND) / SAMPLE_RATE
+    assert done == [600 * CHUNK / SAMPLE_RATE - kept, kept]
 
 
 # ---- hotwords ------------------------------------------------------------------------------------------------------

@@ -117,3 +117,8 @@ def test_a_verdict_is_kept_of_all_that_is_said(
         now = change(said[0]) if change else said[0]
         remembering.compare(subject, CLIP, waveforms.read(FIXTURES / CLIP), "greedy")
     assert len(asked) == 1 + len(FAULTS)
+
+
+def test_words_end_before_the_end_of_text() -> None:
+    tokenizer: Any = SimpleNamespace(eot=5)
+    assert windows.words_of(tokenizer, [7, 4, 5, 6, 3]) == [4, 3]
