@@ -42,6 +42,7 @@ def test_local_agreement_is_of_two_in_a_row() -> None:
     assert policy.settled(words("this engine"), 100) == 0, "of what stands behind the settled ones"
     assert policy.settled(words("this engine"), 100) == 2
     assert policy.settled([], 100) == 0
+    assert [policy.settled(words(text), 100) for text in ("a b c", "a b d", "d e")] == [0, 2, 1]
 
 
 def test_align_att_waits_for_audio_behind_a_word() -> None:
@@ -53,6 +54,8 @@ def test_align_att_waits_for_audio_behind_a_word() -> None:
 def test_words_that_attention_goes_back_for_are_made_up() -> None:
     assert said(words("the ship works near the letter", [90, 100, 30, 35, 40, 45]), 150) == 2
     assert said(words("the ship waits here", [90, 100, 30, 130]), 150) == 4, "one that is found out of order is not"
+    assert said(words("where is the", [100, 60, 20]), 150) == 2, "it is the latest one that counts"
+    assert [said(words("where is", [60, at]), 150) for at in (10, 9)] == [2, 1], "a second is not too far"
 
 
 def test_heard_twice_waits_for_agreement_and_attention() -> None:

@@ -122,6 +122,13 @@ def test_lines_are_as_wide_as_what_is_shown() -> None:
     assert [html.unescape(text) for text in vtt] == srt == ["R&D <3 &", "so on"]
 
 
+@pytest.mark.parametrize("words", [True, False])
+def test_a_line_that_ends_in_a_text_is_a_space(words: bool) -> None:
+    for ending in ("vtt", "srt"):
+        found = cues(contents(spoken([" a \r\n\n b", "\n", "c"], words=words), ending, NONE), ending)
+        assert [text for _, text in found] == ["a b c"]
+
+
 def test_an_arrow_may_come_of_several_words() -> None:
     for segments in ([[" a", " --", ">", " b"]], [[" a", " -"], ["-", ">", " b"]]):
         for layout, ending in ((layout, ending) for layout in LAYOUTS for ending in ("vtt", "srt")):
