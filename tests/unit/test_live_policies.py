@@ -87,6 +87,12 @@ def test_heard_twice_settles_what_is_sure_at_once() -> None:
     assert settled([0.98, 0.98, 0.98], 73) == 2, "the last one is 0.46 s from the end of the audio"
 
 
+def test_what_was_sure_at_once_is_not_waited_for_again() -> None:
+    policy = HeardTwice()
+    assert policy.settled(words("a b c d", [10, 20, 30, 40], [0.99, 0.99, 0.93, 0.93]), 200) == 2
+    assert policy.settled(words("c d", [30, 40]), 200) == 2
+
+
 def test_heard_twice_waits_for_audio_behind_what_is_unsure() -> None:
     unsure = words("where is the engine", [10, 30, 50, 70], [0.6, 0.93, 0.6, 0.93])
     for n_frame, expected in ((70, 2), (89, 2), (90, 4), (60, 2), (30, 0)):
