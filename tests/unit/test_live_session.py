@@ -105,6 +105,15 @@ def test_a_pause_of_a_second_ends_what_was_said(monkeypatch: pytest.MonkeyPatch)
     assert len(decoder.asked) == 2
 
 
+def test_what_is_tentative_is_settled_by_a_pause_whatever_was_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = Decoder(word(" one", 3), word(" two", 12))
+    live = session(monkeypatch, decoder, lambda: SimpleNamespace(settled=lambda words, n_frame: 0))
+    live.feed(np.concatenate([speech(STEP), SILENCE[: 2 * STEP]]))
+    assert live.settled == "" and live.heard_until > STEP + LEAD
+    live.feed(SILENCE[:STEP])
+    assert live.settled == " one two" and not live.unsettled
+
+
 def test_a_window_that_is_full_ends_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = Decoder()
     live = session(monkeypatch, decoder)

@@ -135,6 +135,17 @@ def test_recordings_are_read_one_ahead() -> None:
     assert [number for number, _ in found] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("n_wanted", [1, 3])
+def test_nobody_waits_for_a_pipe_whose_audio_is_not_wanted_any_more(n_wanted: int) -> None:
+    stopped = threading.Event()
+    found = loaded([np.zeros(1)] * 3, stopped)
+    for _ in range(n_wanted):
+        next(found)
+    assert not stopped.is_set()
+    found.close()
+    assert stopped.is_set()
+
+
 # ---- slots ---------------------------------------------------------------------------------------------------------
 
 

@@ -136,6 +136,7 @@ def test_an_update_changes_what_it_names() -> None:
     before = Settings("m", "de", "a")
     assert settings_of(update(), before) == before
     assert settings_of(update(language=None), before) == Settings("m", None, "a"), "which is named"
+    assert settings_of(update(language=""), before) == Settings("m", None, "a"), "no language"
     assert settings_of(update(prompt="b", language="English"), before) == Settings("m", "en", "b")
     assert Settings(None, "de", "a").options == {"language": "de", "initial_prompt": "a"}
     assert Settings().options == {"language": None}
@@ -195,6 +196,7 @@ MOST = 6 * RATE
     [
         ([append(MOST)], False),
         ([append(MOST), append(1)], True),
+        ([append(MOST - RATE), append(RATE)], False),
         ([append(MOST - RATE), COMMIT, append(RATE)], False),
         ([append(MOST - RATE), COMMIT, append(RATE + 1)], True),
         ([append(1), COMMIT, append(MOST - RATE)], False),

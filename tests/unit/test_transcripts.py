@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import pytest
+import torch
 
-from reference.transcripts import Transcript, compare, compare_together
+from reference.transcripts import Transcript, compare, compare_together, transcribed
 
 CLIP = "clips/english-1.wav"
 
@@ -92,3 +93,12 @@ def test_a_difference_is_seen_where_it_is_among_recordings_together(decoding: st
     subject, peer = cast(Any, Says(other)), cast(Any, Says(said()))
     found = list(compare_together(subject, peer, [CLIP, "clips/german-1.wav"], decoding, 2))
     assert [(each.clip, each.equal) for each in found] == [("clips/german-1.wav", False), (CLIP, True)]
+
+
+def test_both_draw_alike() -> None:
+    class Draws:
+        def transcribe(self, *_: Any, **__: Any) -> float:
+            return float(torch.rand(1))
+
+    model: Any = Draws()
+    assert transcribed(model, cast(Any, None), {}) == transcribed(model, cast(Any, None), {})
