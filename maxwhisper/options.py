@@ -289,7 +289,7 @@ def options_of_windows(options: Mapping[str, Any], hotwords: str | None, model: 
         make = partial(with_prompt, carried[-longest:])
     if not hotwords:
         return make
-    return partial(with_hotwords, prompt_tokens(hotwords, model)[:longest], min(len(carried), longest), longest, make)
+    return partial(with_hotwords, prompt_tokens(hotwords, model)[:longest], len(carried), longest, make)
 
 
 def with_prompt(tokens: list[int], **options: Any) -> DecodingOptions:

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from whisper.decoding import DecodingResult
 from whisper.tokenizer import get_tokenizer
 
-from maxwhisper.live import HeardTwice, Session, Word
+from maxwhisper.live import HeardTwice, Session, Word, hypotheses
 from maxwhisper.live.hypotheses import UNLIKELY, Hypothesis, made_up, words_of
 from maxwhisper.live.session import ECHO, FRAME, FULL, LEAD, MOST, PAUSE, SHOWN, STEP
 from maxwhisper.options import prompt_tokens
@@ -180,6 +181,26 @@ def test_what_is_made_up(said: dict[str, Any], begun: bool, expected: bool) -> N
     likely = {"text": " one", "avg_logprob": -0.5, "no_speech_prob": 0.1, "compression_ratio": 1.0}
     result: Any = SimpleNamespace(**likely | said)
     assert made_up(result, begun) == expected
+
+
+@pytest.mark.parametrize(("n_sample", "n_frame"), [(1, 1), (2 * FRAME - 1, 1), (2 * FRAME, 2), (30 * SECOND, 1500)])
+def test_a_frame_of_which_a_part_is_there_is_none(n_sample: int, n_frame: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    said = DecodingResult(
+        torch.zeros(1), "de", text=" a b", avg_logprob=-0.5, no_speech_prob=0.0, compression_ratio=1.0
+    )
+    monkeypatch.setattr(hypotheses, "spectrogram", lambda graph, samples, padding: asked.append(padding))
+    monkeypatch.setattr(
+        hypotheses, "words_of", lambda *given: asked.append(given[3:]) or [word(" A", 3), word(" b", 9)]
+    )
+    model: Any = SimpleNamespace(
+        encoder=lambda mel: None, network={"log_mel": None}, decode=lambda _, options: asked.append(options) or said
+    )
+    found = hypotheses.hypothesis(model, torch.zeros(n_sample), [5], [" a"], language="de", task="translate")
+    assert (found.n_frame, found.language, [each.text for each in found.words]) == (n_frame, "de", [" b"])
+    padding, options, given = asked
+    assert padding == 30 * SECOND - n_sample and given == (n_frame, "translate")
+    assert (options.prompt, options.language, options.task, options.fp16) == ([5], "de", "translate", False)
 
 
 def test_words_have_their_last_frame_and_their_least_likely_token() -> None:

@@ -92,6 +92,9 @@ def test_hotwords_are_the_first_ones_and_leave_the_end_of_what_is_before() -> No
     assert make(prompt=before).prompt == [APPLE] + [THE] * 99 + before[-123:]
     assert make(prompt=None).prompt == [APPLE] + [THE] * 99
     assert make(prompt=before, prefix=" so").prompt == before
+    carrying = {"initial_prompt": " the" * 300, "carry_initial_prompt": True}
+    filled = options_of_windows(carrying, " apple", MODEL)
+    assert filled(prompt=[THE] * 300 + before).prompt == [APPLE] + [THE] * 222
     many = options_of_windows({}, " apple" + " the" * 299, MODEL)
     assert many(prompt=before).prompt == [APPLE] + [THE] * 222
 

@@ -113,10 +113,14 @@ def test_a_verdict_is_kept_of_all_that_is_said(
     monkeypatch.setattr(windows, "decoded", lambda *_: now)
     monkeypatch.setattr(windows.Judge, "judged", lambda *_: asked.append(1) or verdict)
     remembering = replace(judge, verdicts=Verdicts(pytest.Cache(tmp_path, pytestconfig, _ispytest=True), "m"))
-    for change in (None, None, *FAULTS.values()):
-        now = change(said[0]) if change else said[0]
-        remembering.compare(subject, CLIP, waveforms.read(FIXTURES / CLIP), "greedy")
-    assert len(asked) == 1 + len(FAULTS)
+    for fault, change in FAULTS.items():  # each beside the right one, whose verdict is kept
+        found = []
+        for each in (said[0], said[0], change(said[0])):
+            now = each
+            asked.clear()
+            remembering.compare(subject, CLIP, waveforms.read(FIXTURES / CLIP), "greedy")
+            found.append(len(asked))
+        assert found == [1, 0, 1], fault
 
 
 def test_words_end_before_the_end_of_text() -> None:
