@@ -1,5 +1,6 @@
 """The whole network in a row: what is judged of it is what transcribes, not only what shows its insides."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -7,9 +8,10 @@ import torch
 
 from reference import chain
 from reference.activations import speech
-from reference.chain import ENDS, Chain, first_divergence, pytorch_chain, run_chain
-from reference.judge import Comparison
-from reference.models import FIXTURE, load
+from reference.blocks import TWINS
+from reference.chain import ENDS, Chain, first_divergence, judge_chain, pytorch_chain, run_chain
+from reference.judge import Comparison, Judgement
+from reference.models import FIXTURE, SIZES, load
 from reference.subject import Subject
 from reference.suite import Suite
 
@@ -52,3 +54,30 @@ def test_a_submodule_that_max_does_not_put_out_is_the_first_divergence(
 
 def test_a_chain_of_nothing_has_not_passed() -> None:
     assert not Chain(Comparison("s", torch.float32, "chain", 0, "speech"), {}, ()).passed
+
+
+def test_every_submodule_is_judged_in_its_own_dtype_and_by_its_own_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The spectrogram is of float32; of the decoder's outputs those as wide as the vocabulary are logits."""
+    x, given = torch.ones(2, 3), list[tuple[Any, ...]]()
+    names = ["log_mel", "encoder.stem", "encoder", "decoder.embedding", "step decoder"]
+    outputs = {name: x * n for n, name in enumerate(names)}
+
+    def judged(comparison: Comparison, oracle: Any, peer: Any, subject: Any, **options: Any) -> Judgement:
+        given.append((comparison, oracle, peer, subject, options))
+        return Judgement(comparison, (), ())
+
+    monkeypatch.setattr(chain, "references", lambda *_: (outputs, {name: y + 1 for name, y in outputs.items()}))
+    monkeypatch.setattr(chain, "judge", judged)
+    model, dims = SimpleNamespace(size="fixture"), SIZES["tiny"]
+    suite: Any = SimpleNamespace(model=model, dtype=torch.bfloat16, device="cpu", dims=dims)
+    ours = {name: y + 2 for name, y in outputs.items() if name != "encoder"}
+    assert [name for name, _ in judge_chain(suite, "click", ours)] == names
+    for name, (comparison, oracle, peer, subject, options) in zip(names, given, strict=True):
+        assert (comparison.block, comparison.inputs) == (name, "chained, click")
+        assert comparison.dtype == (torch.float32 if name == "log_mel" else torch.bfloat16)
+        assert oracle[0].equal(outputs[name]) and peer[0].equal(oracle[0] + 1)
+        assert not subject if name == "encoder" else subject[0].equal(oracle[0] + 2)
+        part = TWINS["encoder" if name.startswith("encoder") else "decoder.prefill"]
+        assert options["roundings"] == part.roundings(dims)
+        assert options["longest_reduction"] == TWINS["decoder.prefill"].longest_reduction(dims)
+        assert options["n_vocab"] == dims.n_vocab and options["chained"]

@@ -11,6 +11,7 @@ import pytest
 
 from maxwhisper import __version__
 from maxwhisper.cli import build_parser
+from maxwhisper.cli.transcribe_command import in_english, shown
 from reference.fixtures import ROOT
 
 from .command import CLIP, StubModel, assert_one_line, status
@@ -205,3 +206,22 @@ def test_every_option_has_help() -> None:
 
 def test_version_is_the_distributions() -> None:
     assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == __version__
+
+
+def test_english_is_what_english_only_models_know(caplog: pytest.LogCaptureFixture) -> None:
+    for language in (None, "en", "English"):
+        found = in_english({"language": language, "task": "transcribe", "beam_size": 5})
+        assert found == {"language": "en", "task": "transcribe", "beam_size": 5}
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    ("n_file", "batch_size", "batched", "at_the_end"),
+    [(1, None, False, False), (1, 4, False, False), (2, 1, False, False), (2, 2, False, True), (1, None, True, True)],
+)
+def test_text_comes_as_it_is_found_where_files_do_not_advance_together(
+    n_file: int, batch_size: int | None, batched: bool, at_the_end: bool
+) -> None:
+    options = {"verbose": True, "batched": batched, "batch_size": batch_size}
+    with shown(["a"] * n_file, options):
+        assert options["verbose"] is (None if at_the_end else True)

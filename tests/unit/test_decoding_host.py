@@ -9,11 +9,11 @@ from torch import Tensor
 from whisper import decoding
 from whisper.tokenizer import get_tokenizer
 
-from maxwhisper.decoding import cpu
+from maxwhisper.decoding import cpu, openai_loop
 from maxwhisper.decoding.cache import CacheSlots, KeyValueCache, rows_of
 from maxwhisper.decoding.cpu import SELECT_TOKENS, CPUStepper, begun, finished
 from maxwhisper.decoding.openai_loop import MAX_STEPS, DecodingTask, MaxInference
-from maxwhisper.decoding.rules import Rules, TokenRules
+from maxwhisper.decoding.rules import TOKEN_RULES, Rules, TokenRules
 from maxwhisper.decoding.speculative import N_PROPOSED, QUANTIZE_KEYS, SPECULATE, WORTH_PROPOSING, SpeculativeStepper
 from maxwhisper.decoding.stepper import Advanced, Candidates, Texts, checked
 from maxwhisper.errors import DecodingError, OptionError
@@ -157,8 +157,9 @@ def test_an_idle_text_that_has_ended_ends_no_others(monkeypatch: pytest.MonkeyPa
     texts = Texts(torch.tensor([[1, 2, 3], [1, 2, EOT]]), torch.tensor([3, 3]), torch.zeros(2))
     asked = []
     monkeypatch.setattr(cpu.CPUStepper, "advance", lambda *given: asked.append(given[-1].tolist()) or texts)
-    Speculating().advance(texts, cached(2, 2), RULES, torch.tensor([8, 0]))
-    assert asked == [[8, 0]]
+    stepper = Speculating()
+    stepper.advance(texts, cached(2, 2), RULES, torch.tensor([8, 0]))
+    assert asked == stepper.proposed == [[8, 0]], "nor does it keep others from proposals"
 
 
 def test_a_round_is_given_its_ends_and_room_for_proposals() -> None:
@@ -301,3 +302,45 @@ def test_beams_have_no_more_tokens_than_they_may() -> None:
     task, first = Task(update=update), Candidates(torch.full((2, 3), 7), torch.zeros(2, 3))
     tokens, _ = task._beams(torch.ones(2, 3, dtype=torch.int64), torch.zeros(2), first, ANY, 6)
     assert tokens.shape == (2, 6) and task.asked == [[1, 1], [1, 1]]
+
+
+@pytest.mark.parametrize(("beams", "n_best"), [(None, 1), (5, 6)])
+@pytest.mark.parametrize(("sample_len", "n_end"), [(4, 6), (99, CONTEXT + 1)])
+def test_a_window_is_decoded_to_its_end(
+    beams: int | None, n_best: int, sample_len: int, n_end: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The end is the last position and a token that is not heard; speech is judged where the transcript starts."""
+    tokens, at_sot = torch.tensor([[1, 2]]), torch.tensor([[0.0, 1.0, 3.0]])
+    asked: list[Any] = []
+
+    def first(graph: Any, rules: Any, logits: Tensor, tokens: Tensor, totals: Tensor, n_best: int) -> Advanced:
+        asked.append((graph, logits.tolist(), totals.tolist(), n_best))
+        return Advanced(Texts.of(tokens, totals), Candidates(tokens, totals))
+
+    monkeypatch.setattr(openai_loop, "first_tokens", first)
+    task: Any = Task()
+    task.options, task.sample_len, task.n_ctx, task.sot_index = SimpleNamespace(beam_size=beams), sample_len, CONTEXT, 1
+    task.tokenizer = SimpleNamespace(eot=EOT, no_speech=2)
+    task.model.network = {TOKEN_RULES: "the rules"}
+    task.inference.start = lambda *given: asked.append(given[2]) or [at_sot, at_sot + 1]
+    task.inference.cleanup_caching = lambda: asked.append("clean")
+    task._rules = lambda: ANY
+    task._greedy = lambda texts, rules, end: asked.append(end) or texts
+    task._beams = lambda tokens, totals, candidates, rules, end: asked.append(end) or (tokens, totals)
+    found, totals, no_speech = task._main_loop(torch.zeros(1, 3, 2), tokens)
+    assert asked == [1, ("the rules", [[1.0, 2.0, 4.0]], [0.0], n_best), n_end, "clean"]
+    assert no_speech == at_sot.softmax(1)[:, 2].tolist() and found.equal(tokens) and totals.tolist() == [0.0]
+
+
+@pytest.mark.parametrize(("n_token", "fits"), [(CONTEXT, True), (CONTEXT + 1, False)])
+def test_a_text_may_begin_with_as_many_tokens_as_there_are_places(
+    n_token: int, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoding.DecodingTask, "_get_initial_tokens", lambda _: tuple(range(n_token)))
+    task = Task()
+    task.n_ctx = CONTEXT
+    if fits:
+        assert len(task._get_initial_tokens()) == n_token
+        return
+    with pytest.raises(OptionError, match="prefix is too long"):
+        task._get_initial_tokens()

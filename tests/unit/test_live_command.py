@@ -5,6 +5,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from queue import SimpleQueue
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -257,10 +258,42 @@ def test_a_file_is_not_late(caplog: pytest.LogCaptureFixture) -> None:
     assert max(map(len, session.fed)) <= 20 * SAMPLE_RATE
 
 
-def test_a_source_gives_what_reading_raised() -> None:
-    from queue import SimpleQueue
+def test_who_pauses_is_not_late(caplog: pytest.LogCaptureFixture) -> None:
+    """Not by more than what there is to hear."""
+    clock, session, rest = Clock(50, 0), Heard(), [1, 2]
 
+    def take() -> np.ndarray:
+        clock.now += 100
+        clock.ended = rest.pop() == 1
+        return np.zeros(25 * SAMPLE_RATE, np.float32)
+
+    clock.take = take  # type: ignore[method-assign]
+    listen(session, clock, Lines().show, clock)  # type: ignore[arg-type]
+    assert not session.skipped and session.seconds == 50 and not caplog.text
+
+
+def test_a_source_gives_what_reading_raised() -> None:
     blocks: Any = SimpleQueue()
     blocks.put(OSError("gone"))
     with pytest.raises(OSError, match="gone"):
         Source(blocks, SAMPLE_RATE).take()
+
+
+def test_another_rate_gives_as_many_seconds_and_its_end() -> None:
+    blocks: Any = SimpleQueue()
+    source = Source(blocks, 8000)
+    taken = []
+    for pcm in (bytes(2 * 4000), bytes(2 * 4000), None):
+        blocks.put(pcm)
+        taken.append(source.take())
+        assert source.ended == (pcm is None)
+    assert sum(map(len, taken)) == SAMPLE_RATE and len(taken[-1]), "what the resampler holds back is not lost"
+
+
+def test_what_comes_behind_the_end_does_not_undo_it() -> None:
+    """As of a microphone that is stopped while it hears."""
+    blocks: Any = SimpleQueue()
+    for block in (bytes(4), None, bytes(6)):
+        blocks.put(block)
+    source = Source(blocks, SAMPLE_RATE)
+    assert len(source.take()) == 5 and source.ended

@@ -95,6 +95,9 @@ def test_hotwords_are_the_first_ones_and_leave_the_end_of_what_is_before() -> No
     carrying = {"initial_prompt": " the" * 300, "carry_initial_prompt": True}
     filled = options_of_windows(carrying, " apple", MODEL)
     assert filled(prompt=[THE] * 300 + before).prompt == [APPLE] + [THE] * 222
+    carrying = {"initial_prompt": " the" * 100, "carry_initial_prompt": True}
+    shared = options_of_windows(carrying, " apple" * 90, MODEL)
+    assert shared(prompt=[THE] * 100 + before).prompt == [APPLE] * 90 + [THE] * 100 + before[-33:]
     many = options_of_windows({}, " apple" + " the" * 299, MODEL)
     assert many(prompt=before).prompt == [APPLE] + [THE] * 222
 

@@ -214,6 +214,16 @@ def test_the_effect_of_a_fault_is_what_max_errs_by() -> None:
     assert result_of(fault("a").fault, torch.bfloat16, [exact], [exact], "encoder").checks == ("chain",)
 
 
+def test_what_was_compared_is_counted_in_blocks_chains_and_transcripts() -> None:
+    run = passing()
+    assert run.pairs == 3 * 3 + 6 * 3 + 1 and run.recalled_pairs == 0
+    run.judgements[0] = replace(run.judgements[0], recalled=True)
+    assert run.recalled_pairs == 3
+    for only in ("judgements", "chains", "transcripts", "faults"):
+        assert Run(**{only: getattr(run, only)}).compared
+    assert Run(held=["a"]).compared and not Run(compiled=run.compiled, waits=[1.0]).compared
+
+
 def test_summary_is_short_and_says_what_failed() -> None:
     run = failing()
     run.judgements += [judgement(f"block.{n}", n * 1e-7, dtype=torch.float16) for n in range(80)]

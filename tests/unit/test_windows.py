@@ -123,6 +123,19 @@ def test_a_verdict_is_kept_of_all_that_is_said(
         assert found == [1, 0, 1], fault
 
 
+def test_a_number_over_its_budget_is_a_difference(judge: windows.Judge, monkeypatch: pytest.MonkeyPatch) -> None:
+    comparison = Comparison(FIXTURE, torch.float32, "decode, greedy", 0, CLIP)
+    subject: Any = SimpleNamespace(network={"log_mel": None}, device=torch.device("cpu"))
+    said: Any = SimpleNamespace(numbers=[], text=(), result=SimpleNamespace(tokens=[1, 2]))
+    monkeypatch.setattr(windows, "spectrogram", lambda *_: None)
+    monkeypatch.setattr(windows, "decoded", lambda *_: said)
+    for error, equal in ((0.5, True), (1.5, False), (np.nan, False)):
+        outputs = (Output(0, (1,), (Measure("relative L2", error, 0.0, 1.0),)),)
+        monkeypatch.setattr(windows.Judge, "judged", lambda *_, outputs=outputs: Judgement(comparison, outputs, ()))
+        found = judge.compare(subject, CLIP, np.zeros(16000, np.float32), "greedy")
+        assert (found.equal, bool(found.difference), found.n_compared) == (equal, not equal, 2)
+
+
 def test_words_end_before_the_end_of_text() -> None:
     tokenizer: Any = SimpleNamespace(eot=5)
     assert windows.words_of(tokenizer, [7, 4, 5, 6, 3]) == [4, 3]
