@@ -10,7 +10,7 @@ import torch
 
 from reference.faults import outcome, result_of
 from reference.judge import Explanation
-from reference.report.figures import conclusion
+from reference.report.figures import conclusion, worst_first
 from reference.report.summary import summary
 from reference.results import Run, environment
 from reference.transcripts import Transcript
@@ -250,6 +250,15 @@ def test_the_worst_comparison_is_named_be_it_no_number(order: int, tmp_path: Pat
     assert nearest.startswith("nearest to its budget nan, relative L2: encoder.stem")
     page = " ".join(read(written(run, tmp_path)[0]).text.split())
     assert re.search("largest MAX / PyTorch ?NaN ?encoder.stem", page)
+
+
+def test_what_failed_comes_before_what_only_came_near() -> None:
+    """As where PyTorch is no yardstick, and MAX near to the oracle."""
+    near, yardstick = judgement("encoder.mlp", 3.9e-7), judgement("encoder.stem", 0.0)
+    bad = replace(yardstick.outputs[0].measures[0], ceiling=0.0)
+    yardstick = replace(yardstick, outputs=(replace(yardstick.outputs[0], measures=(bad,)),))
+    assert near.passed and not yardstick.passed and yardstick.used < near.used
+    assert worst_first([near, yardstick]) == [yardstick, near]
 
 
 def test_ratio_and_share_of_a_block_are_the_worst_ones() -> None:

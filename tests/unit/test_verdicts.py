@@ -212,6 +212,7 @@ def test_a_fingerprint_is_of_more_than_bytes() -> None:
     found = [fingerprint(tensors, "m") for tensors in given] + [fingerprint(given[0], "n"), fingerprint({}, "m")]
     assert len(set(found)) == len(found)
     assert fingerprint({"a": zeros.clone()}, "m") == found[0]
+    assert fingerprint({}, "ab", "c") != fingerprint({}, "a", "bc")
 
 
 @pytest.mark.parametrize("name", ["ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_CBWR"])
