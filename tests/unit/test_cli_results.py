@@ -1,11 +1,13 @@
 """Which file a result is written for, what is said of one that fails, and options at their limits: without a model."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from maxwhisper.cli import build_parser, transcribe_command
+from maxwhisper.cli.terminal import messages_on_stderr
 from maxwhisper.cli.transcribe_command import temperatures
 from maxwhisper.cli.transcribe_options import unusable
 from maxwhisper.errors import DecodingError, OptionError
@@ -44,6 +46,15 @@ def test_every_failure_names_its_file_once_and_is_the_status(
         f"maxwhisper: error: {c}: logits are not finite",
     ]
     assert (tmp_path / "out" / "a.txt").read_text() == "of a\n"
+
+
+@pytest.mark.parametrize(("before", "inside"), [(logging.DEBUG, logging.DEBUG), (logging.ERROR, logging.INFO)])
+def test_who_wants_to_know_more_is_told_more(before: int, inside: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = logging.getLogger("maxwhisper")
+    monkeypatch.setattr(log, "level", before)
+    with messages_on_stderr():
+        assert log.level == inside
+    assert log.level == before
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import json
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache as cache_of
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from whisper.audio import SAMPLE_RATE
 
 import maxwhisper.scheduling
 from maxwhisper.audio import load_audio
-from maxwhisper.decoding.batching import BatchingStepper
+from maxwhisper.decoding.batching import BatchingStepper, Request
 from maxwhisper.decoding.cache import CacheSlots, KeyValueCache, rows_of
 from maxwhisper.decoding.rules import Rules, TokenRules
 from maxwhisper.decoding.stepper import Advanced, Candidates, Texts
@@ -209,6 +209,23 @@ def test_a_cache_is_as_long_as_its_own_texts_whatever_others_are() -> None:
         found = dict(zip(held, threads.map(advance, held), strict=True))
     assert {n: each.n_token for n, each in held.items()} == {1: 2, 3: 4}
     assert all(each.texts.tokens.tolist() == [[n] * (n + 1) + [9]] * 2 for n, each in found.items())
+
+
+def test_what_has_ended_is_told_of_its_own_window() -> None:
+    class Searching(OneToken):
+        def advance(self, *given: Any) -> Advanced:
+            return super().advance(*given)._replace(ended=[{(n,): float(n)} for n in range(3)])
+
+    held = [cache(1.0), cache(2.0), cache(3.0)]
+    requests = []
+    for each in held:
+        tokens = torch.ones(2, each.n_token + 1, dtype=torch.int64)
+        texts, rules = Texts.of(tokens, torch.zeros(2)), TokenRules(10, 0, 9).inputs(tokens, 1)
+        requests.append(Request(texts, each, rules, torch.ones(2, dtype=torch.int64), Future()))
+    stepper = BatchingStepper(Searching(), 3)
+    found = stepper._compute(requests)
+    placed = [id(each) for each in stepper.slots.taken]
+    assert [found[each].ended for each in placed] == [[{(n,): float(n)}] for n in range(3)]
 
 
 def test_rules_of_different_filters_do_not_join() -> None:

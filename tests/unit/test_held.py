@@ -1,0 +1,68 @@
+"""What counts of tests that leave no verdict, and what is given and said where nothing right can come of it."""
+
+import math
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+
+from reference.judge import Comparison
+from reference.pytest_plugin.ending import Ending
+from reference.report.figures import figures_of
+from reference.results import Run
+from reference.trial import Trial
+
+from .reports import judgement
+
+
+@pytest.mark.parametrize(
+    ("folder", "fixtures", "when", "passed", "held"),
+    [
+        ("parity", [], "call", True, True),
+        ("parity", [], "call", False, False),
+        ("parity", [], "setup", True, False),
+        ("parity", ["run"], "call", True, False),  # which leaves a verdict
+        ("unit", [], "call", True, False),
+    ],
+)
+def test_what_passed_and_leaves_no_verdict_is_held(
+    folder: str, fixtures: list[str], when: str, passed: bool, held: bool
+) -> None:
+    run, node = Run(), f"tests/{folder}/test_a.py::test"
+    ending = Ending(Mock(spec=["getoption"], getoption=lambda name: None), run)
+    making = ending.pytest_runtest_makereport(Mock(nodeid=node, fixturenames=fixtures))
+    next(making)
+    with pytest.raises(StopIteration):
+        making.send(Mock(when=when, passed=passed, skipped=False, nodeid=node))
+    assert run.held == [node] * held and run.compared == held
+
+
+@pytest.mark.parametrize(
+    ("required", "expected", "outcome"), [(True, False, "failed"), (True, True, "skipped"), (False, False, "skipped")]
+)
+def test_a_skip_is_a_failure_where_all_must_run(required: bool, expected: bool, outcome: str) -> None:
+    ending = Ending(Mock(spec=["getoption"], getoption=lambda name: required), Run())
+    making = ending.pytest_runtest_makereport(Mock(nodeid="tests/unit/test_a.py::test", fixturenames=[]))
+    next(making)
+    report: Any = SimpleNamespace(when="call", skipped=True, passed=False, outcome="skipped", longrepr=("a", 1, "why"))
+    if expected:
+        report.wasxfail = "it is known"
+    with pytest.raises(StopIteration):
+        making.send(report)
+    assert report.outcome == outcome
+
+
+def test_what_runs_before_a_cut_is_given_nothing_that_comes_right() -> None:
+    given = {"x": torch.ones(2, 3), "tokens": torch.tensor([[5, 6]]), "offset": torch.tensor(3)}
+    comparison = Comparison("s", torch.float32, "decoder.step", 0, "speech.late")
+    found = Trial(None, comparison, given, None).no_numbers  # type: ignore[arg-type]
+    assert found["x"].isnan().all() and found["x"].shape == (2, 3)
+    assert found["tokens"].tolist() == [[0, 0]] and found["offset"] == 3
+
+
+def test_a_ratio_that_is_no_number_is_the_worst_of_a_block() -> None:
+    found = figures_of([judgement(error=error) for error in (math.nan, 2e-7, 1e-7)])
+    assert math.isnan(found.worst) and found.best == judgement(error=1e-7).ratio and found.failed == 1
+    assert found.median == judgement(error=2e-7).ratio and found.used == math.inf
