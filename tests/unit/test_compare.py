@@ -230,6 +230,19 @@ def test_words_that_are_heard_where_nothing_is_said_are_errors() -> None:
     row, heard = Row("x", "", {}), [tokenizer.encode(" apples jump high")] * 3
     comparison.score(row, [tokenizer.encode(" apples")] * 3, heard)
     assert (row.wer_text, row.wer, row.agreement) == (2.0, 2.0, 1 / 3)
+    assert (row.tokens, row.texts) == (sum(map(len, heard)), ["apples jump high"] * 3)
+
+
+def test_a_piece_is_there_after_all_recordings_before_it() -> None:
+    comparison: Any = object.__new__(run.Comparison)
+    comparison.tokenizer = tokenizer = get_tokenizer(True)
+    apples = [50364, *tokenizer.encode(" apples"), tokenizer.eot]
+    answers = [{"seconds": n, "pieces": [{"seconds": 0.25, "tokens": apples}] * 2} for n in (1.0, 2.0, 4.0)]
+    found = comparison.pieces([*answers, {"seconds": 1.0}])
+    assert [(piece.recording, piece.seconds) for piece in found] == [
+        (n, at) for n, at in enumerate((0.25, 1.25, 3.25)) for _ in range(2)
+    ]
+    assert {piece.text for piece in found} == {" apples"}
 
 
 def test_text_ends_before_the_end_of_text() -> None:

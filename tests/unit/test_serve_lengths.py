@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from fastapi import Request
 
-from maxwhisper.audio import SAMPLE_RATE, read_upload
+from maxwhisper.audio import JOINED, SAMPLE_RATE, read_upload
 from maxwhisper.errors import AudioError
 from maxwhisper.serving.body import ROOM_FOR_FIELDS, up_to
 from maxwhisper.serving.errors import APIError
@@ -69,6 +69,18 @@ def test_the_length_of_audio_is_that_which_comes(declared: int, seconds: float, 
         return
     with pytest.raises(AudioError, match="more than 1 s of audio"):
         read_upload(file, "file", 1.0, Event())
+
+
+@pytest.mark.parametrize("at", [0, JOINED - 1, JOINED, 2 * JOINED + 5])
+def test_a_sample_that_is_no_number_is_named_by_its_place(at: int) -> None:
+    samples = np.zeros(2 * JOINED + 9, "<f4")
+    samples[at] = np.nan
+    size = samples.nbytes
+    header = struct.pack(
+        "<4sI8sIHHIIHH4sI", b"RIFF", size + 36, b"WAVEfmt ", 16, 3, 1, 16000, 64000, 4, 32, b"data", size
+    )
+    with pytest.raises(AudioError, match=rf"file: sample {at} \({at / 16000:.3f} s\) is not finite"):
+        read_upload(io.BytesIO(header + samples.tobytes()), "file", 60, Event())
 
 
 def test_audio_may_be_as_long_as_the_limit() -> None:
