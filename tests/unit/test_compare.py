@@ -22,9 +22,10 @@ from maxwhisper.compare.engines import Spec, Task, missing
 from maxwhisper.compare.engines import maxwhisper as maxwhisper_engine
 from maxwhisper.compare.material import SIZES, Recording
 from maxwhisper.compare.process import EngineError
-from maxwhisper.compare.results import Row
+from maxwhisper.compare.results import Results, Row
 from maxwhisper.compare.scores import agreement, word_error_rate
 from maxwhisper.compare.table import cells as figures
+from maxwhisper.compare.table import table
 from maxwhisper.compare.tokens import task_for
 from maxwhisper.engine import session
 from maxwhisper.errors import OptionError
@@ -231,6 +232,19 @@ def test_words_that_are_heard_where_nothing_is_said_are_errors() -> None:
     comparison.score(row, [tokenizer.encode(" apples")] * 3, heard)
     assert (row.wer_text, row.wer, row.agreement) == (2.0, 2.0, 1 / 3)
     assert (row.tokens, row.texts) == (sum(map(len, heard)), ["apples jump high"] * 3)
+
+
+def test_an_engine_that_fails_later_has_no_figures_either() -> None:
+    rows = [Row(name, "", {}, total_s=[1.0], error=error) for name, error in (("one", ""), ("other", "no luck"))]
+    options = {"device": "cpu", "tokens": None, "languages": ["en"], "threads": 1, "rounds": 2, "beam_size": None}
+    machine = {"processor": "a", "cpus": 1, "python": "3"}
+    shown = table(Results("m", options, machine, [], 10.0, rows))
+    assert "| one " in shown and "| other " not in shown and "other: failed: no luck" in shown
+
+
+@pytest.mark.parametrize(("n_sample", "n_window"), [(480_000, 1), (480_001, 2)])
+def test_a_recording_of_whole_windows_has_no_other(n_sample: int, n_window: int) -> None:
+    assert Recording("x", np.zeros(n_sample, np.float32), None).windows(80).shape == (n_window, 80, 3000)
 
 
 def test_a_piece_is_there_after_all_recordings_before_it() -> None:

@@ -188,7 +188,8 @@ def held(cache: KeyValueCache) -> list[Tensor]:
 def test_texts_that_take_each_others_places_keep_what_they_had(slot: int) -> None:
     cache = cached(3)
     if slot:  # behind another one, in the memory of both
-        CacheSlots(2).place([cache, cached(3)])
+        for _ in range(2):  # from one memory into the next
+            CacheSlots(2).place([cache, cached(3)])
     before = held(cache)
     assert cache.first_row == 3 * slot
     cache.rearrange([2, 0, 0])

@@ -1,6 +1,7 @@
 """What counts of tests that leave no verdict, and what is given and said where nothing right can come of it."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
@@ -8,13 +9,15 @@ from unittest.mock import Mock
 import pytest
 import torch
 
+from reference.faults import fault_totals, result_of
 from reference.judge import Comparison
 from reference.pytest_plugin.ending import Ending
 from reference.report.figures import figures_of
 from reference.results import Run
+from reference.suite import Suite
 from reference.trial import Trial
 
-from .reports import judgement
+from .reports import fault, judgement
 
 
 @pytest.mark.parametrize(
@@ -66,3 +69,45 @@ def test_a_ratio_that_is_no_number_is_the_worst_of_a_block() -> None:
     found = figures_of([judgement(error=error) for error in (math.nan, 2e-7, 1e-7)])
     assert math.isnan(found.worst) and found.best == judgement(error=1e-7).ratio and found.failed == 1
     assert found.median == judgement(error=2e-7).ratio and found.used == math.inf
+
+
+# ---- faults --------------------------------------------------------------------------------------------------------
+
+
+def test_a_fault_is_caught_by_what_max_errs_by_or_by_what_cannot_be_compared() -> None:
+    """Not by a yardstick that is bad, as which the right model would be caught too."""
+    wrong, right = fault("a").fault, judgement(error=1e-7)
+    output = right.outputs[0]
+    bad = replace(right, outputs=(replace(output, measures=(replace(output.measures[0], ceiling=0.0),)),))
+    assert not bad.passed and result_of(wrong, torch.bfloat16, [bad], [bad], None).checks == ()
+    other_shape = replace(right, outputs=(), defects=("shape",))
+    found = result_of(wrong, torch.bfloat16, [other_shape], [], None)
+    assert found.checks == ("isolated: not comparable",) and found.used == math.inf and found.accepted
+
+
+def test_only_what_was_not_caught_is_below_rounding() -> None:
+    little = {"effect": {"speech": 1e-5}, "rounding": {"speech": 1e-3}}
+    some = {"effect": {"speech": 3e-3}, "rounding": {"speech": 1e-3}}
+    faults = [
+        fault(f"{n}", torch.bfloat16, checks, **of)
+        for n, (checks, of) in enumerate(  # type: ignore[arg-type]
+            [(("KL max",), little), ((), little), ((), some), ((), {})]
+        )
+    ]
+    found = fault_totals(faults)["bfloat16"]
+    assert (found.n, found.caught, found.below, found.between, found.missed) == (4, 1, 1, 1, 1)
+
+
+# ---- loaders -------------------------------------------------------------------------------------------------------
+
+
+def test_a_wrong_dimension_is_every_blocks_and_a_wrong_tensor_its_own() -> None:
+    model: Any = SimpleNamespace(misread={"n_text_ctx": "it is 9", "encoder.blocks.1.mlp.0.weight": "it is zero"})
+    suite = Suite(model, torch.float32)
+
+    def misread(block: str, layer: int) -> list[str]:
+        found = suite.misread(Comparison("s", torch.float32, block, layer, "speech"))
+        return [line.removeprefix("the loaders of weights differ in ").partition(":")[0] for line in found]
+
+    assert misread("encoder.mlp", 1) == misread("encoder", 0) == ["n_text_ctx", "encoder.blocks.1.mlp.0.weight"]
+    assert misread("encoder.mlp", 0) == misread("decoder.step", 0) == misread("encoder.stem", 0) == ["n_text_ctx"]
