@@ -3,12 +3,14 @@
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from whisper.decoding import DecodingOptions, DecodingTask
 
 from maxwhisper.compare.material import SIZES, read_text
 from maxwhisper.compare.tokens import suppressed, task_for, tokenizer_of
+from maxwhisper.compare.worker import answer
 
 
 @pytest.mark.parametrize(
@@ -37,3 +39,12 @@ def test_what_is_suppressed_is_openais_default() -> None:
 def test_a_byte_order_mark_is_no_part_of_the_first_word(encoding: str, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("Äpfel\n", encoding=encoding)
     assert read_text(tmp_path / "a.txt") == "Äpfel\n"
+
+
+def test_an_engine_that_says_nothing_of_its_failure_has_failed() -> None:
+    def fail(message: str) -> Any:
+        raise ValueError(message)
+
+    said = [answer(fail, {"message": message}) for message in ("", "\n", "one\ntwo")]
+    assert said == [{"error": "ValueError: "}, {"error": "ValueError: "}, {"error": "ValueError: one"}]
+    assert answer(lambda: {"seconds": 2.0}, {}) == {"seconds": 2.0}, "its own"

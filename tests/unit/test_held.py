@@ -9,8 +9,9 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from reference.faults import fault_totals, result_of
+from reference.faults import fault_totals, isolated, result_of
 from reference.judge import Comparison
+from reference.models import SIZES
 from reference.pytest_plugin.ending import Ending
 from reference.report.figures import figures_of
 from reference.results import Run
@@ -96,6 +97,40 @@ def test_only_what_was_not_caught_is_below_rounding() -> None:
     ]
     found = fault_totals(faults)["bfloat16"]
     assert (found.n, found.caught, found.below, found.between, found.missed) == (4, 1, 1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("divergence", "right"),
+    [
+        (None, True),
+        ("encoder.blocks.1.mlp", True),
+        ("encoder.blocks.1.mlp.0", True),
+        ("encoder.blocks.0.mlp", False),
+        ("encoder.blocks.1.attn", False),
+        ("encoder", False),
+        ("decoder.ln", False),
+    ],
+)
+def test_the_chain_must_diverge_inside_the_block_that_is_wrong(divergence: str | None, right: bool) -> None:
+    found = fault("a", checks=("KL max", "chain"), divergence=divergence)
+    assert found.caught and (found.right_block, found.accepted) == (right, right)
+    of_step = replace(found, fault=replace(found.fault, path="decoder.ln"), divergence="step decoder.ln")
+    assert of_step.right_block
+    missed = replace(found, checks=())
+    assert not missed.right_block and not missed.accepted
+
+
+def test_a_fault_is_judged_in_its_own_layer() -> None:
+    """The weights of others are right, so there the block would be wrong whatever the fault."""
+    dims = SIZES["tiny"]
+    suite: Any = SimpleNamespace(
+        dims=dims,
+        comparisons=lambda block, kinds: [Comparison("s", torch.float32, block.name, n, "speech") for n in range(4)],
+        judge=lambda comparison, executable: comparison.layer,
+    )
+    of_block = fault("a").fault
+    assert list(isolated(suite, of_block, None)) == [1]  # type: ignore[arg-type]
+    assert list(isolated(suite, replace(of_block, block="encoder.stem"), None)) == [0]  # type: ignore[arg-type]
 
 
 # ---- loaders -------------------------------------------------------------------------------------------------------

@@ -219,3 +219,20 @@ def test_comparing_engines_reads_a_pipe_once(tmp_path: Path, wav: Path) -> None:
     with standard_input(pipe(wav.read_bytes())):
         heard = recordings(["-", str(fifo(tmp_path / "pipe", wav.read_bytes()))], None)
     assert [(each.name, len(each.audio)) for each in heard] == [("-", len(noise())), ("pipe", len(noise()))]
+
+
+def test_what_has_come_is_read_at_once() -> None:
+    """Though the pipe is open, and more may come."""
+    reading, writing = os.pipe()
+    os.write(writing, b"0123456789")
+    stopped = Event()
+    timer = Timer(10, stopped.set)
+    timer.start()
+    try:
+        with Pipe("a pipe", reading, stopped) as read:
+            assert (read.read(4), read.read(6)) == (b"0123", b"456789")
+            assert (read.seek(-99, os.SEEK_CUR), read.tell(), read.read(1)) == (0, 0, b"0")
+            assert not stopped.is_set()
+    finally:
+        timer.cancel()
+        os.close(writing)

@@ -160,6 +160,7 @@ def test_times_that_are_missing_for_a_while() -> None:
     assert unfilled([0.0, None, None, 8.0]) == "has gaps of 5.00 s in all"
     assert unfilled([None, 6.0, 7.0]) == "starts 5.00 s after the file does"
     assert unfilled([10.0, 11.0, 13.0], 10_000_000, 0) == "has gaps of 1.00 s in all"
+    assert unfilled([0.0, 3.0, 2.5]) == "has gaps of 2.00 s in all", "the most of them"
 
 
 def test_small_gaps_add_up() -> None:
