@@ -9,16 +9,17 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from reference.faults import fault_totals, isolated, result_of
+from reference.faults import fault_totals, isolated, result_of, until_caught
 from reference.judge import Comparison
 from reference.models import SIZES
 from reference.pytest_plugin.ending import Ending
+from reference.report.data import as_data
 from reference.report.figures import figures_of
 from reference.results import Run
 from reference.suite import Suite
 from reference.trial import Trial
 
-from .reports import fault, judgement
+from .reports import failing, fault, judgement
 
 
 @pytest.mark.parametrize(
@@ -97,6 +98,17 @@ def test_only_what_was_not_caught_is_below_rounding() -> None:
     ]
     found = fault_totals(faults)["bfloat16"]
     assert (found.n, found.caught, found.below, found.between, found.missed) == (4, 1, 1, 1, 1)
+
+
+def test_a_block_is_judged_until_the_fault_shows() -> None:
+    right, wrong = judgement(), judgement(error=9e-7)
+    assert until_caught([right, wrong, right]) == [right, wrong] and until_caught([right, right]) == [right, right]
+
+
+def test_failures_are_counted_whatever_they_are_of() -> None:
+    found = as_data(failing(), {})["totals"]
+    assert (found["comparisons"], found["comparisons_failed"]) == (8, 5), "of values, and of what is no number"
+    assert (found["chains_failed"], found["transcripts_failed"]) == (1, 1)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import soundfile
 import torch
 from torch import Tensor
+from whisper.audio import SAMPLE_RATE
 
 from maxwhisper import audio, checkpoint
 from maxwhisper.checkpoint import Checkpoint
@@ -173,3 +175,19 @@ def test_a_tensor_too_many_and_the_last_bit_of_a_value_are_differences() -> None
         ({**right, "a": right["a"].half()}, set()),
     ):
         assert set(checkpoints.differences(dims, ours, dims, right)) == names
+
+
+@pytest.mark.parametrize(("rate", "loudness", "same"), [(44100, 0.5, True), (44100, 0.75, False), (16000, 0.0, True)])
+def test_a_sound_in_the_pass_band_may_differ_by_two_roundings(
+    rate: int, loudness: float, same: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a twelfth of a step's square each; what is no number is another sound at any rate."""
+    silence = np.zeros(SAMPLE_RATE, np.float32)
+    info = SimpleNamespace(frames=rate, samplerate=rate, channels=1, subtype="PCM_16")
+    monkeypatch.setattr(waveforms, "read", lambda path: silence)
+    monkeypatch.setattr(waveforms.soundfile, "info", lambda path: info)
+    tone = loudness * STEP * np.sin(2 * np.pi * 1000 / SAMPLE_RATE * np.arange(SAMPLE_RATE))
+    assert (waveforms.difference(Path("a"), tone.astype(np.float32)) == "") == same
+    silence_but_one = silence.copy()
+    silence_but_one[99] = np.nan
+    assert waveforms.difference(Path("a"), silence_but_one)
