@@ -274,7 +274,7 @@ TWINS: dict[str, Twin] = {
     "decoder.embedding": text_twin(decoder_embedding, always(1), always(EMBEDDING)),
     "decoder.attention.causal": text_twin(causal_attention, attending(text_state), always(PROJECTIONS)),
     "decoder.attention.cached": text_twin(cached_attention, attending(text_state), always(PROJECTIONS), step=True),
-    "decoder.cross_attention.keys_values": Twin(cross_keys_values, text_state, always(PROJECTIONS)),
+    "decoder.cross_attention.keys_values": Twin(cross_keys_values, text_state, always(1)),
     "decoder.cross_attention.prefill": text_twin(cross_attention, attending(text_state), always(PROJECTIONS)),
     "decoder.cross_attention.step": text_twin(cross_attention, attending(text_state), always(PROJECTIONS), step=True),
     "decoder.mlp.prefill": text_twin(submodule("decoder.blocks.{layer}.mlp"), TEXT_HIDDEN, always(MLP)),

@@ -28,7 +28,7 @@ COUNTS = {
     "decoder.embedding": (1, 1),
     "decoder.attention.causal": ATTENTION,
     "decoder.attention.cached": ATTENTION,
-    "decoder.cross_attention.keys_values": (384, 3),
+    "decoder.cross_attention.keys_values": (384, 1),
     "decoder.cross_attention.prefill": ATTENTION,
     "decoder.cross_attention.step": ATTENTION,
     "decoder.mlp.prefill": MLP,
