@@ -1,5 +1,6 @@
 """How much a block may round, counted by hand: a count too large lets errors pass, of every block at once."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 
 from maxwhisper.network.blocks import BLOCKS
 from reference.blocks import TWINS
-from reference.checkpoints import differing_heads
+from reference.checkpoints import differences, differing_heads
 from reference.measures import DTYPES, ROUNDING, SMALLEST, UNIT_ROUNDOFF, K
 from reference.models import SIZES
 
@@ -65,3 +66,10 @@ def test_alignment_heads_are_compared_one_by_one(ours: Any, same: bool) -> None:
     assert (not differing_heads(ours, model)) == same
     model.alignment_heads = torch.tensor([[False, False], [True, True]]).to_sparse()
     assert not differing_heads(None, model), "all heads of the upper half"
+
+
+@pytest.mark.parametrize("n_vocab", [7, 9])
+def test_a_dimension_that_is_smaller_or_larger_is_wrong(n_vocab: int) -> None:
+    tiny = SIZES["tiny"]
+    right, ours = replace(tiny, n_vocab=8), replace(tiny, n_vocab=n_vocab)
+    assert differences(ours, {}, right, {}) == {"n_vocab": f"it is {n_vocab}, not 8"}

@@ -1,5 +1,6 @@
 """What all engines are given: OpenAI's tokens by the size of the vocabulary, texts from files."""
 
+import io
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ import pytest
 from whisper.decoding import DecodingOptions, DecodingTask
 
 from maxwhisper.compare.material import SIZES, read_text
+from maxwhisper.compare.process import EngineError, RequestProcess
 from maxwhisper.compare.tokens import suppressed, task_for, tokenizer_of
 from maxwhisper.compare.worker import answer
 
@@ -48,3 +50,11 @@ def test_an_engine_that_says_nothing_of_its_failure_has_failed() -> None:
     said = [answer(fail, {"message": message}) for message in ("", "\n", "one\ntwo")]
     assert said == [{"error": "ValueError: "}, {"error": "ValueError: "}, {"error": "ValueError: one"}]
     assert answer(lambda: {"seconds": 2.0}, {}) == {"seconds": 2.0}, "its own"
+
+
+def test_an_error_is_no_answer() -> None:
+    worker: Any = object.__new__(RequestProcess)
+    worker.process = SimpleNamespace(stdout=io.StringIO('{"seconds": 1}\n{"error": "no luck"}\n'))
+    assert worker.answer() == {"seconds": 1}
+    with pytest.raises(EngineError, match="^no luck$"):
+        worker.answer()

@@ -106,6 +106,12 @@ def test_what_is_missing_stands_where_it_would_have_been_said() -> None:
     ]
 
 
+def test_an_engine_that_only_lacks_words_is_shown_with_them() -> None:
+    race = race_of(record(FAST, row("lacking", (2.0, [(0.5, "Seven apples, and")]))), "talk.json")
+    out = " ".join(shown(lambda console: replay(race, console)).split())
+    assert "lacking: Seven apples, and a dog." in out and "fast: " not in out
+
+
 def test_what_is_missing_does_not_count_for_how_far_an_engine_is() -> None:
     race = race_of(record(row("one", (2.0, [(0.5, "Seven"), (1.5, "dog")]))), "talk.json")
     bars = [panel(race, race.lanes[0], at, 3, 40).renderable.renderables[0].renderable for at in (1.0, 2.0)]
