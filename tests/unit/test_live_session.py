@@ -234,3 +234,19 @@ def test_words_have_their_last_frame_and_their_least_likely_token() -> None:
         assert (each.tokens, each.frame) == (tuple(of_word), max(frames[own]))
         assert each.logprob == float(expected[own].min())
         at += len(of_word)
+
+
+def test_all_that_was_heard_is_transcribed_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    live = session(monkeypatch, Decoder(), language="en", beam_size=5)
+    for samples in (SILENCE[: 3 * STEP], speech(STEP)):
+        live.feed(samples)
+    live.model.transcribe = lambda audio, **options: {"n_sample": len(audio), **options}  # type: ignore[method-assign]
+    assert live.finish() == live.finish() == {"n_sample": 4 * STEP, "language": "en", "beam_size": 5}
+
+
+def test_a_window_holds_no_more_than_the_model_hears(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = Decoder()
+    live = session(monkeypatch, decoder)
+    live.feed(SILENCE[:1000])
+    live.feed(speech(80 * STEP))
+    assert max(asked.n_sample for asked in decoder.asked) == 30 * SECOND
