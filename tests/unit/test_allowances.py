@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from maxwhisper import checkpoint
 from maxwhisper.network.blocks import BLOCKS
 from reference.blocks import TWINS
 from reference.checkpoints import differences, differing_heads
+from reference.fixtures import ROOT
 from reference.measures import DTYPES, ROUNDING, SMALLEST, UNIT_ROUNDOFF, K
 from reference.models import SIZES
 
@@ -73,3 +75,11 @@ def test_a_dimension_that_is_smaller_or_larger_is_wrong(n_vocab: int) -> None:
     tiny = SIZES["tiny"]
     right, ours = replace(tiny, n_vocab=8), replace(tiny, n_vocab=n_vocab)
     assert differences(ours, {}, right, {}) == {"n_vocab": f"it is {n_vocab}, not 8"}
+
+
+def test_rows_that_stand_for_no_token_are_the_last_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "vocabulary_size", lambda *_: 3)
+    tensors = {"decoder.token_embedding.weight": torch.arange(5)[:, None]}
+    with pytest.warns(UserWarning, match="the 2 rows of the token embedding"):
+        dims = checkpoint._without_added_rows(ROOT, replace(SIZES["tiny"], n_vocab=5), tensors, {})
+    assert dims.n_vocab == 3 and tensors["decoder.token_embedding.weight"].flatten().tolist() == [0, 1, 2]
