@@ -1,21 +1,10 @@
 """Files and folders that are whole or not there."""
 
-import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from errno import EEXIST, EINVAL, ENOTEMPTY
 from pathlib import Path
-
-from .errors import OptionError
-
-
-def folder_named(option: str, name: str | os.PathLike[str]) -> Path:
-    """Returns the folder that an option names; raises OptionError for what is no name: of an empty one that would be
-    the folder one happens to be in."""
-    if not isinstance(name, str | os.PathLike) or not os.fspath(name) or "\0" in os.fspath(name):
-        raise OptionError(f"{option} is {name!r}, expected the name of a folder")
-    return Path(name)
 
 
 @contextmanager

@@ -50,9 +50,9 @@ from maxwhisper.checkpoint.stored import (
 )
 from maxwhisper.checkpoint.vocabulary import check_vocabulary, vocabulary_size
 from maxwhisper.checkpoint.wrapped import OUTPUT, Named, model_in, named, rewriting
-from maxwhisper.engine.folders import cache_home, one_at_a_time, writable
+from maxwhisper.engine.folders import cache_home, folder_named, one_at_a_time, writable
 from maxwhisper.errors import CheckpointError, OptionError
-from maxwhisper.files import folder_named, replacing
+from maxwhisper.files import replacing
 from maxwhisper.options import refused
 
 Heads = tuple[tuple[int, int], ...]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OptionError
+from .sidecar import text_beside
 
 
 def run(json: str | None, plot: str | None, text: list[str] | None, threads: int | None, **options: Any) -> int:
@@ -37,11 +38,6 @@ def check_installed(needed: dict[str, str]) -> None:
     for package, user in needed.items():
         if find_spec(package) is None:
             raise OptionError(f"{user} needs {package}: pip install 'maxwhisper[peers]'")
-
-
-def text_beside(audio: str) -> str:
-    """Returns the name of the file that holds what is said in a recording, unless another is given."""
-    return os.path.splitext(audio)[0] + ".txt"  # pathlib refuses names as "." for it
 
 
 def inputs(audio: Sequence[str], text: Sequence[str] | None, model: str) -> list[str]:

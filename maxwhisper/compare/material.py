@@ -12,8 +12,8 @@ from whisper.model import ModelDimensions, sinusoids
 from ..audio import load_audio
 from ..checkpoint import Checkpoint, expected_tensors, load_checkpoint
 from ..errors import OptionError
-from .command import text_beside
 from .convert import converted, store
+from .sidecar import text_beside
 
 RANDOM = "random:"
 

@@ -38,9 +38,10 @@ from max.dtype import DType
 from whisper.model import ModelDimensions
 
 from ..errors import ArtifactError, OptionError
-from ..files import folder_named, replacing
+from ..files import replacing
 from ..names import HOST, TARGETS
 from .built_from import built_from
+from .folders import folder_named
 from .instructions import PORTABLE_CPU, PORTABLE_FEATURES, cpu_features, cpu_target
 from .program import Loader, Program, Stored
 from .session import Policy, session

@@ -21,6 +21,14 @@ ROOM = 2**28
 """Bytes that must be free where files are to be kept: what is compiled for a model takes some 100 MB."""
 
 
+def folder_named(option: str, name: str | os.PathLike[str]) -> Path:
+    """Returns the folder that an option names; raises OptionError for what is no name: of an empty one that would be
+    the folder one happens to be in."""
+    if not isinstance(name, str | os.PathLike) or not os.fspath(name) or "\0" in os.fspath(name):
+        raise OptionError(f"{option} is {name!r}, expected the name of a folder")
+    return Path(name)
+
+
 def cache_folder(kind: str) -> Path:
     """Returns the folder for files of a kind: `$MAXWHISPER_CACHE_DIR/<kind>`, else `$XDG_CACHE_HOME/maxwhisper/<kind>`,
     else the same under `~/.cache`; where nothing can be written there, a temporary one, as `writable` says.
