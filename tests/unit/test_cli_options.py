@@ -11,7 +11,7 @@ import pytest
 
 from maxwhisper import __version__
 from maxwhisper.cli import build_parser
-from maxwhisper.cli.transcribe_command import in_english, shown
+from maxwhisper.cli.transcribe_command import in_english, telling
 from reference.fixtures import ROOT
 
 from .command import CLIP, StubModel, assert_one_line, status
@@ -223,5 +223,5 @@ def test_text_comes_as_it_is_found_where_files_do_not_advance_together(
     n_file: int, batch_size: int | None, batched: bool, at_the_end: bool
 ) -> None:
     options = {"verbose": True, "batched": batched, "batch_size": batch_size}
-    with shown(["a"] * n_file, options):
+    with telling(["a"] * n_file, options):
         assert options["verbose"] is (None if at_the_end else True)
