@@ -40,7 +40,7 @@ a comparison would fail without. What is amplified is often the rounding of few 
 out, so the budget grows by condition - 1 times what rounding explains.
 
 A single value may be far worse conditioned than the whole, such as the logarithm of a band of noise in which hardly
-anything is left. How far the peer may be off there, its largest error, has a condition of its own.
+anything is left. How far either side may be off there, the largest error, has a condition of its own.
 """
 
 import math

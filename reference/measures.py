@@ -206,7 +206,8 @@ def measure_values(oracle: Norms, peer: Norms, subject: Norms, allowed: Allowanc
     of_channels = expected_maximum(n_channel) * max(1.0, worst_channel(oracle, oracle))
     of_small = expected_maximum((n_channel + 1) // 2) * max(1.0, worst_small_channel(oracle, oracle))
     of_values = max(expected_maximum(n_position * n_channel), largest_error(oracle, oracle))
-    amplified = allowed.condition.largest / allowed.condition.whole
+    # Where a single value amplifies its roundings most, it is luck which side has the worse one.
+    of_worst = max(of_values, allowed.condition.largest / allowed.condition.whole)
     measures = []
     for name, measure, exact, times in (
         ("relative L2", relative_l2, least, 1.0),
@@ -220,7 +221,7 @@ def measure_values(oracle: Norms, peer: Norms, subject: Norms, allowed: Allowanc
         # at most its RMS, for which the peer has a ceiling.
         ("worst channel's mean", worst_mean, allowed.budget(n_position) * of_channels, None),
         # A single value may be the one that was rounded worst, or whose roundings are amplified most.
-        ("largest error / RMS", largest_error, most * of_values, max(of_values, amplified)),
+        ("largest error / RMS", largest_error, most * of_worst, of_worst),
     ):
         theirs, ours = measure(peer, oracle), measure(subject, oracle)
         ceiling = K * times * most if times and allowed.ceilings else math.inf

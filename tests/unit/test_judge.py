@@ -120,6 +120,19 @@ def test_a_single_value_of_the_peer_is_rounding_where_its_condition_says_so() ->
         assert not found.outputs[0]["worst channel"].sound
 
 
+@pytest.mark.parametrize(("error", "explained"), [(1e-3, True), (1e-1, False)])
+def test_a_single_value_of_the_subject_may_be_as_far_off_as_its_condition_says(error: float, explained: bool) -> None:
+    """Where the peer was lucky there: 30 * 64 values, of which one is amplified ten thousand times."""
+    oracle = normal(0, 300, 640)
+    subject = oracle.float()
+    subject[3, 5] += error
+    of = Comparison("s", torch.float32, "b", 0, "i")
+    for largest, passed in ((1.0, False), (1e4, explained)):
+        condition = Condition(1.0, largest)
+        found = judge(of, [oracle], [oracle.float()], [subject], longest_reduction=1, condition=condition)
+        assert (found.outputs[0]["largest error / RMS"].used <= 1) == passed
+
+
 def test_a_chain_has_no_ceiling_but_the_subject_must_beat_zeros() -> None:
     """The errors of all blocks before are in it."""
     oracle = normal(0, 30, 64)
