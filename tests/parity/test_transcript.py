@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import maxwhisper
+from maxwhisper.options import DETECTOR
 from reference import checkpoints, waveforms, windows
 from reference.activations import CLIPS, FIXTURES
 from reference.blocks import pytorch_whisper
@@ -85,6 +86,8 @@ def test_transcripts_together(
 
 @pytest.mark.parametrize("decoding", ["greedy", "words"])
 def test_transcript_in_pieces(subject: maxwhisper.Whisper, peer: Yardstick, decoding: str, run: Run) -> None:
+    for package in DETECTOR:
+        pytest.importorskip(package, reason=f"{package} is not installed: pip install 'maxwhisper[batched]'")
     transcript = compare_pieces(subject, peer, "clips/english-long.mp3", decoding)
     run.transcripts.append(transcript)
     assert transcript.equal and transcript.n_compared, transcript.difference

@@ -122,7 +122,7 @@ def test_a_single_value_of_the_peer_is_rounding_where_its_condition_says_so() ->
 
 @pytest.mark.parametrize(("error", "explained"), [(1e-3, True), (1e-1, False)])
 def test_a_single_value_of_the_subject_may_be_as_far_off_as_its_condition_says(error: float, explained: bool) -> None:
-    """Where the peer was lucky there: 30 * 64 values, of which one is amplified ten thousand times."""
+    """Where the peer was lucky there, and one value is amplified ten thousand times."""
     oracle = normal(0, 300, 640)
     subject = oracle.float()
     subject[3, 5] += error
