@@ -1,5 +1,6 @@
 """Which tests the workers of pytest-xdist share out among them, and that none fails by bad luck or a slow machine."""
 
+import gc
 import re
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,17 @@ from reference.measures import DTYPES
 from reference.models import CHECKPOINT, FIXTURE, SIZES
 
 
+def seed(number: int) -> None:
+    """Does what `torch.manual_seed` does, which notes for GPUs that nobody has used yet who asked: 2 ms a test."""
+    torch.default_generator.manual_seed(number)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(number)
+
+
 class TorchDraws:
     """What PyTorch draws next, which hypothesis sets before each example, as it does for Python and NumPy."""
 
-    seed = staticmethod(torch.manual_seed)
+    seed = staticmethod(seed)
     getstate = staticmethod(torch.get_rng_state)
     setstate = staticmethod(torch.set_rng_state)
 
@@ -30,7 +38,12 @@ settings.load_profile("the same in every run")
 @pytest.fixture(autouse=True)
 def same_draws() -> None:
     """Has every test draw what it draws when it runs alone."""
-    torch.manual_seed(0)
+    seed(0)
+
+
+def pytest_collection_finish() -> None:
+    """Spares the garbage collector what is imported and collected, which stays: 5 % of the unit tests' time."""
+    gc.freeze()
 
 
 MODEL = re.compile(
