@@ -128,9 +128,23 @@ class Suite:
     ) -> list[Judgement]:
         """Returns what `judge` gives, or gave in an earlier run: see `reference.verdicts`. way: tells apart what is
         compared in several ways under one name."""
+        return self.verdicts.recalled(f"{comparison}{way}", tensors, judge) if self.verdicts else judge()
+
+    @property
+    def verdicts(self) -> Verdicts | None:
+        """Returns those of earlier runs, which are kept on a CPU alone."""
         if self.memory is None or self.device != "cpu":
-            return judge()
-        return Verdicts(self.memory, self.model.fingerprint).recalled(f"{comparison}{way}", tensors, judge)
+            return None
+        return Verdicts(self.memory, self.model.fingerprint)
+
+    def finite_as_pytorch(self, comparison: Comparison, given: dict[str, Tensor], way: str) -> bool:
+        """Tells whether MAX's outputs are finite where PyTorch's are, or were in an earlier run. given: the inputs,
+        which differ from those of the comparison in some `way`."""
+        trial = Trial(self, comparison, given, self.executable(BLOCKS[comparison.block], comparison.layer))
+        seen = {f"output {index}": x.isfinite() for index, x in enumerate(trial.subject)}
+        if not self.verdicts:
+            return trial.finite_as_pytorch()
+        return self.verdicts.holds(f"{comparison}, finite, {way}", given | seen, trial.finite_as_pytorch)
 
     def explain(self, comparison: Comparison) -> tuple[Explanation, ...]:
         """Returns where and how MAX errs in the comparison."""

@@ -122,6 +122,15 @@ class Trial:
         """Returns what PyTorch in float64 makes of other inputs of that dtype."""
         return TWINS[self.comparison.block](self.suite.model.oracle, self.comparison.layer, **inputs)
 
+    def finite_as_pytorch(self) -> bool:
+        """Tells whether MAX's outputs are finite where those of PyTorch in the same dtype are, or of the oracle:
+        infinity times what is almost 0 has the sign of a rounding error, and PyTorch's may be the wrong one."""
+        ours, theirs = finite(self.subject), finite(self.peer)
+        if all(map(torch.equal, ours, theirs)):
+            return True
+        each = zip(ours, theirs, finite(self.oracle), strict=True)
+        return all(bool(((mine == its) | (mine == right)).all()) for mine, its, right in each)
+
     def judge(self, subject: Outputs | None = None) -> Judgement:
         """Returns the verdict; the condition of the block is found where it would not pass without.
 
@@ -162,3 +171,8 @@ class Trial:
             with tf32.TF32(rounding):
                 found[tf32.name(rounding)] = self.exactly(in_float64(self.given))
         return found
+
+
+def finite(outputs: Outputs) -> Outputs:
+    """Returns where values are finite."""
+    return [x.isfinite() for x in outputs]

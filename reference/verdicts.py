@@ -81,17 +81,33 @@ class Verdicts:
 
         tensors: what oracle and peer are given beside the weights, and what MAX made of it.
         """
-        key = f"maxwhisper/verdicts/{name}"
-        if (under := circumstances(JUDGES)) is None:
-            return judge()
-        now = fingerprint(tensors, self.model, sources(), *under)
-        known = self.memory.get(key, None)
+        key, now = self.place(name, tensors)
+        known = self.memory.get(key, None) if now else None
         if isinstance(known, dict) and known.get("of") == now:
             return [from_data(data) for data in known["judgements"]]
         judgements = judge()
-        if judgements and all(judgement.passed for judgement in judgements):
+        if now and judgements and all(judgement.passed for judgement in judgements):
             self.memory.set(key, {"of": now, "judgements": [as_data(judgement) for judgement in judgements]})
         return judgements
+
+    def holds(self, name: str, tensors: Mapping[str, Tensor], holds: Callable[[], bool]) -> bool:
+        """Tells what `holds` does, or did for `name` when it was last true, if nothing has changed since.
+
+        tensors: as for `recalled`.
+        """
+        key, now = self.place(name, tensors)
+        if now and self.memory.get(key, None) == {"of": now}:
+            return True
+        if (found := holds()) and now:
+            self.memory.set(key, {"of": now})
+        return found
+
+    def place(self, name: str, tensors: Mapping[str, Tensor]) -> tuple[str, str | None]:
+        """Returns under which key it is kept what `name` stands for, and what all that it depends on is now; None where
+        that is not known."""
+        under = circumstances(JUDGES)
+        now = fingerprint(tensors, self.model, sources(), *under) if under is not None else None
+        return f"maxwhisper/verdicts/{name}", now
 
 
 def fingerprint(tensors: Mapping[str, Tensor], *others: str) -> str:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from reference.models import FIXTURE, Model, load
 from reference.results import Run
 from reference.soak import pytorch_in_the_subjects_place
 from reference.suite import Suite
+from reference.trial import Trial
 from reference.verdicts import Lenient, Memory, Verdicts, as_data, circumstances, fingerprint, from_data
 
 pytestmark = pytest.mark.filterwarnings("ignore:TF32 acceleration")  # of PyTorch, where oneDNN's flags are set
@@ -237,3 +239,22 @@ def test_sources_are_what_is_in_the_files(tmp_path: Path, monkeypatch: pytest.Mo
         file.write_text("K = 5.0")
         found.append(verdicts.sources.__wrapped__())
     assert len(set(found)) == 4
+
+
+def test_what_is_no_number_is_looked_for_again_where_outputs_may_have_changed(model: Model, memory: Memory) -> None:
+    of = comparison(model)
+
+    def finite(change: Callable[[Tensor], Tensor]) -> tuple[bool, int]:
+        """Returns what is said of PyTorch in the place of MAX, and how often PyTorch was asked again for it."""
+        suite = Suite(model, torch.float32, memory=memory)
+        right = pytorch_in_the_subjects_place(suite, of)
+        subject = suite.subject
+        subject.executables[subject.unit(BLOCK), 0] = {BLOCK.name: lambda **given: [change(x) for x in right(**given)]}
+        x = suite.inputs(BLOCK, of)["x"].clone()
+        x[0, 0, 0] = torch.nan
+        with patch.object(Trial, "finite_as_pytorch", autospec=True, side_effect=Trial.finite_as_pytorch) as asked:
+            return suite.finite_as_pytorch(of, {"x": x}, "NaN"), asked.call_count
+
+    assert [finite(Tensor.clone), finite(Tensor.clone)] == [(True, 1), (True, 0)]
+    assert [finite(Tensor.nan_to_num), finite(Tensor.nan_to_num)] == [(False, 1), (False, 1)]
+    assert finite(Tensor.clone) == (True, 0)
