@@ -316,7 +316,10 @@ def last(tokens: list[int], number: int) -> list[int]:
 
 def within(timestamps: Any, n_samples: int) -> list[float]:
     """Moves the `clip_timestamps` of `transcribe` to the end of the audio where they lie behind it: openai-whisper's
-    loop would never end there. Raises OptionError for what is no time in seconds."""
+    loop would never end there. Warns of a clip that is all behind it, of which there is no text.
+
+    Raises OptionError for what is no time in seconds.
+    """
     given = timestamps.split(",") if isinstance(timestamps, str) and timestamps else timestamps
     try:
         clips = [float(each) for each in given] if is_several(given) or given == "" else [math.nan]
@@ -328,4 +331,6 @@ def within(timestamps: Any, n_samples: int) -> list[float]:
     if wrong := backwards(clips):
         raise OptionError(f"clip_timestamps {wrong}")
     end = n_samples // HOP_LENGTH / FRAMES_PER_SECOND
+    if late := [start for start in clips[::2] if start > end]:
+        warn_of(f"clip_timestamps: {late[0]:g} s is behind the end of the audio, at {end:g} s: no text from there")
     return [min(each, end) for each in clips]

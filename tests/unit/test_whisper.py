@@ -137,6 +137,15 @@ def test_clips_end_with_the_audio(model: Whisper) -> None:
     assert model.transcribe(audio, clip_timestamps="0,1000") == model.transcribe(audio)
 
 
+@pytest.mark.parametrize(
+    ("clips", "said"),
+    [("0,1000", ""), ("0,1,2", ""), ("1.5", ""), ("0,1,9,10", "9 s is behind the end of the audio, at 2 s")],
+)
+def test_a_clip_all_behind_the_end_is_told(clips: str, said: str, caplog: pytest.LogCaptureFixture) -> None:
+    within(clips, 2 * SAMPLE_RATE)
+    assert said in caplog.text if said else not caplog.text
+
+
 @pytest.mark.parametrize("clips", ["soon", "0,", "-1", "nan", [0.0, -0.5]])
 def test_clips_that_are_no_times(model: Whisper, clips: str | list[float]) -> None:
     with pytest.raises(OptionError, match="clip_timestamps must be seconds"):
