@@ -279,7 +279,9 @@ class Whisper(Frozen, OpenAIWhisper):
 
     def install_kv_cache_hooks(self, cache: Mapping[torch.nn.Module, torch.Tensor] | None = None) -> Any:
         """Returns a cache for `decoder`, a copy of `cache` if given, and the hooks to remove afterwards: none are
-        needed, unless modules inside the decoder have hooks already."""
+        needed, unless modules inside the decoder have hooks already. Raises OptionError for another cache."""
+        if not isinstance(cache, Mapping | KeyValueCache | None):
+            raise refused("cache", cache, "one that install_kv_cache_hooks returns")
         if self.decoder.hooked():
             return super().install_kv_cache_hooks(cache)
         if isinstance(cache, KeyValueCache):

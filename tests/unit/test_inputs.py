@@ -246,6 +246,7 @@ ODD_ARGUMENTS: dict[str, tuple[Callable[[Whisper, np.ndarray], Any], str]] = {
     "progress": (lambda model, audio: model.transcribe(audio, progress=5), "progress is 5, expected a function"),
     "on_segments": (lambda model, audio: model.transcribe(audio, on_segments=5), "on_segments is 5, expected a func"),
     "clips": (lambda model, audio: model.transcribe(audio, clip_timestamps=[10**400]), "clip_timestamps must be sec"),
+    "cache": (lambda model, audio: model.install_kv_cache_hooks(5), "cache is 5, expected one that install_kv_cache_h"),
     "policy": (lambda model, audio: Session(model, "align-att"), "policy is 'align-att', expected a function"),
 }
 
