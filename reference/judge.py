@@ -52,6 +52,7 @@ from torch import Tensor
 
 from .diagnosis import Diagnosis, diagnose
 from .measures import (
+    CONDITIONED,
     ROUNDING,
     SMALLEST,
     UNIT_ROUNDOFF,
@@ -60,11 +61,9 @@ from .measures import (
     Condition,
     Measure,
     Norms,
-    largest_error,
     measure_logits,
     measure_values,
     norms,
-    relative_l2,
     rows,
     severity,
 )
@@ -295,26 +294,27 @@ def condition(
 ) -> Condition:
     """Returns how many times larger the oracle's answer to a rounding of its inputs is than that rounding.
 
-    oracle: from float64 inputs to outputs. roundoff: the relative size of the rounding, up or down at random in each
-    value. It is the largest of any output in DRAWS draws, for what one draw meets is a matter of luck.
+    oracle: from float64 inputs to outputs. roundoff: the most that rounding changes a value by, relative to it. It is
+    the largest of any output in DRAWS draws, for what one draw meets is a matter of luck.
     """
     generator = torch.Generator().manual_seed(seed)
-    right, (whole, largest) = oracle(dict(inputs)), WELL_CONDITIONED
+    right, found = oracle(dict(inputs)), WELL_CONDITIONED
     for _ in range(DRAWS):
         rounded = {name: perturbed(x, roundoff, generator) for name, x in inputs.items()}
         for before, after in zip(right, oracle(rounded), strict=True):
             error, size = norms(after - before), norms(before)
-            whole = max(whole, relative_l2(error, size) / roundoff)
-            largest = max(largest, largest_error(error, size) / roundoff)
-    return Condition(whole, largest)
+            times = (measure(error, size) / roundoff for measure in CONDITIONED)
+            found = Condition(*map(max, found, times))
+    return found
 
 
 def perturbed(x: Tensor, roundoff: float, generator: torch.Generator) -> Tensor:
-    """Returns x with every value larger or smaller by the relative `roundoff`; as it is where it holds integers."""
+    """Returns x with every value as far off as a rounding leaves it, by up to the relative `roundoff`; as it is where
+    it holds integers."""
     if not x.is_floating_point():
         return x
-    signs = torch.randint(0, 2, x.shape, generator=generator).to(x.device) * 2 - 1
-    return x * (1 + roundoff * signs)
+    errors = torch.rand(x.shape, dtype=torch.float64, generator=generator).to(x.device) * 2 - 1
+    return x + roundoff * errors * x  # not x * (1 + ...), which is x in the dtype that has this roundoff
 
 
 def explain(

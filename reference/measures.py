@@ -106,11 +106,15 @@ class Norms:
 class Condition(NamedTuple):
     """How many times larger an oracle's answer to one rounding of its inputs is than that rounding, at least 1.
 
-    whole: in relative L2. largest: in the largest error over the RMS, which a single value decides.
+    whole: in relative L2. largest: in the largest error over the RMS, which a single value decides, and with it what
+    holds few others: channel, small_channel and mean, each in the measure of that name.
     """
 
     whole: float = 1.0
     largest: float = 1.0
+    channel: float = 1.0
+    small_channel: float = 1.0
+    mean: float = 1.0
 
 
 WELL_CONDITIONED = Condition()
@@ -130,10 +134,11 @@ class Allowance:
     condition: Condition = WELL_CONDITIONED
     ceilings: bool = True
 
-    def budget(self, n_mean: int = 1) -> float:
+    def budget(self, n_mean: int = 1, condition: float | None = None) -> float:
         """Returns the budget where the peer is exact, of a mean over so many, in which the errors of values cancel
-        out."""
-        return K * max(self.values / math.sqrt(n_mean), self.sums) + (self.condition.whole - 1) * self.most
+        out. condition: of what is measured, if not of the whole."""
+        times = self.condition.whole if condition is None else condition
+        return K * max(self.values / math.sqrt(n_mean), self.sums) + (times - 1) * self.most
 
     def below(self, error_of_zeros: float) -> float:
         """Returns the largest error that is not yet that of zeros, which is that of twice the right values too;
@@ -186,6 +191,9 @@ def largest_error(error: Norms, oracle: Norms) -> float:
     return error.largest / oracle.size
 
 
+CONDITIONED = (relative_l2, largest_error, worst_channel, worst_small_channel, worst_mean)
+"""The measures that a `Condition` is of, in its order."""
+
 VALUES = (
     "relative L2",
     "worst position",
@@ -200,26 +208,31 @@ VALUES = (
 def measure_values(oracle: Norms, peer: Norms, subject: Norms, allowed: Allowance) -> list[Measure]:
     """Returns the errors of peer and subject, with what each may be."""
     n_position, n_channel, least = len(oracle.positions), len(oracle.channels), allowed.budget()
-    most = allowed.condition.whole * allowed.most
+    condition = allowed.condition
+    most = condition.whole * allowed.most
     # A rounding error is relative to its own value, so a channel's follows that channel, and the largest error the
     # largest value where that is further out than the largest of so many normal errors.
     of_channels = expected_maximum(n_channel) * max(1.0, worst_channel(oracle, oracle))
     of_small = expected_maximum((n_channel + 1) // 2) * max(1.0, worst_small_channel(oracle, oracle))
     of_values = max(expected_maximum(n_position * n_channel), largest_error(oracle, oracle))
     # Where a single value amplifies its roundings most, it is luck which side has the worse one.
-    of_worst = max(of_values, allowed.condition.largest / allowed.condition.whole)
+    of_worst = max(of_values, condition.largest / condition.whole)
+    of_worst_channel = max(of_channels, condition.channel / condition.whole)
+    channel = max(least * of_channels, allowed.budget(condition=condition.channel))
+    small_channel = max(least * of_small, allowed.budget(condition=condition.small_channel))
+    mean = max(allowed.budget(n_position) * of_channels, allowed.budget(n_position, condition.mean))
     measures = []
     for name, measure, exact, times in (
         ("relative L2", relative_l2, least, 1.0),
         # Relative to itself a position whose values cancel out is honestly as far off as rounding explains. One that
         # the peer has wrong shows in the largest error.
         ("worst position", worst_position, most * expected_maximum(n_position), None),
-        ("worst channel", worst_channel, least * of_channels, of_channels),
+        ("worst channel", worst_channel, channel, of_worst_channel),
         # What comes from large channels may be in the peer's error too.
-        ("worst small channel", worst_small_channel, least * of_small, None),
+        ("worst small channel", worst_small_channel, small_channel, None),
         # Sums of nearly the same terms are rounded in nearly the same way at every position. A channel's mean error is
         # at most its RMS, for which the peer has a ceiling.
-        ("worst channel's mean", worst_mean, allowed.budget(n_position) * of_channels, None),
+        ("worst channel's mean", worst_mean, mean, None),
         # A single value may be the one that was rounded worst, or whose roundings are amplified most.
         ("largest error / RMS", largest_error, most * of_worst, of_worst),
     ):

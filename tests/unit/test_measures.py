@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from reference.judge import Comparison, Judgement, Output, condition, judge, perturbed
+from reference.judge import UNIT_ROUNDOFF, Comparison, Judgement, Output, condition, judge, perturbed
 from reference.measures import (
     WELL_CONDITIONED,
     Allowance,
@@ -227,14 +227,17 @@ def test_values_of_one_number_and_of_chains_count_as_sums() -> None:
 # ---- conditions ----------------------------------------------------------------------------------------------------
 
 
-def test_a_rounding_goes_up_and_down() -> None:
-    x, tokens = torch.ones(1000, dtype=torch.float64), torch.arange(5)
-    found = perturbed(x, 0.5, torch.Generator().manual_seed(0))
-    assert set(found.tolist()) == {0.5, 1.5} and 400 < int((found == 1.5).sum()) < 600
+@pytest.mark.parametrize("dtype", UNIT_ROUNDOFF)
+def test_a_rounding_goes_up_and_down(dtype: torch.dtype) -> None:
+    x, tokens = torch.arange(1.0, 1001.0, dtype=torch.float64), torch.arange(5)
+    relative = perturbed(x, UNIT_ROUNDOFF[dtype], torch.Generator().manual_seed(0)) / x - 1
+    assert relative.abs().max() < UNIT_ROUNDOFF[dtype] < relative.square().mean().sqrt() * 2
+    assert 400 < int((relative > 0).sum()) < 600 and (relative != 0).all()
     assert perturbed(tokens, 0.5, torch.Generator()) is tokens
 
 
-def test_a_condition_is_the_worst_of_any_output_and_draw() -> None:
+def test_a_condition_is_the_worst_of_any_output_and_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reference.judge.perturbed", lambda x, roundoff, generator: x * (1 + roundoff))
     amplified = iter([1.0, 1.0, 1.0, 8.0, 1.0])
 
     def oracle(given: dict[str, Tensor]) -> list[Tensor]:
@@ -244,5 +247,6 @@ def test_a_condition_is_the_worst_of_any_output_and_draw() -> None:
         return [1 + change / 2, 1 + single, 1 + change]
 
     x = torch.ones(64, dtype=torch.float64)
-    assert condition(oracle, {"x": x}, 2**-10) == (8.0, 32.0)
+    found = condition(oracle, {"x": x}, 2**-10)
+    assert (found.whole, found.largest, found.channel, found.mean) == (8.0, 32.0, 32.0, 32.0)
     assert condition(lambda given: [0 * given["x"] + 1], {"x": x}, 2**-10) == WELL_CONDITIONED
