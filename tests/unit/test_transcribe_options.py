@@ -123,7 +123,8 @@ def test_what_many_texts_cost_is_announced_once(
     model: Whisper, mel: torch.Tensor, name: str, temperature: float, caplog: pytest.LogCaptureFixture
 ) -> None:
     for n_text in (32, 33, 33):
-        model.decode(mel, DecodingOptions(fp16=False, **SHORT | {name: n_text, "temperature": temperature}))
+        options = SHORT | {name: n_text, "temperature": temperature, "sample_len": 1}
+        model.decode(mel, DecodingOptions(fp16=False, **options))
     [said] = [each for each in caplog.messages if "warning" in each]
     assert said == f"warning: {name} is 33: a window takes the time of 33 texts or more, and 0.045 GB for them"
 
@@ -227,6 +228,7 @@ def test_numbers_of_a_result_are_pythons(model: Whisper, audio: np.ndarray, monk
         return {type(value)}
 
     options = {**SHORT, "sample_len": None, "word_timestamps": True, "temperature": np.float32(0)}
+    audio = audio[: 3 * 16000]
     result = model.transcribe(audio, **options)
     assert result["segments"][0]["words"] and kinds(result) == {str, int, float}
     assert dict(model.transcribe_many([audio, audio], 2, **options)) == {0: result, 1: result}
@@ -263,10 +265,10 @@ def test_a_prompt_is_carried_to_every_window(
     long = np.concatenate([audio, np.zeros(16000 * 30 - len(audio), np.float32), audio])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for _ in range(2):
+        for _ in range(1 + (n_token > 223)):
             model.transcribe(long, initial_prompt=text, carry_initial_prompt=True, **SHORT)
     used = tokens[-223:]
-    assert len(prompts) > 2
+    assert len(prompts) > 1
     assert all(prompt[-223:][: len(used)] == used for prompt in prompts)
     assert any(len(prompt) > len(used) for prompt in prompts) == (n_token < 223)
     said = "initial_prompt has 300 tokens, of which the last 223 are used: shorten it".replace("300", str(n_token))
