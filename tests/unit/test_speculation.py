@@ -110,26 +110,26 @@ class Counted:
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "clips"),
     [
-        {},
-        {"without_timestamps": True},
-        {"suppress_tokens": [EOT], "sample_len": 2 * MAX_STEPS + 6},
-        {"prompt": list(range(1000, 1223))},
+        ({}, SOME),
+        ({"without_timestamps": True}, SOME[:3:2]),
+        ({"suppress_tokens": [EOT], "sample_len": 2 * MAX_STEPS + 6}, SOME[:3]),
+        ({"prompt": list(range(1000, 1223))}, SOME[:3:2]),
     ],
     ids=["timestamps", "no timestamps", "no end", "long prompt"],
 )
 def test_texts_are_what_they_are_without_proposals(
-    model: Whisper, heard: torch.Tensor, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    model: Whisper, heard: torch.Tensor, options: dict[str, Any], clips: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Together and alone."""
-    heard = heard[SOME]
+    heard = heard[clips]
     expected = by_steps(model, heard, **options)
     counted = Counted(model, monkeypatch)
     assert decoded(model, heard, **options) == expected
     assert max(map(len, counted.gained)) == len(heard)
-    for i in (0, 2):
-        assert decoded(model, heard[i : i + 1], **options) == expected[i : i + 1]
+    for some, found in ((heard[:1], expected[:1]), (heard[-1:], expected[-1:])):
+        assert decoded(model, some, **options) == found
     if not options:
         assert len({len(tokens) for tokens, *_ in expected}) > 3  # so that some wait for others
         assert max(len(tokens) for tokens, *_ in expected) > 2 * MAX_STEPS

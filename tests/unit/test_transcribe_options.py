@@ -208,11 +208,22 @@ TAKEN: list[tuple[dict[str, Any], dict[str, Any]]] = [
 ]
 
 
+@pytest.fixture(scope="module")
+def usual(model: Whisper, audio: np.ndarray) -> dict[str, dict[str, Any]]:
+    """Returns the transcript by what options are in the form that most have."""
+    forms = {str(same): same for _, same in TAKEN}
+    return {name: model.transcribe(audio, **{**SHORT, **same}) for name, same in forms.items()}
+
+
 @pytest.mark.parametrize(("given", "same"), TAKEN, ids=lambda each: " ".join(str(each).split())[:40])
 def test_any_form_of_an_option_is_taken(
-    model: Whisper, audio: np.ndarray, given: dict[str, Any], same: dict[str, Any]
+    model: Whisper,
+    audio: np.ndarray,
+    usual: dict[str, dict[str, Any]],
+    given: dict[str, Any],
+    same: dict[str, Any],
 ) -> None:
-    assert model.transcribe(audio, **{**SHORT, **given}) == model.transcribe(audio, **{**SHORT, **same})
+    assert model.transcribe(audio, **{**SHORT, **given}) == usual[str(same)]
 
 
 def test_the_list_of_a_caller_stays_as_it_is(model: Whisper, mel: torch.Tensor) -> None:
@@ -259,7 +270,7 @@ def prompts(model: Whisper, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
 def test_a_prompt_is_carried_to_every_window(
     model: Whisper, audio: np.ndarray, prompts: list[list[int]], n_token: int
 ) -> None:
-    text = " the" * n_token
+    text = " apple" * 3 + " the" * (n_token - 3)
     tokens = get_tokenizer(True, num_languages=model.num_languages).encode(text)
     assert len(tokens) == n_token
     long = np.concatenate([audio, np.zeros(16000 * 30 - len(audio), np.float32), audio])
