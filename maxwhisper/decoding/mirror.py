@@ -41,6 +41,8 @@ class Mirror:
     def put(self) -> None:
         """Copies what is `here` to the device."""
         self.device_memory[: self.end_there].inplace_copy_from(buffer(self.memory[: self.end_there]))
+        if self.device_memory.device.is_host:  # which, unlike a GPU, may execute a graph before it has copied
+            self.device_memory.device.synchronize()
 
     def get(self) -> dict[str, Tensor]:
         """Returns what the device has changed and found, once it has done so."""

@@ -10,8 +10,6 @@ from reference.fixtures import NANO
 @cache
 def small_graphs() -> dict[str, Executable]:
     """Returns them by name, with the weights of the trained fixture where they take some, those of its second layer."""
-    from . import test_attention_kernels, test_device_rules, test_speculation  # which import this one
-
     programs = [
         *test_attention_kernels.attentions(),
         *test_device_rules.rules_and_beams(),
@@ -19,3 +17,7 @@ def small_graphs() -> dict[str, Executable]:
     ]
     assert len({program.name for program in programs}) == len(programs)
     return Artifact("small graphs", programs, "cpu").init(load_checkpoint(NANO).tensors, text_layer=1)
+
+
+# Which import this one; not within a test, or hypothesis takes theirs for nested in it.
+from . import test_attention_kernels, test_device_rules, test_speculation  # noqa: E402

@@ -120,7 +120,7 @@ def test_who_stops_waiting_is_not_served(scheduler: Scheduler, long: np.ndarray,
     begun = Event()
     first, waiting = Caller(scheduler), [Caller(scheduler) for _ in range(2)]
     with ThreadPoolExecutor(3) as pool:
-        minutes = np.tile(long, 8)  # so that none is done before it is stopped
+        minutes = np.tile(long, 4)  # so that none is done before it is stopped
         asked = [pool.submit(first.transcribe, minutes, on_segments=lambda _: begun.set())]
         asked += [pool.submit(each.transcribe, minutes) for each in waiting]
         assert begun.wait(30)

@@ -134,12 +134,12 @@ def test_a_minute_of_silence(model: Whisper, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_pause_of_40_seconds(model: Whisper, monkeypatch: pytest.MonkeyPatch) -> None:
     session = Session(model, language="en")
-    fed(session, SHORT)
+    fed(session, SHORT, SECOND)
     decodings = Decodings(monkeypatch, model)
     fed(session, np.zeros(40 * SECOND, np.float32))
     before = session.settled
     assert decodings.number <= 4 and before.endswith((".", "?")) and not session.tentative
-    fed(session, SHORT)
+    fed(session, SHORT, SECOND)
     assert session.settled.startswith(before) and " Where is the young" in session.settled[len(before) :]
 
 
@@ -159,7 +159,7 @@ def test_two_sessions_at_once(model: Whisper) -> None:
 
     def text(speech: np.ndarray) -> str:
         session = Session(model)
-        fed(session, speech)
+        fed(session, speech, SECOND)
         session.feed(np.zeros(2 * SECOND, np.float32))
         return session.settled
 
@@ -220,7 +220,7 @@ def test_options_are_those_of_transcribe(model: Whisper) -> None:
 def test_what_is_skipped_is_in_the_transcript(model: Whisper) -> None:
     session = Session(model, language="en", temperature=0.0)
     half = len(SPEECH) // 2
-    fed(session, SPEECH[:half])
+    fed(session, SPEECH[:half], SECOND)
     session.skip(SPEECH[half:])
     settled = session.settled
     assert "Where" not in settled and settled and not session.tentative

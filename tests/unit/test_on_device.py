@@ -55,7 +55,7 @@ from .test_decoding import (
     PROMPT,
     SAMPLE_BEGIN,
 )
-from .test_scheduling import SOME
+from .test_scheduling import SOME, recorded
 
 # ---- blocks --------------------------------------------------------------------------------------------------------
 
@@ -124,8 +124,7 @@ def usual() -> Whisper:
 
 @pytest.fixture(scope="module")
 def recordings() -> list[np.ndarray]:
-    """Returns recordings of one window and, cut to its second one, of several."""
-    return [load_audio(clip)[: 33 * SAMPLE_RATE] for clip in SOME]
+    return [*map(recorded, SOME)]
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +205,7 @@ def windows(n: int) -> torch.Tensor:
 def test_windows_of_a_batch_as_alone(model: Whisper, usual: Whisper) -> None:
     """Batches differ from those before, and windows for as many texts do too: there is room for each."""
     mel = windows(3)
-    for n, beam_size, sample_len in ((1, 3, 12), (3, None, 12), (1, 3, 12), (1, None, 12), (2, None, None)):
+    for n, beam_size, sample_len in ((1, 3, 6), (3, None, 6), (1, 3, 6), (1, None, 6), (2, None, None)):
         options = DecodingOptions(language="en", beam_size=beam_size, sample_len=sample_len, fp16=False)
         ours, theirs = (each.decode(mel[:n], options) for each in (model, usual))
         assert [each.tokens for each in ours] == [each.tokens for each in theirs]
@@ -328,7 +327,7 @@ def test_a_step_is_captured_once_and_replayed(
     model: Whisper, monkeypatch: pytest.MonkeyPatch, number: int, beam_size: int | None
 ) -> None:
     """What it reads and writes is in the same memory at every step, of one window and of the next, and of others."""
-    options = DecodingOptions(language="en", beam_size=beam_size, sample_len=12, fp16=False)
+    options = DecodingOptions(language="en", beam_size=beam_size, sample_len=6, fp16=False)
     expected = decoded(model, options, 1, 2, 1)
     gpu, captured = on_a_gpu(model, monkeypatch)
     assert decoded(gpu, options, 1, 2, 1) == expected
@@ -395,15 +394,15 @@ def test_beams_that_are_looked_at_now_and_then(model: Whisper, monkeypatch: pyte
             return advanced
 
     recorded = model.stepping_by(Recorded(model.network, model.dims, CPU()))
-    for n_step in (24, 5, 1):
+    for n_step in (11, 5, 1):
         monkeypatch.setattr("maxwhisper.decoding.gpu.STEPS_AT_ONCE", n_step)
-        recorded.decode(windows(1), DecodingOptions(language="en", beam_size=5, sample_len=24, fp16=False))
+        recorded.decode(windows(1), DecodingOptions(language="en", beam_size=5, sample_len=11, fp16=False))
         assert all(map(torch.equal, found[-1], found[0]))
 
 
 @pytest.mark.parametrize("beam_size", [MAX_CANDIDATES - 1, MAX_CANDIDATES])
 def test_as_many_beams_as_there_are_candidates_for_and_more(model: Whisper, usual: Whisper, beam_size: int) -> None:
-    options = DecodingOptions(language="en", beam_size=beam_size, sample_len=16, fp16=False)
+    options = DecodingOptions(language="en", beam_size=beam_size, sample_len=8, fp16=False)
     (ours,), (theirs,) = (each.decode(windows(1), options) for each in (model, usual))
     assert ours.tokens == theirs.tokens
 

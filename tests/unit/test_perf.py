@@ -27,7 +27,7 @@ from reference.perf.engine import ENGINES, Setting, Worker, WorkerError
 from reference.perf.gate import Trees, checked_out, compare
 from reference.perf.rank_test import FACTOR, P, RankTest, rank_test
 from reference.perf.table import Row, table
-from reference.perf.worker import LOOPS, MATRIX, N_TOKEN, Blocks
+from reference.perf.worker import LOOPS, MATRIX, Blocks
 from reference.suite import Suite
 from tests.perf.conftest import Timing
 from tests.perf.test_speed import Timed
@@ -263,12 +263,13 @@ def test_decode_loops_are_timed_in_float32(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_decode_loop_finds_as_many_tokens_in_every_window(engine: str) -> None:
+def test_a_decode_loop_finds_as_many_tokens_in_every_window(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "N_TOKEN", 5)
     blocks = Blocks(Suite(trained(), torch.float32))
     features = torch.randn(2, blocks.suite.dims.n_audio_ctx, blocks.suite.dims.n_audio_state)
     for loop in LOOPS.values():
         found = blocks.decoding(loop, features, engine)()
-        assert [len(result.tokens) for result in found] == [N_TOKEN] * loop.n_window
+        assert [len(result.tokens) for result in found] == [5] * loop.n_window
 
 
 # ---- time on a GPU -------------------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ from reference.fixtures import FIXTURES
 from .command import StubModel
 from .serving import KEY, LIMITS, in_thread
 
-CLIP = FIXTURES / "clips" / "english-3.mp3"
+CLIP = FIXTURES / "clips" / "english-2.flac"
 TRANSCRIPTION = "conversation.item.input_audio_transcription."
 RATE = 24000
 
@@ -168,9 +168,9 @@ def test_items_of_a_connection_are_done_in_their_order(client: Client, pcm: byte
 
 
 def test_odd_pieces_are_the_same_audio(client: Client, model: Whisper, pcm: bytes) -> None:
-    client.append(pcm[: 2 * RATE], at_once=999)
+    client.append(pcm[: 4 * RATE], at_once=999)
     client.connection.input_audio_buffer.commit()
-    assert client.until(f"{TRANSCRIPTION}completed")[-1].transcript == expected(model, pcm[: 2 * RATE])
+    assert client.until(f"{TRANSCRIPTION}completed")[-1].transcript == expected(model, pcm[: 4 * RATE])
 
 
 @pytest.mark.parametrize(

@@ -69,9 +69,9 @@ def test_every_thread_that_shares_a_model_has_what_it_has_alone(
     alone = [model.transcribe(clip, **options) for clip in clips]
     each = [partial(model.transcribe, clip, **options) for clip in clips]
     many = [lambda n=n: dict(model.transcribe_many(clips, n, **options)) for n in (2, 3)]
-    found = at_once(*each, *many, *each, *each[:2])
+    found = at_once(*each, *many, *each)
     assert found[3:5] == [dict(enumerate(alone))] * 2
-    assert [*found[:3], *found[5:]] == [*alone, *alone, *alone[:2]]
+    assert [*found[:3], *found[5:]] == [*alone, *alone]
 
 
 def test_another_model_is_used_while_recordings_advance_together(model: Whisper, audio: np.ndarray) -> None:
@@ -223,12 +223,20 @@ def test_defaults_of_the_program_change_nothing_that_a_model_computes(
 # ---- numba's cache --------------------------------------------------------------------------------------------------
 
 
+def backtrace(trace: np.ndarray) -> np.ndarray:
+    return trace
+
+
+def dtw_cpu(x: np.ndarray) -> np.ndarray:
+    """Has every token said in a frame of its own."""
+    return np.stack((np.arange(x.shape[0]), np.arange(x.shape[0])))
+
+
 @pytest.fixture
-def search(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Yields the search for word timestamps, not compiled yet."""
-    backtrace = numba.jit(nopython=True)(timing.backtrace.py_func)
-    monkeypatch.setitem(timing.dtw_cpu.py_func.__globals__, "backtrace", backtrace)
-    monkeypatch.setattr(timing, "dtw_cpu", numba.jit(nopython=True)(timing.dtw_cpu.py_func))
+def search(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Has word timestamps found by functions that numba, for which they are not compiled yet, compiles soon."""
+    for function in (backtrace, dtw_cpu):
+        monkeypatch.setattr(timing, function.__name__, numba.jit(nopython=True)(function))
     keep_alignment_compiled.cache_clear()
     yield
     keep_alignment_compiled.cache_clear()
@@ -240,7 +248,7 @@ def fails(*_: Any) -> None:
 
 @pytest.mark.parametrize("method", ["__init__", "load_overload", "save_overload"])
 def test_a_cache_that_does_not_work_is_done_without(
-    search: Any, model: Whisper, audio: np.ndarray, monkeypatch: pytest.MonkeyPatch, method: str
+    search: None, model: Whisper, audio: np.ndarray, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     monkeypatch.setattr(FunctionCache, "load_overload", lambda *_: None)
     monkeypatch.setattr(FunctionCache, method, fails)
@@ -249,9 +257,11 @@ def test_a_cache_that_does_not_work_is_done_without(
 
 
 def test_words_are_timed_where_nothing_is_compiled(
-    search: Any, model: Whisper, audio: np.ndarray, monkeypatch: pytest.MonkeyPatch
+    model: Whisper, audio: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """NUMBA_DISABLE_JIT has it so: the functions are Python's then."""
     for name in ("backtrace", "dtw_cpu"):
         monkeypatch.setattr(timing, name, getattr(timing, name).py_func)
+    keep_alignment_compiled.cache_clear()
     assert model.transcribe(audio, **SHORT, word_timestamps=True)["segments"][0]["words"]
+    keep_alignment_compiled.cache_clear()

@@ -70,7 +70,7 @@ EOT = 50257
         {},
         {"beam_size": 5},
         *({"sample_len": n} for n in (1, 2, 7)),
-        {"prompt": [440] * 223, "sample_len": 448, "suppress_tokens": [EOT]},
+        {"prompt": [440] * 223, "prefix": [440] * 160, "suppress_tokens": [EOT]},
     ],
     ids=["greedy", "beams", "one token", "two tokens", "seven tokens", "to the end of the context"],
 )

@@ -123,7 +123,8 @@ def test_what_many_texts_cost_is_announced_once(
     model: Whisper, mel: torch.Tensor, name: str, temperature: float, caplog: pytest.LogCaptureFixture
 ) -> None:
     for n_text in (32, 33, 33):
-        model.decode(mel, DecodingOptions(fp16=False, **SHORT | {name: n_text, "temperature": temperature}))
+        options = SHORT | {name: n_text, "temperature": temperature, "sample_len": 1}
+        model.decode(mel, DecodingOptions(fp16=False, **options))
     [said] = [each for each in caplog.messages if "warning" in each]
     assert said == f"warning: {name} is 33: a window takes the time of 33 texts or more, and 0.045 GB for them"
 
@@ -207,11 +208,22 @@ TAKEN: list[tuple[dict[str, Any], dict[str, Any]]] = [
 ]
 
 
+@pytest.fixture(scope="module")
+def usual(model: Whisper, audio: np.ndarray) -> dict[str, dict[str, Any]]:
+    """Returns the transcript by what options are in the form that most have."""
+    forms = {str(same): same for _, same in TAKEN}
+    return {name: model.transcribe(audio, **{**SHORT, **same}) for name, same in forms.items()}
+
+
 @pytest.mark.parametrize(("given", "same"), TAKEN, ids=lambda each: " ".join(str(each).split())[:40])
 def test_any_form_of_an_option_is_taken(
-    model: Whisper, audio: np.ndarray, given: dict[str, Any], same: dict[str, Any]
+    model: Whisper,
+    audio: np.ndarray,
+    usual: dict[str, dict[str, Any]],
+    given: dict[str, Any],
+    same: dict[str, Any],
 ) -> None:
-    assert model.transcribe(audio, **{**SHORT, **given}) == model.transcribe(audio, **{**SHORT, **same})
+    assert model.transcribe(audio, **{**SHORT, **given}) == usual[str(same)]
 
 
 def test_the_list_of_a_caller_stays_as_it_is(model: Whisper, mel: torch.Tensor) -> None:
@@ -227,6 +239,7 @@ def test_numbers_of_a_result_are_pythons(model: Whisper, audio: np.ndarray, monk
         return {type(value)}
 
     options = {**SHORT, "sample_len": None, "word_timestamps": True, "temperature": np.float32(0)}
+    audio = audio[: 3 * 16000]
     result = model.transcribe(audio, **options)
     assert result["segments"][0]["words"] and kinds(result) == {str, int, float}
     assert dict(model.transcribe_many([audio, audio], 2, **options)) == {0: result, 1: result}
@@ -257,16 +270,16 @@ def prompts(model: Whisper, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
 def test_a_prompt_is_carried_to_every_window(
     model: Whisper, audio: np.ndarray, prompts: list[list[int]], n_token: int
 ) -> None:
-    text = " the" * n_token
+    text = " apple" * 3 + " the" * (n_token - 3)
     tokens = get_tokenizer(True, num_languages=model.num_languages).encode(text)
     assert len(tokens) == n_token
     long = np.concatenate([audio, np.zeros(16000 * 30 - len(audio), np.float32), audio])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for _ in range(2):
+        for _ in range(1 + (n_token > 223)):
             model.transcribe(long, initial_prompt=text, carry_initial_prompt=True, **SHORT)
     used = tokens[-223:]
-    assert len(prompts) > 2
+    assert len(prompts) > 1
     assert all(prompt[-223:][: len(used)] == used for prompt in prompts)
     assert any(len(prompt) > len(used) for prompt in prompts) == (n_token < 223)
     said = "initial_prompt has 300 tokens, of which the last 223 are used: shorten it".replace("300", str(n_token))
