@@ -214,6 +214,8 @@ def broken_files(folder: Path) -> dict[str, tuple[Path, str]]:
     unknown = write_wave(folder / "unknown.wav", tone())
     data = unknown.read_bytes()
     unknown.write_bytes(data[:20] + b"\x77\x77" + data[22:])  # the tag of its encoding
+    fast = write_wave(folder / "fast.wav", tone())
+    fast.write_bytes(data[:24] + (500_000_000).to_bytes(4, "little") + data[28:])
     undecodable = write(folder / "damaged.m4a", noise(), "aac", "fltp")
     overwrite_packets(undecodable, 1.0)
     return {
@@ -224,13 +226,26 @@ def broken_files(folder: Path) -> dict[str, tuple[Path, str]]:
         "video": (write_video(folder / "silent.mp4"), "no audio stream"),
         "no samples": (write_wave(folder / "header.wav", np.zeros(0)), "no audio samples"),
         "unknown encoding": (unknown, "no decoder"),
+        "500 MHz": (fast, "has 500000000 samples per second, more than any recording"),
         "undecodable": (undecodable, "packets do not decode"),
         "channels": (write_wave(folder / "channels.wav", tone(), 9), "cannot be read as audio"),
     }
 
 
 @pytest.mark.parametrize(
-    "case", ["missing", "folder", "empty", "text", "video", "no samples", "unknown encoding", "undecodable", "channels"]
+    "case",
+    [
+        "missing",
+        "folder",
+        "empty",
+        "text",
+        "video",
+        "no samples",
+        "unknown encoding",
+        "500 MHz",
+        "undecodable",
+        "channels",
+    ],
 )
 def test_files_without_audio(tmp_path: Path, case: str) -> None:
     path, reason = broken_files(tmp_path)[case]
