@@ -29,7 +29,7 @@ from reference.fixtures import FIXTURES, NANO, ROOT
 
 from .compiling import nothing_compiles
 
-CLIP = FIXTURES / "clips" / "english-4.ogg"
+CLIP = FIXTURES / "clips" / "english-1.wav"
 PACKAGE = ROOT / "maxwhisper"
 
 Manifest = dict[str, Any]
@@ -116,7 +116,7 @@ def test_a_process_with_an_empty_compile_cache_transcribes_in_seconds(compiled: 
     environment = {"MODULAR_CACHE_DIR": str(cache), "MODULAR_MAX_CACHE_DIR": str(cache), "TMPDIR": str(tmp_path)}
     home = {"HOME": "/proc/nowhere", "XDG_CACHE_HOME": "", "MAXWHISPER_CACHE_DIR": ""}
     [*texts, last], compilations, cpu_seconds, complaints = alone(compiled, **environment, **home)
-    assert [*texts, last] == 2 * [last] and last.startswith(" Where is the simple engine that Thomas counted?")
+    assert [*texts, last] == 2 * [last] == 2 * [" Where is the young doctor that Hector found?"]
     assert compilations == 0 and not list(cache.iterdir())
     [warning] = complaints.splitlines()
     assert "/proc/nowhere/.cache/maxwhisper: cannot be used as a cache (No such file or directory)" in warning
@@ -244,7 +244,7 @@ def test_what_max_cannot_read_is_named(changed: Callable[..., Path]) -> None:
 # ---- what load_model keeps -----------------------------------------------------------------------------------------
 
 
-def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
+def test_a_second_process_compiles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor where the cache has been moved to; and what the first one compiled, in two threads, it compiled once."""
     first, moved = tmp_path / "first", tmp_path / "moved"
     first.mkdir()
@@ -252,7 +252,11 @@ def test_a_second_process_compiles_nothing(tmp_path: Path) -> None:
     texts, compilations, _, complaints = alone("", MAXWHISPER_CACHE_DIR=str(first))
     assert (texts, compilations, complaints) == (2 * texts[:1], 4, "")
     first.rename(moved)
-    assert alone("", MAXWHISPER_CACHE_DIR=str(moved))[:2] == (texts, 0)
+    monkeypatch.setenv("MAXWHISPER_CACHE_DIR", str(moved))
+    monkeypatch.setattr("maxwhisper.engine.program.kernel_library", None)  # without which no graph is built
+    with nothing_compiles():
+        found = load_model(NANO).transcribe(str(CLIP), word_timestamps=True, temperature=0, beam_size=None)
+    assert found["text"] == texts[0]
 
 
 def test_artifacts_count_whatever_was_loaded_before(changed: Callable[..., Path]) -> None:
