@@ -141,10 +141,10 @@ def test_lossless_samples_are_exact(tmp_path: Path, ending: str, codec: str, sam
     ],
 )
 def test_rates_and_layouts(tmp_path: Path, ending: str, codec: str, sample_format: str, layout: str, rate: int) -> None:
-    audio = load_audio(write(tmp_path / f"a.{ending}", tone(2, rate), codec, sample_format, layout, rate))
+    audio = load_audio(write(tmp_path / f"a.{ending}", tone(1, rate), codec, sample_format, layout, rate))
     assert loudest(audio) == TONE
     if (ending, codec, sample_format) in LOSSLESS:
-        assert audio.shape == (2 * SAMPLE_RATE,)
+        assert audio.shape == (SAMPLE_RATE,)
 
 
 def test_channels_are_averaged(tmp_path: Path) -> None:
