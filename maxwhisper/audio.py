@@ -54,6 +54,10 @@ JOINED = 2**16
 MOST_RATE = 2**31 - 1
 """Samples per second, as libav counts them."""
 
+HIGHEST_RATE = 2**24
+"""Samples per second that a file may have, more than any recording has. To resample from more, as a damaged header may
+ask for, takes seconds and hundreds of MB, be there one sample or many."""
+
 LOUDEST = 2
 """Samples beyond this were not meant to be in [-1, 1]: lossy decoders and resamplers overshoot it by less than 6 dB."""
 
@@ -66,15 +70,15 @@ def load_audio(file: str | os.PathLike[str], sr: int = SAMPLE_RATE) -> np.ndarra
 
     The counterpart of openai-whisper's `load_audio` and, like it, what ffmpeg makes of the file: the stream is the one
     that libav ranks best, samples pass through signed 16 bit, and of a truncated or damaged file what can be decoded
-    is returned. Two things are stricter here: packets left out for damage are announced by a RuntimeWarning, and a NaN
-    or an infinity is an error, because the conversion to 16 bit would turn it into a plausible sample. Where the stream
-    starts late in the file, or has gaps, nothing fills them, as in openai-whisper: another RuntimeWarning says so, if
-    times come out wrong by more than an eighth of a second. What can be read once, as a pipe, is read once, and may be
-    of any format; a device is refused, since most never end.
+    is returned. Three things are stricter here: packets left out for damage are announced by a RuntimeWarning, a NaN or
+    an infinity is an error, because the conversion to 16 bit would turn it into a plausible sample, and so is a rate
+    that no recording has. Where the stream starts late in the file, or has gaps, nothing fills them, as in
+    openai-whisper: another RuntimeWarning says so, if times come out wrong by more than an eighth of a second. What can
+    be read once, as a pipe, is read once, and may be of any format; a device is refused, since most never end.
 
     Returns: float32 (samples,) in [-1, 1).
     Raises: AudioError if the file cannot be opened, has no audio stream, yields no sample, does not decode for the
-    most part, or holds a sample that is not finite; OptionError for another `sr` or `file`.
+    most part, has a rate above 2**24, or holds a sample that is not finite; OptionError for another `sr` or `file`.
     """
     return read_audio(file, sr, Event())
 
@@ -183,6 +187,8 @@ def _decode(container: av.container.InputContainer, name: str) -> Iterator[av.Au
         else:
             decoded += len(frames)
             for frame in frames:
+                if frame.sample_rate > HIGHEST_RATE:
+                    raise AudioError(f"{name}: has {frame.sample_rate} samples per second, more than any recording")
                 timeline.add(frame)
                 yield frame
     if len(damage) > MAX_DAMAGED * (decoded + len(damage)):

@@ -17,14 +17,20 @@ from .program import Program
 
 def built_from(programs: Sequence[Program]) -> str:
     """Returns SHA-256 of the graphs, and of the sources of the kernels that they call."""
+    text, weights = graphs_of(programs)
+    sources = [f"{name}\n{code(KERNELS / name)}" for name in sources_of(set(re.findall(r'"(maxwhisper\.\w+)"', text)))]
+    return hashlib.sha256("\n".join([text, weights, version("mojo-compiler"), *sources]).encode()).hexdigest()
+
+
+def graphs_of(programs: Sequence[Program]) -> tuple[str, str]:
+    """Returns the graphs as MAX is given them, and the weights that they take."""
     module = GraphModule()
     with compiler():
         weights = [program.trace(module) for program in programs]
         text = module._to_mlir_str()
         for library in kernel_library().library_paths():  # whose name would change with any kernel
             text = text.replace(str(library), KERNELS.name)
-    sources = [f"{name}\n{code(KERNELS / name)}" for name in sources_of(set(re.findall(r'"(maxwhisper\.\w+)"', text)))]
-    return hashlib.sha256("\n".join([text, repr(weights), version("mojo-compiler"), *sources]).encode()).hexdigest()
+    return text, repr(weights)
 
 
 def sources_of(operations: set[str]) -> list[str]:

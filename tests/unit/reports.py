@@ -2,10 +2,12 @@
 
 import json
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from html.parser import HTMLParser
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
@@ -14,6 +16,7 @@ from reference.compile_log import CompileRecord
 from reference.faults import Fault, FaultResult
 from reference.judge import Comparison, Judgement, Measure, Output, explain, judge
 from reference.report import write
+from reference.report.markup import Html
 from reference.results import Run
 from reference.transcripts import Transcript
 
@@ -105,8 +108,10 @@ def failing() -> Run:
     return run
 
 
-def written(run: Run, folder: Path) -> tuple[str, dict, str]:
-    write(run, folder)
+def written(run: Run, folder: Path, drawn: bool = True) -> tuple[str, dict, str]:
+    """Writes a report, and returns page, data and summary. drawn: matplotlib draws the charts, in most of a second."""
+    with nullcontext() if drawn else patch("reference.report.charts.inline", return_value=Html("<svg></svg>")):
+        write(run, folder)
     assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
     page, data, summary = ((folder / name).read_text() for name in FILES)
 

@@ -28,13 +28,15 @@ class Compiled(Exception):
     """Raised where a compilation would begin."""
 
 
-def read(cache: Cache) -> Stored:
-    """Reads the fixture's network from a cache."""
+def read(cache: Cache, compiled: Stored | None = None) -> Stored:
+    """Reads the fixture's network from a cache; compiled: what a compilation gives, if it may begin."""
     checkpoint = load_checkpoint(NANO)
     policy = policy_of(checkpoint.tensors, "cpu", "float32")
 
     def compile_them() -> Stored:
-        raise Compiled
+        if compiled is None:
+            raise Compiled
+        return compiled
 
     return cache.loader("network", checkpoint.dims, policy)(
         programs_of("network", checkpoint.dims, policy), compile_them
@@ -50,6 +52,13 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+@pytest.fixture
+def same_graphs(once: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the graphs not built again to see that they are the same, which takes half a second."""
+    [held] = Artifacts(once, "cpu").held
+    monkeypatch.setattr(artifacts, "built_from", lambda _: held.built_from)
+
+
 def truncate(file: Path) -> None:
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
@@ -59,6 +68,7 @@ def become_a_file(place: Path) -> None:
     place.touch()
 
 
+@pytest.mark.usefixtures("same_graphs")
 @pytest.mark.parametrize(
     "damage",
     [
@@ -71,15 +81,9 @@ def become_a_file(place: Path) -> None:
     ids=["artifact truncated", "manifest truncated", "no artifact", "no manifest", "no folder"],
 )
 def test_what_is_damaged_is_compiled_again_and_replaced(
-    once: Path,
-    damage: Callable[[Path], object],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    once: Path, damage: Callable[[Path], object], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    [held] = Artifacts(once, "cpu").held
-    monkeypatch.setattr(artifacts, "built_from", lambda _: held.built_from)  # else the graphs are built three times
-    place = tmp_path / once.name
+    stored, place = read(Cache(once.parent)), tmp_path / once.name
     shutil.copytree(once, place)
     cache = Cache(tmp_path)
     read(cache)
@@ -88,13 +92,13 @@ def test_what_is_damaged_is_compiled_again_and_replaced(
         read(cache)
     [message] = caplog.messages
     assert message.startswith(str(place)) and message.endswith(": compiling again")
-    caplog.clear()
-    Whisper(load_checkpoint(NANO), artifacts=cache)
+    assert read(cache, stored) is stored
     caplog.clear()
     read(cache)
     assert not caplog.messages and not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.usefixtures("same_graphs")
 @pytest.mark.parametrize(
     "change",
     [
@@ -118,16 +122,15 @@ def test_what_is_compiled_from_with_or_for_something_else_is_not_found(
     assert not caplog.messages  # it is no damage
 
 
-def test_what_is_compiled_from_the_same_graphs_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_compiled_from_the_same_graphs_is_found(once: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever else has changed in the sources; and the next time without building them, as long as nothing has."""
-    Whisper(load_checkpoint(NANO), artifacts=Cache(tmp_path))
     built = []
     monkeypatch.setattr(artifacts, "built_from", lambda programs: built.append(1) or built_from(programs))
-    read(Cache(tmp_path))
+    read(Cache(once.parent))
     assert len(built) == 0
     monkeypatch.setattr(artifacts, "source_hash", lambda _: "of other comments")
     for _ in range(2):
-        read(Cache(tmp_path))
+        read(Cache(once.parent))
     assert len(built) == 1
 
 
@@ -136,15 +139,19 @@ def test_where_maxs_cache_lies_does_not_count(once: Path, monkeypatch: pytest.Mo
     read(Cache(once.parent))
 
 
-def test_a_folder_that_cannot_be_written_is_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.usefixtures("same_graphs")
+def test_a_folder_that_cannot_be_written_is_named_once(
+    once: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "file").touch()
-    cache = Cache(tmp_path / "file" / "artifacts")
+    cache, stored = Cache(tmp_path / "file" / "artifacts"), read(Cache(once.parent))
     for _ in range(2):
-        Whisper(load_checkpoint(NANO), artifacts=cache)
+        assert read(cache, stored) is stored
     expected = f"{cache.folder}: compiled graphs cannot be kept there: Not a directory"
     assert [line for line in caplog.messages if "kept" in line] == [expected]
 
 
+@pytest.mark.usefixtures("same_graphs")
 def test_what_another_process_keeps_meanwhile_is_no_failure(
     once: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

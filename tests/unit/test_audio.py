@@ -141,10 +141,10 @@ def test_lossless_samples_are_exact(tmp_path: Path, ending: str, codec: str, sam
     ],
 )
 def test_rates_and_layouts(tmp_path: Path, ending: str, codec: str, sample_format: str, layout: str, rate: int) -> None:
-    audio = load_audio(write(tmp_path / f"a.{ending}", tone(2, rate), codec, sample_format, layout, rate))
+    audio = load_audio(write(tmp_path / f"a.{ending}", tone(1, rate), codec, sample_format, layout, rate))
     assert loudest(audio) == TONE
     if (ending, codec, sample_format) in LOSSLESS:
-        assert audio.shape == (2 * SAMPLE_RATE,)
+        assert audio.shape == (SAMPLE_RATE,)
 
 
 def test_channels_are_averaged(tmp_path: Path) -> None:
@@ -214,6 +214,8 @@ def broken_files(folder: Path) -> dict[str, tuple[Path, str]]:
     unknown = write_wave(folder / "unknown.wav", tone())
     data = unknown.read_bytes()
     unknown.write_bytes(data[:20] + b"\x77\x77" + data[22:])  # the tag of its encoding
+    fast = write_wave(folder / "fast.wav", tone())
+    fast.write_bytes(data[:24] + (500_000_000).to_bytes(4, "little") + data[28:])
     undecodable = write(folder / "damaged.m4a", noise(), "aac", "fltp")
     overwrite_packets(undecodable, 1.0)
     return {
@@ -224,19 +226,16 @@ def broken_files(folder: Path) -> dict[str, tuple[Path, str]]:
         "video": (write_video(folder / "silent.mp4"), "no audio stream"),
         "no samples": (write_wave(folder / "header.wav", np.zeros(0)), "no audio samples"),
         "unknown encoding": (unknown, "no decoder"),
+        "500 MHz": (fast, "has 500000000 samples per second, more than any recording"),
         "undecodable": (undecodable, "packets do not decode"),
         "channels": (write_wave(folder / "channels.wav", tone(), 9), "cannot be read as audio"),
     }
 
 
-@pytest.mark.parametrize(
-    "case", ["missing", "folder", "empty", "text", "video", "no samples", "unknown encoding", "undecodable", "channels"]
-)
-def test_files_without_audio(tmp_path: Path, case: str) -> None:
-    path, reason = broken_files(tmp_path)[case]
-    text = message(AudioError, load_audio, path)
-    assert text.startswith(f"{path}: ")
-    assert reason in text
+def test_files_without_audio(tmp_path: Path) -> None:
+    for case, (path, reason) in broken_files(tmp_path).items():
+        text = message(AudioError, load_audio, path)
+        assert text.startswith(f"{path}: ") and reason in text, case
 
 
 @pytest.mark.parametrize("name", ["http://localhost:1/a.wav", "nosuchprotocol:a.wav", "a\0b.wav", ""])

@@ -9,7 +9,7 @@ import pytest
 import maxwhisper.engine.built_from
 from maxwhisper.checkpoint import load_checkpoint
 from maxwhisper.compiled import policy_of, programs_of, units_on
-from maxwhisper.engine.built_from import built_from
+from maxwhisper.engine.built_from import built_from, graphs_of
 from maxwhisper.engine.kernel_library import KERNELS, code
 from maxwhisper.engine.program import Program
 from maxwhisper.network.model import AudioEncoder
@@ -27,8 +27,17 @@ def units() -> dict[str, list[Program]]:
 
 
 @pytest.fixture(scope="module")
-def before(units: dict[str, list[Program]]) -> dict[str, str]:
-    """Returns their keys as the sources stand."""
+def graphs(units: dict[str, list[Program]]) -> dict[str, tuple[str, str]]:
+    """Returns their graphs, by the name of the first: to build them takes a second."""
+    return {programs[0].name: graphs_of(programs) for programs in units.values()}
+
+
+@pytest.fixture
+def before(
+    units: dict[str, list[Program]], graphs: dict[str, tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> dict[str, str]:
+    """Returns their keys as the sources stand, and has graphs not built again."""
+    monkeypatch.setattr(maxwhisper.engine.built_from, "graphs_of", lambda programs: graphs[programs[0].name])
     return keys(units)
 
 
@@ -66,6 +75,7 @@ def test_a_change_to_a_kernel_counts_for_the_graphs_that_call_it(
 def test_a_change_to_a_block_counts_for_the_graphs_that_have_it(
     units: dict[str, list[Program]], before: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(maxwhisper.engine.built_from, "graphs_of", graphs_of)
     monkeypatch.setattr(AudioEncoder, "stem", lambda encoder, mel: STEM(encoder, mel) * 1)
     assert {unit for unit, key in keys(units).items() if key != before[unit]} == {"network"}
 

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import pickle
+import random
 import re
 import zipfile
 from collections.abc import Callable
@@ -90,14 +91,12 @@ def test_a_misshapen_tensor_is_named(scratch: Callable[[], Path], layout: str, n
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@settings(max_examples=15)
-@given(name=st.sampled_from(NAMES), data=st.data())
-def test_a_value_that_is_not_finite_is_named(
-    scratch: Callable[[], Path], dtype: torch.dtype, value: float, name: str, data: st.DataObject
-) -> None:
-    tensors = random_tensors(dtype)
-    tensors[name].view(-1)[data.draw(st.integers(0, tensors[name].numel() - 1))] = value
-    assert_refused(write_pt(scratch() / "model.pt", tensors), repr(name), "not finite")
+def test_a_value_that_is_not_finite_is_named(tmp_path: Path, dtype: torch.dtype, value: float) -> None:
+    """In five tensors each; in another test the value is in others."""
+    for name in random.Random(f"{dtype} {value}").sample(NAMES, 5):
+        tensors = random_tensors(dtype)
+        tensors[name].view(-1)[torch.randint(tensors[name].numel(), ())] = value
+        assert_refused(write_pt(tmp_path / "model.pt", tensors), repr(name), "not finite")
 
 
 def test_the_largest_finite_values_are_accepted(tmp_path: Path) -> None:

@@ -309,15 +309,18 @@ def test_the_compute_capability_of_an_architecture(architecture: str, capability
 # ---- probes on this machine ----------------------------------------------------------------------------------------
 
 
-def test_max_and_torch_answer_for_themselves() -> None:
+@pytest.fixture(scope="module")
+def answers() -> doctor.Answers:
+    return doctor.Answers(doctor.ask)
+
+
+def test_max_and_torch_answer_for_themselves(answers: doctor.Answers) -> None:
     for probe, version in (("max", metadata.version("max")), ("torch", torch.__version__)):
-        answer = doctor.ask(probe)
-        assert answer["version"] == version
-        assert bool(answer["gpus"]) == (answer["error"] is None)
+        assert answers[probe]["version"] == version
+        assert bool(answers[probe]["gpus"]) == (answers[probe]["error"] is None)
 
 
-def test_every_probe_answers_or_says_why() -> None:
-    answers = doctor.Answers(doctor.ask)
+def test_every_probe_answers_or_says_why(answers: doctor.Answers) -> None:
     for probe in doctor.PROBES:
         try:
             assert isinstance(answers[probe], dict)

@@ -3,6 +3,7 @@ place."""
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -27,6 +28,7 @@ HALF = 768
 
 in_tf32 = of_operands(cut_off)
 suite = cache(lambda dtype: Suite(load(FIXTURE), dtype))
+trial = cache(lambda dtype, comparison: suite(dtype).trial(comparison, Mock()))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -42,7 +44,8 @@ def judged(
     """Returns the verdicts on a block whose layers `run` computes, by their numbers."""
 
     def judge(comparison: Comparison) -> Judgement:
-        return suite(dtype).judge(comparison, run(comparison.layer))
+        of = trial(dtype, comparison)
+        return of.judge(run(comparison.layer)(**of.given))
 
     return [judge(comparison) for comparison in suite(dtype).comparisons(BLOCKS[block], kinds)]
 

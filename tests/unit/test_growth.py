@@ -82,6 +82,12 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[StandIn]]:
     yield StandIn
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves the chart empty, which takes half a second to draw."""
+    monkeypatch.setattr(growth, "plot", lambda _, file: file.touch())
+
+
 def cells(text: str, title: str) -> list[list[str]]:
     """Returns the rows of an axis's table."""
     lines = text.split(f"{title}:\n\n")[1].split("\n\n")[0].splitlines()[2:]
@@ -121,6 +127,7 @@ def test_the_tables_and_files(
     assert {path.name for path in out.iterdir()} == {"growth.md", "growth.json", "growth.png"}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_files_that_cannot_be_made_take_neither_the_tables_nor_others_with_them(
     stand_in: type[StandIn], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -136,6 +143,7 @@ def test_files_that_cannot_be_made_take_neither_the_tables_nor_others_with_them(
     assert [path.name for path in tmp_path.iterdir()] == ["growth.png"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_every_round_has_its_own_process_and_engines_take_turns(stand_in: type[StandIn], tmp_path: Path) -> None:
     assert growth.main(["--axis", "threads", "--rounds", "2", "--out", str(tmp_path)]) == 0
     compiling, round_ = ["prepare", "close"], ["load", "generate_batch", "generate_batch", "memory", "close"]
@@ -162,6 +170,7 @@ def test_an_engine_that_fails_at_a_point_has_no_figures_there(
     assert (tmp_path / "growth.png").is_file()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_another_number_of_tokens_is_a_failure(
     stand_in: type[StandIn], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

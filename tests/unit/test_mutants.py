@@ -133,22 +133,25 @@ def test_python_does_what_it_did_until_a_mutant_is_in_force() -> None:
     assert seen == different and len(seen) > 5
 
 
-def test_every_component_has_its_share_of_a_sample() -> None:
-    mutants = tree.all_mutants()
-    chosen = tree.sample(mutants, 70, seed=1)
+@pytest.fixture(scope="module")
+def all_mutants() -> list[Mutant]:
+    return tree.all_mutants()
+
+
+def test_every_component_has_its_share_of_a_sample(all_mutants: list[Mutant]) -> None:
+    chosen = tree.sample(all_mutants, 70, seed=1)
     assert len(chosen) == 70 == len({mutant.number for mutant in chosen})
-    assert chosen == tree.sample(mutants, 70, seed=1) != tree.sample(mutants, 70, seed=2)
+    assert chosen == tree.sample(all_mutants, 70, seed=1) != tree.sample(all_mutants, 70, seed=2)
     by_component = [sum(other.component == mutant.component for other in chosen) for mutant in chosen]
     assert set(by_component) == {10}
 
 
-def test_a_change_elsewhere_leaves_a_sample_as_it_was() -> None:
+def test_a_change_elsewhere_leaves_a_sample_as_it_was(all_mutants: list[Mutant]) -> None:
     """Or a merge would be red over a mutant of code that it has not touched."""
-    mutants = tree.all_mutants()
-    fewer = [replace(mutant, number=mutant.number + 1) for mutant in mutants if mutant.file != "network/model.py"]
+    fewer = [replace(mutant, number=mutant.number + 1) for mutant in all_mutants if mutant.file != "network/model.py"]
     before, after = (
         [str(replace(each, number=0)) for each in tree.sample(some, 70, seed=1) if each.component != "network"]
-        for some in (mutants, fewer)
+        for some in (all_mutants, fewer)
     )
     assert before == after and len(before) == 60
 
@@ -169,7 +172,10 @@ def test_what_stays_green_is_counted_and_named() -> None:
     assert "3 kernels/linear.mojo:3 constant: 1 -> 3" in text
 
 
-def test_no_mutants_show_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_mutants_show_nothing(
+    all_mutants: list[Mutant], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("reference.mutants.__main__.all_mutants", lambda: all_mutants)
     refused = Mutant(1, "kernels/linear.mojo", 1, "constant", "1", "2")
     assert not enough([], {})
     assert not enough([refused], {1: Outcome(1, "refused")})

@@ -38,7 +38,7 @@ def test_a_rendering_that_fails_takes_no_other_with_it(
     of_an_earlier_run(tmp_path)
     monkeypatch.setattr(reference.report, rendering, broken)
     with pytest.raises(ReportError) as missing:
-        write(passing(), tmp_path)
+        write(Run(), tmp_path)
     assert str(missing.value) == f"{tmp_path / name} cannot be written: ZeroDivisionError: division by zero"
     assert left_in(tmp_path) == {*FILES} - {name}
     for path in tmp_path.iterdir():
@@ -61,7 +61,7 @@ def test_writing_that_fails_leaves_neither_half_a_file_nor_an_earlier_runs(
 
     monkeypatch.setattr(*((Path, "write_text", half) if moment == "writing" else ("os.replace", full)))
     with pytest.raises(ReportError, match=r"report\.html cannot be written: No space left on device"):
-        write(passing(), tmp_path)
+        write(Run(), tmp_path)
     assert left_in(tmp_path) == set()
 
 
@@ -106,14 +106,14 @@ def test_a_chart_that_cannot_be_drawn_is_a_line_in_its_place(
 ) -> None:
     monkeypatch.setattr(f"reference.report.{part}", broken)
     run = failing()
-    text = read(written(run, tmp_path)[0]).text
+    text = read(written(run, tmp_path, drawn=False)[0]).text
     assert "no charts: ZeroDivisionError: division by zero" in text and "5 of 8 comparisons failed" in text
     assert list(run.notes) == [f"{tmp_path / 'report.html'}: no charts: ZeroDivisionError: division by zero"]
 
 
 def test_a_section_that_cannot_be_made_is_a_line_in_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["reference.report.page"], "fault_section", broken)
-    text = read(written(failing(), tmp_path)[0]).text
+    text = read(written(failing(), tmp_path, drawn=False)[0]).text
     assert "no faults: ZeroDivisionError" in text and "All comparisons" in text
 
 
@@ -124,7 +124,7 @@ def test_packages_without_metadata_have_the_version_that_they_say(
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr("importlib.metadata.version", without)
-    page, data, _ = written(passing(), tmp_path)
+    page, data, _ = written(passing(), tmp_path, drawn=False)
     environment = data["environment"]
     assert (environment["torch"], environment["openai-whisper"]) == (torch.__version__, whisper.__version__)
     assert environment["max"] == "unknown: ImportError: max has no metadata and no __version__"
@@ -134,12 +134,12 @@ def test_packages_without_metadata_have_the_version_that_they_say(
 def test_a_machine_that_does_not_say_what_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("processor", "gpu"):
         monkeypatch.setattr(f"reference.results.{name}", broken)
-    environment = written(passing(), tmp_path)[1]["environment"]
+    environment = written(passing(), tmp_path, drawn=False)[1]["environment"]
     assert environment["processor"] == environment["GPU"] == "unknown: ZeroDivisionError: division by zero"
 
 
 def test_a_command_that_is_not_text_is_written_all_the_same(tmp_path: Path) -> None:
     run = passing()
     run.command = f"pytest --report {os.fsdecode(bytes([255]))}"
-    page, data, _ = written(run, tmp_path)
+    page, data, _ = written(run, tmp_path, drawn=False)
     assert data["command"] == run.command and r"\udcff" in page

@@ -133,13 +133,23 @@ def collect(pytester: pytest.Pytester) -> Callable[..., Collected]:
     return collect
 
 
+@pytest.fixture(scope="module")
+def parity() -> Collected:
+    """Returns the comparisons of the fixture in float32."""
+    collected = Collected()
+    options = ["-q", "-p", "no:cacheprovider", "--collect-only", str(PARITY), "--size", "fixture", "--dtype", "float32"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PYTEST_ADDOPTS", raising=False)
+        assert pytest.main(options, plugins=[collected]) == pytest.ExitCode.OK
+    return collected
+
+
 def differing(found: Callable[[str], set[str]], selects: dict[str, set[str]]) -> dict[str, list[str]]:
     """Returns, by expression, the blocks that are selected and should not be, or should be and are not."""
     return {word: sorted(wrong) for word, blocks in selects.items() if (wrong := blocks ^ found(word))}
 
 
-def test_words_select_what_they_say(collect: Callable[..., Collected]) -> None:
-    parity = collect(PARITY, "--size", "fixture", "--dtype", "float32")
+def test_words_select_what_they_say(parity: Collected) -> None:
     assert not differing(lambda word: parity.blocks(word, compares), SELECTS)
     assert all(compares(item) for item in parity.selected("transcript and not wrong and not heads"))
     faults = {item.name for item in parity.selected("conv1") if not compares(item)}
@@ -156,9 +166,8 @@ def test_what_is_compiled_alone_is_selected_by_the_same_words(collect: Callable[
     assert not differing(compiled.blocks, SELECTS | {"network": set(), "log_mel or mel": {"log_mel"}})
 
 
-def test_what_takes_few_graphs_comes_first(collect: Callable[..., Collected]) -> None:
+def test_what_takes_few_graphs_comes_first(parity: Collected) -> None:
     """The first verdict waits for what it needs, while another process compiles the rest."""
-    parity = collect(PARITY, "--size", "fixture", "--dtype", "float32")
     for expression, jobs, first in (
         ("attention", ["fixture:float32"], SELF | CROSS),
         ("", ["fixture:float32", TRANSCRIBING], {n for n, block in BLOCKS.items() if block.unit == "network"}),
@@ -208,8 +217,7 @@ def test_no_other_word_is_one_of_a_blocks_own_name() -> None:
     assert all_words() == [*sorted(own), *sorted(others)]
 
 
-def test_what_leaves_no_comparison_is_named(collect: Callable[..., Collected]) -> None:
-    parity = collect(PARITY, "--size", "fixture", "--dtype", "float32")
+def test_what_leaves_no_comparison_is_named(parity: Collected) -> None:
     for expression in ("query_bias_dropped", "no_such_block", "no_such_test or test_cached"):
         reason = left_out(parity.config, parity.selected(expression))
         assert reason and f"-k '{expression}'" in reason and "alignment, attention" in reason

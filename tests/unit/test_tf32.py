@@ -1,9 +1,9 @@
 """float32 on a GPU: PyTorch's stays float32, and what is computed in TF32 in its place is named."""
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -16,12 +16,14 @@ from whisper.model import disable_sdpa
 
 from maxwhisper.network.blocks import BLOCKS
 from reference.blocks import TWINS
-from reference.judge import Comparison, Judgement
+from reference.judge import Comparison, Condition, Judgement
 from reference.models import FIXTURE, load
-from reference.report import write
 from reference.results import Run
 from reference.suite import Suite
 from reference.tf32 import TF32, name, operand
+from reference.trial import Trial
+
+from .reports import written
 
 LAST_BITS = 23 - 10
 
@@ -119,20 +121,35 @@ def in_float16(fixture: Suite, module: str) -> Iterator[None]:
             hook.remove()
 
 
-def judged(
-    fixture: Suite, block: str, around: Callable[[], Any], change: Callable[[Tensor], Tensor] = lambda x: x
-) -> Judgement:
+class Kept(Trial):
+    """A trial that finds once what it needs for whatever subject."""
+
+    in_tf32 = cache(Trial.in_tf32)
+
+    @cached_property
+    def condition(self) -> Condition:
+        return super().condition
+
+
+@pytest.fixture(scope="module")
+def trial_of(fixture: Suite) -> Callable[[str], Trial]:
+    """Returns what gives the trial of a block, the same each time."""
+
+    @cache
+    def trial(block: str) -> Trial:
+        of = comparison(fixture, block)
+        return Kept(fixture, of, fixture.inputs(BLOCKS[block], of), Mock())
+
+    return trial
+
+
+def judged(trial: Trial, around: Callable[[], Any], change: Callable[[Tensor], Tensor] = lambda x: x) -> Judgement:
     """Returns the explained verdict on PyTorch in float32 as the subject, computing in a context, its outputs
     changed."""
-    of = comparison(fixture, block)
-
-    @torch.no_grad()
-    def subject(**given: Tensor) -> list[Tensor]:
-        with around():
-            return [change(x) for x in TWINS[block](fixture.peer, of.layer, **given)]
-
-    trial = fixture.trial(of, subject)
-    return replace(trial.judge(), explanations=trial.explain())
+    of = trial.comparison
+    with torch.no_grad(), around():
+        outputs = [change(x) for x in TWINS[of.block](trial.suite.peer, of.layer, **trial.given)]
+    return replace(trial.judge(outputs), explanations=trial.explain(outputs))
 
 
 def named(judgement: Judgement) -> list[str]:
@@ -146,34 +163,38 @@ WITH_PRODUCTS = ("encoder.stem", "encoder.attention", "encoder.mlp", "decoder.at
 @pytest.mark.parametrize(
     ("block", "rounding"), [*((block, "rounded to") for block in WITH_PRODUCTS), ("encoder.mlp", "cut off after")]
 )
-def test_tf32_fails_and_is_named(fixture: Suite, block: str, rounding: str, tmp_path: Path) -> None:
-    judgement = judged(fixture, block, lambda: TF32(rounding))
+def test_tf32_fails_and_is_named(trial_of: Callable[[str], Trial], block: str, rounding: str, tmp_path: Path) -> None:
+    judgement = judged(trial_of(block), lambda: TF32(rounding))
     assert not judgement.passed
     assert set(named(judgement)) == {name(rounding)}
     assert f"looks like: float32 products in TF32, operands {rounding}" in str(judgement)
-    write(Run(judgements=[judgement]), tmp_path)
-    (found,) = json.loads((tmp_path / "report.json").read_text())["judgements"]
+    page, data, _ = written(Run(judgements=[judgement]), tmp_path, drawn=False)
+    (found,) = data["judgements"]
     assert found["explanations"][0]["diagnoses"][0]["name"] == name(rounding)
     assert not found["passed"]
-    assert name(rounding) in (tmp_path / "report.html").read_text()
+    assert name(rounding) in page
 
 
 @pytest.mark.parametrize("block", WITH_PRODUCTS)
-def test_what_is_scaled_or_rounded_at_the_end_is_not_taken_for_tf32(fixture: Suite, block: str) -> None:
+def test_what_is_scaled_or_rounded_at_the_end_is_not_taken_for_tf32(
+    trial_of: Callable[[str], Trial], block: str
+) -> None:
     for change in (lambda x: 1.56 * x, lambda x: x.half().float()):
-        judgement = judged(fixture, block, nullcontext, change)
+        judgement = judged(trial_of(block), nullcontext, change)
         assert not judgement.passed and "TF32" not in str(judgement)
 
 
 @pytest.mark.parametrize(
     ("block", "module"), [("encoder.mlp", "mlp.0"), ("encoder.mlp", "mlp.1"), ("encoder.attention", "value")]
 )
-def test_one_activation_in_float16_is_not_taken_for_tf32(fixture: Suite, block: str, module: str) -> None:
-    judgement = judged(fixture, block, lambda: in_float16(fixture, module))
+def test_one_activation_in_float16_is_not_taken_for_tf32(
+    trial_of: Callable[[str], Trial], fixture: Suite, block: str, module: str
+) -> None:
+    judgement = judged(trial_of(block), lambda: in_float16(fixture, module))
     assert not judgement.passed and "TF32" not in str(judgement)
 
 
 @pytest.mark.parametrize("block", WITH_PRODUCTS)
-def test_a_right_subject_is_not_taken_for_tf32(fixture: Suite, block: str) -> None:
-    judgement = judged(fixture, block, disable_sdpa)
+def test_a_right_subject_is_not_taken_for_tf32(trial_of: Callable[[str], Trial], block: str) -> None:
+    judgement = judged(trial_of(block), disable_sdpa)
     assert judgement.passed and "TF32" not in str(judgement)

@@ -17,10 +17,15 @@ from reference.trial import THREADS, VARIABLE, cut_for, threads_for
 BLOCK = BLOCKS["decoder.mlp.step"]
 
 
-@pytest.mark.parametrize("wrong_for", [None, "3", "5"])
-def test_a_cut_that_leaves_a_column_out_is_red(wrong_for: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    judged = Suite(trained(), torch.float32)
+@pytest.fixture(scope="module")
+def judged() -> Suite:
+    return Suite(trained(), torch.float32)
 
+
+@pytest.mark.parametrize("wrong_for", [None, "3", "5"])
+def test_a_cut_that_leaves_a_column_out_is_red(
+    judged: Suite, wrong_for: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def run(x: Tensor) -> list[Tensor]:
         (y,) = TWINS[BLOCK.name](judged.peer, 0, x=x)
         if wrong_for and os.environ.get(VARIABLE) == wrong_for:
@@ -39,9 +44,11 @@ def test_a_cut_that_leaves_a_column_out_is_red(wrong_for: str | None, monkeypatc
 
 
 @pytest.mark.parametrize("wrong_for", [None, *THREADS])
-def test_what_a_cut_leaves_as_it_was_is_red(wrong_for: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_cut_leaves_as_it_was_is_red(
+    judged: Suite, wrong_for: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Though a run with another cut has left there what is right, as MAX gives memory out again."""
-    judged, memory = Suite(trained(), torch.float32), list[Tensor]()
+    memory: list[Tensor] = []
 
     def run(x: Tensor) -> list[Tensor]:
         (right,) = TWINS[BLOCK.name](judged.peer, 0, x=x)
@@ -57,10 +64,9 @@ def test_what_a_cut_leaves_as_it_was_is_red(wrong_for: int | None, monkeypatch: 
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_every_block_is_cut_for_all_in_every_shape(block: str) -> None:
-    suite = Suite(trained(), torch.float32)
+def test_every_block_is_cut_for_all_in_every_shape(judged: Suite, block: str) -> None:
     for kinds in (["speech"], [BATCH], [END], KINDS):
-        compared = list(suite.comparisons(BLOCKS[block], kinds))
+        compared = list(judged.comparisons(BLOCKS[block], kinds))
         assert {n for each in compared for n in threads_for(each)} == (set(THREADS) if compared else set())
         assert all(threads_for(each) for each in compared)
 
