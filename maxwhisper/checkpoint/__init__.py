@@ -107,9 +107,9 @@ def load_checkpoint(name_or_path: StrPath, download_root: StrPath | None = None)
     path = Path(name_or_path)
     if os.path.isdir(name_or_path):  # not of the path, which makes the folder one is in of an empty name
         return _load_hugging_face(path)
-    if path.exists() and not path.is_file():
-        raise CheckpointError(f"{path}: neither a file nor a folder, expected a checkpoint")
     if not os.path.isfile(path):
+        if os.path.exists(name_or_path):
+            raise CheckpointError(f"{path}: neither a file nor a folder, expected a checkpoint")
         names = ", ".join(whisper.available_models())
         shown = path if name_or_path else "''"
         raise CheckpointError(f"{shown}: no such file or folder, nor one of the model names {names}")

@@ -200,8 +200,9 @@ def test_dimensions_that_are_not_there(tmp_path: Path, dims: object) -> None:
 
 
 def test_what_is_not_there(tmp_path: Path) -> None:
-    for name in ("tinny", str(tmp_path / "tiny.pt"), "", "\0", "x" * 5000, os.devnull):
+    for name in ("tinny", str(tmp_path / "tiny.pt"), "", "\0", "x" * 5000):
         assert_refused(name, "no such file or folder, nor one of the model names", "tiny.en", "large-v3-turbo")
+    assert_refused(os.devnull, "neither a file nor a folder, expected a checkpoint")
 
 
 @pytest.mark.parametrize("inside", ["snapshots/abc/config.json", "checkpoint-500/config.json", "model.pt", None])

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -136,11 +137,14 @@ def collect(pytester: pytest.Pytester) -> Callable[..., Collected]:
 @pytest.fixture(scope="module")
 def parity() -> Collected:
     """Returns the comparisons of the fixture in float32."""
-    collected = Collected()
+    collected, before = Collected(), set(sys.modules)
     options = ["-q", "-p", "no:cacheprovider", "--collect-only", str(PARITY), "--size", "fixture", "--dtype", "float32"]
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("PYTEST_ADDOPTS", raising=False)
         assert pytest.main(options, plugins=[collected]) == pytest.ExitCode.OK
+    for name in set(sys.modules) - before:
+        if name.startswith("tests."):  # whose parameters are another table's in test_table.py
+            del sys.modules[name]
     return collected
 
 
