@@ -169,6 +169,15 @@ def test_two_sessions_at_once(model: Whisper) -> None:
     assert len(set(alone)) == 2 and all(alone)
 
 
+def test_a_session_that_is_silent_beside_one_that_speaks(model: Whisper) -> None:
+    speaking, silent = Session(model), Session(model)
+    for at in range(0, 2 * SECOND, SECOND):
+        speaking.feed(SPEECH[at : at + SECOND])
+        silent.feed(np.zeros(SECOND, np.float32))
+    assert speaking.loudness.loud_until > silent.loudness.loud_until == 0
+    assert speaking.tentative and (silent.settled, silent.tentative) == ("", "")
+
+
 def test_pieces_of_any_size(model: Whisper) -> None:
     whole, odd = Session(model, language="en"), Session(model, language="en")
     speech = SPEECH[: 2 * SECOND]
