@@ -5,11 +5,21 @@ import warnings
 from pathlib import Path
 
 import pytest
+from whisper.model import Whisper
 
 from maxwhisper.checkpoint import convert, load_checkpoint
 from maxwhisper.errors import CheckpointError
+from reference.checkpoints import model_of
 
-from .checkpoints import HEADS, assert_refused, hugging_face_names, random_tensors, write_folder, write_safetensors
+from .checkpoints import (
+    DIMS,
+    HEADS,
+    assert_refused,
+    hugging_face_names,
+    random_tensors,
+    write_folder,
+    write_safetensors,
+)
 
 
 @pytest.fixture
@@ -94,3 +104,12 @@ def test_what_is_no_list_of_heads(tmp_path: Path, folder: Path, heads: object) -
         load_checkpoint(folder)
     path = write_safetensors(tmp_path / "model.safetensors", random_tensors(), heads=heads)
     assert_refused(path, "the alignment heads must be pairs")
+
+
+def test_what_a_peer_has_of_heads_that_fit_and_of_others() -> None:
+    """Up to the last head of the last layer; else OpenAI's default, the last half of the layers."""
+    last = (DIMS.n_text_layer - 1, DIMS.n_text_head - 1)
+    default = Whisper(DIMS).alignment_heads.to_dense()
+    assert model_of(DIMS, random_tensors(), [last]).alignment_heads.to_dense().nonzero().tolist() == [list(last)]
+    for heads in ([(0, DIMS.n_text_head)], [(DIMS.n_text_layer, 0)], []):
+        assert model_of(DIMS, random_tensors(), heads).alignment_heads.to_dense().equal(default)

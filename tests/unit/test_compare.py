@@ -404,6 +404,13 @@ def test_what_cannot_be_used(
     assert message in capsys.readouterr().err
 
 
+def test_a_text_has_at_most_half_the_models_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run.Comparison, "run", lambda self, specs: [])
+    for n in (2, 224):
+        options = {"device": "cpu", "batch_size": 1, "threads": 1, "rounds": 1}
+        assert run.compare([str(CLIP)], str(NANO), ["maxwhisper"], tokens=n, **options).options["tokens"] == n
+
+
 def test_whatever_greedy_decoding_uses_is_compiled_beforehand(tmp_path: Path) -> None:
     """Else the engine's peak memory would be the compiler's."""
     (tmp_path / "model.pt").symlink_to(NANO)

@@ -16,7 +16,7 @@ import maxwhisper
 from maxwhisper import cli
 from maxwhisper.audio import load_audio
 from maxwhisper.checkpoint import load_checkpoint
-from maxwhisper.compiled import DTYPES, policy_of, programs_of, rounded, storage_dtype
+from maxwhisper.compiled import DTYPES, policy_of, programs_of, rounded, rounded_tensors, storage_dtype
 from maxwhisper.decoding.cache import KeyValueCache
 from maxwhisper.decoding.openai_loop import MaxInference
 from maxwhisper.errors import AudioError, DeviceError, OptionError
@@ -135,6 +135,16 @@ def test_clips_end_with_the_audio(model: Whisper) -> None:
     assert within("0,1000", 16000 * 3 + 1) == [0, 3] and within([5, 7.5], 16000) == [1, 1] and within("", 16000) == []
     audio = load_audio(WINDOW["en"])
     assert model.transcribe(audio, clip_timestamps="0,1000") == model.transcribe(audio)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_matrices_alone_are_rounded(dtype: str) -> None:
+    """Biases, norms and positions are added in float32, as PyTorch's modules of float32 weights cast them."""
+    tensors = {name: tensor.float() for name, tensor in load_checkpoint(NANO).tensors.items()}
+    matrices = {name for name, x in tensors.items() if x.ndim > 1 and not name.endswith("positional_embedding")}
+    found = rounded_tensors(tensors, dtype)
+    assert {name for name in tensors if found[name].dtype != torch.float32} == matrices
+    assert all(found[name] is tensors[name] for name in tensors.keys() - matrices)
 
 
 @pytest.mark.parametrize(
