@@ -22,8 +22,8 @@ log = logging.getLogger("maxwhisper")
 MAX_QUEUED = 6000
 """Blocks, ten minutes, that are read before anybody wants them: of a file, since nobody is so late with speech."""
 
-OF_FILES = (b"RIFF", b"fLaC", b"OggS", b"ID3", b"\x1a\x45\xdf\xa3", b"FORM")
-"""What WAV, FLAC, Ogg, MP3, Matroska and AIFF begin with, and next to no speech: it would be transcribed as noise."""
+OF_FILES = (b"RIFF", b"fLaC", b"OggS", b"ID3", b"\x1a\x45\xdf\xa3", b"FORM", b"\x30\x26\xb2\x75", b"#!AMR", b"caff")
+"""What WAV, FLAC, Ogg, MP3, Matroska, AIFF, WMA, AMR and CAF begin with."""
 
 Blocks = SimpleQueue[bytes | Exception | None]
 """Signed 16-bit samples as they come; what reading raised; None at the end."""
@@ -77,6 +77,19 @@ class Source:
             yield from (each.to_ndarray()[0] for each in self.resampler.resample(None))
 
 
+def is_of_a_file(data: bytes) -> bool:
+    """Tells whether data begin as a file of audio does, and next to no speech: it would be transcribed as noise."""
+    return (
+        data.startswith(OF_FILES) or data[4:8] == b"ftyp" or any(is_of_frames(data, codec) for codec in ("mp3", "aac"))
+    )
+
+
+def is_of_frames(data: bytes, codec: str) -> bool:
+    """Tells whether data are frames of a codec one behind the other, which begin alike, with ones."""
+    frames = av.CodecContext.create(codec, "r").parse(data) if data.startswith(b"\xff") else []
+    return len(frames) > 1 and data[:2] == data[frames[0].size :][:2] != b"\xff\xff"
+
+
 @contextmanager
 def standard_input(rate: int) -> Iterator[Source]:
     """Gives what comes through standard input: signed 16-bit little-endian mono samples.
@@ -100,7 +113,7 @@ def standard_input(rate: int) -> Iterator[Source]:
         begun = False
         try:
             while not stopped.is_set() and (data := os.read(number, min(max(2, rate // 5), AT_ONCE))):
-                blocks.put(data if begun or not data.startswith(OF_FILES) else AudioError(no_samples))
+                blocks.put(data if begun or not is_of_a_file(data) else AudioError(no_samples))
                 begun = True
                 while blocks.qsize() > MAX_QUEUED and not stopped.is_set():
                     sleep(0.1)

@@ -1,14 +1,17 @@
 """`maxwhisper live`: what comes through standard input or from a microphone, a machine too slow, Ctrl-C, the files."""
 
+import io
 import os
 import signal
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 
@@ -16,7 +19,7 @@ from maxwhisper.audio import SAMPLE_RATE, load_audio
 from maxwhisper.cli.outputs import FORMATS
 from maxwhisper.live.listening import listen
 from maxwhisper.live.screen import Lines
-from maxwhisper.live.source import Source
+from maxwhisper.live.source import Source, is_of_a_file
 from maxwhisper.whisper import Whisper
 
 from .command import CLIP, RESULT, assert_one_line, status
@@ -107,14 +110,44 @@ def test_nothing_came(session: Heard, tmp_path: Path, capsys: pytest.CaptureFixt
     assert not os.listdir(tmp_path)
 
 
-@pytest.mark.parametrize("clip", ["english-1.wav", "english-2.flac", "english-3.mp3", "english-4.ogg"])
+def encoded(form: str, codec: str, **options: Any) -> bytes:
+    """Returns a second of noise as a file of a form."""
+    file = io.BytesIO()
+    with av.open(file, "w", format=form, options=options) as container:
+        stream = container.add_stream(codec, rate=16000, layout="mono")
+        noise = (np.random.default_rng(0).standard_normal((1, 16000)) / 8).astype(np.float32)
+        frame = av.AudioFrame.from_ndarray(noise, format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        for packet in (*stream.encode(frame), *stream.encode(None)):
+            container.mux(packet)
+    return file.getvalue()
+
+
+CLIPS = ["english-1.wav", "english-2.flac", "english-3.mp3", "english-4.ogg"]
+FILES = {clip: partial(Path.read_bytes, CLIP.parent / clip) for clip in CLIPS} | {
+    "mp3 without tags": partial(encoded, "mp3", "mp3", id3v2_version="0", write_xing="0"),
+    "aac": partial(encoded, "adts", "aac"),
+    "m4a": partial(encoded, "ipod", "aac"),
+}
+
+
+@pytest.mark.parametrize("file", FILES)
 def test_a_file_of_another_kind_is_no_samples(
-    clip: str, session: Heard, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    file: str, session: Heard, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with standard_input(pipe((CLIP.parent / clip).read_bytes())):
+    with standard_input(pipe(FILES[file]())):
         assert status(["live", "-", "-o", tmp_path]) == 1
     assert_one_line(capsys, "-: begins as a file of audio does: expected samples alone, as `ffmpeg -i FILE -f s16le")
     assert not session.fed and not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("first", [-1, -1025, -3585, -3841])
+def test_samples_that_begin_as_a_frame_of_a_file_are_samples(first: int) -> None:
+    for loudness in (0, 2, 3000):
+        samples = np.rint(loudness * np.random.default_rng(loudness).standard_normal(1600)).astype("<i2")
+        samples[0] = first
+        assert not is_of_a_file(samples.tobytes())
+    assert not is_of_a_file(np.full(1600, first, "<i2").tobytes())
 
 
 @pytest.mark.parametrize("rate", [2**31 - 1, 2**31, 10**12])
