@@ -35,6 +35,7 @@ class Scene:
     n_text: texts of a window, as of beams, whose keys and values lie in one another's rows. n_best: candidates to find.
     n_sampled: how many of the tokens have been decoded; before them stand a prompt and the start of a transcript.
     timestamps: whether they are decoded with timestamps. latest: that which ends the texts, in steps of 20 ms, if any.
+    endless: whether no text may end, as most would after so much that nobody has said, before any token is proposed.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Scene:
     n_sampled: int = 3
     timestamps: bool = True
     latest: int | None = None
+    endless: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -59,9 +61,9 @@ SCENES = (
     # What may follow are the last two timestamps, which the vocabulary ends with, and the end of text.
     Scene("behind the last timestamp but one", (20,), (1,), n_best=3, n_sampled=5, latest=1499),
     Scene("the last positions", (LAST - 7,), (8,)),
-    Scene("past position 128", (124,), (24,), timestamps=False),
-    Scene("2 windows", (25, 257), (12, 12)),
-    Scene("3 windows, one of which waits", (11, 300, 385), (17, 0, 9)),
+    Scene("past position 128", (124,), (24,), timestamps=False, endless=True),
+    Scene("2 windows", (25, 257), (12, 12), endless=True),
+    Scene("3 windows, one of which waits", (11, 300, 385), (17, 0, 9), endless=True),
     Scene("2 beams", (64,), (1,), n_text=2, n_best=3),
     Scene("5 beams", (131,), (1,), n_text=5, n_best=6),
     Scene("7 beams at the last position", (LAST,), (1,), n_text=7, n_best=8),
@@ -98,9 +100,10 @@ def window(scene: Scene, length: int, dims: ModelDimensions, generator: torch.Ge
     if scene.latest is not None:
         sampled[:, -1] = tokenizer.timestamp_begin + scene.latest
     begun = torch.cat([prompt, torch.tensor(start)]).expand(scene.n_text, -1)
+    suppressed = [*tokenizer.non_speech_tokens, *range(tokenizer.eot + (not scene.endless), tokenizer.no_speech + 1)]
     filters: list[decoding.LogitFilter] = [
         decoding.SuppressBlank(tokenizer, sample_begin),
-        decoding.SuppressTokens([*tokenizer.non_speech_tokens, *range(tokenizer.sot, tokenizer.no_speech + 1)]),
+        decoding.SuppressTokens(suppressed),
     ]
     if scene.timestamps:
         filters.append(decoding.ApplyTimestampRules(tokenizer, sample_begin, 50))

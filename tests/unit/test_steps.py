@@ -11,10 +11,11 @@ import torch
 from maxwhisper import load_model
 from maxwhisper.decoding.cache import KeyValueCache
 from maxwhisper.decoding.rules import Rules
+from maxwhisper.decoding.speculative import SpeculativeStepper
 from maxwhisper.decoding.stepper import Advanced, Stepper, Texts
 from reference.fixtures import NANO
 from reference.models import trained
-from reference.steps import Scene, broken_promises, judge_steps, kept
+from reference.steps import FIRST_GO, SCENES, Scene, advanced_twice, broken_promises, given, judge_steps, kept
 from reference.suite import Suite
 
 GREEDY = Scene("2 windows", (9, 20), (7, 7))
@@ -49,6 +50,23 @@ class Wrong:
 
 def test_a_right_one_passes(judged: Suite, stepper: Stepper) -> None:
     assert all(judge_steps(judged, Wrong(stepper), scene).passed for scene in (GREEDY, BEAMS))
+
+
+def test_scenes_have_tokens_proposed_for_one_text_and_for_several(
+    judged: Suite, stepper: Stepper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Most texts that nobody has said end before."""
+    found, propose = set(), SpeculativeStepper._propose
+
+    def noted(self: SpeculativeStepper, texts: Texts, *others: Any) -> Advanced:
+        found.add(len(texts.tokens))
+        return propose(self, texts, *others)
+
+    monkeypatch.setattr(SpeculativeStepper, "_propose", noted)
+    for scene in SCENES:
+        if max(scene.n_token) > FIRST_GO:
+            advanced_twice(stepper, given(judged, scene, torch.nan))
+    assert found == {1, 2, 3}
 
 
 def other_audio(texts: Texts, cache: KeyValueCache, rules: Rules) -> tuple[Texts, Rules]:
