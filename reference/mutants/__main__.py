@@ -24,10 +24,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not (mutants := [mutant for mutant in all_mutants() if asked.only in mutant.file]):
         parser.error(f"--only {asked.only}: no file that is mutated has this in its name")
     chosen = sample(mutants, asked.number, asked.seed)
-    planted = plant([mutant for mutant in chosen if not mutant.alone], asked.tree)
-    trials = Trials(asked.tree, planted, asked.tree / f"outcomes-{asked.seed}.jsonl")
+    in_python = [mutant for mutant in chosen if not mutant.in_kernel]
+    plant(in_python, asked.tree)
+    trials = Trials(asked.tree, in_python, asked.tree / f"outcomes-{asked.seed}.jsonl")
     trials.run()
-    trials.try_unrolled(mutant for mutant in chosen if mutant.alone)
+    trials.try_kernels([mutant for mutant in chosen if mutant.in_kernel])
     tried = [mutant for mutant in chosen if mutant.number in trials.found]
     print("\n".join(report(tried, trials.found)))
     return 0 if enough(tried, trials.found) else 1

@@ -7,9 +7,11 @@ import selectors
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import pytest
@@ -18,13 +20,21 @@ from maxwhisper.network.blocks import BLOCKS
 
 from .mutant import COMPONENTS, OWN_BLOCKS, RIGHT_TESTS, Mutant
 from .switch import VARIABLE
-from .tree import plant
+from .tree import compiles, plant
 from .worker import PIPES
 
 SELECTION = ("tests/parity", "--benchmark-disable", "--size", "fixture", "--dtype", "float32")
 """What a mutant has to pass."""
 PATIENCE = 120
 """Seconds that a test may take with a mutant in force; without one the slowest takes 5."""
+UP_TO_THE_FIRST = (
+    *("-x", "-q", "-rfE", "--tb=no"),
+    # A test that is the first to need a graph compiles it.
+    *("-o", f"faulthandler_timeout={4 * PATIENCE}", "-o", "faulthandler_exit_on_timeout=true"),
+)
+"""With what a process of its own stops at the first test that fails, or takes too long."""
+AT_ONCE = 2
+"""Mutants of kernels that are tried at the same time: a compilation has one core at work, and takes 3 GB."""
 TOGETHER = 16
 """Mutated graphs that compile together."""
 
@@ -238,19 +248,35 @@ class Trials:
                 raise RuntimeError(f"{file} fails without a mutant: {outcome.by}")
             self.sound.add(file)
 
-    def try_unrolled(self, mutants: Iterable[Mutant]) -> None:
-        """Tries mutants that are compiled without others: the smallest blocks that run them, then all tests."""
-        tree = self.tree.with_name(f"{self.tree.name}-alone")
-        for mutant in mutants:
-            if mutant.number in self.found:
-                continue
-            if not plant([mutant], tree):
-                self.note(Outcome(mutant.number, "refused"))
-                continue
+    def try_kernels(self, mutants: Iterable[Mutant]) -> None:
+        """Tries mutants of kernels, each in a checkout of its own, AT_ONCE at a time."""
+        trees: SimpleQueue[Path] = SimpleQueue()
+        for number in range(AT_ONCE):
+            trees.put(self.tree.with_name(f"{self.tree.name}-kernels-{number}"))
+
+        def trial(mutant: Mutant) -> Outcome:
+            tree = trees.get()
+            try:
+                return tried_in_kernel(mutant, tree)
+            finally:
+                trees.put(tree)
+
+        left = [mutant for mutant in mutants if mutant.number not in self.found]
+        for mutant in left:
             self.check([RIGHT_TESTS[mutant.right], *mutant.unit_tests])
-            own = OWN_BLOCKS.get(mutant.file)
-            first = [RIGHT_TESTS[mutant.right], *(["-k", own] if own else [])]
-            self.note(tried_alone(mutant, tree, [first, mutant.unit_tests], [["tests/parity"]]))
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            for trying in as_completed([pool.submit(trial, mutant) for mutant in left]):
+                self.note(trying.result())
+
+
+def tried_in_kernel(mutant: Mutant, tree: Path) -> Outcome:
+    """Tries a mutant of a kernel: the smallest blocks that run it, its unit tests, then all other comparisons."""
+    plant([mutant], tree)
+    if not compiles(tree):
+        return Outcome(mutant.number, "refused")
+    own = OWN_BLOCKS.get(mutant.file)
+    first = [RIGHT_TESTS[mutant.right], *(["-k", own] if own else [])]
+    return tried_alone(mutant, tree, [first, mutant.unit_tests], [["tests/parity"]])
 
 
 def tried_alone(
@@ -259,13 +285,10 @@ def tried_alone(
     """Runs selections of tests in a tree, one after the other, until one fails."""
     environ = {**os.environ, "PYTHONPATH": str(tree), VARIABLE: str(mutant.number)}
     for selection in (*right_ones, *others):
-        command = [sys.executable, "-m", "pytest", *selection, *SELECTION[1:], "-x", "-q", "-rfE", "--tb=no"]
+        command = [sys.executable, "-m", "pytest", *selection, *SELECTION[1:], *UP_TO_THE_FIRST]
         right = selection in right_ones
-        try:
-            ended = subprocess.run(
-                command, cwd=tree, env=environ, capture_output=True, text=True, timeout=10 * PATIENCE
-            )
-        except subprocess.TimeoutExpired:
+        ended = subprocess.run(command, cwd=tree, env=environ, capture_output=True, text=True)
+        if "Timeout (" in ended.stderr:
             return Outcome(mutant.number, "hang", selection[0], right)
         nothing_chosen = right and ended.returncode == pytest.ExitCode.NO_TESTS_COLLECTED
         if ended.returncode and not nothing_chosen:

@@ -1,14 +1,14 @@
-"""Mutants of Mojo sources: statements, with alternatives behind the switch.
+"""Mutants of Mojo sources: statements, with one of them changed.
 
-No parser of Mojo is at hand, so a source is taken apart into logical lines and tokens. An expression is written out
-once for each of its mutants; a mutant that the compiler refuses falls away.
+No parser of Mojo is at hand, so a source is taken apart into logical lines and tokens. What the compiler refuses is no
+mutant. There is no switch as in Python: within a loop it would keep the compiler from vectorizing.
 """
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from .mutant import ALWAYS, Choose, next_digit
+from .mutant import Choose, next_digit
 
 TOKEN = re.compile(
     r"""(?x) "(?:\\.|[^"\\])*" | \#[^\n]* | (?:0x[0-9A-Fa-f]+ | \d+(?:\.\d+)?(?:e-?\d+)?) | \w+
@@ -53,31 +53,6 @@ def logical_lines(text: str) -> Iterator[Line]:
         if not depth and not quoted:
             yield Line(start, "\n".join(held))
             held = []
-
-
-def unrolled(text: str) -> set[int]:
-    """Returns the lines of what is compiled many times over: bodies of `comptime for`, and functions that are inlined.
-
-    With a switch in them they would take an hour to compile; each of their mutants is compiled alone.
-    """
-    found: set[int] = set()
-    depths: list[int] = []
-    inlined = False
-    for line in logical_lines(text):
-        code = line.text.strip()
-        depth = len(line.text) - len(line.text.lstrip())
-        while code and depths and depth <= depths[-1]:
-            depths.pop()
-        if code.startswith("def "):
-            depths += [depth] if inlined else []
-            inlined = False
-        elif code.startswith("@always_inline"):
-            inlined = depth <= 4  # what is nested deeper is inlined once
-        elif code.startswith("comptime for"):
-            depths.append(depth)
-        if depths:
-            found.add(line.first)
-    return found
 
 
 def on_gpu(text: str) -> set[int]:
@@ -193,24 +168,22 @@ def depth_of(text: str) -> int:
 
 @dataclass(frozen=True)
 class Writer:
-    """Writes expressions of a line with the mutants that are wanted in them. Only what a mutant is in stands there
-    twice, in the innermost brackets: calls that are inlined would make the code many times as large."""
+    """Writes expressions of a line with the mutant that is chosen, if it is in them."""
 
     file: str
     line: int
     choose: Choose
 
-    def number(self, operator: str, before: str, after: str) -> int | None:
-        return self.choose(self.file, self.line, operator, " ".join(before.split()), " ".join(after.split()))
+    def chosen(self, operator: str, before: str, after: str) -> bool:
+        return bool(self.choose(self.file, self.line, operator, " ".join(before.split()), " ".join(after.split())))
 
     def expression(self, code: str) -> str:
         return self.written(parsed(TOKEN.findall(code))[0])
 
     def written(self, part: Part) -> str:
-        found = ((self.number(operator, part.code, after), after) for operator, after in variants(part))
-        choices = [(number, after) for number, after in found if number]
+        changed = [after for operator, after in variants(part) if self.chosen(operator, part.code, after)]
         inside = "".join(self.written_group(piece) if isinstance(piece, Group) else piece for piece in part.pieces)
-        return part.name + (ternary(choices, inside) if choices else inside)
+        return part.name + (f"({changed[0]})" if changed else inside)
 
     def written_group(self, group: Group) -> str:
         if group.parameters:
@@ -218,34 +191,17 @@ class Writer:
         arguments = [self.written(argument) for argument in group.arguments]
         first, second = [argument.code.strip() for argument in group.arguments[:2]] if len(arguments) > 1 else ("", "")
         plain = all(re.fullmatch(r"[A-Za-z_][\w.]*", each) for each in (first, second)) and first != second
-        if (
-            plain
-            and group.opening == "("
-            and (number := self.number("arguments swapped", f"{first}, {second}", f"{second}, {first}"))
-        ):
-            arguments[:2] = [
-                argument.name + ternary([(number, other)], own)
-                for argument, own, other in zip(group.arguments, (first, second), (second, first), strict=False)
-            ]
+        swappable = plain and group.opening == "("
+        if swappable and self.chosen("arguments swapped", f"{first}, {second}", f"{second}, {first}"):
+            names = (argument.name for argument in group.arguments)
+            arguments[:2] = [f"{name} {other}" for name, other in zip(names, (second, first), strict=False)]
         return group.joined(arguments)
 
 
-def ternary(choices: Sequence[tuple[int, str]], of: str) -> str:
-    """Returns an expression of the alternatives, each on a line of its own, so that the compiler's errors name it."""
-    if choices[0][0] == ALWAYS:
-        return f"({choices[0][1]})"
-    lines = [f"({' '.join(after.split())}) if mutated({number}) else (" for number, after in choices]
-    return "(" + "\n                ".join([*lines, of]) + ")" * (len(lines) + 1)
-
-
 def instrumented(text: str, file: str, choose: Choose) -> str:
-    """Returns a source with the mutants that `choose` numbers behind the switch; without one as it was."""
+    """Returns a source with the mutant in it for which `choose` returns a number; without one as it was."""
     left = on_gpu(text)
-    written = [line.text if line.first in left else rewritten(line, file, choose) for line in logical_lines(text)]
-    if all(line.text == new for line, new in zip(logical_lines(text), written, strict=True)):
-        return text
-    first = next(at for at, line in enumerate(logical_lines(text)) if line.text.startswith(("from ", "import ")))
-    return "\n".join([*written[:first], "from .mutation import mutated", *written[first:]])
+    return "\n".join(line.text if line.first in left else rewritten(line, file, choose) for line in logical_lines(text))
 
 
 def rewritten(line: Line, file: str, choose: Choose) -> str:
@@ -261,24 +217,17 @@ def rewritten(line: Line, file: str, choose: Choose) -> str:
 
 
 def statement(writer: Writer, code: str, text: str) -> str:
-    """Returns a call or an assignment with its mutants, of which one is to skip it."""
+    """Returns a call or an assignment with its mutant, which may be to skip it."""
     indent, body = code[: -len(code.lstrip())], code.strip()
-    skipped = writer.number("statement skipped", body, "pass")
+    if writer.chosen("statement skipped", body, "pass"):
+        return f"{indent}pass"
     assigned = re.fullmatch(r"(?s)(.+?) ([-+*/]?)= (.+)", body)
     if assigned and depth_of(assigned[1]):
         assigned = None  # a call with a keyword
-    other = f"{assigned[1]} {'+-'.replace(assigned[2], '')}= {assigned[3]}" if assigned and assigned[2] in "+-" else ""
-    added = writer.number("arithmetic", body, other) if other and assigned and assigned[2] else None
+    if assigned and assigned[2] in ("+", "-"):
+        other = f"{assigned[1]} {'+-'.replace(assigned[2], '')}= {assigned[3]}"
+        if writer.chosen("arithmetic", body, other):
+            return indent + other
     left = f"{writer.expression(assigned[1])} {assigned[2]}= " if assigned else ""
     written = left + writer.expression(assigned[3] if assigned else body)
-    if not (skipped or added or written != body):
-        return text
-    if ALWAYS in (skipped, added):
-        return indent + ("pass" if skipped == ALWAYS else other)
-    lines = [f"if mutated({added}):", f"    {other}"] if added else []
-    if skipped:
-        lines.append(f"{'elif' if added else 'if'} not mutated({skipped}):")
-    elif added:
-        lines.append("else:")
-    lines.append(f"    {written}" if lines else written)
-    return "\n".join(indent + line for line in lines)
+    return indent + written if written != body else text

@@ -5,7 +5,11 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 
 COMPONENTS: tuple[tuple[str, str, str], ...] = (
-    ("select_tokens and draft kernels", "steps", "kernels/select_tokens.mojo kernels/draft.mojo kernels/loop.mojo"),
+    (
+        "select_tokens and draft kernels",
+        "steps",
+        "kernels/select_tokens.mojo kernels/draft.mojo kernels/loop.mojo kernels/quantized.mojo",
+    ),
     (
         "a GPU's steps",
         "a GPU's steps",
@@ -42,7 +46,10 @@ OWN_BLOCKS = {
     "kernels/attention.mojo": "decoder.attention.cached or decoder.cross_attention.step",
     "kernels/convolution.mojo": "encoder.stem",
     "kernels/decoder_block.mojo": "decoder.block.step",
+    "kernels/gelu.mojo": "decoder.block.step",
+    "kernels/layer_norm.mojo": "decoder.block.step",
     "kernels/linear.mojo": "decoder.mlp.step",
+    "kernels/pointers.mojo": "decoder.mlp.step",
     "kernels/softmax.mojo": "encoder.attention or decoder.attention.cached",
     "kernels/team.mojo": "decoder.block.step",
     "kernels/tiled_attention.mojo": "encoder.attention",
@@ -85,8 +92,7 @@ UNIT_TESTS: tuple[tuple[str, str], ...] = (
 class Mutant:
     """A fault at one place.
 
-    number: of the switch. file: below maxwhisper/. operator: what was done. before, after: the code there. alone:
-    whether it is compiled without others, and without a switch.
+    number: of the switch. file: below maxwhisper/. operator: what was done. before, after: the code there.
     """
 
     number: int
@@ -95,7 +101,6 @@ class Mutant:
     operator: str
     before: str
     after: str
-    alone: bool = False
 
     @property
     def component(self) -> str:
@@ -107,6 +112,11 @@ class Mutant:
         return component_of(self.file)[1]
 
     @property
+    def in_kernel(self) -> bool:
+        """Tells whether it is compiled, and so tried without a switch and without others."""
+        return self.file.endswith(".mojo")
+
+    @property
     def unit_tests(self) -> list[str]:
         """Returns the files of unit tests that hold its file to what it promises."""
         names = next(names for files, names in UNIT_TESTS if any(fnmatch(self.file, each) for each in files.split()))
@@ -116,8 +126,6 @@ class Mutant:
         return f"{self.number} {self.file}:{self.line} {self.operator}: {self.before} -> {self.after}"
 
 
-ALWAYS = -1
-"""The number of a mutant that stands in the place of the right code, behind no switch."""
 Choose = Callable[[str, int, str, str, str], int | None]
 """From file, line, operator, before and after to the number of a mutant that is wanted there."""
 

@@ -1,32 +1,20 @@
 """The project's sources with mutants in them, as a checkout of their own."""
 
-import re
+import itertools
+import os
 import shutil
+import subprocess
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 
-from mojo.run import subprocess_run_mojo
-
 from . import mojo_sources, python_sources
-from .mutant import ALWAYS, COMPONENTS, NOT_MUTATED, Choose, Mutant, component_of
-from .switch import ADDRESS, REACHED
+from .mutant import COMPONENTS, NOT_MUTATED, Choose, Mutant, component_of
 
 ROOT = Path(__file__).parents[2]
 LINKED = ("reference", "tests", "fixtures", "conftest.py", "pyproject.toml")
-KERNEL_SWITCH = f'''"""Which mutant is in force: see reference/mutants/switch.py."""
-
-from std.memory import Pointer
-
-
-@no_inline  # a call for every place, not a copy: it is compiled hundreds of times
-def mutated(number: Int) -> Bool:
-    var reached = Pointer[UInt8, MutAnyOrigin](unsafe_from_address={REACHED})
-    if reached[unsafe_offset=number] == 0:  # or else threads would write one cache line all the time
-        reached[unsafe_offset=number] = 1
-    return Pointer[Int64, MutAnyOrigin](unsafe_from_address={ADDRESS})[unsafe_offset=0] == Int64(number)
-'''
 
 
 def sources() -> Iterator[tuple[str, Callable[[str, str, Choose], str]]]:
@@ -44,12 +32,10 @@ def all_mutants() -> list[Mutant]:
     found: list[Mutant] = []
 
     def note(file: str, line: int, operator: str, before: str, after: str) -> None:
-        found.append(Mutant(len(found) + 1, file, line, operator, before, after, line in unrolled))
+        found.append(Mutant(len(found) + 1, file, line, operator, before, after))
 
     for file, instrumented in sources():
-        text = (ROOT / "maxwhisper" / file).read_text()
-        unrolled = mojo_sources.unrolled(text) if file.endswith(".mojo") else set()
-        instrumented(text, file, note)
+        instrumented((ROOT / "maxwhisper" / file).read_text(), file, note)
     return found
 
 
@@ -73,60 +59,31 @@ def sample(mutants: Sequence[Mutant], number: int, seed: int) -> list[Mutant]:
     return sorted(chosen[:number], key=lambda mutant: mutant.number)
 
 
-def plant(mutants: Sequence[Mutant], tree: Path) -> list[Mutant]:
-    """Writes the checkout with the mutants in it, without those that the compiler refuses, and returns the others.
-
-    A single mutant that is to be alone is planted without a switch. Raises RuntimeError with the compiler's words if
-    kernels do not compile for another reason.
-    """
+def plant(mutants: Sequence[Mutant], tree: Path) -> None:
+    """Writes the checkout with mutants in it: those of Python sources behind the switch, or one of a kernel."""
     tree.mkdir(parents=True, exist_ok=True)
     for name in LINKED:
         if not (tree / name).exists():
             (tree / name).symlink_to(ROOT / name)
-    left = list(mutants)
-    kernels = tree / "maxwhisper" / "kernels"
-    while left:
-        write(left, tree)
-        if not (errors := errors_in(kernels)):
-            break
-        places = re.findall(r"(\S+\.mojo):(\d+):\d+: error:", errors)
-        refused = {number for file, line in places for number in mutants_at(Path(file), int(line))}
-        if not refused and not left[0].alone:
-            raise RuntimeError(f"{kernels} does not compile:\n{errors}")
-        left = [mutant for mutant in left if mutant.number not in refused and not mutant.alone]
-    return left
-
-
-def write(mutants: Sequence[Mutant], tree: Path) -> None:
     shutil.rmtree(tree / "maxwhisper", ignore_errors=True)
     shutil.copytree(ROOT / "maxwhisper", tree / "maxwhisper", ignore=shutil.ignore_patterns("__pycache__"))
-    (tree / "maxwhisper" / "kernels" / "mutation.mojo").write_text(KERNEL_SWITCH)
-    with (tree / "maxwhisper" / "__init__.py").open("a") as init:  # kernels read its memory, in whichever process
-        init.write("\nfrom reference.mutants import switch as _switch\n")
-    wanted = {mutant.number: ALWAYS if mutant.alone else mutant.number for mutant in mutants}
-    number = 0
+    wanted = {mutant.number for mutant in mutants}
+    numbers = itertools.count(1)
 
     def choose(*_: object) -> int | None:
-        nonlocal number
-        number += 1
-        return wanted.get(number)
+        number = next(numbers)
+        return number if number in wanted else None
 
     for file, instrumented in sources():
         path = tree / "maxwhisper" / file
         path.write_text(instrumented(path.read_text(), file, choose))
 
 
-def errors_in(kernels: Path) -> str:
-    """Returns what the compiler says of kernels that it refuses, nothing of others."""
-    arguments = ["precompile", str(kernels), "-o", str(kernels.parents[1] / "kernels.mojoc")]
-    compiled = subprocess_run_mojo(arguments, capture_output=True, text=True)
-    return compiled.stderr if compiled.returncode else ""
-
-
-def mutants_at(file: Path, line: int) -> set[int]:
-    """Returns the mutant that a line of a mutated kernel belongs to, or all of the statement around it."""
-    lines = file.read_text().split("\n")
-    for near in (lines[line - 1], *lines[line : line + 2], *lines[max(0, line - 3) : line - 1][::-1]):
-        if found := re.search(r"mutated\((\d+)\)", near):
-            return {int(found[1])}
-    return set()
+def compiles(tree: Path) -> bool:
+    """Tells whether the compiler takes the kernels of a checkout, whose tests then find them compiled."""
+    command = "from maxwhisper.engine.kernel_library import kernel_library; kernel_library()"
+    environ = {**os.environ, "PYTHONPATH": str(tree)}
+    run = subprocess.run([sys.executable, "-c", command], cwd=tree, env=environ, capture_output=True, text=True)
+    if run.returncode and "does not compile" not in run.stderr:
+        raise RuntimeError(f"{tree}: {run.stderr[-300:]}")
+    return not run.returncode

@@ -156,6 +156,37 @@ def test_a_change_elsewhere_leaves_a_sample_as_it_was(all_mutants: list[Mutant])
     assert before == after and len(before) == 60
 
 
+def differing(tree_of: Path) -> dict[str, tuple[str, str]]:
+    """Returns the files that are not as here, before and after."""
+    package = ROOT / "maxwhisper"
+    files = [path.relative_to(package).as_posix() for path in package.rglob("*") if path.suffix in (".py", ".mojo")]
+    both = {file: ((package / file).read_text(), (tree_of / "maxwhisper" / file).read_text()) for file in files}
+    return {file: (before, after) for file, (before, after) in both.items() if before != after}
+
+
+@pytest.mark.parametrize("operator", ["constant", "arguments swapped", "statement skipped", "arithmetic"])
+def test_a_kernel_is_planted_with_one_mutant_and_without_a_switch(
+    all_mutants: list[Mutant], tmp_path: Path, operator: str
+) -> None:
+    mutant = next(each for each in all_mutants if each.in_kernel and each.operator == operator)
+    tree.plant([mutant], tmp_path)
+    ((file, (before, after)),) = differing(tmp_path).items()
+    assert file == mutant.file
+    lines = [
+        number
+        for number, pair in enumerate(zip(*(x.split("\n") for x in (before, after)), strict=False), 1)
+        if pair[0] != pair[1]
+    ]
+    assert lines[0] == mutant.line and len(lines) <= mutant.before.count("\n") + 1
+    assert mutant.after.split()[0] in after.split("\n")[mutant.line - 1]
+
+
+def test_python_is_planted_behind_the_switch_and_kernels_stay(all_mutants: list[Mutant], tmp_path: Path) -> None:
+    some = [each for each in all_mutants if not each.in_kernel][::200]
+    tree.plant(some, tmp_path)
+    assert set(differing(tmp_path)) == {mutant.file for mutant in some}
+
+
 @pytest.mark.parametrize(("literal", "after"), [("0.5", "0.6"), ("1e-05", "2e-05"), ("0.39", "0.38"), ("0x1F", None)])
 def test_last_digit(literal: str, after: str | None) -> None:
     assert next_digit(literal) == after
