@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(report, end="", flush=True)
         if options.output:
             options.output.parent.mkdir(parents=True, exist_ok=True)
-            written(options.output, lambda unfinished: unfinished.write_text(report))
+            written(options.output, lambda unfinished: unfinished.write_text(report, encoding="utf-8"))
     except (MaxWhisperError, OSError) as error:
         print(f"kernel-diff: {error}", file=sys.stderr)
         return 1
