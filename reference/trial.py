@@ -6,14 +6,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
-from zlib import crc32
 
 import torch
 from torch import Tensor
 from whisper.model import Whisper
 
 from . import tf32
-from .activations import BATCH, END
+from .activations import BATCH, END, KINDS
 from .blocks import TWINS
 from .formulas import in_float64
 from .inputs import moved
@@ -31,12 +30,15 @@ Run = Callable[..., Outputs]
 
 
 def threads_for(comparison: Comparison) -> tuple[int, ...]:
-    """Returns for how many threads a comparison is made again. How work is cut depends on shapes, which all layers
-    share, and most kinds of inputs: on speech, several windows and a text to the end the first layer is given all of
-    THREADS, every other comparison one of them in turn."""
-    if comparison.layer == 0 and comparison.inputs.startswith(("speech", BATCH, END)):
+    """Returns for how many threads a comparison is made again. How work is cut depends on shapes, which all layers,
+    dtypes and most kinds of inputs share: on speech, several windows and a text to the end the first layer is given all
+    of THREADS in float32, every other comparison one of them in turn."""
+    in_every_shape = comparison.layer == 0 and comparison.inputs.startswith(("speech", BATCH, END))
+    if in_every_shape and comparison.dtype == torch.float32:
         return THREADS
-    return (THREADS[crc32(str(comparison).encode()) % len(THREADS)],)
+    kind, _, moment = comparison.inputs.partition(".")
+    turn = KINDS.index(kind) + comparison.layer + (moment == "first")
+    return (THREADS[turn % len(THREADS)],)
 
 
 @contextmanager
@@ -153,7 +155,7 @@ class Trial:
             condition=condition,
         )
 
-    @property
+    @cached_property
     def condition(self) -> Condition:
         """Returns the condition of the block on the inputs, for roundings in the comparison's dtype."""
         roundoff, seed = UNIT_ROUNDOFF[self.comparison.dtype], self.comparison.seed

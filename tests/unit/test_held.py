@@ -1,6 +1,7 @@
 """What counts of tests that leave no verdict, and what is given and said where nothing right can come of it."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -8,7 +9,9 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from torch import Tensor
 
+from maxwhisper.network.blocks import Block
 from reference.faults import fault_totals, isolated, result_of, until_caught
 from reference.judge import Comparison
 from reference.models import SIZES
@@ -134,15 +137,28 @@ def test_the_chain_must_diverge_inside_the_block_that_is_wrong(divergence: str |
 
 def test_a_fault_is_judged_in_its_own_layer() -> None:
     """The weights of others are right, so there the block would be wrong whatever the fault."""
-    dims = SIZES["tiny"]
-    suite: Any = SimpleNamespace(
-        dims=dims,
-        comparisons=lambda block, kinds: [Comparison("s", torch.float32, block.name, n, "speech") for n in range(4)],
-        judge=lambda comparison, executable: comparison.layer,
-    )
+    found = torch.ones(2)
+
+    class StubSuite:
+        dims = SIZES["tiny"]
+
+        def comparisons(self, block: Block, kinds: Iterable[str]) -> list[Comparison]:
+            return [Comparison("s", torch.float32, block.name, n, "speech") for n in range(4)]
+
+        def trial(self, comparison: Comparison) -> Any:
+            def judge(outputs: list[Tensor]) -> tuple[int, bool]:
+                return comparison.layer, outputs[0] is found
+
+            return SimpleNamespace(there={"x": 3}, judge=judge)
+
+    suite: Any = StubSuite()
+
+    def run(x: int) -> list[Tensor]:
+        return [found] if x == 3 else []
+
     of_block = fault("a").fault
-    assert list(isolated(suite, of_block, None)) == [1]  # type: ignore[arg-type]
-    assert list(isolated(suite, replace(of_block, block="encoder.stem"), None)) == [0]  # type: ignore[arg-type]
+    assert list(isolated(suite, of_block, run)) == [(1, True)]
+    assert list(isolated(suite, replace(of_block, block="encoder.stem"), run)) == [(0, True)]
 
 
 # ---- loaders -------------------------------------------------------------------------------------------------------

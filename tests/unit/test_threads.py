@@ -1,6 +1,7 @@
 """Kernels whose work is cut for other numbers of threads than this machine has: judged, and a wrong cut is named."""
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -69,6 +70,8 @@ def test_every_block_is_cut_for_all_in_every_shape(judged: Suite, block: str) ->
         compared = list(judged.comparisons(BLOCKS[block], kinds))
         assert {n for each in compared for n in threads_for(each)} == (set(THREADS) if compared else set())
         assert all(threads_for(each) for each in compared)
+    in_bfloat16 = [threads_for(replace(each, dtype=torch.bfloat16)) for each in compared]
+    assert set(in_bfloat16) == {(n,) for n in THREADS}
 
 
 def test_the_environment_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
