@@ -196,7 +196,8 @@ class Trials:
         traced = {number for reached in self.traced.values() for number in reached}
         once = {n for test, some in self.reached["first"].items() for n in set(some) - set(self.live.get(test, ()))}
         for mutant in self.left:
-            if mutant.number in live:
+            # What builds graphs is seen best in the innermost of them; a test may load a model each time it runs.
+            if mutant.number in live and (mutant.number not in traced or self.right_tests(mutant)):
                 self.try_live(mutant)
         self.try_graphs([mutant for mutant in self.left if mutant.number in traced])
         self.session.stop()
@@ -206,18 +207,31 @@ class Trials:
             reached = outcome.how != "survived" or mutant.number in live | once | traced
             self.note(outcome if reached else Outcome(mutant.number, "unreached"))
 
-    def try_live(self, mutant: Mutant) -> None:
-        tests = self.ordered(mutant, [test for test, reached in self.live.items() if mutant.number in reached])
+    def tests_of(self, mutant: Mutant) -> list[str]:
+        """Returns the tests that run a mutant's place, in the order in which somebody would run them."""
+        return self.ordered(mutant, [test for test, reached in self.live.items() if mutant.number in reached])
+
+    def right_tests(self, mutant: Mutant) -> list[str]:
+        """Returns those of them that are right ones."""
         blocks = self.blocks_of(mutant)
+        return [test for test in self.tests_of(mutant) if self.is_right(mutant, test, blocks)]
+
+    def try_live(self, mutant: Mutant) -> None:
+        how, by = "test", None
         try:
-            answer = self.session.ask("tests", PATIENCE, mutant=mutant.number, items=tests)
+            answer = self.session.ask("tests", PATIENCE, mutant=mutant.number, items=self.tests_of(mutant))
+            if not answer["sound"]:  # what it left behind would be blamed on the next
+                self.session.stop()
+            by = answer["failed"]
         except WorkerDied as death:
-            self.note(Outcome(mutant.number, death.how, death.at, self.is_right(mutant, death.at, blocks)))
+            how, by = death.how, death.at
+        if how == "test" and not by:
             return
-        if not answer["sound"]:  # what it left behind would be blamed on the next
-            self.session.stop()
-        if by := answer["failed"]:
-            self.note(Outcome(mutant.number, "test", by, self.is_right(mutant, by, blocks)))
+        right = self.is_right(mutant, by, self.blocks_of(mutant))
+        outcome = Outcome(mutant.number, how, by, right)
+        if not right and (in_own_tests := self.tried_alone(mutant, with_parity=False)).how != "survived":
+            outcome = in_own_tests
+        self.note(outcome)
 
     def try_graphs(self, mutants: Sequence[Mutant]) -> None:
         """Tries mutants that are in force while graphs are built, in the innermost blocks that these build."""
