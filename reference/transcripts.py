@@ -120,7 +120,7 @@ def compare(subject: Whisper, peer: OpenAIWhisper | Yardstick, clip: str, decodi
     return compared(transcribed(subject, given, options), theirs, clip, decoding)
 
 
-def compare_together(
+def compare_many(
     subject: Whisper, peer: OpenAIWhisper | Yardstick, clips: Sequence[str], decoding: str, batch_size: int
 ) -> Iterator[Transcript]:
     """Transcribes clips of fixtures/, the subject several at a time."""

@@ -25,7 +25,7 @@ SELECTION = ("tests/parity", "--benchmark-disable", "--size", "fixture", "--dtyp
 """What a mutant has to pass."""
 PATIENCE = 120
 """Seconds that a test may take with a mutant in force; without one the slowest takes 5."""
-TOGETHER = 16
+AT_A_TIME = 16
 """Mutated graphs that compile together."""
 
 
@@ -212,8 +212,8 @@ class Trials:
     def try_graphs(self, mutants: Sequence[Mutant]) -> None:
         """Tries mutants that are in force while graphs are built, in the innermost blocks that these build."""
         pairs = [(mutant.number, block) for mutant in mutants for block in self.blocks_of(mutant)[:2]]
-        for start in range(0, len(pairs), TOGETHER):
-            some = pairs[start : start + TOGETHER]
+        for start in range(0, len(pairs), AT_A_TIME):
+            some = pairs[start : start + AT_A_TIME]
             try:
                 said = self.session.ask("graphs", 10 * PATIENCE, pairs=some)["said"]
             except WorkerDied:

@@ -16,7 +16,7 @@ from reference.blocks import pytorch_whisper
 from reference.fixtures import NANO
 from reference.models import CHECKPOINT, trained
 from reference.results import Run
-from reference.transcripts import DECODING, PIPELINE_FAULTS, Yardstick, compare, compare_pieces, compare_together
+from reference.transcripts import DECODING, PIPELINE_FAULTS, Yardstick, compare, compare_many, compare_pieces
 from reference.verdicts import Verdicts
 
 
@@ -78,7 +78,7 @@ def test_transcripts_together(
     subject: maxwhisper.Whisper, peer: Yardstick, decoding: str, batch_size: int, run: Run
 ) -> None:
     clips = [clip["file"] for clip in CLIPS if decoding not in AT_NIGHT.get(clip["file"], ())]
-    transcripts = list(compare_together(subject, peer, clips, decoding, batch_size))
+    transcripts = list(compare_many(subject, peer, clips, decoding, batch_size))
     run.transcripts += transcripts
     assert sorted(transcript.clip for transcript in transcripts) == sorted(clips)
     assert not [transcript for transcript in transcripts if not transcript.equal]
