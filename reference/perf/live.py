@@ -27,10 +27,11 @@ from maxwhisper.audio import SAMPLE_RATE, load_audio
 from maxwhisper.compare.material import checkpoint_for
 from maxwhisper.compare.run import machine
 from maxwhisper.compare.scores import word_error_rate
-from maxwhisper.live import POLICIES, Policy, Session
+from maxwhisper.live import POLICIES, Session
 from maxwhisper.live.hypotheses import hypothesis, prepare
 from maxwhisper.whisper import Whisper
 
+from ..activations import CLIPS
 from ..fixtures import FIXTURES, NANO
 
 BLOCK = SAMPLE_RATE // 10
@@ -109,7 +110,7 @@ def main() -> int:
 
 def clips_of(model: Whisper) -> Iterator[Clip]:
     """Yields the clips with speech, and what `transcribe` makes of them."""
-    for clip in json.loads((FIXTURES / "clips.json").read_text())["clips"]:
+    for clip in CLIPS:
         if not clip["no_speech"]:
             audio = load_audio(FIXTURES / clip["file"])
             result = model.transcribe(audio, language=clip["language"], word_timestamps=True)
@@ -118,10 +119,10 @@ def clips_of(model: Whisper) -> Iterator[Clip]:
             yield Clip(audio, clip["text"], clip["language"], text, words)
 
 
-def ways(model: Whisper, name: str) -> Iterator[tuple[str, Callable[[str], Listener]]]:
+def ways(model: Whisper, name: str) -> Iterator[tuple[str, Callable[..., Listener]]]:
     """Yields what is compared, by name: from a language to what listens."""
     for policy, make in POLICIES.items():
-        yield f"maxwhisper, {policy}", partial(listening, model, make)
+        yield f"maxwhisper, {policy}", partial(Session, model, make)
     if installed("faster_whisper"):
         from .live_peers import peers
 
@@ -140,13 +141,9 @@ def installed(package: str) -> bool:
     return found
 
 
-def listening(model: Whisper, policy: Callable[[], Policy], language: str) -> Session:
-    return Session(model, policy, language=language)
-
-
-def measured(name: str, way: Callable[[str], Listener], clips: Sequence[Clip]) -> dict[str, float]:
+def measured(name: str, way: Callable[..., Listener], clips: Sequence[Clip]) -> dict[str, float]:
     """Plays all clips, and prints and returns the figures."""
-    played = [play(way(clip.language), clip.audio) for clip in clips]
+    played = [play(way(language=clip.language), clip.audio) for clip in clips]
     late, first = [], []
     for clip, each in zip(clips, played, strict=True):
         for word, (_, end) in matching(each.words, clip.words):

@@ -28,9 +28,9 @@ from maxwhisper.audio import SAMPLE_RATE, load_audio
 from maxwhisper.compare.run import machine
 from maxwhisper.whisper import load_model
 
+from ..activations import CLIPS
 from ..fixtures import FIXTURES, NANO
 
-CLIPS = json.loads((FIXTURES / "clips.json").read_text())["clips"]
 EIGHT = [FIXTURES / clip["file"] for clip in CLIPS if clip["duration"] < 30 and not clip["no_speech"]][:8]
 HOUR = 3600
 

@@ -1,7 +1,7 @@
 """The engines that can be compared, one line of the table each.
 
-An adapter is a module of this package with a class `Adapter`, an `Engine`, and one called `Batched` where several windows
-can be decoded at a time. Adapters import their package when they are imported, which only a worker process does.
+An adapter is a module of this package with a class `Adapter`, an `Engine`, and one called `Batched` where windows can
+be decoded several at a time. Adapters import their package when they are imported, which only a worker process does.
 """
 
 import re
