@@ -249,8 +249,9 @@ def text_or_tokens(name: str, value: Any, model: Whisper) -> Any:
 # ---- prompts -------------------------------------------------------------------------------------------------------
 
 
-def tokenizer_of(model: Whisper) -> Tokenizer:
-    return get_tokenizer(model.is_multilingual, num_languages=model.num_languages)
+def tokenizer_of(model: Whisper, **of_text: str) -> Tokenizer:
+    """Returns openai-whisper's tokenizer for a model, and maybe for a language and a task."""
+    return get_tokenizer(model.is_multilingual, num_languages=model.num_languages, **of_text)
 
 
 def special_token_in(text: str, encoding: Encoding) -> str | None:

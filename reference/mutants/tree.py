@@ -9,11 +9,11 @@ from pathlib import Path
 
 from mojo.run import subprocess_run_mojo
 
+from ..fixtures import ROOT
 from . import mojo_sources, python_sources
 from .mutant import ALWAYS, COMPONENTS, NOT_MUTATED, Choose, Mutant, component_of
 from .switch import ADDRESS, REACHED
 
-ROOT = Path(__file__).parents[2]
 LINKED = ("reference", "tests", "fixtures", "conftest.py", "pyproject.toml")
 KERNEL_SWITCH = f'''"""Which mutant is in force: see reference/mutants/switch.py."""
 
