@@ -10,7 +10,6 @@ settled. Those that are not in that transcript are not counted here, but in the 
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -83,8 +82,8 @@ class Played:
     seconds: float = 0.0
 
 
-def main() -> int:
-    """Measures, prints the figures, and writes them to `--json`; returns 0."""
+def main() -> None:
+    """Measures, prints the figures, and writes them to `--json`."""
     parser = argparse.ArgumentParser("python -m reference.perf.live", description="Measure live text.")
     parser.add_argument("--model", default=str(NANO), help="a checkpoint; of random:SIZE one hypothesis is timed")
     parser.add_argument("--clips", type=int, metavar="N", help="the first N clips alone")
@@ -105,7 +104,6 @@ def main() -> int:
     print(json.dumps({name: value for name, value in figures.items() if name != "ways"}, indent=1))
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1))
-    return 0
 
 
 def clips_of(model: Whisper) -> Iterator[Clip]:
@@ -239,4 +237,4 @@ def time_of_one(model: Whisper) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
