@@ -65,11 +65,11 @@ def following(settled: Sequence[str], words: Sequence[str]) -> int:
     for number, word in enumerate(settled, 1):
         before, costs = costs, [number]
         for at, other in enumerate(words):
-            costs.append(min(before[at] + (plain(word) != plain(other)), before[at + 1] + 1, costs[at] + 1))
+            costs.append(min(before[at] + (normalized(word) != normalized(other)), before[at + 1] + 1, costs[at] + 1))
     return min(range(len(costs)), key=lambda number: (costs[number], -number))
 
 
-def plain(word: str) -> str:
+def normalized(word: str) -> str:
     return word.strip().lower()
 
 

@@ -112,7 +112,7 @@ def clips_of(model: Whisper) -> Iterator[Clip]:
         if not clip["no_speech"]:
             audio = load_audio(FIXTURES / clip["file"])
             result = model.transcribe(audio, language=clip["language"], word_timestamps=True)
-            words = [(plain(word["word"]), word["end"]) for each in result["segments"] for word in each["words"]]
+            words = [(normalized(word["word"]), word["end"]) for each in result["segments"] for word in each["words"]]
             text = model.transcribe(audio, language=clip["language"])["text"]
             yield Clip(audio, clip["text"], clip["language"], text, words)
 
@@ -203,10 +203,10 @@ def matching(words: Sequence[str], offline: Sequence[tuple[str, float]]) -> Iter
 
 
 def words_in(text: str) -> list[str]:
-    return [word for each in text.split() if (word := plain(each))]
+    return [word for each in text.split() if (word := normalized(each))]
 
 
-def plain(word: str) -> str:
+def normalized(word: str) -> str:
     return "".join(character for character in word.lower() if character.isalnum())
 
 
