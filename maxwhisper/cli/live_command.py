@@ -39,9 +39,9 @@ def add_live(commands: Any) -> None:
     add_model(add)
     add("--output_dir", "-o", default=".", help="folder for the output files, made if it is not there")
     add("--output_format", "-f", default="all", choices=[*FORMATS, "all"], help="which output files to write")
-    add_decoding(parser.add_argument_group("decoding").add_argument)
-    add_fallback(parser.add_argument_group("when a window counts as failed or silent").add_argument)
-    add_words(parser.add_argument_group("words and subtitles").add_argument)
+    add_decoding(parser)
+    add_fallback(parser)
+    add_words(parser)
     parser.set_defaults(run=partial(live, parser))
 
 
