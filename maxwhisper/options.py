@@ -109,6 +109,7 @@ def decoding(options: DecodingOptions, model: Whisper, tasks: Sequence[str] = (*
 
 
 def refused(name: str, value: object, expected: str) -> OptionError:
+    """Returns the error of a value that an option cannot have."""
     shown = " ".join(reprlib.repr(value).split())
     return OptionError(f"{name} is {shown}, expected {expected}")
 
@@ -143,7 +144,8 @@ def scalar(value: Any) -> Any:
 
 
 def number(name: str, value: Any, least: float = 0.0) -> Any:
-    """Returns a finite number from `least` on; any number, infinities too, where that is minus infinity."""
+    """Returns a finite number from `least` on; any number, infinities too, where that is minus infinity. Raises
+    OptionError for another value, as the functions below do."""
     found, finite = scalar(value), least > -math.inf
     try:
         real = float(found) if isinstance(found, Real) else math.nan
@@ -155,6 +157,7 @@ def number(name: str, value: Any, least: float = 0.0) -> Any:
 
 
 def whole(name: str, value: Any, least: float, most: float = math.inf) -> int:
+    """Returns a whole number from `least` to `most`."""
     found = scalar(value)
     if not isinstance(found, Integral) or not least <= int(found) <= most:
         raise refused(name, value, f"a whole number from {least:g} {'on' if most == math.inf else f'to {most}'}")
@@ -177,6 +180,7 @@ def warn_of(cost: str) -> None:
 
 
 def temperature(value: Any) -> Any:
+    """Returns a temperature: 0, or one that leaves logits numbers."""
     found = number("temperature", value)
     if found and not COLDEST <= found <= HOTTEST:
         raise refused("temperature", value, f"0 or a number from {COLDEST:g} to {HOTTEST:g}")
@@ -215,6 +219,7 @@ def parts(value: Any) -> Any:
 
 
 def token_ids(name: str, value: Any, n_vocab: int, least: int = 0) -> list[int]:
+    """Returns numbers of tokens."""
     expected = f"numbers of tokens from {least} to {n_vocab - 1}"
     if not is_several(value):
         raise refused(name, value, expected)
@@ -228,6 +233,7 @@ def token_ids(name: str, value: Any, n_vocab: int, least: int = 0) -> list[int]:
 
 
 def text_or_tokens(name: str, value: Any, model: Whisper) -> Any:
+    """Returns a text or numbers of tokens; of a prompt's, as many as are of use."""
     if value is None:
         return None
     if not isinstance(value, str):
@@ -243,8 +249,9 @@ def text_or_tokens(name: str, value: Any, model: Whisper) -> Any:
 # ---- prompts -------------------------------------------------------------------------------------------------------
 
 
-def tokenizer_of(model: Whisper) -> Tokenizer:
-    return get_tokenizer(model.is_multilingual, num_languages=model.num_languages)
+def tokenizer_of(model: Whisper, **of_text: str) -> Tokenizer:
+    """Returns openai-whisper's tokenizer for a model, and maybe for a language and a task."""
+    return get_tokenizer(model.is_multilingual, num_languages=model.num_languages, **of_text)
 
 
 def special_token_in(text: str, encoding: Encoding) -> str | None:

@@ -105,12 +105,12 @@ def compile_model(
             writer.add(Identity.of(unit, checkpoint.dims, policy, programs), artifact.stored, built_from(programs))
 
 
-def plain(value: Any) -> Any:
+def as_python(value: Any) -> Any:
     """Returns a result with Python's numbers in the place of NumPy's, which not all that writes results takes."""
     if isinstance(value, dict):
-        return {name: plain(each) for name, each in value.items()}
+        return {name: as_python(each) for name, each in value.items()}
     if isinstance(value, list):
-        return [plain(each) for each in value]
+        return [as_python(each) for each in value]
     return value.item() if isinstance(value, np.generic) else value
 
 
@@ -261,9 +261,9 @@ class Whisper(Frozen, OpenAIWhisper):
         if progress:
             names["tqdm"] = SimpleNamespace(tqdm=partial(Frames, progress))
         if on_segments:
-            names["enumerate"] = partial(enumerate_and_tell, lambda segments: on_segments(plain(segments)))
+            names["enumerate"] = partial(enumerate_and_tell, lambda segments: on_segments(as_python(segments)))
         result = rebind(transcribe, **names)(self, audio, clip_timestamps=clips, **{"fp16": False, **options})
-        return plain(result)
+        return as_python(result)
 
     def transcribe_many(
         self, audio: Sequence[Audio], batch_size: int = 1, **options: Any

@@ -171,7 +171,7 @@ def decoder(
 
 
 def cross_scores(attn: MultiHeadAttention, x: Tensor, k_cross: Tensor) -> Tensor:
-    """Scores before softmax (batch, head, token, n_audio_ctx), scaled as OpenAI scales them.
+    """Returns scores before softmax (batch, head, token, n_audio_ctx), scaled as OpenAI scales them.
 
     OpenAI's own method rounds them to float32, which would not do for the oracle.
     """

@@ -12,7 +12,6 @@ import torch
 import whisper
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from whisper.audio import mel_filters
 from whisper.model import ModelDimensions, Whisper
 
 EMBEDDING, OUTPUT = "decoder.token_embedding.weight", "proj_out.weight"
@@ -153,16 +152,3 @@ def looks_like(ours: Tensor, theirs: Tensor, others: Mapping[str, Tensor]) -> st
         if torch.equal(ours, theirs.to(dtype).float()):
             return f"it is rounded to {dtype}"
     return f"{int((ours != theirs).sum())} of {ours.numel()} values differ"
-
-
-def with_128_bands(source: Path, destination: Path) -> Path:
-    """Writes OpenAI's checkpoint of 80 mel bands as one of 128, which for each of the 80 takes a mean of those that
-    overlap it: the same text is heard, nearly as well."""
-    checkpoint = torch.load(source, weights_only=True)
-    overlap = mel_filters("cpu", 80) @ mel_filters("cpu", 128).T
-    weight = checkpoint["model_state_dict"]["encoder.conv1.weight"]
-    mean = (overlap / overlap.sum(1, keepdim=True)).to(weight.dtype)
-    checkpoint["model_state_dict"]["encoder.conv1.weight"] = torch.einsum("omt,mn->ont", weight, mean)
-    checkpoint["dims"]["n_mels"] = 128
-    torch.save(checkpoint, destination)
-    return destination

@@ -175,7 +175,7 @@ def report(suite: Suite) -> None:
         print(f"| {name} | {found.number} | {len(found.modules)} | {seconds - empty:.1f} | {size / 1024:.0f} |")
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m reference.compile_costs", description=__doc__)
     parser.add_argument("--size", default=FIXTURE, choices=(FIXTURE, *SIZES))
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
@@ -184,7 +184,7 @@ def main() -> int:
     suite = Suite(load(options.size), DTYPES[options.dtype])
     if not options.only:
         report(suite)
-        return 0
+        return
     traced = numbered(programs(suite, options.only))
     session("cpu")
     kernel_library()
@@ -192,8 +192,7 @@ def main() -> int:
     Artifact(options.only, traced, "cpu")
     after = resource.getrusage(resource.RUSAGE_SELF)
     print(json.dumps(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

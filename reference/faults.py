@@ -83,21 +83,20 @@ class FaultResult:
         """Tells whether it was caught, and the chain, if that diverged, did so where the faulty block stands."""
         return self.caught and (self.divergence or self.fault.path).removeprefix("step ").startswith(self.fault.path)
 
-    @property
-    def below_rounding(self) -> bool:
-        """Tells whether the fault changes the block less than PyTorch's rounding does; never so in float32."""
-        return self.dtype != torch.float32 and all(self.effect[kind] <= self.rounding[kind] for kind in self.rounding)
+    def below(self, times: float) -> bool:
+        """Tells whether the fault changes the block by less than so many times PyTorch's rounding; never in float32."""
+        small = (self.effect[kind] <= times * rounding for kind, rounding in self.rounding.items())
+        return self.dtype != torch.float32 and all(small)
 
     @property
-    def below_budget(self) -> bool:
-        """Tells whether its effect is less than K times PyTorch's rounding, where the judge is blind by design."""
-        return self.dtype != torch.float32 and all(
-            self.effect[kind] <= K * self.rounding[kind] for kind in self.rounding
-        )
+    def below_rounding(self) -> bool:
+        return self.below(1)
 
     @property
     def accepted(self) -> bool:
-        return self.right_block if self.caught else self.below_budget
+        """Tells whether it was caught where it is, or has less effect than K roundings, where the judge is blind by
+        design."""
+        return self.right_block if self.caught else self.below(K)
 
     @property
     def only_check(self) -> str | None:

@@ -1,11 +1,12 @@
 """The verdict on what is no block of the network: numbers that MAX finds, beside the formula that they are found by."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from .judge import UNIT_ROUNDOFF, Comparison, Judgement, condition, judge
+from .judge import UNIT_ROUNDOFF, Comparison, Judgement, condition, judge, judge_by_condition
 
 Formula = Callable[[dict[str, Tensor]], list[Tensor]]
 """From inputs by name to outputs, in the dtype of the inputs."""
@@ -29,11 +30,8 @@ def judge_formula(
     exact = in_float64(inputs)
     comparison = Comparison("a formula", torch.float32, name, 0, "inputs of a test")
     three = formula(exact), formula(dict(inputs)) if peer is None else peer, subject
-    first = judge(comparison, *three, longest_reduction=longest_reduction)
-    if first.passed or first.defects:
-        return first
-    found = condition(formula, exact, UNIT_ROUNDOFF[torch.float32])
-    return judge(comparison, *three, longest_reduction=longest_reduction, condition=found)
+    verdict = partial(judge, comparison, *three, longest_reduction=longest_reduction)
+    return judge_by_condition(verdict, lambda: condition(formula, exact, UNIT_ROUNDOFF[torch.float32]))
 
 
 def in_float64(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

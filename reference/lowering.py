@@ -64,16 +64,16 @@ def lower(name: str, programs: Sequence[Program], device: str) -> tuple[Artifact
     """Returns the artifact of the programs, or None and by program what MAX says against it."""
     try:
         return Artifact(name, programs, device), {}
-    except Exception as together:
+    except Exception as error:
         if len(programs) == 1:
-            return None, {programs[0].name: message(together)}
+            return None, {programs[0].name: message(error)}
         if failures := {program.name: reason for program in programs if (reason := not_built(program))}:
             # Building takes a second, compiling minutes: the others are compiled together once more.
             rest = [program for program in programs if program.name not in failures]
             return None, failures | (lower(name, rest, device)[1] if rest else {})
         for program in programs:
             failures |= lower(program.name, [program], device)[1]
-        nobody = {program.name: f"compiles alone, but not with its unit: {message(together)}" for program in programs}
+        nobody = {program.name: f"compiles alone, but not with its unit: {message(error)}" for program in programs}
         return None, failures or nobody
 
 

@@ -63,17 +63,18 @@ def attention(
     scale: Callable[[model.MultiHeadAttention], float] = lambda attn: attn.n_channel**-0.5,
     softmax: Callable[[TensorValue], TensorValue] = ops.softmax,
     kv_of: Callable[[model.KeyValue], model.KeyValue] = lambda kv: kv,
+    computed_in: Callable[[Policy], DType] = lambda policy: DType.float32,
 ) -> Patch:
-    """Returns a patch of attention, with another scale, another softmax, or over other keys and values."""
+    """Returns a patch of attention, with another scale or softmax, over other keys and values, or in another dtype."""
 
     def attend(
         self: model.MultiHeadAttention, q: TensorValue, kv: model.KeyValue, mask: TensorValue | None
     ) -> tuple[TensorValue, TensorValue]:
-        q, k, v = (x.cast(DType.float32) for x in (q, *kv_of(kv)))
-        qk = (q @ ops.transpose(k, 2, 3)) * ops.constant(scale(self), DType.float32, q.device)
+        q, k, v = (x.cast(computed_in(self.policy)) for x in (q, *kv_of(kv)))
+        qk = (q @ ops.transpose(k, 2, 3)) * ops.constant(scale(self), q.dtype, q.device)
         if mask is not None:
-            qk = qk + mask
-        return (softmax(qk).cast(DType.float32) @ v).cast(self.policy.compute), qk
+            qk = qk + mask.cast(q.dtype)
+        return (softmax(qk).cast(q.dtype) @ v).cast(self.policy.compute), qk.cast(DType.float32)
 
     return written_out(method(model.MultiHeadAttention, "qkv_attention", attend))
 
@@ -82,17 +83,6 @@ def half_softmax(qk: TensorValue) -> TensorValue:
     """Computes softmax in float16, and written out: a cast before MAX's own is dropped where it fuses attention."""
     exp = ops.exp((qk - ops.max(qk, axis=-1)).cast(DType.float16))
     return exp / ops.sum(exp, axis=-1)
-
-
-def summed_in_compute_dtype(
-    self: model.MultiHeadAttention, q: TensorValue, kv: model.KeyValue, mask: TensorValue | None
-) -> tuple[TensorValue, TensorValue]:
-    """Computes attention wholly in the dtype of the activations, or in float16 where that is float32."""
-    q, k, v = (x.cast(half(self.policy.compute)) for x in (q, *kv))
-    qk = (q @ ops.transpose(k, 2, 3)) * ops.constant(self.n_channel**-0.5, q.dtype, q.device)
-    if mask is not None:
-        qk = qk + mask.cast(q.dtype)
-    return (ops.softmax(qk) @ v).cast(self.policy.compute), qk.cast(DType.float32)
 
 
 def single_head(

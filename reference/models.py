@@ -10,7 +10,7 @@ from torch import Tensor
 from whisper.model import ModelDimensions, Whisper
 
 from maxwhisper.checkpoint import load_checkpoint
-from maxwhisper.compare.material import dimensions
+from maxwhisper.compare import material
 
 from . import activations, checkpoints
 from .activations import Activations
@@ -21,14 +21,13 @@ from .verdicts import fingerprint
 FIXTURE, CHECKPOINT = "fixture", "checkpoint"
 TRAINED = (FIXTURE, CHECKPOINT)
 
+WHOLE = material.SIZES
+ONE_LAYER = {size: replace(dims, n_audio_layer=1, n_text_layer=1) for size, dims in WHOLE.items()}
 SIZES: dict[str, ModelDimensions] = {
-    "tiny": dimensions(80, 51865, 384, 4, 4),
-    "tiny.en": dimensions(80, 51864, 384, 1, 1),
-    "base": dimensions(80, 51865, 512, 1, 1),
-    "small": dimensions(80, 51865, 768, 1, 1),
-    "medium": dimensions(80, 51865, 1024, 1, 1),
-    "large-v3": dimensions(128, 51866, 1280, 1, 1),
-    "turbo": dimensions(128, 51866, 1280, 1, 4),
+    "tiny": WHOLE["tiny"],
+    "tiny.en": replace(ONE_LAYER["tiny"], n_vocab=51864),
+    **{size: ONE_LAYER[size] for size in ("base", "small", "medium", "large-v3")},
+    "turbo": replace(WHOLE["turbo"], n_audio_layer=1),
 }
 """Models of random weights: tiny whole, of the others one layer each, for layers of one model differ only in weights;
 of turbo its four decoder layers. Beside them there is "fixture", the trained model, and a user's "checkpoint"."""
@@ -101,7 +100,8 @@ def trained(path: str | Path = NANO, size: str = FIXTURE) -> Model:
 
 
 def random_weights(dims: ModelDimensions) -> dict[str, Tensor]:
-    """Returns PyTorch's initial weights, in float16 as OpenAI stores its own; the same at every call."""
+    """Returns PyTorch's initial weights, in float16 as OpenAI stores its own; the same at every call. Those of
+    `maxwhisper compare` have no biases, so that whoever leaves one out would be right."""
     torch.manual_seed(0)
     model = Whisper(replace(dims))
     torch.nn.init.normal_(model.decoder.positional_embedding, std=dims.n_text_state**-0.5)

@@ -11,7 +11,6 @@ transcribes with the checkpoint, or else the fixture.
 
 import argparse
 import logging
-import sys
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -57,7 +56,7 @@ def precompiler(jobs: Sequence[str], checkpoint: str | None, device: str) -> Pre
     )
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m reference.precompile", description=__doc__)
     parser.add_argument("jobs", nargs="+", metavar="JOB")
     parser.add_argument("--checkpoint")
@@ -77,8 +76,7 @@ def main() -> int:
             for unit in sorted(units, reverse=True):  # "parts", while who waits compiles "network"
                 suite.subject.artifact(unit)
         print(job, flush=True)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -151,10 +151,10 @@ def environment() -> dict[str, str]:
         "Python": platform.python_version,
         **{name: partial(version, name) for name in PACKAGES},
     }
-    return {name: told(fact) for name, fact in facts.items()}
+    return {name: fact_or_reason(fact) for name, fact in facts.items()}
 
 
-def told(fact: Callable[[], object]) -> str:
+def fact_or_reason(fact: Callable[[], object]) -> str:
     try:
         return str(fact())
     except Exception as error:

@@ -8,7 +8,6 @@ likelier by more than rounding explains, and everything else is compared as a bl
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -141,11 +140,11 @@ def given(suite: Suite, scene: Scene, unwritten: float) -> Given:
 
     unwritten: what stands in the cache's positions that hold nothing yet.
     """
-    made = begun(suite, scene, unwritten)
+    made = suite.scenes.get((scene, unwritten)) or begun(suite, scene, unwritten)
+    suite.scenes[scene, unwritten] = made
     return replace(made, cache=made.cache.copy())
 
 
-@cache  # of every scene, which several steppers are given
 @torch.no_grad()
 def begun(suite: Suite, scene: Scene, unwritten: float) -> Given:
     """Makes what `given` returns."""

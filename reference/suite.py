@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,8 @@ class Suite:
     memory: of verdicts, on a CPU; without one they are all found anew.
     only: the blocks that will be asked for, where these are not all: they compile without the others, unless all were
         compiled earlier.
-    chains: by kind of inputs, what oracle and peer make of the whole network: see `reference.chain`.
+    chains: by kind of inputs, what oracle and peer make of the whole network: see `reference.chain`. scenes: what
+        `reference.steps` gives steppers, of each scene.
     """
 
     model: Model
@@ -43,6 +45,7 @@ class Suite:
     memory: Memory | None = None
     only: frozenset[str] = frozenset()
     chains: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]] = field(default_factory=dict)
+    scenes: dict[object, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"Suite({self.model.size}, {self.dtype}, {self.device})"

@@ -6,7 +6,6 @@ Above K it is where PyTorch errs by less than is to be expected. Where PyTorch i
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -49,7 +48,7 @@ def tightness(suite: Suite, block: Block, kind: str) -> tuple[float, float]:
     return min(found), max(found)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m reference.tightness", description=__doc__)
     parser.add_argument("--size", choices=[FIXTURE, *SIZES], default=FIXTURE, help="default: %(default)s")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="default: %(default)s")
@@ -60,8 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for kind in KINDS:
             one, every = tightness(suite, block, kind)
             print(f"{block.name:38}{kind:8}{one:8.2f}{every:8.2f}", flush=True)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

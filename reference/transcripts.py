@@ -120,7 +120,7 @@ def compare(subject: Whisper, peer: OpenAIWhisper | Yardstick, clip: str, decodi
     return compared(transcribed(subject, given, options), theirs, clip, decoding)
 
 
-def compare_together(
+def compare_many(
     subject: Whisper, peer: OpenAIWhisper | Yardstick, clips: Sequence[str], decoding: str, batch_size: int
 ) -> Iterator[Transcript]:
     """Transcribes clips of fixtures/, the subject several at a time."""
@@ -180,14 +180,6 @@ def replaced(owner: type, name: str, change: Callable[..., Any]) -> Any:
     return patch.object(owner, name, lambda self, *args, **kwargs: right(self, *change(*args), **kwargs))
 
 
-def another_task(tokens: torch.Tensor, *others: Any) -> tuple[Any, ...]:
-    return torch.where(tokens == TRANSCRIBE, START_OF_LM, tokens), *others
-
-
-def first_30_seconds(audio: np.ndarray) -> tuple[np.ndarray]:
-    return (audio[:N_SAMPLES],)
-
-
 def random_features() -> Any:
     """Returns what a failed encoding was replaced by."""
     right = AudioEncoder.forward
@@ -195,7 +187,9 @@ def random_features() -> Any:
 
 
 PIPELINE_FAULTS: dict[str, Callable[[], Any]] = {
-    "task token 50360 for 50359": lambda: replaced(TextDecoder, "forward", another_task),
-    "only the first 30 s heard": lambda: replaced(Whisper, "transcribe", first_30_seconds),
+    "task token 50360 for 50359": lambda: replaced(
+        TextDecoder, "forward", lambda x, *others: (torch.where(x == TRANSCRIBE, START_OF_LM, x), *others)
+    ),
+    "only the first 30 s heard": lambda: replaced(Whisper, "transcribe", lambda audio: (audio[:N_SAMPLES],)),
     "random features": random_features,
 }

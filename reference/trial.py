@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Protocol
 
 import torch
@@ -16,7 +16,7 @@ from .activations import BATCH, END, KINDS
 from .blocks import TWINS
 from .formulas import in_float64
 from .inputs import moved
-from .judge import UNIT_ROUNDOFF, Comparison, Explanation, Judgement, condition, explain, judge
+from .judge import UNIT_ROUNDOFF, Comparison, Explanation, Judgement, condition, explain, judge, judge_by_condition
 from .measures import WELL_CONDITIONED, Condition
 from .models import Model
 
@@ -138,8 +138,7 @@ class Trial:
 
         subject: what MAX made of the inputs, if not `self.subject`.
         """
-        first = self.judged(subject=subject)
-        return first if first.passed or first.defects else self.judged(self.condition, subject)
+        return judge_by_condition(partial(self.judged, subject=subject), lambda: self.condition)
 
     def judged(self, condition: Condition = WELL_CONDITIONED, subject: Outputs | None = None) -> Judgement:
         """Returns the verdict under a condition of the block on the inputs."""

@@ -81,7 +81,7 @@ class Verdicts:
 
         tensors: what oracle and peer are given beside the weights, and what MAX made of it.
         """
-        key, now = self.place(name, tensors)
+        key, now = self.entry(name, tensors)
         known = self.memory.get(key, None) if now else None
         if isinstance(known, dict) and known.get("of") == now:
             return [from_data(data) for data in known["judgements"]]
@@ -95,14 +95,14 @@ class Verdicts:
 
         tensors: as for `recalled`.
         """
-        key, now = self.place(name, tensors)
+        key, now = self.entry(name, tensors)
         if now and self.memory.get(key, None) == {"of": now}:
             return True
         if (found := holds()) and now:
             self.memory.set(key, {"of": now})
         return found
 
-    def place(self, name: str, tensors: Mapping[str, Tensor]) -> tuple[str, str | None]:
+    def entry(self, name: str, tensors: Mapping[str, Tensor]) -> tuple[str, str | None]:
         """Returns under which key it is kept what `name` stands for, and what all that it depends on is now; None where
         that is not known."""
         under = circumstances(JUDGES)

@@ -24,7 +24,7 @@ from maxwhisper.whisper import Whisper
 
 from .blocks import TWINS
 from .chain import pytorch_logits
-from .judge import UNIT_ROUNDOFF, Comparison, Judgement, condition, judge
+from .judge import UNIT_ROUNDOFF, Comparison, Judgement, condition, judge, judge_by_condition
 from .models import FIXTURE
 from .transcripts import SEED, Transcript
 from .verdicts import Verdicts
@@ -129,10 +129,7 @@ class Judge:
             roundings=TWINS["decoder.prefill"].roundings(self.peer.dims),
             chained=True,
         )
-        first = verdict()
-        if first.passed or first.defects:
-            return first
-        return verdict(condition=condition(formula, logits, UNIT_ROUNDOFF[torch.float32]))
+        return judge_by_condition(verdict, lambda: condition(formula, logits, UNIT_ROUNDOFF[torch.float32]))
 
     def logits(self, task: DecodingTask, window: Tensor, tokens: list[int]) -> dict[str, Tensor]:
         """Returns the oracle's logits at every position of prompt and text, those that languages are detected by, and

@@ -61,7 +61,8 @@ def named(paths: list[str]) -> Inputs:
 
 
 def files_of(source: str) -> list[str]:
-    """Returns the full names of the files that a name, a folder or a pattern stands for, sorted."""
+    """Returns the full names of the files that a name, a folder or a pattern stands for, sorted; raises OptionError if
+    there is none."""
     system, path = filesystem_of(source)
     if system.isdir(path):
         inside = below(path) if is_local(system) else system.find(path)
@@ -109,7 +110,7 @@ def lines_of(file: str) -> Iterator[str]:
 
 
 def in_parquet(source: str, files: list[str]) -> Inputs:
-    """Finds what Parquet files hold: a column `path` alone, or bytes."""
+    """Finds what Parquet files hold: a column `path` alone, or bytes; raises OptionError for others."""
     if not files:
         raise OptionError(f"INPUT {source}: names no file")
     columns: list[str] = []

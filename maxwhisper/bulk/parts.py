@@ -228,7 +228,7 @@ class Parts:
         names = [self.within(name) for name in ("transcripts.parquet", "transcripts.jsonl")]
         with self.written(), appearing(self.system, *names) as [parquet, lines]:
             with pq.ParquetWriter(parquet, ROW, compression="zstd") as writer:
-                for table in together(self.unique(earlier, totals)):
+                for table in row_groups(self.unique(earlier, totals)):
                     writer.write_table(table)
                     missing.difference_update(table["id"].to_pylist())
                     for row in table.to_pylist():
@@ -238,7 +238,7 @@ class Parts:
         return totals
 
 
-def together(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+def row_groups(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
     """Yields the same rows in tables that are large enough to be row groups."""
     waiting: list[pa.Table] = []
     for table in tables:

@@ -74,7 +74,7 @@ def decode(table: pa.Table) -> Iterator[pa.Table]:
             except (ImportError, MemoryError):
                 raise  # of the machine, and not of this input
             except Exception as error:
-                found |= {"error": said(error), "transient": isinstance(error, Unread)}
+                found |= {"error": message_of(error), "transient": isinstance(error, Unread)}
         found["warnings"] = [str(each.message) for each in caught]
         yield pa.Table.from_pylist([found | {"decode_seconds": time.perf_counter() - start}], AUDIO)
 
@@ -104,7 +104,7 @@ def fetched(path: str) -> bytes:
     except (OSError, ImportError, MemoryError):
         raise
     except Exception as error:  # what a store's package raises, as for want of credentials, has no common class
-        raise ConnectionError(said(error)) from error
+        raise ConnectionError(message_of(error)) from error
 
 
 def patiently(read: Callable[[str], T], path: str, waits: tuple[float, ...] = WAITS) -> T:
@@ -115,7 +115,7 @@ def patiently(read: Callable[[str], T], path: str, waits: tuple[float, ...] = WA
         if not may_pass(error.__cause__ if isinstance(error, AudioError) else error):
             raise
         if not waits:
-            raise Unread(said(error)) from error
+            raise Unread(message_of(error)) from error
     time.sleep(waits[0])
     return patiently(read, path, waits[1:])
 
@@ -124,7 +124,7 @@ def may_pass(error: BaseException | None) -> bool:
     return isinstance(error, ConnectionError | TimeoutError) or isinstance(error, OSError) and error.errno in TRANSIENT
 
 
-def said(error: Exception) -> str:
+def message_of(error: Exception) -> str:
     return str(error) if isinstance(error, MaxWhisperError) else f"{type(error).__name__}: {error}"
 
 
@@ -202,5 +202,5 @@ class Transcriber:
         samples, result = done
         timed = source | {"transcribe_seconds": len(samples) * per_sample}
         if isinstance(result, Exception):
-            return row_of(timed | {"error": said(result)}, len(samples) / SAMPLE_RATE, None)
+            return row_of(timed | {"error": message_of(result)}, len(samples) / SAMPLE_RATE, None)
         return row_of(timed, len(samples) / SAMPLE_RATE, result)

@@ -23,6 +23,7 @@ FOREIGN = {
 
 
 def read_tensors(path: Path) -> dict[Any, Any]:
+    """Returns the tensors of a file, by the names they have there; raises CheckpointError if it cannot be read."""
     return read_safetensors(path)[0] if is_safetensors(path) else unpickle(path)
 
 
@@ -49,6 +50,7 @@ def refuse_foreign(path: Path) -> None:
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Returns the tensors of a file and its metadata; raises CheckpointError if it cannot be read."""
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
@@ -58,6 +60,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str
 
 
 def unpickle(path: Path) -> dict[Any, Any]:
+    """Returns the dict that a file of PyTorch's holds; raises CheckpointError for another one, or for code in it."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch comments on damaged bytes before it gives up on them
@@ -102,6 +105,7 @@ def can_be_mapped(path: Path) -> bool:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """Returns the object in a file; raises CheckpointError if it holds none."""
     try:
         content = parse_json(path, path.read_bytes())
     except OSError as error:
@@ -112,6 +116,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def parse_json(path: Path, text: str | bytes) -> Any:
+    """Returns what a text from a file says; raises CheckpointError for broken JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:

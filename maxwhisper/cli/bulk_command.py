@@ -46,11 +46,10 @@ def add_bulk(commands: Any) -> None:
     gpus = "GPUs, or the share of one, that Ray counts for an actor; unless given, 1 with --device gpu"
     add("--gpus", type=share, metavar="N", help=gpus)
     add("--memory_gb", type=above_zero, metavar="N", help="memory that Ray counts for an actor")
-    decoding = parser.add_argument_group("decoding").add_argument
-    add_decoding(decoding)
+    decoding = add_decoding(parser)
     add_clips(decoding)
     decoding("--word_timestamps", type=str2bool, default=False, help="find when each word begins and ends")
-    add_fallback(parser.add_argument_group("when a window counts as failed or silent").add_argument)
+    add_fallback(parser)
     parser.set_defaults(run=partial(bulk, parser))
 
 

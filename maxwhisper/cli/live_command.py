@@ -1,7 +1,6 @@
 """The command `maxwhisper live`: its options, which are those of `transcribe` where they mean something."""
 
 import argparse
-import logging
 import shutil
 import sys
 from datetime import datetime
@@ -9,14 +8,12 @@ from functools import partial
 from typing import Any
 
 from ..pipes import STANDARD_INPUT
-from .model_options import MODEL_OPTIONS, add_model, leave_cores_to_max, load
+from .model_options import MODEL_OPTIONS, add_model, load
 from .option_types import above_zero
-from .outputs import FORMATS, WORD_OPTIONS, unfinished, write
+from .outputs import FORMATS, WORD_OPTIONS, write
 from .terminal import failed
-from .transcribe_command import in_english, temperatures
-from .transcribe_options import add_decoding, add_fallback, add_words, unusable_decoding, unusable_words, without_effect
-
-log = logging.getLogger("maxwhisper")
+from .transcribe_command import before_the_work, in_english, temperatures
+from .transcribe_options import add_decoding, add_fallback, add_words, unusable_decoding, unusable_words
 
 MICROPHONE = "microphone"
 POLICIES = ("heard-twice", "local-agreement", "align-att")
@@ -42,22 +39,16 @@ def add_live(commands: Any) -> None:
     add_model(add)
     add("--output_dir", "-o", default=".", help="folder for the output files, made if it is not there")
     add("--output_format", "-f", default="all", choices=[*FORMATS, "all"], help="which output files to write")
-    add_decoding(parser.add_argument_group("decoding").add_argument)
-    add_fallback(parser.add_argument_group("when a window counts as failed or silent").add_argument)
-    add_words(parser.add_argument_group("words and subtitles").add_argument)
+    add_decoding(parser)
+    add_fallback(parser)
+    add_words(parser)
     parser.set_defaults(run=partial(live, parser))
 
 
 def live(parser: argparse.ArgumentParser, source: str, rate: int, policy: str, **options: Any) -> int:
     """Shows text until the audio ends, and writes the files; returns 1 if one of them could not be written."""
-    if reason := unusable_decoding(options) or unusable_words(options):
-        parser.error(reason)
-    for reason in without_effect(options):
-        log.warning("warning: %s", reason)
-    output_dir, output_format = options.pop("output_dir"), options.pop("output_format")
-    with unfinished(output_dir):
-        pass  # a folder that cannot be written to shows before somebody speaks, not after
-    leave_cores_to_max()
+    reason = unusable_decoding(options) or unusable_words(options)
+    output_dir, output_format = before_the_work(parser, reason, options)
 
     from ..live.command import live
     from ..live.screen import Lines, Terminal

@@ -22,14 +22,7 @@ log = logging.getLogger("maxwhisper")
 
 def transcribe(parser: argparse.ArgumentParser, **options: Any) -> int:
     """Transcribes every file it can; returns 1 if there was one that it could not."""
-    if reason := unusable(options):
-        parser.error(reason)
-    for reason in without_effect(options):
-        log.warning("warning: %s", reason)
-    output_dir, output_format = options.pop("output_dir"), options.pop("output_format")
-    with unfinished(output_dir):
-        pass  # a folder that cannot be written to shows before the work, not after
-    leave_cores_to_max()
+    output_dir, output_format = before_the_work(parser, unusable(options), options)
 
     import torch
 
@@ -58,6 +51,20 @@ def transcribe(parser: argparse.ArgumentParser, **options: Any) -> int:
             except Exception as error:  # one file must not take the others down
                 failures.append(f"{shown_as}: {type(error).__name__}: {error}")
     return max(map(failed, failures), default=0)
+
+
+def before_the_work(parser: argparse.ArgumentParser, reason: str | None, options: dict[str, Any]) -> tuple[str, str]:
+    """Ends the command if there is a reason to, warns of options without effect, and returns folder and format of the
+    output files, which it takes from the options. Raises OptionError for a folder that cannot be written to."""
+    if reason:
+        parser.error(reason)
+    for idle in without_effect(options):
+        log.warning("warning: %s", idle)
+    output_dir = options.pop("output_dir")
+    with unfinished(output_dir):
+        pass
+    leave_cores_to_max()
+    return output_dir, options.pop("output_format")
 
 
 def transcripts(model: Any, files: list[str], options: dict[str, Any]) -> Iterator[tuple[int, Any]]:

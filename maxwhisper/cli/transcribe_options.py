@@ -40,11 +40,9 @@ def add_transcribe(commands: Any) -> argparse.ArgumentParser:
     audio = "audio or video files or pipes, of any format libav reads; - is standard input"
     parser.add_argument("audio", nargs="+", metavar="AUDIO", help=audio)
     add_files_and_devices(parser.add_argument_group("model, device and files").add_argument)
-    decoding = parser.add_argument_group("decoding").add_argument
-    add_decoding(decoding)
-    add_clips(decoding)
-    add_fallback(parser.add_argument_group("when a window counts as failed or silent").add_argument)
-    add_words(parser.add_argument_group("words and subtitles").add_argument)
+    add_clips(add_decoding(parser))
+    add_fallback(parser)
+    add_words(parser)
     return parser
 
 
@@ -64,7 +62,9 @@ def add_files_and_devices(add: Callable[..., Any]) -> None:
     add("--fp16", type=str2bool, default=True, help=fp16)
 
 
-def add_decoding(add: Callable[..., Any]) -> None:
+def add_decoding(parser: argparse.ArgumentParser) -> Callable[..., Any]:
+    """Adds what the text depends on, and returns what adds more to the group."""
+    add = parser.add_argument_group("decoding").add_argument
     add("--task", default="transcribe", choices=["transcribe", "translate"], help="keep the language, or go to English")
     add("--language", type=language, help="what is spoken, as in en or English; found out by itself unless given")
     add("--temperature", type=float, default=0, help="0 takes the likeliest text; above, tokens are drawn at random")
@@ -79,6 +79,7 @@ def add_decoding(add: Callable[..., Any]) -> None:
     add("--hotwords", type=prompt, help="words to expect, as names, which every window is given")
     condition = "give each window the text before it: more consistent, but errors can repeat themselves"
     add("--condition_on_previous_text", type=str2bool, default=True, help=condition)
+    return add
 
 
 def add_clips(add: Callable[..., Any]) -> None:
@@ -86,7 +87,9 @@ def add_clips(add: Callable[..., Any]) -> None:
     add("--clip_timestamps", default="0", help="transcribe these parts only: start,end,start,end,... in seconds")
 
 
-def add_fallback(add: Callable[..., Any]) -> None:
+def add_fallback(parser: argparse.ArgumentParser) -> None:
+    """Adds what windows are tried again by, or passed over."""
+    add = parser.add_argument_group("when a window counts as failed or silent").add_argument
     increment = "how much warmer to try a failed window again, up to temperature 1; None does not try again"
     add("--temperature_increment_on_fallback", type=optional_float, default=0.2, help=increment)
     compression = "failed if gzip shortens the text by more than this factor: it repeats itself"
@@ -101,7 +104,9 @@ def add_fallback(add: Callable[..., Any]) -> None:
     add("--hallucination_silence_threshold", type=optional_float, help=skip)
 
 
-def add_words(add: Callable[..., Any]) -> None:
+def add_words(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of words and subtitles."""
+    add = parser.add_argument_group("words and subtitles").add_argument
     add("--word_timestamps", type=str2bool, default=False, help="find when each word begins and ends")
     add("--prepend_punctuations", default="\"'“¿([{-", help="symbols that belong to the word after them")
     add("--append_punctuations", default="\"'.。,，!！?？:：”)]}、", help="symbols that belong to the word before them")

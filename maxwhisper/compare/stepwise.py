@@ -50,7 +50,8 @@ def graphs(checkpoint: Checkpoint) -> dict[str, Exported]:
     head, channel = dims.n_text_head, dims.n_text_state // dims.n_text_head
     own = [torch.zeros(BATCH, head, 3, channel)] * (2 * dims.n_text_layer)
     cross = [torch.zeros(1, head, dims.n_audio_ctx, channel)] * (2 * dims.n_text_layer)
-    names = {kind: cache_names(kind, dims) for kind in ("own", "cross", "next")}
+    parts = [f"{part}.{layer}" for layer in range(dims.n_text_layer) for part in ("key", "value")]
+    names = {kind: [f"{kind}.{part}" for part in parts] for kind in ("own", "cross", "next")}
     fixed = dict.fromkeys(names["cross"], ())
     growing, grown = (dict.fromkeys(names[kind], (0, 2)) for kind in ("own", "next"))
     return {
@@ -60,10 +61,6 @@ def graphs(checkpoint: Checkpoint) -> dict[str, Exported]:
             Step(model), (tokens, *own, *cross), {"tokens": (0, 1), **growing, **fixed}, {"logits": (0, 1), **grown}
         ),
     }
-
-
-def cache_names(kind: str, dims: ModelDimensions) -> list[str]:
-    return [f"{kind}.{part}.{layer}" for layer in range(dims.n_text_layer) for part in ("key", "value")]
 
 
 def heads(x: Tensor, attention: Any) -> Tensor:

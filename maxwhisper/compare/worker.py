@@ -44,7 +44,7 @@ class Requests:
 
     def make(self) -> Engine:
         module = importlib.import_module(f".engines.{self.spec.module}", __package__)
-        return module.Adapter(self.spec.variant, self.task)
+        return getattr(module, self.spec.adapter)(self.spec.variant, self.task)
 
     def language(self, mel: str) -> dict[str, Any]:
         return {"language": self.engine.detect_language(np.load(mel))}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from max.driver import Device
 from max.dtype import DType
-from max.graph import BufferType, TensorType, TensorValue, ops
+from max.graph import BufferType, DeviceRef, TensorType, TensorValue, ops
 from torch import Tensor
 from torch.nn import functional
 from whisper.model import ModelDimensions
@@ -150,44 +150,33 @@ def inputs(dims: ModelDimensions, policy: Policy, n_best: int) -> dict[str, Tens
 
 # ---- the stepper ---------------------------------------------------------------------------------------------------
 
+GIVEN = ("suppressed", "limits", "begins", "ends", "wanted")
+CHANGED = (*STATE, "rows", "n_ended")
+"""What a `Mirror` gives to a device, and what is changed there, of the inputs of both programs; `latest` and `n_ended`
+are given as 0."""
+
+
+def shapes_of(dims: ModelDimensions, n_best: int, sizes: Mapping[str, int]) -> dict[str, tuple[DType, list[int]]]:
+    """Returns the inputs of a program but for keys and values, each once. sizes: of their symbolic dimensions."""
+    types = inputs(dims, Policy(DeviceRef.CPU(), DType.float32, DType.float32), n_best)
+    state = {name.removesuffix(" written"): type for name, type in types.items() if "." not in name}
+    return {name: (type.dtype, [sizes.get(str(n)) or int(n) for n in type.shape]) for name, type in state.items()}
+
 
 class Steps:
     """A graph of steps for the texts of some cache slots, and the memory that it works in."""
 
-    def __init__(self, graph: Executable, cache: JoinedCache, rules: Rules, n_text_ctx: int, device: Device):
+    def __init__(self, graph: Executable, cache: JoinedCache, dims: ModelDimensions, device: Device):
         """Makes room and has the graph executed once: for texts that are to get no token, but whose last one's key and
         value go where no text has any that is still to get one."""
-        batch, position, n_window = *cache.rows.shape, len(cache.cross[0])
-        capacity, n_best = n_text_ctx + 1, MAX_CANDIDATES if graph.name == SEARCH else 1
-        integers, numbers = ((dtype, [batch]) for dtype in (DType.int64, DType.float32))
-        given = {
-            "suppressed": (DType.bool, rules.suppressed.shape),
-            "limits": (DType.int64, [2]),
-            "begins": integers,
-            "ends": integers,
-            "wanted": (DType.int64, [n_window]),
-        }
-        changed = {
-            "texts": (DType.int64, [batch, capacity]),
-            "lengths": integers,
-            "rows": (DType.int64, [batch, position]),
-            "totals": numbers,
-            "latest": numbers,  # given as 0
-            "n_ended": (DType.int64, [n_window]),  # given as 0
-        }
-        found = {
-            "candidates": (DType.int64, [batch, n_best]),
-            "logprobs": (DType.float32, [batch, n_best]),
-            "ended": (DType.int64, [n_window, MAX_ENDED, capacity]),
-            "ended_lengths": (DType.int64, [n_window, MAX_ENDED]),
-            "ended_totals": (DType.float32, [n_window, MAX_ENDED]),
-        }
-        if n_best == 1:
-            found = {name: found[name] for name in ("candidates", "logprobs")}
-        self.mirror = Mirror(given, changed, found, device)
+        batch, position = cache.rows.shape
+        sizes = {"batch": batch, "position": position, "capacity": dims.n_text_ctx + 1, "audio": len(cache.cross[0])}
+        left = shapes_of(dims, MAX_CANDIDATES if graph.name == SEARCH else 1, sizes)
+        given, changed = ({name: left.pop(name) for name in names if name in left} for names in (GIVEN, CHANGED))
+        self.mirror = Mirror(given, changed, left, device)
         self.here = self.mirror.here
-        self.here["lengths"].fill_(n_text_ctx)
-        self.here["begins"].fill_(n_text_ctx)
+        self.here["lengths"].fill_(dims.n_text_ctx)
+        self.here["begins"].fill_(dims.n_text_ctx)
         self.mirror.put()
         there = self.mirror.there
         buffers = {**there, **{f"{name} written": each for name, each in there.items()}}
@@ -208,8 +197,8 @@ class Steps:
             "limits": rules.limits,
             "wanted": torch.tensor(0) if rules.wanted is None else rules.wanted,
         }
-        for name, value in now.items():
-            self.here[name].copy_(value)
+        for name in now.keys() & self.here.keys():
+            self.here[name].copy_(now[name])
         self.mirror.put()
         for _ in range(n_step):
             self.step()
@@ -255,7 +244,7 @@ class GPUStepper:
         name = SELECT_TOKENS if rules.n_best == 1 else SEARCH
         kept, key = cache.slots.kept, (name, cache.n_slot)
         if key not in kept:
-            kept[key] = Steps(self.graphs[name], cache, rules, self.dims.n_text_ctx, self.device)
+            kept[key] = Steps(self.graphs[name], cache, self.dims, self.device)
         return kept[key]
 
     def verify(self) -> int:

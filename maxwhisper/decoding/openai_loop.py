@@ -159,7 +159,7 @@ class DecodingTask(decoding.DecodingTask):
         return tokens, sum_logprobs, no_speech_probs
 
     def _beams(
-        self, tokens: Tensor, sum_logprobs: Tensor, candidates: Candidates, rules: "TokenRules", n_end: int
+        self, tokens: Tensor, sum_logprobs: Tensor, candidates: Candidates, rules: TokenRules, n_end: int
     ) -> tuple[Tensor, Tensor]:
         """Returns beams of up to `n_end` tokens, and their sums of log-probabilities."""
         while True:
@@ -172,7 +172,7 @@ class DecodingTask(decoding.DecodingTask):
             inputs = rules.inputs(tokens, candidates.tokens.shape[1])
             candidates = self.inference.advance(Texts.of(tokens, sum_logprobs), inputs, one).candidates
 
-    def _search(self, texts: "Texts", rules: "TokenRules", n_end: int) -> tuple[Tensor, Tensor]:
+    def _search(self, texts: Texts, rules: TokenRules, n_end: int) -> tuple[Tensor, Tensor]:
         """Does the rest of what `_beams` does for the one window, by a stepper that chooses as openai-whisper does."""
         (of_window,) = self.decoder.finished_sequences
         while True:
@@ -184,7 +184,7 @@ class DecodingTask(decoding.DecodingTask):
             texts = advanced.texts
             of_window.update(*advanced.ended)
 
-    def _greedy(self, texts: "Texts", rules: "TokenRules", n_end: int) -> "Texts":
+    def _greedy(self, texts: Texts, rules: TokenRules, n_end: int) -> Texts:
         """Returns the texts until each has ended, or has `n_end` tokens."""
         while True:
             left = (n_end - texts.lengths).masked_fill(texts.last()[:, 0] == self.tokenizer.eot, 0)

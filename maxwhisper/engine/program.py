@@ -180,7 +180,10 @@ class Artifact:
 
 
 def weight_value(tensors: Mapping[str, torch.Tensor], name: str, dtype: DType) -> torch.Tensor:
-    """Returns the tensor called `name`, widened to `dtype`; MAX alone would cast silently, and narrow as readily."""
+    """Returns the tensor called `name`, widened to `dtype`; MAX alone would cast silently, and narrow as readily.
+
+    Raises CheckpointError where it is missing, or would be narrowed.
+    """
     if name not in tensors:
         raise CheckpointError(f"tensor {name} is missing")
     tensor, wanted = tensors[name], TORCH_DTYPE[dtype]

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from whisper.audio import N_SAMPLES, SAMPLE_RATE, TOKENS_PER_SECOND
 from whisper.decoding import DecodingOptions, DecodingResult
-from whisper.tokenizer import Tokenizer, get_tokenizer
 
 from ..audio import spectrogram
 from ..engine.surroundings import cpu_by_default, one_torch_thread
+from ..options import tokenizer_of
 from ..whisper import Whisper
 from .policies import Word
 
@@ -65,18 +65,18 @@ def following(settled: Sequence[str], words: Sequence[str]) -> int:
     for number, word in enumerate(settled, 1):
         before, costs = costs, [number]
         for at, other in enumerate(words):
-            costs.append(min(before[at] + (plain(word) != plain(other)), before[at + 1] + 1, costs[at] + 1))
+            costs.append(min(before[at] + (normalized(word) != normalized(other)), before[at + 1] + 1, costs[at] + 1))
     return min(range(len(costs)), key=lambda number: (costs[number], -number))
 
 
-def plain(word: str) -> str:
+def normalized(word: str) -> str:
     return word.strip().lower()
 
 
 def words_of(model: Whisper, features: Tensor, result: DecodingResult, n_frame: int, task: str) -> list[Word]:
     """Returns the words of a result, with the frames, of the first `n_frame`, that the alignment heads attended to, and
     their log-probabilities."""
-    tokenizer = tokenizer_of(model, result.language, task)
+    tokenizer = tokenizer_of(model, language=result.language, task=task)
     start = [*tokenizer.sot_sequence, tokenizer.no_timestamps]
     text = [token for token in result.tokens if token < tokenizer.eot]
     logits, scores = model.decoder.alignment(torch.tensor([start + text]), features[None])
@@ -92,10 +92,6 @@ def words_of(model: Whisper, features: Tensor, result: DecodingResult, n_frame: 
         words.append(Word(word, tuple(tokens), int(attended[own].max()), float(logprobs[own].min())))
         at += len(tokens)
     return words
-
-
-def tokenizer_of(model: Whisper, language: str, task: str) -> Tokenizer:
-    return get_tokenizer(model.is_multilingual, num_languages=model.num_languages, language=language, task=task)
 
 
 def prepare(model: Whisper) -> None:

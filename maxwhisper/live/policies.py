@@ -46,7 +46,7 @@ SURE, UNSURE = log(0.97), log(0.9)
 """The log-probabilities from which on the decoder is sure of a word, and below which it is not."""
 
 
-def said(words: Sequence[Word], n_frame: int, margin: int = 0) -> int:
+def in_audio(words: Sequence[Word], n_frame: int, margin: int = 0) -> int:
     """Returns how many words the decoder has found in the audio, the first ones: of those in front of one for which it
     attended to the last `margin` of `n_frame` frames, the last one for which it did not go back."""
     latest, found = 0, 0
@@ -94,7 +94,7 @@ class AlignAtt:
 
     def settled(self, words: Sequence[Word], n_frame: int) -> int:
         """Returns how many words are settled, as `Policy` has it."""
-        return said(words, n_frame, self.margin)
+        return in_audio(words, n_frame, self.margin)
 
 
 class HeardTwice:
@@ -114,11 +114,11 @@ class HeardTwice:
     def settled(self, words: Sequence[Word], n_frame: int) -> int:
         """Returns how many words are settled, as `Policy` has it."""
         texts = [word.text for word in words]
-        twice = min(agreement(texts, self.before), said(words, n_frame, self.margin))
+        twice = min(agreement(texts, self.before), in_audio(words, n_frame, self.margin))
         late = n_frame - self.unsure_margin
         unsure = (n for n in range(twice) if words[n].logprob < UNSURE and words[n].frame > late)
         found = next(unsure, twice)
-        heard = said(words, n_frame, self.sure_margin)
+        heard = in_audio(words, n_frame, self.sure_margin)
         found = next((n for n in range(found, heard) if words[n].logprob < SURE), max(found, heard))
         self.before = texts[found:]
         return found

@@ -18,7 +18,7 @@ from ..options import check_calls, prompt_tokens, transcribing
 from ..whisper import Whisper
 from .hypotheses import hypothesis
 from .loudness import Loudness, quietest
-from .policies import HeardTwice, Policy, Word, audible, said
+from .policies import HeardTwice, Policy, Word, audible, in_audio
 from .recording import Recording
 
 STEP = SAMPLE_RATE * 2 // 5
@@ -195,7 +195,7 @@ class Session:
     def _decode_to_the_end(self) -> None:
         """Settles all that is said in the window, unless the last hypothesis has heard it all."""
         if self.unsettled or self.heard_until < self.loudness.loud_until + LEAD:
-            self._decode(said)
+            self._decode(in_audio)
 
     def _decode(self, settle: Callable[[list[Word], int], int]) -> None:
         window = self.window
@@ -212,5 +212,5 @@ class Session:
             self.settled += word.text
             self.language = found.language
         self.unsettled = words[n_settled:]
-        shown = self.unsettled[: said(self.unsettled, found.n_frame, SHOWN)]
+        shown = self.unsettled[: in_audio(self.unsettled, found.n_frame, SHOWN)]
         self.tentative = "".join(word.text for word in shown)

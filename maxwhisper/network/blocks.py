@@ -131,7 +131,7 @@ def every_layer(inputs: InputsOf) -> InputsOf:
     return of
 
 
-def together(*parts: InputsOf) -> InputsOf:
+def joined(*parts: InputsOf) -> InputsOf:
     """Returns the inputs of several functions, in order."""
     return lambda dims, policy: {name: type_ for part in parts for name, type_ in part(dims, policy).items()}
 
@@ -234,34 +234,30 @@ BLOCKS: dict[str, Block] = {
         Block("encoder.mlp", f"{LAYER}.mlp", audio_mlp, one, audio_x),
         Block("encoder.block", LAYER, audio_block, ResidualAttentionBlock.encode, audio_x),
         Block("encoder", "encoder", model.AudioEncoder, one, mel, unit="network"),
-        Block(
-            "decoder.embedding", "decoder", text_ends, lambda m, **x: (m.embed(**x),), together(prompt_tokens, offset)
-        ),
+        Block("decoder.embedding", "decoder", text_ends, lambda m, **x: (m.embed(**x),), joined(prompt_tokens, offset)),
         Block("decoder.attention.causal", SELF, text_attention, causal_attention, prompt_x),
-        Block("decoder.attention.cached", SELF, text_attention, cached_attention, together(step_x, offset, self_cache)),
+        Block("decoder.attention.cached", SELF, text_attention, cached_attention, joined(step_x, offset, self_cache)),
         Block("decoder.cross_attention.keys_values", CROSS, text_attention, keys_values, audio_features),
-        Block("decoder.cross_attention.prefill", CROSS, text_attention, cross_attention, together(prompt_x, cross)),
-        Block("decoder.cross_attention.step", CROSS, text_attention, cross_attention, together(step_x, cross)),
+        Block("decoder.cross_attention.prefill", CROSS, text_attention, cross_attention, joined(prompt_x, cross)),
+        Block("decoder.cross_attention.step", CROSS, text_attention, cross_attention, joined(step_x, cross)),
         Block("decoder.mlp.prefill", MLP, text_mlp, one, prompt_x),
         Block("decoder.mlp.step", MLP, text_mlp, one, step_x),
-        Block(
-            "decoder.block.prefill", TEXT_LAYER, text_block, ResidualAttentionBlock.prefill, together(prompt_x, cross)
-        ),
+        Block("decoder.block.prefill", TEXT_LAYER, text_block, ResidualAttentionBlock.prefill, joined(prompt_x, cross)),
         Block(
             "decoder.block.step",
             TEXT_LAYER,
             text_block,
             ResidualAttentionBlock.step,
-            together(step_x, offset, self_cache, cross),
+            joined(step_x, offset, self_cache, cross),
         ),
         Block("decoder.logits.prefill", "decoder", text_ends, lambda m, x: (m.logits(x),), prompt_x),
         Block("decoder.logits.step", "decoder", text_ends, lambda m, x: (m.logits(x),), step_x),
         whole_decoder("decoder.keys_values", TextDecoder.keys_values, audio_features, "network"),
-        whole_decoder("decoder.prefill", TextDecoder.__call__, together(prompt_tokens, every_cross), "network"),
-        whole_decoder("decoder.start", TextDecoder.start, together(prompt_tokens, positions, every_cross), "network"),
+        whole_decoder("decoder.prefill", TextDecoder.__call__, joined(prompt_tokens, every_cross), "network"),
+        whole_decoder("decoder.start", TextDecoder.start, joined(prompt_tokens, positions, every_cross), "network"),
         whole_decoder(
-            "decoder.step", TextDecoder.step, together(step_tokens, offset, every_cache, every_cross), "decoding"
+            "decoder.step", TextDecoder.step, joined(step_tokens, offset, every_cache, every_cross), "decoding"
         ),
-        whole_decoder("decoder.alignment", TextDecoder.align, together(prompt_tokens, every_cross), "alignment"),
+        whole_decoder("decoder.alignment", TextDecoder.align, joined(prompt_tokens, every_cross), "alignment"),
     )
 }

@@ -18,18 +18,6 @@ from .jobs import Job, Segments, Transcript
 
 log = logging.getLogger("maxwhisper")
 
-OF_A_SEGMENT = (
-    "id",
-    "seek",
-    "start",
-    "end",
-    "text",
-    "tokens",
-    "temperature",
-    "avg_logprob",
-    "compression_ratio",
-    "no_speech_prob",
-)
 TO_READ = 5
 """Seconds that a client has, after the time of its request, to read the end of an answer."""
 
@@ -70,7 +58,8 @@ def verbose(transcript: Transcript, fields: Translation) -> dict[str, Any]:
             for word in segment["words"]
         ]
     if "segment" in wanted:
-        body["segments"] = [{name: segment[name] for name in OF_A_SEGMENT} for segment in result["segments"]]
+        segments = result["segments"]
+        body["segments"] = [{name: each[name] for name in each if name != "words"} for each in segments]
     return body | usage(transcript, fields)
 
 

@@ -115,7 +115,7 @@ class Job:
             self._tell(Transcript(result, seconds))
         except Exception as error:
             if not self.caller.stopped.is_set():
-                self._tell(told(error))
+                self._tell(api_error(error))
         finally:
             with suppress(RuntimeError):  # the loop is closed: nobody waits
                 self.loop.call_soon_threadsafe(self._leave)
@@ -135,7 +135,7 @@ OF_OPENAI = {
 """Fields of OpenAI's interface by what our own errors begin with."""
 
 
-def told(error: Exception) -> APIError:
+def api_error(error: Exception) -> APIError:
     """Returns what a client is told of an error. One that the same request would meet again is no failure of ours."""
     if not isinstance(error, MaxWhisperError):
         log.error("a transcription failed", exc_info=error)

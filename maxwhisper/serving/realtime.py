@@ -25,7 +25,7 @@ from ..live.listening import listen
 from ..live.source import Blocks, Source
 from ..whisper import Whisper
 from .errors import APIError, answer, unknown_key
-from .jobs import Job, told
+from .jobs import Job, api_error
 from .service import Service
 from .settings import Format, Settings, settings_of
 
@@ -90,7 +90,7 @@ class Item:
             while not self.source.ended:  # the client waits for an end from when it commits the item
                 self.source.take()
             if not (self.dropped or conversation.job.caller.stopped.is_set()):
-                self._tell("failed", error=told(error).body["error"])
+                self._tell("failed", error=api_error(error).body["error"])
 
     def show(self, settled: str, _: str) -> None:
         """Sends what is settled more than was sent; raises Stopped where nobody wants it."""

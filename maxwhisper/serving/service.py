@@ -18,7 +18,7 @@ from .answers import answer, in_events
 from .body import file_in, form_of
 from .errors import APIError, stopping
 from .fields import Transcription, Translation, checked
-from .jobs import Job, Jobs, Limits, Segments, Transcript, told
+from .jobs import Job, Jobs, Limits, Segments, Transcript, api_error
 from .metrics import Metrics
 from .settings import Settings
 
@@ -102,7 +102,7 @@ class Service:
         try:
             transcribing(settings.options, self.model)
         except OptionError as error:
-            raise told(error) from error
+            raise api_error(error) from error
 
     def _no_model(self, name: str | None) -> APIError:
         message = f"The model '{name}' does not exist here: there is {' or '.join(self.names)}"

@@ -101,14 +101,14 @@ class Run:
             output = workspace.out / command.output if command.output else None
             even = left / (len(commands) - number)
             statuses.append(limits.run(command.arguments, even, log, environment(workspace), workspace.root, output))
-        seconds, text = time.monotonic() - start, said(statuses)
+        seconds, text = time.monotonic() - start, outcome(statuses)
         if text != results.OK:
             print("\n".join(log.read_text(errors="replace").splitlines()[-SHOWN:]))
         print(f"== {step.name}: {text}, {seconds:.0f} s", flush=True)
         return Result(step.name, text, seconds, limit, findings.found(step.kind, step.name, workspace.out))
 
 
-def said(statuses: Sequence[int | None]) -> str:
+def outcome(statuses: Sequence[int | None]) -> str:
     """Returns what became of a step by what became of its commands: the first that did not succeed."""
     status = next((status for status in statuses if status != 0), 0)
     if status is None:

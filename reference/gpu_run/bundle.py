@@ -221,7 +221,7 @@ def wheels_and_more(
     return split(scratch / "all.tar", out), [wheel.name for wheel in wheels]
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m reference.gpu_run.bundle", description=__doc__)
     add = parser.add_argument
     add("--python", default="3.12", help="version of the Python that is there (default: 3.12)")
@@ -237,8 +237,7 @@ def main() -> int:
     except UnusableError as error:
         parser.exit(1, f"gpu-bundle: {error}\n")
     print(f"{given.out}: {sum(file.stat().st_size for file in given.out.iterdir()) / 1e6:.0f} MB")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

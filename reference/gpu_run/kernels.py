@@ -9,7 +9,6 @@ operations alone.
 import argparse
 import json
 import shutil
-import sys
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,7 @@ def not_there(on_gpu: bool) -> list[str]:
     return missing if on_gpu else [*missing, "no GPU, and MAX's kernels on a CPU are in no profile of PyTorch's"]
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m reference.gpu_run.kernels", description=__doc__)
     parser.add_argument("--device", choices=["cpu", "gpu"], default="gpu")
     parser.add_argument("--model", required=True)
@@ -69,8 +68,7 @@ def main() -> int:
     for row in report["kernels"][:40]:
         print(f"{row['microseconds']:12.1f} us in {row['calls']:6}  {row['name'][:120]}")
     print("; ".join(report["not_there"]))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -69,7 +69,7 @@ class Compiled:
 
     @cached_property
     def host(self) -> Counter[str]:
-        """Digests of the code that launches."""
+        """Returns digests of the code that launches."""
         return Counter(launch.host for _, launch in self.launches)
 
     def _copies(self) -> int:

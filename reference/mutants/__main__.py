@@ -7,9 +7,10 @@ from pathlib import Path
 
 from maxwhisper.cli.option_types import above_zero
 
+from ..fixtures import ROOT
 from .controller import Trials
 from .report import enough, report
-from .tree import ROOT, all_mutants, plant, sample
+from .tree import all_mutants, plant, sample
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

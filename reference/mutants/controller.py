@@ -33,9 +33,9 @@ UP_TO_THE_FIRST = (
     *("-o", f"faulthandler_timeout={4 * PATIENCE}", "-o", "faulthandler_exit_on_timeout=true"),
 )
 """With what a process of its own stops at the first test that fails, or takes too long."""
-AT_ONCE = 2
-"""Mutants of kernels that are tried at the same time: a compilation has one core at work, and takes 3 GB."""
-TOGETHER = 16
+KERNELS_AT_A_TIME = 2
+"""Mutants of kernels that are tried together: a compilation has one core at work, and takes 3 GB."""
+GRAPHS_AT_A_TIME = 16
 """Mutated graphs that compile together."""
 
 
@@ -236,8 +236,8 @@ class Trials:
     def try_graphs(self, mutants: Sequence[Mutant]) -> None:
         """Tries mutants that are in force while graphs are built, in the innermost blocks that these build."""
         pairs = [(mutant.number, block) for mutant in mutants for block in self.blocks_of(mutant)[:2]]
-        for start in range(0, len(pairs), TOGETHER):
-            some = pairs[start : start + TOGETHER]
+        for start in range(0, len(pairs), GRAPHS_AT_A_TIME):
+            some = pairs[start : start + GRAPHS_AT_A_TIME]
             try:
                 said = self.session.ask("graphs", 10 * PATIENCE, pairs=some)["said"]
             except WorkerDied:
@@ -263,9 +263,9 @@ class Trials:
             self.sound.add(file)
 
     def try_kernels(self, mutants: Iterable[Mutant]) -> None:
-        """Tries mutants of kernels, each in a checkout of its own, AT_ONCE at a time."""
+        """Tries mutants of kernels, each in a checkout of its own, KERNELS_AT_A_TIME."""
         trees: SimpleQueue[Path] = SimpleQueue()
-        for number in range(AT_ONCE):
+        for number in range(KERNELS_AT_A_TIME):
             trees.put(self.tree.with_name(f"{self.tree.name}-kernels-{number}"))
 
         def trial(mutant: Mutant) -> Outcome:
@@ -278,7 +278,7 @@ class Trials:
         left = [mutant for mutant in mutants if mutant.number not in self.found]
         for mutant in left:
             self.check([RIGHT_TESTS[mutant.right], *mutant.unit_tests])
-        with ThreadPoolExecutor(AT_ONCE) as pool:
+        with ThreadPoolExecutor(KERNELS_AT_A_TIME) as pool:
             for trying in as_completed([pool.submit(trial, mutant) for mutant in left]):
                 self.note(trying.result())
 

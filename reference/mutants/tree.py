@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 
+from ..fixtures import ROOT
 from . import mojo_sources, python_sources
 from .mutant import COMPONENTS, NOT_MUTATED, Choose, Mutant, component_of
 
-ROOT = Path(__file__).parents[2]
 LINKED = ("reference", "tests", "fixtures", "conftest.py", "pyproject.toml")
 
 

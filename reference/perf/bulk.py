@@ -26,8 +26,8 @@ from ..fixtures import FIXTURES, NANO
 CLIPS = [FIXTURES / "clips" / name for name in ("english-longer.ogg", "english-long.mp3")]
 
 
-def main() -> int:
-    """Measures, prints the figures, and writes them to `--json`; returns 0."""
+def main() -> None:
+    """Measures, prints the figures, and writes them to `--json`."""
     parser = argparse.ArgumentParser("python -m reference.perf.bulk", description="Measure `maxwhisper bulk`.")
     parser.add_argument("--model", default=str(NANO), help="as of bulk (default: the trained fixture)")
     parser.add_argument("--copies", type=int, default=20, help="of 161 s of audio (default: 20)")
@@ -48,7 +48,6 @@ def main() -> int:
         print(f"{name:44} {value:.3f}" if isinstance(value, float) else f"{name:44} {value}")
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1))
-    return 0
 
 
 def timed(archive: Path, output: Path, model: str) -> tuple[float, int]:
@@ -107,4 +106,4 @@ def reckoned(figures: dict[str, Any], hours: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -5,16 +5,14 @@ For `python -m reference.perf.gate BASE --base_artifacts build/artifacts-base/TA
 
 import argparse
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from maxwhisper.errors import MaxWhisperError
-
+from ..commands import status
 from ..models import FIXTURE
-from .gate import GateError, Trees, checked_out, terminated
+from .gate import GateError, Trees, checked_out
 
 
 def compile_base(trees: Trees, targets: str, out: Path, size: str, dtype: str) -> None:
@@ -37,17 +35,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--dtype", default="float32", help="as that of pytest (default: %(default)s)")
     add("--out", default="build/artifacts-base", help="the graphs go there, by target (default: %(default)s)")
     options = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, terminated)  # to clean up as after Ctrl-C
-    try:
+
+    def compile_there() -> int:
         with checked_out(options.base) as trees:
             compile_base(trees, options.targets, Path(options.out).resolve(), options.size, options.dtype)
-    except MaxWhisperError as error:
-        print(f"compile-base: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("compile-base: interrupted", file=sys.stderr)
-        return 130
-    return 0
+        return 0
+
+    return status("compile-base", compile_there)
 
 
 if __name__ == "__main__":

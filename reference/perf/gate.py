@@ -10,7 +10,6 @@ Both are given head's inputs; a block that takes other inputs in base is given b
 
 import argparse
 import random
-import signal
 import subprocess
 import sys
 import tempfile
@@ -18,13 +17,14 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
-from types import FrameType
 
 from maxwhisper.compare.run import written
 from maxwhisper.errors import MaxWhisperError, OptionError
 
+from ..commands import status
 from ..fixtures import ROOT
 from ..measures import DTYPES
 from ..models import FIXTURE, SIZES
@@ -238,24 +238,16 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def terminated(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse(arguments)
-    signal.signal(signal.SIGTERM, terminated)  # to clean up as after Ctrl-C
-    try:
-        with checked_out(options.base) as trees:
-            setting = Setting(options.size, options.dtype, options.device, artifacts=options.artifacts)
-            trees = replace(trees, base_artifacts=options.base_artifacts)
-            report = compare(setting, trees, options.block, options.rounds)
-    except MaxWhisperError as error:
-        print(f"perf-gate: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("perf-gate: interrupted", file=sys.stderr)
-        return 130
+    return status("perf-gate", partial(gate, parse(arguments)))
+
+
+def gate(options: argparse.Namespace) -> int:
+    """Compares, prints the table and writes it; returns 1 if a block has become slower, or it could not be written."""
+    with checked_out(options.base) as trees:
+        setting = Setting(options.size, options.dtype, options.device, artifacts=options.artifacts)
+        trees = replace(trees, base_artifacts=options.base_artifacts)
+        report = compare(setting, trees, options.block, options.rounds)
     print(report.markdown(), flush=True)  # which is there whatever becomes of the file
     return 1 if not write(report, Path(options.output)) or report.failed else 0
 

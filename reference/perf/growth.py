@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from whisper.audio import N_SAMPLES
 from whisper.model import ModelDimensions
 
 from maxwhisper.audio import load_audio
+from maxwhisper.cli.option_types import above_zero
 from maxwhisper.compare.command import available
 from maxwhisper.compare.convert import store
 from maxwhisper.compare.engines import REFERENCE, SPECS, SUBJECT, Spec, versions
@@ -30,8 +32,9 @@ from maxwhisper.compare.material import RANDOM, SIZES, Recording, checkpoint_for
 from maxwhisper.compare.process import EngineError, Worker
 from maxwhisper.compare.run import PAUSE, machine, written
 from maxwhisper.compare.tokens import task_for
-from maxwhisper.errors import MaxWhisperError, OptionError
+from maxwhisper.errors import OptionError
 
+from ..commands import status
 from ..fixtures import FIXTURES
 from ..reasons import one_line
 from .growth_report import Cost, Growth, Point, Row, markdown, plot
@@ -159,12 +162,6 @@ def measured(axes: Sequence[str], sizes: Sequence[str], rounds: int) -> Growth:
 # ---- the command ---------------------------------------------------------------------------------------------------
 
 
-def above_zero(text: str) -> int:
-    if not text.isdecimal() or not (number := int(text)):
-        raise argparse.ArgumentTypeError(f"must be a whole number above 0, not '{text}'")
-    return number
-
-
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m reference.perf.growth", description=__doc__.split("\n")[0])
     add = parser.add_argument
@@ -207,18 +204,15 @@ def write(growth: Growth, folder: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        folder = writable(options.out)  # before the work, not after
-        growth = measured(options.axis, options.sizes, options.rounds)
-        write(growth, folder)
-    except MaxWhisperError as error:
-        print(f"growth: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("growth: interrupted", file=sys.stderr)
-        return 130
+    return status("growth", partial(measure, parse(arguments)))
+
+
+def measure(options: argparse.Namespace) -> int:
+    """Measures, prints the tables, writes the files; returns 1 if an engine failed."""
+    folder = writable(options.out)  # before the work, not after
+    growth = measured(options.axis, options.sizes, options.rounds)
+    write(growth, folder)
     return 1 if growth.failures else 0
 
 

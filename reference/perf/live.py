@@ -10,7 +10,6 @@ settled. Those that are not in that transcript are not counted here, but in the 
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,10 +26,11 @@ from maxwhisper.audio import SAMPLE_RATE, load_audio
 from maxwhisper.compare.material import checkpoint_for
 from maxwhisper.compare.run import machine
 from maxwhisper.compare.scores import word_error_rate
-from maxwhisper.live import POLICIES, Policy, Session
+from maxwhisper.live import POLICIES, Session
 from maxwhisper.live.hypotheses import hypothesis, prepare
 from maxwhisper.whisper import Whisper
 
+from ..activations import CLIPS
 from ..fixtures import FIXTURES, NANO
 
 BLOCK = SAMPLE_RATE // 10
@@ -82,8 +82,8 @@ class Played:
     seconds: float = 0.0
 
 
-def main() -> int:
-    """Measures, prints the figures, and writes them to `--json`; returns 0."""
+def main() -> None:
+    """Measures, prints the figures, and writes them to `--json`."""
     parser = argparse.ArgumentParser("python -m reference.perf.live", description="Measure live text.")
     parser.add_argument("--model", default=str(NANO), help="a checkpoint; of random:SIZE one hypothesis is timed")
     parser.add_argument("--clips", type=int, metavar="N", help="the first N clips alone")
@@ -104,24 +104,23 @@ def main() -> int:
     print(json.dumps({name: value for name, value in figures.items() if name != "ways"}, indent=1))
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1))
-    return 0
 
 
 def clips_of(model: Whisper) -> Iterator[Clip]:
     """Yields the clips with speech, and what `transcribe` makes of them."""
-    for clip in json.loads((FIXTURES / "clips.json").read_text())["clips"]:
+    for clip in CLIPS:
         if not clip["no_speech"]:
             audio = load_audio(FIXTURES / clip["file"])
             result = model.transcribe(audio, language=clip["language"], word_timestamps=True)
-            words = [(plain(word["word"]), word["end"]) for each in result["segments"] for word in each["words"]]
+            words = [(normalized(word["word"]), word["end"]) for each in result["segments"] for word in each["words"]]
             text = model.transcribe(audio, language=clip["language"])["text"]
             yield Clip(audio, clip["text"], clip["language"], text, words)
 
 
-def ways(model: Whisper, name: str) -> Iterator[tuple[str, Callable[[str], Listener]]]:
+def ways(model: Whisper, name: str) -> Iterator[tuple[str, Callable[..., Listener]]]:
     """Yields what is compared, by name: from a language to what listens."""
     for policy, make in POLICIES.items():
-        yield f"maxwhisper, {policy}", partial(listening, model, make)
+        yield f"maxwhisper, {policy}", partial(Session, model, make)
     if installed("faster_whisper"):
         from .live_peers import peers
 
@@ -140,13 +139,9 @@ def installed(package: str) -> bool:
     return found
 
 
-def listening(model: Whisper, policy: Callable[[], Policy], language: str) -> Session:
-    return Session(model, policy, language=language)
-
-
-def measured(name: str, way: Callable[[str], Listener], clips: Sequence[Clip]) -> dict[str, float]:
+def measured(name: str, way: Callable[..., Listener], clips: Sequence[Clip]) -> dict[str, float]:
     """Plays all clips, and prints and returns the figures."""
-    played = [play(way(clip.language), clip.audio) for clip in clips]
+    played = [play(way(language=clip.language), clip.audio) for clip in clips]
     late, first = [], []
     for clip, each in zip(clips, played, strict=True):
         for word, (_, end) in matching(each.words, clip.words):
@@ -208,10 +203,10 @@ def matching(words: Sequence[str], offline: Sequence[tuple[str, float]]) -> Iter
 
 
 def words_in(text: str) -> list[str]:
-    return [word for each in text.split() if (word := plain(each))]
+    return [word for each in text.split() if (word := normalized(each))]
 
 
-def plain(word: str) -> str:
+def normalized(word: str) -> str:
     return "".join(character for character in word.lower() if character.isalnum())
 
 
@@ -242,4 +237,4 @@ def time_of_one(model: Whisper) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -15,6 +15,7 @@ from faster_whisper import WhisperModel
 from maxwhisper.audio import SAMPLE_RATE
 from maxwhisper.compare.convert import convert, store
 from maxwhisper.compare.material import checkpoint_for
+from maxwhisper.live.policies import agreement
 
 STEPS = (0.4, 1.0)
 """Seconds of new audio for which both decode: as often as `maxwhisper.live`, and as published."""
@@ -74,10 +75,7 @@ class LocalAgreement:
             (word.end + self.start, word.start + self.start, word.word) for each in segments for word in each.words
         ]
         words = self.without_settled([(end, word) for end, start, word in timed if start > last - 0.1])
-        agreed = next(
-            (n for n, (now, then) in enumerate(zip(words, self.before, strict=False)) if now[1] != then[1]),
-            min(len(words), len(self.before)),
-        )
+        agreed = agreement(*([word for _, word in some] for some in (words, self.before)))
         self.words += words[:agreed]
         self.before = words[agreed:]
         self.settled = "".join(word for _, word in self.words)

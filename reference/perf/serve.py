@@ -28,15 +28,15 @@ from maxwhisper.audio import SAMPLE_RATE, load_audio
 from maxwhisper.compare.run import machine
 from maxwhisper.whisper import load_model
 
+from ..activations import CLIPS
 from ..fixtures import FIXTURES, NANO
 
-CLIPS = json.loads((FIXTURES / "clips.json").read_text())["clips"]
 EIGHT = [FIXTURES / clip["file"] for clip in CLIPS if clip["duration"] < 30 and not clip["no_speech"]][:8]
 HOUR = 3600
 
 
-def main() -> int:
-    """Measures, prints the figures, and writes them to `--json`; returns 0."""
+def main() -> None:
+    """Measures, prints the figures, and writes them to `--json`."""
     parser = argparse.ArgumentParser("python -m reference.perf.serve", description="Load `maxwhisper serve`.")
     parser.add_argument("--model", default=str(NANO), help="as of serve (default: the trained fixture)")
     parser.add_argument("--rounds", type=int, default=7, help="how often to transcribe the eight clips (default: 7)")
@@ -62,7 +62,6 @@ def main() -> int:
         print(f"{name:36} {value:.3f}" if isinstance(value, float) else f"{name:36} {value}")
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1))
-    return 0
 
 
 @contextmanager
@@ -207,4 +206,4 @@ def write_wav(path: Path, samples: np.ndarray) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -117,7 +117,7 @@ def steps_of(
     wanted = None if case.n_beam == 1 else torch.full((case.n_window,), case.n_beam)
     begins, limits = torch.full((n_text,), 4), torch.tensor([begin, eot])
     rules = Rules(suppressed, begins, limits, 1 if case.n_beam == 1 else MAX_CANDIDATES, wanted)
-    steps = Steps(graph, joined, rules, dims.n_text_ctx, device)
+    steps = Steps(graph, joined, dims, device)
     tokens = torch.arange(n_text)[:, None].repeat(1, N_PAST + 1)
     n_token = torch.full((n_text,), dims.n_text_ctx - N_PAST)
     steps.take(Texts.of(tokens, torch.zeros(n_text)), joined, rules, n_token, n_step=0)

@@ -63,7 +63,7 @@ def not_written(path: Path, text: Callable[[], str]) -> str | None:
 
 
 def remains(path: Path) -> bool:
-    """Removes the file; whether it is still there."""
+    """Removes the file; returns whether it is still there."""
     with suppress(OSError):
         path.unlink(missing_ok=True)
     return path.exists()

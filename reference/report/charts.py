@@ -95,7 +95,7 @@ def adapt(root: ElementTree.Element) -> None:
             each.set("style", re.sub("#0[1-9]0[1-9]0[1-9]", lambda found: VARIABLES[found[0]], each.attrib["style"]))
 
 
-def plain(text: str) -> str:
+def escaped(text: str) -> str:
     """Returns text in which matplotlib finds no formula."""
     return text.replace("$", r"\$")
 
@@ -135,7 +135,7 @@ def along_the_network(
         style: dict[str, Any] = {"where": "mid", "color": INK, "lw": 0.8, "ls": (0, (2, 2))}
         axes.step(positions, budgets, label="budget of MAX, chained", **style)
         if first_divergence in names:
-            label = plain(f"first divergence: {first_divergence}")
+            label = escaped(f"first divergence: {first_divergence}")
             axes.axvline(names.index(first_divergence), color=BAD, lw=1, label=label)
         network_axis(axes, names)
         axes.set_yscale("log")
@@ -166,7 +166,7 @@ def tip(point: Point) -> str:
 
 def network_axis(axes: Axes, names: Sequence[str]) -> None:
     """Draws a line where a layer or an end of the network begins, and its name if there is room for it."""
-    groups = [plain(part_of(name)) for name in names]
+    groups = [escaped(part_of(name)) for name in names]
     starts = [i for i, group in enumerate(groups) if i == 0 or group != groups[i - 1]]
     named = with_room(starts, len(names))
     axes.set_xticks(starts, [groups[i] if i in named else "" for i in starts], rotation=30, ha="right")
@@ -215,7 +215,7 @@ def ratios(figures: Mapping[str, Mapping[str, BlockFigures]], dtypes: Sequence[s
             for number, dtype in enumerate(dtypes)
         }
         axes.axvline(1, color=INK, lw=1)
-        axes.set_yticks(range(len(figures)), [plain(block) for block in figures])
+        axes.set_yticks(range(len(figures)), [escaped(block) for block in figures])
         axes.set_ylim(len(figures) - 0.5, -0.5)
         axes.set_xscale("log", base=2)
         lowest, highest = axes.get_xlim()

@@ -13,7 +13,6 @@ from ..faults import FaultResult, outcome
 from ..judge import Comparison, Judgement, dtype_name, severity
 from ..measures import DTYPES
 from ..results import Run
-from ..transcripts import Transcript
 
 # ---- numbers -------------------------------------------------------------------------------------------------------
 
@@ -242,9 +241,12 @@ def failures(run: Run) -> list[Failure]:
         for fault in run.faults
         if not fault.accepted
     ]
-    return found + [Failure(f"transcript of {t.clip}, {t.decoding}", told(t)) for t in run.transcripts if not t.equal]
-
-
-def told(transcript: Transcript) -> str:
-    compared = f"{transcript.clip}, {transcript.decoding}: {transcript.n_compared} compared"
-    return f"{compared}\n{transcript.difference or 'differs'}"
+    found += [
+        Failure(
+            f"transcript of {t.clip}, {t.decoding}",
+            f"{t.clip}, {t.decoding}: {t.n_compared} compared\n{t.difference or 'differs'}",
+        )
+        for t in run.transcripts
+        if not t.equal
+    ]
+    return found

@@ -15,14 +15,14 @@ SHOWN_IN_HEADING = ("processor", "GPU", "max", "torch")
 
 def summary(run: Run, machine: dict[str, str]) -> str:
     found = conclusion(run)
-    lines = [f"## Parity: {found.word.lower()}", "", f"**{found.word}**: {plain(found.reason)}.", ""]
-    lines += [f"- {plain(line)}" for line in total_lines(run, machine)]
+    lines = [f"## Parity: {found.word.lower()}", "", f"**{found.word}**: {escaped(found.reason)}.", ""]
+    lines += [f"- {escaped(line)}" for line in total_lines(run, machine)]
     lines += failure_lines(run)
     room = LINES - 1 - len(lines)
     return "\n".join(lines + block_table(block_figures(run), dtypes_of(run), room)) + "\n"
 
 
-def plain(text: str) -> str:
+def escaped(text: str) -> str:
     """Returns one line in which nothing is Markdown or HTML."""
     return re.sub(r"[\\`*_\[\]|]", r"\\\g<0>", escape(" ".join(text.split()), quote=False))
 
@@ -59,7 +59,7 @@ def failure_lines(run: Run) -> list[str]:
     found = failures(run)
     if not found:
         return []
-    lines = [f"{number}. {plain(failure.title)}" for number, failure in enumerate(found[:FAILURES], 1)]
+    lines = [f"{number}. {escaped(failure.title)}" for number, failure in enumerate(found[:FAILURES], 1)]
     more = ["", f"{len(found) - FAILURES} more in report.html."] if len(found) > FAILURES else []
     return ["", "### Failures", "", *lines, *more]
 
@@ -70,7 +70,7 @@ def block_table(figures: Mapping[str, Mapping[str, BlockFigures]], dtypes: Seque
         return []
     lines = ["", "Largest error of MAX / error of PyTorch, and the share of its budget used at most:", ""]
     lines += [row("block", dtypes), row("---", ["---:"] * len(dtypes))]
-    rows = [row(plain(block), [cell(of.get(dtype)) for dtype in dtypes]) for block, of in figures.items()]
+    rows = [row(escaped(block), [cell(of.get(dtype)) for dtype in dtypes]) for block, of in figures.items()]
     room -= len(lines)
     if len(rows) > room:
         rows = [*rows[: room - 2], "", f"{len(rows) - room + 2} more blocks, all farther from their budgets."]

@@ -106,7 +106,7 @@ def adapter(spec: Spec, folder: Path, batch_size: int) -> Engine:
     """Returns the engine of a row, in this process."""
     require(spec)
     task = replace(task_for(load_checkpoint(NANO).dims, None, 2), batch_size=batch_size)
-    engine = importlib.import_module(f"maxwhisper.compare.engines.{spec.module}").Adapter(spec.variant, task)
+    engine = Requests(spec.name, Path(), task).make()
     engine.load(convert.convert(spec.conversion, folder))
     return engine
 
@@ -179,7 +179,7 @@ def on_gpu(name: str) -> Any:
     spec = named(name)
     require(spec)
     task = task_for(load_checkpoint(NANO).dims, None, 2, "gpu")
-    return importlib.import_module(f"maxwhisper.compare.engines.{spec.module}").Adapter(spec.variant, task)
+    return Requests(spec.name, Path(), task).make()
 
 
 @pytest.fixture

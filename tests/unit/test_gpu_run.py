@@ -15,7 +15,7 @@ import pytest
 
 from reference.fixtures import ROOT
 from reference.gpu_run import findings, limits
-from reference.gpu_run.__main__ import clear, said
+from reference.gpu_run.__main__ import clear, outcome
 
 RUN = """
 import sys
@@ -168,7 +168,7 @@ def test_what_no_signal_ends_is_given_up(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_the_first_that_did_not_succeed_is_said_of_several() -> None:
-    assert [said(each) for each in ([0, 0], [0, 3, None], [None, 3], [])] == [
+    assert [outcome(each) for each in ([0, 0], [0, 3, None], [None, 3], [])] == [
         "ok",
         "failed (3)",
         "stopped at its limit",

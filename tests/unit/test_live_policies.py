@@ -14,7 +14,7 @@ from maxwhisper.errors import AudioError
 from maxwhisper.live import POLICIES, AlignAtt, HeardTwice, LocalAgreement, Word
 from maxwhisper.live.hypotheses import following
 from maxwhisper.live.loudness import FRAME, Loudness, quietest
-from maxwhisper.live.policies import audible, said
+from maxwhisper.live.policies import audible, in_audio
 from maxwhisper.live.recording import Recording
 from maxwhisper.live.screen import ANEW, DIM, PLAIN, Lines, Terminal, cells, end_of_line
 from maxwhisper.live.session import Window
@@ -52,10 +52,10 @@ def test_align_att_waits_for_audio_behind_a_word() -> None:
 
 
 def test_words_that_attention_goes_back_for_are_made_up() -> None:
-    assert said(words("the ship works near the letter", [90, 100, 30, 35, 40, 45]), 150) == 2
-    assert said(words("the ship waits here", [90, 100, 30, 130]), 150) == 4, "one that is found out of order is not"
-    assert said(words("where is the", [100, 60, 20]), 150) == 2, "it is the latest one that counts"
-    assert [said(words("where is", [60, at]), 150) for at in (10, 9)] == [2, 1], "a second is not too far"
+    assert in_audio(words("the ship works near the letter", [90, 100, 30, 35, 40, 45]), 150) == 2
+    assert in_audio(words("the ship waits here", [90, 100, 30, 130]), 150) == 4, "one that is found out of order is not"
+    assert in_audio(words("where is the", [100, 60, 20]), 150) == 2, "it is the latest one that counts"
+    assert [in_audio(words("where is", [60, at]), 150) for at in (10, 9)] == [2, 1], "a second is not too far"
 
 
 def test_heard_twice_waits_for_agreement_and_attention() -> None:

@@ -17,7 +17,7 @@ from maxwhisper.cli.serve_command import race_page
 from maxwhisper.compare import run
 from maxwhisper.compare.race.lanes import MISSING, RIGHT, WRONG, Race, Word, race_of
 from maxwhisper.compare.race.page import page_of, write_page
-from maxwhisper.compare.race.terminal import TOGETHER, frame, latest, panel, replay
+from maxwhisper.compare.race.terminal import AT_A_TIME, frame, latest, panel, replay
 from reference.fixtures import NANO
 
 from .command import assert_one_line, options_of, status
@@ -196,8 +196,8 @@ def test_a_frame_of_a_long_text_is_its_end() -> None:
     """Without the work of wrapping all of it, and with lines that stay where they are when a word comes."""
     words = [Word(float(n), f"{n}", RIGHT) for n in range(10_000)]
     assert latest(words[:50], 1000) == words[:50] and latest([], 1000) == []
-    shown = [latest(words[:n], 1000) for n in range(9000, 9000 + TOGETHER)]
-    assert all(each[-1].seconds == 8999 + n and 200 <= len(each) < 200 + TOGETHER for n, each in enumerate(shown))
+    shown = [latest(words[:n], 1000) for n in range(9000, 9000 + AT_A_TIME)]
+    assert all(each[-1].seconds == 8999 + n and 200 <= len(each) < 200 + AT_A_TIME for n, each in enumerate(shown))
     assert len({each[0] for each in shown}) == 2
 
 

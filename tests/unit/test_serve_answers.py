@@ -13,7 +13,7 @@ from maxwhisper.errors import AudioError, OptionError
 from maxwhisper.serving.answers import answer, events
 from maxwhisper.serving.errors import APIError
 from maxwhisper.serving.fields import Transcription, Translation, checked
-from maxwhisper.serving.jobs import Jobs, Limits, Transcript, told
+from maxwhisper.serving.jobs import Jobs, Limits, Transcript, api_error
 from maxwhisper.serving.realtime import RATE, Conversation
 from maxwhisper.serving.settings import Settings, settings_of
 
@@ -121,7 +121,7 @@ def test_a_request_has_the_options_that_it_gives(given: list[tuple[str, str]], o
     ],
 )
 def test_an_error_names_the_field_that_was_wrong(error: Exception, said: str, param: str | None) -> None:
-    found = told(error)
+    found = api_error(error)
     assert (found.status, str(found), found.param) == (400, said, param)
 
 

@@ -1,5 +1,7 @@
 """The judge of steppers on trial: a right stepper passes, and each of these wrong ones does not."""
 
+import gc
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -228,3 +230,12 @@ def test_what_a_cache_promises() -> None:
         "text 0: keys and values of its earlier tokens have changed"
     ]
     assert promises(right, 5, change=lambda cache: cache.own[1][0, 0, 2].add_(1)) == []
+
+
+def test_a_scene_keeps_no_suite_in_memory() -> None:
+    suite = Suite(trained(), torch.float32)
+    given(suite, SCENES[0], torch.nan)
+    gone = weakref.ref(suite)
+    del suite
+    gc.collect()
+    assert gone() is None

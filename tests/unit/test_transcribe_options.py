@@ -245,7 +245,7 @@ def test_numbers_of_a_result_are_pythons(model: Whisper, audio: np.ndarray, monk
     assert dict(model.transcribe_many([audio, audio], 2, **options)) == {0: result, 1: result}
     pytest.importorskip("silero_vad")
     assert kinds(transcribe_batched(model, audio, **options)) == {str, int, float}
-    monkeypatch.setattr("maxwhisper.whisper.plain", lambda result: result)
+    monkeypatch.setattr("maxwhisper.whisper.as_python", lambda result: result)
     assert result == model.transcribe(audio, **options)
 
 

@@ -7,7 +7,7 @@ from typing import Any, cast
 import pytest
 import torch
 
-from reference.transcripts import Transcript, compare, compare_together, transcribed
+from reference.transcripts import Transcript, compare, compare_many, transcribed
 
 CLIP = "clips/english-1.wav"
 
@@ -91,7 +91,7 @@ def test_a_difference_is_seen_where_it_is_among_recordings_together(decoding: st
     other = copy.deepcopy(said())
     (OF_SEGMENTS if decoding == "greedy" else OF_WORDS)[difference](other)
     subject, peer = cast(Any, Says(other)), cast(Any, Says(said()))
-    found = list(compare_together(subject, peer, [CLIP, "clips/german-1.wav"], decoding, 2))
+    found = list(compare_many(subject, peer, [CLIP, "clips/german-1.wav"], decoding, 2))
     assert [(each.clip, each.equal) for each in found] == [("clips/german-1.wav", False), (CLIP, True)]
 
 

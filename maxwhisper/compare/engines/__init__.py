@@ -1,7 +1,7 @@
 """The engines that can be compared, one line of the table each.
 
-An adapter is a module of this package with a class `Adapter`, an `Engine`. Adapters import their package when they are
-imported themselves, which only a worker process does.
+An adapter is a module of this package with a class `Adapter`, an `Engine`, and one called `Batched` where windows can
+be decoded several at a time. Adapters import their package when they are imported, which only a worker process does.
 """
 
 import re
@@ -63,7 +63,12 @@ class Spec:
     @property
     def module(self) -> str:
         """Returns the name of its adapter's module in this package."""
-        return re.sub(r"\W", "_", self.engine) + ("_batched" if self.batched else "")
+        return re.sub(r"\W", "_", self.engine)
+
+    @property
+    def adapter(self) -> str:
+        """Returns the name of its class in that module."""
+        return "Batched" if self.batched else "Adapter"
 
     @property
     def packages(self) -> tuple[str, ...]:

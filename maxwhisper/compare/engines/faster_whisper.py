@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from faster_whisper import WhisperModel
+from faster_whisper import BatchedInferencePipeline, WhisperModel
 from faster_whisper.transcribe import get_ctranslate2_storage
 
 from ...engine.cuda import find, load, locations
-from .base import Engine
+from .base import Engine, Task
 
 
 def load_cublas() -> None:
@@ -56,6 +56,34 @@ class Adapter(Engine):
     def transcribe(self, audio: np.ndarray, language: str, tell: Callable[[list[int]], None]) -> None:
         segments, _ = self.model.transcribe(
             audio, language=language, beam_size=self.task.beam_size or 1, temperature=0.0, vad_filter=False
+        )
+        for segment in segments:
+            tell(segment.tokens)
+
+
+class Batched(Adapter):
+    """Decodes several pieces of a recording at a time by faster-whisper's own pipeline."""
+
+    def __init__(self, variant: str, task: Task):
+        super().__init__("float16" if task.device == "gpu" else "float32", task)
+
+    def load(self, folder: Path) -> None:
+        super().load(folder)
+        self.pipeline = BatchedInferencePipeline(self.model)
+
+    def windows(self, mels: np.ndarray, n_tokens: int) -> list[list[int]]:
+        return [
+            tokens for batch in self.batches(mels) for tokens in self.decoded(self.encoded(batch), len(batch), n_tokens)
+        ]
+
+    def transcribe(self, audio: np.ndarray, language: str, tell: Callable[[list[int]], None]) -> None:
+        segments, _ = self.pipeline.transcribe(
+            audio,
+            language=language,
+            beam_size=self.task.beam_size or 1,
+            temperature=0.0,
+            without_timestamps=False,
+            batch_size=self.task.batch_size,
         )
         for segment in segments:
             tell(segment.tokens)

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from max.driver import Device, DeviceEvent
 from whisper.audio import SAMPLE_RATE
 
+from ...batched import transcribe_batched
 from ...decoding.speculative import WORTH_PROPOSING
 from ...engine.session import find_device
 from ...rebind import Segments
@@ -49,3 +51,15 @@ class Adapter(OpenAILike):
             self.generate(self.encode(silence), n_token)
         # The spectrogram compiles when it is first used. Nothing follows the 30 s of zeros appended to the audio.
         self.model.transcribe(np.zeros(SAMPLE_RATE, np.float32), language="en", temperature=0.0, sample_len=2)
+
+
+class Batched(Adapter):
+    """Decodes several pieces of a recording together."""
+
+    def windows(self, mels: np.ndarray, n_tokens: int) -> list[list[int]]:
+        # The encoder takes one after the other, as in `transcribe_batched`.
+        features = (torch.cat([self.encode(mel) for mel in batch]) for batch in self.batches(mels))
+        return [tokens for batch in features for tokens in self.decoded(batch, n_tokens)]
+
+    def tell_segments(self, tell: Callable[[Segments], None], audio: np.ndarray, **options: Any) -> None:
+        tell(transcribe_batched(self.model, audio, self.task.batch_size, **options)["segments"])

@@ -19,7 +19,7 @@ def run(source: str, html: str | None, svg: str | None, json: str | None, **opti
 
     from rich.console import Console
 
-    from .lanes import plain, race_of, read_record
+    from .lanes import printable, race_of, read_record
     from .page import write_page, write_picture
     from .terminal import replay
 
@@ -32,7 +32,7 @@ def run(source: str, html: str | None, svg: str | None, json: str | None, **opti
     replay(race, Console())
     failed = [row for row in record["rows"] if row.get("error")]
     for row in failed:
-        print(plain(f"{row['name']}: failed: {row['error']}"))
+        print(printable(f"{row['name']}: failed: {row['error']}"))
     return int(bool(failed))
 
 

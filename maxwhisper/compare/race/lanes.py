@@ -102,21 +102,21 @@ def raced(record: dict[str, Any], name: str) -> Race:
         raise OptionError(f"{name}: no engine in it says when its words were there: expected a record without --tokens")
     [recording], options = record["recordings"], record["options"]
     known = recording["text"]
-    expected = plain(recording["pytorch"] if known is None else known)
+    expected = printable(recording["pytorch"] if known is None else known)
     normalize = normalizer(options["languages"][0])
     machine = record["machine"]
     lanes = [lane_of(row, expected, normalize) for row in rows]
     return Race(
-        model=plain(record["model"]),
-        machine=plain(f"{machine.get('gpu') or machine['processor']}, {options['threads']} threads"),
-        recording=plain(recording["name"]),
+        model=printable(record["model"]),
+        machine=printable(f"{machine.get('gpu') or machine['processor']}, {options['threads']} threads"),
+        recording=printable(recording["name"]),
         audio_s=float(record["audio_s"]),
         against="PyTorch Whisper's transcript" if known is None else "what was said",
         lanes=sorted(lanes, key=lambda lane: lane.total_s),
     )
 
 
-def plain(text: str) -> str:
+def printable(text: str) -> str:
     return CONTROL.sub(" ", text)
 
 
@@ -127,11 +127,11 @@ def lane_of(row: dict[str, Any], expected: str, normalize: Callable[[str], str])
     if not (total := float(totals[middle])) > 0:
         raise ValueError(f"a time of {total} s")
     timed = [
-        (float(piece["seconds"]), word) for piece in row["pieces"][middle] for word in plain(piece["text"]).split()
+        (float(piece["seconds"]), word) for piece in row["pieces"][middle] for word in printable(piece["text"]).split()
     ]
     said, heard = (normalize(text).strip() for text in (expected, " ".join(word for _, word in timed)))
     return Lane(
-        name=plain(str(row["name"])),
+        name=printable(str(row["name"])),
         total_s=total,
         wer=jiwer.wer(said, heard) if said else None,
         words=list(marked(timed, expected.split(), normalize)),

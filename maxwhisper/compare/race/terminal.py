@@ -17,7 +17,7 @@ FRAMES_PER_SECOND = 20
 STYLES = {WRONG: "bold red", MISSING: "red strike"}
 WIDE = 100
 """Columns of a terminal from which on two engines stand side by side."""
-TOGETHER = 64
+AT_A_TIME = 64
 """Words that leave a panel together, for lines break anew where the first word is another one."""
 
 
@@ -70,7 +70,7 @@ def latest(words: list[Word], n_character: int) -> list[Word]:
     while first and n_character > 0:
         first -= 1
         n_character -= len(words[first].text) + 1
-    return words[first // TOGETHER * TOGETHER :]
+    return words[first // AT_A_TIME * AT_A_TIME :]
 
 
 def text_of(words: list[Word]) -> Text:
