@@ -122,11 +122,14 @@ class Subject:
         return rounded_tensors(tensors, self.policy.compute.name)
 
     def initialised(self, unit: str, layer: int, tensors: Mapping[str, Tensor]) -> dict[str, Executable]:
-        """Returns the unit's graphs with the weights of a layer; of a layer that only encoder or decoder has, the other
-        is given its last."""
+        """Returns the unit's graphs with the weights of a layer."""
+        return self.artifact(unit).init(self.rounded(tensors), **self.numbers(layer))
+
+    def numbers(self, layer: int) -> dict[str, int]:
+        """Returns what stands for a layer in the names of weights; of a layer that only encoder or decoder has, the
+        other is given its last."""
         dims = self.model.dims
-        layers = {"audio_layer": min(layer, dims.n_audio_layer - 1), "text_layer": min(layer, dims.n_text_layer - 1)}
-        return self.artifact(unit).init(self.rounded(tensors), **layers)
+        return {"audio_layer": min(layer, dims.n_audio_layer - 1), "text_layer": min(layer, dims.n_text_layer - 1)}
 
     def own(self, unit: str, layer: int = 0) -> dict[str, Executable]:
         """Returns the unit's graphs with the model's own weights, those of one layer with that layer's."""

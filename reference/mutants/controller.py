@@ -234,8 +234,12 @@ class Trials:
         self.note(outcome)
 
     def try_graphs(self, mutants: Sequence[Mutant]) -> None:
-        """Tries mutants that are in force while graphs are built, in the innermost blocks that these build."""
+        """Tries mutants that are in force while graphs are built, in the innermost blocks that these build.
+
+        Raises RuntimeError if one of these blocks fails without a mutant.
+        """
         pairs = [(mutant.number, block) for mutant in mutants for block in self.blocks_of(mutant)[:2]]
+        pairs = [*((0, block) for block in dict.fromkeys(block for _, block in pairs)), *pairs]
         for start in range(0, len(pairs), GRAPHS_AT_A_TIME):
             some = pairs[start : start + GRAPHS_AT_A_TIME]
             try:
@@ -243,6 +247,8 @@ class Trials:
             except WorkerDied:
                 continue  # each then has a process of its own
             for (number, block), what in zip(some, said, strict=True):
+                if what and not number:
+                    raise RuntimeError(f"{block} fails without a mutant: {what}")
                 if what and number not in self.found:
                     how = "test" if what.startswith("isolated") else "error"
                     self.note(Outcome(number, how, f"{block}: {what}", True))

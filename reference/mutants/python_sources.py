@@ -61,7 +61,8 @@ def calls(node: ast.Call) -> Iterator[tuple[str, ast.expr]]:
     plain = ast.Name | ast.Attribute | ast.Subscript
     if name != "isinstance" and len(node.args) >= 2 and all(isinstance(arg, plain) for arg in node.args[:2]):
         first, second, *rest = node.args
-        yield "arguments swapped", ast.Call(node.func, [second, first, *rest], node.keywords)
+        if ast.dump(first) != ast.dump(second):
+            yield "arguments swapped", ast.Call(node.func, [second, first, *rest], node.keywords)
 
 
 class Instrumented(ast.NodeTransformer):

@@ -161,7 +161,7 @@ class Worker:
         suite = self.suite
         for layer in range(BLOCKS[block].n_layer(suite.dims)):
             try:
-                run = artifact.init(suite.subject.tensors, audio_layer=layer, text_layer=layer)[program.name]
+                run = artifact.init(suite.subject.tensors, **suite.subject.numbers(layer))[program.name]
                 for comparison in suite.comparisons(BLOCKS[block], KINDS):
                     if comparison.layer == layer and not suite.judge(comparison, run).passed:
                         return f"isolated {comparison}"

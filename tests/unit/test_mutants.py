@@ -57,6 +57,7 @@ def test_python_operators(code: str, operator: str, after: str) -> None:
         "if a < 3:\n    raise ValueError(f'{a + 1}')",
         "@dataclass(frozen=True)\nclass A:\n    x: int",
         "y: dict[str, int]",
+        "y = f(a, a)",
     ],
 )
 def test_python_that_is_left_alone(code: str) -> None:
@@ -229,6 +230,22 @@ def test_what_fails_without_a_mutant_is_an_error(tmp_path: Path, monkeypatch: py
     loader = Mutant(1, "checkpoint/stored.py", 1, "sign", "-a", "a")
     with pytest.raises(RuntimeError, match=r"test_loading\.py fails without a mutant: 16 passed"):
         Trials(tmp_path, [loader], tmp_path / "record").tried_alone(loader, with_parity=True)
+
+
+def test_a_block_that_fails_without_a_mutant_kills_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trials = Trials(tmp_path, [], tmp_path / "record")
+    monkeypatch.setattr(Trials, "blocks_of", lambda self, mutant: ["decoder.step"])
+    asked: list[list[tuple[int, str]]] = []
+
+    def ask(do: str, patience: float, pairs: list[tuple[int, str]]) -> dict[str, list[str | None]]:
+        asked.append(pairs)
+        return {"said": ["CheckpointError: no tensor" for _ in pairs]}
+
+    monkeypatch.setattr(trials.session, "ask", ask)
+    mutant = Mutant(3, "network/model.py", 1, "sign", "-a", "a")
+    with pytest.raises(RuntimeError, match=r"decoder\.step fails without a mutant: CheckpointError"):
+        trials.try_graphs([mutant])
+    assert asked == [[(0, "decoder.step"), (3, "decoder.step")]] and not trials.found
 
 
 def test_the_tests_of_every_file_are_there() -> None:
