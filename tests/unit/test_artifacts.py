@@ -109,7 +109,7 @@ def alone(folder: Path | str, **environment: str) -> tuple[list[str], int, float
     """Transcripts made by two threads of another process, how much it compiled for them, kernels included, its
     processor time, and its complaints."""
     command = [sys.executable, "-c", ALONE, NANO, folder, CLIP]
-    env = dict(os.environ, **environment)
+    env = dict(os.environ, NUMBA_DISABLE_JIT="1", **environment)  # numba takes a second to load what it compiled
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
     texts, compilations, cpu_seconds, imported = json.loads(done.stdout.splitlines()[-1])
     assert not imported, "PyTorch's compiler takes a second to import"
