@@ -19,6 +19,8 @@ from maxwhisper.errors import AudioError
 from maxwhisper.whisper import Whisper
 from reference.fixtures import FIXTURES
 
+pytestmark = pytest.mark.usefixtures("encodes_once")
+
 CLIPS = FIXTURES / "clips"
 
 

@@ -17,6 +17,8 @@ from maxwhisper.live.session import MOST, STEP
 from maxwhisper.whisper import Whisper
 from reference.fixtures import FIXTURES
 
+pytestmark = pytest.mark.usefixtures("encodes_once")
+
 SECOND = SAMPLE_RATE
 SPEECH = load_audio(FIXTURES / "clips" / "english-2.flac")
 LONG = load_audio(FIXTURES / "clips" / "english-long.mp3")[: 33 * SAMPLE_RATE]

@@ -24,6 +24,8 @@ from maxwhisper.scheduling import loaded, transcribe_many
 from maxwhisper.whisper import Whisper
 from reference.fixtures import FIXTURES
 
+pytestmark = pytest.mark.usefixtures("encodes_once")
+
 CLIPS = [FIXTURES / clip["file"] for clip in json.loads((FIXTURES / "clips.json").read_text())["clips"]]
 SOME = [clip for clip in CLIPS if clip.stem in ("english-1", "english-long", "german-1", "silence", "english-3")]
 """Of one window and of several, in two languages, and without speech."""
