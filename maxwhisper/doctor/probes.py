@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +86,8 @@ def probe_smi() -> Answer:
 
 def probe_max() -> Answer:
     """Finds MAX, and the GPUs that it sees; `error` is why it sees none."""
+    from importlib import metadata  # a third of what a probe imports
+
     from max.driver import Accelerator, accelerator_count
 
     def see() -> list[Answer]:

@@ -18,8 +18,8 @@ FEW_TOKENS = Path(__file__).with_name("few_tokens.py")
 class Timing:
     """The workers of the setting that is being timed, and what was found in every setting."""
 
-    def __init__(self, checkpoint: str | None, artifacts: str | None, script: Path = WORKER):
-        self.script = script
+    def __init__(self, checkpoint: str | None, artifacts: str | None, timed: bool = True):
+        self.timed = timed
         self.checkpoint = checkpoint
         self.artifacts = artifacts
         self.workers: dict[tuple[Setting, str], Worker] = {}
@@ -31,11 +31,13 @@ class Timing:
         return Setting(suite.model.size, dtype_name(suite.dtype), suite.device, checkpoint, self.artifacts)
 
     def worker(self, setting: Setting, engine: str) -> Worker:
-        """Returns the engine's process, started at the first call; those of an earlier setting end."""
+        """Returns the engine's process, started at the first call; those of an earlier setting end. Where nothing is
+        timed, one process is both engines'."""
+        engine = engine if self.timed else "either engine"
         if any(earlier != setting for earlier, _ in self.workers):
             self.close()
         if (setting, engine) not in self.workers:
-            with patch("reference.perf.engine.WORKER", self.script):
+            with patch("reference.perf.engine.WORKER", WORKER if self.timed else FEW_TOKENS):
                 self.workers[setting, engine] = Worker(setting, name=engine)
         return self.workers[setting, engine]
 
@@ -58,9 +60,10 @@ TIMING = pytest.StashKey[Timing]()
 
 @pytest.fixture(scope="session")
 def timing(pytestconfig: pytest.Config) -> Iterator[Timing]:
-    script = FEW_TOKENS if pytestconfig.getoption("benchmark_disable", True) else WORKER
     timing = pytestconfig.stash[TIMING] = Timing(
-        pytestconfig.getoption("--checkpoint"), pytestconfig.getoption("--artifacts"), script
+        pytestconfig.getoption("--checkpoint"),
+        pytestconfig.getoption("--artifacts"),
+        timed=not pytestconfig.getoption("benchmark_disable", True),
     )
     yield timing
     timing.close()

@@ -63,7 +63,8 @@ def started(folder: Path, *options: str) -> Iterator[Process]:
     keys.write_text(f"another-key\n{KEY}\n")
     temporary.mkdir()
     command = [sys.executable, "-m", "maxwhisper", "serve", "--model", str(NANO), "--port", "0"]
-    environment = {**os.environ, "TMPDIR": str(temporary)}
+    # What finds words is Python here: numba takes a second to load what it compiled.
+    environment = {**os.environ, "TMPDIR": str(temporary), "NUMBA_DISABLE_JIT": "1"}
     with subprocess.Popen(
         [*command, "--api_key_file", str(keys), *options], stdout=subprocess.PIPE, text=True, env=environment
     ) as popen:

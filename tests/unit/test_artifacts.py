@@ -10,6 +10,8 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,61 +75,104 @@ def network(manifest: Manifest) -> Manifest:
 
 # ---- what they save ------------------------------------------------------------------------------------------------
 
-# Only threads beside the main one import, load and use anything, and two of them at once need what is compiled lazily.
+# Only threads beside the main one import, load and use anything, and two of them at once need what is loaded lazily.
 ALONE = """
-import json, resource, sys
+import json, os, resource, sys
 from concurrent.futures import ThreadPoolExecutor
 from reference.compile_log import compilations
 
+checkpoint, artifacts, kept, clip = sys.argv[1:]
 
-def load():
+
+def load(artifacts):
     import maxwhisper
 
-    return maxwhisper.load_model(sys.argv[1], artifacts=sys.argv[2] or None)
+    if not artifacts:
+        from maxwhisper.engine import program
+
+        os.environ["MAXWHISPER_CACHE_DIR"] = kept
+        program.kernel_library = None  # without which no graph is built
+    return maxwhisper.load_model(checkpoint, artifacts=artifacts)
 
 
 def transcribe(model, temperature):
-    return model.transcribe(sys.argv[3], word_timestamps=True, temperature=temperature, beam_size=None)["text"]
+    return model.transcribe(clip, word_timestamps=True, temperature=temperature, beam_size=None)["text"]
 
 
-records = []
-with compilations(records.append):
-    with ThreadPoolExecutor(1) as pool:
-        model = pool.submit(load).result()
-    with ThreadPoolExecutor(2) as pool:
-        texts = list(pool.map(transcribe, [model, model], [0, 0]))
+def found(given):
+    records = []
+    with compilations(records.append):
+        with ThreadPoolExecutor(1) as pool:
+            model = pool.submit(load, given).result()
+        with ThreadPoolExecutor(2) as pool:
+            texts = list(pool.map(transcribe, [model, model], [0, 0]))
 
-from maxwhisper.engine.kernel_library import kernel_library
+    from maxwhisper.engine.kernel_library import kernel_library
 
+    return texts, len(records) + kernel_library.cache_info().currsize
+
+
+both = found(artifacts), found(None)
 used = resource.getrusage(resource.RUSAGE_SELF)
-compiled = len(records) + kernel_library.cache_info().currsize
-print(json.dumps([texts, compiled, used.ru_utime + used.ru_stime, "torch._dynamo" in sys.modules]))
+print(json.dumps([*both, used.ru_utime + used.ru_stime, "torch._dynamo" in sys.modules]))
 """
+TEXT = " Where is the young doctor that Hector found?"
+Found = list[Any]
+"""Transcripts made by two threads, and how much was compiled for them, kernels included."""
 
 
-def alone(folder: Path | str, **environment: str) -> tuple[list[str], int, float, str]:
-    """Transcripts made by two threads of another process, how much it compiled for them, kernels included, its
-    processor time, and its complaints."""
-    command = [sys.executable, "-c", ALONE, NANO, folder, CLIP]
-    env = dict(os.environ, **environment)
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
-    texts, compilations, cpu_seconds, imported = json.loads(done.stdout.splitlines()[-1])
-    assert not imported, "PyTorch's compiler takes a second to import"
-    return texts, compilations, cpu_seconds, done.stderr
+@dataclass
+class Alone:
+    """What another process found, by artifacts that it was given and by what is kept in a folder; its processor time,
+    its complaints, its temporary files, and what it left in MAX's cache, which was empty."""
+
+    given: Found
+    kept: Found
+    cpu_seconds: float
+    complaints: str
+    temporary: Path
+    cached: list[Path]
 
 
-def test_a_process_with_an_empty_compile_cache_transcribes_in_seconds(compiled: Path, tmp_path: Path) -> None:
-    cache = tmp_path / "cache"
+@pytest.fixture(scope="module")
+def n_kept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+    """Returns a folder in which this process has kept what it compiled for two threads, moved since, and how much."""
+    first = tmp_path_factory.mktemp("kept") / "first"
+    first.mkdir()
+    (first / "kernels").symlink_to(cache_folder("kernels"))
+    records: list[CompileRecord] = []
+    options: dict[str, Any] = {"word_timestamps": True, "temperature": 0, "beam_size": None}
+    with pytest.MonkeyPatch.context() as patch, compilations(records.append), ThreadPoolExecutor(2) as pool:
+        patch.setenv("MAXWHISPER_CACHE_DIR", str(first))
+        model = pool.submit(load_model, NANO).result()
+        texts = pool.map(lambda _: model.transcribe(str(CLIP), **options)["text"], range(2))
+        assert list(texts) == [TEXT] * 2
+    return first.rename(first.parent / "moved"), len(records)
+
+
+@pytest.fixture(scope="module")
+def alone(compiled: Path, n_kept: tuple[Path, int], tmp_path_factory: pytest.TempPathFactory) -> Alone:
+    """Runs a process with an empty compile cache that has no place for another."""
+    folder = tmp_path_factory.mktemp("alone")
+    cache = folder / "cache"
     cache.mkdir()
-    environment = {"MODULAR_CACHE_DIR": str(cache), "MODULAR_MAX_CACHE_DIR": str(cache), "TMPDIR": str(tmp_path)}
+    environment = {"MODULAR_CACHE_DIR": str(cache), "MODULAR_MAX_CACHE_DIR": str(cache), "TMPDIR": str(folder)}
     home = {"HOME": "/proc/nowhere", "XDG_CACHE_HOME": "", "MAXWHISPER_CACHE_DIR": ""}
-    [*texts, last], compilations, cpu_seconds, complaints = alone(compiled, **environment, **home)
-    assert [*texts, last] == 2 * [last] == 2 * [" Where is the young doctor that Hector found?"]
-    assert compilations == 0 and not list(cache.iterdir())
-    [warning] = complaints.splitlines()
+    numba = {"NUMBA_DISABLE_JIT": "1"}  # which takes a second to load what it compiled
+    command = [sys.executable, "-c", ALONE, NANO, compiled, n_kept[0], CLIP]
+    env = dict(os.environ) | environment | home | numba
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+    given, kept, cpu_seconds, imported = json.loads(done.stdout.splitlines()[-1])
+    assert not imported, "PyTorch's compiler takes a second to import"
+    return Alone(given, kept, cpu_seconds, done.stderr, folder, list(cache.iterdir()))
+
+
+def test_a_process_with_an_empty_compile_cache_transcribes_in_seconds(alone: Alone) -> None:
+    assert alone.given == [[TEXT] * 2, 0] and not alone.cached
+    [warning] = alone.complaints.splitlines()
     assert "/proc/nowhere/.cache/maxwhisper: cannot be used as a cache (No such file or directory)" in warning
-    assert str(tmp_path / f"maxwhisper-{os.getuid()}") in warning
-    assert cpu_seconds < 60, "compiling these graphs takes minutes"
+    assert str(alone.temporary / f"maxwhisper-{os.getuid()}") in warning
+    assert alone.cpu_seconds < 60, "compiling these graphs takes minutes"
 
 
 def test_results_are_those_of_a_compilation(compiled: Path) -> None:
@@ -252,19 +297,9 @@ def test_what_max_cannot_read_is_named(changed: Callable[..., Path]) -> None:
 # ---- what load_model keeps -----------------------------------------------------------------------------------------
 
 
-def test_a_second_process_compiles_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor where the cache has been moved to; and what the first one compiled, in two threads, it compiled once."""
-    first, moved = tmp_path / "first", tmp_path / "moved"
-    first.mkdir()
-    (first / "kernels").symlink_to(cache_folder("kernels"))
-    texts, compilations, _, complaints = alone("", MAXWHISPER_CACHE_DIR=str(first))
-    assert (texts, compilations, complaints) == (2 * texts[:1], 4, "")
-    first.rename(moved)
-    monkeypatch.setenv("MAXWHISPER_CACHE_DIR", str(moved))
-    monkeypatch.setattr("maxwhisper.engine.program.kernel_library", None)  # without which no graph is built
-    with nothing_compiles():
-        found = load_model(NANO).transcribe(str(CLIP), word_timestamps=True, temperature=0, beam_size=None)
-    assert found["text"] == texts[0]
+def test_a_second_process_compiles_nothing(n_kept: tuple[Path, int], alone: Alone) -> None:
+    """Also where the cache has been moved to; and what the first one compiled, for two threads, it compiled once."""
+    assert n_kept[1] == 3 and alone.kept == [[TEXT] * 2, 0]
 
 
 def test_artifacts_count_whatever_was_loaded_before(changed: Callable[..., Path]) -> None:

@@ -20,6 +20,8 @@ from maxwhisper.speech import CHUNK, SILENCE, SPEECH, probabilities
 from maxwhisper.whisper import Whisper
 from reference.fixtures import FIXTURES
 
+pytestmark = pytest.mark.usefixtures("encodes_once")
+
 LONG = FIXTURES / "clips" / "english-long.mp3"
 SENTENCES = next(
     clip for clip in json.loads((FIXTURES / "clips.json").read_text())["clips"] if clip["file"].endswith(LONG.name)

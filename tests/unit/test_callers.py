@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from whisper.audio import SAMPLE_RATE
+from whisper.audio import SAMPLE_RATE, pad_or_trim
 
 from maxwhisper.audio import load_audio, read_upload
 from maxwhisper.callers import Caller, Scheduler
@@ -19,13 +19,16 @@ from maxwhisper.errors import AudioError
 from maxwhisper.whisper import Whisper
 from reference.fixtures import FIXTURES
 
+pytestmark = pytest.mark.usefixtures("encodes_once")
+
 CLIPS = FIXTURES / "clips"
 
 
 @pytest.fixture(scope="module")
 def long() -> np.ndarray:
-    """Returns a recording of two windows."""
-    return load_audio(CLIPS / "english-longer.ogg")[: 33 * SAMPLE_RATE]
+    """Returns a recording of two windows: two sentences in one, and one in the next."""
+    audio = load_audio(CLIPS / "english-longer.ogg")
+    return np.concatenate([pad_or_trim(audio[: 6 * SAMPLE_RATE]), audio[6 * SAMPLE_RATE : 9 * SAMPLE_RATE]])
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +71,7 @@ def test_a_short_recording_is_done_before_a_long_one_that_came_first(
 ) -> None:
     begun, first = Event(), Caller(scheduler)
     with ThreadPoolExecutor(1) as pool:
-        asked = pool.submit(first.transcribe, np.tile(long, 8), on_segments=lambda _: begun.set())
+        asked = pool.submit(first.transcribe, np.tile(long, 4), on_segments=lambda _: begun.set())
         assert begun.wait(30)
         assert Caller(scheduler).transcribe(short)["text"]
         assert not asked.done()

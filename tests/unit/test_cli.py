@@ -398,37 +398,37 @@ from tests.unit.command import StubModel
 
 class Model(StubModel):
     def transcribe(self, audio, **options):
+        self.calls.append(options)
         print("ready", flush=True)
-        {then}
+        if len(self.calls) == 1:
+            time.sleep(600)
+        for _ in range(100_000):
+            print("text")
+        return {result}
 
-result = {result}
-whisper.load_model = lambda *_, **__: Model()
-sys.exit(cli.main(["transcribe", "fixtures/clips/english-1.wav", "-o", sys.argv[1]]))
+model = Model()
+whisper.load_model = lambda *_, **__: model
+interrupted, closed = (cli.main(["transcribe", "fixtures/clips/english-1.wav", "-o", out]) for out in sys.argv[1:])
+sys.exit(interrupted if closed == 1 else closed)
 """
 
 
-def start(then: str, out: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", SCRIPT.format(then=then, result=RESULT), str(out)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def test_sigint(out: Path) -> None:
-    with start("time.sleep(600)", out) as process:
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
-        process.send_signal(signal.SIGINT)
-        _, error = process.communicate()
-    assert (process.returncode, error) == (130, "maxwhisper: interrupted\n")
-    assert not os.listdir(out)
-
-
-def test_closed_standard_output(out: Path) -> None:
-    """The files are written nevertheless."""
-    with start("[print('text') for _ in range(100_000)]; return result", out) as process:
+def test_sigint_and_closed_standard_output(tmp_path: Path) -> None:
+    """One process has both, in which nothing is written of what is interrupted, and all behind a closed output."""
+    interrupted, closed = tmp_path / "interrupted", tmp_path / "closed"
+    command = [sys.executable, "-c", SCRIPT.format(result=RESULT), str(interrupted), str(closed)]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=ROOT, **pipes) as process:
         assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == "ready\n"
         process.stdout.close()
         error = process.stderr.read()
-    assert (process.returncode, error) == (1, "maxwhisper: error: standard output was closed\n")
-    assert sorted(os.listdir(out)) == sorted(f"{CLIP.stem}.{ending}" for ending in FORMATS)
+    assert error == "maxwhisper: interrupted\nmaxwhisper: error: standard output was closed\n"
+    assert process.returncode == 130
+    assert not os.listdir(interrupted)
+    assert sorted(os.listdir(closed)) == sorted(f"{CLIP.stem}.{ending}" for ending in FORMATS)
 
 
 def test_random_weights_are_compiled_as_they_are_compared(

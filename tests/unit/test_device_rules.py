@@ -103,7 +103,7 @@ def check_candidates(logits: torch.Tensor, tokens: torch.Tensor, chosen: list) -
     check(formula, left, ours.logprobs[possible], theirs[possible])
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(sampled=histories(n_text=3), **OPTIONS)
 def test_candidates_are_openais(sampled, seed, lean, **options) -> None:  # noqa: ANN001, ANN003
     tokens = torch.tensor([PROMPT + each for each in sampled])

@@ -51,7 +51,7 @@ def judged(
 
 
 def attending(
-    dtype: torch.dtype, block: str, attends: Attends, kinds: Iterable[str] = ("speech", "silence", "random")
+    dtype: torch.dtype, block: str, attends: Attends, kinds: Iterable[str] = ("speech", "silence")
 ) -> list[Judgement]:
     return judged(dtype, block, lambda layer: attention(suite(dtype).peer, block, layer, attends), kinds)
 

@@ -17,6 +17,8 @@ from maxwhisper.live.session import MOST, STEP
 from maxwhisper.whisper import Whisper
 from reference.fixtures import FIXTURES
 
+pytestmark = pytest.mark.usefixtures("encodes_once")
+
 SECOND = SAMPLE_RATE
 SPEECH = load_audio(FIXTURES / "clips" / "english-2.flac")
 LONG = load_audio(FIXTURES / "clips" / "english-long.mp3")[: 33 * SAMPLE_RATE]
@@ -109,7 +111,7 @@ def test_what_is_cut_is_unlikely(model: Whisper) -> None:
 def test_a_long_recording_leaves_the_window(model: Whisper) -> None:
     """Its 33 s are more than a window has room for; steps are as long as those of a slow machine."""
     session = Session(model, language="en")
-    without_gaps(fed(session, LONG, 5 * SECOND // 2))
+    without_gaps(fed(session, LONG, 4 * SECOND))
     assert len(session.window.samples) < 20 * SECOND and session.window.start > 15 * SECOND
     assert session.settled.count(".") > 6
 
@@ -144,9 +146,9 @@ def test_a_pause_of_40_seconds(model: Whisper, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_noise_and_music(model: Whisper) -> None:
-    times = np.arange(8 * SECOND) / SECOND
+    times = np.arange(5 * SECOND) / SECOND
     chords = sum(np.sin(2 * np.pi * tone * times) for tone in (220, 277, 330)) * (0.1 + 0.05 * np.sin(4 * times))
-    swelling = noise(8, 0.1) * (1 + np.sin(3 * times)).astype(np.float32)
+    swelling = noise(5, 0.1) * (1 + np.sin(3 * times)).astype(np.float32)
     for sound, most in ((swelling, 0), (chords.astype(np.float32), 4)):  # for chords `transcribe` makes up some too
         session = Session(model)
         fed(session, sound, SECOND)
@@ -159,7 +161,7 @@ def test_two_sessions_at_once(model: Whisper) -> None:
 
     def text(speech: np.ndarray) -> str:
         session = Session(model)
-        fed(session, speech, SECOND)
+        fed(session, speech, 3 * SECOND // 2)
         session.feed(np.zeros(2 * SECOND, np.float32))
         return session.settled
 

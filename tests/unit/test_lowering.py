@@ -1,6 +1,7 @@
 """The compile gate: it names the blocks that do not lower, with MAX's message, and ends with all artifacts or none."""
 
 import io
+import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
@@ -16,10 +17,12 @@ from maxwhisper.compiled import DECODING, programs_of, units_on
 from maxwhisper.engine.artifacts import HOST, MANIFEST, Artifacts
 from maxwhisper.engine.program import Program
 from maxwhisper.engine.session import Policy
+from maxwhisper.errors import OptionError
 from maxwhisper.network.model import LayerNorm
 from maxwhisper.whisper import load_model
 from reference.fixtures import NANO, ROOT
 from reference.lowering import Lowering, graphs, lower
+from reference.lowering import main as lowering_main
 from reference.models import FIXTURE, load, trained
 from reference.perf.worker import LOOPS, Blocks
 from reference.suite import Suite
@@ -112,13 +115,28 @@ def test_a_gate_asks_for_what_transcribes_on_a_gpu_too() -> None:
     assert graphs("sm_80", "tiny", torch.float32) == graphs(HOST, FIXTURE, torch.float16) == GRAPHS
 
 
-def test_a_process_that_ends_early_is_reported_with_its_last_words(tmp_path: Path) -> None:
+def test_a_process_that_ends_early_is_reported_with_its_last_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho some words >&2; echo "the last of $*" >&2; exit 3')
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
     lowering = Lowering("sm_1", FLOAT32, tmp_path / "out", None)
     reason = lowering.failure(*FLOAT32[0], "encoder")
     assert not lowering.finish()
     lowering.stop()
-    assert reason is not None and "ended with status 1" in reason and "target 'sm_1' is not known" in reason
+    words = f"some words\nthe last of -m reference.lowering sm_1 {FIXTURE}:float32 --out {tmp_path / 'out'}"
+    assert reason == f"the process that compiles ended with status 3\n{words}"
     assert lowering.summary() == "sm_1: 0 of 1 models compiled, 0 graphs do not lower; no artifacts written"
+
+
+def test_a_target_that_is_not_known_ends_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", ["lowering", "sm_1", f"{FIXTURE}:float32", "--out", str(out)])
+    with pytest.raises(OptionError, match="target 'sm_1' is not known"):
+        lowering_main()
+    assert not list(tmp_path.iterdir())
 
 
 def test_stopping_it_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -182,9 +182,13 @@ def test_unknown_block_is_named(blocks_of) -> None:  # noqa: ANN001
 
 
 def test_a_tree_without_the_api_is_named(tmp_path: Path) -> None:
-    (tmp_path / "maxwhisper").mkdir()
-    (tmp_path / "maxwhisper" / "__init__.py").touch()
-    (tmp_path / "maxwhisper" / "blocks.py").touch()
+    """What the worker imports before that is empty here."""
+    for module in ("maxwhisper/network/blocks", "torch/nn", "whisper/decoding", "whisper/tokenizer"):
+        file = tmp_path / f"{module}.py"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("BLOCKS = DecodingOptions = DecodingResult = get_tokenizer = None")
+        for package in file.relative_to(tmp_path).parents[:-1]:
+            (tmp_path / package / "__init__.py").touch()
     with pytest.raises(WorkerError, match=r"^base v0: .* ModuleNotFoundError: No module named 'reference'"):
         Worker(SETTING, tmp_path, "base v0")
 

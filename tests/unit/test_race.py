@@ -183,7 +183,7 @@ def test_a_frame_shows_what_is_there_by_then() -> None:
 
 
 def test_a_frame_is_no_larger_than_the_terminal() -> None:
-    long = row("long", (2.0, [(0.5, " word" * 2000)]))
+    long = row("long", (2.0, [(0.5, " word" * 600)]))
     for n_lane in (1, 2, 5):
         race = race_of(record(*[long] * n_lane), "x")
         lines = shown(lambda console, race=race: console.print(frame(race, 1.0, console)))

@@ -32,6 +32,8 @@ from reference.fixtures import FIXTURES
 from .command import StubModel
 from .serving import KEY, LIMITS, in_thread
 
+pytestmark = pytest.mark.usefixtures("encodes_once")
+
 CLIP = FIXTURES / "clips" / "english-2.flac"
 TRANSCRIPTION = "conversation.item.input_audio_transcription."
 RATE = 24000

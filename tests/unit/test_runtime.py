@@ -1,8 +1,6 @@
 """What runs in a process beside its graphs."""
 
 import ctypes
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -56,25 +54,6 @@ def test_a_graph_takes_its_inputs_by_name_alone() -> None:
         graph(x=torch.ones(3))
     with pytest.raises(TypeError, match="positional"):
         graph(torch.ones(3))
-
-
-COMPILE_AND_END = """
-import os, threading, time
-from max.dtype import DType
-from max.graph import DeviceRef, TensorType
-from maxwhisper.network.model import GELU
-from maxwhisper.engine.program import Artifact, Program
-
-inputs = {"x": TensorType(DType.float32, ["n"], DeviceRef.CPU())}
-Artifact("gelu", [Program("gelu", "", GELU(), lambda gelu, x: [gelu(x)], inputs)], "cpu")
-threading.Thread(target=lambda: time.sleep(0.05) or os.write(1, b"has run"), daemon=True).start()
-"""
-
-
-def test_a_thread_that_needs_python_when_the_process_ends_has_it_after_a_compilation() -> None:
-    """One of MAX's does, or the process is aborted; here one of Python's, for MAX's is not so late every time."""
-    done = subprocess.run([sys.executable, "-c", COMPILE_AND_END], capture_output=True, env=dict(os.environ))
-    assert (done.returncode, done.stdout) == (0, b"has run"), done.stderr
 
 
 def timer_slack() -> int:

@@ -24,6 +24,8 @@ from maxwhisper.scheduling import loaded, transcribe_many
 from maxwhisper.whisper import Whisper
 from reference.fixtures import FIXTURES
 
+pytestmark = pytest.mark.usefixtures("encodes_once")
+
 CLIPS = [FIXTURES / clip["file"] for clip in json.loads((FIXTURES / "clips.json").read_text())["clips"]]
 SOME = [clip for clip in CLIPS if clip.stem in ("english-1", "english-long", "german-1", "silence", "english-3")]
 """Of one window and of several, in two languages, and without speech."""
@@ -42,38 +44,37 @@ def recordings() -> list[np.ndarray]:
     return [*map(recorded, SOME)]
 
 
-Alone = Callable[[int | None], dict[int, dict[str, Any]]]
-"""From a number of beams to each recording's transcript."""
+Alone = Callable[[int | None, int], dict[int, dict[str, Any]]]
+"""From a number of beams, and of recordings, to each recording's transcript."""
 
 
 @pytest.fixture(scope="module")
 def alone(model: Whisper, recordings: list[np.ndarray]) -> Alone:
-    return cache_of(lambda beam_size: {i: model.transcribe(x, beam_size=beam_size) for i, x in enumerate(recordings)})
+    transcribed = cache_of(lambda i, beam_size: model.transcribe(recordings[i], beam_size=beam_size))
+    return lambda beam_size, n: {i: transcribed(i, beam_size) for i in range(n)}
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "beam_size"), [(2, None), (2, 3), (9, None), pytest.param(9, 3, marks=pytest.mark.nightly)]
+    ("batch_size", "beam_size", "n"),
+    [(2, None, 5), (2, 3, 3), (9, None, 5), pytest.param(9, 3, 5, marks=pytest.mark.nightly)],
 )
 def test_together_as_alone(
-    model: Whisper,
-    alone: Alone,
-    recordings: list[np.ndarray],
-    batch_size: int,
-    beam_size: int | None,
+    model: Whisper, alone: Alone, recordings: list[np.ndarray], batch_size: int, beam_size: int | None, n: int
 ) -> None:
-    assert len(SOME) == 5 and any(segment["seek"] for each in alone(None).values() for segment in each["segments"])
-    together = dict(model.transcribe_many(recordings, batch_size, beam_size=beam_size))
-    assert together == alone(beam_size)
+    """Some wait for others, or have room at once; of one of several windows, beside others."""
+    expected = alone(beam_size, n)
+    assert any(segment["seek"] for each in expected.values() for segment in each["segments"])
+    assert dict(model.transcribe_many(recordings[:n], batch_size, beam_size=beam_size)) == expected
 
 
 def test_threads_that_share_the_model_meanwhile(model: Whisper, alone: Alone, recordings: list[np.ndarray]) -> None:
     """Each transcribes for itself, beside recordings together on the same model, which others wait for."""
     both = recordings[:2]
-    with ThreadPoolExecutor(8) as pool:
-        found = [pool.submit(model.transcribe, both[i % 2], beam_size=None) for i in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        found = [pool.submit(model.transcribe, both[i % 2], beam_size=None) for i in range(4)]
         together = dict(model.transcribe_many(both, 2, beam_size=None))
-        assert [each.result() for each in found] == [alone(None)[i % 2] for i in range(8)]
-    assert together == {i: alone(None)[i] for i in range(2)}
+        assert [each.result() for each in found] == [alone(None, 2)[i % 2] for i in range(4)]
+    assert together == alone(None, 2)
 
 
 def test_word_timestamps_together(model: Whisper, recordings: list[np.ndarray]) -> None:
@@ -91,7 +92,7 @@ def test_a_recording_that_fails_does_not_stop_the_others(
     found = dict(model.transcribe_many(audio, batch_size))
     assert isinstance(found[1], AudioError) and "missing.wav" in str(found[1])
     assert isinstance(found[2], OptionError)
-    assert [found[0], found[3]] == [alone(None)[0], alone(None)[1]]
+    assert [found[0], found[3]] == [*alone(None, 2).values()]
 
 
 def test_a_step_that_fails_is_the_failure_of_all_that_took_it(model: Whisper, monkeypatch: pytest.MonkeyPatch) -> None:

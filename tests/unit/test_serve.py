@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import openai
 import psutil
 import pytest
+from whisper.audio import pad_or_trim
 
 from maxwhisper.audio import SAMPLE_RATE, load_audio
 from maxwhisper.serving.fields import Transcription
@@ -33,13 +35,14 @@ SHORT, LONG = CLIPS["english-1.wav"], CLIPS["english-long.mp3"]
 
 @pytest.fixture(scope="module")
 def two_windows(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns a long clip, cut to its second window."""
-    path = tmp_path_factory.mktemp("clips") / "two-windows.wav"
+    """Returns two sentences in one window, and one in the next."""
+    path, speech = tmp_path_factory.mktemp("clips") / "two-windows.wav", load_audio(LONG)[: 9 * SAMPLE_RATE]
+    audio = np.concatenate([pad_or_trim(speech[: 6 * SAMPLE_RATE]), speech[6 * SAMPLE_RATE :]])
     with wave.open(str(path), "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(2)
         file.setframerate(SAMPLE_RATE)
-        file.writeframes((load_audio(LONG)[: 33 * SAMPLE_RATE] * 32768).astype("<i2").tobytes())
+        file.writeframes((audio * 32768).astype("<i2").tobytes())
     return path
 
 

@@ -39,8 +39,8 @@ from reference.fixtures import FIXTURES, NANO
 from .small_graphs import small_graphs
 
 CLIPS = [Path(clip["file"]).name for clip in json.loads((FIXTURES / "clips.json").read_text())["clips"]]
-SOME = [0, 3, 6, 10, 11]
-"""Of the clips: five, short and long, in two languages."""
+SOME = [CLIPS[number] for number in (0, 3, 6, 10, 11)]
+"""Five, short and long, in two languages."""
 N_VOCAB, BEGIN, EOT = 51865, 50364, 50257
 N_TOKEN = 4
 
@@ -57,10 +57,15 @@ DRAFTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-NIGHTLY = [pytest.param(name, marks=pytest.mark.nightly) for name in ("float16", "stored in float32")]
+def at_night(*names: str) -> list[Any]:
+    return [pytest.param(name, marks=pytest.mark.nightly) for name in names]
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16", *NIGHTLY])
+EVERY = ("bfloat16", "float16", "stored in float32")
+OTHERS_AT_NIGHT = pytest.mark.parametrize("model", ["float32", *at_night(*EVERY)], indirect=True)
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16", *at_night(*EVERY[1:])])
 def model(request: pytest.FixtureRequest) -> Whisper:
     if request.param in DTYPES:
         return load_model(NANO, dtype=request.param)
@@ -70,14 +75,18 @@ def model(request: pytest.FixtureRequest) -> Whisper:
 
 @pytest.fixture(scope="module")
 def mels() -> torch.Tensor:
-    """Returns the spectrogram of every clip, (clip, n_mels, frame)."""
-    waveforms = [pad_or_trim(load_audio(FIXTURES / "clips" / clip), N_SAMPLES) for clip in CLIPS]
+    """Returns the spectrogram of five clips, (clip, n_mels, frame)."""
+    return spectrograms(SOME)
+
+
+def spectrograms(clips: list[str]) -> torch.Tensor:
+    waveforms = [pad_or_trim(load_audio(FIXTURES / "clips" / clip), N_SAMPLES) for clip in clips]
     return torch.stack([log_mel_spectrogram(waveform, 80) for waveform in waveforms])
 
 
 @pytest.fixture(scope="module")
 def heard(model: Whisper, mels: torch.Tensor) -> torch.Tensor:
-    """Returns every clip's audio features, which a decode takes as well as the mels."""
+    """Returns the clips' audio features, which a decode takes as well as the mels."""
     return torch.cat([model.embed_audio(mel[None]) for mel in mels])
 
 
@@ -109,32 +118,44 @@ class Counted:
         return found
 
 
-@pytest.mark.parametrize(
-    ("options", "clips"),
-    [
-        ({}, SOME),
-        ({"without_timestamps": True}, SOME[:3:2]),
-        ({"suppress_tokens": [EOT], "sample_len": 2 * MAX_STEPS + 6}, SOME[:3]),
-        ({"prompt": list(range(1000, 1223))}, SOME[:3:2]),
-    ],
-    ids=["timestamps", "no timestamps", "no end", "long prompt"],
-)
 def test_texts_are_what_they_are_without_proposals(
-    model: Whisper, heard: torch.Tensor, options: dict[str, Any], clips: list[int], monkeypatch: pytest.MonkeyPatch
+    model: Whisper, heard: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Together and alone."""
-    heard = heard[clips]
+    expected = assert_as_without_proposals(model, heard, monkeypatch)
+    assert len({len(tokens) for tokens, *_ in expected}) > 3  # so that some wait for others
+    assert max(len(tokens) for tokens, *_ in expected) > 2 * MAX_STEPS
+
+
+@OTHERS_AT_NIGHT
+@pytest.mark.parametrize(
+    ("options", "n_text"),
+    [
+        ({"without_timestamps": True}, 2),
+        ({"suppress_tokens": [EOT], "sample_len": 2 * MAX_STEPS + 6}, 3),
+        ({"prompt": list(range(1000, 1223))}, 2),
+    ],
+    ids=["no timestamps", "no end", "long prompt"],
+)
+def test_texts_by_other_options_are_what_they_are_without_proposals(
+    model: Whisper, heard: torch.Tensor, options: dict[str, Any], n_text: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert_as_without_proposals(model, heard[-n_text:], monkeypatch, **options)
+
+
+def assert_as_without_proposals(
+    model: Whisper, heard: torch.Tensor, monkeypatch: pytest.MonkeyPatch, **options: Any
+) -> Found:
+    """Together and alone. Returns what is found."""
     expected = by_steps(model, heard, **options)
     counted = Counted(model, monkeypatch)
     assert decoded(model, heard, **options) == expected
     assert max(map(len, counted.gained)) == len(heard)
     for some, found in ((heard[:1], expected[:1]), (heard[-1:], expected[-1:])):
         assert decoded(model, some, **options) == found
-    if not options:
-        assert len({len(tokens) for tokens, *_ in expected}) > 3  # so that some wait for others
-        assert max(len(tokens) for tokens, *_ in expected) > 2 * MAX_STEPS
+    return expected
 
 
+@OTHERS_AT_NIGHT
 def test_a_text_of_all_the_models_places_is_what_it_is_without_proposals(model: Whisper, heard: torch.Tensor) -> None:
     options = {"prompt": list(range(1000, 1223)), "prefix": list(range(2000, 2120)), "suppress_tokens": [EOT]}
     n_token = model.dims.n_text_ctx + 1 - len((50361, *options["prompt"], 50258, 50259, 50359, *options["prefix"]))
@@ -217,25 +238,35 @@ WANTED = N_PROPOSED - 1
 than are wanted."""
 
 
-@pytest.mark.parametrize("n_text", [1, 5, len(CLIPS)])
+@pytest.mark.parametrize("n_text", [1, len(SOME)])
 def test_nearly_all_proposals_are_right(
     model: Whisper, heard: torch.Tensor, n_text: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else decoding would be slower with them."""
+    assert_right_in_rounds(model, heard, n_text, monkeypatch)
+
+
+@pytest.mark.nightly
+def test_nearly_all_proposals_are_right_for_every_clip(model: Whisper, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard = torch.cat([model.embed_audio(mel[None]) for mel in spectrograms(CLIPS)])
+    assert_right_in_rounds(model, heard, len(CLIPS), monkeypatch)
+
+
+def assert_right_in_rounds(model: Whisper, heard: torch.Tensor, n_text: int, monkeypatch: pytest.MonkeyPatch) -> None:
     counted = Counted(model, monkeypatch)
     monkeypatch.setattr(maxwhisper.decoding.openai_loop, "MAX_STEPS", WANTED)
-    heard = heard if n_text == len(heard) else heard[SOME]
     for some in heard.split(n_text):
         decoded(model, some, suppress_tokens=[EOT], sample_len=1 + 5 * WANTED)
     assert_nearly_all_right(counted, 5 * len(heard))
 
 
+@OTHERS_AT_NIGHT
 def test_nearly_all_proposals_are_right_for_recordings_together(
     model: Whisper, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counted = Counted(model, monkeypatch)
     monkeypatch.setattr(maxwhisper.decoding.openai_loop, "MAX_STEPS", WANTED)
-    paths = [FIXTURES / "clips" / CLIPS[i] for i in SOME[:4]]
+    paths = [FIXTURES / "clips" / clip for clip in SOME[:4]]
     options = {"suppress_tokens": [EOT], "sample_len": 1 + 5 * WANTED, "temperature": 0.0, "language": "en"}
     found = dict(model.transcribe_many(paths, 3, clip_timestamps="0,3", **options))
     assert not any(isinstance(result, Exception) for result in found.values())

@@ -19,6 +19,8 @@ from maxwhisper.whisper import Whisper
 
 from .command import CLIP, StubModel, assert_one_line, status
 
+pytestmark = pytest.mark.usefixtures("encodes_once")
+
 SHORT: dict[str, Any] = {"language": "en", "temperature": 0.0, "sample_len": 5}
 
 
