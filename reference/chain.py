@@ -117,14 +117,14 @@ def teacher_forced(suite: Suite, clip: dict[str, Any]) -> Judgement:
 
 
 def judge_chained(suite: Suite, comparison: Comparison, oracle: Tensor, peer: Tensor, ours: Tensor | None) -> Judgement:
-    decoder = TWINS["decoder.prefill"]
+    unit = comparison.block.partition(".")[0]
     return judge(
         comparison,
         [oracle],
         [peer],
         [] if ours is None else [ours],
-        longest_reduction=decoder.longest_reduction(suite.dims),
-        roundings=(TWINS["encoder"] if comparison.block.startswith("encoder") else decoder).roundings(suite.dims),
+        longest_reduction=TWINS["decoder.prefill"].longest_reduction(suite.dims),
+        roundings=TWINS[unit if unit in TWINS else "decoder.prefill"].roundings(suite.dims),
         n_vocab=suite.dims.n_vocab,
         chained=True,
     )
