@@ -192,6 +192,8 @@ class Trials:
 
     def run(self) -> None:
         """Tries every mutant that is left: with all loaded, then in its graph, then in a process of its own."""
+        if not self.left:
+            return
         live = {number for reached in self.live.values() for number in reached}
         traced = {number for reached in self.traced.values() for number in reached}
         once = {n for test, some in self.reached["first"].items() for n in set(some) - set(self.live.get(test, ()))}
