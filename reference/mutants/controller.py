@@ -305,6 +305,8 @@ def tried_alone(
     mutant: Mutant, tree: Path, right_ones: Sequence[Sequence[str]], others: Sequence[Sequence[str]]
 ) -> Outcome:
     """Runs selections of tests in a tree, one after the other, until one fails."""
+    # Graphs are kept under a hash of the sources, which say nothing of the mutant in force: this does.
+    (tree / "maxwhisper" / "network" / "in_force.py").write_text(f"# {mutant.number}\n")
     environ = {**os.environ, "PYTHONPATH": str(tree), VARIABLE: str(mutant.number)}
     for selection in (*right_ones, *others):
         command = [sys.executable, "-m", "pytest", *selection, *SELECTION[1:], *UP_TO_THE_FIRST]

@@ -21,5 +21,15 @@ EQUIVALENT = {
         "n_share < most and n_share * n_piece % n_thread != 0 and n_share * n_piece < ENOUGH * n_thread",
         "n_share < most and n_share * n_piece % n_thread != 0 and n_share",
     ): "work is cut into more shares, which takes longer and computes the same",
+    (
+        "decoding/speculative.py",
+        "self.n_text_ctx + 1",
+        "self.n_text_ctx - 1",
+    ): "the last two tokens of a full context are found by steps, and are the same",
+    (
+        "network/log_mel.py",
+        "n_frames - 1",
+        "n_frames",
+    ): "one frame more is cut out of the samples than outputs are computed of",
 }
 """By file, code before and code after."""

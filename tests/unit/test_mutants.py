@@ -9,10 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from maxwhisper.engine import artifacts
+from maxwhisper.engine.artifacts import source_hash
 from reference.fixtures import ROOT
 from reference.mutants import mojo_sources, python_sources, switch, tree
 from reference.mutants.__main__ import main
-from reference.mutants.controller import Outcome, Trials
+from reference.mutants.controller import Outcome, Trials, tried_alone
 from reference.mutants.mutant import RIGHT_TESTS, UNIT_TESTS, Mutant, next_digit
 from reference.mutants.report import enough, report
 
@@ -217,8 +219,28 @@ def test_no_mutants_show_nothing(
         assert said in capsys.readouterr().err
 
 
+def test_graphs_of_one_mutant_are_not_found_by_another(
+    all_mutants: list[Mutant], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a mutant that is in force while graphs are built would survive wherever these are kept."""
+    mutants = [each for each in all_mutants if each.file == "network/products.py"][:2]
+    tree.plant(mutants, tmp_path)
+    hashes: list[str] = []
+
+    def run(command: list[str], **_: object) -> SimpleNamespace:
+        hashes.append(source_hash())
+        return SimpleNamespace(returncode=0, stdout="", stderr="")
+
+    monkeypatch.setattr(artifacts, "PACKAGE", tmp_path / "maxwhisper")
+    monkeypatch.setattr(subprocess, "run", run)
+    for mutant in (*mutants, mutants[0]):
+        assert tried_alone(mutant, tmp_path, [["tests"]], []).how == "survived"
+    assert hashes[0] == hashes[2] != hashes[1]
+
+
 def test_what_fails_without_a_mutant_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where every test passes and the status is not 0: each mutant would count as killed there."""
+    (tmp_path / "maxwhisper" / "network").mkdir(parents=True)
 
     def run(command: list[str], **_: object) -> SimpleNamespace:
         return SimpleNamespace(returncode=int("tests/parity/test_loading.py" in command), stdout="16 passed", stderr="")
