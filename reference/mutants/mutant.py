@@ -71,7 +71,7 @@ UNIT_TESTS: tuple[tuple[str, str], ...] = (
     ("decoding/cpu.py decoding/cache.py decoding/stepper.py", "text_decoder speculation cache scheduling"),
     ("kernels/step_product.mojo", "kernels on_device"),
     ("kernels/device_*.mojo decoding/gpu.py decoding/mirror.py", "device_rules on_device"),
-    ("decoding/openai_loop.py", "text_decoder whisper openai_object decoding device_rules on_device"),
+    ("decoding/openai_loop.py", "decoding_host text_decoder whisper openai_object decoding on_device"),
     ("decoding/*.py frozen.py", "text_decoder whisper openai_object decoding"),
     ("kernels/*attention.mojo kernels/softmax.mojo", "attention_kernels"),
     ("kernels/decoder_block.mojo kernels/team.mojo", "speculation text_decoder"),

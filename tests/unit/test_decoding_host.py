@@ -332,6 +332,27 @@ def test_beams_have_no_more_tokens_than_they_may() -> None:
     assert tokens.shape == (2, 6) and task.asked == [[1, 1], [1, 1]]
 
 
+@pytest.mark.parametrize(("n_end", "n_asked"), [(99, 2), (3 + MAX_STEPS, 1)])
+def test_a_steppers_own_search_goes_on_until_enough_have_ended_or_beams_are_full(n_end: int, n_asked: int) -> None:
+    """Of three that are wanted one has ended before, and each go ends one."""
+    wanted: list[int] = []
+
+    class Search(Task):
+        def advance(self, texts: Texts, rules: Any, n_token: Tensor) -> Advanced:
+            wanted.extend(rules.wanted.tolist())
+            found = super().advance(texts, rules, n_token)
+            return found._replace(ended=[{(len(self.asked),): -1.0 * len(self.asked)}])
+
+    task = Search()
+    task.decoder = SimpleNamespace(finished_sequences=[{(0,): -0.5}], max_candidates=3, beam_size=2)
+    given: list[int] = []
+    rules: Any = SimpleNamespace(inputs=lambda tokens, n_best: given.append(n_best) or RULES)
+    tokens, _ = task._search(Texts.of(torch.ones(2, 3, dtype=torch.int64), torch.zeros(2)), rules, n_end)
+    assert task.decoder.finished_sequences == [{(0,): -0.5} | {(n,): -1.0 * n for n in range(1, n_asked + 1)}]
+    assert task.asked == [[MAX_STEPS] * 2] * n_asked and tokens.shape[1] == 3 + n_asked * MAX_STEPS
+    assert wanted == [2, 1][:n_asked] and set(given) == {3}
+
+
 @pytest.mark.parametrize(("beams", "n_best"), [(None, 1), (5, 6)])
 @pytest.mark.parametrize(("sample_len", "n_end"), [(4, 6), (99, CONTEXT + 1)])
 def test_a_window_is_decoded_to_its_end(
