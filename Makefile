@@ -9,7 +9,7 @@ JOBS ?= 2
 TARGETS ?= sm_90a
 # What is compiled ahead for GPUs, and compared and timed on them.
 SIZE ?= fixture
-MUTANTS ?= 300
+MUTANTS ?= 100
 SEED ?= 0
 DTYPE ?= float32
 ON_GPU = --device gpu --require-gpu $(addprefix --artifacts ,$(ARTIFACTS))
@@ -64,7 +64,7 @@ test-x86-64-v3: $(INSTALLED)  ## every test as on a CPU without AVX-512
 test-faults: $(INSTALLED)  ## the judge on trial: every fault, in every dtype (nightly)
 	$(BIN)/pytest tests/parity/test_faults.py --size fixture --dtype all --faults all
 
-test-mutants: $(INSTALLED)  ## small faults in our own sources: which the suite sees [MUTANTS=300] [SEED=0]
+test-mutants: $(INSTALLED)  ## small faults in our own sources: which the suite sees [MUTANTS=100] [SEED=0]
 	$(BIN)/python -m reference.mutants --number $(MUTANTS) --seed $(SEED)
 
 soak: $(INSTALLED)  ## the default comparisons 100 times on fresh random inputs; a false alarm fails

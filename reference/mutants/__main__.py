@@ -17,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Tries a sample of mutants and returns 1 if too many stay green or are seen in the wrong place."""
     parser = argparse.ArgumentParser(description=__doc__)
     evenly = "how many, as evenly from the components as can be"
-    parser.add_argument("--number", type=above_zero, default=300, help=evenly)
+    parser.add_argument("--number", type=above_zero, default=100, help=evenly)
     parser.add_argument("--seed", type=int, default=0, help="which")
     parser.add_argument("--only", default="", help="those of files whose name has this in it")
     parser.add_argument("--tree", type=Path, default=ROOT / "build" / "mutants", help="where the mutated sources go")

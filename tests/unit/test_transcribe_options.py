@@ -322,3 +322,16 @@ def test_audio_that_overshoots_is_nothing_to_talk_of() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         log_mel_spectrogram(np.full(1600, 1.9, np.float32))
+
+
+# ---- what is told meanwhile -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_progress_comes_to_the_seconds_there_are(model: Whisper, audio: np.ndarray, quiet: bool) -> None:
+    """Of windows without speech too, of which openai-whisper's loop tells nothing."""
+    told: list[float] = []
+    heard = np.concatenate([np.zeros(30 * 16000, np.float32), audio[: 5 * 16000]])
+    options = {"no_speech_threshold": 0.0, "logprob_threshold": None} if quiet else {"no_speech_threshold": None}
+    model.transcribe(heard, progress=told.append, **SHORT, **options)
+    assert round(100 * sum(told)) == 3500 and min(told) >= 0  # frames
