@@ -11,7 +11,6 @@ over the whole network, which must then name a submodule inside the faulty block
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -25,9 +24,8 @@ from maxwhisper.network.blocks import BLOCKS, Block
 
 from . import mistakes
 from .activations import KINDS
-from .judge import Comparison, Judgement, K, dtype_name
+from .judge import Judgement, K, dtype_name
 from .suite import Suite
-from .trial import Trial
 
 Tensors = dict[str, Tensor]
 LAYER = 1
@@ -200,14 +198,10 @@ def isolated(suite: Suite, fault: Fault, executable: Executable) -> Iterator[Jud
     layer = min(LAYER, block.n_layer(suite.dims) - 1)
     for comparison in suite.comparisons(block, KINDS):
         if comparison.layer == layer:
-            trial = trial_of(suite, comparison)
+            # All faults of a block are held against the same oracle and peer.
+            trial = suite.trials.get(comparison) or suite.trial(comparison)
+            suite.trials[comparison] = trial
             yield trial.judge([x.cpu() for x in executable(**trial.there)])
-
-
-@cache  # all faults of a block are held against the same oracle and peer
-def trial_of(suite: Suite, comparison: Comparison) -> Trial:
-    """Returns the suite's own trial of a comparison, whose oracle, peer and condition are found once."""
-    return suite.trial(comparison)
 
 
 def until_caught(judgements: Iterable[Judgement]) -> list[Judgement]:

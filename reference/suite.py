@@ -35,7 +35,7 @@ class Suite:
     only: the blocks that will be asked for, where these are not all: they compile without the others, unless all were
         compiled earlier.
     chains: by kind of inputs, what oracle and peer make of the whole network: see `reference.chain`. scenes: what
-        `reference.steps` gives steppers, of each scene.
+        `reference.steps` gives steppers, of each scene. trials: what faults are held against, in `reference.faults`.
     """
 
     model: Model
@@ -46,6 +46,7 @@ class Suite:
     only: frozenset[str] = frozenset()
     chains: dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]] = field(default_factory=dict)
     scenes: dict[object, Any] = field(default_factory=dict)
+    trials: dict[Comparison, Trial] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         return f"Suite({self.model.size}, {self.dtype}, {self.device})"

@@ -6,8 +6,9 @@ import re
 import selectors
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -305,13 +306,12 @@ def tried_alone(
     mutant: Mutant, tree: Path, right_ones: Sequence[Sequence[str]], others: Sequence[Sequence[str]]
 ) -> Outcome:
     """Runs selections of tests in a tree, one after the other, until one fails."""
-    # Graphs are kept under a hash of the sources, which say nothing of the mutant in force: this does.
-    (tree / "maxwhisper" / "network" / "in_force.py").write_text(f"# {mutant.number}\n")
     environ = {**os.environ, "PYTHONPATH": str(tree), VARIABLE: str(mutant.number)}
     for selection in (*right_ones, *others):
         command = [sys.executable, "-m", "pytest", *selection, *SELECTION[1:], *UP_TO_THE_FIRST]
         right = selection in right_ones
-        ended = subprocess.run(command, cwd=tree, env=environ, capture_output=True, text=True)
+        with told_by_sources(mutant, tree):
+            ended = subprocess.run(command, cwd=tree, env=environ, capture_output=True, text=True)
         if "Timeout (" in ended.stderr:
             return Outcome(mutant.number, "hang", selection[0], right)
         nothing_chosen = right and ended.returncode == pytest.ExitCode.NO_TESTS_COLLECTED
@@ -323,6 +323,18 @@ def tried_alone(
             right = right or mutant.right != "blocks" and RIGHT_TESTS[mutant.right] in by
             return Outcome(mutant.number, how, by, right)
     return Outcome(mutant.number, "survived")
+
+
+@contextmanager
+def told_by_sources(mutant: Mutant, tree: Path) -> Iterator[None]:
+    """Has a file of the sources name the mutant: graphs are kept under their hash, and those of another would be found.
+    Not for longer, or whoever has none in force would find this one's."""
+    file = tree / "maxwhisper" / "network" / "in_force.py"
+    file.write_text(f"# {mutant.number}\n")
+    try:
+        yield
+    finally:
+        file.unlink()
 
 
 def block_of(test: str) -> str | None:

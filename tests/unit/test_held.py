@@ -140,7 +140,7 @@ def test_a_fault_is_judged_in_its_own_layer() -> None:
     found = torch.ones(2)
 
     class StubSuite:
-        dims = SIZES["tiny"]
+        dims, trials = SIZES["tiny"], dict[Comparison, Any]()
 
         def comparisons(self, block: Block, kinds: Iterable[str]) -> list[Comparison]:
             return [Comparison("s", torch.float32, block.name, n, "speech") for n in range(4)]

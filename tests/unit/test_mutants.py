@@ -12,7 +12,7 @@ import pytest
 from maxwhisper.engine import artifacts
 from maxwhisper.engine.artifacts import source_hash
 from reference.fixtures import ROOT
-from reference.mutants import mojo_sources, python_sources, switch, tree
+from reference.mutants import controller, mojo_sources, python_sources, switch, tree
 from reference.mutants.__main__ import main
 from reference.mutants.controller import Outcome, Trials, tried_alone
 from reference.mutants.mutant import RIGHT_TESTS, UNIT_TESTS, Mutant, next_digit
@@ -233,9 +233,38 @@ def test_graphs_of_one_mutant_are_not_found_by_another(
 
     monkeypatch.setattr(artifacts, "PACKAGE", tmp_path / "maxwhisper")
     monkeypatch.setattr(subprocess, "run", run)
+    without = source_hash()
     for mutant in (*mutants, mutants[0]):
         assert tried_alone(mutant, tmp_path, [["tests"]], []).how == "survived"
-    assert hashes[0] == hashes[2] != hashes[1]
+    assert hashes[0] == hashes[2] and len({*hashes, without}) == 3 and source_hash() == without
+
+
+def test_kernels_are_tried_one_in_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that the compiler refuses are known as such; of the others the smallest blocks come first."""
+    planted: dict[Path, Mutant] = {}
+    chosen: list[list[str]] = []
+
+    def plant(mutants: list[Mutant], checkout: Path) -> None:
+        assert checkout not in planted and len(planted) < controller.KERNELS_AT_A_TIME
+        (planted[checkout],) = mutants
+
+    def tried(mutant: Mutant, checkout: Path, right: list[list[str]], others: list[list[str]]) -> Outcome:
+        assert planted.pop(checkout) is mutant
+        chosen.append(right[0])
+        return Outcome(mutant.number, "test", "a test", True)
+
+    def compiles(checkout: Path) -> bool:
+        return planted[checkout].number != 2 or not planted.pop(checkout)
+
+    for name, stub in (("plant", plant), ("compiles", compiles), ("tried_alone", tried)):
+        monkeypatch.setattr(controller, name, stub)
+    monkeypatch.setattr(Trials, "check", lambda self, files: None)
+    trials = Trials(tmp_path, [], tmp_path / "record")
+    trials.try_kernels([Mutant(n, "kernels/tiles.mojo", n, "constant", "1", "2") for n in range(1, 6)])
+    assert {n: outcome.how for n, outcome in trials.found.items()} == dict.fromkeys(range(1, 6), "test") | {
+        2: "refused"
+    }
+    assert chosen == [["tests/parity/test_isolated.py", "-k", "encoder.mlp"]] * 4 and not planted
 
 
 def test_what_fails_without_a_mutant_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
