@@ -21,7 +21,7 @@ from maxwhisper.network.blocks import BLOCKS
 
 from .mutant import COMPONENTS, OWN_BLOCKS, RIGHT_TESTS, Mutant
 from .switch import VARIABLE
-from .tree import compiles, plant
+from .tree import compiles, plant, sources_hash
 from .worker import PIPES
 
 SELECTION = ("tests/parity", "--benchmark-disable", "--size", "fixture", "--dtype", "float32")
@@ -123,7 +123,8 @@ class Session:
 
 @dataclass
 class Trials:
-    """Mutants of a tree on trial. found: outcomes so far, by number, each written to `record` as it comes."""
+    """Mutants of a tree on trial. found: outcomes so far, by number, each written to `record` as it comes; those that
+    a run before this one has left there, of the same sources, are not found again."""
 
     tree: Path
     mutants: Sequence[Mutant]
@@ -133,7 +134,14 @@ class Trials:
     def __post_init__(self) -> None:
         self.session = Session(self.tree)
         self.sound: set[str] = set()
-        self.record.unlink(missing_ok=True)  # of other sources, in which the numbers are of other mutants
+        # In other sources the numbers are of other mutants, and other tests may see them.
+        sources = json.dumps({"sources": sources_hash()})
+        first, *others = self.record.read_text().splitlines() if self.record.exists() else [""]
+        if first == sources:
+            outcomes = [Outcome(**json.loads(line)) for line in others]
+            self.found |= {outcome.mutant: outcome for outcome in outcomes}
+        else:
+            self.record.write_text(f"{sources}\n")
 
     def note(self, outcome: Outcome) -> None:
         self.found[outcome.mutant] = outcome

@@ -39,6 +39,15 @@ def all_mutants() -> list[Mutant]:
     return found
 
 
+def sources_hash() -> str:
+    """Returns a hash of what mutants are made of and tried with: our sources and their tests."""
+    digest = sha256()
+    for name in ("maxwhisper", "reference", "tests"):
+        for path in sorted(each for each in (ROOT / name).rglob("*") if each.suffix in (".py", ".mojo")):
+            digest.update(f"{path.relative_to(ROOT)} {sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
 def sample(mutants: Sequence[Mutant], number: int, seed: int) -> list[Mutant]:
     """Returns as many mutants as are asked for, as evenly from the components as these allow, by number.
 

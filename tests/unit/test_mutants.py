@@ -267,6 +267,32 @@ def test_kernels_are_tried_one_in_a_checkout(tmp_path: Path, monkeypatch: pytest
     assert chosen == [["tests/parity/test_isolated.py", "-k", "encoder.mlp"]] * 4 and not planted
 
 
+def test_a_run_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the same sources alone: in others a mutant's number is another's."""
+    record, outcome = tmp_path / "record", Outcome(3, "test", "a test", True)
+    kernel = Mutant(3, "kernels/tiles.mojo", 1, "constant", "1", "2")
+    Trials(tmp_path, [], record).note(outcome)
+    again = Trials(tmp_path, [kernel], record)
+    again.try_kernels([kernel])
+    assert again.found == {3: outcome} and not again.left
+    monkeypatch.setattr(controller, "sources_hash", lambda: "of others")
+    assert not Trials(tmp_path, [], record).found
+    assert not Trials(tmp_path, [], record).found
+
+
+def test_any_source_and_any_test_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tree, "ROOT", tmp_path)
+    hashes = set()
+    for name in ("maxwhisper/a.py", "maxwhisper/kernels/a.mojo", "reference/a.py", "tests/unit/a.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1")
+        hashes.add(tree.sources_hash())
+        (tmp_path / name).write_text("2")
+        hashes.add(tree.sources_hash())
+    (tmp_path / "maxwhisper/a.pyc").write_text("3")
+    assert len(hashes) == 8 and tree.sources_hash() in hashes
+
+
 def test_what_fails_without_a_mutant_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where every test passes and the status is not 0: each mutant would count as killed there."""
     (tmp_path / "maxwhisper" / "network").mkdir(parents=True)
