@@ -90,19 +90,10 @@ def load(size: str, checkpoint: str | None = None) -> Model:
     if size == CHECKPOINT:
         assert checkpoint is not None
         return trained(checkpoint, CHECKPOINT)
-    return trained() if size == FIXTURE else Model(size, SIZES[size], random_weights(SIZES[size]))
+    return trained() if size == FIXTURE else Model(size, SIZES[size], material.random_weights(SIZES[size]))
 
 
 def trained(path: str | Path = NANO, size: str = FIXTURE) -> Model:
     """Returns the model of a checkpoint, by default the trained one of the fixtures."""
     checkpoint = load_checkpoint(path)
     return Model(size, checkpoint.dims, checkpoint.tensors, path)
-
-
-def random_weights(dims: ModelDimensions) -> dict[str, Tensor]:
-    """Returns PyTorch's initial weights, in float16 as OpenAI stores its own; the same at every call. Those of
-    `maxwhisper compare` have no biases, so that whoever leaves one out would be right."""
-    torch.manual_seed(0)
-    model = Whisper(replace(dims))
-    torch.nn.init.normal_(model.decoder.positional_embedding, std=dims.n_text_state**-0.5)
-    return {name: tensor.half() for name, tensor in model.state_dict().items()}

@@ -44,10 +44,7 @@ def checkpoint_for(model: str) -> Checkpoint:
     size = model.removeprefix(RANDOM)
     if size not in SIZES:
         raise OptionError(f"--model {model}: random weights are of {', '.join(SIZES)}")
-    dims = SIZES[size]
-    generator = torch.Generator().manual_seed(0)
-    tensors = {name: random_tensor(name, shape, generator) for name, shape in expected_tensors(dims).items()}
-    return Checkpoint(model, Path(model), dims, tensors, None)
+    return Checkpoint(model, Path(model), SIZES[size], random_weights(SIZES[size]), None)
 
 
 def stored_model(model: str) -> Path:
@@ -58,15 +55,20 @@ def stored_model(model: str) -> Path:
     return converted("openai", store(checkpoint_for(model))) / "model.pt"
 
 
-def random_tensor(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
-    """Returns float16, as OpenAI's: layers that keep the size of what passes through, the same at every call."""
-    if name == "encoder.positional_embedding":
-        return sinusoids(*shape).half()
-    if len(shape) == 1:
-        is_scale = "ln" in name and name.endswith("weight")
-        return torch.full(shape, float(is_scale), dtype=torch.float16)
-    fan_in = math.prod(shape[1:])
-    return (torch.randn(shape, generator=generator) * fan_in**-0.5).half()
+def random_weights(dims: ModelDimensions) -> dict[str, torch.Tensor]:
+    """Returns a checkpoint's tensors in float16, as OpenAI's, of layers that keep the size of what passes through; the
+    same at every call. No bias is 0 and no scale 1, so that whoever leaves one out is wrong."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        if name == "encoder.positional_embedding":
+            return sinusoids(*shape)
+        normal = torch.randn(shape, generator=generator)
+        if len(shape) > 1:
+            return normal * math.prod(shape[1:]) ** -0.5
+        return normal / 8 + float("ln" in name and name.endswith("weight"))
+
+    return {name: drawn(name, shape).half() for name, shape in expected_tensors(dims).items()}
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,7 @@ def test_random_weights_are_the_same_each_time(monkeypatch: pytest.MonkeyPatch) 
     assert convert.digest(first) == convert.digest(second)
     assert (first.dims.n_audio_state, first.dims.n_audio_layer, first.dims.n_text_layer) == (64, 1, 2)
     assert all(tensor.isfinite().all() for tensor in first.tensors.values())
+    assert not any((tensor == 0).all() or (tensor == 1).all() for tensor in first.tensors.values())
 
 
 # ---- scores and texts ----------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from max.graph import Module as GraphModule
 from torch import Tensor
 from whisper.model import ModelDimensions
 
+from maxwhisper.compare.material import random_weights
 from maxwhisper.engine.program import Program
 from maxwhisper.network.blocks import BLOCKS
 from reference import mistakes
@@ -24,7 +25,7 @@ from reference.diagnosis import diagnose
 from reference.faults import Fault, faulty
 from reference.graph_faults import graph_faults
 from reference.judge import UNIT_ROUNDOFF, Comparison, Condition, Judgement, K, Measure, Output, condition, judge
-from reference.models import FIXTURE, load, random_weights
+from reference.models import FIXTURE, load
 from reference.suite import Suite
 from reference.transcripts import Yardstick
 from reference.weight_faults import weight_faults
