@@ -9,6 +9,8 @@ JOBS ?= 2
 TARGETS ?= sm_90a
 # What is compiled ahead for GPUs, and compared and timed on them.
 SIZE ?= fixture
+MODELS ?= $(addprefix random:,tiny base small medium large-v3 turbo)
+WHEELS ?= dist
 MUTANTS ?= 100
 SEED ?= 0
 DTYPE ?= float32
@@ -19,7 +21,7 @@ COMPILED_HEAD = $(or $(ARTIFACTS),build/artifacts/$(TARGETS))
 COMPILED_BASE = $(or $(BASE_ARTIFACTS),build/artifacts-base/$(TARGETS))
 NEEDS_BASE = @test -n "$(BASE)" || { echo "make $@ needs a git revision: make $@ BASE=main"; exit 1; }
 
-.PHONY: help setup demo lint lint-ci test test-nightly test-peers test-bulk test-x86-64-v3 test-faults test-mutants soak graph-key compile-gate \
+.PHONY: help setup demo lint lint-ci test test-nightly test-peers test-bulk test-x86-64-v3 test-faults test-mutants soak wheel graph-key compile-gate \
 	compile-base kernel-diff doctor gpu-parity gpu-perf gpu-remote gpu-bundle summary merge-gate perf perf-gate growth clean
 
 help:  ## list these targets
@@ -89,6 +91,14 @@ lint-ci: $(INSTALLED)  ## actionlint, shellcheck and hadolint, which are install
 	$(BIN)/actionlint -shellcheck $(BIN)/shellcheck
 	$(BIN)/shellcheck scripts/*.sh scripts/container/*.sh .ci/run
 	$(BIN)/hadolint scripts/container/Containerfile*
+
+# Those of OpenAI's checkpoints, in float16. A model adds 1 MB to the wheel, and takes some minutes.
+wheel: $(INSTALLED)  ## a wheel in dist, with graphs compiled for any x86-64-v3 CPU [MODELS="random:tiny ..."]
+	rm -rf build/wheel && mkdir -p build/wheel
+	cp -R maxwhisper pyproject.toml README.md LICENSE build/wheel
+	for model in $(MODELS); do MAXWHISPER_CPU=x86-64-v3 $(BIN)/maxwhisper compile --model $$model --target host \
+	--out build/wheel/maxwhisper/portable/$$(basename $$model .pt | tr : -) || exit 1; done
+	$(BIN)/pip wheel --no-deps --wheel-dir $(WHEELS) --config-settings=--build-option=--plat-name=manylinux_2_34_x86_64 build/wheel
 
 graph-key: $(INSTALLED)  ## what the compile cache may be kept under: the version of MAX and a hash of the graphs' sources
 	@echo "key=$$($(BIN)/python -m maxwhisper.engine.artifacts)"

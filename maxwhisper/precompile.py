@@ -1,9 +1,10 @@
 """Compiles units of a model for the CPU into a cache, for the process that starts this one with jobs as JSON:
 
-python -m maxwhisper.precompile JOB ...
+python -m maxwhisper.precompile [--idle] JOB ...
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -13,13 +14,16 @@ from whisper.model import ModelDimensions
 
 from .compiled import programs_of
 from .engine.artifacts import Cache
-from .engine.precompile import Job
+from .engine.precompile import IDLE, Job
 from .engine.program import Artifact
 from .engine.session import Policy
 
 
 def main() -> None:
-    for line in sys.argv[1:]:
+    jobs = [argument for argument in sys.argv[1:] if argument != IDLE]
+    if len(jobs) < len(sys.argv) - 1:
+        os.nice(19)
+    for line in jobs:
         job = Job(**json.loads(line))
         dims, policy = ModelDimensions(**job.dims), Policy(DeviceRef.CPU(), DType[job.storage], DType[job.compute])
         load = Cache(Path(job.folder)).loader(job.unit, dims, policy)

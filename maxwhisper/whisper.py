@@ -33,7 +33,7 @@ from .decoding.module_cache import ModuleCache
 from .decoding.openai_loop import decode
 from .decoding.speculative import SpeculativeStepper
 from .decoding.stepper import Stepper
-from .engine.artifacts import Artifacts, Cache, Identity, aim_at, writing
+from .engine.artifacts import PORTABLE, Artifacts, Cache, Identity, aim_at, writing
 from .engine.built_from import built_from
 from .engine.folders import cache_folder
 from .engine.instructions import warn_of_slow_dtype
@@ -78,7 +78,7 @@ def load_model(
     no_texts({"or_compile": or_compile}, ["or_compile"])
     if device == "cpu":
         warn_of_slow_dtype(dtype)
-    kept = Cache(cache_folder("artifacts"))
+    kept = Cache(cache_folder("artifacts"), PORTABLE)
     held = kept if artifacts is None else Artifacts(artifacts, device, or_compile)
     return Whisper(rounded(load_checkpoint(name, download_root), dtype), device, held, dtype)
 

@@ -43,6 +43,7 @@ from ..names import HOST, TARGETS
 from .built_from import built_from
 from .folders import folder_named
 from .instructions import PORTABLE_CPU, PORTABLE_FEATURES, cpu_features, cpu_target
+from .precompile import Job, compile_in_background
 from .program import Loader, Program, Stored
 from .session import Policy, session
 
@@ -54,7 +55,8 @@ FORMAT = 2
 PACKAGE = Path(__file__).parents[1]
 GRAPH_SOURCES = ("network", "decoding", "engine/program.py", "engine/session.py", "kernels")
 """The parts of PACKAGE that define graphs."""
-
+PORTABLE = PACKAGE / "portable"
+"""Where a wheel of `make wheel` has artifacts for any CPU of its kind. A checkout has none."""
 
 FLOAT32 = {"log_mel": ["n_mels"], "token_rules": []}
 """The units that are float32 under every policy, and the dimensions that they depend on; others depend on all."""
@@ -326,11 +328,14 @@ class Cache:
     To know that takes building the graphs, which takes a second. So a link leads there by the hash of all sources: it
     is found without, until any of these is changed.
 
+    portable: folders of artifacts that came with the package, for any CPU of a kind. What is compiled nowhere else is
+    read from there, at once, and another process compiles it for this CPU.
+
     What cannot be read is compiled again, and what cannot be kept is used all the same, with a warning.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, portable: Path | None = None):
+        self.folder, self.portable = folder, portable
 
     def holds(self, unit: str, dims: ModelDimensions, policy: Policy, programs: Sequence[Program]) -> bool:
         """Returns whether a unit of a model is there."""
@@ -350,6 +355,8 @@ class Cache:
             with suppress(ArtifactError, IndexError):
                 known = Artifacts(link, device)
                 return known.read(replace(by_sources, source=known.held[0].identity.source))
+            if device == "cpu" and (lent := self._lent(by_sources)):
+                return lent
             identity = replace(by_sources, source=built_from(programs))
             folder = self.folder / f"{unit}-{key(identity, target)}"
             if os.path.lexists(folder):
@@ -365,6 +372,27 @@ class Cache:
             return stored
 
         return load
+
+    def _lent(self, wanted: Identity) -> Stored | None:
+        """Returns what is portable, and has all that came with it compiled for this CPU."""
+        for manifest in sorted(self.portable.glob(f"*/{MANIFEST}")) if self.portable else ():
+            try:
+                portable = Artifacts(manifest.parent, "cpu")
+            except ArtifactError:  # of another version of MAX, or for instructions that this CPU has not
+                continue
+            units = [held.identity for held in portable.held]
+            if wanted not in units:
+                continue
+            try:
+                stored = portable.read(wanted)
+            except ArtifactError as error:
+                log.warning("%s: compiling instead", error)
+                return None
+            if not cpu_target():
+                jobs = [Job(unit.unit, unit.dims, unit.storage, unit.compute, str(self.folder)) for unit in units]
+                compile_in_background(jobs)
+            return stored
+        return None
 
 
 def key(identity: Identity, target: str) -> str:

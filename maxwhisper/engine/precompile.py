@@ -1,16 +1,24 @@
 """Another process compiles what this one needs next: MAX 26.7 compiles on little more than one core of a process."""
 
 import atexit
+import fcntl
 import json
+import logging
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 from .process import announced
 
+log = logging.getLogger("maxwhisper")
+
+IDLE = "--idle"
+"""Has a process take what time no other wants."""
 MEMORY = 2**32
 """Bytes that must be free: a process that compiles takes up to half of that."""
 
@@ -28,23 +36,11 @@ class Precompiler:
     def start(self) -> None:
         """Starts it, unless it has been, there are no jobs, only one core, or too little memory, or the system lets no
         process start: then whoever asks does the jobs."""
-        if self.process or not self.jobs or not sys.executable or cores() < 2 or free_memory() < MEMORY:
+        if self.process or not self.jobs or not has_room():
             return
         with suppress(OSError):
-            self._start()
-
-    def _start(self) -> None:
-        # As this process would find them, whatever folder it is in.
-        paths = os.pathsep.join(path for path in sys.path if path)
-        self.process = subprocess.Popen(
-            [sys.executable, *self.command],
-            env={**os.environ, "PYTHONPATH": paths},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        atexit.register(self.stop)
+            self.process = started(self.command, stdout=subprocess.PIPE)
+            atexit.register(self.stop)
 
     def wait(self, job: str, name: str) -> None:
         """Waits until the job is done, if it is one of those and the process has been started; should that fail,
@@ -61,6 +57,20 @@ class Precompiler:
         if self.process:
             self.process.terminate()
             self.process.wait()
+
+
+def started(command: Sequence[str], **options: Any) -> subprocess.Popen[str]:
+    """Starts Python with arguments, in which it finds modules as this process does, whatever folder it is in. Raises
+    OSError if the system lets no process start."""
+    paths = os.pathsep.join(path for path in sys.path if path)
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    environ = {**os.environ, "PYTHONPATH": paths}
+    return subprocess.Popen([sys.executable, *command], env=environ, text=True, **{**streams, **options})
+
+
+def has_room() -> bool:
+    """Tells whether a process can compile beside this one."""
+    return bool(sys.executable) and cores() > 1 and free_memory() >= MEMORY
 
 
 def cores() -> int:
@@ -90,3 +100,18 @@ class Job:
 
     def __str__(self) -> str:
         return json.dumps(asdict(self))
+
+
+def compile_in_background(jobs: Sequence[Job]) -> None:
+    """Has a process do jobs for one cache with what time the machine has left. It goes on after this one has ended.
+    Nothing is done where one is at it for this cache already, or where there is no room for it."""
+    if not has_room():
+        return
+    folder = Path(jobs[0].folder)
+    with suppress(OSError):  # then the next process is as fast as this one
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "in_background").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the child holds it until it ends
+            command = ["-P", "-m", "maxwhisper.precompile", IDLE, *map(str, jobs)]
+            started(command, start_new_session=True, pass_fds=[lock.fileno()])
+            log.info("graphs of the package are used; another process compiles this CPU's own, for about two minutes")

@@ -1,5 +1,6 @@
 """What `load_model` keeps of what it compiles: found again if nothing that decides the outcome has changed."""
 
+import json
 import os
 import platform
 import shutil
@@ -16,9 +17,10 @@ import maxwhisper.whisper
 from maxwhisper.checkpoint import load_checkpoint
 from maxwhisper.compiled import policy_of, programs_of
 from maxwhisper.engine import artifacts
-from maxwhisper.engine.artifacts import HOST, MANIFEST, Artifacts, Cache, Identity
+from maxwhisper.engine.artifacts import HOST, MANIFEST, PACKAGE, PORTABLE, Artifacts, Cache, Identity
 from maxwhisper.engine.built_from import built_from
-from maxwhisper.engine.instructions import CPU
+from maxwhisper.engine.instructions import CPU, PORTABLE_CPU, PORTABLE_FEATURES
+from maxwhisper.engine.precompile import Job
 from maxwhisper.engine.program import Stored
 from maxwhisper.whisper import Whisper
 from reference.fixtures import NANO
@@ -178,3 +180,93 @@ def test_a_model_without_a_spectrogram_loads(tmp_path: Path, monkeypatch: pytest
     checkpoint = load_checkpoint(NANO)
     other = replace(checkpoint, dims=replace(checkpoint.dims, n_mels=40))
     assert Whisper(other, artifacts=Cache(tmp_path)).dims.n_mels == 40
+
+
+# ---- what came with the package ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def portable(once: Path, tmp_path: Path) -> Path:
+    """Returns a folder of artifacts for any CPU: the fixture's network."""
+    folder = tmp_path / "portable" / "fixture"
+    shutil.copytree(once, folder)
+    checkpoint = load_checkpoint(NANO)
+    policy = policy_of(checkpoint.tensors, "cpu", "float32")
+    identity = Identity.of("network", checkpoint.dims, policy, programs_of("network", checkpoint.dims, policy))
+    next(folder.glob("*.mef")).rename(folder / identity.file)
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["artifacts"][0]["source"] = identity.source
+    manifest["cpu"]["features"] = PORTABLE_FEATURES.get(platform.machine(), [])
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    return folder
+
+
+@pytest.fixture
+def in_background(monkeypatch: pytest.MonkeyPatch) -> list[Job]:
+    """Returns what is to be compiled for this CPU."""
+    jobs: list[Job] = []
+    monkeypatch.setattr(artifacts, "compile_in_background", jobs.extend)
+    return jobs
+
+
+def test_what_came_with_the_package_is_used_until_this_cpus_own_is_there(
+    once: Path, portable: Path, in_background: list[Job], tmp_path: Path
+) -> None:
+    cache = Cache(tmp_path / "cache", portable.parent)
+    read(cache)
+    assert [(job.unit, job.storage, job.compute) for job in in_background] == [("network", "float16", "float32")]
+    assert in_background[0].folder == str(cache.folder) and not cache.folder.exists()
+    shutil.copytree(once.parent, cache.folder, symlinks=True)
+    in_background.clear()
+    read(cache)
+    assert not in_background
+
+
+def test_what_came_with_the_package_is_this_cpus_own_where_the_environment_says_so(
+    portable: Path, in_background: list[Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(CPU, PORTABLE_CPU[platform.machine()])
+    read(Cache(tmp_path / "cache", portable.parent))
+    assert not in_background
+
+
+@pytest.mark.usefixtures("same_graphs")
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda manifest: manifest["artifacts"][0].update(source="of other sources"),
+        lambda manifest: manifest["artifacts"][0].update(storage="float32"),
+        lambda manifest: manifest["artifacts"][0]["dims"].update(n_text_layer=9),
+        lambda manifest: manifest.update(max="25.1.0"),
+        lambda manifest: manifest["cpu"].update(features=["avx1024"]),
+    ],
+    ids=["sources", "storage", "dimensions", "MAX", "CPU"],
+)
+def test_what_came_with_the_package_and_does_not_fit_is_compiled(
+    portable: Path, in_background: list[Job], change: Callable[[Any], None], tmp_path: Path, caplog: Any
+) -> None:
+    """Without a word: nobody has asked for it."""
+    manifest = json.loads((portable / MANIFEST).read_text())
+    change(manifest)
+    (portable / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(Compiled):
+        read(Cache(tmp_path / "cache", portable.parent))
+    assert not in_background and not caplog.messages
+
+
+@pytest.mark.usefixtures("same_graphs")
+def test_what_came_with_the_package_and_is_damaged_is_compiled_with_a_warning(
+    portable: Path, in_background: list[Job], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    truncate(next(portable.glob("*.mef")))
+    with pytest.raises(Compiled):
+        read(Cache(tmp_path / "cache", portable.parent))
+    [message] = caplog.messages
+    assert message.startswith(str(portable)) and message.endswith(": compiling instead") and not in_background
+
+
+def test_load_model_looks_into_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Cache] = []
+    monkeypatch.setattr(maxwhisper.whisper, "Whisper", lambda _, __, artifacts, ___: given.append(artifacts))
+    maxwhisper.load_model(NANO)
+    assert given[0].portable == PORTABLE and PORTABLE.is_relative_to(PACKAGE)

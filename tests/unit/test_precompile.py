@@ -1,19 +1,22 @@
 """What another process compiles meanwhile: it is waited for, and done without where it fails."""
 
 import json
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import maxwhisper.precompile
 from maxwhisper.checkpoint import load_checkpoint
 from maxwhisper.compiled import DECODING, Network
 from maxwhisper.decoding.cpu import SELECT_TOKENS
 from maxwhisper.engine import precompile
 from maxwhisper.engine.artifacts import Cache
-from maxwhisper.engine.precompile import MEMORY, Job, Precompiler
+from maxwhisper.engine.precompile import MEMORY, Job, Precompiler, compile_in_background
 from reference.fixtures import NANO
 
 from .compiling import nothing_compiles
@@ -79,6 +82,41 @@ def test_where_no_process_can_start_whoever_asks_does_the_job(module: str, monke
     other.start()
     other.wait("first", "the first")
     assert other.process is None and not other.done
+
+
+def test_in_the_background_one_process_compiles_for_a_cache(
+    module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It keeps others out until it ends, and is none of this one's group, which Ctrl-C interrupts."""
+    children: list[subprocess.Popen] = []
+    start = precompile.started
+
+    def started(command: list[str], **options: Any) -> None:
+        assert command[:4] == ["-P", "-m", "maxwhisper.precompile", precompile.IDLE]
+        children.append(start(["-P", "-m", module, *command[4:]], **options))
+
+    monkeypatch.setattr(precompile, "started", started)
+    jobs = [Job(unit, {}, "float16", "float32", str(tmp_path)) for unit in ("network", "decoding")]
+    for _ in range(3):
+        compile_in_background(jobs)
+    [child] = children
+    assert [Job(**json.loads(each)) for each in child.args[4:]] == jobs
+    assert os.getpgid(child.pid) == child.pid != os.getpgid(0)
+    child.kill()
+    child.wait()
+    compile_in_background(jobs)
+    assert len(children) == 2
+    children[1].kill()
+    children[1].wait()
+
+
+def test_in_the_background_only_time_that_nobody_wants_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    nice: list[int] = []
+    monkeypatch.setattr(os, "nice", nice.append)
+    for arguments in ([], [precompile.IDLE]):
+        monkeypatch.setattr(sys, "argv", ["maxwhisper.precompile", *arguments])
+        maxwhisper.precompile.main()
+    assert nice == [19]
 
 
 @pytest.mark.nightly
