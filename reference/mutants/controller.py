@@ -19,7 +19,7 @@ import pytest
 
 from maxwhisper.network.blocks import BLOCKS
 
-from .mutant import COMPONENTS, OWN_BLOCKS, RIGHT_TESTS, Mutant
+from .mutant import COMPONENTS, OWN_BLOCKS, Mutant
 from .switch import VARIABLE
 from .tree import compiles, plant, sources_hash
 from .worker import PIPES
@@ -188,14 +188,14 @@ class Trials:
 
     def ordered(self, mutant: Mutant, tests: Iterable[str]) -> list[str]:
         """Returns tests in the order in which somebody would run them who has changed that place."""
-        blocks, own = self.blocks_of(mutant), RIGHT_TESTS[mutant.right]
+        blocks, own = self.blocks_of(mutant), mutant.right_file
         return sorted(tests, key=lambda test: (not self.is_right(mutant, test, blocks), own not in test))
 
     def is_right(self, mutant: Mutant, test: str | None, blocks: Sequence[str]) -> bool:
         """Tells whether a test that fails names the mutant's component: its innermost blocks, or its file of tests."""
         if test is None:
             return False
-        return block_of(test) in blocks if mutant.right == "blocks" else RIGHT_TESTS[mutant.right] in test
+        return block_of(test) in blocks if mutant.right == "blocks" else mutant.right_file in test
 
     # ---- the trials ----------------------------------------------------------------------------------------------
 
@@ -267,7 +267,9 @@ class Trials:
     def tried_alone(self, mutant: Mutant, with_parity: bool) -> Outcome:
         """Tries a mutant in processes that have it in force from the start: the unit tests of its file, and where the
         suite is to be run too, its right tests before, and all others behind."""
-        before, behind = ([[RIGHT_TESTS[mutant.right]]], [["tests/parity"]]) if with_parity else ([], [])
+        before, behind = ([[mutant.right_file]], [["tests/parity"]]) if with_parity else ([], [])
+        if mutant.right_file in mutant.unit_tests:
+            before = []
         self.check(file for selection in (*before, mutant.unit_tests) for file in selection)
         return tried_alone(mutant, self.tree, [*before, mutant.unit_tests], behind)
 
@@ -294,7 +296,7 @@ class Trials:
 
         left = [mutant for mutant in mutants if mutant.number not in self.found]
         for mutant in left:
-            self.check([RIGHT_TESTS[mutant.right], *mutant.unit_tests])
+            self.check([mutant.right_file, *mutant.unit_tests])
         with ThreadPoolExecutor(KERNELS_AT_A_TIME) as pool:
             for trying in as_completed([pool.submit(trial, mutant) for mutant in left]):
                 self.note(trying.result())
@@ -306,8 +308,8 @@ def tried_in_kernel(mutant: Mutant, tree: Path) -> Outcome:
     if not compiles(tree):
         return Outcome(mutant.number, "refused")
     own = OWN_BLOCKS.get(mutant.file)
-    first = [RIGHT_TESTS[mutant.right], *(["-k", own] if own else [])]
-    return tried_alone(mutant, tree, [first, mutant.unit_tests], [["tests/parity"]])
+    first = [] if mutant.right_file in mutant.unit_tests else [[mutant.right_file, *(["-k", own] if own else [])]]
+    return tried_alone(mutant, tree, [*first, mutant.unit_tests], [["tests/parity"]])
 
 
 def tried_alone(
@@ -328,7 +330,7 @@ def tried_alone(
             how = "test" if named and named[1] == "FAILED" else "error"
             by = named[2] if named else (ended.stdout + ended.stderr)[-300:]
             # Among all tests, those that are right by their file's name.
-            right = right or mutant.right != "blocks" and RIGHT_TESTS[mutant.right] in by
+            right = right or mutant.right != "blocks" and mutant.right_file in by
             return Outcome(mutant.number, how, by, right)
     return Outcome(mutant.number, "survived")
 

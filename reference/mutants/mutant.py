@@ -113,6 +113,11 @@ class Mutant:
         return component_of(self.file)[1]
 
     @property
+    def right_file(self) -> str:
+        """Returns the file of the tests that name the component."""
+        return RIGHT_TESTS[self.right]
+
+    @property
     def in_kernel(self) -> bool:
         """Tells whether it is compiled, and so tried without a switch and without others."""
         return self.file.endswith(".mojo")

@@ -267,6 +267,19 @@ def test_kernels_are_tried_one_in_a_checkout(tmp_path: Path, monkeypatch: pytest
     assert chosen == [["tests/parity/test_isolated.py", "-k", "encoder.mlp"]] * 4 and not planted
 
 
+def test_right_tests_among_a_files_unit_tests_are_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a GPU's steps compile for minutes, behind others that take seconds."""
+    tried: list[list[list[str]]] = []
+    monkeypatch.setattr(controller, "tried_alone", lambda _, __, right, others: tried.append(right))
+    monkeypatch.setattr(controller, "compiles", lambda checkout: True)
+    monkeypatch.setattr(controller, "plant", lambda *_: None)
+    monkeypatch.setattr(Trials, "check", lambda self, files: [*files])
+    rating, gpu = (Mutant(1, file, 1, "sign", "-a", "a") for file in ("kernels/device_rating.mojo", "decoding/gpu.py"))
+    controller.tried_in_kernel(rating, tmp_path)
+    Trials(tmp_path, [], tmp_path / "record").tried_alone(gpu, with_parity=True)
+    assert tried == [[rating.unit_tests]] * 2 and rating.unit_tests[-1] == rating.right_file
+
+
 def test_a_run_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the same sources alone: in others a mutant's number is another's."""
     record, outcome = tmp_path / "record", Outcome(3, "test", "a test", True)
