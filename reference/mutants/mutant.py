@@ -76,7 +76,7 @@ UNIT_TESTS: tuple[tuple[str, str], ...] = (
     ("kernels/*attention.mojo kernels/softmax.mojo", "attention_kernels"),
     ("kernels/decoder_block.mojo kernels/team.mojo", "speculation text_decoder"),
     ("kernels/*.mojo", "kernels attention_kernels"),
-    ("network/*.py", "gelu on_device wrapped"),
+    ("network/*.py", "gelu gpu_graphs wrapped on_device"),
     ("alignment.py", "alignment_heads text_decoder whisper"),
     ("whisper.py", "whisper openai_object transcribe_options speech"),
     (

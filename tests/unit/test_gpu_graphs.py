@@ -58,6 +58,14 @@ def test_no_product_of_maxs_is_of_float32(dtype: DType) -> None:
     assert dtypes.total() == graphs(dtype).count("rmo.matmul(")
 
 
+def test_a_bias_is_added_behind_every_float32_product_that_has_one() -> None:
+    """The vendor's library multiplies, so that no arithmetic of it is judged without a GPU."""
+    product = r'(%\d+) = mo.custom \[symbol = "maxwhisper.float32_product".*'
+    added = rf"{product}\n +(%\d+) = rmo.reshape\(\1\).*\n +%\d+ = rmo.add\(\2, "
+    n_biased = graphs(DType.float16).count('"maxwhisper.biased_product"')
+    assert len(re.findall(added, graphs(DType.float32))) == n_biased > 0
+
+
 @pytest.mark.parametrize("program", [step_program, search_program])
 def test_a_step_can_be_captured(program: Callable[[ModelDimensions, Policy], Program]) -> None:
     """A replay runs nothing on the CPU: all that a step takes is on the GPU, only weights are brought there, which is
