@@ -7,6 +7,7 @@ that code calls is replaced: the encoder, the decoder, its cache, the log-mel sp
 import copy
 import os
 import pickle
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -136,11 +137,11 @@ class Frames:
 class Whisper(Frozen, OpenAIWhisper):
     """A checkpoint on a device, used as openai-whisper's object of this name is.
 
-    What is not here is inherited: embed_audio, logits, the call on (mel, tokens), set_alignment_heads, is_multilingual,
-    num_languages, and what PyTorch's modules have. Its parameters are the checkpoint's tensors, in the dtype that MAX
-    reads them in and on the CPU. They stay as they are: what would change or move them raises OptionError or
-    DeviceError, at once or when the model is next used. `copy.deepcopy` gives a model with hooks, heads and caches of
-    its own, and the same weights and graphs; a pickle holds the weights, and comes with graphs from the cache.
+    What is not here is inherited: embed_audio, logits, the call on (mel, tokens), is_multilingual, num_languages, and
+    what PyTorch's modules have. Its parameters are the checkpoint's tensors, in the dtype that MAX reads them in and on
+    the CPU. They stay as they are: what would change or move them raises OptionError or DeviceError, at once or when
+    the model is next used. `copy.deepcopy` gives a model with hooks, heads and caches of its own, and the same weights
+    and graphs; a pickle holds the weights, and comes with graphs from the cache.
     """
 
     is_multilingual: bool
@@ -196,6 +197,17 @@ class Whisper(Frozen, OpenAIWhisper):
         """Raises OptionError as encoder and decoder do."""
         self.encoder.check_unchanged()
         self.decoder.check_unchanged()
+
+    def set_alignment_heads(self, dump: bytes) -> None:
+        """Sets the alignment heads as openai-whisper does: dump is their mask, in gzip and base85.
+
+        Raises OptionError for what is none, or that of another model.
+        """
+        try:
+            super().set_alignment_heads(dump)
+        except (EOFError, OSError, RuntimeError, TypeError, ValueError, zlib.error) as error:
+            mask = f"a mask of {self.dims.n_text_layer} layers with {self.dims.n_text_head} heads, in gzip and base85"
+            raise refused("dump", dump, mask) from error
 
     @cpu_by_default()
     @one_torch_thread()

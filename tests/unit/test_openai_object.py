@@ -6,6 +6,7 @@ import copy
 import gzip
 import pickle
 from collections.abc import Callable, Iterator
+from functools import partial
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
@@ -319,6 +320,10 @@ def test_what_a_pickle_would_lose_is_said(model: Whisper) -> None:
 # ---- what is refused ------------------------------------------------------------------------------------------------
 
 
+def set_heads(dump: Any, x: Model) -> None:
+    x.set_alignment_heads(dump)
+
+
 REFUSED: dict[str, tuple[Callable[[Model], Any], type[MaxWhisperError], str]] = {
     "half": (lambda x: x.half(), OptionError, "stays in float32, not float16: load_model"),
     "double": (lambda x: x.double(), OptionError, "stays in float32, not float64"),
@@ -329,6 +334,17 @@ REFUSED: dict[str, tuple[Callable[[Model], Any], type[MaxWhisperError], str]] = 
     "load_state_dict": (lambda x: x.load_state_dict(x.state_dict()), OptionError, "read the weights once: save"),
     "requires_grad_": (lambda x: x.requires_grad_(), OptionError, "MAX does not train"),
     "decoder.requires_grad_": (lambda x: x.decoder.requires_grad_(), OptionError, "MAX does not train"),
+} | {
+    f"alignment heads: {kind}": (partial(set_heads, dump), OptionError, said)
+    for kind, dump, said in (
+        ("no base85", "é", "dump is 'é', expected a mask of . layers with . heads, in gzip and base85"),
+        ("nothing", b"", "dump is b'', expected a mask"),
+        ("no text", None, "dump is None, expected a mask"),
+        ("no gzip", b"xx", "dump is b'xx', expected a mask"),
+        ("half", base64.b85encode(gzip.compress(bytes(4))[:-9]), "expected a mask"),
+        ("damaged", base64.b85encode(gzip.compress(bytes(4))[:10] + b"\xff" * 12), "expected a mask"),
+        ("those of tiny", whisper._ALIGNMENT_HEADS["tiny"], "expected a mask of . layers"),
+    )
 }
 
 
