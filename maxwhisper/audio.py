@@ -124,7 +124,7 @@ def _waveform(
     pcm = bytearray()
     try:
         with source as container:
-            for frame in _resample(passing(_all_finite(_joined(_decode(container, name)), name)), sr):
+            for frame in _resample(passing(_all_finite(_joined(_decode(container, name)), name)), sr, name):
                 pcm += frame.to_ndarray().tobytes()
     except av.FFmpegError as error:
         raise AudioError(f"{name}: cannot be read as audio: {error.strerror}") from error
@@ -269,12 +269,18 @@ def _all_finite(frames: Iterable[av.AudioFrame], name: str) -> Iterator[av.Audio
         yield frame
 
 
-def _resample(frames: Iterable[av.AudioFrame], sr: int) -> Iterator[av.AudioFrame]:
+def _resample(frames: Iterable[av.AudioFrame], sr: int, name: str) -> Iterator[av.AudioFrame]:
     """Converts frames to signed 16 bit mono at `sr`, with a new resampler wherever the stream changes its format."""
     for _, section in groupby(frames, lambda frame: (frame.format.name, frame.layout.name, frame.sample_rate)):
         resampler = av.AudioResampler(format="s16", layout="mono", rate=sr)
         for frame in section:
-            yield from resampler.resample(frame)
+            try:
+                yield from resampler.resample(frame)
+            except av.ArgumentError as error:
+                raise AudioError(
+                    f"{name}: has {frame.layout.nb_channels} channels of which libav cannot make one:"
+                    " `ffmpeg -i INPUT -af 'pan=mono|c0=c0' OUTPUT.wav` takes the first"
+                ) from error
         yield from resampler.resample(None)
 
 
