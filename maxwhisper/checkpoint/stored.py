@@ -45,7 +45,8 @@ def is_safetensors(path: Path) -> bool:
 def refuse_foreign(path: Path) -> None:
     """Raises CheckpointError for a file of another library's, or of none."""
     start = first_bytes(path)
-    if kind := next((kind for mark, kind in FOREIGN.items() if mark in start), None):
+    of_json = "a file of JSON, whose folder is to be given" if start.lstrip().startswith(b"{") else None
+    if kind := next((kind for mark, kind in FOREIGN.items() if mark in start), of_json):
         raise CheckpointError(f"{path}: {kind}, expected a checkpoint of PyTorch or safetensors")
 
 

@@ -235,10 +235,11 @@ def test_the_folder_of_another_library(tmp_path: Path, config: dict[str, Any], p
         (b"GGUF" + bytes(40), "a GGUF file"),
         (b"\6\0\0\0\x0c\0WhisperSpec\0" + bytes(40), "a model converted for CTranslate2"),
         (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS in the place of the file"),
+        (b'{\n  "metadata": {}\n}', "a file of JSON, whose folder is to be given"),
     ],
-    ids=["ggml", "gguf", "ctranslate2", "lfs"],
+    ids=["ggml", "gguf", "ctranslate2", "lfs", "json"],
 )
-@pytest.mark.parametrize("file", ["a.pt", "a.safetensors", "a.bin"])
+@pytest.mark.parametrize("file", ["a.pt", "a.safetensors", "a.bin", "a.safetensors.index.json"])
 def test_a_file_of_another_library_is_called_what_it_is(tmp_path: Path, file: str, content: bytes, kind: str) -> None:
     (tmp_path / file).write_bytes(content)
     assert_refused(tmp_path / file, f"{file}: {kind}", "expected a checkpoint of PyTorch or safetensors")
