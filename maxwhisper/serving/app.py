@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from .errors import APIError, add_handlers, unknown_key
@@ -70,4 +71,7 @@ def create_app(service: Service, api_keys: Sequence[str] = (), race: str | None 
 
     add_realtime(app, service, is_key)
     add_page(app, service, keyed, race)
+    for route in app.routes:
+        if isinstance(route, APIRoute) and route.methods and "GET" in route.methods:
+            route.methods.add("HEAD")  # which probes of health send, and every server must know
     return app

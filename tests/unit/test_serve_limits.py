@@ -400,6 +400,10 @@ def test_other_methods_and_paths(served: tuple[httpx.Client, Service]) -> None:
     client, _ = served
     assert client.get("transcriptions").json()["error"]["message"].endswith("Method Not Allowed")
     assert client.post("speech").status_code == 404
+    for path in ("/", "/health", "/metrics", "/v1/models"):
+        found = client.head(str(client.base_url.join(path)))
+        assert found.status_code == 200 and not found.content and "content-type" in found.headers
+    assert client.head("transcriptions").status_code == 405
 
 
 # ---- before it serves ----------------------------------------------------------------------------------------------
