@@ -4,6 +4,7 @@ for ever."""
 import os
 import pty
 import socket
+import struct
 import sys
 import tempfile
 import time
@@ -11,11 +12,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Event, Thread, Timer
 
+import av
 import numpy as np
 import pytest
 
 from maxwhisper import pipes
-from maxwhisper.audio import duration, load_audio, read_audio
+from maxwhisper.audio import duration, load_audio, read_audio, read_upload
 from maxwhisper.compare.material import recordings
 from maxwhisper.errors import AudioError
 from maxwhisper.pipes import Pipe
@@ -40,6 +42,19 @@ def test_a_video_whose_index_is_at_its_end(tmp_path: Path) -> None:
     data = path.read_bytes()
     assert data.index(b"moov") > data.index(b"mdat")
     np.testing.assert_array_equal(load_audio(fifo(tmp_path / "pipe", data)), load_audio(path))
+
+
+def test_tags_that_are_not_utf_8(wav: Path) -> None:
+    """As of players of the nineties: in a file, in a pipe, and in what is sent to a server."""
+    tags = b"LIST" + struct.pack("<I", 22) + b"INFOINAM" + struct.pack("<I", 9) + b"Gespr\xe4ch\0\0"
+    wav.write_bytes(wav.read_bytes() + tags)
+    with pytest.raises(UnicodeDecodeError):
+        av.open(str(wav))
+    with wav.open("rb") as sent:
+        uploaded = read_upload(sent, "a.wav", 1, Event())
+    for found in (uploaded, load_audio(wav), load_audio(fifo(wav.with_name("pipe"), wav.read_bytes()))):
+        np.testing.assert_array_equal(found, noise().astype(np.float32))
+    assert duration(wav) == 1
 
 
 def test_more_than_is_kept_in_memory(tmp_path: Path, wav: Path, monkeypatch: pytest.MonkeyPatch) -> None:
