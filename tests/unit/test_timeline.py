@@ -39,6 +39,18 @@ def video(path: Path, audio: Path, *shifts: Shift) -> Path:
     return path
 
 
+@pytest.mark.parametrize("rates", [(8000, 16000), (16000, 8000)])
+def test_of_several_streams_the_one_that_libav_ranks_best(tmp_path: Path, rates: tuple[int, int]) -> None:
+    """Of the higher bit rate, as of a film and its audio description, wherever it stands."""
+    with av.open(tmp_path / "a.mkv", "w") as container:
+        for stream in [container.add_stream("pcm_s16le", rate=rate, layout="mono") for rate in rates]:
+            said = np.full((1, stream.rate), stream.rate, np.int16)
+            frame = av.AudioFrame.from_ndarray(said, format="s16", layout="mono")
+            frame.sample_rate, frame.pts, frame.time_base = stream.rate, 0, Fraction(1, stream.rate)
+            container.mux([*stream.encode(frame), *stream.encode(None)])
+    assert (load_audio(tmp_path / "a.mkv") * 32768 == 16000).all()
+
+
 LATE: dict[str, tuple[list[Shift], str]] = {
     "late": ([(-1, 5)], "starts {5} s after the file does, which"),
     "gap": ([(1, 10)], "has gaps of 10.00 s in all, which"),
