@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import inspect
 import os
 import tomllib
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 from maxwhisper import __version__
 from maxwhisper.cli import build_parser
 from maxwhisper.cli.transcribe_command import in_english, telling
+from maxwhisper.errors import OptionError
+from maxwhisper.whisper import load_model
 from reference.fixtures import ROOT
 
 from .command import CLIP, StubModel, assert_one_line, status
@@ -178,6 +181,24 @@ def test_an_option_that_names_no_file(
     given = [f"{option}={value}"] if option[0] == "-" else [value, "texts"] if option == "INPUT" else [value]
     assert status([*command, *given]) == 2
     assert_one_line(capsys, f"argument {option}: must be the name of a file or folder, not {value!r}")
+
+
+@pytest.mark.parametrize("command", [["transcribe", CLIP], ["live"]], ids=lambda each: each[0])
+def test_the_model_is_loaded_as_the_options_say(
+    command: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    taken = inspect.signature(load_model)
+
+    def refuse(*given: Any, **named: Any) -> None:
+        raise OptionError(str(taken.bind(*given, **named).arguments))
+
+    monkeypatch.setattr("maxwhisper.whisper.load_model", refuse)
+    monkeypatch.chdir(tmp_path)
+    of_model = {"model": "tiny", "device": "cuda:0", "model_dir": "kept", "artifacts": "graphs", "or_compile": "True"}
+    options = [part for name, value in (of_model | {"dtype": "float16"}).items() for part in (f"--{name}", value)]
+    assert status([*command, *options]) == 1
+    loaded = {"name": "tiny", "device": "gpu", "download_root": "kept", "artifacts": "graphs", "or_compile": True}
+    assert_one_line(capsys, str(loaded | {"dtype": "float16"}))
 
 
 def test_patience_needs_beams(capsys: pytest.CaptureFixture[str]) -> None:
