@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import av
@@ -17,6 +17,7 @@ import pytest
 
 from maxwhisper.audio import SAMPLE_RATE, load_audio
 from maxwhisper.cli.outputs import FORMATS
+from maxwhisper.live import AlignAtt
 from maxwhisper.live.listening import listen
 from maxwhisper.live.screen import Lines
 from maxwhisper.live.source import Source, is_of_a_file
@@ -33,6 +34,8 @@ class Heard:
 
     def __init__(self, *_: Any, **options: Any):
         self.options = options
+        self.policy: Any = None
+        self.is_multilingual = True
         self.fed: list[np.ndarray] = []
         self.skipped: list[np.ndarray] = []
         self.settled, self.tentative = "", " maybe"
@@ -61,24 +64,34 @@ def session(monkeypatch: pytest.MonkeyPatch) -> Iterator[Heard]:
     """Returns what the command makes, with a model that does nothing."""
     found = Heard()
 
-    def made(*_: Any, **options: Any) -> Heard:
-        found.options = options
+    def made(_: Any, policy: Any, **options: Any) -> Heard:
+        found.policy, found.options = policy, options
         return found
 
     monkeypatch.setattr("maxwhisper.live.command.Session", made)
     monkeypatch.setattr("maxwhisper.live.command.prepare", lambda model: None)
-    monkeypatch.setattr("maxwhisper.whisper.load_model", lambda *_, **__: SimpleNamespace(is_multilingual=True))
+    monkeypatch.setattr("maxwhisper.whisper.load_model", lambda *_, **__: found)
     return found
 
 
 def test_standard_input(session: Heard, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with standard_input(pipe(PCM)):
-        assert status(["live", "-", "-o", tmp_path, "--language", "en", "--beam_size", "2"]) == 0
+        options = ["--language", "en", "--beam_size", "2", "--policy", "align-att"]
+        assert status(["live", "-", "-o", tmp_path, *options]) == 0
+    assert session.policy is AlignAtt
     assert np.array_equal(session.samples, load_audio(CLIP))
     assert session.options["beam_size"] == 2 and session.options["language"] == "en"
     assert capsys.readouterr().out == "Word.\n" * len(session.fed), "settled lines and nothing else"
     assert sorted(os.listdir(tmp_path)) == sorted(f"stdin.{ending}" for ending in FORMATS)
     assert (tmp_path / "stdin.txt").read_text() == "Hello there.\n"
+
+
+def test_a_model_of_english_alone(session: Heard, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    session.is_multilingual = False
+    with standard_input(pipe(PCM)):
+        assert status(["live", "-", "-o", tmp_path, "--language", "de", "--task", "translate"]) == 0
+    assert (session.options["language"], session.options["task"]) == ("en", "transcribe")
+    assert capsys.readouterr().err.count("the model knows English only") == 2
 
 
 def test_another_rate_and_half_a_sample(session: Heard, tmp_path: Path) -> None:
@@ -94,10 +107,11 @@ def test_the_command_on_the_trained_fixture(
     model: Whisper, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("maxwhisper.whisper.load_model", lambda *_, **__: model)
+    words = ["--word_timestamps", "True", "--max_words_per_line", "2"]
     with standard_input(pipe(PCM)):
-        assert status(["live", "-", "-o", tmp_path / "live", "--word_timestamps", "True"]) == 0
+        assert status(["live", "-", "-o", tmp_path / "live", *words]) == 0
     assert capsys.readouterr().out.startswith("Where is the young doctor")
-    assert status(["transcribe", CLIP, "-o", tmp_path / "all", "--word_timestamps", "True"]) == 0
+    assert status(["transcribe", CLIP, "-o", tmp_path / "all", *words]) == 0
     for ending in FORMATS:
         offline = tmp_path / "all" / f"{CLIP.stem}.{ending}"
         assert (tmp_path / "live" / f"stdin.{ending}").read_text() == offline.read_text()
@@ -193,7 +207,8 @@ class Microphone:
     def __call__(self, rate: int, size: int, channels: int, dtype: str, callback: Any) -> "Microphone":
         if self.error:
             raise self.PortAudioError(self.error)
-        assert (rate, channels, dtype) == (16000, 1, "int16")
+        assert (size, channels, dtype) == (rate // 10, 1, "int16")
+        self.rate = rate
         for at in range(0, len(PCM), 2 * size):
             callback(memoryview(PCM[at : at + 2 * size]), size, None, self.lost if not at else "")
         return self
@@ -223,6 +238,19 @@ def test_the_microphone_until_ctrl_c(
     [name] = os.listdir(tmp_path)
     assert name.startswith("microphone-20") and name.endswith(".txt"), "no transcript replaces an earlier one"
     assert "warning: the microphone lost samples: input overflow" in capsys.readouterr().err
+
+
+def test_a_microphone_of_another_rate(session: Heard, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    microphone = Microphone(monkeypatch)
+
+    def feed(samples: np.ndarray) -> None:
+        if not session.fed:
+            signal.raise_signal(signal.SIGINT)
+        Heard.feed(session, samples)
+
+    monkeypatch.setattr(session, "feed", feed)
+    assert status(["live", "-o", tmp_path, "-f", "txt", "--rate", "48000"]) == 0
+    assert microphone.rate == 48000 and abs(3 * len(session.samples) - len(PCM) // 2) < 300
 
 
 def test_no_microphone(session: Heard, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -72,7 +72,8 @@ def test_what_is_settled_is_kept_with_its_place_and_language(
     multilingual: bool, languages: list[str | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoder = Decoder(word(" one", 3), word(" two", 12))
-    live = session(monkeypatch, decoder, multilingual=multilingual, initial_prompt="so", task="translate")
+    given: dict[str, Any] = {"initial_prompt": "so", "task": "translate", "suppress_tokens": [7]}
+    live = session(monkeypatch, decoder, multilingual=multilingual, **given)
     live.feed(SILENCE[: 2 * STEP])
     start = live.window.start
     assert start == 2 * STEP - LEAD
@@ -82,7 +83,8 @@ def test_what_is_settled_is_kept_with_its_place_and_language(
     assert [at for _, at in live.window.words] == [start + 3 * FRAME, start + 12 * FRAME]
     assert [asked.options["language"] for asked in decoder.asked] == languages
     assert [asked.settled for asked in decoder.asked] == [[], [" one", " two"]]
-    assert all(asked.options["task"] == "translate" for asked in decoder.asked)
+    for name in ("task", "suppress_tokens"):
+        assert all(asked.options[name] == given[name] for asked in decoder.asked)
     prompt = prompt_tokens("so", live.model)
     assert all(asked.prompt == prompt for asked in decoder.asked)
 
