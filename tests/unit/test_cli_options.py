@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from maxwhisper import __version__
+from maxwhisper.batched import BATCH_SIZE
 from maxwhisper.cli import build_parser
-from maxwhisper.cli.transcribe_command import in_english, telling
+from maxwhisper.cli.transcribe_command import in_english, telling, transcripts
 from maxwhisper.errors import OptionError
 from maxwhisper.whisper import load_model
 from reference.fixtures import ROOT
@@ -246,3 +247,16 @@ def test_text_comes_as_it_is_found_where_files_do_not_advance_together(
     options = {"verbose": True, "batched": batched, "batch_size": batch_size}
     with telling(["a"] * n_file, options):
         assert options["verbose"] is (None if at_the_end else True)
+
+
+@pytest.mark.parametrize(
+    ("batched", "given", "expected"), [(False, None, 1), (False, 3, 3), (True, None, BATCH_SIZE), (True, 3, 3)]
+)
+def test_as_many_decode_together_as_the_option_says(
+    batched: bool, given: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr("maxwhisper.scheduling.transcribe_many", lambda _, files, n, **__: asked.append(n) or files)
+    monkeypatch.setattr("maxwhisper.batched.transcribe_batched", lambda *_, batch_size: asked.append(batch_size))
+    list(transcripts(None, [str(CLIP)], {"batched": batched, "batch_size": given}))
+    assert asked == [expected]
