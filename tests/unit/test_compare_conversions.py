@@ -146,6 +146,9 @@ def test_a_text_beside_the_audio_is_read_and_one_that_is_given_wins(tmp_path: Pa
     assert recordings([str(audio)], [str(given)])[0].text == "given"
     given.write_text("given", encoding="utf-8-sig")
     assert recordings([str(audio)], [str(given)])[0].text == "given"
+    (tmp_path / "a.txt").write_text("first")
+    several = recordings([str(audio)] * 2, [str(given), str(tmp_path / "a.txt")])
+    assert [each.text for each in several] == ["given", "first"], "in their order"
 
 
 def test_five_minutes_of_speech_are_made_of_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
