@@ -211,17 +211,20 @@ def test_all_audio_that_is_not_transcribed_counts(
     assert bool(errors) == refused and all("at most 0.1 minutes" in event["error"]["message"] for event in errors)
 
 
-def test_there_are_as_many_requests_as_there_may_be() -> None:
+def test_there_are_as_many_requests_as_there_may_be_and_none_at_the_end() -> None:
     async def ask() -> None:
         scheduler: Any = SimpleNamespace(
             model=SimpleNamespace(stepping_by=lambda *_: None),
             stepper=SimpleNamespace(max_candidates=None, tokens_first=False, searches=False),
+            close=lambda: None,
         )
         jobs = Jobs(scheduler, Limits(**LIMITS | {"max_requests": 2}), lambda seconds: None)
         first, _ = jobs.new(), jobs.new()
         with pytest.raises(APIError, match="2 requests"):
             jobs.new()
         first.stop()
-        jobs.new()
+        last = jobs.new()
+        jobs.close()
+        assert last.caller.stopped.is_set() and not jobs.running
 
     asyncio.run(ask())
