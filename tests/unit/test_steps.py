@@ -17,16 +17,35 @@ from maxwhisper.decoding.speculative import SpeculativeStepper
 from maxwhisper.decoding.stepper import Advanced, Stepper, Texts
 from reference.fixtures import NANO
 from reference.models import trained
-from reference.steps import FIRST_GO, SCENES, Scene, advanced_twice, broken_promises, given, judge_steps, kept
+from reference.steps import (
+    FIRST_GO,
+    SCENES,
+    Scene,
+    advanced_twice,
+    broken_promises,
+    forward,
+    given,
+    judge_steps,
+    kept,
+)
 from reference.suite import Suite
 
+BEGIN = 50364
 GREEDY = Scene("2 windows", (9, 20), (7, 7))
 BEAMS = Scene("3 beams of 2 windows", (8, 15), (1, 1), n_text=3, n_best=4)
 
 
+class Remembering(dict[str, Any]):
+    """A memory of verdicts."""
+
+    def set(self, key: str, value: object) -> None:
+        self[key] = value
+
+
 @pytest.fixture(scope="module")
 def judged() -> Suite:
-    return Suite(trained(), torch.float32)
+    """Returns a suite that remembers what has passed: what is wrong must not be taken for it."""
+    return Suite(trained(), torch.float32, memory=Remembering())
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +90,34 @@ def test_scenes_have_tokens_proposed_for_one_text_and_for_several(
     assert found == {1, 2, 3}
 
 
+@pytest.mark.parametrize("scene", [GREEDY, BEAMS, Scene("2 beams", (9,), (1,), n_text=2, n_best=3, latest=7)], ids=str)
+def test_a_scene_is_what_it_says(judged: Suite, scene: Scene) -> None:
+    """Every text has the oracle's keys and values of its own, in several rows where a window has several texts, and
+    nothing behind them that could be right."""
+    made = given(judged, scene, torch.nan)
+    n_window, n = len(scene.lengths), scene.n_text * len(scene.lengths)
+    assert len(made.texts.tokens) == n
+    assert made.texts.lengths.equal(torch.tensor(scene.lengths).repeat_interleave(scene.n_text))
+    for text in range(n):
+        past = int(made.texts.lengths[text]) - 1
+        tokens = made.texts.tokens[text, : past + 1]
+        right = forward(judged.model.oracle, made, tokens[:-1], text, [past - 1])[1:]
+        ours = kept(made.cache, text, past)
+        assert all(kv.equal(true[0].transpose(0, 1).to(kv)) for kv, true in zip(ours, right, strict=True))
+        assert len(made.cache.rows[text, :past].unique()) == scene.n_text
+        assert made.cache.own[0][text, :, past:].isnan().all() and not ours[0].isnan().any()
+        if scene.latest is not None:
+            assert tokens[-1] == BEGIN + scene.latest
+    totals = made.texts.totals
+    assert totals.all() and len(totals.unique()) == (n if n_window > 1 else n - 1)
+    first, *others = made.cache.cross[0]
+    assert len(made.cache.cross[0]) == n_window and not any(each.equal(first) for each in others)
+    assert n_window > 1 or made.texts.tokens[0].equal(made.texts.tokens[1])
+
+
 def other_audio(texts: Texts, cache: KeyValueCache, rules: Rules) -> tuple[Texts, Rules]:
-    for kv in cache.cross:
-        kv.copy_(kv.flip(0))
+    cache.cross[:] = [kv.flip(0) for kv in cache.cross]  # and leaves the scene's as it is, for other tests
+    cache.inputs().clear()
     return texts, rules
 
 
@@ -160,6 +204,7 @@ def cache_shorter_by_one(advanced: Advanced, cache: KeyValueCache) -> Advanced:
     ],
 )
 def test_what_is_given_wrongly_fails(judged: Suite, stepper: Stepper, fault: Callable, scene: Scene) -> None:
+    assert judge_steps(judged, Wrong(stepper), scene).passed
     assert not judge_steps(judged, Wrong(stepper, given=fault), scene).passed
 
 
@@ -180,6 +225,7 @@ def test_what_is_given_wrongly_fails(judged: Suite, stepper: Stepper, fault: Cal
     ],
 )
 def test_what_is_found_wrongly_fails(judged: Suite, stepper: Stepper, fault: Callable, scene: Scene) -> None:
+    assert judge_steps(judged, Wrong(stepper), scene).passed
     assert not judge_steps(judged, Wrong(stepper, found=fault), scene).passed
 
 

@@ -9,7 +9,9 @@ import torch
 from maxwhisper.decoding.cache import KeyValueCache
 from maxwhisper.decoding.stepper import Advanced, Candidates, Texts
 from reference import steps
-from reference.steps import three
+from reference.blocks import TWINS
+from reference.models import SIZES
+from reference.steps import Found, three
 
 RIGHT = torch.tensor([[1.0, 4.0, 2.0], [5.0, 3.0, 0.0]], dtype=torch.float64)
 
@@ -35,6 +37,33 @@ def test_each_side_is_held_against_its_own_likeliest_token(monkeypatch: pytest.M
     assert oracle.candidates.tolist() == oracle.of_candidates.tolist() == peer.of_candidates.tolist() == [5.0, 3.0]
     assert float(oracle.total) == -8.0 + 4.0 + 0.0 and float(ours.total) == -9.0 + float(scale.sum())
     assert all(map(torch.equal, ours.kv, [x[0, :, 1:3].transpose(0, 1).flatten(1) for x in cache.own[:2]]))
+
+
+@pytest.mark.parametrize("n_best", [1, 2])
+def test_all_that_is_found_of_every_text_is_judged_by_the_budget_of_a_step(
+    n_best: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three texts the one in the middle waits."""
+    asked: list[Any] = []
+
+    def three(suite: Any, made: Any, advanced: Any, text: int) -> list[Found]:
+        """Returns what is found of a text, numbered: from 0 on of the first text's oracle."""
+        numbers = [10.0 * text + torch.arange(10) + 100 * side for side in range(3)]
+        return [Found(x[:1], x[1], x[2:3], x[3:4], list(x[4:, None])) for x in numbers]
+
+    monkeypatch.setattr(steps, "three", three)
+    monkeypatch.setattr(steps, "judge", lambda *given, **options: asked.extend([given, options]))
+    dims, twin = SIZES["tiny"], TWINS["decoder.step"]
+    suite: Any = SimpleNamespace(dims=dims)
+    made: Any = SimpleNamespace(scene=SimpleNamespace(n_best=n_best), n_token=torch.tensor([2, 0, 1]))
+    steps.judged_steps(suite, made, None, "of")  # type: ignore[arg-type]
+    (of, *sides), options = asked
+    reduction, roundings = twin.longest_reduction(dims), twin.roundings(dims)
+    assert (of, options) == ("of", {"longest_reduction": reduction, "roundings": roundings, "chained": True})
+    of_text = [n for n in range(10) if n_best > 1 or n not in (2, 3)]
+    for side, found in enumerate(sides):
+        assert [x.tolist() for x in found] == [[100 * side + n, 100 * side + 20 + n] for n in of_text]
+    assert all(x.dtype == torch.float64 for x in sides[0])
 
 
 @pytest.mark.parametrize("tokens_first", [False, True])
