@@ -7,18 +7,35 @@ import pytest
 import torch
 
 from reference import chain
-from reference.activations import speech
+from reference.activations import CLIPS, speech
 from reference.blocks import TWINS
-from reference.chain import ENDS, Chain, first_divergence, judge_chain, pytorch_chain, run_chain
+from reference.chain import (
+    ENDS,
+    Chain,
+    first_divergence,
+    judge_chain,
+    max_chain,
+    pytorch_chain,
+    run_chain,
+    teacher_forced,
+)
 from reference.judge import Comparison, Judgement
 from reference.models import FIXTURE, SIZES, load
 from reference.subject import Subject
 from reference.suite import Suite
 
 
+class Remembering(dict[str, Any]):
+    """A memory of verdicts."""
+
+    def set(self, key: str, value: object) -> None:
+        self[key] = value
+
+
 @pytest.fixture(scope="module")
 def trained() -> Suite:
-    return Suite(load(FIXTURE), torch.float32)
+    """Returns the suite of a trained model, which remembers what has passed: what is wrong must not be taken for it."""
+    return Suite(load(FIXTURE), torch.float32, memory=Remembering())
 
 
 @pytest.mark.parametrize("wrong", [None, *ENDS])
@@ -43,6 +60,48 @@ def test_the_graphs_without_intermediates_are_judged(
     assert [effect.output for effect in found.effects if not effect.identical] == ([wrong] if wrong else [])
 
 
+@pytest.mark.parametrize("intermediates", [True, False])
+def test_each_graph_of_the_chain_is_fed_what_the_one_before_has_made(intermediates: bool) -> None:
+    """Without intermediates by the graphs that transcribe."""
+    asked: dict[str, dict[str, torch.Tensor]] = {}
+    n_output = {"log_mel": 1, "encoder": 1, "decoder.keys_values": 4, "decoder.prefill": 5, "decoder.step": 5}
+
+    class Graphs(dict[str, Any]):
+        def __getitem__(self, name: str) -> Any:
+            block = name.removesuffix(" with intermediates")
+            assert (name != block) == (intermediates and block not in ("log_mel", "decoder.keys_values"))
+            place, inside = list(n_output).index(block), [torch.full((1,), -1.0)] * (name != block)
+
+            def run(**given: torch.Tensor) -> list[torch.Tensor]:
+                asked[block] = given
+                return [torch.full((1, 1, 3, 1), 10.0 * place + n) for n in range(n_output[block])] + inside
+
+            return run
+
+    subject = SimpleNamespace(intermediate_names=lambda block: [f"inside {block}"])
+    suite: Any = SimpleNamespace(subject=subject, torch_device=torch.device("cpu"), dtype=torch.float32)
+    audio, tokens = torch.zeros(5), torch.tensor([[1, 2, 3, 4]])
+    found = max_chain(suite, Graphs(), audio, tokens, intermediates)
+    cross = {"k_cross.0": 20, "v_cross.0": 21, "k_cross.1": 22, "v_cross.1": 23}
+    cache = {"k_cache.0": 31, "v_cache.0": 32, "k_cache.1": 33, "v_cache.1": 34}
+    step = {"tokens": [[4]], "offset": 3}
+    fed: dict[str, dict[str, Any]] = {
+        "log_mel": {"audio": [0] * 5},
+        "encoder": {"mel": 0},
+        "decoder.keys_values": {"audio_features": 10},
+        "decoder.prefill": {"tokens": [[1, 2, 3]], **cross},
+        "decoder.step": {**step, **cache, **cross},
+    }
+    whole = {
+        name: {key: x.tolist() if x.ndim < 3 else int(x.flatten()[0]) for key, x in given.items()}
+        for name, given in asked.items()
+    }
+    assert whole == fed
+    ends = {"log_mel": 0.0, "encoder": 10.0, "decoder": 30.0, "step decoder": 40.0}
+    inside = ["inside encoder", "inside decoder.prefill", "step inside decoder.step"] if intermediates else []
+    assert {name: float(x.flatten()[0]) for name, x in found.items()} == {**ends, **dict.fromkeys(inside, -1.0)}
+
+
 def test_a_submodule_that_max_does_not_put_out_is_the_first_divergence(
     trained: Suite, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -50,6 +109,29 @@ def test_a_submodule_that_max_does_not_put_out_is_the_first_divergence(
     lost = list(right)[3]
     monkeypatch.setattr(chain, "max_chain", lambda *_: {name: x for name, x in right.items() if name != lost})
     assert first_divergence(trained, {}) == lost
+
+
+@pytest.mark.parametrize(("factor", "passed"), [(1.0, True), (1.01, False)])
+def test_logits_given_the_text_are_maxs_own(
+    trained: Suite, factor: float, passed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the graph without intermediates, for that clip's text."""
+    oracle, peer = chain.references(trained, "speech")
+    clip = next(clip for clip in CLIPS if "english-2" in clip["file"])
+
+    def pytorch_logits(model: Any, audio: Any, tokens: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        assert tokens.equal(speech(trained.dims)[1])
+        return (oracle if dtype == torch.float64 else peer)["decoder"]
+
+    def max_chain(*given: Any, intermediates: bool) -> dict[str, torch.Tensor]:
+        assert given[3].equal(speech(trained.dims)[1]) and not intermediates
+        return {"decoder": peer["decoder"] * factor}
+
+    monkeypatch.setattr(chain, "pytorch_logits", pytorch_logits)
+    monkeypatch.setattr(chain, "max_chain", max_chain)
+    monkeypatch.setattr(Subject, "graphs", {})
+    found = teacher_forced(trained, clip)
+    assert (found.passed, found.comparison.inputs, found.pairs > 0) == (passed, clip["file"], True)
 
 
 def test_a_chain_of_nothing_has_not_passed() -> None:

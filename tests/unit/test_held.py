@@ -70,6 +70,20 @@ def test_what_runs_before_a_cut_is_given_nothing_that_comes_right() -> None:
     assert found["tokens"].tolist() == [[0, 0]] and found["offset"] == 3
 
 
+@pytest.mark.parametrize("wrong", [None, (0, 1), (1, 2)])
+def test_every_value_is_finite_where_pytorchs_or_the_oracles_is(wrong: tuple[int, int] | None) -> None:
+    """Of every output: in the first PyTorch has a NaN that the oracle has not, in the second the other way round."""
+    comparison = Comparison("s", torch.float32, "decoder.step", 0, "speech.late")
+    trial = Trial(None, comparison, {}, None)  # type: ignore[arg-type]
+    right = [torch.ones(3), torch.ones(3)]
+    peer, oracle, subject = ([x.clone() for x in right] for _ in range(3))
+    peer[0][0] = oracle[1][0] = subject[1][0] = torch.nan
+    if wrong:
+        subject[wrong[0]][wrong[1]] = torch.inf
+    vars(trial).update(peer=peer, oracle=oracle, subject=subject)
+    assert trial.finite_as_pytorch() == (wrong is None)
+
+
 def test_a_ratio_that_is_no_number_is_the_worst_of_a_block() -> None:
     found = figures_of([judgement(error=error) for error in (math.nan, 2e-7, 1e-7)])
     assert math.isnan(found.worst) and found.best == judgement(error=1e-7).ratio and found.failed == 1

@@ -44,6 +44,17 @@ def test_a_cut_that_leaves_a_column_out_is_red(
         assert (explanation.worst[-1], explanation.subject) == (last, 0.0) and explanation.errors.max() > 0.1
 
 
+def test_a_cut_that_is_wrong_in_the_last_output_alone_is_red(judged: Suite, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = BLOCKS["decoder.attention.cached"]
+
+    def run(**given: Tensor) -> list[Tensor]:
+        *right, last = TWINS[block.name](judged.peer, 0, **given)
+        return [*right, last * (2 if os.environ.get(VARIABLE) == "5" else 1)]
+
+    monkeypatch.setattr(Suite, "executable", lambda *_: torch.no_grad()(run))
+    assert "with work cut for 5 threads" in judged.judge(next(judged.comparisons(block, ["speech"]))).defects
+
+
 @pytest.mark.parametrize("wrong_for", [None, *THREADS])
 def test_what_a_cut_leaves_as_it_was_is_red(
     judged: Suite, wrong_for: int | None, monkeypatch: pytest.MonkeyPatch

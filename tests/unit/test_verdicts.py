@@ -22,7 +22,7 @@ from reference.verdicts import Lenient, Memory, Verdicts, as_data, circumstances
 
 pytestmark = pytest.mark.filterwarnings("ignore:TF32 acceleration")  # of PyTorch, where oneDNN's flags are set
 
-BLOCK = BLOCKS["decoder.mlp.step"]
+BLOCK = BLOCKS["decoder.block.step"]
 Outputs = list[Tensor]
 
 
@@ -64,8 +64,11 @@ def test_a_verdict_is_that_of_the_earlier_run(model: Model, memory: Memory) -> N
 
 @pytest.mark.parametrize("place", [0, -1])
 def test_outputs_of_which_one_bit_changed_are_judged(model: Model, memory: Memory, place: int) -> None:
+    """The first bit of all, or the last one."""
+
     def one_bit_off(outputs: Outputs) -> Outputs:
-        outputs[0].view(torch.int32).view(-1)[place] ^= 1
+        outputs[place] = outputs[place].contiguous()
+        outputs[place].view(torch.int32).view(-1)[place] ^= 1
         return outputs
 
     judged(model, memory)
@@ -248,12 +251,14 @@ def test_what_is_no_number_is_looked_for_again_where_outputs_may_have_changed(mo
         """Returns what is said of PyTorch in the place of MAX, and how often PyTorch was asked again for it."""
         suite = Suite(model, torch.float32, memory=memory)
         right = pytorch_in_the_subjects_place(suite, of)
+        changed: Callable[[Outputs], Outputs] = lambda outputs: [*outputs[:-1], change(outputs[-1])]  # noqa: E731
         subject = suite.subject
-        subject.executables[subject.unit(BLOCK), 0] = {BLOCK.name: lambda **given: [change(x) for x in right(**given)]}
-        x = suite.inputs(BLOCK, of)["x"].clone()
+        subject.executables[subject.unit(BLOCK), 0] = {BLOCK.name: lambda **given: changed(right(**given))}
+        inputs = suite.inputs(BLOCK, of)
+        x = inputs["x"].clone()
         x[0, 0, 0] = torch.nan
         with patch.object(Trial, "finite_as_pytorch", autospec=True, side_effect=Trial.finite_as_pytorch) as asked:
-            return suite.finite_as_pytorch(of, {"x": x}, "NaN"), asked.call_count
+            return suite.finite_as_pytorch(of, inputs | {"x": x}, "NaN"), asked.call_count
 
     assert [finite(Tensor.clone), finite(Tensor.clone)] == [(True, 1), (True, 0)]
     assert [finite(Tensor.nan_to_num), finite(Tensor.nan_to_num)] == [(False, 1), (False, 1)]
