@@ -4,10 +4,13 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 
-from reference.transcripts import Transcript, compare, compare_many, transcribed
+from maxwhisper.speech import CHUNK
+from reference import transcripts
+from reference.transcripts import Transcript, compare, compare_many, compare_pieces, transcribed
 
 CLIP = "clips/english-1.wav"
 
@@ -93,6 +96,36 @@ def test_a_difference_is_seen_where_it_is_among_recordings_together(decoding: st
     subject, peer = cast(Any, Says(other)), cast(Any, Says(said()))
     found = list(compare_many(subject, peer, [CLIP, "clips/german-1.wav"], decoding, 2))
     assert [(each.clip, each.equal) for each in found] == [("clips/german-1.wav", False), (CLIP, True)]
+
+
+@pytest.mark.parametrize("changed", [False, True])
+@pytest.mark.parametrize("decoding", ["greedy", "words"])
+def test_pieces_are_those_of_the_batch_at_their_places(
+    decoding: str, changed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is heard by itself; the second one begins 4 s into the sound."""
+    heard: list[int] = []
+
+    class Hears:
+        def transcribe(self, sound: Any, **_: Any) -> dict[str, Any]:
+            heard.append(len(sound))
+            return said()
+
+    def batched(subject: Any, sound: Any, **_: Any) -> dict[str, Any]:
+        first, second = said(), said()
+        for timed in (each for segment in second["segments"] for each in (segment, *segment["words"])):
+            timed |= {edge: timed[edge] + 4.0 for edge in ("start", "end")}
+        ours = {"language": "en", "segments": [*first["segments"], *second["segments"]]}
+        (OF_SEGMENTS if decoding == "greedy" else OF_WORDS)["end"](ours if changed else said())
+        return ours
+
+    monkeypatch.setattr(transcripts.waveforms, "read", lambda path: np.zeros(190 * CHUNK, np.float32))
+    monkeypatch.setattr(transcripts, "probabilities", lambda sound: None)
+    monkeypatch.setattr(transcripts, "pieces", lambda found: [(0, 30), (125, 190)])
+    monkeypatch.setattr(transcripts, "transcribe_batched", batched)
+    found = compare_pieces(cast(Any, None), cast(Any, Hears()), CLIP, decoding)
+    assert (found.equal, found.n_compared) == (not changed, 16 if decoding == "greedy" else 8)
+    assert heard == [30 * CHUNK, 65 * CHUNK]
 
 
 def test_both_draw_alike() -> None:

@@ -136,6 +136,34 @@ def test_a_number_over_its_budget_is_a_difference(judge: windows.Judge, monkeypa
         assert (found.equal, bool(found.difference), found.n_compared) == (equal, not equal, 2)
 
 
+@pytest.mark.parametrize("way", ["greedy", "between others", "between others, 3 beams"])
+def test_a_window_is_decoded_between_others_where_the_way_says_so(
+    judge: windows.Judge, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what is judged is said of that window, not of those beside it."""
+    sounds = [np.full(9, number, np.float32) for number in range(3)]
+    asked: list[list[float]] = []
+
+    def of_each(x: Tensor) -> list[Any]:
+        asked.append(x[:, 0, 0].tolist())
+        return [SimpleNamespace(tokens=[number], language="en") for number in asked[-1]]
+
+    subject: Any = SimpleNamespace(network={"log_mel": None}, device=torch.device("cpu"), dims=judge.peer.dims)
+    subject.embed_audio = lambda x: x
+    subject.detect_language = lambda x: (None, [{"en": number} for number in x[:, 0, 0].tolist()])
+    subject.decode = lambda x, options: of_each(x)
+    monkeypatch.setattr(windows, "spectrogram", lambda _, audio: audio[:240].view(80, 3))
+    monkeypatch.setattr(windows.timing, "find_alignment", lambda _, __, tokens, mel, ___: [*tokens, float(mel[0, 0])])
+    said: list[Window] = []
+    verdict = Judgement(Comparison(FIXTURE, torch.float32, way, 0, CLIP), (), ())
+    monkeypatch.setattr(Window, "numbers", [])
+    monkeypatch.setattr(Window, "text", ())
+    monkeypatch.setattr(windows.Judge, "judged", lambda *given: said.append(given[-1]) or verdict)
+    judge.compare(subject, CLIP, sounds[0], way, sounds[1:])
+    assert asked == ([[0.0]] if way == "greedy" else [[1.0, 0.0, 2.0]])
+    assert said == [Window(said[0].result, torch.tensor([0.0]), [0, 0.0])] and said[0].result.tokens == [0]
+
+
 def test_words_end_before_the_end_of_text() -> None:
     tokenizer: Any = SimpleNamespace(eot=5)
     assert windows.words_of(tokenizer, [7, 4, 5, 6, 3]) == [4, 3]
