@@ -211,6 +211,25 @@ def test_copies_of_texts_stand_side_by_side() -> None:
     assert all(map(torch.equal, held(cache), [kv[[0, 0, 1, 1]] for kv in before])) and cache.n_token == 4
 
 
+def test_graphs_are_given_the_memory_that_a_cache_is_in_now() -> None:
+    """Whatever has been given to them before."""
+    cache = cached(2)
+
+    def put_three_texts() -> None:
+        own, cache.own, cache.n_token = cache.own, [], 0
+        cache.append([kv[[0, 1, 1]] for kv in own], CONTEXT)
+
+    def move() -> None:
+        CacheSlots(2).place([cached(3, n_audio=2), cache])
+
+    for change in (lambda: None, lambda: cache.repeat(2), put_three_texts, move, move):
+        change()
+        pairs = zip(cache.inputs().values(), [*cache.own, *cache.cross], strict=True)
+        assert all(torch.from_dlpack(given).data_ptr() == kv.data_ptr() for given, kv in pairs)
+        written = [torch.from_dlpack(given).data_ptr() for given in cache.written().values()]
+        assert written == [kv.data_ptr() for kv in cache.own]
+
+
 def test_other_audio_is_quantized_anew() -> None:
     slots, first, second = CacheSlots(1), cached(), cached()
     quantized: list[float] = []

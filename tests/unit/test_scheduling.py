@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache as cache_of
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -104,13 +105,36 @@ def test_a_step_that_fails_is_the_failure_of_all_that_took_it(model: Whisper, mo
     assert [str(found[i]) for i in range(2)] == ["no step today"] * 2
 
 
-def test_whoever_stops_listening_leaves_no_thread_behind(model: Whisper) -> None:
+def test_a_recording_that_fails_in_its_steps_fails_alone(
+    model: Whisper, alone: Alone, recordings: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That with the shorter text of two, in their second step; the other goes on, and in its place comes a third."""
+    n_step, advance = count(1), model.stepper.advance
+
+    def shortest_not_finite(texts: Texts, *rest: Any) -> Advanced:
+        found = advance(texts, *rest)
+        if next(n_step) == 2:
+            found.candidates.logprobs[found.texts.lengths.argmin()] = torch.nan
+        return found
+
+    monkeypatch.setattr(model.stepper, "advance", shortest_not_finite)
+    found = dict(model.transcribe_many(recordings[:3], 2))
+    (failed,) = (number for number, each in found.items() if isinstance(each, Exception))
+    assert isinstance(found.pop(failed), DecodingError)
+    assert found == {number: each for number, each in alone(None, 3).items() if number != failed}
+
+
+def test_whoever_stops_listening_leaves_no_thread_behind(model: Whisper, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor has it begin with others."""
     text = model.transcribe(SOME[0])["text"]  # with whatever thread tqdm starts with the first of a process
+    begun: list[Any] = []
+    attempt = maxwhisper.scheduling.attempt
+    monkeypatch.setattr(maxwhisper.scheduling, "attempt", lambda *given: begun.append(given) or attempt(*given))
     before = threading.active_count()
-    results = model.transcribe_many(SOME, 3)
+    results = model.transcribe_many(SOME * 2, 3)
     next(results)
     results.close()  # type: ignore[attr-defined]
-    assert threading.active_count() == before
+    assert threading.active_count() == before and len(begun) < 2 * len(SOME)
     assert model.transcribe(SOME[0])["text"] == text
 
 
@@ -171,8 +195,8 @@ def quantize(cross: Sequence[torch.Tensor], into: torch.Tensor, row: int) -> Non
 
 
 def test_caches_keep_what_they_hold_from_slot_to_slot() -> None:
-    slots, held = CacheSlots(3), [cache(float(i)) for i in (1, 2, 3)]
-    for present in ([2, 1, 0], [0, 1, 2], [0, 1], [1]):  # the others are gone
+    slots, held = CacheSlots(3), [cache(float(i)) for i in (1, 2, 3, 4)]
+    for present in ([2, 1, 0], [0, 1, 2], [0, 1], [1], [1, 3]):  # the others are gone, or come later
         placed = slots.place([held[i] for i in present])
         assert {id(each) for each in placed} == {id(held[i]) for i in present}
         joined = slots.joined(len(present))
@@ -240,13 +264,16 @@ def test_what_has_ended_is_told_of_its_own_window() -> None:
 
 
 def test_rules_of_different_filters_do_not_join() -> None:
-    rules = TokenRules(10, 0, 9)
-    other = TokenRules(10, 0, 9)
+    rules, later, other = (TokenRules(10, begin, 9) for begin in (0, 3, 0))
     other.suppressed[3] = True
-    given = [each.inputs(torch.tensor([[1]]), 1) for each in (rules, rules, other)]
-    assert Rules.joined(given[:2]).begins.tolist() == [0, 0]
-    with pytest.raises(AssertionError):
-        Rules.joined(given)
+    given = [
+        each.inputs(torch.ones(2, 5), 1)._replace(wanted=torch.tensor([n])) for n, each in enumerate((rules, later))
+    ]
+    joined = Rules.joined(given)
+    assert joined.begins.tolist() == [0, 0, 3, 3] and joined.wanted is not None and joined.wanted.tolist() == [0, 1]
+    for different in (other.inputs(torch.ones(2, 5), 1), rules.inputs(torch.ones(2, 5), 2)):
+        with pytest.raises(AssertionError):
+            Rules.joined([*given, different])
 
 
 def test_a_thread_that_fails_outside_of_a_recording_ends_the_call(
