@@ -149,6 +149,9 @@ def test_what_is_skipped_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None
     live.skip(speech(10 * STEP))
     assert live.settled == " one" and live.window.start == live.window.end == live.heard_until == 11 * STEP
     assert [asked.n_sample for asked in decoder.asked] == [STEP, STEP]
+    live.feed(speech(STEP))  # of which it knows that it is loud
+    assert (decoder.asked[-1].n_sample, decoder.asked[-1].settled) == (STEP, [])
+    assert (live.settled, live.tentative) == (" one", " one"), "as what a recording begins with, heard once"
 
 
 def test_much_without_the_end_of_a_sentence_leaves_the_window(monkeypatch: pytest.MonkeyPatch) -> None:

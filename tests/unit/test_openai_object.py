@@ -18,10 +18,11 @@ from whisper import DecodingOptions, timing, tokenizer
 from whisper.model import Whisper as OpenAIWhisper
 from whisper.model import disable_sdpa
 
-from maxwhisper.alignment import keep_alignment_compiled
+from maxwhisper.alignment import find_alignment, keep_alignment_compiled
 from maxwhisper.audio import load_audio
 from maxwhisper.engine.surroundings import one_torch_thread
 from maxwhisper.errors import DeviceError, MaxWhisperError, OptionError
+from maxwhisper.hooks import has_hooks
 from maxwhisper.whisper import Whisper, load_model
 from reference.fixtures import FIXTURES, NANO
 
@@ -61,6 +62,16 @@ def aligned(x: Model, mel: torch.Tensor) -> list[tuple[str, float, float]]:
     tokens = tokenizer.get_tokenizer(True, num_languages=x.num_languages, language="en", task="transcribe")
     words = timing.find_alignment(x, tokens, TEXT, mel, 1500)
     assert not any(block.cross_attn._forward_hooks for block in x.decoder.blocks)
+    return [(word.word, word.start, word.end) for word in words]
+
+
+def steered_words(x: Model, mel: torch.Tensor) -> list[tuple[str, float, float]]:
+    """The times of words, by a hook that changes what attention is asked."""
+    tokens = tokenizer.get_tokenizer(True, num_languages=x.num_languages, language="en", task="transcribe")
+    hook = x.decoder.blocks[0].mlp.register_forward_hook(lambda _, ins, out: -out)
+    find = find_alignment if isinstance(x, Whisper) else timing.find_alignment
+    words = find(x, tokens, TEXT, mel, 1500)
+    hook.remove()
     return [(word.word, word.start, word.end) for word in words]
 
 
@@ -214,6 +225,7 @@ WORKS: dict[str, Use] = {
     "install_kv_cache_hooks, cut short": cut_short,
     "install_kv_cache_hooks, a copy": copied_cache,
     "openai's hooks and dict": own_hooks,
+    "times of words, with a hook": steered_words,
     "attention weights": attention_weights,
     "hooks of encoder and decoder": steps,
     "hooks inside": inner_steps,
@@ -260,6 +272,15 @@ def test_what_inside_a_model_is_asked_is_said_to_be_computed_in_pytorch(
         "computed in PyTorch, not on MAX, and slower: modules inside have hooks",
         "tokens are selected by openai-whisper's loop, not in the graph: the decoder has hooks",
     ]
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_a_hook_of_any_kind_is_one(kind: str) -> None:
+    module = torch.nn.Identity()
+    hook = getattr(module, f"register_{kind}_hook")(lambda *_: None)
+    assert has_hooks(module)
+    hook.remove()
+    assert not has_hooks(module)
 
 
 def test_parameters_take_no_memory(model: Whisper) -> None:
@@ -357,13 +378,18 @@ def test_what_would_change_the_model_is_refused(model: Whisper, name: str, monke
         change(model)
 
 
-def in_place(x: Model) -> Any:
+def in_place(tensor: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
-        return x.decoder.ln.weight.add_(0)
+        return tensor.add_(0)
 
 
 CHANGES: dict[str, tuple[Callable[[Model], Any], str]] = {
-    "in place": (in_place, "ln.weight was changed"),
+    "in place": (lambda x: in_place(x.decoder.ln.weight), "ln.weight was changed"),
+    "in place, of the encoder": (lambda x: in_place(x.encoder.conv1.bias), "conv1.bias was changed"),
+    "in place, a buffer of the encoder": (
+        lambda x: in_place(x.encoder.positional_embedding),
+        "positional_embedding was changed",
+    ),
     "another parameter": (
         lambda x: setattr(x.decoder.ln, "weight", torch.nn.Parameter(x.decoder.ln.weight.clone())),
         "ln.weight was changed",
@@ -379,9 +405,10 @@ def test_weights_that_were_changed_are_noticed_when_they_are_used(mel: torch.Ten
     model, (change, said) = load_model(NANO), CHANGES[name]
     features = model.encoder(mel[None])
     change(model)
-    for use in (lambda: model.logits(text_of(model), features), lambda: copy.deepcopy(model)):
-        with pytest.raises(OptionError, match=said):
-            use()
+    with pytest.raises(OptionError, match=said):
+        model.encoder(mel[None]) if "encoder" in name else model.logits(text_of(model), features)
+    with pytest.raises(OptionError, match=said):
+        copy.deepcopy(model)
 
 
 def test_a_cache_that_does_not_fit_is_refused(model: Whisper, mel: torch.Tensor) -> None:

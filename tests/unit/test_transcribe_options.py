@@ -131,6 +131,11 @@ def test_what_many_texts_cost_is_announced_once(
     assert said == f"warning: {name} is 33: a window takes the time of 33 texts or more, and 0.045 GB for them"
 
 
+def test_keywords_of_decode_change_the_options_for_once(model: Whisper, mel: torch.Tensor) -> None:
+    options = DecodingOptions(fp16=False, language="en", sample_len=3)
+    assert [len(model.decode(mel, options, **more).tokens) for more in ({"sample_len": 1}, {})] == [1, 3]
+
+
 def test_a_prompt_of_decode_and_its_options(model: Whisper, mel: torch.Tensor) -> None:
     with pytest.raises(OptionError, match=r"prompt holds <\|en\|>, a special token"):
         model.decode(mel, fp16=False, prompt="a <|en|>")
@@ -242,8 +247,9 @@ def test_numbers_of_a_result_are_pythons(model: Whisper, audio: np.ndarray, monk
 
     options = {**SHORT, "sample_len": None, "word_timestamps": True, "temperature": np.float32(0)}
     audio = audio[: 3 * 16000]
-    result = model.transcribe(audio, **options)
-    assert result["segments"][0]["words"] and kinds(result) == {str, int, float}
+    told: list[dict[str, Any]] = []
+    result = model.transcribe(audio, on_segments=told.extend, **options)
+    assert result["segments"][0]["words"] and kinds(result) == kinds(told) == {str, int, float}
     assert dict(model.transcribe_many([audio, audio], 2, **options)) == {0: result, 1: result}
     pytest.importorskip("silero_vad")
     assert kinds(transcribe_batched(model, audio, **options)) == {str, int, float}

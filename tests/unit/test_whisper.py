@@ -1,5 +1,6 @@
 """The drop-in object: openai-whisper's attributes, its encoder, its decoding over MAX, and how it is loaded."""
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,7 @@ def test_half_precision_rounds_but_transcribes(
     clip = next(clip for clip in CLIPS if FIXTURES / clip["file"] == WINDOW["en"])
     result = reduced.transcribe(load_audio(FIXTURES / clip["file"]), language="en", word_timestamps=words)
     assert bool(result["segments"][0].get("words")) == words
+    assert pickle.loads(pickle.dumps(reduced)).network.dtype == dtype
     said, heard = (set(text.lower().replace(".", "").split()) for text in (clip["text"], result["text"]))
     assert len(said & heard) > len(said) / 2
 
@@ -225,6 +227,18 @@ def test_devices_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     for device in ("tpu", "cuda:1", "cuda:", "CUDA", "", "auto"):
         with pytest.raises(OptionError, match=f"device '{device}' is not known: expected cpu, gpu, cuda or cuda:0"):
             load_model(NANO, device)
+
+
+def test_what_load_model_is_told_reaches_whom_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def noted(name: str) -> Any:
+        return lambda *given: (name, *given)
+
+    for name in ("load_checkpoint", "rounded", "Artifacts", "Whisper"):
+        monkeypatch.setattr(f"maxwhisper.whisper.{name}", noted(name))
+    for or_compile in (False, True):
+        found: Any = load_model("a", "cpu", "root", "folder", or_compile, "bfloat16")
+        checkpoint = ("rounded", ("load_checkpoint", "a", "root"), "bfloat16")
+        assert found == ("Whisper", checkpoint, "cpu", ("Artifacts", "folder", "cpu", or_compile), "bfloat16")
 
 
 def test_a_model_is_loaded_by_openais_keywords() -> None:
