@@ -66,13 +66,16 @@ RIGHT_TESTS = {
 }
 
 UNIT_TESTS: tuple[tuple[str, str], ...] = (
-    ("kernels/draft.mojo kernels/quantized.mojo decoding/speculative.py", "speculation text_decoder"),
-    ("kernels/select_tokens.mojo kernels/loop.mojo decoding/rules.py", "decoding text_decoder speculation"),
-    ("decoding/cpu.py decoding/cache.py decoding/stepper.py", "text_decoder speculation cache scheduling"),
+    ("kernels/draft.mojo kernels/quantized.mojo decoding/speculative.py", "speculation decoding_host text_decoder"),
+    (
+        "kernels/select_tokens.mojo kernels/loop.mojo decoding/rules.py",
+        "decoding decoding_host text_decoder speculation",
+    ),
+    ("decoding/cpu.py decoding/cache.py decoding/stepper.py", "decoding_host text_decoder speculation scheduling"),
     ("kernels/step_product.mojo", "kernels on_device"),
     ("kernels/device_*.mojo decoding/gpu.py decoding/mirror.py", "device_rules on_device"),
     ("decoding/openai_loop.py", "decoding_host text_decoder whisper openai_object decoding on_device"),
-    ("decoding/*.py frozen.py", "text_decoder whisper openai_object decoding"),
+    ("decoding/*.py frozen.py", "decoding_host text_decoder whisper openai_object decoding"),
     ("kernels/*attention.mojo kernels/softmax.mojo", "attention_kernels"),
     ("kernels/decoder_block.mojo kernels/team.mojo", "speculation text_decoder"),
     ("kernels/*.mojo", "kernels attention_kernels"),
