@@ -407,8 +407,9 @@ def test_weights_that_were_changed_are_noticed_when_they_are_used(mel: torch.Ten
     change(model)
     with pytest.raises(OptionError, match=said):
         model.encoder(mel[None]) if "encoder" in name else model.logits(text_of(model), features)
-    with pytest.raises(OptionError, match=said):
-        copy.deepcopy(model)
+    for copied in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(OptionError, match=said):
+            copied(model)
 
 
 def test_a_cache_that_does_not_fit_is_refused(model: Whisper, mel: torch.Tensor) -> None:
