@@ -45,7 +45,7 @@ SEED = 5
 class Transcript:
     """Whether a clip's whole transcript is PyTorch Whisper's.
 
-    decoding: a key of DECODING. equal: language and every segment's start, end, text, tokens, temperature and
+    decoding: a key of DECODING. equal: language, text and every segment's start, end, text, tokens, temperature and
     compression ratio are the same, or every word's start and end; of a window, all that `reference.windows` judges.
     n_compared: how many tokens or words PyTorch's has. difference: the first one, if any.
     """
@@ -134,12 +134,13 @@ def compare_many(
 def compare_pieces(subject: Whisper, peer: OpenAIWhisper | Yardstick, clip: str, decoding: str) -> Transcript:
     """Transcribes a clip of fixtures/ in the pieces that it is cut into at silences, the subject as a batch."""
     options, sound = options_of(decoding), waveforms.read(FIXTURES / clip)
-    theirs: dict[str, Any] = {"segments": []}
+    theirs: dict[str, Any] = {"segments": [], "text": ""}
     for start, end in pieces(probabilities(sound)):
         piece = peer.transcribe(sound[start * CHUNK : end * CHUNK], **options)
         for timed in (each for segment in piece["segments"] for each in (segment, *segment.get("words", ()))):
             timed |= {edge: timed[edge] + start * CHUNK / SAMPLE_RATE for edge in ("start", "end")}
         theirs["segments"] += piece["segments"]
+        theirs["text"] += piece["text"]
         theirs["language"] = options["language"] = piece["language"]
     return compared(transcribe_batched(subject, sound, **options), theirs, clip, f"{decoding}, in pieces")
 
@@ -160,12 +161,13 @@ def compared(ours: dict[str, Any], theirs: dict[str, Any], clip: str, decoding: 
 
 
 def parts(result: dict[str, Any], decoding: str) -> list[tuple]:
-    """Returns the language, and every segment or word."""
+    """Returns the language and the whole text, and every segment or word."""
+    whole = result["language"], result["text"]
     if decoding.startswith(WORDS):
         words = [(w["word"], w["start"], w["end"]) for s in result["segments"] for w in s["words"]]
-        return [(result["language"],), *words]
+        return [whole, *words]
     same = ("start", "end", "text", "tokens", "temperature", "compression_ratio")
-    return [(result["language"],), *(tuple(segment[name] for name in same) for segment in result["segments"])]
+    return [whole, *(tuple(segment[name] for name in same) for segment in result["segments"])]
 
 
 # ---- wrong pipelines -----------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ def segment(start: float) -> dict[str, Any]:
 
 
 def said() -> dict[str, Any]:
-    return {"language": "en", "segments": [segment(0.0), segment(2.0)]}
+    return {"language": "en", "text": " 0 1 0 1", "segments": [segment(0.0), segment(2.0)]}
 
 
 def compared(ours: dict[str, Any], theirs: dict[str, Any], decoding: str) -> Transcript:
@@ -53,6 +53,7 @@ def of_word(name: str, value: Any) -> Callable[[dict[str, Any]], object]:
 
 
 LOST: Callable[[dict[str, Any]], object] = lambda result: result["segments"].pop()  # noqa: E731
+TEXT: Callable[[dict[str, Any]], object] = lambda result: result.update(text=" 0 1 0 1 ")  # noqa: E731
 LANGUAGE: Callable[[dict[str, Any]], object] = lambda result: result.update(language="de")  # noqa: E731
 OF_SEGMENTS = {
     "start": changed("start", 2.02),
@@ -62,6 +63,7 @@ OF_SEGMENTS = {
     "temperature": changed("temperature", 0.2),
     "compression_ratio": changed("compression_ratio", 1.6),
     "a segment": LOST,
+    "the whole text": TEXT,
     "language": LANGUAGE,
 }
 OF_WORDS = {
@@ -69,6 +71,7 @@ OF_WORDS = {
     "start": of_word("start", 3.02),
     "end": of_word("end", 3.98),
     "a segment": LOST,
+    "the whole text": TEXT,
     "language": LANGUAGE,
 }
 CASES = [(decoding, each) for decoding, of in (("greedy", OF_SEGMENTS), ("words", OF_WORDS)) for each in of]
@@ -115,7 +118,7 @@ def test_pieces_are_those_of_the_batch_at_their_places(
         first, second = said(), said()
         for timed in (each for segment in second["segments"] for each in (segment, *segment["words"])):
             timed |= {edge: timed[edge] + 4.0 for edge in ("start", "end")}
-        ours = {"language": "en", "segments": [*first["segments"], *second["segments"]]}
+        ours = {**first, "text": " 0 1 0 1" * 2, "segments": [*first["segments"], *second["segments"]]}
         (OF_SEGMENTS if decoding == "greedy" else OF_WORDS)["end"](ours if changed else said())
         return ours
 
