@@ -12,7 +12,7 @@ import torch
 import whisper
 from hypothesis import given
 from hypothesis import strategies as st
-from whisper.audio import SAMPLE_RATE, pad_or_trim
+from whisper.audio import FRAMES_PER_SECOND, SAMPLE_RATE, pad_or_trim
 from whisper.tokenizer import get_tokenizer
 
 from maxwhisper import speech
@@ -122,7 +122,10 @@ def test_a_pause_is_left_out_and_the_rest_is_what_pytorch_hears_in_it(
     options: dict[str, Any] = {**GREEDY, "word_timestamps": words}
     theirs = whisper.load_model(str(NANO), "cpu").transcribe(kept.audio, fp16=False, **options)["segments"]
     told: list[dict[str, Any]] = []
-    ours = model.transcribe(paused, vad_filter=True, on_segments=told.extend, **options)["segments"]
+    done: list[float] = []
+    given = {"vad_filter": True, "on_segments": told.extend, "progress": done.append}
+    ours = model.transcribe(paused, **given, **options)["segments"]
+    assert 0 <= round(len(paused) / SAMPLE_RATE - sum(done), 6) < 1 / FRAMES_PER_SECOND
     assert [segment["tokens"] for segment in ours] == [segment["tokens"] for segment in theirs]
     later = (kept.spans[-1][1] - len(kept.audio)) / SAMPLE_RATE
     assert later > 35 and ours[-1]["end"] == round(theirs[-1]["end"] + later, 2) and ours[0]["end"] < 10
