@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache as cache_of
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -179,6 +180,22 @@ def test_nobody_waits_for_a_pipe_whose_audio_is_not_wanted_any_more(n_wanted: in
     assert not stopped.is_set()
     found.close()
     assert stopped.is_set()
+
+
+def test_whoever_stops_listening_waits_for_no_pipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which a thread waits for, whose end is waited for."""
+    waited: list[bool] = []
+
+    def read_audio(path: str, rate: int, stopped: threading.Event) -> np.ndarray:
+        waited.append(stopped.wait(5))
+        return np.zeros(1)
+
+    monkeypatch.setattr(maxwhisper.scheduling, "read_audio", read_audio)
+    model: Any = SimpleNamespace(stepper=OneToken(), transcribe=lambda audio: {}, stepping_by=lambda stepper: model)
+    results: Any = transcribe_many(model, [np.zeros(1), "pipe", "pipe"], 2)
+    assert next(results) == (0, {})
+    results.close()
+    assert all(waited)
 
 
 # ---- slots ---------------------------------------------------------------------------------------------------------
