@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from whisper.audio import N_SAMPLES, SAMPLE_RATE
+from whisper.audio import HOP_LENGTH, N_SAMPLES, SAMPLE_RATE
 from whisper.model import Whisper as OpenAIWhisper
 
 from maxwhisper.audio import load_audio
@@ -45,8 +45,9 @@ SEED = 5
 class Transcript:
     """Whether a clip's whole transcript is PyTorch Whisper's.
 
-    decoding: a key of DECODING. equal: language, text and every segment's start, end, text, tokens, temperature and
-    compression ratio are the same, or every word's start and end; of a window, all that `reference.windows` judges.
+    decoding: a key of DECODING. equal: language, text and every segment's start, end, text, tokens, temperature,
+    compression ratio, id and seek are the same, or every word's start and end; of a window, all that
+    `reference.windows` judges.
     n_compared: how many tokens or words PyTorch's has. difference: the first one, if any.
     """
 
@@ -137,6 +138,9 @@ def compare_pieces(subject: Whisper, peer: OpenAIWhisper | Yardstick, clip: str,
     theirs: dict[str, Any] = {"segments": [], "text": ""}
     for start, end in pieces(probabilities(sound)):
         piece = peer.transcribe(sound[start * CHUNK : end * CHUNK], **options)
+        for segment in piece["segments"]:
+            segment["id"] += len(theirs["segments"])
+            segment["seek"] += round(start * CHUNK / HOP_LENGTH)
         for timed in (each for segment in piece["segments"] for each in (segment, *segment.get("words", ()))):
             timed |= {edge: timed[edge] + start * CHUNK / SAMPLE_RATE for edge in ("start", "end")}
         theirs["segments"] += piece["segments"]
@@ -166,7 +170,7 @@ def parts(result: dict[str, Any], decoding: str) -> list[tuple]:
     if decoding.startswith(WORDS):
         words = [(w["word"], w["start"], w["end"]) for s in result["segments"] for w in s["words"]]
         return [whole, *words]
-    same = ("start", "end", "text", "tokens", "temperature", "compression_ratio")
+    same = ("start", "end", "text", "tokens", "temperature", "compression_ratio", "id", "seek")
     return [whole, *(tuple(segment[name] for name in same) for segment in result["segments"])]
 
 

@@ -22,6 +22,11 @@ EQUIVALENT = {
         "n_share < most and n_share * n_piece % n_thread != 0 and n_share",
     ): "work is cut into more shares, which takes longer and computes the same",
     (
+        "kernels/team.mojo",
+        "n_share < most and n_share * n_piece % n_thread != 0 and n_share * n_piece < ENOUGH * n_thread",
+        "n_share < most and n_share * n_piece % n_thread == 0 and n_share * n_piece < ENOUGH * n_thread",
+    ): "work is cut into fewer shares, or into more, which takes longer and computes the same",
+    (
         "decoding/speculative.py",
         "self.n_text_ctx + 1",
         "self.n_text_ctx - 1",

@@ -32,7 +32,7 @@ class Says:
 def segment(start: float) -> dict[str, Any]:
     words = [{"word": f" {n}", "start": start + n, "end": start + n + 1} for n in range(2)]
     of_text = {"text": " 0 1", "tokens": [50364, 5, 6, 50464], "temperature": 0.0, "compression_ratio": 1.5}
-    return {"start": start, "end": start + 2, "words": words, **of_text}
+    return {"id": int(start) // 2, "seek": 0, "start": start, "end": start + 2, "words": words, **of_text}
 
 
 def said() -> dict[str, Any]:
@@ -62,6 +62,8 @@ OF_SEGMENTS = {
     "tokens": changed("tokens", [50364, 5, 7, 50464]),
     "temperature": changed("temperature", 0.2),
     "compression_ratio": changed("compression_ratio", 1.6),
+    "id": changed("id", 2),
+    "seek": changed("seek", 3000),
     "a segment": LOST,
     "the whole text": TEXT,
     "language": LANGUAGE,
@@ -118,6 +120,8 @@ def test_pieces_are_those_of_the_batch_at_their_places(
         first, second = said(), said()
         for timed in (each for segment in second["segments"] for each in (segment, *segment["words"])):
             timed |= {edge: timed[edge] + 4.0 for edge in ("start", "end")}
+        for segment in second["segments"]:
+            segment |= {"id": segment["id"] + 2, "seek": segment["seek"] + 400}
         ours = {**first, "text": " 0 1 0 1" * 2, "segments": [*first["segments"], *second["segments"]]}
         (OF_SEGMENTS if decoding == "greedy" else OF_WORDS)["end"](ours if changed else said())
         return ours
