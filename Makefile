@@ -56,8 +56,7 @@ test-peers: $(INSTALLED)  ## what is compared with other engines, which are inst
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[peers]'
 	$(BIN)/pytest tests/unit/test_compare*.py tests/unit/test_checkpoints_in_transformers.py --require-peers
 
-test-bulk: $(INSTALLED)  ## what transcribes archives on Ray Data, which is installed first; a skip fails
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bulk]'
+test-bulk: $(INSTALLED)  ## what transcribes archives, on Ray Data itself; a skip fails
 	$(BIN)/pytest tests/unit/test_bulk*.py --nightly --require-peers
 
 test-x86-64-v3: $(INSTALLED)  ## every test as on a CPU without AVX-512

@@ -12,20 +12,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
-import pytest
-
-from maxwhisper.errors import AudioError, CheckpointError, MaxWhisperError, OptionError
-from reference.fixtures import FIXTURES
-
-from .command import CLIP, RESULT, StubModel, status, write_wav
-
-for package in ("ray", "pyarrow", "pandas", "fsspec"):
-    pytest.importorskip(package, reason=f"{package} is not installed: pip install 'maxwhisper[bulk]'")
-
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from ray.exceptions import RayTaskError
 
 from maxwhisper.audio import load_audio
@@ -33,8 +24,11 @@ from maxwhisper.bulk import job, stages
 from maxwhisper.bulk.filesystems import appearing
 from maxwhisper.bulk.parts import Parts, Totals
 from maxwhisper.bulk.rows import ROW, for_json, row_of
+from maxwhisper.errors import AudioError, CheckpointError, MaxWhisperError, OptionError
+from reference.fixtures import FIXTURES
 
 from .bulk import decoded
+from .command import CLIP, RESULT, StubModel, status, write_wav
 
 # ---- parts ---------------------------------------------------------------------------------------------------------
 

@@ -7,19 +7,14 @@ import resource
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from maxwhisper.errors import OptionError
-
-for package in ("ray", "pyarrow", "pandas", "fsspec"):
-    pytest.importorskip(package, reason=f"{package} is not installed: pip install 'maxwhisper[bulk]'")
-
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from maxwhisper.bulk.inputs import IDENTIFIED, identified, identify, inputs_of
 from maxwhisper.bulk.parts import Parts
+from maxwhisper.errors import OptionError
 
 # ---- ids -----------------------------------------------------------------------------------------------------------
 

@@ -12,16 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from maxwhisper.whisper import Whisper
 from reference.fixtures import ROOT
-
-for package in ("ray", "pyarrow", "pandas", "fsspec"):
-    pytest.importorskip(package, reason=f"{package} is not installed: pip install 'maxwhisper[bulk]'")
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from .bulk import ALONE, OPTIONS, assert_each_once, bulk, command, lone_runs, result_of, short_files, transcripts
 

@@ -12,18 +12,13 @@ from pathlib import Path
 from threading import Timer
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 
-from maxwhisper.errors import AudioError, MaxWhisperError
-
-for package in ("ray", "pyarrow", "pandas", "fsspec"):
-    pytest.importorskip(package, reason=f"{package} is not installed: pip install 'maxwhisper[bulk]'")
-
-import fsspec
-
 from maxwhisper.bulk import stages
 from maxwhisper.bulk.inputs import inputs_of
+from maxwhisper.errors import AudioError, MaxWhisperError
 
 from .bulk import decoded
 from .command import CLIP
