@@ -24,12 +24,7 @@ from reference.models import FIXTURE, SIZES, load
 from reference.subject import Subject
 from reference.suite import Suite
 
-
-class Remembering(dict[str, Any]):
-    """A memory of verdicts."""
-
-    def set(self, key: str, value: object) -> None:
-        self[key] = value
+from .memory import Remembering
 
 
 @pytest.fixture(scope="module")

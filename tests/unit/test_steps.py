@@ -30,16 +30,11 @@ from reference.steps import (
 )
 from reference.suite import Suite
 
+from .memory import Remembering
+
 BEGIN = 50364
 GREEDY = Scene("2 windows", (9, 20), (7, 7))
 BEAMS = Scene("3 beams of 2 windows", (8, 15), (1, 1), n_text=3, n_best=4)
-
-
-class Remembering(dict[str, Any]):
-    """A memory of verdicts."""
-
-    def set(self, key: str, value: object) -> None:
-        self[key] = value
 
 
 @pytest.fixture(scope="module")
