@@ -91,7 +91,7 @@ lint-ci: $(INSTALLED)  ## actionlint, shellcheck and hadolint, which are install
 	$(BIN)/shellcheck scripts/*.sh scripts/container/*.sh .ci/run
 	$(BIN)/hadolint scripts/container/Containerfile*
 
-# Those of OpenAI's checkpoints, in float16. A model adds 1 MB to the wheel, and takes some minutes.
+# Those of OpenAI's checkpoints, in float16. Those of a model take some minutes.
 wheel: $(INSTALLED)  ## a wheel in dist, with graphs compiled for any x86-64-v3 CPU [MODELS="random:tiny ..."]
 	rm -rf build/wheel && mkdir -p build/wheel
 	cp -R maxwhisper pyproject.toml README.md LICENSE build/wheel
