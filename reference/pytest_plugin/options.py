@@ -116,8 +116,8 @@ class Options(OfRun):
             check_checkpoint(self.checkpoint, get("--size"))
         if get("--report"):
             check_folder("--report", Path(get("--report")))
+        _ = self.artifacts
         if not self.targets:
-            _ = self.artifacts
             return
         if idle := [option for option in ("--report", "--faults") if get(option)]:
             raise pytest.UsageError(f"{idle[0]}: --compile-only compares nothing")
@@ -165,8 +165,10 @@ class Options(OfRun):
 
     @cached_property
     def artifacts(self) -> Artifacts | None:
-        """Returns what --artifacts holds; raises a usage error if it is not for this machine."""
-        folder, or_compile = self.config.getoption("--artifacts"), self.config.getoption("--or-compile")
+        """Returns what --artifacts holds, which with --compile-only says where to write; raises a usage error if it is
+        not for this machine."""
+        folder = None if self.targets else self.config.getoption("--artifacts")
+        or_compile = self.config.getoption("--or-compile")
         if folder is None:
             if or_compile:
                 raise pytest.UsageError("--or-compile: there is nothing to compile instead of without --artifacts")

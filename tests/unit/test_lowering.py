@@ -131,6 +131,21 @@ def test_a_process_that_ends_early_is_reported_with_its_last_words(
     assert lowering.summary() == "sm_1: 0 of 1 models compiled, 0 graphs do not lower; no artifacts written"
 
 
+@pytest.mark.parametrize("options", [(), ("--artifacts", "there")], ids=["as by default", "into a folder"])
+def test_a_gate_reads_no_artifacts_where_it_writes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
+) -> None:
+    """Whatever compiles, which here says at once that all does."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho {}")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.chdir(tmp_path)
+    status, output = run("--compile-only", HOST, "--size", FIXTURE, "--dtype", "float32", *options, "-k", "lowers")
+    assert status == pytest.ExitCode.OK, output
+    assert f"{len(graphs(HOST, *FLOAT32[0]))} passed" in output
+
+
 def test_a_target_that_is_not_known_ends_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     monkeypatch.setattr(sys, "argv", ["lowering", "sm_1", f"{FIXTURE}:float32", "--out", str(out)])
