@@ -169,10 +169,15 @@ def pytorch_chain(model: Whisper, audio: Tensor, tokens: Tensor, dtype: torch.dt
     return {name: value.cpu() for name, value in values.items()}
 
 
-@torch.no_grad()
 def pytorch_logits(model: Whisper, audio: Tensor, tokens: Tensor, dtype: torch.dtype) -> Tensor:
     """Computes the logits (batch, token, vocab) behind all tokens but the last."""
-    features = model.encoder(pytorch_mel(model, audio, dtype)[None].to(model.device, dtype))
+    return logits_of(model, pytorch_mel(model, audio, dtype), tokens, dtype)
+
+
+@torch.no_grad()
+def logits_of(model: Whisper, mel: Tensor, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+    """Computes the logits (batch, token, vocab) behind all tokens but the last, of a window's mel (n_mels, frame)."""
+    features = model.encoder(mel[None].to(model.device, dtype))
     cross = layers("cross", decoder_keys_values(model, 0, features))
     return decoder_twin(model, 0, tokens[:, :-1].to(model.device), **cross)[0].cpu()
 

@@ -1,18 +1,18 @@
 """All that is said of a window: tokens and words, and with derived budgets the log-probability of the text, and the
-probabilities that there is no speech, of every language, and of every word."""
+probabilities that there is no speech, of every language, and of every word; of a transcript's windows the first two."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
-import whisper
 from torch import Tensor
 from whisper import timing
-from whisper.audio import N_SAMPLES, log_mel_spectrogram, pad_or_trim
-from whisper.decoding import DecodingResult, DecodingTask
+from whisper.audio import N_FRAMES, N_SAMPLES, log_mel_spectrogram, pad_or_trim
+from whisper.decoding import DecodingOptions, DecodingResult, DecodingTask
 from whisper.model import Whisper as OpenAIWhisper
 from whisper.timing import WordTiming
 from whisper.tokenizer import Tokenizer
@@ -23,10 +23,10 @@ from maxwhisper.compare.tokens import tokenizer_of
 from maxwhisper.whisper import Whisper
 
 from .blocks import TWINS
-from .chain import pytorch_logits
+from .chain import logits_of, pytorch_logits, pytorch_mel
 from .judge import UNIT_ROUNDOFF, Comparison, Judgement, condition, judge, judge_by_condition
 from .models import FIXTURE
-from .transcripts import SEED, Transcript
+from .transcripts import SEED, Transcript, options_of, transcribed
 from .verdicts import Verdicts
 
 DECODING: dict[str, dict[str, Any]] = {
@@ -76,11 +76,44 @@ def decoded(model: OpenAIWhisper, mel: Tensor, options: dict[str, Any], others: 
     features = model.embed_audio(torch.stack([*others[:1], mel, *others[1:]]).to(model.device))
     probabilities = model.detect_language(features)[1][place]
     torch.manual_seed(SEED)
-    result = model.decode(features, whisper.DecodingOptions(fp16=False, **options))[place]
+    result = model.decode(features, DecodingOptions(fp16=False, **options))[place]
     find_alignment = alignment.find_alignment if isinstance(model, Whisper) else timing.find_alignment
     tokenizer = tokenizer_of(model.dims, result.language)
     words = find_alignment(model, tokenizer, words_of(tokenizer, result.tokens), mel.to(model.device), mel.shape[-1])
     return Window(result, torch.tensor([probabilities[code] for code in sorted(probabilities)]), words)
+
+
+@dataclass(frozen=True)
+class TranscriptWindow:
+    """What one side's transcript says of one of its windows, which begins at the frame `seek`."""
+
+    seek: int
+    options: DecodingOptions
+    tokens: list[int]
+    avg_logprob: float
+    no_speech_prob: float
+
+    @property
+    def text(self) -> tuple[object, ...]:
+        """Returns what must be the same of it."""
+        return self.seek, self.options.language, self.options.prompt, self.tokens
+
+
+def windows_of(model: OpenAIWhisper, audio: np.ndarray, decoding: str) -> list[TranscriptWindow]:
+    """Transcribes audio, (samples,), in every window of which something must be said, at temperature 0."""
+    decode, calls = type(model).decode, []
+
+    def recorded(model: OpenAIWhisper, mel: Tensor, options: DecodingOptions) -> DecodingResult:
+        calls.append((options, decode(model, mel, options)))
+        return calls[-1][1]
+
+    with patch.object(type(model), "decode", recorded):
+        segments = transcribed(model, audio, options_of(decoding))["segments"]
+    said = dict.fromkeys((each["seek"], each["avg_logprob"], each["no_speech_prob"]) for each in segments)
+    return [
+        TranscriptWindow(seek, options, result.tokens, avg_logprob, no_speech_prob)
+        for (options, result), (seek, avg_logprob, no_speech_prob) in zip(calls, said, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -105,13 +138,28 @@ class Judge:
         comparison = Comparison(FIXTURE, torch.float32, f"decode, {decoding}", 0, clip, str(subject.device))
         numbers = dict(zip(("logprob", "speech", "languages", "words"), ours.numbers, strict=False))
         tensors = {"audio": window, repr(ours.text): torch.tensor(ours.result.tokens), **numbers}
-        judged = partial(self.judged, comparison, window, ours)
-        if self.verdicts and subject.device.type == "cpu":
+        found = self.recalled(comparison, tensors, partial(self.judged, comparison, window, ours))
+        return Transcript(clip, decoding, found.passed, len(ours.result.tokens), "" if found.passed else str(found))
+
+    def compare_transcript(self, subject: Whisper, clip: str, audio: np.ndarray, decoding: str) -> Transcript:
+        """Judges what the subject's transcript of audio, (samples,), says of each of its windows."""
+        ours, sound = windows_of(subject, audio, decoding), torch.from_numpy(audio)
+        comparison = Comparison(FIXTURE, torch.float32, f"transcribe, {decoding}", 0, clip, str(subject.device))
+        logprob, speech = numbers_of_windows(ours)
+        texts = repr([window.text for window in ours])
+        tensors = {"audio": sound, texts: torch.tensor(len(ours)), "logprob": logprob, "speech": speech}
+        found = self.recalled(comparison, tensors, partial(self.judged_windows, comparison, sound, decoding, ours))
+        n_token = sum(len(window.tokens) for window in ours)
+        return Transcript(clip, comparison.block, found.passed, n_token, "" if found.passed else str(found))
+
+    def recalled(
+        self, comparison: Comparison, tensors: dict[str, Tensor], judged: Callable[[], Judgement]
+    ) -> Judgement:
+        """Returns the verdict of an earlier run on the same tensors, where there is one."""
+        if self.verdicts and comparison.device == "cpu":
             (found,) = self.verdicts.recalled(str(comparison), tensors, lambda: [judged()])
-        else:
-            found = judged()
-        difference = "" if found.passed else str(found)
-        return Transcript(clip, decoding, found.passed, len(ours.result.tokens), difference)
+            return found
+        return judged()
 
     def judged(self, comparison: Comparison, window: Tensor, ours: Window) -> Judgement:
         """Returns the verdict; of another text than PyTorch's, no number is compared."""
@@ -119,12 +167,44 @@ class Judge:
         theirs = decoded(self.peer, log_mel_spectrogram(window, self.peer.dims.n_mels), options)
         if ours.text != theirs.text:
             return Judgement(comparison, (), (f"MAX {ours.text}, PyTorch {theirs.text}",))
-        task = DecodingTask(self.peer, whisper.DecodingOptions(fp16=False, **options, language=theirs.result.language))
+        task = DecodingTask(self.peer, DecodingOptions(fp16=False, **options, language=theirs.result.language))
         tokens = theirs.result.tokens
         formula, logits = partial(numbers_of, task, tokens), self.logits(task, window, tokens)
+        return self.verdict(comparison, formula, logits, theirs.numbers, ours.numbers)
+
+    def judged_windows(
+        self, comparison: Comparison, audio: Tensor, decoding: str, ours: list[TranscriptWindow]
+    ) -> Judgement:
+        """Returns the verdict on a transcript's windows; of other texts than PyTorch's, no number is compared."""
+        theirs = windows_of(self.peer, audio.numpy(), decoding)
+        if [window.text for window in ours] != [window.text for window in theirs]:
+            return Judgement(comparison, (), (f"windows: MAX {ours}, PyTorch {theirs}",))
+        mel = pytorch_mel(self.oracle, torch.nn.functional.pad(audio, (0, N_SAMPLES)), torch.float64)
+        content, tasks, logits = mel[:, :-N_FRAMES], {}, {}
+        for window in theirs:
+            frames = pad_or_trim(content[:, window.seek : window.seek + N_FRAMES], N_FRAMES)
+            tasks[str(window.seek)] = task = DecodingTask(self.peer, window.options)
+            text = torch.tensor([[*task.initial_tokens, *window.tokens, task.tokenizer.eot]])
+            logits[str(window.seek)] = logits_of(self.oracle, frames, text, torch.float64)[0]
+
+        def formula(logits: dict[str, Tensor]) -> list[Tensor]:
+            said = [said_of(tasks[str(w.seek)], w.tokens, logits[str(w.seek)]) for w in theirs]
+            return [torch.cat(numbers) for numbers in zip(*said, strict=True)]
+
+        return self.verdict(comparison, formula, logits, numbers_of_windows(theirs), numbers_of_windows(ours))
+
+    def verdict(
+        self,
+        comparison: Comparison,
+        formula: Callable[[dict[str, Tensor]], list[Tensor]],
+        logits: dict[str, Tensor],
+        theirs: list[Tensor],
+        ours: list[Tensor],
+    ) -> Judgement:
+        """Judges numbers that a formula makes of the oracle's logits."""
         verdict = partial(
             judge,
-            *(comparison, formula(logits), theirs.numbers, ours.numbers),
+            *(comparison, formula(logits), theirs, ours),
             longest_reduction=self.peer.dims.n_vocab,
             roundings=TWINS["decoder.prefill"].roundings(self.peer.dims),
             chained=True,
@@ -149,11 +229,21 @@ class Judge:
 def numbers_of(task: DecodingTask, tokens: list[int], logits: dict[str, Tensor]) -> list[Tensor]:
     """Returns `Window.numbers` by openai-whisper's formulas and filters, in the dtype of the logits."""
     known = task.tokenizer
-    speech = logits["text"][task.sot_index].softmax(-1)[[known.no_speech]]
     tokens_of = dict(zip(known.all_language_codes, known.all_language_tokens, strict=True))
     languages = logits["start"][0, [tokens_of[code] for code in sorted(tokens_of)]].softmax(-1)
     words = [word_probabilities(known, tokens, logits["words"])] if words_of(known, tokens) else []
-    return [avg_logprob(task, tokens, logits["text"]), speech, languages, *words]
+    return [*said_of(task, tokens, logits["text"]), languages, *words]
+
+
+def numbers_of_windows(windows: Sequence[TranscriptWindow]) -> list[Tensor]:
+    """Returns the log-probability of every window's text, and the probability of every one that there is no speech."""
+    return [torch.tensor([getattr(each, name) for each in windows]) for name in ("avg_logprob", "no_speech_prob")]
+
+
+def said_of(task: DecodingTask, tokens: list[int], logits: Tensor) -> list[Tensor]:
+    """Returns log-probability and probability of no speech, each (1,), of logits (token, vocab) of prompt and text."""
+    speech = logits[task.sot_index].softmax(-1)[[task.tokenizer.no_speech]]
+    return [avg_logprob(task, tokens, logits), speech]
 
 
 def avg_logprob(task: DecodingTask, tokens: list[int], logits: Tensor) -> Tensor:

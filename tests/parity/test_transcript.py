@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from whisper.audio import mel_filters
+from whisper.audio import CHUNK_LENGTH, mel_filters
 
 import maxwhisper
 from maxwhisper.options import DETECTOR
@@ -119,6 +119,19 @@ def test_all_that_is_said_of_a_window(
 ) -> None:
     sound, *others = (waveforms.read(FIXTURES / file) for file in (clip, *OTHERS))
     transcript = windows_judge.compare(subject, clip, sound, decoding, others)
+    run.transcripts.append(transcript)
+    assert transcript.equal, transcript.difference
+
+
+LONG = [clip["file"] for clip in CLIPS if clip["duration"] > CHUNK_LENGTH]
+
+
+@pytest.mark.parametrize("clip", LONG)
+def test_numbers_of_a_transcripts_windows(
+    subject: maxwhisper.Whisper, windows_judge: windows.Judge, clip: str, run: Run
+) -> None:
+    """Of recordings of several, each with the text before it as its prompt."""
+    transcript = windows_judge.compare_transcript(subject, clip, waveforms.read(FIXTURES / clip), "greedy")
     run.transcripts.append(transcript)
     assert transcript.equal, transcript.difference
 

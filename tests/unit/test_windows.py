@@ -18,9 +18,9 @@ from reference.fixtures import FIXTURES, NANO
 from reference.judge import Comparison, Judgement, Measure, Output
 from reference.models import FIXTURE
 from reference.verdicts import Verdicts
-from reference.windows import Window
+from reference.windows import TranscriptWindow, Window
 
-CLIP = "clips/english-1.wav"
+CLIP, LONG = "clips/english-1.wav", "clips/english-long.mp3"
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +119,73 @@ def test_a_verdict_is_kept_of_all_that_is_said(
             now = each
             asked.clear()
             remembering.compare(subject, CLIP, waveforms.read(FIXTURES / CLIP), "greedy")
+            found.append(len(asked))
+        assert found == [1, 0, 1], fault
+
+
+@pytest.fixture(scope="module")
+def of_transcript(judge: windows.Judge) -> tuple[list[TranscriptWindow], Callable[[list[TranscriptWindow]], Judgement]]:
+    """Returns what PyTorch says of a recording's three windows, and what judges what is said of them."""
+    audio = waveforms.read(FIXTURES / LONG)
+    right = windows.windows_of(judge.peer, audio, "greedy")
+    comparison = Comparison(FIXTURE, torch.float32, "transcribe, greedy", 0, LONG)
+    of_oracle, known = windows.logits_of, dict[int, Tensor]()
+
+    def logits_of(model: Any, mel: Tensor, text: Tensor, dtype: torch.dtype) -> Tensor:
+        if text.numel() not in known:
+            known[text.numel()] = of_oracle(model, mel, text, dtype)
+        return known[text.numel()]
+
+    def judged(said: list[TranscriptWindow]) -> Judgement:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(windows, "windows_of", lambda *_: right)
+            patch.setattr(windows, "logits_of", logits_of)
+            return judge.judged_windows(comparison, torch.from_numpy(audio), "greedy", said)
+
+    return right, judged
+
+
+def with_last(**changes: Callable[[Any], Any]) -> Callable[[list[TranscriptWindow]], list[TranscriptWindow]]:
+    """Returns what changes some of what is said of the last window."""
+    return lambda w: [*w[:-1], replace(w[-1], **{name: f(getattr(w[-1], name)) for name, f in changes.items()})]
+
+
+TRANSCRIPT_FAULTS: dict[str, Callable[[list[TranscriptWindow]], list[TranscriptWindow]]] = {
+    "log-probability": with_last(avg_logprob=lambda x: x * 1.001),
+    "speech": with_last(no_speech_prob=lambda x: x * 1.001),
+    "speech of the window before": lambda w: [*w[:-1], replace(w[-1], no_speech_prob=w[-2].no_speech_prob)],
+    "not a number": with_last(no_speech_prob=lambda _: np.nan),
+    "a token": with_last(tokens=lambda x: x[:-1]),
+    "a prompt": with_last(options=lambda x: replace(x, prompt=[])),
+    "a window fewer": lambda w: w[:-1],
+}
+
+
+def test_what_pytorchs_transcript_says_passes_and_nothing_else(of_transcript: Any) -> None:
+    right, judged = of_transcript
+    assert len(right) == 3 and judged(right).passed
+    assert [fault for fault, change in TRANSCRIPT_FAULTS.items() if judged(change(right)).passed] == []
+
+
+def test_a_verdict_is_kept_of_all_that_is_said_of_a_transcripts_windows(
+    judge: windows.Judge,
+    of_transcript: Any,
+    tmp_path: Path,
+    pytestconfig: pytest.Config,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked, outputs = [], (Output(0, (1,), (Measure("relative L2", 0.0, 0.0, 1.0),)),)
+    verdict = Judgement(Comparison(FIXTURE, torch.float32, "transcribe, greedy", 0, LONG), outputs, ())
+    monkeypatch.setattr(windows.Judge, "judged_windows", lambda *_: asked.append(1) or verdict)
+    remembering = replace(judge, verdicts=Verdicts(pytest.Cache(tmp_path, pytestconfig, _ispytest=True), "m"))
+    for fault, change in TRANSCRIPT_FAULTS.items():
+        found = []
+        for each in (of_transcript[0], of_transcript[0], change(of_transcript[0])):
+            monkeypatch.setattr(windows, "windows_of", lambda *_, each=each: each)
+            asked.clear()
+            subject: Any = SimpleNamespace(device=torch.device("cpu"))
+            transcript = remembering.compare_transcript(subject, LONG, np.zeros(9, np.float32), "greedy")
+            assert transcript.equal
             found.append(len(asked))
         assert found == [1, 0, 1], fault
 
