@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from maxwhisper.decoding.rules import TOKEN_RULES
 from maxwhisper.decoding.speculative import QUANTIZE_KEYS, SPECULATE
 from maxwhisper.engine.artifacts import HOST, Identity, Writer, aim_at, writing
 from maxwhisper.engine.built_from import built_from
+from maxwhisper.engine.precompile import Precompiler
 from maxwhisper.engine.program import Artifact, Program
 from maxwhisper.network.blocks import BLOCKS
 
@@ -113,6 +115,14 @@ def lower_all(suite: Suite, writer: Writer) -> dict[str, str]:
     return failures
 
 
+def fill_cache(suite: Suite) -> None:
+    """Compiles every artifact of the suite, the last one first, into MAX's cache. What does not lower is left out: who
+    needs it says so."""
+    for unit, programs in reversed([*units(suite)]):
+        with suppress(Exception):
+            Artifact(suite.subject.name(unit), programs, suite.subject.device_of(unit))
+
+
 class NotLowered(Exception):
     """Ends the writing of artifacts of which some are missing."""
 
@@ -122,16 +132,25 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m reference.lowering", description=__doc__)
     parser.add_argument("target")
     parser.add_argument("models", nargs="+", metavar="SIZE:DTYPE")
-    parser.add_argument("--out", required=True)
+    parser.add_argument("--out")
     parser.add_argument("--checkpoint")
     options = parser.parse_args()
+
+    def suite(model: str) -> Suite:
+        size, _, dtype = model.partition(":")
+        return Suite(load(size, options.checkpoint), DTYPES[dtype], device)
+
+    if options.out is None:
+        device = aim_at(options.target)
+        for model in reversed(options.models):
+            fill_cache(suite(model))
+        return 0
     lowered = True
     try:
         with writing(options.out, options.target) as writer:
             device = aim_at(options.target)
             for model in options.models:
-                size, _, dtype = model.partition(":")
-                failures = lower_all(Suite(load(size, options.checkpoint), DTYPES[dtype], device), writer)
+                failures = lower_all(suite(model), writer)
                 lowered = lowered and not failures
                 print(json.dumps(failures), flush=True)
             if not lowered:
@@ -150,17 +169,18 @@ class Lowering:
     def __init__(self, target: str, models: Sequence[tuple[str, torch.dtype]], out: Path, checkpoint: str | None):
         self.target, self.out = target, out
         names = [f"{size}:{dtype_name(dtype)}" for size, dtype in models]
-        command = [sys.executable, "-m", "reference.lowering", target, *names, "--out", str(out)]
-        if checkpoint:
-            command += ["--checkpoint", checkpoint]
+        options = ["--checkpoint", checkpoint] if checkpoint else []
+        command = [sys.executable, "-m", "reference.lowering", target, *names, "--out", str(out), *options]
         self.log = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process writes to it
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.log, text=True)
+        self.second = Precompiler("reference.lowering", [target, *names], *options)
         self.waiting = list(models)
         self.failures: dict[tuple[str, torch.dtype], dict[str, str]] = {}
 
     def failure(self, size: str, dtype: torch.dtype, graph: str) -> str | None:
         """Says why the graph does not lower, None if it does; waits until that is known."""
         assert self.process.stdout is not None
+        self.second.start()
         while (size, dtype) not in self.failures:
             if not (line := self.process.stdout.readline()):
                 return self.ended()
@@ -170,6 +190,7 @@ class Lowering:
     def finish(self) -> bool:
         """Waits until all is compiled; returns whether the artifacts were written."""
         assert self.process.stdout is not None
+        self.second.start()
         for line in self.process.stdout:
             self.failures[self.waiting.pop(0)] = json.loads(line)
         return self.process.wait() == 0
@@ -190,6 +211,7 @@ class Lowering:
 
     def stop(self) -> None:
         """Ends it, with what it did not get to; lets it write what it has compiled if there is nothing left to do."""
+        self.second.stop()
         unfinished = bool(self.waiting) and self.process.poll() is None
         if unfinished:
             self.process.terminate()

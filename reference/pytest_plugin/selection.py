@@ -49,6 +49,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     config = session.config
     if is_worker(config) or config.getoption("collectonly") or Options.of(config).artifacts:
         return  # a worker has others beside it that compile
+    if lowered := next((item for item in session.items if "lowering" in item.fixturenames), None):  # type: ignore[attr-defined]
+        Compiling.of(config).for_target(parameters(lowered)["lowering"])  # while other tests compile what they read
+        return
     jobs = jobs_of_others(config, session.items)
     for some in filter(None, (jobs[::2], jobs[1::2])):
         Compiling.of(config).start(some)

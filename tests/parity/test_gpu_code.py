@@ -27,40 +27,48 @@ from maxwhisper.network.shapes import causal_mask
 from maxwhisper.engine.program import Artifact, Program
 from maxwhisper.engine.session import Policy
 
-name, dtype, path = sys.argv[1:]
-device, gpu, dtype = aim_at("sm_90a"), DeviceRef.GPU(), DType[dtype]
-policy = Policy(gpu, dtype, dtype)
-attn = MultiHeadAttention(128, 2, policy)
-tensor = lambda *shape: TensorType(dtype, shape, gpu)
-heads = lambda x: ops.permute(x.reshape((*x.shape[:2], 2, 64)), [0, 2, 1, 3])
+path, *names = sys.argv[1:]
+device, gpu = aim_at("sm_90a"), DeviceRef.GPU()
 
-def step(_, qkv, k_audio, v_audio, **slots):
-    q = attn.attend_in_place(qkv, Slots(**slots))
-    return [q, attn.split_attention("split_attention", q, k_audio, v_audio)]
+def program(name, dtype):
+    policy = Policy(gpu, dtype, dtype)
+    attn = MultiHeadAttention(128, 2, policy)
+    tensor = lambda *shape: TensorType(dtype, shape, gpu)
+    heads = lambda x: ops.permute(x.reshape((*x.shape[:2], 2, 64)), [0, 2, 1, 3])
 
-def many(_, audio, text):
-    cross = KeyValue(heads(audio), heads(audio))
-    causal = attn.attend(text, KeyValue(heads(text), heads(text)), causal_mask(text.shape[1], policy))
-    return [attn.attend(audio, cross), causal, *attn.attend_with_scores(text, cross)]
+    def step(_, qkv, k_audio, v_audio, **slots):
+        q = attn.attend_in_place(qkv, Slots(**slots))
+        return [q, attn.split_attention("split_attention", q, k_audio, v_audio)]
 
-cache, row, audio = tensor("batch", "position", 2, 64), tensor("batch", 1, 384), tensor("audio", 1500, 2, 64)
-into, lengths = cache.as_buffer(), TensorType(DType.int64, ["batch"], gpu)
-rows = TensorType(DType.int64, ["batch", "position"], gpu)
-kernel, bias = tensor(128, 128, 3), TensorType(DType.float32, [128], gpu)
-caches = {"k": cache, "v": cache, "k_written": into, "v_written": into}
-inputs = {
-    "step": {"qkv": row, "n_past": lengths, "rows": rows, **caches, "k_audio": audio, "v_audio": audio},
-    "many": {"audio": tensor("audio", 1500, 128), "text": tensor("batch", "token", 128)},
-    "convolution": {"x": tensor("batch", 3002, 128), "weight": kernel, "bias": bias},
-}
-graphs = {
-    "step": step,
-    "many": many,
-    "convolution": lambda _, x, weight, bias: [convolution_by_product(x, weight, bias, stride=2)],
-}
-program = Program(name, "", NoWeights(), graphs[name], inputs[name])
-Artifact(name, [program], device).stored.compiled.export_mef(path)
+    def many(_, audio, text):
+        cross = KeyValue(heads(audio), heads(audio))
+        causal = attn.attend(text, KeyValue(heads(text), heads(text)), causal_mask(text.shape[1], policy))
+        return [attn.attend(audio, cross), causal, *attn.attend_with_scores(text, cross)]
+
+    def convolution(_, x, weight, bias):
+        return [convolution_by_product(x, weight, bias, stride=2)]
+
+    cache, row, audio = tensor("batch", "position", 2, 64), tensor("batch", 1, 384), tensor("audio", 1500, 2, 64)
+    into, lengths = cache.as_buffer(), TensorType(DType.int64, ["batch"], gpu)
+    rows = TensorType(DType.int64, ["batch", "position"], gpu)
+    kernel, bias = tensor(128, 128, 3), TensorType(DType.float32, [128], gpu)
+    caches = {"k": cache, "v": cache, "k_written": into, "v_written": into}
+    inputs = {
+        "step": {"qkv": row, "n_past": lengths, "rows": rows, **caches, "k_audio": audio, "v_audio": audio},
+        "many": {"audio": tensor("audio", 1500, 128), "text": tensor("batch", "token", 128)},
+        "convolution": {"x": tensor("batch", 3002, 128), "weight": kernel, "bias": bias},
+    }
+    graphs = {"step": step, "many": many, "convolution": convolution}
+    return Program(f"{name} {dtype.name}", "", NoWeights(), graphs[name], inputs[name])
+
+programs = [program(name, DType[dtype]) for name, dtype in map(str.split, names)]
+Artifact("parts on a GPU", programs, device).stored.compiled.export_mef(path)
 """
+COMPILED = [
+    *("step float16", "step float32", "many float16", "many bfloat16", "many float32"),
+    *("convolution bfloat16", "convolution float32"),
+]
+"""Graphs of COMPILE and their dtypes, as one module: each of its own would take twice as long."""
 KERNELS_OF_A_STEP = """
 from kernels.device_rating import rate_on_gpu
 from kernels.device_select import choose_on_gpu
@@ -87,14 +95,19 @@ LOADS, STORES = {0x980, 0x981}, {0x385, 0x386, 0x985, 0x986}
 
 
 @cache
+def artifact() -> dict[str, list[Kernel]]:
+    """Returns the kernels of COMPILED, by graph."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "graphs.mef")
+        subprocess.run([sys.executable, "-c", COMPILE, str(path), *COMPILED], check=True)
+        return {graph.graph.name: list(graph.kernels) for graph in graphs.compiled(path.read_bytes(), path)}
+
+
 def compiled(name: str, dtype: str) -> list[Kernel]:
     """Returns the kernels of a graph of COMPILE."""
-    with TemporaryDirectory() as folder:
-        path = Path(folder, "graph.mef")
-        subprocess.run([sys.executable, "-c", COMPILE, name, dtype, str(path)], check=True)
-        (graph,) = graphs.compiled(path.read_bytes(), path)
-    assert graph.kernels
-    return list(graph.kernels)
+    kernels = artifact()[f"{name} {dtype}"]
+    assert kernels
+    return kernels
 
 
 STEPS = pytest.mark.parametrize("dtype", ["float16", "float32"])  # by kernels of ours, whatever the dtype

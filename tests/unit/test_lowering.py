@@ -14,12 +14,14 @@ from max.graph import DeviceRef, TensorType
 from max.nn.layer import Module
 
 from maxwhisper.compiled import DECODING, programs_of, units_on
+from maxwhisper.engine import precompile
 from maxwhisper.engine.artifacts import HOST, MANIFEST, Artifacts
 from maxwhisper.engine.program import Program
 from maxwhisper.engine.session import Policy
 from maxwhisper.errors import OptionError
 from maxwhisper.network.model import LayerNorm
 from maxwhisper.whisper import load_model
+from reference import lowering
 from reference.fixtures import NANO, ROOT
 from reference.lowering import Lowering, graphs, lower
 from reference.lowering import main as lowering_main
@@ -135,15 +137,38 @@ def test_a_process_that_ends_early_is_reported_with_its_last_words(
 def test_a_gate_reads_no_artifacts_where_it_writes_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
 ) -> None:
-    """Whatever compiles, which here says at once that all does."""
-    python = tmp_path / "python"
-    python.write_text("#!/bin/sh\necho {}")
+    """Of what compiles, which here says at once that all does, a second process begins at the other end."""
+    python, called = tmp_path / "python", tmp_path / "called"
+    python.write_text(f'#!/bin/sh\necho "$*" >> {called}; echo {{}}')
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setattr(precompile, "has_room", lambda: True)
     monkeypatch.chdir(tmp_path)
     status, output = run("--compile-only", HOST, "--size", FIXTURE, "--dtype", "float32", *options, "-k", "lowers")
     assert status == pytest.ExitCode.OK, output
     assert f"{len(graphs(HOST, *FLOAT32[0]))} passed" in output
+    lines = [line for line in called.read_text().splitlines() if "lowering" in line]
+    out = Path(options[1] if options else "build/artifacts", HOST)
+    model = f"{HOST} {FIXTURE}:float32"
+    assert sorted(lines) == [f"-P -m reference.lowering {model}", f"-m reference.lowering {model} --out {out}"]
+
+
+def test_a_second_process_compiles_from_the_end_and_leaves_out_what_does_not_lower(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compiled = []
+
+    def compiles(name: str, programs: list[str], device: str) -> None:
+        compiled.append((name, programs))
+        if "decoding" in name:
+            raise ValueError("does not lower")
+
+    monkeypatch.setattr(lowering, "Artifact", compiles)
+    monkeypatch.setattr(lowering, "units", lambda suite: [(unit, [unit]) for unit in ("network", "parts", "decoding")])
+    monkeypatch.setattr(sys, "argv", ["lowering", HOST, f"{FIXTURE}:float32", "tiny:float32"])
+    assert lowering_main() == 0
+    models = (f"{size}, float32, {unit}" for size in ("tiny", FIXTURE) for unit in ("decoding", "parts", "network"))
+    assert [name for name, _ in compiled] == [*models]
 
 
 def test_a_target_that_is_not_known_ends_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
