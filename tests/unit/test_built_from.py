@@ -80,6 +80,13 @@ def test_a_change_to_a_block_counts_for_the_graphs_that_have_it(
     assert {unit for unit, key in keys(units).items() if key != before[unit]} == {"network"}
 
 
+def test_what_another_compiler_has_compiled_is_not_taken(
+    units: dict[str, list[Program]], before: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(maxwhisper.engine.built_from, "version", lambda package: f"another {package}")
+    assert not [unit for unit, key in keys(units).items() if key == before[unit]]
+
+
 def test_comments_are_no_code(tmp_path: Path) -> None:
     (tmp_path / "a.mojo").write_text('"""Words\n# of it."""\n\nx = 1  # a comment\ny = "# none"\n    # one more\n')
     assert code(tmp_path / "a.mojo") == 'x = 1\ny = "# none"'

@@ -190,7 +190,8 @@ def test_every_recording_is_in_its_own_language(stub: type[StubWorker], monkeypa
 
     monkeypatch.setattr(stub, "answer", answer)
     two = [str(CLIP), str(CLIP)]
-    found = run.compare(two, str(NANO), ["whisper.cpp"], device="cpu", batch_size=1, threads=1, rounds=1)
+    found = run.compare(two, str(NANO), ["whisper.cpp"], device="cpu", batch_size=3, threads=1, rounds=1)
+    assert found.options["batch_size"] == 3
     assert found.options["languages"] == ["de", "en"]
     assert [language for name, language in stub.asked if name == "whisper.cpp"] == ["de", "en"] * 2
 

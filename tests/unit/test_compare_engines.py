@@ -5,7 +5,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest.mock import Mock
 
 import numpy as np
@@ -124,18 +124,22 @@ def test_a_window_has_the_same_tokens_in_a_batch(spec: Spec, folder: Path, monke
     assert [len(batch) for batch in batches] == [2, 1]
 
 
-def test_maxwhisper_batched_is_transcribe_batched(folder: Path) -> None:
+def test_maxwhisper_batched_is_transcribe_batched(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine: Any = adapter(named("maxwhisper batched"), folder, 4)
     audio = load_audio(LONG)[: 33 * SAMPLE_RATE]
     segments = transcribe_batched(engine.model, audio, language="en", temperature=0.0)["segments"]
+    watched = Mock(wraps=transcribe_batched)
+    monkeypatch.setattr(maxwhisper_engine, "transcribe_batched", watched)
     assert transcribed(engine, audio) == [token for segment in segments for token in segment["tokens"]]
+    assert watched.call_args.args[2] == 4
 
 
 def test_faster_whisper_batched_cuts_long_audio_elsewhere(folder: Path) -> None:
     sequential, batched = (adapter(named(f"faster-whisper {mode}"), folder, 4) for mode in ("float32", "batched"))
-    audio = load_audio(LONG)
+    audio, pipeline = load_audio(LONG), cast(Any, batched).pipeline
+    pipeline.transcribe = Mock(wraps=pipeline.transcribe)
     whole, pieces = (transcribed(engine, audio) for engine in (sequential, batched))
-    assert pieces != whole
+    assert pieces != whole and pipeline.transcribe.call_args.kwargs["batch_size"] == 4
     # With timestamps, as all engines: the text of the first sentence is between two.
     first = next(i for i, token in enumerate(pieces[1:], 1) if token >= 50364)
     assert pieces[0] >= 50364 and pieces[1:first] == whole[1:first]
