@@ -26,7 +26,7 @@ from maxwhisper.decoding.rules import TOKEN_RULES
 from maxwhisper.decoding.speculative import QUANTIZE_KEYS, SPECULATE
 from maxwhisper.engine.artifacts import HOST, Identity, Writer, aim_at, writing
 from maxwhisper.engine.built_from import built_from
-from maxwhisper.engine.precompile import Precompiler
+from maxwhisper.engine.precompile import Precompiler, started
 from maxwhisper.engine.program import Artifact, Program
 from maxwhisper.network.blocks import BLOCKS
 
@@ -170,9 +170,9 @@ class Lowering:
         self.target, self.out = target, out
         names = [f"{size}:{dtype_name(dtype)}" for size, dtype in models]
         options = ["--checkpoint", checkpoint] if checkpoint else []
-        command = [sys.executable, "-m", "reference.lowering", target, *names, "--out", str(out), *options]
+        command = ["-P", "-m", "reference.lowering", target, *names, "--out", str(out), *options]
         self.log = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process writes to it
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self.log, text=True)
+        self.process = started(command, stdout=subprocess.PIPE, stderr=self.log)
         self.second = Precompiler("reference.lowering", [target, *names], *options)
         self.waiting = list(models)
         self.failures: dict[tuple[str, torch.dtype], dict[str, str]] = {}

@@ -1,6 +1,7 @@
 """The compile gate: it names the blocks that do not lower, with MAX's message, and ends with all artifacts or none."""
 
 import io
+import os
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
@@ -128,7 +129,7 @@ def test_a_process_that_ends_early_is_reported_with_its_last_words(
     reason = lowering.failure(*FLOAT32[0], "encoder")
     assert not lowering.finish()
     lowering.stop()
-    words = f"some words\nthe last of -m reference.lowering sm_1 {FIXTURE}:float32 --out {tmp_path / 'out'}"
+    words = f"some words\nthe last of -P -m reference.lowering sm_1 {FIXTURE}:float32 --out {tmp_path / 'out'}"
     assert reason == f"the process that compiles ended with status 3\n{words}"
     assert lowering.summary() == "sm_1: 0 of 1 models compiled, 0 graphs do not lower; no artifacts written"
 
@@ -137,9 +138,10 @@ def test_a_process_that_ends_early_is_reported_with_its_last_words(
 def test_a_gate_reads_no_artifacts_where_it_writes_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
 ) -> None:
-    """Of what compiles, which here says at once that all does, a second process begins at the other end."""
+    """Of what compiles, which here says at once that all does, a second process begins at the other end. In whatever
+    folder the gate is started, both find the sources."""
     python, called = tmp_path / "python", tmp_path / "called"
-    python.write_text(f'#!/bin/sh\necho "$*" >> {called}; echo {{}}')
+    python.write_text(f'#!/bin/sh\necho "$PYTHONPATH $*" >> {called}; echo {{}}')
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
     monkeypatch.setattr(precompile, "has_room", lambda: True)
@@ -147,10 +149,11 @@ def test_a_gate_reads_no_artifacts_where_it_writes_them(
     status, output = run("--compile-only", HOST, "--size", FIXTURE, "--dtype", "float32", *options, "-k", "lowers")
     assert status == pytest.ExitCode.OK, output
     assert f"{len(graphs(HOST, *FLOAT32[0]))} passed" in output
-    lines = [line for line in called.read_text().splitlines() if "lowering" in line]
+    started = [line.partition(" ") for line in called.read_text().splitlines() if "lowering" in line]
+    assert all(str(ROOT) in paths.split(os.pathsep) for paths, _, _ in started)
     out = Path(options[1] if options else "build/artifacts", HOST)
-    model = f"{HOST} {FIXTURE}:float32"
-    assert sorted(lines) == [f"-P -m reference.lowering {model}", f"-m reference.lowering {model} --out {out}"]
+    command = f"-P -m reference.lowering {HOST} {FIXTURE}:float32"
+    assert sorted(each for _, _, each in started) == [command, f"{command} --out {out}"]
 
 
 def test_a_second_process_compiles_from_the_end_and_leaves_out_what_does_not_lower(
