@@ -46,7 +46,8 @@ class Worker(RequestProcess):
         arguments = ["-P", str(WORKER), setting.size, setting.dtype, setting.device]
         for option in ("checkpoint", "artifacts"):
             if value := getattr(setting, option):
-                arguments += [f"--{option}", value]
+                path = Path(value)
+                arguments += [f"--{option}", str(path.resolve()) if path.exists() else value]  # else a model's name
         # A session of its own: Ctrl-C is for the parent to act on, which closes its workers.
         env = {**os.environ, "PYTHONPATH": str(tree)}
         super().__init__(arguments, cwd=tree, env=env, start_new_session=True)

@@ -209,6 +209,20 @@ os.kill(os.getpid(), signal.SIGKILL)
         assert time.monotonic() < deadline
 
 
+def test_paths_are_those_of_the_folder_that_this_process_is_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one is in the folder of its tree. A name of a model is no path."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\nshift 5\necho "{\\"result\\": {\\"tree\\": \\"$PWD\\", \\"takes\\": \\"$*\\"}}"')
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine.pt", "compiled"):
+        (tmp_path / name).touch()
+    for checkpoint, found in (("mine.pt", tmp_path / "mine.pt"), ("tiny", "tiny")):
+        with Worker(replace(SETTING, checkpoint=checkpoint, artifacts="compiled")) as other:
+            assert other.takes == f"--checkpoint {found} --artifacts {tmp_path / 'compiled'}"
+
+
 # ---- graphs compiled ahead -----------------------------------------------------------------------------------------
 
 
