@@ -70,7 +70,7 @@ class Worker(RequestProcess):
 
     def __init__(self, spec: Spec, folder: Path, task: Task):
         self.spec = spec
-        arguments = ["-m", "maxwhisper.compare.worker", spec.name, str(folder), json.dumps(asdict(task))]
+        arguments = ["-P", "-m", "maxwhisper.compare.worker", spec.name, str(folder), json.dumps(asdict(task))]
         super().__init__(arguments, env=environment(task.threads))
         if task.threads < len(cpus := available_cpus()):
             # Also for engines, MAX among them, that are told no number of threads.
@@ -98,7 +98,8 @@ def available_cpus() -> list[int]:
 
 def environment(threads: int) -> Mapping[str, str]:
     """Returns what keeps an engine from looking for models on the network, from reporting on its use, and from taking
-    more threads than given."""
+    more threads than given; with -P it finds the packages of this process, and no file of the folder in their place."""
     quiet = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
     quiet["CI"] = "true"  # what keeps OpenVINO's converter from reporting
-    return {**os.environ, **quiet, **dict.fromkeys(THREADS, str(threads))}
+    packages = {"PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
+    return {**os.environ, **quiet, **packages, **dict.fromkeys(THREADS, str(threads))}

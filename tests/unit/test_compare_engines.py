@@ -1,8 +1,10 @@
 """The engines of `maxwhisper compare`, each in its process, and those of a GPU as far as they show without one."""
 
 import importlib
+import os
 import sys
 import time
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -156,6 +158,16 @@ def test_a_process_that_fails_or_ends_is_an_error_of_one_line(tmp_path: Path) ->
             worker.ask("load")
     finally:
         worker.close()
+
+
+def test_no_file_of_the_folder_stands_in_for_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As whisper.py of the user's own would: modules are found as in this process."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "{\\"path\\": \\"$PYTHONPATH\\", \\"option\\": \\"$1\\"}"')
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with closing(Worker(named("openai-whisper"), tmp_path, task_for(load_checkpoint(NANO).dims, None, 1))) as worker:
+        assert worker.answer() == {"path": os.pathsep.join(filter(None, sys.path)), "option": "-P"}
 
 
 def state_of(process: int) -> str:
