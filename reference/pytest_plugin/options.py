@@ -116,11 +116,13 @@ class Options(OfRun):
             check_checkpoint(self.checkpoint, get("--size"))
         if get("--report"):
             check_folder("--report", Path(get("--report")))
-        _ = self.artifacts
         if not self.targets:
+            _ = self.artifacts
             return
         if idle := [option for option in ("--report", "--faults") if get(option)]:
             raise pytest.UsageError(f"{idle[0]}: --compile-only compares nothing")
+        if get("--or-compile"):
+            raise pytest.UsageError("--or-compile: --compile-only compiles all: leave one of them out")
         if is_distributed(self.config):
             raise pytest.UsageError("--compile-only: one process compiles for a target, so leave out -n, or give -n 0")
         check_folder("--artifacts", self.compiled_into)

@@ -43,6 +43,7 @@ def run(pytester: pytest.Pytester) -> Run:
         (["--compile-only", "host", "--faults", "graphs"], "--faults: --compile-only compares nothing"),
         (["--compile-only", "host", "-n", "2"], "--compile-only: one process compiles for a target"),
         (["--compile-only", "host", "--artifacts", str(NANO)], "--artifacts"),
+        (["--compile-only", "host", "--artifacts", "there", "--or-compile"], "--or-compile: --compile-only"),
         (["--or-compile"], "--or-compile: there is nothing to compile instead of without --artifacts"),
         (["--require-gpu"], "--require-gpu: MAX and PyTorch do not both find a GPU"),
         (["--cpu", "pentium"], "argument --cpu: invalid choice: 'pentium'"),
