@@ -15,7 +15,7 @@ from .tree import all_mutants, plant, sample
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Tries a sample of mutants and returns 1 if too many stay green or are seen in the wrong place."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m reference.mutants", description=__doc__)
     evenly = "how many, as evenly from the components as can be"
     parser.add_argument("--number", type=above_zero, default=100, help=evenly)
     parser.add_argument("--seed", type=int, default=0, help="which")

@@ -213,6 +213,7 @@ def test_no_mutants_show_nothing(
     for arguments, said in (
         (["--only", "no_such_file"], "--only no_such_file: no file"),
         (["--number", "0"], "above 0"),
+        (["--size", "tiny"], "usage: python -m reference.mutants ["),
     ):
         with pytest.raises(SystemExit, match="2"):
             main(arguments)
