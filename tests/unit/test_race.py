@@ -18,7 +18,7 @@ from maxwhisper.compare import run
 from maxwhisper.compare.race.lanes import MISSING, RIGHT, WRONG, Race, Word, race_of
 from maxwhisper.compare.race.page import page_of, write_page
 from maxwhisper.compare.race.terminal import AT_A_TIME, frame, latest, panel, replay
-from reference.fixtures import NANO
+from reference.fixtures import NANO, ROOT
 
 from .command import assert_one_line, options_of, status
 from .engines import CLIP
@@ -212,6 +212,12 @@ def test_it_is_replayed_at_true_speed_in_a_terminal_and_not_elsewhere(monkeypatc
     now[0] = 0.0
     out = shown(lambda console: replay(race, console, lambda: now[0]))
     assert re.search("slow +│ +8.00 │", out) and now[0] == 0.0
+
+
+def test_the_documents_show_what_is_printed() -> None:
+    fast = row("faster-whisper batched", (0.41, [(0.4, "Seven apples, and a dog.")]))
+    out = shown(lambda console: replay(race_of(record(fast), "talk.json"), console)).splitlines()
+    assert "\n".join(out[:3]) + "\n│ maxwhisper  " in (ROOT / "docs" / "race.md").read_text()
 
 
 def test_the_page_holds_all_and_needs_nothing(tmp_path: Path) -> None:
