@@ -18,6 +18,7 @@ from ..names import DTYPES, TARGETS
 from .bulk_command import add_bulk
 from .compare_command import add_compare, add_race
 from .live_command import add_live
+from .model_options import CHECKPOINT
 from .serve_command import add_serve
 from .terminal import failed, messages_on_stderr, one_line, standard_streams
 from .transcribe_command import transcribe
@@ -97,7 +98,7 @@ def add_convert(commands: Any) -> None:
         help="write a checkpoint as one safetensors file",
         description="Write a checkpoint as one safetensors file, which loads without unpickling.",
     )
-    parser.add_argument("source", metavar="IN", help="OpenAI .pt file, Hugging Face folder, or the name of a model")
+    parser.add_argument("source", metavar="IN", help=CHECKPOINT)
     parser.add_argument("destination", metavar="OUT", help="file to write; its name must end in .safetensors")
     parser.set_defaults(run=convert)
 

@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 
 MODEL_OPTIONS = ("model", "model_dir", "device", "dtype", "artifacts", "or_compile")
+CHECKPOINT = "name of an OpenAI model, or path of a .pt or .safetensors file or of a Hugging Face folder"
 
 
 def add_model(add: Callable[..., Any]) -> None:
     """Adds what says which model to load, and for which device."""
-    model = "name of an OpenAI model, or path of a .pt or .safetensors file or of a Hugging Face folder"
-    add("--model", default="turbo", help=model)
+    add("--model", default="turbo", help=CHECKPOINT)
     add("--model_dir", help="where named models are kept; ~/.cache/whisper unless given")
     device = "what to compute on; cuda and cuda:0 mean gpu, auto a GPU where there is one"
     add("--device", default="cpu", choices=["cpu", *GPU, "auto"], help=device)

@@ -54,7 +54,7 @@ def add_files_and_devices(add: Callable[..., Any]) -> None:
     together = (
         "how many files to decode together, on a CPU with the transcripts they have one at a time; with --batched,"
     )
-    add("--batch_size", type=above_zero, metavar="N", help=f"{together} how many pieces (default: 1, and 8)")
+    add("--batch_size", type=above_zero, metavar="N", help=f"{together} how many pieces; 1, and 8, unless given")
     batched = "cut audio at silences into pieces that decode together: not the same transcript"
     add("--batched", action="store_true", help=batched)
     add("--threads", type=optional_int, default=0, help="threads of PyTorch, not of MAX; 0 or None: its choice")

@@ -222,6 +222,15 @@ def test_more_threads_than_cpus(more: int, tmp_path: Path, monkeypatch: pytest.M
     assert asked == [os.cpu_count()]
 
 
+def test_help_says_what_a_checkpoint_may_be_and_a_default_once(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("transcribe", "convert"):
+        with pytest.raises(SystemExit):
+            build_parser().parse_args([command, "--help"])
+        said = " ".join(capsys.readouterr().out.split())
+        assert "path of a .pt or .safetensors file or of a Hugging Face folder" in said
+        assert ") (default: " not in said
+
+
 def test_every_option_has_help() -> None:
     assert all(action.help for action in our_options().values())
 
