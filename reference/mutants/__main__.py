@@ -22,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="those of files whose name has this in it")
     parser.add_argument("--tree", type=Path, default=ROOT / "build" / "mutants", help="where the mutated sources go")
     asked = parser.parse_args(arguments)
+    asked.tree = asked.tree.absolute()  # tests run inside it
     if not (mutants := [mutant for mutant in all_mutants() if asked.only in mutant.file]):
         parser.error(f"--only {asked.only}: no file that is mutated has this in its name")
     chosen = sample(mutants, asked.number, asked.seed)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
@@ -218,6 +219,19 @@ def test_no_mutants_show_nothing(
         with pytest.raises(SystemExit, match="2"):
             main(arguments)
         assert said in capsys.readouterr().err
+
+
+def test_a_tree_is_one_in_the_folder_that_it_is_named_in(
+    all_mutants: list[Mutant], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tests run inside it, and start processes elsewhere."""
+    plant, trials = Mock(), Mock(side_effect=KeyboardInterrupt)
+    for name, stand_in in (("all_mutants", lambda: all_mutants), ("plant", plant), ("Trials", trials)):
+        monkeypatch.setattr(f"reference.mutants.__main__.{name}", stand_in)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        main(["--tree", "mine"])
+    assert plant.call_args[0][1] == trials.call_args[0][0] == tmp_path / "mine"
 
 
 def test_graphs_of_one_mutant_are_not_found_by_another(
