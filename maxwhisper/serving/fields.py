@@ -31,7 +31,7 @@ class Translation(BaseModel):
     model: str
     prompt: str = ""
     response_format: Literal["json", "text", "srt", "verbose_json", "vtt"] = "json"
-    temperature: float = Field(0, ge=0, le=1, allow_inf_nan=False)
+    temperature: float = Field(default=0, ge=0, le=1, allow_inf_nan=False)
 
     @property
     def options(self) -> dict[str, Any]:

@@ -156,8 +156,8 @@ def test_a_chain_has_no_ceiling_but_the_subject_must_beat_zeros() -> None:
     oracle = normal(0, 30, 64)
     of = Comparison("s", torch.float32, "b", 0, "i")
     peer, right, zeros = (oracle * 1.3).float(), oracle.float(), torch.zeros(30, 64)
-    right, wrong = (judge(of, [oracle], [peer], [x], longest_reduction=64, chained=True) for x in (right, zeros))
-    assert right.passed and not wrong.passed
+    verdicts = [judge(of, [oracle], [peer], [x], longest_reduction=64, chained=True) for x in (right, zeros)]
+    assert [verdict.passed for verdict in verdicts] == [True, False]
 
 
 # ---- nothing to be relative to -------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from maxwhisper.network.products import DECODER_LAYERS, step_product
 
 from .test_speculation import NANO
 
-NUMBERS = {
+NUMBERS: dict[str, dict[str, float]] = {
     "layer_norm.mojo": {"EPSILON": LayerNorm.epsilon},
     "quantized.mojo": {"ZERO_POINT": speculative.ZERO_POINT},
     "select_tokens.mojo": {"TIMESTAMP_BEGIN": rules.TIMESTAMP_BEGIN, "END_OF_TEXT": rules.END_OF_TEXT},
@@ -163,7 +163,7 @@ OPERATIONS: dict[str, Callable[[Operands], object]] = {
     "cached_split_attention": in_place,
     "device_beams": beams,
     "device_select": selected,
-    "goes_on": lambda given: cpu.goes_on(*(given[name] for name in ("left", "credit", "before", "lengths")), 1),
+    "goes_on": lambda given: cpu.goes_on(given["left"], given["credit"], given["before"], given["lengths"], 1),
     "propose": proposed,
     "select_tokens": lambda given: top_tokens(given["logits"], given),
     "step_product": step,

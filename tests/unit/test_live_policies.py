@@ -27,7 +27,7 @@ def words(text: str, frames: Sequence[int] | None = None, probabilities: Sequenc
     texts = text.split()
     found = frames or range(10, 10 + 20 * len(texts), 20)
     likely = probabilities or [0.93] * len(texts)
-    return [Word(f" {each}", (0,), *rest, log(p)) for each, *rest, p in zip(texts, found, likely, strict=True)]
+    return [Word(f" {each}", (0,), frame, log(p)) for each, frame, p in zip(texts, found, likely, strict=True)]
 
 
 def test_names() -> None:

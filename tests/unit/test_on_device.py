@@ -112,6 +112,11 @@ def on_device(checkpoint: Checkpoint, dtype: str = "float32") -> Whisper:
     return model.stepping_by(GPUStepper(model.network, model.dims, CPU()))
 
 
+def stepper_of(model: Whisper) -> GPUStepper:
+    assert isinstance(model.stepper, GPUStepper)
+    return model.stepper
+
+
 @pytest.fixture(scope="module")
 def model() -> Whisper:
     return on_device(load_checkpoint(NANO))
@@ -265,9 +270,9 @@ def test_a_text_goes_no_further_than_what_is_not_finite(model: Whisper, heard: t
     """Else later tokens would hide it."""
     inference, start = MaxInference(model, SAMPLE_BEGIN), torch.tensor([PROMPT] * 3)
     inference.start(start, heard[:3], 0)
-    cache = model.stepper._in_slots(inference.cache)
+    cache = stepper_of(model)._in_slots(inference.cache)
     rules, one = TokenRules(N_VOCAB, SAMPLE_BEGIN, EOT).inputs(start, 1), torch.ones(3, dtype=torch.int64)
-    steps = model.stepper._steps(cache, rules)
+    steps = stepper_of(model)._steps(cache, rules)
     steps.here["latest"].copy_(torch.tensor([float("nan"), -float("inf"), -1.0]))
     found = steps.take(Texts.of(start, torch.zeros(3)), cache, rules, one, n_step=1)
     steps.here["latest"].zero_()
@@ -340,7 +345,7 @@ def test_a_step_is_captured_once_and_replayed(
     n_made = 3 if beam_size is None else 1  # windows with beams are decoded one after the other
     assert of_graph.calls["execute"] == n_made and of_graph.calls["replay"] > 8
     assert not captured[1 - number].calls
-    assert len(of_graph.captured) == gpu.stepper.verify() == of_graph.calls["verify"] == 1
+    assert len(of_graph.captured) == stepper_of(gpu).verify() == of_graph.calls["verify"] == 1
     del gpu
     gc.collect()
     assert not of_graph.captured, "what was captured is released with the memory that it works in"
@@ -356,7 +361,7 @@ def test_what_cannot_be_captured_is_executed(
     assert captured.calls["execute"] == 5 and not captured.calls["replay"]
     assert "decoder.select_tokens is not captured" in caplog.text and "waits for the device" in caplog.text
     with pytest.raises(RuntimeError, match="is not captured"):
-        gpu.stepper.verify()
+        stepper_of(gpu).verify()
 
 
 def test_a_step_is_timed_beside_the_time_to_read_what_it_has_to(model: Whisper) -> None:
@@ -420,7 +425,7 @@ def test_a_text_that_left_something_not_finite_does_no_harm_to_the_next(model: W
     options = DecodingOptions(language="en", sample_len=6, fp16=False)
     before = decoded(model, heard, options, 1)
     for left in (float("nan"), float("inf")):
-        for kv in model.stepper.of_thread.slots.own:
+        for kv in stepper_of(model).of_thread.slots.own:
             kv.fill_(left)
         assert decoded(model, heard, options, 1) == before
 
