@@ -26,7 +26,7 @@ from maxwhisper.decoding.rules import TOKEN_RULES
 from maxwhisper.decoding.speculative import QUANTIZE_KEYS, SPECULATE
 from maxwhisper.engine.artifacts import HOST, Identity, Writer, aim_at, writing
 from maxwhisper.engine.built_from import built_from
-from maxwhisper.engine.precompile import Precompiler, started
+from maxwhisper.engine.precompile import Precompiler, has_room, started
 from maxwhisper.engine.program import Artifact, Program
 from maxwhisper.network.blocks import BLOCKS
 
@@ -116,9 +116,11 @@ def lower_all(suite: Suite, writer: Writer) -> dict[str, str]:
 
 
 def fill_cache(suite: Suite) -> None:
-    """Compiles every artifact of the suite, the last one first, into MAX's cache. What does not lower is left out: who
-    needs it says so."""
+    """Compiles every artifact of the suite, the last one first, into MAX's cache, for as long as there is memory for
+    two processes. What does not lower is left out: who needs it says so."""
     for unit, programs in reversed([*units(suite)]):
+        if not has_room():
+            return
         with suppress(Exception):
             Artifact(suite.subject.name(unit), programs, suite.subject.device_of(unit))
 
