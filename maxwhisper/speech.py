@@ -133,7 +133,8 @@ def transcribe_speech(
     kept = Kept(whole)
     prints = options.get("verbose")
     if prints:
-        options["verbose"] = None  # openai-whisper would print the times of what is kept
+        # The language is printed, and no segments, which have the times of what is kept; nor a bar.
+        options["verbose"], progress = False, progress or (lambda _: None)
 
     def tell(segments: Segments) -> None:
         restored = [kept.restored(segment) for segment in segments]

@@ -167,11 +167,12 @@ def test_the_command_prints_the_times_of_the_recording(
     heard: list[tuple[int, int]], tmp_path: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     heard.append((0, 10_000))
-    arguments = ["transcribe", str(CLIP), "--model", str(NANO), "--language", "en", "-o", str(tmp_path), "-f", "json"]
+    arguments = ["transcribe", str(CLIP), "--model", str(NANO), "-o", str(tmp_path), "-f", "json"]
     assert main(arguments) == 0
-    plain = re.findall(r"\[.*", capsys.readouterr().out)
+    plain, bar = re.findall(r"Detected .*|\[.*", (said := capsys.readouterr()).out), "frames/s"
+    assert plain[0] == "Detected language: English" and bar not in said.err
     assert main([*arguments, "--vad_filter", "True"]) == 0
-    assert re.findall(r"\[.*", capsys.readouterr().out) == plain
+    assert re.findall(r"Detected .*|\[.*", (said := capsys.readouterr()).out) == plain and bar not in said.err
     assert main([*arguments, "--vad_filter", "True", "--batched"]) == 0
     assert "--vad_filter has no effect with --batched" in capsys.readouterr().err
     assert json.loads((tmp_path / "english-1.json").read_text())["segments"]
