@@ -135,13 +135,13 @@ class Trials:
         self.session = Session(self.tree)
         self.sound: set[str] = set()
         # In other sources the numbers are of other mutants, and other tests may see them.
-        sources = json.dumps({"sources": sources_hash()})
-        first, *others = self.record.read_text().splitlines() if self.record.exists() else [""]
-        if first == sources:
-            outcomes = [Outcome(**json.loads(line)) for line in others]
-            self.found |= {outcome.mutant: outcome for outcome in outcomes}
-        else:
-            self.record.write_text(f"{sources}\n")
+        sources = json.dumps({"sources": sources_hash()}) + "\n"
+        lines = self.record.read_text().splitlines(keepends=True) if self.record.exists() else []
+        kept = [line for line in lines if line.endswith("\n")]  # but for what a run was cut off in
+        if kept[:1] != [sources]:
+            kept = [sources]
+        self.found |= {outcome.mutant: outcome for outcome in (Outcome(**json.loads(line)) for line in kept[1:])}
+        self.record.write_text("".join(kept))
 
     def note(self, outcome: Outcome) -> None:
         self.found[outcome.mutant] = outcome

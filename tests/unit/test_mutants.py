@@ -303,8 +303,14 @@ def test_a_run_that_was_cut_off_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     again = Trials(tmp_path, [kernel], record)
     again.try_kernels([kernel])
     assert again.found == {3: outcome} and not again.left
+    with record.open("a") as file:
+        file.write('{"mutant": 4, "ho')  # it is cut off as it writes
+    Trials(tmp_path, [], record).note(Outcome(5, "survived"))
+    assert [*Trials(tmp_path, [], record).found] == [3, 5]
     monkeypatch.setattr(controller, "sources_hash", lambda: "of others")
     assert not Trials(tmp_path, [], record).found
+    assert not Trials(tmp_path, [], record).found
+    record.write_text("")
     assert not Trials(tmp_path, [], record).found
 
 
