@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..children import python_path
 from .engines import Spec, Task
 
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -101,5 +102,5 @@ def environment(threads: int) -> Mapping[str, str]:
     more threads than given; with -P it finds the packages of this process, and no file of the folder in their place."""
     quiet = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
     quiet["CI"] = "true"  # what keeps OpenVINO's converter from reporting
-    packages = {"PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
+    packages = {"PYTHONPATH": python_path()}
     return {**os.environ, **quiet, **packages, **dict.fromkeys(THREADS, str(threads))}

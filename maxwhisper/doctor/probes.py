@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from ..children import python_path
 from ..engine import cuda
 
 TIMEOUT = 120.0
@@ -197,7 +198,7 @@ def ask(probe: str) -> Answer:
     """Returns a probe's answer, from a process of its own. Raises ProbeError if it has none."""
     command = [sys.executable, "-P", "-m", "maxwhisper.doctor", probe]
     # The same packages as here, and no file of the working directory in their place.
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry)}
+    env = {**os.environ, "PYTHONPATH": python_path()}
     options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "text": True, "errors": "replace"}
     try:
         result = subprocess.run(command, env=env, timeout=TIMEOUT, **options)

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..children import python_path
 from .process import announced
 
 log = logging.getLogger("maxwhisper")
@@ -62,9 +63,8 @@ class Precompiler:
 def started(command: Sequence[str], **options: Any) -> subprocess.Popen[str]:
     """Starts Python with arguments, in which it finds modules as this process does, whatever folder it is in. Raises
     OSError if the system lets no process start."""
-    paths = os.pathsep.join(path for path in sys.path if path)
     streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    environ = {**os.environ, "PYTHONPATH": paths}
+    environ = {**os.environ, "PYTHONPATH": python_path()}
     return subprocess.Popen([sys.executable, *command], env=environ, text=True, **{**streams, **options})
 
 

@@ -1,7 +1,6 @@
 """The engines of `maxwhisper compare`, each in its process, and those of a GPU as far as they show without one."""
 
 import importlib
-import os
 import sys
 import time
 from contextlib import closing
@@ -18,6 +17,7 @@ import whisper
 from maxwhisper.audio import SAMPLE_RATE, load_audio
 from maxwhisper.batched import transcribe_batched
 from maxwhisper.checkpoint import load_checkpoint
+from maxwhisper.children import python_path
 from maxwhisper.compare import convert
 from maxwhisper.compare.engines import REFERENCE, SUBJECT, Engine, Spec, Task, openai_like, rows
 from maxwhisper.compare.engines import maxwhisper as maxwhisper_engine
@@ -167,7 +167,7 @@ def test_no_file_of_the_folder_stands_in_for_a_package(tmp_path: Path, monkeypat
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
     with closing(Worker(named("openai-whisper"), tmp_path, task_for(load_checkpoint(NANO).dims, None, 1))) as worker:
-        assert worker.answer() == {"path": os.pathsep.join(filter(None, sys.path)), "option": "-P"}
+        assert worker.answer() == {"path": python_path(), "option": "-P"}
 
 
 def state_of(process: int) -> str:
