@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -113,5 +114,6 @@ def compile_in_background(jobs: Sequence[Job]) -> None:
         with (folder / "in_background").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the child holds it until it ends
             command = ["-P", "-m", "maxwhisper.precompile", IDLE, *map(str, jobs)]
-            started(command, start_new_session=True, pass_fds=[lock.fileno()])
+            child = started(command, start_new_session=True, pass_fds=[lock.fileno()])
+            threading.Thread(target=child.wait, daemon=True).start()  # or it would stay as a zombie
             log.info("graphs of the package are used; another process compiles this CPU's own, for about two minutes")

@@ -1,5 +1,6 @@
 """What another process compiles meanwhile: it is waited for, and done without where it fails."""
 
+import gc
 import json
 import os
 import subprocess
@@ -91,9 +92,10 @@ def test_in_the_background_one_process_compiles_for_a_cache(
     children: list[subprocess.Popen] = []
     start = precompile.started
 
-    def started(command: list[str], **options: Any) -> None:
+    def started(command: list[str], **options: Any) -> subprocess.Popen[str]:
         assert command[:4] == ["-P", "-m", "maxwhisper.precompile", precompile.IDLE]
         children.append(start(["-P", "-m", module, *command[4:]], **options))
+        return children[-1]
 
     monkeypatch.setattr(precompile, "started", started)
     jobs = [Job(unit, {}, "float16", "float32", str(tmp_path)) for unit in ("network", "decoding")]
@@ -117,6 +119,28 @@ def test_in_the_background_only_time_that_nobody_wants_is_taken(monkeypatch: pyt
         monkeypatch.setattr(sys, "argv", ["maxwhisper.precompile", *arguments])
         maxwhisper.precompile.main()
     assert nice == [19]
+
+
+def test_what_has_compiled_in_the_background_leaves_no_zombie(
+    module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    """In a server, which starts no other process that would reap it; and no warning of Python's while it runs."""
+    started, pids = precompile.started, []
+
+    def quick(command: list[str], **options: Any) -> subprocess.Popen[str]:
+        child = started(["-S", "-c", "import time; time.sleep(0.05)"], **options)
+        pids.append(child.pid)
+        return child
+
+    monkeypatch.setattr(precompile, "started", quick)
+    compile_in_background([Job("network", {}, "float16", "float32", str(tmp_path))])
+    gc.collect()
+    assert not [each for each in recwarn if each.category is ResourceWarning]
+    give_up = time.monotonic() + 10
+    with pytest.raises(ProcessLookupError):
+        while time.monotonic() < give_up:
+            os.kill(pids[0], 0)
+            time.sleep(0.01)
 
 
 @pytest.mark.nightly
