@@ -71,7 +71,12 @@ def started(command: Sequence[str], **options: Any) -> subprocess.Popen[str]:
 
 def has_room() -> bool:
     """Tells whether a process can compile beside this one."""
-    return bool(sys.executable) and cores() > 1 and free_memory() >= MEMORY
+    return has_python() and cores() > 1 and free_memory() >= MEMORY
+
+
+def has_python() -> bool:
+    """Tells whether `sys.executable` is Python: of a frozen program, or a server that embeds Python, it is itself."""
+    return Path(sys.executable or "").name.lower().startswith("python") and not getattr(sys, "frozen", False)
 
 
 def cores() -> int:

@@ -74,6 +74,18 @@ def test_a_small_machine_has_no_other_process(
     assert other.process is None and time.perf_counter() - start < 0.1
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("executable", ""), ("executable", None), ("executable", "/usr/bin/uwsgi"), ("frozen", True)]
+)
+def test_a_program_that_holds_python_is_not_started_again(
+    module: str, name: str, value: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As PyInstaller's would be, and a server that Python is embedded in."""
+    assert precompile.has_room()
+    monkeypatch.setattr(sys, name, value, raising=False)
+    assert not precompile.has_room()
+
+
 def test_where_no_process_can_start_whoever_asks_does_the_job(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*command: object, **options: object) -> None:
         raise OSError(11, "Resource temporarily unavailable")
