@@ -24,6 +24,9 @@ IDLE = "--idle"
 MEMORY = 2**32
 """Bytes that must be free: a process that compiles takes up to half of that."""
 
+CONTAINER = Path("/sys/fs/cgroup")
+"""Where Linux tells the processes of a container its limits (cgroup v2)."""
+
 
 class Precompiler:
     """Another process, once it is started: a module that does some jobs in their order, and prints each when it is
@@ -80,15 +83,32 @@ def has_python() -> bool:
 
 
 def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Returns how many cores this process may use."""
+    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if quota := limit("cpu.max"):
+        return min(found, int(quota[0]) // int(quota[1]))
+    return found
 
 
 def free_memory() -> int:
     """Returns the free bytes, or as many as are wanted where the system does not say."""
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):
-        return MEMORY
+        free = MEMORY
+    if most := limit("memory.max"):
+        taken = limit("memory.stat")  # names and numbers in turn; pages of files can be had again
+        return min(free, int(most[0]) - int(dict(zip(taken[::2], taken[1::2], strict=True)).get("anon", 0)))
+    return free
+
+
+def limit(name: str) -> list[str]:
+    """Returns the words of a file of this container's limits, none where it sets no limit or is not there."""
+    try:
+        words = (CONTAINER / name).read_text().split()
+    except OSError:
+        return []
+    return [] if words[:1] == ["max"] else words
 
 
 @dataclass(frozen=True)

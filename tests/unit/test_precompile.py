@@ -75,6 +75,28 @@ def test_a_small_machine_has_no_other_process(
 
 
 @pytest.mark.parametrize(
+    ("cpu", "memory", "has_room"),
+    [
+        ("max 100000", "max", True),
+        ("200000 100000", str(MEMORY + 2**30), True),
+        ("150000 100000", "max", False),
+        ("max 100000", str(MEMORY + 2**30 - 1), False),
+    ],
+)
+def test_a_container_has_room_within_its_limits(
+    cpu: str, memory: str, has_room: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a machine that has more: where a process takes too much, the kernel may end them all."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64), raising=False)
+    monkeypatch.setattr(os, "sysconf", lambda _: 2**20)
+    monkeypatch.setattr(precompile, "CONTAINER", tmp_path)
+    assert precompile.has_room()
+    for name, text in (("cpu.max", cpu), ("memory.max", memory), ("memory.stat", f"file 9\nanon {2**30}\n")):
+        (tmp_path / name).write_text(text)
+    assert precompile.has_room() == has_room
+
+
+@pytest.mark.parametrize(
     ("name", "value"), [("executable", ""), ("executable", None), ("executable", "/usr/bin/uwsgi"), ("frozen", True)]
 )
 def test_a_program_that_holds_python_is_not_started_again(
