@@ -130,10 +130,13 @@ def temporary_folder() -> Path:
 
 
 def mirror(folder: Path, into: Path) -> None:
-    """Links every file of a folder into the same place of another one, where there is none yet."""
+    """Links every file of a folder into the same place of another one, where there is none yet; but for empty ones,
+    which are locks: they cannot be taken where they cannot be written to."""
     for path, folders, files in os.walk(folder):
         there = into / Path(path).relative_to(folder)
         there.mkdir(exist_ok=True)
         for name in (*files, *(name for name in folders if Path(path, name).is_symlink())):
-            with suppress(FileExistsError):
-                (there / name).symlink_to(Path(path, name).absolute())
+            file = Path(path, name).absolute()
+            with suppress(FileExistsError, FileNotFoundError):
+                if not file.is_file() or file.stat().st_size:
+                    (there / name).symlink_to(file)

@@ -93,6 +93,15 @@ def test_a_full_disk_is_avoided_and_what_it_holds_is_used(
     assert [file.name for file in (held / "kernels").iterdir()] == ["a.mojoc"]
 
 
+def test_what_locks_one_folder_locks_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a file is opened for that, one that cannot be written to would keep this process from it."""
+    held = tmp_path / "cache"
+    (held / "artifacts").mkdir(parents=True)
+    (held / "artifacts" / "in_background").touch()
+    full(monkeypatch, held)
+    assert not os.path.lexists(writable(held) / "artifacts" / "in_background")
+
+
 def test_where_nothing_is_better_a_folder_with_little_room_is_used(
     tmp_path: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
