@@ -355,8 +355,8 @@ class Cache:
             with suppress(ArtifactError, IndexError):
                 known = Artifacts(link, device)
                 return known.read(replace(by_sources, source=known.held[0].identity.source))
-            if device == "cpu" and (lent := self._lent(by_sources)):
-                return lent
+            if device == "cpu" and (found := self._read_portable(by_sources)):
+                return found
             identity = replace(by_sources, source=built_from(programs))
             folder = self.folder / f"{unit}-{key(identity, target)}"
             if os.path.lexists(folder):
@@ -373,7 +373,7 @@ class Cache:
 
         return load
 
-    def _lent(self, wanted: Identity) -> Stored | None:
+    def _read_portable(self, wanted: Identity) -> Stored | None:
         """Returns what is portable, and has all that came with it compiled for this CPU."""
         for manifest in sorted(self.portable.glob(f"*/{MANIFEST}")) if self.portable else ():
             try:

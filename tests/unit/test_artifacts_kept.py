@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from max.graph import DeviceRef
 
 import maxwhisper.engine.built_from
 import maxwhisper.network.model
@@ -187,7 +188,8 @@ def test_a_model_without_a_spectrogram_loads(tmp_path: Path, monkeypatch: pytest
 
 @pytest.fixture
 def portable(once: Path, tmp_path: Path) -> Path:
-    """Returns a folder of artifacts for any CPU: the fixture's network."""
+    """Returns a folder of artifacts for any CPU: the fixture's network, and by its manifest what decodes. There are
+    some of another model beside it, and of another version of MAX."""
     folder = tmp_path / "portable" / "fixture"
     shutil.copytree(once, folder)
     checkpoint = load_checkpoint(NANO)
@@ -197,7 +199,11 @@ def portable(once: Path, tmp_path: Path) -> Path:
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest["artifacts"][0]["source"] = identity.source
     manifest["cpu"]["features"] = PORTABLE_FEATURES.get(platform.machine(), [])
+    manifest["artifacts"].append(manifest["artifacts"][0] | {"unit": "decoding"})
     (folder / MANIFEST).write_text(json.dumps(manifest))
+    for name, change in (("another", {"artifacts": []}), ("another-max", {"max": "25.1.0"})):
+        (tmp_path / "portable" / name).mkdir()
+        (tmp_path / "portable" / name / MANIFEST).write_text(json.dumps(manifest | change))
     return folder
 
 
@@ -214,7 +220,8 @@ def test_what_came_with_the_package_is_used_until_this_cpus_own_is_there(
 ) -> None:
     cache = Cache(tmp_path / "cache", portable.parent)
     read(cache)
-    assert [(job.unit, job.storage, job.compute) for job in in_background] == [("network", "float16", "float32")]
+    expected = [(unit, "float16", "float32") for unit in ("network", "decoding")]
+    assert [(job.unit, job.storage, job.compute) for job in in_background] == expected
     assert in_background[0].folder == str(cache.folder) and not cache.folder.exists()
     shutil.copytree(once.parent, cache.folder, symlinks=True)
     in_background.clear()
@@ -227,6 +234,22 @@ def test_what_came_with_the_package_is_this_cpus_own_where_the_environment_says_
 ) -> None:
     monkeypatch.setenv(CPU, PORTABLE_CPU[platform.machine()])
     read(Cache(tmp_path / "cache", portable.parent))
+    assert not in_background
+
+
+@pytest.mark.usefixtures("same_graphs")
+def test_what_came_with_the_package_is_for_no_gpu(
+    portable: Path, in_background: list[Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = load_checkpoint(NANO)
+    policy = policy_of(checkpoint.tensors, "cpu", "float32")
+    programs = programs_of("network", checkpoint.dims, policy)
+    monkeypatch.setattr(artifacts, "target_of", lambda device: HOST if device == "cpu" else "sm_90a")
+    on_gpu = Cache(tmp_path / "cache", portable.parent).loader(
+        "network", checkpoint.dims, replace(policy, device=DeviceRef.GPU())
+    )
+    with pytest.raises(ZeroDivisionError):
+        on_gpu(programs, lambda: 1 / 0)  # type: ignore[arg-type, return-value]
     assert not in_background
 
 

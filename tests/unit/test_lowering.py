@@ -156,6 +156,22 @@ def test_a_gate_reads_no_artifacts_where_it_writes_them(
     assert sorted(each for _, _, each in started) == [command, f"{command} --out {out}"]
 
 
+def test_a_second_process_is_ended_with_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which says all there is to know; of the same checkpoint they compile both."""
+    python, called = tmp_path / "python", tmp_path / "called"
+    python.write_text(f'#!/bin/sh\necho "$*" >> {called}\ncase "$*" in *--out*) echo {{}};; *) exec sleep 60;; esac')
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    monkeypatch.setattr(precompile, "has_room", lambda: True)
+    lowering = Lowering(HOST, FLOAT32, tmp_path / "out", "a.pt")
+    assert lowering.finish() and lowering.second.process is not None
+    while not called.exists() or called.read_text().count("\n") < 2:
+        time.sleep(0.01)
+    lowering.stop()
+    assert lowering.second.process.returncode < 0
+    assert all(line.endswith("--checkpoint a.pt") for line in called.read_text().splitlines())
+
+
 def test_a_second_process_compiles_from_the_end_what_lowers_and_has_room(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

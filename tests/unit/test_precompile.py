@@ -7,17 +7,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import maxwhisper.precompile
 from maxwhisper.checkpoint import load_checkpoint
+from maxwhisper.compare.material import SIZES
 from maxwhisper.compiled import DECODING, Network
 from maxwhisper.decoding.cpu import SELECT_TOKENS
 from maxwhisper.engine import precompile
 from maxwhisper.engine.artifacts import Cache
 from maxwhisper.engine.precompile import MEMORY, Job, Precompiler, compile_in_background
+from maxwhisper.engine.program import Program
 from reference.fixtures import NANO
 
 from .compiling import nothing_compiles
@@ -132,7 +135,11 @@ def test_in_the_background_one_process_compiles_for_a_cache(
         return children[-1]
 
     monkeypatch.setattr(precompile, "started", started)
-    jobs = [Job(unit, {}, "float16", "float32", str(tmp_path)) for unit in ("network", "decoding")]
+    jobs = [Job(unit, {}, "float16", "float32", str(tmp_path / "cache")) for unit in ("network", "decoding")]
+    with monkeypatch.context() as small:
+        small.setattr(precompile, "cores", lambda: 1)
+        compile_in_background(jobs)
+    assert not children
     for _ in range(3):
         compile_in_background(jobs)
     [child] = children
@@ -175,6 +182,27 @@ def test_what_has_compiled_in_the_background_leaves_no_zombie(
         while time.monotonic() < give_up:
             os.kill(pids[0], 0)
             time.sleep(0.01)
+
+
+def test_every_job_is_done_and_kept_where_it_says(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done: list[tuple[Any, ...]] = []
+
+    def artifact(unit: str, programs: list[Program], device: str, load: tuple[Any, ...]) -> None:
+        folder, unit_kept, dims, policy = load
+        assert {program.name for program in programs} and unit_kept == unit and device == "cpu"
+        done.append((unit, vars(dims), policy.storage.name, policy.compute.name, str(folder)))
+
+    monkeypatch.setattr(maxwhisper.precompile, "Artifact", artifact)
+    kept = lambda folder: SimpleNamespace(loader=lambda *given: (folder, *given))  # noqa: E731
+    monkeypatch.setattr(maxwhisper.precompile, "Cache", kept)
+    dims = vars(SIZES["tiny"])
+    jobs = [Job(unit, dims, "float16", "float32", unit) for unit in ("network", "alignment")]
+    monkeypatch.setattr(sys, "argv", ["maxwhisper.precompile", *map(str, jobs)])
+    maxwhisper.precompile.main()
+    assert done == [(*vars(job).values(),) for job in jobs]
+    assert capsys.readouterr().out == "".join(f"{job}\n" for job in jobs)
 
 
 @pytest.mark.nightly
