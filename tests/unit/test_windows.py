@@ -138,7 +138,7 @@ def of_transcript(judge: windows.Judge) -> tuple[list[TranscriptWindow], Callabl
 
     def judged(said: list[TranscriptWindow]) -> Judgement:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(windows, "windows_of", lambda *_: right)
+            patch.setattr(windows, "windows_of", lambda model, *_: right if model is judge.peer else [])
             patch.setattr(windows, "logits_of", logits_of)
             return judge.judged_windows(comparison, torch.from_numpy(audio), "greedy", said)
 
@@ -157,6 +157,8 @@ TRANSCRIPT_FAULTS: dict[str, Callable[[list[TranscriptWindow]], list[TranscriptW
     "not a number": with_last(no_speech_prob=lambda _: np.nan),
     "a token": with_last(tokens=lambda x: x[:-1]),
     "a prompt": with_last(options=lambda x: replace(x, prompt=[])),
+    "language": with_last(options=lambda x: replace(x, language="de")),
+    "where it begins": with_last(seek=lambda x: x + 2),
     "a window fewer": lambda w: w[:-1],
 }
 
@@ -188,6 +190,14 @@ def test_a_verdict_is_kept_of_all_that_is_said_of_a_transcripts_windows(
             assert transcript.equal
             found.append(len(asked))
         assert found == [1, 0, 1], fault
+    monkeypatch.setattr(windows, "windows_of", lambda *_: of_transcript[0])
+    found = []
+    for device, samples in (("cpu", 9), ("cpu", 9), ("cpu", 8), ("cuda", 9), ("cuda", 9)):
+        asked.clear()
+        subject = SimpleNamespace(device=torch.device(device))
+        remembering.compare_transcript(subject, LONG, np.zeros(samples, np.float32), "greedy")
+        found.append(len(asked))
+    assert found == [1, 0, 1, 1, 1], "another recording is another verdict; on a GPU none is kept"
 
 
 def test_a_number_over_its_budget_is_a_difference(judge: windows.Judge, monkeypatch: pytest.MonkeyPatch) -> None:
