@@ -4,7 +4,6 @@ python -m maxwhisper.precompile [--idle] JOB ...
 """
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from whisper.model import ModelDimensions
 
 from .compiled import programs_of
 from .engine.artifacts import Cache
-from .engine.precompile import IDLE, Job
+from .engine.precompile import IDLE, Job, give_way
 from .engine.program import Artifact
 from .engine.session import Policy
 
@@ -22,7 +21,7 @@ from .engine.session import Policy
 def main() -> None:
     jobs = [argument for argument in sys.argv[1:] if argument != IDLE]
     if len(jobs) < len(sys.argv) - 1:
-        os.nice(19)
+        give_way()
     for line in jobs:
         job = Job(**json.loads(line))
         dims, policy = ModelDimensions(**job.dims), Policy(DeviceRef.CPU(), DType[job.storage], DType[job.compute])

@@ -20,7 +20,9 @@ from .process import announced
 log = logging.getLogger("maxwhisper")
 
 IDLE = "--idle"
-"""Has a process take what time no other wants."""
+"""Has a process `give_way`."""
+OOM_SCORE = Path("/proc/self/oom_score_adj")
+"""Where a process of Linux says how readily it is ended when memory runs out, up to 1000."""
 MEMORY = 2**32
 """Bytes that must be free: a process that compiles takes up to half of that."""
 
@@ -126,6 +128,13 @@ class Job:
 
     def __str__(self) -> str:
         return json.dumps(asdict(self))
+
+
+def give_way() -> None:
+    """Has this process take what time no other wants, and be the first to end where memory runs out."""
+    os.nice(19)
+    with suppress(OSError):
+        OOM_SCORE.write_text("1000")
 
 
 def compile_in_background(jobs: Sequence[Job]) -> None:

@@ -153,13 +153,18 @@ def test_in_the_background_one_process_compiles_for_a_cache(
     children[1].wait()
 
 
-def test_in_the_background_only_time_that_nobody_wants_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_the_background_only_what_nobody_wants_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of time; and of memory: where it runs out, that process is ended and not one that is larger."""
     nice: list[int] = []
     monkeypatch.setattr(os, "nice", nice.append)
+    monkeypatch.setattr(precompile, "OOM_SCORE", tmp_path / "score")
     for arguments in ([], [precompile.IDLE]):
+        assert not (tmp_path / "score").exists()
         monkeypatch.setattr(sys, "argv", ["maxwhisper.precompile", *arguments])
         maxwhisper.precompile.main()
-    assert nice == [19]
+    assert nice == [19] and (tmp_path / "score").read_text() == "1000"
+    monkeypatch.setattr(precompile, "OOM_SCORE", tmp_path / "score" / "of no file")
+    maxwhisper.precompile.main()
 
 
 def test_what_has_compiled_in_the_background_leaves_no_zombie(
