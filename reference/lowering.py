@@ -3,7 +3,9 @@
 The target's devices are virtual, and virtual devices are those of a whole process, so each target has a process of its
 own. It writes the graphs as artifacts, for `pytest --artifacts` on a machine that has the target.
 
-    python -m reference.lowering sm_90a SIZE:DTYPE ... --out DIR [--checkpoint PATH]
+    python -m reference.lowering sm_90a SIZE:DTYPE ... [--out DIR] [--checkpoint PATH]
+
+Without --out it fills MAX's cache from the last model on, for another such process to find.
 """
 
 import argparse
