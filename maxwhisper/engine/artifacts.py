@@ -409,6 +409,7 @@ def link_to(folder: Path, link: Path) -> None:
     """Has a link lead to a folder beside it, if it can be written."""
     new = link.with_name(f"{link.name}-{os.getpid()}")
     with suppress(OSError):
+        new.unlink(missing_ok=True)  # of a process that had this one's number, and was killed
         new.symlink_to(folder.name)
         new.replace(link)
 

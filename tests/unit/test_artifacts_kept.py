@@ -137,6 +137,15 @@ def test_what_is_compiled_from_the_same_graphs_is_found(once: Path, monkeypatch:
     assert len(built) == 1
 
 
+def test_a_link_that_was_left_half_made_is_made_again(tmp_path: Path) -> None:
+    """By a process of the same number, as a container's have, that was killed."""
+    (tmp_path / "network-1").mkdir()
+    (tmp_path / f"sources-2-{os.getpid()}").symlink_to("nowhere")
+    artifacts.link_to(tmp_path / "network-1", tmp_path / "sources-2")
+    assert (tmp_path / "sources-2").resolve() == tmp_path / "network-1"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_where_maxs_cache_lies_does_not_count(once: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MODULAR_CACHE_DIR", "elsewhere")
     read(Cache(once.parent))
