@@ -26,6 +26,9 @@ OOM_SCORE = Path("/proc/self/oom_score_adj")
 MEMORY = 2**32
 """Bytes that must be free: a process that compiles takes up to half of that."""
 
+MEMINFO = Path("/proc/meminfo")
+"""Where Linux tells how much memory there is."""
+
 CONTAINER = Path("/sys/fs/cgroup")
 """Where Linux tells the processes of a container its limits (cgroup v2)."""
 
@@ -93,10 +96,12 @@ def cores() -> int:
 
 
 def free_memory() -> int:
-    """Returns the free bytes, or as many as are wanted where the system does not say."""
+    """Returns the bytes that can be had, those of files in memory among them, or as many as are wanted where the system
+    does not say."""
     try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
+        words = MEMINFO.read_text().split()
+        free = int(words[words.index("MemAvailable:") + 1]) * 1024
+    except (OSError, ValueError):
         free = MEMORY
     if most := limit("memory.max"):
         taken = limit("memory.stat")  # names and numbers in turn; pages of files can be had again

@@ -91,12 +91,21 @@ def test_a_container_has_room_within_its_limits(
 ) -> None:
     """Of a machine that has more: where a process takes too much, the kernel may end them all."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64), raising=False)
-    monkeypatch.setattr(os, "sysconf", lambda _: 2**20)
+    monkeypatch.setattr(precompile, "MEMINFO", tmp_path / "meminfo")
     monkeypatch.setattr(precompile, "CONTAINER", tmp_path)
     assert precompile.has_room()
     for name, text in (("cpu.max", cpu), ("memory.max", memory), ("memory.stat", f"file 9\nanon {2**30}\n")):
         (tmp_path / name).write_text(text)
     assert precompile.has_room() == has_room
+
+
+def test_memory_that_holds_files_can_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that has read and written for a while, most of it does."""
+    monkeypatch.setattr(precompile, "CONTAINER", tmp_path)
+    monkeypatch.setattr(precompile, "MEMINFO", tmp_path / "meminfo")
+    assert precompile.free_memory() == MEMORY, "as where the system does not say"
+    (tmp_path / "meminfo").write_text("MemTotal: 8000 kB\nMemFree: 10 kB\nMemAvailable: 5000 kB\n")
+    assert precompile.free_memory() == 5000 * 1024
 
 
 @pytest.mark.parametrize(
