@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -215,6 +216,28 @@ def test_texts_that_have_ended_do_not_count(
     inference.advance(Texts.of(tokens, torch.zeros(5)), rules.inputs(tokens, 1), torch.tensor([0, 0, MAX_STEPS, 0, 0]))
     ((gained,),) = counted.gained
     assert gained > MAX_STEPS - WORTH_PROPOSING
+
+
+@pytest.mark.parametrize("ended", [0, 1])
+def test_a_text_that_ends_ends_the_rounds(
+    model: Whisper, heard: torch.Tensor, ended: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever of them it is; else steps would decode what is left where proposals are given up."""
+
+    class Ends(Counted):
+        def __call__(self, lengths: torch.Tensor, **others: Any) -> list[torch.Tensor]:
+            for text, length in enumerate(lengths.tolist()):
+                others["texts"][text, length] = EOT if text == ended else 400
+            return [others["totals"], lengths + 1]
+
+    tokens = torch.tensor([[50258, 50259, 50359, 50363, 400]]).repeat(2, 1)
+    inference = MaxInference(model, tokens.shape[1] - 1)
+    inference.start(tokens[:, :-1], heard[:2], 0)
+    Ends(model, monkeypatch)
+    monkeypatch.setattr(CPUStepper, "advance", Mock(side_effect=AssertionError("a step")))
+    rules = TokenRules(N_VOCAB, 4, EOT).inputs(tokens, 1)
+    advanced = inference.advance(Texts.of(tokens, torch.zeros(2)), rules, torch.tensor([MAX_STEPS] * 2))
+    assert advanced.texts.last()[:, 0].eq(EOT).tolist() == [ended == 0, ended == 1]
 
 
 def test_a_round_that_cannot_go_on_is_an_error(
