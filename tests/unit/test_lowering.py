@@ -38,9 +38,12 @@ GRAPHS = graphs(HOST, "tiny", torch.float32)
 
 def run(*options: str) -> tuple[int, str]:
     """Returns exit status and output of a run inside this process."""
-    said = io.StringIO()
+    said, before = io.StringIO(), {*sys.modules}
     with redirect_stdout(said), redirect_stderr(said):
         status = pytest.main(["-q", "-s", "-p", "no:cacheprovider", str(ROOT / "tests" / "parity"), *options])
+    for name in {*sys.modules} - before:  # whose parameters are of the blocks that there are now
+        if name.startswith("tests.parity"):
+            del sys.modules[name]
     return status, said.getvalue()
 
 
