@@ -21,7 +21,7 @@ COMPILED_HEAD = $(or $(ARTIFACTS),build/artifacts/$(TARGETS))
 COMPILED_BASE = $(or $(BASE_ARTIFACTS),build/artifacts-base/$(TARGETS))
 NEEDS_BASE = @test -n "$(BASE)" || { echo "make $@ needs a git revision: make $@ BASE=main"; exit 1; }
 
-.PHONY: help setup demo lint lint-ci test test-nightly test-peers test-bulk test-x86-64-v3 test-faults test-mutants soak wheel graph-key compile-gate \
+.PHONY: help setup demo lint lint-ci test test-nightly test-peers test-bulk test-x86-64-v3 test-x86-64-v4 test-faults test-mutants soak wheel graph-key compile-gate \
 	compile-base kernel-diff doctor gpu-parity gpu-perf gpu-remote gpu-bundle summary merge-gate perf perf-gate growth clean
 
 help:  ## list these targets
@@ -61,6 +61,9 @@ test-bulk: $(INSTALLED)  ## what transcribes archives, on Ray Data itself; a ski
 
 test-x86-64-v3: $(INSTALLED)  ## every test as on a CPU without AVX-512
 	$(call TESTS,--cpu x86-64-v3)
+
+test-x86-64-v4: $(INSTALLED)  ## every test as on a CPU with AVX-512 but without AMX
+	$(call TESTS,--cpu x86-64-v4)
 
 test-faults: $(INSTALLED)  ## the judge on trial: every fault, in every dtype (nightly)
 	$(BIN)/pytest tests/parity/test_faults.py --size fixture --dtype all --faults all

@@ -20,7 +20,16 @@ AS_ON = {
         "NPY_DISABLE_CPU_FEATURES": "X86_V4 AVX512_ICL AVX512_SPR",
         "OPENBLAS_CORETYPE": "Haswell",
         "CT2_FORCE_CPU_ISA": "AVX2",
-    }
+    },
+    "x86-64-v4": {
+        CPU: "x86-64-v4",
+        "ATEN_CPU_CAPABILITY": "avx512",
+        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX512",
+        "NPY_DISABLE_CPU_FEATURES": "AVX512_ICL AVX512_SPR",
+        "OPENBLAS_CORETYPE": "SkylakeX",
+        "CT2_FORCE_CPU_ISA": "AVX512",
+    },
 }
 """What the environment of MAX, PyTorch (its own code, oneDNN, MKL), NumPy, OpenBLAS and CTranslate2 says, by CPU."""
 

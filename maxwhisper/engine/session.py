@@ -16,7 +16,7 @@ from max.graph import DeviceRef
 from ..errors import DeviceError, OptionError
 from ..names import GPU
 from .cuda import preload
-from .instructions import cpu_target
+from .instructions import virtual_cpu
 from .process import find_place_for_max_cache, refuse_after_fork
 
 TORCH_DTYPE: dict[DType, torch.dtype] = {
@@ -95,6 +95,6 @@ class Session(InferenceSession):
 def session(device: str) -> Session:
     """Returns the one session of a device; it compiles for the CPU that the environment names, or for this one."""
     find_place_for_max_cache()
-    if target := cpu_target():
+    if target := virtual_cpu():
         set_virtual_cpu_target(target)
     return Session(devices=[find_device(device)])

@@ -8,6 +8,8 @@ from std.memory import unsafe_memcpy
 import extensibility
 from extensibility import InputTensor, OutputTensor
 
+from .amx import HAS_AMX
+from .amx_attention import attend_by_amx
 from .attention import AttentionSizes, scale
 from .pointers import Numbers, Stored, numbers, stored
 from .softmax import exponentials
@@ -220,7 +222,7 @@ struct TiledAttention:
 
     @staticmethod
     def execute[
-        dtype: DType, //, n_channel: Int
+        dtype: DType, //, n_channel: Int, audio: Bool
     ](
         y: OutputTensor[dtype=dtype, rank=3, ...],
         q: InputTensor[dtype=dtype, rank=3, ...],
@@ -230,7 +232,10 @@ struct TiledAttention:
     ) raises:
         var ks, vs = stored[k.dtype](k), stored[k.dtype](v)
         var sizes = AttentionSizes.of(q, k)
-        attend_by_tiles[n_channel](stored[dtype](y), stored[dtype](q), ks, vs, None, sizes)
+        comptime if audio and HAS_AMX:
+            attend_by_amx[n_channel](stored[dtype](y), stored[dtype](q), ks, vs, sizes)
+        else:
+            attend_by_tiles[n_channel](stored[dtype](y), stored[dtype](q), ks, vs, None, sizes)
 
 
 @extensibility.register("maxwhisper.masked_attention")

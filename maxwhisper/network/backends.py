@@ -10,7 +10,7 @@ from max.nn.layer import Module
 
 from ..engine.session import Policy
 from .keys_values import Cache, KeyValue, Slots, tokens_first
-from .products import DECODER_LAYERS, convolution_by_product, convolve, device_product, linear
+from .products import DECODER_LAYERS, convolution_by_product, convolve, device_product, is_audio, linear
 from .shapes import indices, join_rows, split_rows
 
 PART = 64
@@ -77,7 +77,9 @@ class Attention(Module):
         else:
             name, inputs = "maxwhisper.masked_attention", [q, *kv, mask]
         wv = TensorType(inputs[0].dtype, q.shape, q.device)
-        parameters = {"n_channel": self.n_channel}
+        parameters: dict[str, Any] = {"n_channel": self.n_channel}
+        if name == "maxwhisper.tiled_attention":
+            parameters["audio"] = is_audio(q)
         return ops.custom(name, q.device, inputs, [wv], parameters=parameters)[0].tensor.cast(q.dtype)
 
     def by_device_kernel(

@@ -22,9 +22,13 @@ def linear(x: TensorValue, weight: TensorValue, bias: TensorValue | None = None)
     It is rounded once, the bias added, as PyTorch does. A product that is rounded before its bias is added is wrong by
     nearly the same at every position: by how far the bias is from a multiple of the product's last digit.
     """
-    audio = isinstance(x.shape[1], StaticDim) and int(x.shape[1]) > FEW_TOKENS
-    y = (convolution if audio else text_product)(x, weight)
+    y = (convolution if is_audio(x) else text_product)(x, weight)
     return (y if bias is None else y + bias).cast(x.dtype)
+
+
+def is_audio(x: TensorValue) -> bool:
+    """Tells whether x (batch, token, state) has as many tokens as audio has, which is known when a graph is built."""
+    return isinstance(x.shape[1], StaticDim) and int(x.shape[1]) > FEW_TOKENS
 
 
 def convolve(x: TensorValue, weight: TensorValue, bias: TensorValue, stride: int) -> TensorValue:

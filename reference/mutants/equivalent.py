@@ -26,6 +26,15 @@ EQUIVALENT = {
         "n_share < most and n_share * n_piece % n_thread != 0 and n_share * n_piece < ENOUGH * n_thread",
         "n_share < most and n_share * n_piece % n_thread == 0 and n_share * n_piece < ENOUGH * n_thread",
     ): "work is cut into fewer shares, or into more, which takes longer and computes the same",
+    **{
+        (file, "release()", "pass"): "AMX's registers are saved with the thread until the next task, which takes longer"
+        for file in ("kernels/amx_attention.mojo", "kernels/convolution.mojo")
+    },
+    (
+        "decoding/module_cache.py",
+        "kv.contiguous()",
+        "kv",
+    ): "what a graph reads is made contiguous before it is called",
     (
         "decoding/speculative.py",
         "self.n_text_ctx + 1",

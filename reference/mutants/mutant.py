@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 
+from maxwhisper.engine.instructions import cpu_features
+
 COMPONENTS: tuple[tuple[str, str, str], ...] = (
     (
         "select_tokens and draft kernels",
@@ -42,7 +44,12 @@ NOT_MUTATED = (
 )
 """Files of components above that only a GPU executes."""
 
+WITH_AMX = ("kernels/amx.mojo", "kernels/amx_attention.mojo")
+"""Files that only a CPU with AMX executes."""
+
 OWN_BLOCKS = {
+    "kernels/amx.mojo": "encoder.mlp",
+    "kernels/amx_attention.mojo": "encoder.attention",
     "kernels/attention.mojo": "decoder.attention.cached or decoder.cross_attention.step",
     "kernels/convolution.mojo": "encoder.stem",
     "kernels/decoder_block.mojo": "decoder.block.step",
@@ -139,10 +146,15 @@ Choose = Callable[[str, int, str, str, str], int | None]
 """From file, line, operator, before and after to the number of a mutant that is wanted there."""
 
 
+def is_executed(file: str) -> bool:
+    """Tells whether tests on this machine can reach a file of the components."""
+    return file not in NOT_MUTATED and (file not in WITH_AMX or "amx_bf16" in cpu_features())
+
+
 def component_of(file: str) -> tuple[str, str]:
     """Returns the component of a file below maxwhisper/ and its right tests; raises LookupError if it has none."""
     for name, right, patterns in COMPONENTS:
-        if any(fnmatch(file, pattern) for pattern in patterns.split()) and file not in NOT_MUTATED:
+        if any(fnmatch(file, pattern) for pattern in patterns.split()) and is_executed(file):
             return name, right
     raise LookupError(f"{file} is of no component that is mutated")
 

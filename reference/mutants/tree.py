@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..fixtures import ROOT
 from . import mojo_sources, python_sources
-from .mutant import COMPONENTS, NOT_MUTATED, Choose, Mutant, component_of
+from .mutant import COMPONENTS, Choose, Mutant, component_of, is_executed
 
 LINKED = ("reference", "tests", "fixtures", "conftest.py", "pyproject.toml")
 
@@ -23,7 +23,7 @@ def sources() -> Iterator[tuple[str, Callable[[str, str, Choose], str]]]:
     patterns = [pattern for _, _, patterns in COMPONENTS for pattern in patterns.split()]
     files = sorted({path.relative_to(package).as_posix() for pattern in patterns for path in package.glob(pattern)})
     for file in files:
-        if file not in NOT_MUTATED:
+        if is_executed(file):
             yield file, mojo_sources.instrumented if file.endswith(".mojo") else python_sources.instrumented
 
 

@@ -25,6 +25,10 @@ from .small_graphs import small_graphs
 
 N_CHANNEL = 64
 DTYPES = (DType.float32, DType.float16)
+AUDIO = (*DTYPES, DType.bfloat16)
+N_FRAME = 150
+"""Queries of audio: more than are computed at a time, and rows that are not full. Their number is known to a graph, as
+AMX needs it, where a CPU has that."""
 ATTENTION, SCORES = 0, 1
 
 
@@ -98,10 +102,12 @@ def attentions() -> list[Program]:
     in_place["rows"] = TensorType(DType.int64, ["batch", "place"], cpu)
     many = {**cross, **queries("state", "token")}
     half = of_dtype(many, DType.bfloat16)
+    audio = {**cross, **queries("state", N_FRAME)}
     causal = {**many, **dict.fromkeys(("k", "v"), heads("row", "token"))}
     return [
         Program("many", "", Attention(), Attention.scores, many),
         Program("many, bfloat16", "", Attention(), Attention.scores, half),
+        *(Program(f"audio, {d.name}", "", Attention(), Attention.cross, of_dtype(audio, d)) for d in AUDIO),
         Program("causal", "", Attention(), Attention.causal, causal),
         Program("cross", "", Attention(), Attention.cross, cross),
         Program("cached", "", Attention(), Attention.cached, cached),
@@ -176,6 +182,16 @@ def test_attention_of_many_queries(
     check(name, small_graphs()[name](q=q, k=k, v=v), q, k, v, output=ATTENTION)
     q, k = q.abs(), k.abs()  # a score may be near 0 by chance else, and its relative error anything
     check(name, small_graphs()[name](q=q, k=k, v=v), q, k, v, output=SCORES)
+
+
+@settings(max_examples=60)
+@given(dtype=st.sampled_from(AUDIO), shared=st.integers(1, 2), n_key=st.integers(1, 600), **SIZES)
+def test_attention_of_audio(dtype: DType, rows: int, shared: int, n_head: int, n_key: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(rows * shared, N_FRAME, n_head * N_CHANNEL, generator=generator).to(TORCH_DTYPE[dtype])
+    k, v = torch.randn(2, rows, n_head, n_key, N_CHANNEL, generator=generator).to(TORCH_DTYPE[dtype])
+    name = f"audio, {dtype.name}"
+    check(name, small_graphs()[name](q=q, k=k, v=v), q, k, v)
 
 
 @settings(max_examples=60)
@@ -289,15 +305,39 @@ def test_a_query_is_bitwise_the_same_among_any_others() -> None:
         assert together[text : text + 1, -n_token:].equal(alone)
 
 
-WAYS = ["cross", "split, float32", "many", "many, bfloat16"]
+def test_audio_is_bitwise_the_same_among_any_others() -> None:
+    q, (k, v) = torch.randn(3, N_FRAME, 2 * N_CHANNEL), torch.randn(2, 3, 2, 301, N_CHANNEL)
+    (together,) = small_graphs()["audio, float32"](q=q, k=k, v=v)
+    rows = [slice(row, row + 1) for row in range(3)]
+    alone = [small_graphs()["audio, float32"](q=q[row], k=k[row], v=v[row])[0] for row in rows]
+    assert together.equal(torch.cat(alone))
 
 
-@pytest.mark.parametrize("n_key", [5, 100, 131])
+def test_keys_that_nobody_can_attend_to_leave_the_others() -> None:
+    """So many that no other is among those that are computed at a time."""
+    q, v = torch.ones(1, N_FRAME, N_CHANNEL), torch.randn(1, 1, 301, N_CHANNEL)
+    k = torch.zeros(1, 1, 301, N_CHANNEL)
+    k[:, :, :300] = -float("inf")
+    assert small_graphs()["audio, float32"](q=q, k=k, v=v)[0].equal(v[:, 0, 300].expand(q.shape))
+
+
+WAYS = {
+    "cross": 1,
+    "split, float32": 1,
+    "many": 7,
+    "many, bfloat16": 7,
+    "audio, float32": N_FRAME,
+    "audio, bfloat16": N_FRAME,
+}
+"""How many queries a graph is given, by name."""
+
+
+@pytest.mark.parametrize("n_key", [5, 100, 131, 300])
 @pytest.mark.parametrize("name", WAYS)
 def test_a_key_that_outweighs_all_others_is_found(name: str, n_key: int) -> None:
     """Wherever it stands: by less than its score float32's exponentials overflow."""
     dtype = torch.bfloat16 if "bfloat16" in name else torch.float32
-    q = torch.ones(1, 7 if "many" in name else 1, N_CHANNEL, dtype=dtype)
+    q = torch.ones(1, WAYS[name], N_CHANNEL, dtype=dtype)
     v = torch.randn(1, 1, n_key, N_CHANNEL).to(dtype)
     for place in (0, n_key // 2, n_key - 1):
         k = torch.zeros_like(v)
@@ -305,15 +345,12 @@ def test_a_key_that_outweighs_all_others_is_found(name: str, n_key: int) -> None
         assert small_graphs()[name](q=q, k=k, v=v)[0].equal(v[:, 0, place].expand(q.shape))
 
 
-@pytest.mark.parametrize("n_key", [5, 100, 131])
+@pytest.mark.parametrize("n_key", [5, 100, 131, 300])
 @pytest.mark.parametrize("name", WAYS)
 def test_a_key_that_is_no_number_is_seen(name: str, n_key: int) -> None:
     """Wherever it stands among those that are compared with each other for the greatest score."""
     dtype = torch.bfloat16 if "bfloat16" in name else torch.float32
-    q, (k, v) = (
-        torch.ones(1, 7 if "many" in name else 1, N_CHANNEL, dtype=dtype),
-        torch.ones(2, 1, 1, n_key, N_CHANNEL),
-    )
+    q, (k, v) = torch.ones(1, WAYS[name], N_CHANNEL, dtype=dtype), torch.ones(2, 1, 1, n_key, N_CHANNEL)
     for place in (0, n_key // 2, n_key - 1):
         broken = k.to(dtype)
         broken[:, :, place] = float("nan")

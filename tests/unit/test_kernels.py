@@ -1,5 +1,6 @@
 """The Mojo kernels of products, on sizes that fill no vector and no tile."""
 
+import math
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -169,6 +170,22 @@ def test_a_window_is_bitwise_the_same_in_a_batch(name: str) -> None:
     x, weight = torch.randn(3, N_FRAME, N_IN), torch.randn(N_OUT, N_IN, FORMS[name][0]).half()
     (together,) = graphs()[name](x=x, weight=weight)
     assert together.equal(torch.cat([graphs()[name](x=window[None], weight=weight)[0] for window in x]))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38, 1e-30])
+def test_one_value_reaches_the_sums_of_its_own_row_alone(value: float) -> None:
+    """Whether it is a number or none: AMX multiplies parts of numbers, of which most are 0."""
+    x, weight = torch.zeros(1, N_FRAME, N_IN), torch.randn(N_OUT, N_IN, 1).clamp(-1, 1).half()
+    x[0, 100, 33] = value
+    (y,) = graphs()["product"](x=x, weight=weight)
+    expected = value * weight[:, 33, 0].double()
+    if math.isfinite(value):
+        assert ((y[0, 100] - expected).abs() <= bound_of_sums(N_IN, expected.abs())).all()
+    else:
+        assert y[0, 100].isnan().equal(expected.isnan())
+        assert y[0, 100].double().nan_to_num(nan=0).equal(expected.nan_to_num(nan=0))
+    y[0, 100] = 0
+    assert not y.any()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -12,7 +12,15 @@ import maxwhisper.whisper
 from maxwhisper import load_model
 from maxwhisper.engine import instructions, session
 from maxwhisper.engine.artifacts import HOST, Writer
-from maxwhisper.engine.instructions import CPU, PORTABLE_FEATURES, cpu_features, cpu_target, warn_of_slow_dtype
+from maxwhisper.engine.instructions import (
+    CPU,
+    CPUS,
+    PORTABLE_FEATURES,
+    cpu_features,
+    cpu_target,
+    virtual_cpu,
+    warn_of_slow_dtype,
+)
 from maxwhisper.errors import OptionError
 from reference.fixtures import NANO
 from reference.older_cpu import AS_ON, asked_for, heeded
@@ -51,28 +59,95 @@ def test_what_was_not_told_in_time_is_seen() -> None:
 
 
 CHILD = """
+import sys
 from reference.older_cpu import as_on, heeded
-as_on("x86-64-v3")
-assert heeded("x86-64-v3")
+as_on(sys.argv[1])
+assert heeded(sys.argv[1])
 import numpy
-assert not [name for name in numpy.show_config("dicts")["SIMD Extensions"]["found"] if "512" in name or "V4" in name]
+found = numpy.show_config("dicts")["SIMD Extensions"]["found"]
+assert not [name for name in found if "512" in name or "V4" in name and sys.argv[1] == "x86-64-v3"]
 """
 
 
-@pytest.mark.skipif("avx2" not in cpu_features(), reason="the CPU has not all of x86-64-v3")
-def test_pytorch_and_numpy_compute_without_avx_512() -> None:
-    subprocess.run([sys.executable, "-c", CHILD], cwd=Path(__file__).parents[2], check=True)
+@pytest.mark.parametrize("cpu", AS_ON)
+def test_pytorch_and_numpy_compute_with_its_instructions_alone(cpu: str) -> None:
+    if missing := set(CPUS["x86_64"][cpu]) - set(cpu_features()):
+        pytest.skip(f"the CPU has not all of {cpu}: {missing}")
+    subprocess.run([sys.executable, "-c", CHILD, cpu], cwd=Path(__file__).parents[2], check=True)
 
 
-@pytest.mark.parametrize("target", [V3, None])
+@pytest.mark.parametrize("target", [*CPUS["x86_64"], None])
 def test_max_compiles_for_the_cpu_that_is_named(target: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     said = Mock()
+    monkeypatch.setattr(instructions, "may_use_amx", lambda: True)
     monkeypatch.setattr(session, "set_virtual_cpu_target", said)
     monkeypatch.setattr(session, "Session", Mock())
     if target:
         monkeypatch.setenv(CPU, target)
     session.session.__wrapped__("cpu")
     assert [each.args for each in said.mock_calls] == ([(target,)] if target else [])
+
+
+AMX = ["amx_bf16", "amx_int8", "amx_tile"]
+
+
+@pytest.fixture
+def cpu_with_amx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu_info = tmp_path / "cpuinfo"
+    cpu_info.write_text(f"flags : avx2 avx512_bf16 {' '.join(AMX)}\n")
+    monkeypatch.setattr(instructions, "CPU_INFO", cpu_info)
+    instructions.may_use_amx.cache_clear()
+
+
+@pytest.mark.usefixtures("cpu_with_amx")
+@pytest.mark.parametrize(
+    ("system", "answer", "target", "virtual"),
+    [
+        ("Linux", 0, None, None),
+        ("Linux", -1, None, "cooperlake"),
+        ("Darwin", 0, None, "cooperlake"),
+        ("Linux", -1, V3, V3),
+        ("Linux", 0, V3, V3),
+    ],
+)
+def test_amx_is_used_where_linux_lets_a_process(
+    system: str, answer: int, target: str | None, virtual: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it does not, the first instruction would end the process; so nothing is compiled with any, and what was is
+    not loaded."""
+    linux = Mock()
+    linux.return_value.syscall.return_value = answer
+    monkeypatch.setattr(instructions.ctypes, "CDLL", linux)
+    monkeypatch.setattr(platform, "system", lambda: system)
+    if target:
+        monkeypatch.setenv(CPU, target)
+    assert virtual_cpu() == virtual
+    assert ("amx_bf16" in cpu_features()) == (virtual is None)
+    assert target or {"avx2", "avx512_bf16"} <= set(cpu_features())
+    instructions.may_use_amx.cache_clear()
+
+
+def test_a_cpu_without_amx_is_compiled_for_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(instructions, "CPU_INFO", tmp_path / "none")
+    monkeypatch.setattr(instructions, "may_use_amx", lambda: False)
+    assert virtual_cpu() is None
+
+
+LOADED = """
+import ctypes, platform
+from maxwhisper.engine import instructions
+from maxwhisper.engine.session import session
+session("cpu")
+asked = ctypes.c_uint64()
+assert ctypes.CDLL(None).syscall(158, 0x1022, ctypes.byref(asked)) == 0  # ARCH_GET_XCOMP_PERM
+print(bool(asked.value >> 18 & 1), any(name.startswith("amx") for name in instructions.cpu_features()))
+"""
+
+
+@pytest.mark.skipif("amx_bf16" not in cpu_features(), reason="the CPU has no AMX, or this process may not use it")
+def test_a_process_that_computes_has_asked_for_amx() -> None:
+    said = subprocess.run([sys.executable, "-c", LOADED], cwd=Path(__file__).parents[2], check=True, stdout=-1)
+    assert said.stdout == b"True True\n"
 
 
 def test_only_its_instructions_count_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +158,9 @@ def test_only_its_instructions_count_then(tmp_path: Path, monkeypatch: pytest.Mo
     assert Writer(tmp_path, HOST).manifest["cpu"]["features"] == features
 
 
-@pytest.mark.parametrize(("machine", "expected"), [("x86_64", V3), ("aarch64", "none on aarch64")])
+@pytest.mark.parametrize(
+    ("machine", "expected"), [("x86_64", "x86-64-v3 or x86-64-v4"), ("aarch64", "none on aarch64")]
+)
 def test_a_cpu_that_is_not_known_is_named(machine: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "machine", lambda: machine)
     monkeypatch.setenv(CPU, "pentium")

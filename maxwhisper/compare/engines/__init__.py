@@ -90,7 +90,13 @@ SPECULATION = "without beams, on a CPU, a draft, the decoder quantized, proposes
 BOTH, GPU = ("cpu", "gpu"), ("gpu",)
 
 SPECS = (
-    Spec(SUBJECT, "", f"weights as stored, float32 arithmetic; graphs compiled before; {SPECULATION}", devices=BOTH),
+    Spec(
+        SUBJECT,
+        "",
+        "weights as stored, float32 arithmetic, in an encoder on a CPU with AMX by three bfloat16 parts of a number;"
+        f" graphs compiled before; {SPECULATION}",
+        devices=BOTH,
+    ),
     Spec(
         SUBJECT,
         "bfloat16",
