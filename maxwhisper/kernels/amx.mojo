@@ -20,7 +20,7 @@ from .pointers import Numbers, Stored, untracked
 comptime HAS_AMX = CompilationTarget._has_feature["amx-bf16"]()
 comptime TILE = 16  # rows of a register of the unit, and columns
 comptime STEP = 2 * TILE  # terms that lie in one
-comptime BLOCK = 2 * TILE  # rows, and columns, whose sums stay in registers
+comptime BLOCK = 2 * TILE  # rows, and columns, that are packed together
 comptime REGISTER = TILE * STEP  # bfloat16 numbers
 comptime STEPS = 9  # of one part at a time: those of a block of rows and of one of columns fit the first cache
 comptime CONFIGURATION = 64  # bytes

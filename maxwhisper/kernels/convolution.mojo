@@ -27,7 +27,7 @@ from .amx import (
     release,
     room,
 )
-from .pointers import Numbers, Stored, stored, untracked
+from .pointers import Stored, stored, untracked
 from .team import even_shares, thread_count
 from .tiles import PANEL, ROWS, TERMS, VECTORS, WIDTH, Floats, long_tile, packed_index, side_by_side
 

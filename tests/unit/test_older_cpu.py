@@ -3,6 +3,7 @@
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -92,10 +93,12 @@ AMX = ["amx_bf16", "amx_int8", "amx_tile"]
 
 
 @pytest.fixture
-def cpu_with_amx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def cpu_with_amx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     cpu_info = tmp_path / "cpuinfo"
     cpu_info.write_text(f"flags : avx2 avx512_bf16 {' '.join(AMX)}\n")
     monkeypatch.setattr(instructions, "CPU_INFO", cpu_info)
+    instructions.may_use_amx.cache_clear()
+    yield
     instructions.may_use_amx.cache_clear()
 
 
@@ -124,7 +127,6 @@ def test_amx_is_used_where_linux_lets_a_process(
     assert virtual_cpu() == virtual
     assert ("amx_bf16" in cpu_features()) == (virtual is None)
     assert target or {"avx2", "avx512_bf16"} <= set(cpu_features())
-    instructions.may_use_amx.cache_clear()
 
 
 def test_a_cpu_without_amx_is_compiled_for_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +136,7 @@ def test_a_cpu_without_amx_is_compiled_for_as_it_is(tmp_path: Path, monkeypatch:
 
 
 LOADED = """
-import ctypes, platform
+import ctypes
 from maxwhisper.engine import instructions
 from maxwhisper.engine.session import session
 session("cpu")
